@@ -1,0 +1,50 @@
+"""The exceptions nybble raises for its users.
+
+Every message says three things: what was got, what is allowed, and what to do. The command line
+prints the message without a traceback and exits with the exception's `exit_code`.
+Broken invariants inside nybble are `assert`s, not these.
+"""
+
+
+class NybbleError(ValueError):
+    """Base of every error a user can cause or mend.
+
+    Args:
+        got: what was found, with the file and place where there is one.
+        allowed: what would have been accepted.
+        fix: what the user can do now.
+    """
+
+    exit_code = 2
+
+    def __init__(self, got: str, allowed: str = "", fix: str = ""):
+        self.got, self.allowed, self.fix = got, allowed, fix
+        super().__init__("\n".join(part for part in (got, allowed, fix) if part))
+
+
+class ConfigError(NybbleError):
+    """An option has an unknown name or a value that is not allowed."""
+
+
+class ModelError(NybbleError):
+    """A base model cannot be found, read or trusted."""
+
+
+class DataError(NybbleError):
+    """Examples cannot be read, or would not train what the user means."""
+
+
+class FormatError(NybbleError):
+    """Bytes on disk or in memory are not in the format they claim."""
+
+
+class KernelError(NybbleError):
+    """A kernel was asked for that this machine or build does not have."""
+
+
+class RunError(NybbleError):
+    """A run folder cannot be created, read or continued."""
+
+
+class TrainingError(NybbleError):
+    """Training had to stop: a loss or gradient was not finite."""

@@ -1,0 +1,153 @@
+"""QuantizedTensor: a matrix in four bits, as two uint8 tensors and the facts needed to read them.
+
+Layout of `scales` (one uint8 tensor, so that safetensors, FSDP2, DDP and deepcopy need no help;
+32-bit fields come first, which keeps them aligned), with B = ceil(n / block_size) blocks:
+
+    double_quant:  offset f32 [1] | absmax2 f32 [ceil(B / 256)] | codes u8 [B]
+    otherwise:     absmax f32 [B]
+    int4_asym:     ... | zero_points u8 [B]          (appended to either)
+
+Layout of `packed`: byte j holds elements 2j (high nibble) and 2j + 1 (low nibble) of the row-major
+flattened matrix; an odd count is padded with a zero nibble.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nybble.errors import FormatError
+
+NESTED_BLOCK_SIZE = 256  # scales per double-quantisation block
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+FORMATS = ("nf4", "fp4", "int4", "int4_asym")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a matrix is quantised.
+
+    Args:
+        format: one of `FORMATS`.
+        block_size: consecutive elements that share a scale, one of `BLOCK_SIZES`.
+        double_quant: whether the scales are themselves quantised to 8 bits.
+    """
+
+    format: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise FormatError(f"Unknown four-bit format {self.format!r}.", f"Known formats: {', '.join(FORMATS)}.")
+        if self.block_size not in BLOCK_SIZES:
+            raise FormatError(
+                f"Block size {self.block_size} is not supported.",
+                f"Allowed: {', '.join(map(str, BLOCK_SIZES))}.",
+            )
+
+    def num_blocks(self, numel: int) -> int:
+        return -(-numel // self.block_size)
+
+    def packed_bytes(self, numel: int) -> int:
+        return -(-numel // 2)
+
+    def scales_bytes(self, numel: int) -> int:
+        num_blocks = self.num_blocks(numel)
+        zero_points = num_blocks if self.format == "int4_asym" else 0
+        if not self.double_quant:
+            return 4 * num_blocks + zero_points
+        return 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE) + num_blocks + zero_points
+
+    def bytes(self, numel: int) -> int:
+        """Bytes that a matrix of `numel` elements takes, scales included."""
+        return self.packed_bytes(numel) + self.scales_bytes(numel)
+
+
+class ScaleParts(NamedTuple):
+    """Views into a `scales` tensor; absent parts are None."""
+
+    absmax: Tensor | None  # f32 [B], when not double-quantised
+    offset: Tensor | None  # f32 [1]
+    absmax2: Tensor | None  # f32 [ceil(B / 256)]
+    codes: Tensor | None  # u8 [B]
+    zero_points: Tensor | None  # u8 [B]
+
+
+def split_scales(scales: Tensor, spec: QuantSpec, numel: int) -> ScaleParts:
+    """Views of each part of `scales`; nothing is copied.
+
+    Raises:
+        FormatError: the tensor is not as long as the layout says.
+    """
+    expected = spec.scales_bytes(numel)
+    if scales.numel() != expected:
+        raise FormatError(f"A scales tensor has {scales.numel()} bytes; {spec} over {numel} elements needs {expected}.")
+    num_blocks = spec.num_blocks(numel)
+    zero_points = scales[-num_blocks:] if spec.format == "int4_asym" else None
+    if not spec.double_quant:
+        return ScaleParts(scales[: 4 * num_blocks].view(torch.float32), None, None, None, zero_points)
+    end = 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE)
+    return ScaleParts(
+        None,
+        scales[:4].view(torch.float32),
+        scales[4:end].view(torch.float32),
+        scales[end : end + num_blocks],
+        zero_points,
+    )
+
+
+def join_scales(parts: ScaleParts) -> Tensor:
+    """The inverse of `split_scales`: one uint8 tensor."""
+    present = (parts.absmax, parts.offset, parts.absmax2, parts.codes, parts.zero_points)
+    return torch.cat([part.reshape(-1).view(torch.uint8) for part in present if part is not None])
+
+
+def packed_shape(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+    """Rows stay whole (so that a row range is a byte range) where no block straddles two of them."""
+    if len(shape) == 2 and shape[1] % block_size == 0:
+        return (shape[0], shape[1] // 2)
+    numel = 1
+    for size in shape:
+        numel *= size
+    return (-(-numel // 2),)
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A frozen matrix in four bits.
+
+    Args:
+        packed: uint8, shape `packed_shape(shape, spec.block_size)`.
+        scales: uint8 `[spec.scales_bytes(numel)]`.
+        spec: format, block size, double quantisation.
+        shape: of the matrix, `(out_features, in_features)` for a linear layer.
+        dtype: of the matrix it was made from; bitsandbytes records it.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        expected = packed_shape(self.shape, self.spec.block_size)
+        assert self.packed.dtype == self.scales.dtype == torch.uint8
+        assert tuple(self.packed.shape) == expected, (tuple(self.packed.shape), expected)
+        assert self.scales.numel() == self.spec.scales_bytes(self.numel)
+
+    @property
+    def numel(self) -> int:
+        numel = 1
+        for size in self.shape:
+            numel *= size
+        return numel
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.numel() + self.scales.numel()
+
+    def scale_parts(self) -> ScaleParts:
+        return split_scales(self.scales, self.spec, self.numel)
