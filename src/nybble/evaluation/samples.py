@@ -1,0 +1,63 @@
+"""Held-out prompts answered by the base and by the tuned model, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from nybble.data.examples import EncodedExample
+from nybble.data.template import ChatTemplate
+from nybble.evaluation.generate import generate
+from nybble.layers.convert import enable_adapters
+
+SAMPLE_TOKENS = 64
+PROMPT_CHARACTERS = 600  # of a prompt that are shown
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt and three answers to it."""
+
+    prompt: str
+    reference: str
+    base: str
+    tuned: str
+
+
+def compare_answers(
+    model: nn.Module, template: ChatTemplate, rows: Sequence[EncodedExample], max_new_tokens: int = SAMPLE_TOKENS
+) -> list[Sample]:
+    """Greedy answers to the first supervised turn of each row, with the adapters off and on."""
+    decode = template.tokenizer.decode
+    prompts = [row.prompt_ids for row in rows]
+    answers = {}
+    for tuned in (False, True):
+        enable_adapters(model, tuned)
+        new_ids = generate(model, prompts, stop_ids=template.stop_ids, max_new_tokens=max_new_tokens)
+        answers[tuned] = [decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
+    references = [decode(row.answer_ids, skip_special_tokens=True).strip() for row in rows]
+    shown = [decode(prompt, skip_special_tokens=True).strip() for prompt in prompts]
+    return [Sample(*parts) for parts in zip(shown, references, answers[False], answers[True], strict=True)]
+
+
+def show_samples(console: Console, samples: Sequence[Sample]) -> None:
+    """Print each sample: the prompt, then base, tuned and reference answers."""
+    for i, sample in enumerate(samples, 1):
+        table = Table(title=f"held-out prompt {i}", title_justify="left", show_header=False, show_lines=True)
+        table.add_column(style="bold")
+        table.add_column()
+        for name, text in (
+            ("prompt", _shorten(sample.prompt)),
+            ("base", sample.base),
+            ("tuned", sample.tuned),
+            ("reference", sample.reference),
+        ):
+            table.add_row(name, Text(text))
+        console.print(table)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= PROMPT_CHARACTERS else "... " + text[-PROMPT_CHARACTERS:]

@@ -1,0 +1,114 @@
+"""Swap modules in a transformers model: linears into four bits, adapters onto linears."""
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from nybble.errors import ConfigError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.lora import LoraLinear, linear_features
+from nybble.layers.quantized_linear import QuantizedLinear
+
+ATTENTION_PARENTS = ("attn", "attention")
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D | QuantizedLinear | LoraLinear)
+
+
+def quantizable_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside the model's blocks: what goes into four bits.
+
+    A block is an element of an outermost `nn.ModuleList`; the head and the embeddings lie outside.
+    """
+    lists: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
+            lists.append(name)
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and any(name.startswith(outer + ".") for outer in lists)
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), LoraLinear)
+    ]
+
+
+def replace_linears(model: nn.Module, names: Iterable[str], spec: QuantSpec, compute_dtype: torch.dtype) -> None:
+    """Swap the named `nn.Linear`/`Conv1D` for `QuantizedLinear` without weights, in place."""
+    for name in names:
+        linear = model.get_submodule(name)
+        in_features, out_features = linear_features(linear)
+        has_bias = linear.bias is not None
+        model.set_submodule(
+            name, QuantizedLinear(in_features, out_features, has_bias, spec, compute_dtype, device="meta")
+        )
+
+
+def resolve_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
+    """Names of the layers that get an adapter.
+
+    Args:
+        target_modules: "all-linear" (every linear layer of the blocks), "attention" (those inside
+            attention modules), or names: the last part of a module's name, or any dotted suffix of it.
+
+    Raises:
+        ConfigError: a name matches no linear layer; the message lists the names there are.
+    """
+    linears = quantizable_linears(model)
+    if target_modules == "all-linear":
+        return linears
+    if target_modules == "attention":
+        return [name for name in linears if any(word in name.rpartition(".")[0] for word in ATTENTION_PARENTS)]
+    wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
+    wanted = [name.strip() for name in wanted]
+    leaves = sorted({name.rpartition(".")[2] for name in linears})
+    for name in wanted:
+        if not any(_has_suffix(linear, name) for linear in linears):
+            near = difflib.get_close_matches(name, leaves, n=1)
+            raise ConfigError(
+                f"target_modules names {name!r}, which is no linear layer of this model's blocks.",
+                f"Allowed: all-linear, attention, or names among {', '.join(leaves)}.",
+                f"Did you mean {near[0]!r}?" if near else "",
+            )
+    return [linear for linear in linears if any(_has_suffix(linear, name) for name in wanted)]
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def attach_adapters(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+) -> dict[str, LoraLinear]:
+    """Freeze the model and put a LoRA adapter beside each named layer, in place; name -> adapter."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    adapters = {}
+    for name in names:
+        adapter = LoraLinear(model.get_submodule(name), rank, alpha, dropout, rslora, generator)
+        adapter.train(model.training)
+        model.set_submodule(name, adapter)
+        adapters[name] = adapter
+    return adapters
+
+
+def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
+    """Every adapter of the model by the name of the layer it stands for."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def enable_adapters(model: nn.Module, enabled: bool) -> None:
+    """Switch the adapters on, or off to ask the base."""
+    for adapter in adapters_of(model).values():
+        adapter.enabled = enabled

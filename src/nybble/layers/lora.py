@@ -1,0 +1,74 @@
+"""LoRA: a trained low-rank correction beside a frozen linear layer.
+
+Hu et al. 2021 (arXiv 2106.09685): y = W·x + (α / r) · B·A·x, with A ~ U(±1/√in) and B = 0, so that
+training starts from the base. rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) scales by α / √r instead.
+A and B are fp32 masters; the products run in the dtype of x.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """The factor before B·A·x."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and its adapter.
+
+    Args:
+        base: the frozen layer: QuantizedLinear, or a dense linear for 16-bit LoRA.
+        rank: r, rows of A `[r, in]` and columns of B `[out, r]`.
+        alpha: numerator of the scaling.
+        dropout: probability with which an input element of A is dropped while training.
+        rslora: scale by alpha/√rank instead of alpha/rank.
+        generator: draws A; CPU, so that every device starts from the same adapter.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = linear_features(base)
+        self.rank, self.dropout = rank, dropout
+        self.scaling = lora_scaling(alpha, rank, rslora)
+        device = next(base.parameters()).device
+        bound = 1 / math.sqrt(self.in_features)
+        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low_rank = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., r)
+        return y + F.linear(low_rank, self.lora_B.to(x.dtype))  # (..., r) -> (..., out)
+
+    def delta(self) -> Tensor:
+        """ΔW = scaling · B·A in fp32, `[out_features, in_features]`."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, transformers' transposed `Conv1D` included."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)
+    rows, columns = module.weight.shape  # Conv1D keeps [in, out]
+    return int(rows), int(columns)

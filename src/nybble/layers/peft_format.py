@@ -1,0 +1,112 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nybble.errors import RunError
+from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
+from nybble.layers.lora import LoraLinear, lora_scaling
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """PEFT's keys -> fp32 tensors on the CPU."""
+    tensors = {}
+    for name, adapter in adapters.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
+    return tensors
+
+
+def adapter_config(model: nn.Module, base_name: str, *, alpha: float, rslora: bool) -> dict[str, Any]:
+    """What PEFT needs to know to put the adapter on its base."""
+    adapters = adapters_of(model)
+    first = next(iter(adapters.values()))
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": first.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": rslora,
+        "target_modules": _shortest_targets(model, list(adapters)),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Leaf names where they match exactly the adapted layers, else the full names."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    same_leaf = [name for name in quantizable_linears(model) if name.rpartition(".")[2] in leaves]
+    return leaves if sorted(same_leaf) == sorted(names) else sorted(names)
+
+
+def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+    """Write the model's adapters into an existing folder."""
+    save_file(adapter_tensors(adapters_of(model)), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
+    """Attach the adapter in `folder` to a base without adapters; name -> adapter.
+
+    Raises:
+        RunError: a file is missing or damaged, or the adapter does not fit the model.
+    """
+    config, tensors = _read_files(folder)
+    names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors})
+    linears = set(quantizable_linears(model))
+    if unknown := [name for name in names if name not in linears]:
+        raise RunError(
+            f"The adapter in {folder} is for layer {unknown[0]!r}, which this base does not have.",
+            "Allowed: an adapter trained on the same base.",
+        )
+    adapters = attach_adapters(
+        model,
+        names,
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=config.get("use_rslora", False),
+    )
+    for name, adapter in adapters.items():
+        for part in ("lora_A", "lora_B"):
+            _copy(tensors, f"{_PREFIX}{name}.{part}.weight", getattr(adapter, part), folder)
+    return adapters
+
+
+def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise RunError(f"{folder} has no {name}.", "An adapter folder holds both.", "Check the path.")
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text())
+        tensors = load_file(folder / WEIGHTS_NAME)
+        lora_scaling(config["lora_alpha"], config["r"], config.get("use_rslora", False))
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise RunError(f"The adapter in {folder} is damaged: {error}.", "", "Use an earlier checkpoint.") from error
+    return config, tensors
+
+
+def _copy(tensors: dict[str, Tensor], key: str, parameter: nn.Parameter, folder: Path) -> None:
+    tensor = tensors.get(key)
+    if tensor is None or tensor.shape != parameter.shape:
+        found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
+        raise RunError(f"{folder / WEIGHTS_NAME}: {key} should have shape {tuple(parameter.shape)}; found {found}.")
+    with torch.no_grad():
+        parameter.copy_(tensor)

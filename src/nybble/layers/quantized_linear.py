@@ -1,0 +1,96 @@
+"""QuantizedLinear: a frozen linear layer whose weight lives in four bits.
+
+QLoRA (Dettmers et al. 2023, arXiv 2305.14314), eq. 5: Y = X · dequantise(W)ᵀ. The dense weight exists
+only while a product uses it: backward dequantises again rather than keep it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, packed_shape
+from nybble.kernels import ops
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """y = x · dq(W)ᵀ and dx = dy · dq(W); W has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed, scales)
+        ctx.spec, ctx.shape = spec, shape
+        return F.linear(x, _dequantize(packed, scales, spec, shape, x.dtype))  # (..., in) -> (..., out)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None, None
+        packed, scales = ctx.saved_tensors
+        (grad_y,) = grad_outputs
+        weight = _dequantize(packed, scales, ctx.spec, ctx.shape, grad_y.dtype)
+        return grad_y @ weight, None, None, None, None  # (..., out) -> (..., in)
+
+
+def _dequantize(packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    return torch.ops.nybble.dequantize_4bit(
+        packed, scales, shape, spec.format, spec.block_size, spec.double_quant, dtype
+    )
+
+
+class QuantizedLinear(nn.Module):
+    """Drop-in for a frozen `nn.Linear`: two frozen uint8 parameters instead of a dense weight.
+
+    Args:
+        in_features, out_features: of the layer; the weight is `[out_features, in_features]`.
+        bias: whether the layer adds a bias (kept in `compute_dtype`, frozen).
+        spec: the four-bit format.
+        compute_dtype: of the bias, and of the weight returned by `dequantize`.
+        device: where to make the parameters, "meta" while a model is only a skeleton.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        spec: QuantSpec,
+        compute_dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.spec, self.compute_dtype = spec, compute_dtype
+        self.source_dtype = compute_dtype
+        shape = (out_features, in_features)
+        packed = torch.empty(packed_shape(shape, spec.block_size), dtype=torch.uint8, device=device)
+        scales = torch.empty(spec.scales_bytes(out_features * in_features), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        if bias:
+            bias_values = torch.empty(out_features, dtype=compute_dtype, device=device)
+            self.bias = nn.Parameter(bias_values, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    def load_quantized(self, q: QuantizedTensor) -> None:
+        """Take over the bytes of `q`, which may be in another format than the layer was made with."""
+        assert q.shape == (self.out_features, self.in_features), (q.shape, self)
+        self.spec, self.source_dtype = q.spec, q.dtype
+        self.weight = nn.Parameter(q.packed, requires_grad=False)
+        self.scales = nn.Parameter(q.scales, requires_grad=False)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as formats/ knows it; nothing is copied."""
+        shape = (self.out_features, self.in_features)
+        return QuantizedTensor(self.weight.detach(), self.scales.detach(), self.spec, shape, self.source_dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight, `[out_features, in_features]`."""
+        return ops.dequantize(self.quantized(), dtype or self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _FrozenProduct.apply(x, self.weight, self.scales, self.spec, (self.out_features, self.in_features))
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.spec}"

@@ -1,0 +1,36 @@
+"""`events.jsonl`: what happened in a run, one JSON object a line, written as it happens."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to a file; each line is complete on disk before `write` returns."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append `{"event": event, ...}`. JSON has no NaN, so non-finite numbers become strings."""
+        named = {"event": event} | {key: _json_number(value) for key, value in fields.items()}
+        self._file.write(json.dumps(named, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json_number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_events(path: Path, event: str) -> Iterator[dict[str, Any]]:
+    """The events of one kind, in order."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            if record["event"] == event:
+                yield record

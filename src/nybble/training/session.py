@@ -1,0 +1,210 @@
+"""A training run from its config to its folder: open, audit, load, predict, train, record."""
+
+import json
+import time
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from nybble.config import TrainConfig, config_to_yaml
+from nybble.data.audit import render_audit
+from nybble.data.prepare import PreparedData, load_dataset_for_training
+from nybble.data.readers import FieldNames
+from nybble.data.sampler import StepSampler
+from nybble.data.template import ChatTemplate
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.backbone import keeps_documents_apart
+from nybble.layers.convert import attach_adapters, resolve_targets
+from nybble.layers.loss_head import CHUNK_BYTES
+from nybble.layers.peft_format import adapter_config
+from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.memory.costs import ModelShape, TrainingShape, predict
+from nybble.memory.measure import PeakMemory, used_bytes
+from nybble.models.load import load_model
+from nybble.models.source import ModelSource, open_source
+from nybble.training.display import Display, format_bytes
+from nybble.training.events import EventLog
+from nybble.training.loop import LoopResult, train_loop
+from nybble.training.plots import draw_loss
+from nybble.training.run_folder import RunFolder
+
+MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that ended, with everything still in memory for showing what changed."""
+
+    config: TrainConfig
+    run: RunFolder
+    source: ModelSource
+    model: nn.Module
+    template: ChatTemplate
+    data: PreparedData
+    result: LoopResult
+
+
+def train(config: TrainConfig, console: Console) -> TrainedRun:
+    """Run `config` to its end or to the user's Ctrl-C; the adapter then lies in `<out>/adapter`.
+
+    Raises:
+        NybbleError: anything the user can mend; an earlier run's folder is untouched unless training began.
+    """
+    run = RunFolder(config.out)
+    run.check_free(config.overwrite)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    dtype = resolve_compute_dtype(config.compute_dtype, device)
+
+    source = open_source(config.model, config.tokenizer)
+    template = ChatTemplate(source.load_tokenizer(), config.template)
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size)
+    show_found(console, source, template, data)
+
+    model = load_base(config, source, dtype, device, console)
+    targets = resolve_targets(model, _target_names(config))
+    attach_adapters(
+        model,
+        targets,
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        rslora=config.rslora,
+        seed=config.seed,
+    )
+    if config.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    packing = config.packing and keeps_documents_apart(model)
+    if config.packing and not packing:
+        console.print("This model's attention mixes packed rows, so rows are padded instead.")
+    micro_batch_size = config.micro_batch_size or _choose_micro_batch_size(config, data)
+    predicted = predict_memory(config, model, data, micro_batch_size, dtype)
+    show_memory(console, predicted)
+
+    sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
+    total_steps = config.max_steps or sampler.num_steps(config.epochs)
+    run.create(config.overwrite)
+    run.config.write_text(config_to_yaml(config), encoding="utf-8")
+    run.audit.write_text(json.dumps(data.audit.to_json(), indent=2) + "\n", encoding="utf-8")
+    events = EventLog(run.events)
+    started = time.perf_counter()
+    with PeakMemory(device) as memory, Display(console, total_steps) as display:
+        result = train_loop(
+            model,
+            data.train,
+            data.validation,
+            config,
+            sampler=sampler,
+            total_steps=total_steps,
+            micro_batch_size=micro_batch_size,
+            packing=packing,
+            run=run,
+            adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
+            events=events,
+            display=display,
+        )
+    training_s = time.perf_counter() - started
+    events.write("end", steps=result.steps, interrupted=result.interrupted, peak_memory_bytes=memory.peak_bytes)
+    events.close()
+    template.tokenizer.save_pretrained(run.adapter)
+    _write_plan(run, predicted, memory.peak_bytes)
+    draw_loss(run.events, run.loss_plot)
+    console.print(
+        f"{result.steps} steps in {training_s:.0f} s; peak memory {format_bytes(memory.peak_bytes)}.", highlight=False
+    )
+    return TrainedRun(config, run, source, model, template, data, result)
+
+
+def quant_spec(config: TrainConfig) -> QuantSpec | None:
+    """The four-bit format of a run's base, None where it stays in 16 bits."""
+    if config.format == "none":
+        return None
+    return QuantSpec(config.format, config.block_size, config.double_quant)
+
+
+def load_base(
+    config: TrainConfig, source: ModelSource, dtype: torch.dtype, device: torch.device, console: Console
+) -> nn.Module:
+    """The frozen base of a run, with a progress bar over its tensors."""
+    progress = partial(track, description="loading", console=console, transient=True)
+    return load_model(source, quant_spec(config), dtype, device, progress)
+
+
+def prepare_data(config: TrainConfig, template: ChatTemplate, vocab_size: int) -> PreparedData:
+    """Read, encode, split and audit a run's examples."""
+    fields = FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
+    return load_dataset_for_training(
+        config.data,
+        template,
+        max_seq_len=config.max_seq_len,
+        seed=config.seed,
+        fields=fields,
+        validation_source=config.validation_data,
+        validation_fraction=config.validation_fraction,
+        validation_rows=config.validation_rows,
+        vocab_size=vocab_size,
+    )
+
+
+def predict_memory(
+    config: TrainConfig, model: nn.Module, data: PreparedData, micro_batch_size: int, dtype: torch.dtype
+) -> dict[str, int]:
+    """Bytes by component, as `memory.costs.predict` counts them, for this run's largest micro-batch."""
+    longest = sorted((len(row) for row in data.train), reverse=True)[:micro_batch_size]
+    supervised = sorted((row.supervised_tokens for row in data.train), reverse=True)[:micro_batch_size]
+    training = TrainingShape(
+        tokens=sum(longest),
+        supervised_tokens=sum(supervised),
+        adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        rank=config.rank,
+        compute_bytes=dtype.itemsize,
+        spec=quant_spec(config),
+        checkpointing=config.checkpointing,
+        chunk_bytes=CHUNK_BYTES,
+    )
+    return predict(ModelShape.from_config(model.config.get_text_config().to_dict()), training)
+
+
+def show_found(console: Console, source: ModelSource, template: ChatTemplate, data: PreparedData) -> None:
+    """What the run starts from: the model, then the audit of the data."""
+    console.print(f"model: {source.name}", highlight=False)
+    for note in source.notes:
+        console.print(f"  {note}", highlight=False)
+    for notice in template.notices:
+        console.print(f"  {notice}", highlight=False)
+    console.print(render_audit(data.audit))
+
+
+def show_memory(console: Console, predicted: dict[str, int]) -> None:
+    """The predicted memory by component, above what the process itself takes."""
+    table = Table(title="predicted memory", title_justify="left")
+    table.add_column("component")
+    table.add_column("bytes", justify="right")
+    for name, num_bytes in predicted.items():
+        if num_bytes:
+            table.add_row(name, format_bytes(num_bytes), style="bold" if name == "peak" else None)
+    console.print(table)
+
+
+def _choose_micro_batch_size(config: TrainConfig, data: PreparedData) -> int:
+    longest = max(len(row) for row in data.train)
+    return max(1, min(config.rows_per_step, MICRO_BATCH_TOKENS // longest))
+
+
+def _target_names(config: TrainConfig) -> str | list[str]:
+    return config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+
+
+def _write_plan(run: RunFolder, predicted: dict[str, int], peak_bytes: int) -> None:
+    components = {name: num_bytes for name, num_bytes in predicted.items() if name != "peak"}
+    plan = {
+        "chosen": {"peak_bytes": predicted["peak"], "components": components},
+        "measured": {"peak_bytes": peak_bytes},
+    }
+    run.plan.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,81 @@
+"""The chunked loss head against cross-entropy over all logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nybble.layers import loss_head
+from nybble.layers.loss_head import LossHead
+
+VOCABULARY, HIDDEN, ROWS = 257, 24, 41
+
+
+def dense_loss(head: LossHead, hidden: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
+    logits = hidden @ head.weight.to(hidden.dtype).T
+    if head.bias is not None:
+        logits = logits + head.bias.to(hidden.dtype)
+    logits = logits * head.scale
+    if head.softcap is not None:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return F.cross_entropy(logits, targets, reduction="sum") / denominator
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "extras", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0, "bias": torch.randn(VOCABULARY)}]
+)
+def test_loss_and_gradient_equal_the_dense_ones(monkeypatch, chunk_rows, weight_dtype, extras):
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_rows * VOCABULARY * 10)
+    monkeypatch.setattr(loss_head, "PANEL_ROWS", 100)
+    torch.manual_seed(0)
+    head = LossHead(torch.randn(VOCABULARY, HIDDEN).to(weight_dtype), **extras)
+    hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    targets = torch.randint(VOCABULARY, (ROWS,))
+    loss = head.loss(hidden, targets, 77.0)
+    (3 * loss).backward()
+    reference = hidden.detach().double().requires_grad_()
+    expected = dense_loss(head, reference, targets, 77.0)
+    (3 * expected).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=0)
+    assert (hidden.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+    per_token = head.token_losses(hidden, targets)
+    torch.testing.assert_close(per_token.double().sum() / 77.0, expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_bf16_gradients_are_no_worse_than_autograds_own_bf16():
+    torch.manual_seed(1)
+    weight = torch.randn(VOCABULARY, HIDDEN) * 0.2
+    hidden = torch.randn(ROWS, HIDDEN)
+    targets = torch.randint(VOCABULARY, (ROWS,))
+    exact = hidden.double().requires_grad_()
+    dense_loss(LossHead(weight.bfloat16().double()), exact, targets, ROWS).backward()
+
+    def error(hidden_bf16: torch.Tensor) -> float:
+        return float((hidden_bf16.grad.double() - exact.grad).norm())
+
+    ours = hidden.bfloat16().requires_grad_()
+    LossHead(weight.bfloat16()).loss(ours, targets, ROWS).backward()
+    autograd = hidden.bfloat16().requires_grad_()
+    F.cross_entropy((autograd @ weight.bfloat16().T).float(), targets).backward()
+    assert error(ours) <= 1.1 * error(autograd)
+
+
+def test_how_a_step_is_cut_into_micro_batches_changes_nothing():
+    torch.manual_seed(2)
+    head = LossHead(torch.randn(VOCABULARY, HIDDEN))
+    hidden, targets = torch.randn(ROWS, HIDDEN), torch.randint(VOCABULARY, (ROWS,))
+    whole = hidden.clone().requires_grad_()
+    head.loss(whole, targets, ROWS).backward()
+    cut = hidden.clone().requires_grad_()
+    for part in (slice(0, 3), slice(3, 30), slice(30, ROWS)):
+        head.loss(cut[part], targets[part], ROWS).backward()
+    assert (cut.grad - whole.grad).norm() <= 1e-6 * whole.grad.norm()
+
+
+def test_no_supervised_rows_give_zero():
+    head = LossHead(torch.randn(VOCABULARY, HIDDEN))
+    hidden = torch.randn(0, HIDDEN, requires_grad=True)
+    loss = head.loss(hidden, torch.zeros(0, dtype=torch.long), 5.0)
+    loss.backward()
+    assert loss.item() == 0.0 and hidden.grad.shape == (0, HIDDEN)

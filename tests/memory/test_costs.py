@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.memory.costs import ModelShape, TrainingShape, base_bytes, dense_bytes, predict
+from nybble.memory.measure import PeakMemory, anonymous_bytes
+
+LLAMA_2_70B = {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+def test_llama_2_70b_takes_the_bytes_that_are_published():
+    shape = ModelShape.from_config(LLAMA_2_70B)
+    elements = shape.num_layers * sum(i * o for i, o in shape.linears)
+    assert elements == pytest.approx(68.45e9, rel=1e-3)
+    assert base_bytes(shape, QuantSpec()) == pytest.approx(35.31e9, rel=1e-3)
+    assert dense_bytes(shape) == pytest.approx(2 * 2 * 32000 * 8192, rel=0.01)
+    assert shape.num_layers * sum(16 * (i + o) for i, o in shape.linears) == pytest.approx(207e6, rel=1e-2)
+
+
+def test_four_bits_and_double_quantisation_cost_what_the_format_says():
+    shape = ModelShape.from_config(LLAMA_2_70B)
+    elements = shape.num_layers * sum(i * o for i, o in shape.linears)
+    assert 8 * base_bytes(shape, QuantSpec(double_quant=False)) / elements == pytest.approx(4.5, rel=1e-4)
+    assert 8 * base_bytes(shape, QuantSpec()) / elements == pytest.approx(4.127, rel=1e-3)
+    assert 8 * base_bytes(shape, None) / elements == 16
+
+
+def test_checkpointing_keeps_block_inputs_instead_of_activations():
+    shape = ModelShape.from_config(LLAMA_2_70B)
+
+    def peak(checkpointing: bool) -> int:
+        training = TrainingShape(512, 200, 207_000_000, 16, 2, QuantSpec(), checkpointing, 64 * 2**20)
+        parts = predict(shape, training)
+        assert parts["peak"] < sum(parts.values()) - parts["peak"] + 1
+        return parts["peak"]
+
+    assert peak(True) < peak(False)
+
+
+def test_a_config_without_a_needed_field_names_it():
+    config = {key: value for key, value in LLAMA_2_70B.items() if key != "vocab_size"}
+    with pytest.raises(ModelError, match="vocab_size"):
+        ModelShape.from_config(config)
+
+
+def test_the_peak_of_an_allocation_is_seen():
+    before = anonymous_bytes()
+    with PeakMemory(torch.device("cpu"), interval_s=0.001) as memory:
+        block = torch.ones(50_000_000, dtype=torch.uint8)
+        torch.manual_seed(0)
+        for _ in range(20):
+            block.add_(1)
+        del block
+    assert memory.peak_bytes - before >= 45_000_000
+    assert memory.start_bytes == pytest.approx(before, rel=0.2)
