@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import ops
-from nybble.layers.backbone import hidden_states, keeps_documents_apart
+from nybble.layers.backbone import decoder_states, keeps_documents_apart
 from nybble.layers.convert import (
     adapters_of,
     attach_adapters,
@@ -165,9 +165,9 @@ def test_the_same_seed_draws_the_same_adapter():
 def test_packed_documents_give_the_states_that_each_gives_alone(family):
     model = dense_model(family)
     documents = [torch.randint(96, (1, n)) for n in (5, 1, 9)]
-    alone = torch.cat([hidden_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in documents], dim=1)
+    alone = torch.cat([decoder_states(model, ids, torch.arange(ids.shape[1])[None]) for ids in documents], dim=1)
     positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])[None]
-    packed = hidden_states(model, torch.cat(documents, dim=1), positions)
+    packed = decoder_states(model, torch.cat(documents, dim=1), positions)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
     assert keeps_documents_apart(model)
 

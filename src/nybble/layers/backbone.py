@@ -1,29 +1,150 @@
-"""From token ids to the hidden states that the loss head reads, through a transformers decoder.
+"""From token ids to the hidden states that the loss head reads.
 
-Packed batches (several documents side by side in one row, positions restarting) rely on the model's
-attention keeping documents apart. transformers does so from the restarting positions for the models that
-build their mask with its shared helpers; `keeps_documents_apart` checks it on the model at hand.
+Two ways, same numbers. `BlockBackbone` runs packed batches through nybble's decoder blocks, for the
+families they know. `GenericBackbone` runs any transformers decoder through its own modules, packed where
+the model's attention keeps documents apart, else padded; `choose_backbone` takes the first that can.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nybble.layers.convert import adapters_of
+from nybble.layers.decoder_block import DecoderBlock, Keep, Rows
+
+BLOCK_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
 _DOCUMENTS = ((3, 1, 4, 1, 5), (9, 2, 6))  # arbitrary small token ids
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest state
+_TOLERANCE_EPS = 8  # a difference in the states of so many roundings of the dtype is noise
 
 
-def hidden_states(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
-    """The final hidden states of a causal language model.
+class Backbone(Protocol):
+    """A model's way from tokens to hidden states."""
+
+    model: nn.Module
+    packing: bool  # whether it takes packed batches, else padded ones
+    name: str  # for the user: which path runs, and why
+
+    def states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Final hidden states at `positions`.
+
+        Args:
+            input_ids, position_ids: int64 `(B, T)`; B is 1 when packed, positions restarting per document.
+            positions: int64 `(N,)`, indices into the flattened B * T positions.
+            cu_seqlens: int32 `(num_documents + 1)`, the documents' borders, when packed.
+            attention_mask: `(B, T)`, 1 on tokens and 0 on padding, when padded.
+
+        Returns:
+            `(N, hidden)` in the compute dtype.
+        """
+        ...
+
+
+class GenericBackbone:
+    """Through transformers' own forward and autograd.
 
     Args:
-        input_ids, position_ids: `(B, T)` int64.
-        attention_mask: `(B, T)`, 1 for tokens and 0 for padding; None when there is no padding.
-
-    Returns:
-        `(B, T, hidden)` in the compute dtype.
+        checkpointing: recompute each layer in backward instead of keeping its activations.
+        packing: take packed batches, if the model's attention allows it.
     """
+
+    def __init__(self, model: nn.Module, *, checkpointing: bool, packing: bool, why: str):
+        self.model = model
+        if checkpointing:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        self.packing = packing and keeps_documents_apart(model)
+        padded = "" if self.packing or not packing else "; rows are padded, since its attention mixes packed ones"
+        self.name = f"generic path ({why}){padded}"
+
+    def states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        return decoder_states(self.model, input_ids, position_ids, attention_mask).flatten(0, 1)[positions]
+
+
+class BlockBackbone:
+    """Through nybble's decoder blocks; packed batches only.
+
+    Args:
+        keep: what each block keeps for its backward.
+    """
+
+    packing = True
+
+    def __init__(self, model: nn.Module, keep: Keep):
+        self.model, self.keep = model, keep
+        config = model.config.get_text_config()
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.blocks = [DecoderBlock(layer, head_dim, _window(layer, config)) for layer in model.base_model.layers]
+        self.name = f"decoder blocks, keeping {keep}"
+
+    def states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        assert cu_seqlens is not None and attention_mask is None, "decoder blocks take packed batches"
+        decoder = self.model.base_model
+        x = decoder.embed_tokens(input_ids[0])  # (T, hidden)
+        # Angles in fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
+        cos, sin = decoder.rotary_emb(torch.empty(0, device=x.device), position_ids)  # (1, T, head_dim)
+        half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
+        rows = Rows(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), cu_seqlens)
+        for block in self.blocks:
+            x = block(x, rows, self.keep)
+        return decoder.norm(x[positions])
+
+
+def choose_backbone(model: nn.Module, *, keep: Keep, packing: bool) -> Backbone:
+    """Decoder blocks where they know the model and rows are packed, else the generic path, which says why."""
+    why = "rows are not packed" if not packing else why_not_blocks(model)
+    if why is None:
+        return BlockBackbone(model, keep)
+    return GenericBackbone(model, checkpointing=keep != "everything", packing=packing, why=why)
+
+
+def why_not_blocks(model: nn.Module) -> str | None:
+    """None when nybble's decoder blocks compute this model, else the reason."""
+    config = model.config.get_text_config()
+    if config.model_type not in BLOCK_FAMILIES:
+        return f"decoder blocks know {', '.join(BLOCK_FAMILIES)}; this is {config.model_type}"
+    if config.hidden_act != "silu":
+        return f"decoder blocks know SwiGLU; this model's activation is {config.hidden_act}"
+    if any(adapter.dropout for adapter in adapters_of(model).values()):
+        return "decoder blocks have no adapter dropout"
+    if next(model.parameters()).device.type != "cpu":
+        return "decoder blocks are made for the CPU"
+    return None
+
+
+def _window(layer: nn.Module, config: object) -> int:
+    """Tokens a layer's attention sees, 0 for all: Qwen sets it per layer, Mistral for the whole model."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or 0
+    return getattr(config, "sliding_window", None) or 0
+
+
+def decoder_states(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+) -> Tensor:
+    """The final hidden states of a transformers causal language model, `(B, T, hidden)`."""
     output = model.base_model(
         input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
     )
@@ -32,18 +153,23 @@ def hidden_states(
 
 @torch.no_grad()
 def keeps_documents_apart(model: nn.Module) -> bool:
-    """Whether two documents packed into one row give the states that each gives alone."""
+    """Whether two documents packed into one row give the states that each gives alone.
+
+    transformers reads packing off the restarting positions in models that build their attention mask with
+    its shared helpers; this asks the model at hand.
+    """
     device = next(model.parameters()).device
 
     def states(*documents: tuple[int, ...]) -> Tensor:
         ids = torch.tensor([[token for document in documents for token in document]], device=device)
         positions = torch.tensor([[i for document in documents for i in range(len(document))]], device=device)
-        return hidden_states(model, ids, positions)[0]  # (T, hidden)
+        return decoder_states(model, ids, positions)[0].float()  # (T, hidden)
 
     was_training = model.training
     model.eval()
-    packed = states(*_DOCUMENTS).float()
-    alone = torch.cat([states(document) for document in _DOCUMENTS]).float()
-    tolerance = _TOLERANCE[next(p.dtype for p in model.parameters() if p.is_floating_point())]
+    packed = states(*_DOCUMENTS)
+    alone = torch.cat([states(document) for document in _DOCUMENTS])
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    tolerance = max(1e-4, _TOLERANCE_EPS * torch.finfo(dtype).eps) * alone.abs().max()
     model.train(was_training)
-    return bool((packed - alone).abs().max() <= tolerance * alone.abs().max())
+    return bool((packed - alone).abs().max() <= tolerance)

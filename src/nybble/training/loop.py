@@ -14,7 +14,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import TrainingError
-from nybble.layers.backbone import hidden_states
+from nybble.layers.backbone import Backbone
 from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import write_adapter
 from nybble.memory.measure import used_bytes
@@ -46,7 +46,7 @@ def train_loop(
     sampler: StepSampler,
     total_steps: int,
     micro_batch_size: int,
-    packing: bool,
+    backbone: Backbone,
     run: RunFolder,
     adapter_config: dict[str, object],
     events: EventLog,
@@ -56,7 +56,7 @@ def train_loop(
 
     Args:
         model: frozen base with adapters attached; only they require gradients.
-        packing: lay the rows of a micro-batch side by side instead of padding them.
+        backbone: runs micro-batches through the model.
 
     Raises:
         TrainingError: a loss or gradient was not finite. The adapter as it was before that step is in
@@ -74,7 +74,7 @@ def train_loop(
     torch.manual_seed(config.seed)  # dropout
 
     def evaluate(step: int) -> float:
-        loss, num_tokens = held_out_loss(model, head, validation, micro_batch_size, packing)
+        loss, num_tokens = held_out_loss(backbone, head, validation, micro_batch_size)
         events.write("eval", step=step, loss=loss, supervised_tokens=num_tokens)
         display.evaluated(step, loss)
         return loss
@@ -90,18 +90,18 @@ def train_loop(
             started = time.perf_counter()
             model.train()
             micro_batches = [
-                collate([train[row] for row in micro], packing).to(device)
-                for micro in split_micro_batches(rows, lengths, micro_batch_size, packing)
+                collate([train[row] for row in micro], backbone.packing).to(device)
+                for micro in split_micro_batches(rows, lengths, micro_batch_size, backbone.packing)
             ]
             # One denominator for the whole step: how it is cut into micro-batches changes nothing.
             num_supervised = sum(batch.supervised_tokens for batch in micro_batches)
             step_loss = 0.0
             for batch in micro_batches:
-                loss = batch_loss(model, head, batch, num_supervised)
+                loss = head.loss(*supervised_states(backbone, batch), num_supervised)
                 step_loss += loss.item()
                 if not math.isfinite(step_loss):
                     save(run.adapter)
-                    bad = non_finite_rows(model, head, [train[row] for row in rows if train[row].origin in batch.rows])
+                    bad = non_finite_rows(backbone, head, [train[row] for row in rows if train[row].origin in batch.rows])
                     raise _not_finite("loss", step_loss, step, bad, run)
                 loss.backward()
 
@@ -148,44 +148,37 @@ def collate(rows: Sequence[EncodedExample], packing: bool) -> Batch:
     return pack(rows) if packing else pad(rows)
 
 
-def supervised_states(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def supervised_states(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states of the supervised positions `(N, hidden)` and their targets `(N,)`."""
-    states = hidden_states(model, batch.input_ids, batch.position_ids, batch.attention_mask)  # (B, T, h)
     positions = batch.supervised_positions
-    return states.flatten(0, 1)[positions], batch.targets.flatten()[positions]
-
-
-def batch_loss(model: nn.Module, head: LossHead, batch: Batch, num_supervised: int) -> Tensor:
-    """The micro-batch's share of the step's loss: its summed loss over the step's supervised tokens."""
-    return head.loss(*supervised_states(model, batch), num_supervised)
+    states = backbone.states(batch.input_ids, batch.position_ids, positions, batch.cu_seqlens, batch.attention_mask)
+    return states, batch.targets.flatten()[positions]
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module, head: LossHead, rows: Sequence[EncodedExample], micro_batch_size: int, packing: bool
+    backbone: Backbone, head: LossHead, rows: Sequence[EncodedExample], micro_batch_size: int
 ) -> tuple[float, int]:
     """Mean loss in nats per supervised token over `rows`, and the number of those tokens."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
+    was_training = backbone.model.training
+    backbone.model.eval()
     total, num_tokens = 0.0, 0
     lengths = [len(row) for row in rows]
-    for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, packing):
-        batch = collate([rows[row] for row in micro], packing).to(device)
-        total += head.token_losses(*supervised_states(model, batch)).double().sum().item()
+    for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, backbone.packing):
+        batch = collate([rows[row] for row in micro], backbone.packing).to(head.weight.device)
+        total += head.token_losses(*supervised_states(backbone, batch)).double().sum().item()
         num_tokens += batch.supervised_tokens
-    model.train(was_training)
+    backbone.model.train(was_training)
     return total / num_tokens, num_tokens
 
 
 @torch.no_grad()
-def non_finite_rows(model: nn.Module, head: LossHead, rows: Sequence[EncodedExample]) -> list[str]:
+def non_finite_rows(backbone: Backbone, head: LossHead, rows: Sequence[EncodedExample]) -> list[str]:
     """Origins (file:line) of the rows whose own loss is not finite; of all rows if it is so only together."""
-    device = next(model.parameters()).device
 
     def is_finite(row: EncodedExample) -> bool:
-        batch = pack([row]).to(device)
-        return bool(head.token_losses(*supervised_states(model, batch)).isfinite().all())
+        batch = collate([row], backbone.packing).to(head.weight.device)
+        return bool(head.token_losses(*supervised_states(backbone, batch)).isfinite().all())
 
     return [row.origin for row in rows if not is_finite(row)] or [row.origin for row in rows]
 

@@ -18,8 +18,9 @@ from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.layers.backbone import keeps_documents_apart
+from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
+from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import CHUNK_BYTES
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -78,11 +79,9 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
         rslora=config.rslora,
         seed=config.seed,
     )
-    if config.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    packing = config.packing and keeps_documents_apart(model)
-    if config.packing and not packing:
-        console.print("This model's attention mixes packed rows, so rows are padded instead.")
+    keep: Keep = "nothing" if config.checkpointing else "everything"
+    backbone = choose_backbone(model, keep=keep, packing=config.packing)
+    console.print(f"computing through: {backbone.name}", highlight=False)
     micro_batch_size = config.micro_batch_size or _choose_micro_batch_size(config, data)
     predicted = predict_memory(config, model, data, micro_batch_size, dtype)
     show_memory(console, predicted)
@@ -103,7 +102,7 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
             sampler=sampler,
             total_steps=total_steps,
             micro_batch_size=micro_batch_size,
-            packing=packing,
+            backbone=backbone,
             run=run,
             adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
             events=events,

@@ -1,0 +1,327 @@
+"""One decoder layer of the Llama family, forward and backward, over transformers' own modules.
+
+    x2 = x  + o(attention(rope(qkv(rms_norm(x)))))
+    y  = x2 + down(silu(gate) * up),   gate, up = gate_up(rms_norm(x2))
+
+Autograd through transformers' layer keeps some twenty tensors of a layer's width and casts most of them to
+fp32 and back. Written out by hand, a layer keeps what its caller asks for:
+
+    "nothing"     the input; backward recomputes all but down_proj's base product, whose result it never needs
+    "attention"   also attention's output and log-sum-exp: no second pass of attention, and no o_proj product
+                  is spared, since x2 comes from it
+    "everything"  also what the products gave: backward recomputes only norms and SwiGLU
+
+The frozen weights are fetched (dequantised) where a product needs them, again in backward, so that they may
+come from anywhere. Adapters sit in the same LoraLinear modules as on the generic path; A of layers that share
+an input are stacked into one product. With no gradient wanted for x (nothing below is trained) its products
+are skipped.
+
+Source of the formulas: LoRA (arXiv 2106.09685), RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864),
+SwiGLU (arXiv 2002.05202), FlashAttention-2's backward (arXiv 2307.08691). Left out: dropout, mixture of
+experts, layer-scale and post-norms; such models run on the generic path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nybble.kernels import attention, block_ops, ops
+from nybble.layers.lora import LoraLinear, linear_features
+from nybble.layers.quantized_linear import QuantizedLinear
+
+Keep = Literal["nothing", "attention", "everything"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the T tokens of a packed batch lie, the same for every block.
+
+    Args:
+        cos, sin: fp32 `(T, rotary_dim / 2)`, of each token's position.
+        cu_seqlens: int32 `(num_documents + 1)`, the documents' borders.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cu_seqlens: Tensor
+
+
+class Projection:
+    """Linear layers that read the same input, written side by side into one output.
+
+    Args:
+        modules: LoraLinear, QuantizedLinear or dense linears; output columns in this order.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self.linears = [module.base if isinstance(module, LoraLinear) else module for module in modules]
+        self.adapters = [module if isinstance(module, LoraLinear) else None for module in modules]
+        widths = [linear_features(linear)[1] for linear in self.linears]
+        ranks = [adapter.rank if adapter else 0 for adapter in self.adapters]
+        self.in_features, self.out_features = linear_features(self.linears[0])[0], sum(widths)
+        self.columns = _slices(widths)
+        self.ranks = _slices(ranks)
+
+    def parameters(self) -> list[Tensor]:
+        """A and B of each adapter, in order: what `backward` returns gradients of."""
+        return [p for adapter in self.adapters if adapter for p in (adapter.lora_A, adapter.lora_B)]
+
+    def low_rank(self, x: Tensor) -> Tensor | None:
+        """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters."""
+        stacked = self._stacked_a(x.dtype)
+        return None if stacked is None else x @ stacked.T
+
+    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out)."""
+        y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
+        for linear, adapter, columns, ranks in self._parts():
+            part = y[:, columns]
+            weight = dense_weight(linear, x.dtype)
+            if residual is None:
+                torch.mm(x, weight.T, out=part)
+            else:
+                part.addmm_(x, weight.T)
+            if linear.bias is not None:
+                part += linear.bias.to(x.dtype)
+            if adapter is not None and z is not None:
+                part.addmm_(z[:, ranks], _scaled_b(adapter, x.dtype).T)
+        return y
+
+    def backward(self, grad_y: Tensor, x: Tensor, z: Tensor | None, needs_input_grad: bool) -> "ProjectionGrads":
+        """Gradients of the input (None unless wanted) and of each adapter's A and B."""
+        grad_x = x.new_empty(x.shape) if needs_input_grad else None
+        grad_z = None if z is None else torch.empty_like(z)
+        for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
+            part = grad_y[:, columns]
+            if grad_x is not None:
+                weight = dense_weight(linear, x.dtype)
+                torch.mm(part, weight, out=grad_x) if i == 0 else grad_x.addmm_(part, weight)
+            if adapter is not None and grad_z is not None:
+                torch.mm(part, _scaled_b(adapter, x.dtype), out=grad_z[:, ranks])  # (T, out) -> (T, r)
+        if z is None or grad_z is None:
+            return ProjectionGrads(grad_x, [])
+        stacked = self._stacked_a(x.dtype)
+        if grad_x is not None and stacked is not None:
+            grad_x.addmm_(grad_z, stacked)
+        grad_a = grad_z.T @ x  # (Σ r, in)
+        grads: list[Tensor] = []
+        for _, adapter, columns, ranks in self._parts():
+            if adapter is not None:
+                grad_b = grad_y[:, columns].T @ z[:, ranks]  # (out, r)
+                grads += [grad_a[ranks].float(), grad_b.float().mul_(adapter.scaling)]
+        return ProjectionGrads(grad_x, grads)
+
+    def _parts(self) -> list[tuple[nn.Module, LoraLinear | None, slice, slice]]:
+        return list(zip(self.linears, self.adapters, self.columns, self.ranks, strict=True))
+
+    def _stacked_a(self, dtype: torch.dtype) -> Tensor | None:
+        present = [adapter.lora_A.detach() for adapter in self.adapters if adapter]
+        return torch.cat(present).to(dtype) if present else None
+
+
+@dataclass(frozen=True)
+class ProjectionGrads:
+    """What `Projection.backward` gives."""
+
+    x: Tensor | None
+    adapters: list[Tensor]
+
+
+def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a frozen linear, `[out, in]` in `dtype`; dequantised afresh, nothing keeps it."""
+    if isinstance(linear, QuantizedLinear):
+        return ops.dequantize(linear.quantized(), dtype)
+    weight = linear.weight.detach()
+    return (weight if isinstance(linear, nn.Linear) else weight.T).to(dtype)  # Conv1D keeps [in, out]
+
+
+def _scaled_b(adapter: LoraLinear, dtype: torch.dtype) -> Tensor:
+    return (adapter.lora_B.detach() * adapter.scaling).to(dtype)
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+
+
+class DecoderBlock:
+    """The forward and backward of one transformers decoder layer; it owns no parameters.
+
+    Args:
+        layer: a Llama, Mistral, Qwen2 or Qwen3 decoder layer, its linears quantised and adapted or not.
+        head_dim: width of an attention head.
+        window: tokens a token attends to, itself included; 0 for all before it.
+    """
+
+    def __init__(self, layer: nn.Module, head_dim: int, window: int):
+        attention_module, mlp = layer.self_attn, layer.mlp
+        self.qkv = Projection([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj])
+        self.o = Projection([attention_module.o_proj])
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
+        self.down = Projection([mlp.down_proj])
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm = getattr(attention_module, "q_norm", None)
+        self.k_norm = getattr(attention_module, "k_norm", None)
+        self.head_dim, self.window = head_dim, window
+        self.scale = attention_module.scaling
+        q_width, k_width = self.qkv.columns[0].stop, self.qkv.columns[1].stop - self.qkv.columns[0].stop
+        self.num_heads, self.num_kv_heads = q_width // head_dim, k_width // head_dim
+
+    def __call__(self, x: Tensor, rows: Rows, keep: Keep) -> Tensor:
+        """(T, hidden) -> (T, hidden)."""
+        return _BlockFunction.apply(x, self, rows, keep, *self.parameters())
+
+    def parameters(self) -> list[Tensor]:
+        """The adapters' parameters, in the order in which `backward` returns their gradients."""
+        return [p for projection in (self.qkv, self.o, self.gate_up, self.down) for p in projection.parameters()]
+
+    # ---- forward ---------------------------------------------------------------------------------
+
+    def attend(self, x: Tensor, rows: Rows) -> "Attended":
+        """From the block's input to attention's operands."""
+        normed, rstd = _norm(self.input_norm, x)
+        z = self.qkv.low_rank(normed)
+        qkv = self.qkv.forward(normed, z)
+        head_norms = self._norm_heads(qkv) if self.q_norm is not None else None
+        rotated = self._heads(qkv)[:, : self.num_heads + self.num_kv_heads]
+        block_ops.rope_(rotated, rows.cos, rows.sin)
+        return Attended(rstd, z, qkv, head_norms)
+
+    def mix(self, qkv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, T)."""
+        q, k, v = self._split_heads(qkv)
+        out, lse = attention.attention_forward(q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window)
+        return out.flatten(1), lse
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        return qkv.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return self._heads(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+
+    def _norm_heads(self, qkv: Tensor) -> list["HeadNorm"]:
+        """Qwen3's norm of each query and key head, in place."""
+        q, k, _ = self._split_heads(qkv)
+        kept = []
+        for heads, norm in ((q, self.q_norm), (k, self.k_norm)):
+            before = heads.clone(memory_format=torch.contiguous_format)
+            _, rstd = _norm(norm, before, out=heads)
+            kept.append(HeadNorm(norm, before, rstd))
+        return kept
+
+    # ---- backward --------------------------------------------------------------------------------
+
+    def backward_attend(self, grad_qkv: Tensor, head_norms: list["HeadNorm"] | None, rows: Rows) -> None:
+        """Undo rope and head norms on the gradient of attention's operands, in place."""
+        grads = self._heads(grad_qkv)
+        block_ops.rope_backward_(grads[:, : self.num_heads + self.num_kv_heads], rows.cos, rows.sin)
+        grad_q, grad_k, _ = self._split_heads(grad_qkv)
+        for grad, kept in zip((grad_q, grad_k), head_norms or (), strict=False):
+            _norm_backward(kept.norm, grad, kept.before, kept.rstd, out=grad)
+
+
+@dataclass
+class HeadNorm:
+    """What the backward of a norm over heads needs."""
+
+    norm: nn.Module
+    before: Tensor  # (T, heads, head_dim)
+    rstd: Tensor  # (T, heads)
+
+
+@dataclass
+class Attended:
+    """What `DecoderBlock.attend` computes."""
+
+    rstd: Tensor  # (T), of the input's norm
+    z: Tensor | None  # (T, Σ ranks)
+    qkv: Tensor  # (T, q + 2 kv), normed and rotated
+    head_norms: list[HeadNorm] | None  # where heads are normed
+
+
+@dataclass
+class Intermediates:
+    """Everything a block's backward reads besides its input."""
+
+    attended: Attended
+    attention_out: Tensor  # (T, q)
+    lse: Tensor  # (heads, T)
+    z_o: Tensor | None
+    x2: Tensor  # (T, hidden)
+    rstd2: Tensor  # (T), of its norm
+    z_gate_up: Tensor | None
+    gate_up: Tensor  # (T, 2 f)
+    z_down: Tensor | None
+
+
+def _compute(block: DecoderBlock, x: Tensor, rows: Rows, kept: tuple[Tensor, Tensor] | None) -> Intermediates:
+    """The block up to down_proj; `kept` is attention's output and log-sum-exp when they were kept."""
+    attended = block.attend(x, rows)
+    out, lse = kept or block.mix(attended.qkv, rows)
+    z_o = block.o.low_rank(out)
+    x2 = block.o.forward(out, z_o, residual=x)
+    normed, rstd2 = _norm(block.mlp_norm, x2)
+    z_gate_up = block.gate_up.low_rank(normed)
+    gate_up = block.gate_up.forward(normed, z_gate_up)
+    z_down = block.down.low_rank(block_ops.swiglu(*gate_up.chunk(2, dim=1)))
+    return Intermediates(attended, out, lse, z_o, x2, rstd2, z_gate_up, gate_up, z_down)
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: DecoderBlock, rows: Rows, keep: Keep, *parameters: Tensor) -> Tensor:
+        parts = _compute(block, x, rows, None)
+        y = block.down.forward(block_ops.swiglu(*parts.gate_up.chunk(2, dim=1)), parts.z_down, residual=parts.x2)
+        ctx.block, ctx.rows = block, rows
+        ctx.kept = None
+        saved: list[Tensor] = [x]
+        if keep == "attention":
+            saved += [parts.attention_out, parts.lse]
+        elif keep == "everything":
+            ctx.kept = parts
+        ctx.save_for_backward(*saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        block, rows = ctx.block, ctx.rows
+        x, *kept_attention = ctx.saved_tensors
+        grad_y = grad_outputs[0].contiguous()
+        s = ctx.kept or _compute(block, x, rows, tuple(kept_attention) or None)
+        ctx.kept = None
+
+        gate, up = s.gate_up.chunk(2, dim=1)
+        down = block.down.backward(grad_y, block_ops.swiglu(gate, up), s.z_down, True)
+        grad_gate_up = torch.empty_like(s.gate_up)
+        block_ops.swiglu_backward(down.x, gate, up, *grad_gate_up.chunk(2, dim=1))
+        gate_up = block.gate_up.backward(grad_gate_up, _norm(block.mlp_norm, s.x2)[0], s.z_gate_up, True)
+        grad_x2 = _norm_backward(block.mlp_norm, gate_up.x, s.x2, s.rstd2, out=grad_y.clone(), accumulate=True)
+
+        o = block.o.backward(grad_x2, s.attention_out, s.z_o, True)
+        grad_qkv = torch.empty_like(s.attended.qkv)
+        q, k, v = block._split_heads(s.attended.qkv)
+        attention.attention_backward(
+            o.x.view(q.shape), q, k, v, s.attention_out.view(q.shape), s.lse, rows.cu_seqlens,
+            scale=block.scale, window=block.window, grads=block._split_heads(grad_qkv),
+        )  # fmt: skip
+        block.backward_attend(grad_qkv, s.attended.head_norms, rows)
+        needs_input_grad = ctx.needs_input_grad[0]
+        qkv = block.qkv.backward(grad_qkv, _norm(block.input_norm, x)[0], s.attended.z, needs_input_grad)
+        grad_x = None
+        if needs_input_grad:
+            grad_x = _norm_backward(block.input_norm, qkv.x, x, s.attended.rstd, out=grad_x2, accumulate=True)
+        return grad_x, None, None, None, *qkv.adapters, *o.adapters, *gate_up.adapters, *down.adapters
+
+
+def _norm(norm: nn.Module, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The normed rows and 1 / RMS of each."""
+    return block_ops.rms_norm(x, norm.weight.detach(), norm.variance_epsilon, out=out)
+
+
+def _norm_backward(
+    norm: nn.Module, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor, accumulate: bool = False
+) -> Tensor:
+    return block_ops.rms_norm_backward(grad, x, norm.weight.detach(), rstd, out=out, accumulate=accumulate)

@@ -1,0 +1,222 @@
+"""Decoder blocks against transformers' own layers and autograd: states, gradients, packing, every `keep`."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.kernels import ops
+from nybble.layers.backbone import BlockBackbone, GenericBackbone, choose_backbone
+from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
+from nybble.layers.loss_head import LossHead
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def rope(kind: str, **extra: float) -> dict[str, object]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **extra}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama tied, biased": LlamaConfig(**SMALL, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama, wide heads": LlamaConfig(**SMALL, head_dim=32),
+    "llama, one kv head": LlamaConfig(**{**SMALL, "num_key_value_heads": 1}),
+    "linear rope": LlamaConfig(**SMALL, **rope("linear", factor=2.0)),
+    "dynamic rope": LlamaConfig(**SMALL, **rope("dynamic", factor=2.0)),
+    "llama3 rope": LlamaConfig(**SMALL, **rope("llama3", **LLAMA3)),
+    "yarn rope": LlamaConfig(**SMALL, **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "mistral, window": MistralConfig(**SMALL, sliding_window=5),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen2, window in one layer": Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=4, layer_types=["full_attention", "sliding_attention"]
+    ),
+    "qwen3": Qwen3Config(**SMALL, head_dim=16),
+}
+DOCUMENTS = (7, 1, 20, 13)
+
+
+def tuned_model(name: str, targets: str = "all-linear") -> nn.Module:
+    """A small four-bit model whose adapters are no longer zero."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.3)
+        elif "norm" in parameter_name:
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+    names = quantizable_linears(model)
+    dense = {layer: model.get_submodule(layer) for layer in names}
+    replace_linears(model, names, QuantSpec(), torch.float32)
+    for layer, linear in dense.items():
+        model.get_submodule(layer).load_quantized(ops.quantize(linear.weight.detach(), QuantSpec()))
+        if linear.bias is not None:
+            model.get_submodule(layer).bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    attach_adapters(model, resolve_targets(model, targets), rank=3, alpha=6.0, seed=1)
+    for adapter in adapters_of(model).values():
+        nn.init.normal_(adapter.lora_B, std=0.2)
+    return model
+
+
+def packed_batch(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    ids = torch.randint(96, (1, sum(lengths)))
+    return {
+        "input_ids": ids,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "positions": (torch.rand(sum(lengths)) < 0.7).nonzero().squeeze(1),
+        "cu_seqlens": torch.tensor((0, *lengths)).cumsum(0).to(torch.int32),
+    }
+
+
+def loss_and_gradients(model: nn.Module, backbone, batch: dict[str, torch.Tensor]):
+    model.zero_grad()
+    states = backbone.states(**batch)
+    targets = torch.arange(len(states)) % 96
+    loss = LossHead.of(model).loss(states, targets, len(targets))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return states.detach(), loss.item(), gradients
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def exact_twin(model: nn.Module) -> nn.Module:
+    """The same model in fp64, its four-bit weights written out."""
+    twin = copy.deepcopy(model)
+    for adapter in adapters_of(twin).values():
+        linear = nn.Linear(adapter.in_features, adapter.out_features, bias=adapter.base.bias is not None)
+        linear.weight = nn.Parameter(adapter.base.dequantize(), requires_grad=False)
+        if adapter.base.bias is not None:
+            linear.bias = adapter.base.bias
+        adapter.base = linear
+    return twin.double()
+
+
+def generic(model: nn.Module) -> GenericBackbone:
+    return GenericBackbone(model, checkpointing=False, packing=True, why="test")
+
+
+@pytest.mark.parametrize("keep", ["nothing", "attention", "everything"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states_loss_and_gradients_equal_transformers_in_fp32(name, keep):
+    model = tuned_model(name)
+    batch = packed_batch(DOCUMENTS)
+    expected_states, expected_loss, expected = loss_and_gradients(model, generic(model), batch)
+    states, loss, gradients = loss_and_gradients(model, BlockBackbone(model, keep), batch)
+    assert relative_error(states, expected_states) <= 1e-5
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert gradients.keys() == expected.keys() and len(gradients) == 2 * 2 * 7
+    twin = exact_twin(model)
+    _, _, exact = loss_and_gradients(twin, generic(twin), batch)
+    for parameter, gradient in gradients.items():
+        # Where transformers' own fp32 gradient is further than that from the exact one, ours must be as near.
+        own_error = relative_error(expected[parameter], exact[parameter])
+        if own_error <= 5e-6:
+            assert relative_error(gradient, expected[parameter]) <= 1e-5, parameter
+        else:
+            assert relative_error(gradient, exact[parameter]) <= 2 * own_error, parameter
+
+
+@pytest.mark.parametrize("targets", ["attention", "o_proj,up_proj", "k_proj", "down_proj"])
+def test_blocks_with_few_adapters(targets):
+    model = tuned_model("llama", targets)
+    batch = packed_batch((9, 4))
+    _, _, expected = loss_and_gradients(model, generic(model), batch)
+    _, _, gradients = loss_and_gradients(model, BlockBackbone(model, "nothing"), batch)
+    for parameter, gradient in gradients.items():
+        assert relative_error(gradient, expected[parameter]) <= 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_packed_loss_and_gradients_equal_unpacked_ones(name):
+    model = tuned_model(name)
+    backbone = BlockBackbone(model, "nothing")
+    batch = packed_batch(DOCUMENTS)
+    _, loss, gradients = loss_and_gradients(model, backbone, batch)
+    targets = torch.arange(len(batch["positions"])) % 96
+
+    model.zero_grad()
+    total, start = 0.0, 0
+    for length in DOCUMENTS:
+        inside = (batch["positions"] >= start) & (batch["positions"] < start + length)
+        states = backbone.states(
+            batch["input_ids"][:, start : start + length],
+            torch.arange(length)[None],
+            batch["positions"][inside] - start,
+            torch.tensor([0, length], dtype=torch.int32),
+        )
+        part = LossHead.of(model).loss(states, targets[inside], len(targets))
+        part.backward()
+        total, start = total + part.item(), start + length
+    assert total == pytest.approx(loss, rel=1e-5)
+    for parameter, gradient in gradients.items():
+        assert relative_error(model.get_parameter(parameter).grad, gradient) <= 1e-5, parameter
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_bf16_is_no_worse_than_transformers_own_bf16(name):
+    ours = theirs = 0.0
+    for seed in range(4):  # one draw of so small a model says little
+        narrow = tuned_model(name)
+        torch.manual_seed(100 + seed)
+        for parameter in narrow.parameters():
+            if parameter.is_floating_point():
+                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
+        wide = copy.deepcopy(narrow)
+        for parameter in wide.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        batch = packed_batch(DOCUMENTS)
+        _, _, expected = loss_and_gradients(wide, generic(wide), batch)
+        theirs += total_error(loss_and_gradients(narrow, generic(narrow), batch)[2], expected)
+        ours += total_error(loss_and_gradients(narrow, BlockBackbone(narrow, "nothing"), batch)[2], expected)
+    assert ours <= theirs
+
+
+def total_error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    return sum(relative_error(gradients[name], expected[name]) for name in expected) / len(expected)
+
+
+def test_train_eval_train_gives_the_same_gradients_bit_for_bit():
+    model = tuned_model("llama")
+    backbone = BlockBackbone(model, "everything")
+    batch = packed_batch(DOCUMENTS)
+    _, _, first = loss_and_gradients(model, backbone, batch)
+    model.eval()
+    with torch.no_grad():
+        backbone.states(**batch)
+        model(input_ids=batch["input_ids"])
+    model.train()
+    _, _, second = loss_and_gradients(model, backbone, batch)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_blocks_do_not_know_runs_on_the_generic_path_and_says_why():
+    model = tuned_model("llama")
+    assert isinstance(choose_backbone(model, keep="nothing", packing=True), BlockBackbone)
+    unpacked = choose_backbone(model, keep="nothing", packing=False)
+    assert isinstance(unpacked, GenericBackbone) and "not packed" in unpacked.name
+    next(iter(adapters_of(model).values())).dropout = 0.1
+    assert "dropout" in choose_backbone(model, keep="nothing", packing=True).name
+    model = tuned_model("llama")
+    model.config.hidden_act = "gelu"
+    assert "gelu" in choose_backbone(model, keep="nothing", packing=True).name
+    model.config.model_type = "gpt_neox"
+    assert "gpt_neox" in choose_backbone(model, keep="nothing", packing=True).name
