@@ -8,7 +8,7 @@ Layout of `scales` (one uint8 tensor, so that safetensors, FSDP2, DDP and deepco
     int4_asym:     ... | zero_points u8 [B]          (appended to either)
 
 Layout of `packed`: byte j holds elements 2j (high nibble) and 2j + 1 (low nibble) of the row-major
-flattened matrix; an odd count is padded with a zero nibble.
+flattened matrix; an odd count is padded with the index of zero.
 """
 
 from dataclasses import dataclass

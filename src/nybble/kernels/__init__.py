@@ -1,1 +1,10 @@
+"""Ops declared once, with a body per backend. Importing the package declares every op and registers every body."""
 
+from nybble.kernels import attention as attention
+from nybble.kernels import bitsandbytes_cuda as bitsandbytes_cuda
+from nybble.kernels import block_cpu as block_cpu
+from nybble.kernels import block_ops as block_ops
+from nybble.kernels import block_reference as block_reference
+from nybble.kernels import cpu as cpu
+from nybble.kernels import ops as ops
+from nybble.kernels import reference as reference

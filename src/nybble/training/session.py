@@ -12,10 +12,10 @@ from rich.table import Table
 from torch import nn
 
 from nybble.config import TrainConfig, config_to_yaml
-from nybble.data.audit import render_audit
 from nybble.data.prepare import PreparedData, load_dataset_for_training
 from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
+from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import choose_backbone

@@ -1,0 +1,53 @@
+# Everything runs in .venv, which the first target that needs it makes. `make help` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/nybble/kernels/csrc/*)
+
+.PHONY: help setup demo test test-slow lint bench clean
+
+help:
+	@echo "make demo       fine-tune a small model on the documentation of Python's standard library"
+	@echo "make test       install what the tests need; run the linter, the type checker and the tests"
+	@echo "make test-slow  run the slow tests too"
+	@echo "make bench      measure the kernels"
+	@echo "make setup      make .venv and install nybble into it"
+	@echo "make clean      remove .venv and what was built (runs/ stays)"
+
+setup: .venv/.installed
+
+demo: .venv/.installed
+	$(BIN)/nybble train examples/demo.yaml
+
+lint: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: lint
+	$(BIN)/python -m pytest -m "not gpu and not benchmark"
+
+bench: .venv/.installed-test
+	$(BIN)/python benchmarks/bench_kernels.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "nybble needs Python 3.11 or later; $(PYTHON) is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "Python's venv module is missing (Debian: apt-get install python3-venv)."; exit 1; }
+
+.venv/.installed: $(BUILT_FROM) | .venv/bin/python
+	@echo "Installing nybble and what it needs into .venv (the first time this downloads PyTorch)..."
+	$(INSTALL) --editable .
+	@touch $@
+
+.venv/.installed-test: $(BUILT_FROM) | .venv/bin/python
+	@echo "Installing nybble and what its tests need into .venv (the first time this downloads PyTorch)..."
+	$(INSTALL) --editable '.[test,dev]'
+	@touch .venv/.installed $@

@@ -1,0 +1,46 @@
+"""`nybble data check`."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nybble.config import DataConfig, build_options
+
+
+def check(
+    given: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the audit as one JSON object, for machines.")] = False,
+    show: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to show, supervised tokens coloured.")] = 3,
+) -> int:
+    """Show what a training run would learn from: the audit, and rows with their supervised tokens coloured."""
+    config = build_options(DataConfig, given)
+    from nybble.data.prepare import prepare
+    from nybble.data.readers import FieldNames
+    from nybble.data.show import render_audit, render_example
+    from nybble.data.template import ChatTemplate
+    from nybble.models.source import open_source
+
+    source = open_source(config.model, config.tokenizer)
+    template = ChatTemplate(source.load_tokenizer(), config.template)
+    data = prepare(
+        config.data,
+        template,
+        max_seq_len=config.max_seq_len,
+        fields=FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field),
+        validation_source=config.validation_data,
+        validation_fraction=config.validation_fraction,
+        validation_rows=config.validation_rows,
+        seed=config.seed,
+        vocab_size=source.config.get_text_config().vocab_size,
+    )
+    if as_json:
+        typer.echo(json.dumps(data.audit.to_json(), indent=2))
+    else:
+        console = Console()
+        console.print(render_audit(data.audit))
+        for row in data.train[:show]:
+            console.print(render_example(row, template.tokenizer))
+    data.audit.check()  # what would stop a training run stops this verb too, after it was shown
+    return 0

@@ -1,0 +1,50 @@
+"""`nybble`: the verbs, and what holds for all of them."""
+
+from typing import Annotated
+
+import typer
+
+import nybble
+from nybble.cli.chat import chat
+from nybble.cli.data import check
+from nybble.cli.doctor import doctor
+from nybble.cli.quantize import quantize
+from nybble.cli.train import train
+from nybble.cli.verbs import add_verb
+from nybble.config import ChatConfig, DataConfig, QuantizeConfig, TrainConfig
+
+_SETTINGS = {"help_option_names": ["--help", "-h"]}
+
+app = typer.Typer(
+    name="nybble",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=_SETTINGS,
+)
+data_app = typer.Typer(
+    name="data", help="Look at examples before training on them.", no_args_is_help=True, context_settings=_SETTINGS
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nybble {nybble.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _nybble(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Fine-tune large language models whose frozen weights are four bits wide."""
+
+
+add_verb(app, "train", train, TrainConfig)
+add_verb(app, "chat", chat, ChatConfig)
+add_verb(app, "quantize", quantize, QuantizeConfig)
+app.add_typer(data_app)
+add_verb(data_app, "check", check, DataConfig)
+add_verb(app, "doctor", doctor)

@@ -1,0 +1,114 @@
+"""From an options class and a function to a verb of the command line.
+
+Flags, help texts, defaults and help panels come from the fields of the options class, so that an option
+is declared in `nybble.config` and nowhere else. Flags arrive as text; the options class converts and
+checks them, which gives one set of messages for flags and YAML files.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand
+
+from nybble.config import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
+from nybble.errors import ConfigError, NybbleError
+
+Body = Callable[..., int]  # takes the given flags, and arguments of its own; returns the exit code
+
+
+def add_verb(app: typer.Typer, name: str, body: Body, options: type[Options] = Options) -> None:
+    """Adds `body` to `app` as the verb `name`.
+
+    Args:
+        body: called with a dict of the flags the user gave (option name -> text, or bool for a switch), then
+            with the arguments and options that its own signature declares with typer. Its docstring is the help.
+        options: its fields become flags.
+    """
+    own_parameters = list(inspect.signature(body).parameters.values())[1:]
+
+    def run(**arguments: Any) -> None:
+        given = {name: arguments.pop(name) for name in options.model_fields}
+        try:
+            exit_code = body({name: value for name, value in given.items() if value is not None}, **arguments)
+        except NybbleError as error:
+            exit_code = report(error)
+        raise typer.Exit(exit_code)
+
+    flags = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_flag(option, field, group))
+        for group, fields in fields_by_group(options).items()
+        for option, field in fields.items()
+    ]
+    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own_parameters]
+    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *flags)}
+    run.__doc__ = body.__doc__
+    app.command(name, cls=_command_class(options))(run)
+
+
+def report(error: NybbleError) -> int:
+    """Prints what was got, what is allowed and what to do, a line each; returns the exit code."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("Error: ", "bold red"), error.got))
+    for line in (error.allowed, error.fix):
+        if line:
+            console.print(Text(line))
+    return error.exit_code
+
+
+def _flag(name: str, field: FieldInfo, group: str) -> Any:
+    """The annotation from which typer makes the flag of one option."""
+    is_switch = alternatives(field) == (bool,)
+    option = typer.Option(
+        f"--{yaml_key(name)}/--no-{yaml_key(name)}" if is_switch else f"--{yaml_key(name)}",
+        help=f"{field.description} {_default(field)}".rstrip(),
+        metavar="" if is_switch else _metavar(field),
+        show_default=False,
+        rich_help_panel=group,
+    )
+    return Annotated[bool | None if is_switch else str | None, option]
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "(required)"
+    if field.default is None:
+        return ""
+    return f"(default: {'on' if field.default is True else 'off' if field.default is False else field.default})"
+
+
+def _metavar(field: FieldInfo) -> str:
+    kind = alternatives(field)[0]
+    if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
+        return "|".join(map(str, get_args(kind)))
+    return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")
+
+
+def _command_class(options: type[Options]) -> type[TyperCommand]:
+    class Verb(TyperCommand):
+        """A command that always names the nearest flag, where click's own suggestion needs a close one."""
+
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            try:
+                return super().parse_args(ctx, args)
+            except typer.TyperException as error:
+                if not hasattr(error, "possibilities"):  # only click's NoSuchOption has it
+                    raise
+                own = [flag for parameter in self.params for flag in (*parameter.opts, *parameter.secondary_opts)]
+                flags = {flag.lstrip("-"): flag for flag in own if flag.startswith("--")} | {"help": "--help"}
+                flags = {alias: f"--{key}" for alias, key in known_names(options).items()} | flags
+                unknown: str = error.option_name  # type: ignore[attr-defined]
+                problem = ConfigError(
+                    f"There is no flag {unknown}. Did you mean {nearest(unknown, flags)}?",
+                    f"Flags: {', '.join(dict.fromkeys(flags.values()))}.",
+                    f"`{ctx.command_path} --help` explains each.",
+                )
+                raise typer.Exit(report(problem)) from None
+
+    return Verb

@@ -1,0 +1,488 @@
+"""Every option of nybble, declared once: name, type, default, bounds, meaning, group.
+
+The command line's flags, the keys of a run's YAML file and the comments of `train --print-config` are
+generated from the classes below. An option's Python name `rows_per_step` is the flag `--rows-per-step`
+and the YAML key `rows-per-step` (underscores are accepted there too).
+
+Options that belong together are one small class; a verb's options are the classes it inherits from.
+"""
+
+import difflib
+import inspect
+import types
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from nybble.errors import ConfigError
+
+
+def knob(default: Any, description: str, *, elsewhere: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """One option. `elsewhere`: what other tools call it, so that an error can name ours."""
+    return Field(default, description=description, json_schema_extra={"elsewhere": list(elsewhere)}, **bounds)
+
+
+def _digits_to_int(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
+def _not_empty(value: Any) -> Any:
+    if value == "":  # Path("") is the current folder, which --overwrite must not reach by accident.
+        raise ValueError("empty")
+    return value
+
+
+BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
+Name = Annotated[str, Field(min_length=1)]
+Folder = Annotated[Path, BeforeValidator(_not_empty)]
+
+
+class Options(BaseModel):
+    """Base of every group: values never change, and only declared names are accepted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    group: ClassVar[str] = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _only_switches_are_bool(cls, value: Any, info: Any) -> Any:
+        # YAML reads a bare `yes` as true, and pydantic would then read true as the number 1.
+        if isinstance(value, bool) and bool not in alternatives(cls.model_fields[info.field_name]):
+            raise ValueError("not a switch")
+        return value
+
+
+class ModelOptions(Options):
+    group: ClassVar[str] = "Model"
+
+    model: Name = knob(
+        ...,
+        "Base model: a Hugging Face folder or hub id, a .gguf file, or the alias smollm2-135m-instruct.",
+        elsewhere=("base_model", "model_name_or_path", "model_id"),
+    )
+    tokenizer: Name | None = knob(
+        None, "Folder or hub id of the tokenizer; the model's own if not given.", elsewhere=("tokenizer_name",)
+    )
+
+
+class DataOptions(Options):
+    group: ClassVar[str] = "Data"
+
+    data: Name = knob(
+        ...,
+        "Examples: a JSONL, JSON, CSV or Parquet file, a hub id, or builtin:pydoc.",
+        elsewhere=("dataset", "train_file", "dataset_name", "training_data"),
+    )
+    validation_data: Name | None = knob(
+        None,
+        "Held-out examples; a part of --data if not given.",
+        elsewhere=("eval_file", "validation_file", "eval_data"),
+    )
+    validation_fraction: float = knob(
+        0.05, "Part of --data held out for validation.", gt=0, lt=1, elsewhere=("val_set_size", "validation_split")
+    )
+    validation_rows: int = knob(512, "Most rows held out for validation.", ge=1, elsewhere=("max_eval_samples",))
+    prompt_field: Name | None = knob(None, "Column that holds the prompt.", elsewhere=("instruction_field",))
+    completion_field: Name | None = knob(None, "Column that holds the answer.", elsewhere=("response_field",))
+    messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
+    text_field: Name | None = knob(None, "Column that holds plain text to continue.", elsewhere=("dataset_text_field",))
+    template: Literal["auto", "none"] = knob(
+        "auto",
+        "auto: the tokenizer's chat template. none: prompt and completion strings stay bare.",
+        elsewhere=("chat_template",),
+    )
+    max_seq_len: int = knob(
+        1024,
+        "Tokens a row may have; longer rows are cut at the end, counted and named.",
+        ge=8,
+        elsewhere=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
+    )
+    seed: int = knob(0, "Seed of the split, the order of rows, the adapters and dropout.", ge=0, le=2**32 - 1)
+
+
+class FourBitOptions(Options):
+    group: ClassVar[str] = "Four bits"
+
+    block_size: BlockSize = knob(
+        64,
+        "Consecutive weights that share one scale: 32 to 4096, a power of two.",
+        elsewhere=("blocksize", "group_size"),
+    )
+    double_quant: bool = knob(
+        True,
+        "Store the scales in 8 bits too: 4.13 instead of 4.5 bits a weight.",
+        elsewhere=("bnb_4bit_use_double_quant",),
+    )
+    quality: Literal["absmax"] = knob("absmax", "How scales are chosen. absmax: each block's largest magnitude.")
+
+
+class OutputFormat(Options):
+    """The formats a model can be written in."""
+
+    group: ClassVar[str] = "Four bits"
+
+    format: Literal["nf4", "fp4", "int4", "int4_asym"] = knob(
+        "nf4", "Format of the weights.", elsewhere=("bnb_4bit_quant_type", "quant_type")
+    )
+
+
+class BaseFormat(Options):
+    """The formats a model can be trained on."""
+
+    group: ClassVar[str] = "Four bits"
+
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "none"] = knob(
+        "nf4", "Format of the frozen weights. none: keep 16 bits.", elsewhere=("bnb_4bit_quant_type", "quant_type")
+    )
+
+
+class AdapterOptions(Options):
+    group: ClassVar[str] = "Adapters"
+
+    rank: int = knob(16, "Rank of each adapter.", ge=1, elsewhere=("r", "lora_r", "lora_rank"))
+    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
+    dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, elsewhere=("lora_dropout",))
+    target_modules: str | tuple[Name, ...] = knob(
+        "all-linear",
+        "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj.",
+        elsewhere=("lora_target_modules", "targets"),
+    )
+    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
+
+    @field_validator("target_modules", mode="after")
+    @classmethod
+    def _split_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if value in ("all-linear", "attention"):
+            return value
+        names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+        if not names or not all(names):
+            raise ValueError("no names")
+        return names
+
+
+class LoopOptions(Options):
+    group: ClassVar[str] = "Training"
+
+    max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
+    epochs: float = knob(1.0, "Passes over the training rows.", gt=0, elsewhere=("num_train_epochs", "num_epochs"))
+    rows_per_step: int = knob(
+        16,
+        "Rows that make one optimizer step.",
+        ge=1,
+        elsewhere=("batch_size", "gradient_accumulation_steps", "train_batch_size"),
+    )
+    micro_batch_size: int | None = knob(
+        None,
+        "Rows computed at once; chosen to fit if not given. It changes memory and speed, not the result.",
+        ge=1,
+        elsewhere=("per_device_train_batch_size",),
+    )
+    lr: float = knob(2e-4, "Peak learning rate.", gt=0, elsewhere=("learning_rate",))
+    schedule: Literal["constant", "cosine", "linear"] = knob(
+        "cosine", "How the learning rate goes on after the warm-up.", elsewhere=("lr_scheduler_type", "lr_scheduler")
+    )
+    warmup: float = knob(
+        0.03,
+        "Warm-up: a fraction of all steps if below 1, else a number of steps.",
+        ge=0,
+        elsewhere=("warmup_ratio", "warmup_steps"),
+    )
+    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay.", ge=0)
+    beta1: float = knob(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1, elsewhere=("adam_beta1",))
+    beta2: float = knob(0.999, "AdamW's decay of the gradient's square.", ge=0, lt=1, elsewhere=("adam_beta2",))
+    max_grad_norm: float = knob(
+        0.3, "Gradients with a larger norm are scaled down to it.", gt=0, elsewhere=("gradient_clipping", "clip")
+    )
+    packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
+    checkpointing: bool = knob(
+        True,
+        "Recompute activations in the backward pass: less memory, more time.",
+        elsewhere=("gradient_checkpointing",),
+    )
+    eval_every: int | None = knob(
+        None, "Steps between evaluations; about five a run if not given.", ge=1, elsewhere=("eval_steps",)
+    )
+    save_every: int | None = knob(
+        None, "Steps between saved adapters; only at the end if not given.", ge=1, elsewhere=("save_steps",)
+    )
+
+
+class MachineOptions(Options):
+    group: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to compute. auto: CUDA where there is one, else CPU.")
+    compute_dtype: Literal["auto", "bf16", "fp32"] = knob(
+        "auto",
+        "Type of activations and products. auto: bf16 where the hardware multiplies it, else fp32.",
+        elsewhere=("dtype", "bnb_4bit_compute_dtype", "bf16"),
+    )
+    threads: int | None = knob(None, "CPU threads; PyTorch's choice if not given.", ge=1)
+
+
+class RunOptions(Options):
+    group: ClassVar[str] = "Run"
+
+    out: Folder = knob(..., "Run folder to make.", elsewhere=("output_dir", "run_dir"))
+    overwrite: bool = knob(False, "Replace an earlier run in that folder.", elsewhere=("overwrite_output_dir",))
+
+
+# Bases stand in reverse: the last one's options come first in help texts and YAML files.
+class TrainConfig(
+    MachineOptions, LoopOptions, AdapterOptions, FourBitOptions, BaseFormat, RunOptions, DataOptions, ModelOptions
+):
+    """What `nybble train` needs to know."""
+
+    @model_validator(mode="after")
+    def _micro_batch_fits_in_step(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.rows_per_step:
+            raise ConfigError(
+                f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
+                "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
+                "Lower --micro-batch-size or raise --rows-per-step.",
+            )
+        return self
+
+
+class QuantizeConfig(FourBitOptions, OutputFormat, ModelOptions):
+    """What `nybble quantize` needs to know."""
+
+    group: ClassVar[str] = "Output"
+
+    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+
+
+class DataConfig(DataOptions, ModelOptions):
+    """What `nybble data check` needs to know."""
+
+
+class AnswerOptions(Options):
+    group: ClassVar[str] = "Chat"
+
+    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
+    max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens", "max_length"))
+    temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
+    seed: int = knob(0, "Seed of the sampling.", ge=0, le=2**32 - 1)
+
+
+class ChatConfig(MachineOptions, AnswerOptions):
+    """What `nybble chat` needs to know."""
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def yaml_key(name: str) -> str:
+    """`rows_per_step` -> `rows-per-step`, which is also the flag without its `--`."""
+    return name.replace("_", "-")
+
+
+def fields_by_group(options: type[Options]) -> dict[str, dict[str, FieldInfo]]:
+    """Group name -> option name -> field, in the order in which users meet them."""
+    groups: dict[str, dict[str, FieldInfo]] = {}
+    for owner in reversed(options.__mro__):
+        for name in inspect.get_annotations(owner):
+            if name in options.model_fields:
+                groups.setdefault(vars(owner)["group"], {})[name] = options.model_fields[name]
+    return groups
+
+
+def load_config(path: Path | str | None, overrides: Mapping[str, Any]) -> TrainConfig:
+    """The options of a training run: those of a YAML file, and `overrides` over them.
+
+    Args:
+        path: a YAML file whose keys are names of options, or None.
+        overrides: names of options to values; strings are converted to each option's type.
+
+    Raises:
+        ConfigError: the file cannot be read, or a name or value is not allowed.
+    """
+    from_file = {} if path is None else _read_yaml(Path(path))
+    return build_options(TrainConfig, overrides, from_file, origin=str(path))
+
+
+def draft_config(path: Path | str | None, overrides: Mapping[str, Any]) -> str:
+    """`load_config` as commented YAML, in which required options that are not given are left to be filled in."""
+    from_file = {} if path is None else _read_yaml(Path(path))
+    given = _known_names(TrainConfig, from_file, str(path)) | _known_names(TrainConfig, overrides, "")
+    missing = [name for name, field in TrainConfig.model_fields.items() if field.is_required() and not given.get(name)]
+    config = build_options(TrainConfig, {**overrides, **dict.fromkeys(missing, "-")}, from_file, origin=str(path))
+    return config_to_yaml(config, to_fill_in=missing)
+
+
+def build_options(
+    options: type[AnyOptions],
+    values: Mapping[str, Any],
+    from_file: Mapping[str, Any] | None = None,
+    origin: str = "",
+) -> AnyOptions:
+    """Checked options of one verb. `values` win over `from_file`; `origin` is the file's name in messages.
+
+    Raises:
+        ConfigError: a name is unknown, a value is not allowed, or a required option is missing.
+    """
+    typed = _known_names(options, values, "")
+    filed = _known_names(options, from_file or {}, origin)
+    # A key without a value, as `train --print-config` writes for what must still be filled in, is not given.
+    given = {name: value for name, value in (filed | typed).items() if value is not None}
+    try:
+        return options.model_validate(given)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        name = str(detail["loc"][0])
+        if detail["type"] == "missing":
+            raise _missing_option(options, name) from None
+        raise _bad_value(options, name, given[name], "" if name in typed else origin) from None
+
+
+def config_to_yaml(config: Options, comments: bool = True, to_fill_in: Collection[str] = ()) -> str:
+    """The YAML text that `load_config` reads back as the same options.
+
+    Args:
+        config: resolved options.
+        comments: write each group's name, and each option's meaning and allowed values.
+        to_fill_in: names of options to leave without a value, for the user to write one.
+    """
+    values = config.model_dump(mode="json")
+    lines: list[str] = []
+    for group, fields in fields_by_group(type(config)).items():
+        if comments:
+            lines += ["", f"# {group}"] if lines else [f"# {group}"]
+        for name, field in fields.items():
+            value = None if name in to_fill_in else values[name]
+            if comments:
+                lines += ["", f"# {field.description} {allowed_values(field)}"]
+            lines.append(_yaml_line(yaml_key(name), value))
+    return "\n".join(lines) + "\n"
+
+
+def allowed_values(field: FieldInfo) -> str:
+    """What an option takes, in words."""
+    kinds = " or ".join(_describe_type(kind) for kind in alternatives(field))
+    bounds = [text.format(bound) for kind, text in _BOUNDS.items() for bound in _bounds(field, kind)]
+    sentence = ", ".join([kinds, *bounds]) + "."
+    return sentence[0].upper() + sentence[1:]
+
+
+def alternatives(field: FieldInfo) -> tuple[Any, ...]:
+    """The types an option takes, None aside and Annotated taken off."""
+    annotation = field.annotation
+    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    bare = (get_args(member)[0] if get_origin(member) is Annotated else member for member in members)
+    return tuple(member for member in bare if member is not type(None))
+
+
+def nearest(name: str, known: Mapping[str, str]) -> str:
+    """The value of the key of `known` that is most like `name`."""
+    wanted = name.strip("-").lower().replace("_", "-")
+    return known[max(known, key=lambda key: difflib.SequenceMatcher(None, wanted, key).ratio())]
+
+
+def known_names(options: type[Options]) -> dict[str, str]:
+    """Every name of an option, here and in other tools, to the YAML key."""
+    return {
+        yaml_key(alias): yaml_key(name)
+        for name, field in options.model_fields.items()
+        for alias in (*_elsewhere(field), name)
+    }
+
+
+def _elsewhere(field: FieldInfo) -> list[str]:
+    return cast(dict[str, list[str]], field.json_schema_extra)["elsewhere"]
+
+
+_BOUNDS: dict[str, str] = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+
+
+def _bounds(field: FieldInfo, kind: str) -> Iterable[Any]:
+    return (getattr(constraint, kind) for constraint in field.metadata if hasattr(constraint, kind))
+
+
+def _describe_type(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        choices = ", ".join(map(str, get_args(kind)))
+        return f"one of {choices}" if len(get_args(kind)) > 1 else choices
+    if get_origin(kind) is tuple:
+        return "a list of names"
+    return {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+
+
+def _known_names(options: type[Options], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """`values` under the options' Python names."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in options.model_fields:
+            raise _unknown_option(options, str(key), origin)
+        if name in named:
+            raise ConfigError(f"{_place(origin)}{key} is given twice.", "Each option is given once.", "Remove one.")
+        named[name] = value
+    return named
+
+
+def _unknown_option(options: type[Options], name: str, origin: str) -> ConfigError:
+    known = known_names(options)
+    return ConfigError(
+        f"{_place(origin)}There is no option {name!r}. Did you mean {nearest(name, known)!r}?",
+        f"Options: {', '.join(dict.fromkeys(known.values()))}.",
+        "`nybble train --print-config` explains each.",
+    )
+
+
+def _missing_option(options: type[Options], name: str) -> ConfigError:
+    key, field = yaml_key(name), options.model_fields[name]
+    return ConfigError(f"{key} is not given.", f"{key}: {field.description}", f"Add --{key} {key.upper()}.")
+
+
+def _bad_value(options: type[Options], name: str, value: Any, origin: str) -> ConfigError:
+    key, field = yaml_key(name), options.model_fields[name]
+    default = "" if field.is_required() or field.default is None else f" Leave it out to get {field.default}."
+    return ConfigError(
+        f"{_place(origin)}{key} is {value!r}.", f"Allowed: {allowed_values(field)}", f"{field.description}{default}"
+    )
+
+
+def _place(origin: str) -> str:
+    return f"{origin}: " if origin else ""
+
+
+def _yaml_line(key: str, value: Any) -> str:
+    if value is None:
+        return f"{key}:"
+    text: str = yaml.safe_dump({key: value}, default_flow_style=False)  # ASCII: YAML folds some of Unicode away
+    return text.rstrip("\n")
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, where YAML's own would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    fix = "`nybble train --print-config` prints a file to start from."
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.", "A YAML file that can be read.", fix) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        detail = " ".join(str(error).split())
+        raise ConfigError(f"{path} is not YAML: {detail}.", "A YAML file in UTF-8.", fix) from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds a {type(content).__name__}, not options.", "Lines such as `rank: 16`.", fix)
+    return content

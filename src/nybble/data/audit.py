@@ -1,0 +1,257 @@
+"""The audit: what will be trained on, counted, and everything that looks wrong with it, named.
+
+It runs before every training. Findings have ids that stay the same from version to version; those of level
+"error" stop training, those of level "warning" are shown and kept in `data_audit.json`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from nybble.data.examples import EncodedExample, Example
+from nybble.errors import DataError
+
+Level = Literal["error", "warning"]
+ROWS_NAMED = 5
+
+# id: (level, what it means, what to do)
+FINDINGS: dict[str, tuple[Level, str, str]] = {
+    "no-rows": ("error", "no row is left to train on", "see the other findings for what became of the rows"),
+    "no-assistant-turn": (
+        "error",
+        "rows without an assistant's turn train on nothing",
+        "remove them, or give the text to learn as a `text` column",
+    ),
+    "no-user-turn": (
+        "error",
+        "rows in which no user's turn precedes an assistant's have no prompt",
+        "remove them, or give the text to learn as a `text` column",
+    ),
+    "no-supervised-tokens": (
+        "error",
+        "rows in which not one token is supervised",
+        "check the chat template's {% generation %} blocks, or remove the rows",
+    ),
+    "no-end-of-turn": (
+        "error",
+        "the chat template ends no answer with a special token, so the model would never learn to stop",
+        "use a tokenizer whose template ends answers in one, or --template none, which ends them in eos",
+    ),
+    "template-loses-content": (
+        "error",
+        "the chat template leaves out part of what the rows say",
+        "move that content to a role the template renders, or use another tokenizer's template",
+    ),
+    "template-rewrites-prompt": (
+        "error",
+        "the chat template renders answers so that they do not follow the prompt that chat would send",
+        "use another tokenizer's template, or --template none",
+    ),
+    "needs-template": (
+        "error",
+        "rows of messages need a chat template",
+        "leave out --template none, or give prompt/completion columns",
+    ),
+    "ids-beyond-vocabulary": (
+        "error",
+        "the tokenizer gives ids that the model's embedding does not have",
+        "use the tokenizer that belongs to the model",
+    ),
+    "validation-leak": (
+        "error",
+        "validation rows that also stand in the training data",
+        "remove them from one of the two, or leave the validation data out and let nybble split",
+    ),
+    "template-refuses": (
+        "warning",
+        "rows that the chat template refuses were dropped",
+        "check the order of their roles",
+    ),
+    "empty-answer": ("warning", "rows with an empty answer were dropped", "remove them, or fill in the answer"),
+    "no-token-border": (
+        "warning",
+        "rows in which the tokenizer has no border where an answer begins or ends were dropped",
+        "check white space at the beginning of these answers",
+    ),
+    "too-long": (
+        "warning",
+        "rows were dropped because none of their answer is within max_seq_len",
+        "raise --max-seq-len, or shorten their prompts",
+    ),
+    "truncated": (
+        "warning",
+        "rows longer than max_seq_len lost their end",
+        "raise --max-seq-len to train on all of them",
+    ),
+    "template-rewrites-history": (
+        "warning",
+        "the chat template words earlier answers differently once a conversation goes on; rows were split",
+        "nothing: each answer is trained as chat would produce it, at the cost of more tokens",
+    ),
+    "special-token-in-content": (
+        "warning",
+        "rows spell special tokens in their own text",
+        "remove them: the model reads them as control tokens",
+    ),
+    "duplicates": (
+        "warning",
+        "rows say the same as an earlier row",
+        "remove them, unless they are meant to weigh more",
+    ),
+    "no-validation": (
+        "warning",
+        "no validation rows, so nothing will show how the model does on text it has not seen",
+        "add rows, or give a validation fraction above 0",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about some rows.
+
+    Args:
+        id: a key of `FINDINGS`.
+        num_rows: how many rows it concerns; 0 where it is not about rows.
+        rows: the first `ROWS_NAMED` of them, "file:line".
+        detail: what is wrong with the first of them, where there is more to say than the id does.
+    """
+
+    id: str
+    num_rows: int
+    rows: tuple[str, ...]
+    detail: str = ""
+
+    @property
+    def level(self) -> Level:
+        return FINDINGS[self.id][0]
+
+    @property
+    def message(self) -> str:
+        return FINDINGS[self.id][1]
+
+    @property
+    def fix(self) -> str:
+        return FINDINGS[self.id][2]
+
+    def __str__(self) -> str:
+        rest = self.num_rows - len(self.rows)
+        rows = f": {', '.join(self.rows)}" + (f" and {rest} more" if rest else "") if self.rows else ""
+        count = f"{self.num_rows} x " if self.num_rows else ""
+        return f"{self.id}: {count}{self.message}{rows}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Counts and findings.
+
+    Args:
+        source, validation_source: as the user gave them; the latter is None where the rows were split.
+        layout: which columns were read.
+        num_rows: rows read, validation file included.
+        num_dropped: rows of which nothing is trained or validated on.
+        num_truncated: sequences that lost their end to `max_seq_len`.
+        num_train, num_validation: sequences.
+        tokens, supervised_tokens: over the training sequences.
+        validation_tokens, validation_supervised_tokens: over the validation sequences.
+        truncated_tokens: tokens lost to `max_seq_len`.
+        longest: tokens of the longest sequence before truncation.
+        length_percentiles: of those lengths, keys "p50", "p90", "p99".
+        notices: what the template has to say.
+        findings: errors first.
+    """
+
+    source: str
+    validation_source: str | None
+    layout: str
+    max_seq_len: int
+    num_rows: int
+    num_dropped: int
+    num_truncated: int
+    num_train: int
+    num_validation: int
+    tokens: int
+    supervised_tokens: int
+    validation_tokens: int
+    validation_supervised_tokens: int
+    truncated_tokens: int
+    longest: int
+    length_percentiles: dict[str, int]
+    notices: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.level == "error")
+
+    def check(self) -> None:
+        """Let pass what can be trained on.
+
+        Raises:
+            DataError: a finding must stop training; all such findings are in the message.
+        """
+        if not self.errors:
+            return
+        # Where nothing is left, what dropped the rows belongs in the message too.
+        shown = self.findings if any(finding.id == "no-rows" for finding in self.errors) else self.errors
+        got = "\n".join(str(finding) for finding in shown if finding.id != "no-validation")
+        fix = "\n".join(f"{f.id}: {f.fix}" for f in shown if f.id not in ("no-rows", "no-validation"))
+        raise DataError(f"{self.source} cannot be trained on.\n{got}", fix=fix)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers."""
+        findings = [{**asdict(f), "rows": list(f.rows), "level": f.level, "message": f.message} for f in self.findings]
+        return {**asdict(self), "notices": list(self.notices), "findings": findings}
+
+
+def find(finding: str, rows: Iterable[str], detail: str = "") -> list[Finding]:
+    """A list of one finding, or of none where no rows are concerned."""
+    named = list(dict.fromkeys(rows))
+    return [Finding(finding, len(named), tuple(named[:ROWS_NAMED]), detail)] if named else []
+
+
+def find_ids_beyond(sequences: Sequence[EncodedExample], vocab_size: int) -> list[Finding]:
+    """Sequences with an id of `vocab_size` (the rows of the model's embedding matrix) or more."""
+    beyond = [s for s in sequences if int(s.input_ids.max()) >= vocab_size]
+    detail = f"largest id {max(int(s.input_ids.max()) for s in beyond)}, embedding {vocab_size} rows" if beyond else ""
+    return find("ids-beyond-vocabulary", (s.origin for s in beyond), detail)
+
+
+def find_without_end_of_turn(sequences: Sequence[EncodedExample], stop_ids: Sequence[int]) -> list[Finding]:
+    """An error only where *no* whole sequence has a supervised token that ends a turn."""
+    whole = [s for s in sequences if not s.num_truncated]
+    stops = torch.tensor(stop_ids, dtype=torch.int32)
+    if any(bool(torch.isin(s.input_ids[s.supervised], stops).any()) for s in whole):
+        return []
+    return find("no-end-of-turn", (s.origin for s in whole))
+
+
+def find_special_tokens(examples: Sequence[Example], special_tokens: Sequence[str]) -> list[Finding]:
+    def contents(example: Example) -> str:
+        return example.text if example.text is not None else "\n".join(m.content for m in example.conversation())
+
+    if not special_tokens:
+        return []
+    pattern = re.compile("|".join(map(re.escape, special_tokens)))
+    spelled = [(example.origin, match[0]) for example in examples if (match := pattern.search(contents(example)))]
+    return find("special-token-in-content", (origin for origin, _ in spelled), repr(spelled[0][1]) if spelled else "")
+
+
+def find_duplicates(examples: Sequence[Example]) -> list[Finding]:
+    first: dict[str, str] = {}
+    repeated = [e.origin for e in examples if first.setdefault(e.content_key, e.origin) != e.origin]
+    return find("duplicates", repeated)
+
+
+def find_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[Finding]:
+    trained = {example.content_key for example in train}
+    return find("validation-leak", (e.origin for e in validation if e.content_key in trained))
+
+
+def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+    """Nearest-rank percentiles; zeros for no lengths."""
+    ranked = sorted(lengths) or [0]
+    return {f"p{p}": ranked[max(0, -(-p * len(ranked) // 100) - 1)] for p in (50, 90, 99)}

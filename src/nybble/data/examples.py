@@ -1,0 +1,114 @@
+"""What a training row is, before and after it has been turned into tokens. No reading, no tokenizer here."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+    def as_dict(self) -> dict[str, str]:
+        return {"role": self.role, "content": self.content}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row as its owner wrote it: a conversation, a prompt with its completion, or bare text.
+
+    Exactly one of the three forms is set. `prompt`/`completion` stay apart from `messages` because
+    `--template none` trains them as bare strings.
+
+    Args:
+        origin: where the row stands, "train.jsonl:17" (1-based line, or row where a format has no lines).
+    """
+
+    origin: str
+    messages: tuple[Message, ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.prompt is None) == (self.completion is None), self.origin
+        forms = (self.messages is not None, self.prompt is not None, self.text is not None)
+        assert sum(forms) == 1, f"{self.origin}: exactly one form, got {forms}"
+
+    def conversation(self) -> tuple[Message, ...]:
+        """The row as turns; a prompt and its completion become a user and an assistant turn."""
+        if self.messages is not None:
+            return self.messages
+        assert self.prompt is not None and self.completion is not None, "a text row has no turns"
+        return (Message("user", self.prompt), Message("assistant", self.completion))
+
+    @cached_property
+    def content_key(self) -> str:
+        """A hash that two rows share when they say the same, whatever their white space and format."""
+        turns = [("text", self.text)] if self.text is not None else [(m.role, m.content) for m in self.conversation()]
+        digest = hashlib.sha256()
+        for role, content in turns:
+            digest.update(f"{role}\0{' '.join(content.split())}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedExample:
+    """One training sequence.
+
+    Args:
+        input_ids: int32 (T,).
+        supervised: bool (T,); True where a token belongs to an assistant's turn or is its end-of-turn token.
+        origin: the row it came from, "file:line".
+        num_truncated: tokens cut off at the end because the row was longer than `max_seq_len`.
+    """
+
+    input_ids: Tensor
+    supervised: Tensor
+    origin: str
+    num_truncated: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.input_ids.dtype == torch.int32 and self.supervised.dtype == torch.bool, self.origin
+        assert self.input_ids.ndim == 1 and self.input_ids.shape == self.supervised.shape, self.origin
+
+    def __len__(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Supervised *targets*: the first token of a sequence is predicted by nothing and does not count."""
+        return int(self.supervised[1:].sum())
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The tokens before the first supervised one: what chat would send for this row's first answer."""
+        return self.input_ids[: self._first_supervised()].tolist()
+
+    @property
+    def answer_ids(self) -> list[int]:
+        """The first supervised run of tokens, its end-of-turn token included."""
+        start = self._first_supervised()
+        rest = self.supervised[start:]
+        end = start + (int(rest.int().argmin()) if not bool(rest.all()) else rest.numel())
+        return self.input_ids[start:end].tolist()
+
+    def truncate(self, max_seq_len: int) -> "EncodedExample":
+        """The first `max_seq_len` tokens (this very object when it is short enough)."""
+        if len(self) <= max_seq_len:
+            return self
+        cut = len(self) - max_seq_len
+        ids, supervised = self.input_ids[:max_seq_len].clone(), self.supervised[:max_seq_len].clone()
+        return EncodedExample(ids, supervised, self.origin, self.num_truncated + cut)
+
+    def _first_supervised(self) -> int:
+        return int(self.supervised.int().argmax()) if bool(self.supervised.any()) else len(self)

@@ -1,0 +1,116 @@
+"""How training sequences become one micro-batch.
+
+Packed: the documents stand side by side in one row of T tokens; positions restart at 0 for each, and
+attention is block-diagonal (`cu_seqlens` says where the blocks end), so nothing is spent on padding.
+Padded: one document a row, for models whose attention cannot be packed.
+
+Targets are already shifted: `targets[b, t]` is the token that position t must predict, which is token
+t + 1 of the *same* document, or IGNORE where that token is not supervised or does not exist.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad as pad_tensor
+
+from nybble.data.examples import EncodedExample
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch. B is 1 when packed.
+
+    Args:
+        input_ids: int64 (B, T).
+        position_ids: int64 (B, T), restarting at 0 for each document.
+        targets: int64 (B, T), the next token of the same document where it is supervised, else IGNORE.
+        cu_seqlens: int32 (num_documents + 1,), the documents' borders in the packed row; None when padded.
+        attention_mask: int64 (B, T), 1 on tokens and 0 on padding; None when packed.
+        rows: origin ("file:line") of each document.
+        document_lengths: tokens of each document.
+        supervised_tokens: number of targets that are not IGNORE.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    cu_seqlens: Tensor | None
+    attention_mask: Tensor | None
+    rows: tuple[str, ...]
+    document_lengths: tuple[int, ...]
+    supervised_tokens: int
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens is not None
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return sum(self.document_lengths)
+
+    @property
+    def max_document_length(self) -> int:
+        return max(self.document_lengths)
+
+    @cached_property
+    def supervised_positions(self) -> Tensor:
+        """int64 (supervised_tokens,): indices into the flattened (B * T) positions that have a target."""
+        return (self.targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        tensors = ("input_ids", "position_ids", "targets", "cu_seqlens", "attention_mask")
+        moved = {name: value.to(device) for name in tensors if (value := getattr(self, name)) is not None}
+        return replace(self, **moved)
+
+
+def pack(examples: Sequence[EncodedExample]) -> Batch:
+    """Lay documents side by side in one row of sum(lengths) tokens."""
+    assert examples, "a batch has at least one document"
+    lengths = tuple(len(example) for example in examples)
+    borders = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    targets = torch.cat([_targets(example) for example in examples])
+    return Batch(
+        input_ids=torch.cat([example.input_ids for example in examples]).long().unsqueeze(0),  # (1, T)
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0),  # (1, T)
+        targets=targets.unsqueeze(0),  # (1, T)
+        cu_seqlens=borders,
+        attention_mask=None,
+        rows=tuple(example.origin for example in examples),
+        document_lengths=lengths,
+        supervised_tokens=int((targets != IGNORE).sum()),
+    )
+
+
+def pad(examples: Sequence[EncodedExample], pad_id: int = 0) -> Batch:
+    """Lay documents one a row, padded on the right to the longest; `pad_id` is any id the model knows."""
+    assert examples, "a batch has at least one document"
+    lengths = tuple(len(example) for example in examples)
+    width = max(lengths)
+    targets = torch.stack([_widen(_targets(example), width, IGNORE) for example in examples])
+    return Batch(
+        input_ids=torch.stack([_widen(example.input_ids.long(), width, pad_id) for example in examples]),  # (B, T)
+        position_ids=torch.stack([_widen(torch.arange(length), width, 0) for length in lengths]),  # (B, T)
+        targets=targets,  # (B, T)
+        cu_seqlens=None,
+        attention_mask=torch.stack([_widen(torch.ones(n, dtype=torch.long), width, 0) for n in lengths]),  # (B, T)
+        rows=tuple(example.origin for example in examples),
+        document_lengths=lengths,
+        supervised_tokens=int((targets != IGNORE).sum()),
+    )
+
+
+def _targets(example: EncodedExample) -> Tensor:
+    """int64 (T,): the next token where it is supervised, else IGNORE; the last position predicts nothing."""
+    targets = torch.full((len(example),), IGNORE, dtype=torch.long)
+    targets[:-1] = example.input_ids[1:].long().masked_fill(~example.supervised[1:], IGNORE)
+    return targets
+
+
+def _widen(row: Tensor, width: int, value: int) -> Tensor:
+    return pad_tensor(row, (0, width - row.numel()), value=value)

@@ -1,0 +1,160 @@
+"""From a data source to training and validation sequences, with the audit."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.data import audit as checks
+from nybble.data.audit import Audit, Finding
+from nybble.data.examples import EncodedExample, Example
+from nybble.data.readers import FieldNames, read_examples
+from nybble.data.split import split_validation
+from nybble.data.template import ChatTemplate
+from nybble.data.text_encoder import RowError
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Sequences of at most `max_seq_len` tokens, each with at least one supervised target, and their audit."""
+
+    train: list[EncodedExample]
+    validation: list[EncodedExample]
+    audit: Audit
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row that is kept, its number among all rows read, and its sequences (one, unless the template rewrites
+    history)."""
+
+    number: int
+    example: Example
+    sequences: list[EncodedExample]
+
+
+def prepare(
+    source: str,
+    template: ChatTemplate,
+    *,
+    max_seq_len: int,
+    fields: FieldNames | None = None,
+    validation_source: str | None = None,
+    validation_fraction: float = 0.05,
+    validation_rows: int = 512,
+    seed: int = 0,
+    vocab_size: int | None = None,
+) -> PreparedData:
+    """Read, encode, split and audit. Findings are in the audit, errors too, and not raised: see
+    `load_dataset_for_training`.
+
+    Args:
+        source: what `read_examples` takes.
+        validation_source: rows to validate on; by default they are split off the source's own.
+        validation_fraction, validation_rows: see `split_validation`.
+        vocab_size: rows of the model's embedding matrix, to check the ids against.
+
+    Raises:
+        DataError: the source cannot be read, or a row of it has another form than its file.
+    """
+    own = read_examples(source, fields)
+    extra = read_examples(validation_source, fields).examples if validation_source else []
+    rows, findings = _encode_rows([*own.examples, *extra], template, max_seq_len)
+    if validation_source:
+        train = [row for row in rows if row.number < len(own.examples)]
+        validation = [row for row in rows if row.number >= len(own.examples)]
+    else:
+        kept = [row.example for row in rows]
+        numbers, held_out = split_validation(kept, validation_fraction, validation_rows, seed)
+        train, validation = [rows[number] for number in numbers], [rows[number] for number in held_out]
+    findings += _find_in_rows(train, validation, template, vocab_size)
+
+    train_sequences, validation_sequences = _sequences(train), _sequences(validation)
+    sequences = train_sequences + validation_sequences
+    lengths = [len(sequence) + sequence.num_truncated for sequence in sequences]
+    audit = Audit(
+        source=source,
+        validation_source=validation_source,
+        layout=own.layout,
+        max_seq_len=max_seq_len,
+        num_rows=len(own.examples) + len(extra),
+        num_dropped=len(own.examples) + len(extra) - len(rows),
+        num_truncated=sum(sequence.num_truncated > 0 for sequence in sequences),
+        num_train=len(train_sequences),
+        num_validation=len(validation_sequences),
+        tokens=sum(map(len, train_sequences)),
+        supervised_tokens=sum(sequence.supervised_tokens for sequence in train_sequences),
+        validation_tokens=sum(map(len, validation_sequences)),
+        validation_supervised_tokens=sum(sequence.supervised_tokens for sequence in validation_sequences),
+        truncated_tokens=sum(sequence.num_truncated for sequence in sequences),
+        longest=max(lengths, default=0),
+        length_percentiles=checks.percentiles(lengths),
+        notices=template.notices,
+        findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
+    )
+    return PreparedData(train_sequences, validation_sequences, audit)
+
+
+def load_dataset_for_training(source: str, template: ChatTemplate, *, max_seq_len: int, **options: Any) -> PreparedData:
+    """`prepare` (same arguments), then `audit.check()`.
+
+    Raises:
+        DataError: the source cannot be read, or a finding must stop training.
+    """
+    data = prepare(source, template, max_seq_len=max_seq_len, **options)
+    data.audit.check()
+    return data
+
+
+def _encode_rows(
+    examples: Sequence[Example], template: ChatTemplate, max_seq_len: int
+) -> tuple[list[EncodedRow], list[Finding]]:
+    """The rows that can be trained on, and what became of the others."""
+    rows: list[EncodedRow] = []
+    refused: dict[str, list[RowError]] = defaultdict(list)
+    concerned: dict[str, list[str]] = defaultdict(list)  # finding id: origins
+    for number, example in enumerate(examples):
+        try:
+            whole = template.encode_example(example)
+        except RowError as error:
+            refused[error.finding].append(error)
+            continue
+        supervised = [sequence for sequence in whole if sequence.supervised_tokens]
+        kept = [cut for sequence in supervised if (cut := sequence.truncate(max_seq_len)).supervised_tokens]
+        for finding, concerns in (
+            ("template-rewrites-history", len(whole) > 1),
+            ("no-supervised-tokens", len(supervised) < len(whole) or not whole),
+            ("too-long", len(kept) < len(supervised)),
+            ("truncated", any(sequence.num_truncated for sequence in kept)),
+        ):
+            if concerns:
+                concerned[finding].append(example.origin)
+        if kept:
+            rows.append(EncodedRow(number, example, kept))
+    findings = [f for id, origins in concerned.items() for f in checks.find(id, origins)]
+    for id, errors in refused.items():
+        findings += checks.find(id, (error.origin for error in errors), errors[0].detail)
+    return rows, findings
+
+
+def _find_in_rows(
+    train: list[EncodedRow], validation: list[EncodedRow], template: ChatTemplate, vocab_size: int | None
+) -> list[Finding]:
+    """What is wrong with the rows that are kept."""
+    train_examples, validation_examples = [row.example for row in train], [row.example for row in validation]
+    sequences = _sequences([*train, *validation])
+    findings = checks.find_without_end_of_turn(sequences, template.stop_ids)
+    if vocab_size is not None:
+        findings += checks.find_ids_beyond(sequences, vocab_size)
+    findings += checks.find_special_tokens(train_examples + validation_examples, template.encoder.special_tokens)
+    findings += checks.find_duplicates(train_examples)
+    findings += checks.find_leaks(train_examples, validation_examples)
+    if not train:
+        findings.append(Finding("no-rows", 0, ()))
+    if not validation:
+        findings.append(Finding("no-validation", 0, ()))
+    return findings
+
+
+def _sequences(rows: Sequence[EncodedRow]) -> list[EncodedExample]:
+    return [sequence for row in rows for sequence in row.sequences]

@@ -1,0 +1,96 @@
+"""TextEncoder: text to token ids, in pieces whose borders are token borders.
+
+Training needs to know exactly where an answer's tokens begin, and the tokens before them must be the
+ones chat would send. Tokenising a rendered conversation in one go does not promise that: "assistant\\n"
+followed by an answer that starts with a newline may come out as one "\\n\\n" token that belongs to both.
+So a text is encoded piece by piece, each piece in the light of what stands before it. Wherever a whole
+tokenisation has a border at the same place, the result is the whole tokenisation.
+"""
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from nybble.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class RowError(DataError):
+    """One row that cannot be trained on as it is.
+
+    Args:
+        finding: id of the audit's finding it becomes (nybble.data.audit.FINDINGS).
+        detail: what is wrong with this row.
+    """
+
+    def __init__(self, finding: str, origin: str, detail: str):
+        self.finding, self.origin, self.detail = finding, origin, detail
+        super().__init__(f"{origin}: {detail}")
+
+
+class TextEncoder:
+    """A tokenizer that can continue a text.
+
+    Args:
+        tokenizer: a transformers tokenizer; it is read, never changed.
+
+    Attributes:
+        special_tokens: their spellings, longest first.
+        eos_id: the end-of-sequence token, None where there is none.
+        leading_bos: the beginning-of-sequence token where the tokenizer puts it before a text by itself, else None.
+    """
+
+    # Stand-ins for the text before a piece, tried where the real one merges with the piece's beginning. No vocabulary
+    # has a longer token with the control character in it; the others are for tokenizers that drop control characters.
+    STAND_INS = ("\x01", "\n", "x")
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        self.special_tokens = tuple(
+            sorted({t.content for t in added if t.special and t.content.strip()}, key=lambda s: (-len(s), s))
+        )
+        # Text is split at these before anything else, so what stands before one cannot change what follows.
+        self._barriers = tuple(t.content for t in added if t.special and not t.normalized and not t.single_word)
+        self._continue = lru_cache(maxsize=256)(self._encode_continuation)  # headers and ends of turns recur
+        self.eos_id: int | None = tokenizer.eos_token_id
+        bos: int | None = tokenizer.bos_token_id
+        self.leading_bos = bos if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else None
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text on its own, special tokens only where the text spells them."""
+        return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    def encode_after(self, before: str, piece: str) -> list[int]:
+        """The tokens of `piece` where it follows `before`.
+
+        Raises:
+            RowError: the tokenizer merges the piece's beginning with whatever stands before it.
+        """
+        barrier = max((before.rfind(token) for token in self._barriers), default=-1)
+        for context in (before[max(barrier, 0) :], *self.STAND_INS):
+            tokens = self._continue(context, piece)
+            if tokens is not None:
+                return tokens
+        detail = f"no token border before {piece[:20]!r}, where an answer begins or ends"
+        raise RowError("no-token-border", "a row", detail)
+
+    def _encode_continuation(self, context: str, piece: str) -> list[int] | None:
+        """The tokens of `piece` behind `context`, or None where they have no border in common."""
+        head, both = self.encode(context), self.encode(context + piece)
+        return both[len(head) :] if both[: len(head)] == head else None
+
+    def encode_pieces(self, text: str, cuts: list[int]) -> list[list[int]]:
+        """Tokens of text[0:cuts[0]], text[cuts[0]:cuts[1]], ..., text[cuts[-1]:].
+
+        The tokens before a cut depend on nothing behind it: that is what makes a training row begin with
+        exactly the ids that chat sends.
+        """
+        assert cuts == sorted(cuts), cuts
+        pieces, start = [], 0
+        for end in (*cuts, len(text)):
+            before, piece = text[:start], text[start:end]
+            pieces.append(self.encode_after(before, piece) if before and piece else self.encode(piece))
+            start = end
+        return pieces

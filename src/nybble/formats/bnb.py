@@ -1,0 +1,291 @@
+"""bitsandbytes' on-disk keys: a four-bit weight as the tensors that its checkpoints hold, and back.
+
+For a weight called `w` (such as `model.layers.0.mlp.up_proj.weight`), of n elements in B blocks:
+
+    w                                    uint8 [ceil(n / 2), 1]
+    w.absmax                             fp32 [B], or uint8 [B] with double quantisation
+    w.quant_map                          fp32 [16]
+    w.nested_absmax                      fp32 [ceil(B / 256)]     with double quantisation
+    w.nested_quant_map                   fp32 [256]               with double quantisation
+    w.quant_state.bitsandbytes__nf4      uint8: the UTF-8 bytes of a JSON object (or __fp4)
+
+bitsandbytes has no int4. nybble writes `w.quant_state.nybble__int4` (or __int4_asym) with the same JSON,
+and for int4_asym `w.zero_points`, uint8 [B]; only nybble reads those.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from nybble.errors import FormatError
+from nybble.formats.codebooks import codebook, dynamic_map
+from nybble.formats.quantized_tensor import (
+    FORMATS,
+    NESTED_BLOCK_SIZE,
+    QuantizedTensor,
+    QuantSpec,
+    ScaleParts,
+    join_scales,
+    packed_shape,
+)
+
+BITSANDBYTES_FORMATS = ("nf4", "fp4")
+DEFAULT_BLOCK_SIZE = 64  # what a config without a block size means
+MAP_TOLERANCE = 1e-6  # bitsandbytes' own tolerance when it compares maps
+MAX_STATE_BYTES = 1 << 16
+MAX_DIMS = 8
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def to_bnb(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
+    """The tensors to store for a weight; none shares memory with another, so safetensors takes them as they are.
+
+    Args:
+        name: of the weight, `.weight` included.
+    """
+    parts, spec = q.scale_parts(), q.spec
+    state: dict[str, Any] = {
+        "quant_type": spec.format,
+        "blocksize": spec.block_size,
+        "dtype": _dtype_name(q.dtype),
+        "shape": list(q.shape),
+    }
+    tensors = {name: q.packed.reshape(-1, 1), f"{name}.quant_map": codebook(spec.format).clone()}
+    if spec.double_quant:
+        assert parts.codes is not None and parts.absmax2 is not None and parts.offset is not None
+        tensors[f"{name}.absmax"] = parts.codes.clone()
+        tensors[f"{name}.nested_absmax"] = parts.absmax2.clone()
+        tensors[f"{name}.nested_quant_map"] = dynamic_map().clone()
+        state |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": parts.offset.item(),
+        }
+    else:
+        assert parts.absmax is not None
+        tensors[f"{name}.absmax"] = parts.absmax.clone()
+    if parts.zero_points is not None:
+        tensors[f"{name}.zero_points"] = parts.zero_points.clone()
+    tensors[_state_key(name, spec.format)] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors
+
+
+def quantization_config(spec: QuantSpec, compute_dtype: torch.dtype, skip_modules: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a folder whose linears are quantised by `spec`.
+
+    bitsandbytes takes the block size from each tensor's state; the config names it only where it is not 64.
+
+    Args:
+        compute_dtype: what the weights are multiplied in.
+        skip_modules: modules kept in 16 bits, such as `lm_head`.
+    """
+    block_size = {} if spec.block_size == DEFAULT_BLOCK_SIZE else {"block_size": spec.block_size}
+    if spec.format not in BITSANDBYTES_FORMATS:
+        return {
+            "quant_method": "nybble",
+            "format": spec.format,
+            "double_quant": spec.double_quant,
+            "compute_dtype": _dtype_name(compute_dtype),
+            "skip_modules": list(skip_modules),
+            **block_size,
+        }
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": spec.format,
+        "bnb_4bit_use_double_quant": spec.double_quant,
+        "bnb_4bit_compute_dtype": _dtype_name(compute_dtype),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(skip_modules),
+        **block_size,
+    }
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
+    """How the linears of a folder are quantised, from the contents of its config.json; None when they are not.
+
+    What each tensor's own state says (`from_bnb`) goes before this.
+
+    Raises:
+        FormatError: the folder is quantised in a way nybble cannot read.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return None
+    method = quantization.get("quant_method")
+    if method == "nybble":
+        keys = ("format", "double_quant")
+    elif method == "bitsandbytes" and quantization.get("load_in_4bit"):
+        keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
+    else:
+        raise FormatError(
+            f"The model is quantised by {method!r}, not in four bits of bitsandbytes or nybble.",
+            "Readable: bitsandbytes with load_in_4bit, nybble, and 16- or 32-bit models.",
+            "Start from the 16-bit model.",
+        )
+    values = [quantization.get(key) for key in keys]
+    block_size = quantization.get("block_size", DEFAULT_BLOCK_SIZE)
+    if not isinstance(values[0], str) or not isinstance(values[1], bool) or not _is_count(block_size):
+        raise FormatError(
+            f"quantization_config has {keys[0]}={values[0]!r}, {keys[1]}={values[1]!r}, block_size={block_size!r}.",
+            "Needed: a string, a boolean, an integer.",
+        )
+    return QuantSpec(values[0], block_size, values[1])
+
+
+def is_quantized(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether weight `name` is stored in four bits among these tensors (only the keys are looked at)."""
+    return any(_state_key(name, format) in tensors for format in FORMATS)
+
+
+def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+    """The weight called `name` (`.weight` included) from a checkpoint's tensors.
+
+    Half-precision scales are cast to fp32, and weights kept in another storage dtype are taken byte by byte.
+    Everything is checked before it is used.
+
+    Raises:
+        FormatError: names the key that is missing, malformed or of the wrong size.
+    """
+    key, state = _read_state(name, tensors)
+    spec, shape, dtype = _spec(key, state, f"{name}.nested_absmax" in tensors), _shape(key, state), _dtype(key, state)
+    numel = math.prod(shape)
+    num_blocks = spec.num_blocks(numel)
+
+    _check_map(f"{name}.quant_map", tensors, codebook(spec.format))
+    packed = _bytes(name, tensors, spec.packed_bytes(numel))
+    zero_points = None
+    if spec.format == "int4_asym":
+        zero_points = _bytes(f"{name}.zero_points", tensors, num_blocks)
+        if int(zero_points.max()) > 15:
+            raise FormatError(f"{name}.zero_points holds {int(zero_points.max())}.", "Zero points are 0 to 15.")
+    if spec.double_quant:
+        _check_map(f"{name}.nested_quant_map", tensors, dynamic_map())
+        codes = _bytes(f"{name}.absmax", tensors, num_blocks)
+        absmax2 = _floats(f"{name}.nested_absmax", tensors, -(-num_blocks // NESTED_BLOCK_SIZE))
+        parts = ScaleParts(None, _offset(key, state).to(codes.device), absmax2, codes, zero_points)
+    else:
+        parts = ScaleParts(_floats(f"{name}.absmax", tensors, num_blocks), None, None, None, zero_points)
+    return QuantizedTensor(packed.view(packed_shape(shape, spec.block_size)), join_scales(parts), spec, shape, dtype)
+
+
+def _read_state(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """The key and the decoded JSON of a weight's state."""
+    keys = [_state_key(name, format) for format in FORMATS if _state_key(name, format) in tensors]
+    if len(keys) != 1:
+        found = "has none" if not keys else f"has {len(keys)}"
+        raise FormatError(
+            f"A four-bit weight has one quantisation state; {name} {found}.",
+            f"Known: {', '.join(_state_key(name, format) for format in FORMATS)}.",
+        )
+    key = keys[0]
+    tensor = tensors[key]
+    if tensor.dtype != torch.uint8 or not 0 < tensor.numel() <= MAX_STATE_BYTES:
+        raise FormatError(f"{key} is {tensor.dtype}, {tensor.numel()} elements.", "It must be JSON as uint8 bytes.")
+    try:
+        state = json.loads(bytes(tensor.flatten().tolist()).decode())
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{key} is not JSON: {error}.") from error
+    if not isinstance(state, dict):
+        raise FormatError(f"{key} holds a {type(state).__name__}.", "It must be a JSON object.")
+    return key, state
+
+
+def _spec(key: str, state: dict[str, Any], nested: bool) -> QuantSpec:
+    format, block_size = key.rsplit("__", 1)[1], state.get("blocksize")
+    if state.get("quant_type") != format:
+        raise FormatError(f"{key} has quant_type {state.get('quant_type')!r}.", f"Its name says {format!r}.")
+    if not _is_count(block_size):
+        raise FormatError(f"{key} has blocksize {block_size!r}.", "It must be a positive integer.")
+    if nested and state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
+        raise FormatError(
+            f"{key} has nested_blocksize {state.get('nested_blocksize')!r}.", f"Readable: {NESTED_BLOCK_SIZE}."
+        )
+    try:
+        return QuantSpec(format, block_size, nested)
+    except FormatError as error:
+        raise FormatError(f"{key}: {error.got}", error.allowed) from error
+
+
+def _shape(key: str, state: dict[str, Any]) -> tuple[int, ...]:
+    shape = state.get("shape")
+    if not isinstance(shape, list) or not 0 < len(shape) <= MAX_DIMS or not all(_is_count(size) for size in shape):
+        raise FormatError(
+            f"{key} has shape {shape!r:.200}.", f"It must be a list of 1 to {MAX_DIMS} positive integers."
+        )
+    return tuple(shape)
+
+
+def _dtype(key: str, state: dict[str, Any]) -> torch.dtype:
+    name = state.get("dtype")
+    if not isinstance(name, str) or name not in DTYPES:
+        raise FormatError(f"{key} has dtype {name!r}.", f"Known: {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def _offset(key: str, state: dict[str, Any]) -> Tensor:
+    value = state.get("nested_offset")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise FormatError(f"{key} has nested_offset {value!r}.", "It must be a number.")
+    if not abs(value) <= torch.finfo(torch.float32).max:  # so written, it refuses NaN too
+        raise FormatError(f"{key} has a nested_offset that is not finite in fp32.")
+    return torch.tensor([float(value)], dtype=torch.float32)
+
+
+def _get(key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    if key not in tensors:
+        raise FormatError(f"{key} is missing.", "A four-bit weight needs it.", "The checkpoint may be damaged.")
+    return tensors[key]
+
+
+def _bytes(key: str, tensors: Mapping[str, Tensor], expected: int) -> Tensor:
+    tensor = _get(key, tensors)
+    got = tensor.numel() * tensor.element_size()
+    if got != expected:
+        raise FormatError(f"{key} has {got} bytes.", f"Its weight's shape needs {expected}.")
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _floats(key: str, tensors: Mapping[str, Tensor], expected: int) -> Tensor:
+    tensor = _get(key, tensors)
+    if not tensor.is_floating_point() or tensor.numel() != expected:
+        raise FormatError(
+            f"{key} is {tensor.dtype}, {tensor.numel()} elements.",
+            f"Its weight's shape needs {expected} floating-point values.",
+        )
+    values = tensor.reshape(-1).float()
+    if not torch.isfinite(values).all():
+        raise FormatError(f"{key} has values that are not finite.", fix="The checkpoint may be damaged.")
+    return values
+
+
+def _check_map(key: str, tensors: Mapping[str, Tensor], ours: Tensor) -> None:
+    theirs = _floats(key, tensors, len(ours)).cpu()
+    if float((theirs - ours).abs().max()) > MAP_TOLERANCE:
+        raise FormatError(
+            f"{key} is not the table of its format.", "Weights with tables of their own are not readable."
+        )
+
+
+def _state_key(name: str, format: str) -> str:
+    owner = "bitsandbytes" if format in BITSANDBYTES_FORMATS else "nybble"
+    return f"{name}.quant_state.{owner}__{format}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -1,0 +1,285 @@
+"""GGUF files: metadata, and tensors one at a time, widened from their blocks.
+
+The header is parsed here, with every size checked before it is used: the reader in the `gguf` package
+makes an array object for each string of the vocabulary, which takes seconds and some 100 MB. What the
+blocks mean and what the tensors are called is left to that package, and how llama.cpp reorders the
+rotary rows to transformers'.
+
+Format: magic | version | counts | key-value pairs | tensor table | padding | tensor data, little-endian.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import hashlib
+import math
+import mmap
+import struct
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError
+from nybble.formats.safetensors_io import TensorEntry, read_exactly
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+PANEL_ELEMENTS = 1 << 20  # widened at a time
+MAX_DIMS = 4
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+
+
+class GgufFile:
+    """A GGUF file's metadata and tensors.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        metadata: key -> number, bool or string; for an array its length.
+        architecture: as llama.cpp names it. Mistral and SmolLM2 files say "llama".
+        entries: tensor name -> where it lies; `dtype` is the block type, such as "Q4_1".
+
+    Raises:
+        ModelError: not a GGUF file, truncated, malformed, or of an architecture that is not supported.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.metadata: dict[str, Any] = {}
+        try:
+            with open(self.path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self._parse(_Cursor(data))
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.", fix="Check the path.") from error
+        except (ValueError, struct.error) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(
+                f"{path} is not a complete GGUF file: {error}.", "Allowed: GGUF version 2 or 3.", "Fetch it again."
+            ) from error
+
+    def _parse(self, cursor: "_Cursor") -> None:
+        if cursor.take(4) != b"GGUF":
+            raise ValueError("it does not start with GGUF")
+        version, num_tensors, num_pairs = cursor.scalar("<I"), cursor.scalar("<Q"), cursor.scalar("<Q")
+        if version not in (2, 3):
+            raise ValueError(f"its version is {version}")
+        for _ in range(num_pairs):
+            key = cursor.string()
+            self.metadata[key] = cursor.value(cursor.scalar("<I"))
+        self.architecture = self.metadata.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{self.path} has the architecture {self.architecture!r}.",
+                f"Supported in GGUF: {', '.join(ARCHITECTURES)} (Mistral and SmolLM2 files say llama).",
+                "Use the model's safetensors folder.",
+            )
+        table = [cursor.tensor_info() for _ in range(num_tensors)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0:
+            raise ValueError(f"its alignment is {alignment!r}")
+        data_start = -(-cursor.position // alignment) * alignment
+        self.header_sha256 = hashlib.sha256(cursor.data[: cursor.position]).hexdigest()
+        self.entries: dict[str, TensorEntry] = {}
+        for name, shape, type_id, offset in table:
+            if name in self.entries:
+                raise ValueError(f"the tensor {name!r} is there twice")
+            start = data_start + offset
+            dtype, nbytes = _type_and_bytes(name, shape, type_id)
+            if start + nbytes > len(cursor.data):
+                raise ValueError(f"it ends at byte {len(cursor.data)}, within the tensor {name!r}")
+            self.entries[name] = TensorEntry(name, dtype, shape, self.path, start, start + nbytes)
+
+    @cached_property
+    def block_types(self) -> dict[str, int]:
+        """Elements stored in each type, most frequent first."""
+        counts: dict[str, int] = {}
+        for entry in self.entries.values():
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One tensor widened to `dtype`, in fresh memory; rows are as llama.cpp orders them."""
+        import gguf
+
+        entry = self.entries[name]
+        columns = entry.shape[-1]
+        rows = math.prod(entry.shape[:-1])
+        row_bytes = entry.nbytes // rows
+        block_type = gguf.GGMLQuantizationType[entry.dtype]
+        widened = torch.empty((rows, columns), dtype=dtype)
+        panel_rows = max(1, PANEL_ELEMENTS // columns)
+        for first in range(0, rows, panel_rows):
+            count = min(panel_rows, rows - first)
+            packed = np.empty((count, row_bytes), dtype=np.uint8)
+            read_exactly(entry.file, entry.start + first * row_bytes, packed.reshape(-1).data)
+            widened[first : first + count] = torch.from_numpy(gguf.dequantize(packed, block_type))
+        return widened.view(entry.shape)
+
+    def read_as_hf(self, name: str, config: "PretrainedConfig") -> Tensor:
+        """One tensor in fp32 with its rows in transformers' order (llama.cpp interleaves rotary halves of q and k)."""
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
+        weights = processor.process(weights=self.read(name).numpy(), name=name).weights
+        return torch.from_numpy(np.ascontiguousarray(weights))
+
+    def hf_names(self, model: "PreTrainedModel") -> dict[str, str]:
+        """GGUF tensor name -> name in `model`, a transformers model (on the meta device is enough).
+
+        `rope_freqs.weight` has no place in a model; `complete_config` reads it.
+
+        Raises:
+            ModelError: a tensor of the file has no place in the model.
+        """
+        import gguf
+
+        architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        gguf_names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+        names = {}
+        for hf_name in model.state_dict():
+            module, _, leaf = hf_name.rpartition(".")
+            if (gguf_module := gguf_names.get_name(module)) is not None:
+                names[f"{gguf_module}.{leaf}"] = hf_name
+        unplaced = [name for name in self.entries if name not in names and name != "rope_freqs.weight"]
+        if unplaced:
+            raise ModelError(
+                f"{self.path} holds tensors that {type(model).__name__} has no place for: {', '.join(unplaced[:5])}"
+                f"{f' and {len(unplaced) - 5} more' if len(unplaced) > 5 else ''}.",
+                "Every tensor of the file must be used.",
+                "Use the model's safetensors folder.",
+            )
+        return {name: names[name] for name in self.entries if name in names}
+
+    def complete_config(self, config: "PretrainedConfig") -> None:
+        """Set, in place, what transformers' reader leaves out: head width, RoPE scaling, attention without a window.
+
+        Raises:
+            ModelError: the file scales its rotary frequencies in a way that is not known here.
+        """
+        prefix = self.architecture
+        if (head_dim := self.metadata.get(f"{prefix}.attention.key_length")) is not None:
+            config.head_dim = head_dim
+        if getattr(config, "sliding_window", None) is not None:
+            config.sliding_window = None  # llama.cpp runs these architectures without one
+        scaling = self.metadata.get(f"{prefix}.rope.scaling.type", "none")
+        factor = self.metadata.get(f"{prefix}.rope.scaling.factor", 1.0)
+        if "rope_freqs.weight" in self.entries:
+            config.rope_parameters |= self._llama3_scaling(config.rope_parameters["rope_theta"])
+        elif scaling == "linear":
+            config.rope_parameters |= {"rope_type": "linear", "factor": factor}
+        elif scaling == "yarn":
+            original = self.metadata.get(f"{prefix}.rope.scaling.original_context_length")
+            config.rope_parameters |= {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original or config.max_position_embeddings,
+            }
+        elif scaling != "none":
+            raise ModelError(
+                f"{self.path} scales its rotary frequencies by {scaling!r}.",
+                "Known: none, linear, yarn, and Llama 3's.",
+                "Use the model's safetensors folder.",
+            )
+
+    def _llama3_scaling(self, theta: float) -> dict[str, Any]:
+        """Llama 3's scaling, recognised by the frequency divisors that the file stores in its place."""
+        divisors = self.read("rope_freqs.weight").double()  # (head_dim / 2)
+        factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+        frequencies = theta ** -(torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
+        smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        if not torch.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+            raise ModelError(
+                f"{self.path} scales its rotary frequencies by a table (rope_freqs.weight) that is not Llama 3's.",
+                "Known: none, linear, yarn, and Llama 3's.",
+                "Use the model's safetensors folder.",
+            )
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }
+
+
+class _Cursor:
+    """Reads values one after another; what would run past the end raises ValueError or struct.error."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.position = data, 0
+
+    def take(self, count: int) -> bytes:
+        self._skip(count)
+        return self.data[self.position - count : self.position]
+
+    def _skip(self, count: int) -> None:
+        if count > len(self.data) - self.position:
+            raise ValueError(f"it ends at byte {len(self.data)}, within its header")
+        self.position += count
+
+    def scalar(self, format: str) -> Any:
+        (value,) = struct.unpack_from(format, self.data, self.position)
+        self.position += struct.calcsize(format)
+        return value
+
+    def string(self) -> str:
+        return self.take(self.scalar("<Q")).decode("utf-8")
+
+    def value(self, type_id: int) -> Any:
+        if type_id in _SCALARS:
+            return self.scalar(_SCALARS[type_id])
+        if type_id == _STRING:
+            return self.string()
+        if type_id != _ARRAY:
+            raise ValueError(f"it has a metadata value of the unknown type {type_id}")
+        element_type, length = self.scalar("<I"), self.scalar("<Q")
+        if element_type == _STRING:
+            for _ in range(length):
+                self._skip(self.scalar("<Q"))
+        elif element_type in _SCALARS:
+            self._skip(length * struct.calcsize(_SCALARS[element_type]))
+        else:
+            raise ValueError(f"it has an array of the unknown type {element_type}")
+        return length
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape (outermost first; the file has it the other way round), type, offset in the data section."""
+        name, num_dims = self.string(), self.scalar("<I")
+        if not 0 < num_dims <= MAX_DIMS:
+            raise ValueError(f"the tensor {name!r} has {num_dims} dimensions")
+        shape = tuple(reversed([self.scalar("<Q") for _ in range(num_dims)]))
+        if 0 in shape:
+            raise ValueError(f"the tensor {name!r} has the shape {shape}")
+        return name, shape, self.scalar("<I"), self.scalar("<Q")
+
+
+def _type_and_bytes(name: str, shape: tuple[int, ...], type_id: int) -> tuple[str, int]:
+    import gguf
+
+    block_type = gguf.GGMLQuantizationType(type_id)  # ValueError for an unknown one
+    if not _can_widen(block_type):
+        raise ValueError(f"the tensor {name!r} is stored as {block_type.name}, which cannot be read")
+    block_size, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
+    if shape[-1] % block_size:
+        raise ValueError(f"the tensor {name!r} has rows of {shape[-1]}, which {block_type.name} cannot have")
+    return block_type.name, math.prod(shape) // block_size * block_bytes
+
+
+@cache
+def _can_widen(block_type: "gguf.GGMLQuantizationType") -> bool:
+    import gguf
+
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[block_type][1]), dtype=np.uint8), block_type)
+    except NotImplementedError:
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""CUDA bodies of the four-bit ops from bitsandbytes, for nf4 and fp4: the bytes are the same, so its kernels serve.
+
+The scales stay nybble's: double quantisation is decoded by nybble.formats.double_quant (one value per
+block), and bitsandbytes gets fp32 scales.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.formats.blockwise import block_scales, not_finite
+from nybble.formats.double_quant import quantize_scales
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, ScaleParts, join_scales, packed_shape
+from nybble.kernels import registry
+
+
+def _why_unavailable() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed"
+    return None
+
+
+registry.register_backend("bitsandbytes", devices=("cuda",), probe=_why_unavailable)
+
+
+def _unsupported(*args: Any) -> str | None:
+    format = next(arg for arg in args if isinstance(arg, str))
+    return None if format in ("nf4", "fp4") else f"has no {format}"
+
+
+def _ops() -> Any:
+    """bitsandbytes' torch ops; imported late since that takes seconds."""
+    import bitsandbytes  # noqa: F401
+
+    return torch.ops.bitsandbytes
+
+
+@registry.register("quantize_4bit", "bitsandbytes", _unsupported)
+def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
+    if not torch.isfinite(weight).all():  # its kernel would quantise them silently
+        raise not_finite(weight)
+    packed, absmax = _ops().quantize_4bit(weight, block_size, format, torch.uint8)
+    if double_quant:
+        codes, absmax2, offset = quantize_scales(absmax)
+        parts = ScaleParts(None, offset, absmax2, codes, None)
+    else:
+        parts = ScaleParts(absmax, None, None, None, None)
+    return packed.view(packed_shape(tuple(weight.shape), block_size)), join_scales(parts)
+
+
+@registry.register("dequantize_4bit", "bitsandbytes", _unsupported)
+def dequantize_4bit(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = packed.new_empty(shape, dtype=dtype)
+    dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out)
+    return out
+
+
+@registry.register("dequantize_4bit_out", "bitsandbytes", _unsupported)
+def dequantize_4bit_out(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    out: Tensor,
+) -> None:
+    sizes = tuple(shape)
+    spec = QuantSpec(format, block_size, double_quant)
+    q = QuantizedTensor(packed.view(packed_shape(sizes, block_size)), scales, spec, sizes, out.dtype)
+    _ops().dequantize_4bit.out(packed.view(-1, 1), block_scales(q), block_size, format, shape, out.dtype, out=out)

@@ -1,0 +1,130 @@
+// What the kernels on four-bit matrices share: the scales as the C ABI passes them, and the lookup of nibbles.
+// The layout is that of nybble/formats/quantized_tensor.py.
+#pragma once
+
+#include "vec.h"
+
+namespace nybble::NYBBLE_ISA {
+
+struct Scales {
+    const float* absmax;         // [B], or null when double-quantised:
+    const uint8_t* codes;        // [B]
+    const float* code_values;    // [256]
+    const float* absmax2;        // [ceil(B / 256)]
+    const float* offset;         // [1]
+    const uint8_t* zero_points;  // [B], or null
+
+    // Two roundings, never fused: the same bits as the plain PyTorch form.
+    float scale(int64_t block) const {
+        return absmax ? absmax[block] : code_values[codes[block]] * absmax2[block / 256] + *offset;
+    }
+
+    float zero_point(int64_t block) const { return zero_points ? float(zero_points[block]) : 0.0f; }
+
+    // Those of `count` blocks in a row, with no test inside the loop.
+    void scales(int64_t block, int64_t count, float* out) const {
+        if (absmax) {
+            memcpy(out, absmax + block, size_t(count) * sizeof(float));
+            return;
+        }
+        for (const int64_t end = block + count; block < end;) {
+            const int64_t stop = end < (block / 256 + 1) * 256 ? end : (block / 256 + 1) * 256;
+            const float multiplier = absmax2[block / 256], shift = *offset;
+            for (; block < stop; ++block) *out++ = code_values[codes[block]] * multiplier + shift;
+        }
+    }
+
+    // The 16 values of a block, (codebook - zero point) * scale, each rounded once to T.
+    template <typename T>
+    void table(int64_t block, const float* codebook, T* values) const {
+        const F32 multiplier = splat(scale(block)), zero = splat(zero_point(block));
+        for (int i = 0; i < 16; i += kLanes) store_exact(values + i, (load(codebook + i) - zero) * multiplier);
+    }
+};
+
+// out[i] = table[nibble i] for `count` nibbles, the high one of each byte first.
+template <typename T>
+inline void lookup_scalar(const T* table, const uint8_t* packed, T* out, int64_t count) {
+    for (int64_t i = 0; i + 1 < count; i += 2) {
+        out[i] = table[packed[i / 2] >> 4];
+        out[i + 1] = table[packed[i / 2] & 15];
+    }
+    if (count & 1) out[count - 1] = table[packed[count / 2] >> 4];
+}
+
+#if defined(__AVX512F__)
+
+// The permutes below use only the low bits of an index, so a nibble needs no masking, only moving into place.
+template <typename T>  // bf16, fp16
+inline void lookup(const T* table, const uint8_t* packed, T* out, int64_t count) {
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table));  // twice: bit 4 is free
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + i / 2)));
+        const __m512i index = _mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16));
+        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, values));
+    }
+    lookup_scalar(table, packed + i / 2, out + i, count - i);
+}
+
+inline void lookup(const float* table, const uint8_t* packed, float* out, int64_t count) {
+    const __m512 values = _mm512_loadu_ps(table);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(packed + i / 2)));
+        const __m512i index = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
+        _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(index, values));
+    }
+    lookup_scalar(table, packed + i / 2, out + i, count - i);
+}
+
+#elif defined(__AVX2__)
+
+template <typename T>  // bf16, fp16: low and high bytes are looked up apart
+inline void lookup(const T* table, const uint8_t* packed, T* out, int64_t count) {
+    const __m128i first = _mm_loadu_si128((const __m128i*)table), second = _mm_loadu_si128((const __m128i*)table + 1);
+    const __m128i byte_mask = _mm_set1_epi16(0xFF), nibble_mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_packus_epi16(_mm_and_si128(first, byte_mask), _mm_and_si128(second, byte_mask));
+    const __m128i high = _mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8));
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m128i byte = _mm_loadu_si128((const __m128i*)(packed + i / 2));
+        const __m128i even = _mm_and_si128(_mm_srli_epi16(byte, 4), nibble_mask), odd = _mm_and_si128(byte, nibble_mask);
+        const __m128i index[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
+        for (int half = 0; half < 2; ++half) {
+            const __m128i l = _mm_shuffle_epi8(low, index[half]), h = _mm_shuffle_epi8(high, index[half]);
+            _mm_storeu_si128((__m128i*)(out + i + 16 * half), _mm_unpacklo_epi8(l, h));
+            _mm_storeu_si128((__m128i*)(out + i + 16 * half + 8), _mm_unpackhi_epi8(l, h));
+        }
+    }
+    lookup_scalar(table, packed + i / 2, out + i, count - i);
+}
+
+inline void lookup(const float* table, const uint8_t* packed, float* out, int64_t count) {
+    const __m256 first = _mm256_loadu_ps(table), second = _mm256_loadu_ps(table + 8);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        uint32_t four;
+        memcpy(&four, packed + i / 2, 4);
+        const __m256i byte = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(int(four)));
+        const __m256i index = _mm256_or_si256(_mm256_srli_epi64(byte, 4), _mm256_slli_epi64(byte, 32));
+        const __m256 in_second = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 becomes the sign
+        _mm256_storeu_ps(out + i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index),
+                                                   _mm256_permutevar8x32_ps(second, index), in_second));
+    }
+    lookup_scalar(table, packed + i / 2, out + i, count - i);
+}
+
+#else
+
+template <typename T>
+inline void lookup(const T* table, const uint8_t* packed, T* out, int64_t count) {
+    lookup_scalar(table, packed, out, count);
+}
+
+#endif
+
+// Elements that one turn of a parallel loop handles, in whole blocks; less than one such piece stays on one thread.
+inline int64_t blocks_per_turn(int64_t block_size) { return block_size >= 16384 ? 1 : 16384 / block_size; }
+
+}  // namespace nybble::NYBBLE_ISA

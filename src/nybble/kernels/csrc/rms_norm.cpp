@@ -1,0 +1,120 @@
+// RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467) over rows, forward and backward; fp32 inside, one rounding out.
+//
+//     rstd = 1 / sqrt(mean(x^2) + eps)        y = x * rstd * (weight + weight_offset)
+//     with g = dy * (weight + weight_offset) and n = x * rstd:   dx = rstd * (g - n * mean(g * n)),   dw = sum dy * n
+//
+// A row is (outer, inner): x + outer * stride + inner * width, so that the heads inside a fused q/k/v buffer are rows
+// too. Each row is read twice, the second time from the cache: memory sets the pace.
+#include "dispatch.h"
+#include "vec.h"
+
+namespace nybble::NYBBLE_ISA {
+
+template <typename T, typename W>
+static void forward_rows(const T* x, int64_t x_stride, const W* weight, float weight_offset, float eps, int64_t outer,
+                         int64_t inner, int64_t width, T* y, int64_t y_stride, float* rstd) {
+#pragma omp parallel for schedule(static) if (outer * inner * width > 16384)
+    for (int64_t row = 0; row < outer * inner; ++row) {
+        const T* from = x + row / inner * x_stride + row % inner * width;
+        T* to = y + row / inner * y_stride + row % inner * width;
+        F32 squares = {};
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const F32 v = load_up_to(from + i, width - i);
+            squares = fma(v, v, squares);
+        }
+        rstd[row] = 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const F32 gain = load_up_to(weight + i, width - i) + weight_offset;
+            store_up_to(to + i, load_up_to(from + i, width - i) * rstd[row] * gain, width - i);
+        }
+    }
+}
+
+template <typename T, typename W>
+static void backward_rows(const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const W* weight,
+                          float weight_offset, const float* rstd, int64_t outer, int64_t inner, int64_t width, T* dx,
+                          int64_t dx_stride, int accumulate) {
+#pragma omp parallel for schedule(static) if (outer * inner * width > 16384)
+    for (int64_t row = 0; row < outer * inner; ++row) {
+        const int64_t offset = row % inner * width;
+        const T *g = dy + row / inner * dy_stride + offset, *from = x + row / inner * x_stride + offset;
+        T* to = dx + row / inner * dx_stride + offset;
+        F32 products = {};
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const F32 gain = load_up_to(weight + i, width - i) + weight_offset;
+            products = fma(load_up_to(g + i, width - i) * gain, load_up_to(from + i, width - i), products);
+        }
+        const float r = rstd[row], mean = sum(products) * r / float(width);  // of g * n
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const F32 gain = load_up_to(weight + i, width - i) + weight_offset;
+            const F32 n = load_up_to(from + i, width - i) * r;
+            F32 result = (load_up_to(g + i, width - i) * gain - n * mean) * r;
+            if (accumulate) result += load_up_to(to + i, width - i);
+            store_up_to(to + i, result, width - i);
+        }
+    }
+}
+
+// Columns are shared out, and each is summed over the rows in their order: the same bits with any number of threads.
+template <typename T>
+static void weight_gradient(const T* dy, const T* x, const float* rstd, int64_t rows, int64_t width, float* dw) {
+#pragma omp parallel for schedule(static) if (rows * width > 16384)
+    for (int64_t i = 0; i < width; i += kLanes) {
+        F32 total = {};
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t at = row * width + i;
+            total = fma(load_up_to(dy + at, width - i), load_up_to(x + at, width - i) * rstd[row], total);
+        }
+        store_up_to(dw + i, total, width - i);
+    }
+}
+
+// x and y share one type, the weight has its own; y may be x.
+void rms_norm(const void* x, int64_t x_stride, int dtype, const void* weight, int weight_dtype, float weight_offset,
+              float eps, int64_t outer, int64_t inner, int64_t width, void* y, int64_t y_stride, float* rstd) {
+#define RUN(T, W) \
+    forward_rows((const T*)x, x_stride, (const W*)weight, weight_offset, eps, outer, inner, width, (T*)y, y_stride, rstd)
+    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
+    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
+    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);
+    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_BF16) RUN(bf16, bf16);
+#undef RUN
+}
+
+// dx may be dy, or, where `accumulate` is set, hold a gradient that is added to.
+void rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, int dtype,
+                       const void* weight, int weight_dtype, float weight_offset, const float* rstd, int64_t outer,
+                       int64_t inner, int64_t width, void* dx, int64_t dx_stride, int accumulate) {
+#define RUN(T, W)                                                                                                 \
+    backward_rows((const T*)dy, dy_stride, (const T*)x, x_stride, (const W*)weight, weight_offset, rstd, outer, inner, \
+                  width, (T*)dx, dx_stride, accumulate)
+    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
+    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
+    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);
+    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_BF16) RUN(bf16, bf16);
+#undef RUN
+}
+
+void rms_norm_weight_gradient(const void* dy, const void* x, int dtype, const float* rstd, int64_t rows, int64_t width,
+                              float* dw) {
+    if (dtype == NYBBLE_F32) weight_gradient((const float*)dy, (const float*)x, rstd, rows, width, dw);
+    if (dtype == NYBBLE_BF16) weight_gradient((const bf16*)dy, (const bf16*)x, rstd, rows, width, dw);
+}
+
+}  // namespace nybble::NYBBLE_ISA
+
+NYBBLE_ENTRY(rms_norm,
+             (const void* x, int64_t x_stride, int dtype, const void* weight, int weight_dtype, float weight_offset,
+              float eps, int64_t outer, int64_t inner, int64_t width, void* y, int64_t y_stride, float* rstd),
+             (x, x_stride, dtype, weight, weight_dtype, weight_offset, eps, outer, inner, width, y, y_stride, rstd))
+
+NYBBLE_ENTRY(rms_norm_backward,
+             (const void* dy, int64_t dy_stride, const void* x, int64_t x_stride, int dtype, const void* weight,
+              int weight_dtype, float weight_offset, const float* rstd, int64_t outer, int64_t inner, int64_t width,
+              void* dx, int64_t dx_stride, int accumulate),
+             (dy, dy_stride, x, x_stride, dtype, weight, weight_dtype, weight_offset, rstd, outer, inner, width, dx,
+              dx_stride, accumulate))
+
+NYBBLE_ENTRY(rms_norm_weight_gradient,
+             (const void* dy, const void* x, int dtype, const float* rstd, int64_t rows, int64_t width, float* dw),
+             (dy, x, dtype, rstd, rows, width, dw))

@@ -1,0 +1,61 @@
+// What the library says about itself, and the choice of body. Compiled once, for any machine.
+#include <atomic>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "dispatch.h"
+
+namespace nybble {
+
+static Isa best_isa() {
+#ifdef NYBBLE_X86_BODIES
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
+        return PORTABLE;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+        return AVX2;
+    return __builtin_cpu_supports("avx512bf16") ? AVX512BF16 : AVX512;
+#else
+    return PORTABLE;
+#endif
+}
+
+static std::atomic<int>& chosen_isa() {
+    static std::atomic<int> chosen{best_isa()};
+    return chosen;
+}
+
+Isa current_isa() { return Isa(chosen_isa().load(std::memory_order_relaxed)); }
+
+}  // namespace nybble
+
+extern "C" {
+
+// Raised whenever a signature changes; kernels/cpu.py refuses a library of another number.
+NYBBLE_EXPORT int nybble_cpu_abi() { return 1; }
+
+NYBBLE_EXPORT int nybble_cpu_best_isa() { return nybble::best_isa(); }
+NYBBLE_EXPORT int nybble_cpu_isa() { return nybble::current_isa(); }
+
+// Returns the set now in use: `isa`, or the best there is where that is lower.
+NYBBLE_EXPORT int nybble_cpu_set_isa(int isa) {
+    const int best = nybble::best_isa();
+    nybble::chosen_isa().store(isa < 0 ? 0 : isa > best ? best : isa);
+    return nybble::current_isa();
+}
+
+// Threads that the next parallel region will have: follows torch.set_num_threads when the pool is torch's.
+NYBBLE_EXPORT int nybble_cpu_num_threads() {
+#ifdef _OPENMP
+    return omp_get_max_threads();
+#else
+    return 1;
+#endif
+}
+
+NYBBLE_EXPORT const char* nybble_cpu_compiler() { return __VERSION__; }
+
+}

@@ -1,0 +1,174 @@
+"""The four-bit ops, declared once: schema, checks, fake. Bodies are registered in reference.py, cpu.py, ...
+
+    nybble::quantize_4bit        weight -> packed, scales
+    nybble::dequantize_4bit      packed, scales -> weight
+    nybble::dequantize_4bit_out  packed, scales -> written into `out`
+
+`packed` and `scales` are laid out as nybble.formats.quantized_tensor says. A body gets contiguous
+tensors whose sizes have been checked. None of the ops has a gradient: the weights are frozen.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from nybble.errors import FormatError
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, packed_shape
+from nybble.kernels import registry
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def quantize(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """Put a weight into four bits, on its own device.
+
+    Args:
+        weight: any shape, fp32, bf16 or fp16.
+
+    Raises:
+        FormatError: empty, not floating point, or with non-finite values.
+        KernelError: the backend asked for cannot run.
+    """
+    packed, scales = torch.ops.nybble.quantize_4bit(
+        weight.detach().contiguous(), spec.format, spec.block_size, spec.double_quant
+    )
+    return QuantizedTensor(packed, scales, spec, tuple(weight.shape), weight.dtype)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The weight in `dtype` (fp32, bf16 or fp16), shape `q.shape`: fp32 arithmetic, one rounding.
+
+    Raises:
+        FormatError: another dtype.
+        KernelError: the backend asked for cannot run.
+    """
+    spec = q.spec
+    weight: Tensor = torch.ops.nybble.dequantize_4bit(
+        q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, dtype
+    )
+    return weight
+
+
+def dequantize_into(q: QuantizedTensor, out: Tensor) -> None:
+    """As `dequantize`, written into `out`: contiguous, shape `q.shape`, fp32, bf16 or fp16."""
+    spec = q.spec
+    torch.ops.nybble.dequantize_4bit_out(
+        q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, out
+    )
+
+
+def _check_quantize(weight: Tensor, format: str, block_size: int, double_quant: bool) -> None:
+    QuantSpec(format, block_size, double_quant)
+    _check_dtype(weight.dtype)
+    if weight.numel() == 0 or not weight.is_contiguous():
+        raise FormatError(
+            f"A weight of shape {tuple(weight.shape)} and strides {weight.stride()} cannot be quantised.",
+            "Allowed: contiguous tensors with at least one element.",
+        )
+
+
+def _fake_quantize(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
+    spec = QuantSpec(format, block_size, double_quant)
+    packed = weight.new_empty(packed_shape(tuple(weight.shape), block_size), dtype=torch.uint8)
+    return packed, weight.new_empty((spec.scales_bytes(weight.numel()),), dtype=torch.uint8)
+
+
+def _check_packed(
+    packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool
+) -> None:
+    spec = QuantSpec(format, block_size, double_quant)
+    numel = prod(shape)
+    for name, tensor, expected in (
+        ("packed", packed, spec.packed_bytes(numel)),
+        ("scales", scales, spec.scales_bytes(numel)),
+    ):
+        if tensor.dtype != torch.uint8 or tensor.numel() != expected or not tensor.is_contiguous():
+            raise FormatError(
+                f"{name} is {tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}.",
+                f"{spec} over shape {tuple(shape)} needs {expected} contiguous bytes (uint8).",
+            )
+    if packed.device != scales.device:
+        raise FormatError(f"packed is on {packed.device}, scales on {scales.device}.", "Both must be on one device.")
+
+
+def _check_dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: torch.dtype,
+) -> None:
+    _check_packed(packed, scales, shape, format, block_size, double_quant)
+    _check_dtype(dtype)
+
+
+def _fake_dequantize(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+def _check_dequantize_out(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    out: Tensor,
+) -> None:
+    _check_packed(packed, scales, shape, format, block_size, double_quant)
+    _check_dtype(out.dtype)
+    if tuple(out.shape) != tuple(shape) or not out.is_contiguous() or out.device != packed.device:
+        raise FormatError(
+            f"out has shape {tuple(out.shape)}, strides {out.stride()}, on {out.device}.",
+            f"It must be contiguous, of shape {tuple(shape)}, on {packed.device}.",
+        )
+
+
+def _fake_dequantize_out(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    out: Tensor,
+) -> None:
+    return None
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOAT_DTYPES:
+        raise FormatError(f"{dtype} weights are not supported.", "Allowed: float32, bfloat16, float16.")
+
+
+registry.declare(
+    "quantize_4bit",
+    "(Tensor weight, str format, int block_size, bool double_quant) -> (Tensor packed, Tensor scales)",
+    _check_quantize,
+    _fake_quantize,
+)
+registry.declare(
+    "dequantize_4bit",
+    "(Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant, ScalarType dtype)"
+    " -> Tensor",
+    _check_dequantize,
+    _fake_dequantize,
+)
+registry.declare(
+    "dequantize_4bit_out",
+    "(Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant, Tensor(a!) out) -> ()",
+    _check_dequantize_out,
+    _fake_dequantize_out,
+)

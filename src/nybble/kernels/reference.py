@@ -1,0 +1,54 @@
+"""The plain-PyTorch bodies of the four-bit ops, on every device: nybble.formats.blockwise behind the op signatures."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from nybble.formats import blockwise
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, packed_shape
+from nybble.kernels import registry
+
+registry.register_backend("reference", devices=None, probe=lambda: None)
+
+
+@registry.register("quantize_4bit", "reference")
+def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
+    q = blockwise.quantize(weight, QuantSpec(format, block_size, double_quant))
+    return q.packed, q.scales
+
+
+@registry.register("dequantize_4bit", "reference")
+def dequantize_4bit(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    out = packed.new_empty(shape, dtype=dtype)
+    dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out)
+    return out
+
+
+@registry.register("dequantize_4bit_out", "reference")
+def dequantize_4bit_out(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    out: Tensor,
+) -> None:
+    sizes = tuple(shape)
+    q = QuantizedTensor(
+        packed.view(packed_shape(sizes, block_size)),
+        scales,
+        QuantSpec(format, block_size, double_quant),
+        sizes,
+        out.dtype,
+    )
+    blockwise.dequantize_into(q, out)

@@ -1,0 +1,56 @@
+"""Fetching a model from the Hugging Face hub: safetensors, JSON and tokenizer files, nothing that can run."""
+
+import re
+from pathlib import Path
+
+from nybble.errors import ModelError
+from nybble.models.bundled import BUNDLED
+
+WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
+UNWANTED = ["original/*", "consolidated*", "*/*"]  # second copies of the weights, other folders
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether `name` has the form `name` or `owner/name` of a hub id, and not of a path."""
+    part = r"[A-Za-z0-9][\w.-]*"
+    return re.fullmatch(rf"({part}/)?{part}", name) is not None and not name.endswith((".gguf", ".safetensors"))
+
+
+def fetch_from_hub(repo_id: str) -> Path:
+    """The folder of the hub's cache that holds the model; only what is not there yet is fetched.
+
+    Raises:
+        ModelError: no network, no such model, or no right to it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    allowed = f"Allowed: a folder, a .gguf file, a hub id, or {', '.join(BUNDLED)} (which needs no hub)."
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"The hub gives {repo_id} only to those who accepted its terms.",
+            allowed,
+            "Accept them on the hub and log in (hf auth login).",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"There is no folder {repo_id} here, and the hub has no model of that name (or only for those logged in).",
+            allowed,
+            "Check the spelling.",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"There is no folder {repo_id} here, and the hub cannot be reached to fetch a model of that name.",
+            allowed,
+            "Connect to the network, or give a model that is on this machine.",
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelError(f"The hub refused {repo_id}: {error}.", allowed, "Try again later.") from error
+    except Exception as error:  # of the transport: the class depends on the HTTP library that the hub's client uses
+        raise ModelError(
+            f"Fetching {repo_id} from the hub failed: {type(error).__name__}: {error}.",
+            allowed,
+            "Check the network and the free space in the hub's cache, then run the same command again.",
+        ) from error

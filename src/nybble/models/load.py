@@ -1,0 +1,126 @@
+"""Stream a source into a model whose block linears are in four bits.
+
+The model is built on the meta device, its block linears are swapped for `QuantizedLinear`, and then
+each tensor is read, put into four bits or cast, stored, and dropped. What is in memory at any time is
+what was stored so far and one tensor of the source.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.kernels.ops import dequantize, quantize
+from nybble.layers.convert import quantizable_linears, replace_linears
+from nybble.layers.dense import replace_dense_ends
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models.placement import place_tensors, placed_tensors
+from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.models.source import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[..., Iterable[Any]]  # wraps an iterable, as rich.progress.track does; takes `total`
+
+
+def load_model(
+    source: ModelSource,
+    spec: QuantSpec | None,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> "PreTrainedModel":
+    """The source as a frozen model in eval mode.
+
+    Linears of the blocks are put into `spec`'s four bits, where the source has them in 16 or 32; a source
+    that is already in four bits keeps its own, bit for bit. Embeddings and head stay in 16 bits
+    (`source.dense_dtype`). Everything else is in `compute_dtype`.
+
+    Args:
+        spec: None keeps (or, from a source in four bits, makes) every linear dense, in `compute_dtype`.
+        compute_dtype: of the products.
+        device: where the weights go.
+        progress: wraps the iteration over the tensors, called with `total=`.
+
+    Raises:
+        ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
+    """
+    skeleton = build_skeleton(source.config, compute_dtype)
+    placed = place_tensors(source, skeleton)
+    tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, skeleton)
+    if progress is not None:
+        tensors = progress(tensors, total=len(set(placed.values())))
+
+    model = build_skeleton(source.config, compute_dtype)
+    ends = dense_end_weights(model)
+    if source.dense_dtype != compute_dtype:
+        replace_dense_ends(model, compute_dtype)
+    transposed: set[str] = set()
+    if spec is not None:
+        linears = _linears_to_quantize(model, source, placed)
+        transposed = {f"{name}.weight" for name in linears if is_transposed(model.get_submodule(name))}
+        replace_linears(model, linears, source.quant_spec or spec, compute_dtype)
+
+    with torch.no_grad():
+        for name, tensor in tensors:
+            module_name, _, leaf = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            if isinstance(module, QuantizedLinear) and leaf == "weight":
+                if isinstance(tensor, Tensor):
+                    matrix = tensor.to(device)
+                    tensor = quantize(matrix.T if name in transposed else matrix, module.spec)
+                module.load_quantized(_moved(tensor, device))
+            else:
+                _store(module, leaf, tensor, source.dense_dtype if name in ends else compute_dtype, device)
+            del tensor  # before the next one is read
+    model.tie_weights()
+    _fill_computed_buffers(model, device)
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    assert not left, left
+    model.generation_config = source.load_generation_config()
+    return model.requires_grad_(False).eval()
+
+
+def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: dict[str, str]) -> list[str]:
+    """All linears of the blocks; of a source that is already in four bits, those that it has in four bits."""
+    names = quantizable_linears(model)
+    if source.quant_spec is None:
+        return names
+    stored = {target for name, target in placed.items() if source.is_quantized(name)}
+    return [name for name in names if f"{name}.weight" in stored]
+
+
+def _store(
+    module: nn.Module, leaf: str, tensor: Tensor | QuantizedTensor, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Put a dense tensor in the place of the meta one."""
+    place = getattr(module, leaf)
+    if isinstance(tensor, QuantizedTensor):
+        tensor = dequantize(_moved(tensor, device), dtype)
+        if is_transposed(module):
+            tensor = tensor.T.contiguous()
+    dense = tensor.to(device=device, dtype=dtype if place.is_floating_point() else place.dtype)
+    setattr(module, leaf, nn.Parameter(dense, requires_grad=False) if isinstance(place, nn.Parameter) else dense)
+
+
+def _moved(q: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
+    return replace(q, packed=q.packed.to(device), scales=q.scales.to(device))
+
+
+def _fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str) -> None:
+    """Compute the buffers that checkpoints do not hold, such as rotary frequencies, by the model's own code.
+
+    As `from_pretrained` does it: what was loaded is marked, and initialising the model then fills the rest.
+    """
+    computed = dict(model.named_non_persistent_buffers())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name not in computed:
+            tensor._is_hf_initialized = True
+    for name, buffer in computed.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device=device))
+    model.initialize_weights()

@@ -1,0 +1,28 @@
+"""Loading a tokenizer from a folder or the hub."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nybble.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer in the folder `name`, or of the hub id `name`. Code that comes with it is never run.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(
+            f"No tokenizer could be loaded from {name}: {reason}",
+            "Allowed: a folder or hub id with tokenizer files that the installed transformers reads.",
+            "Name one with --tokenizer.",
+        ) from error

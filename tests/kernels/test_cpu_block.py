@@ -1,0 +1,290 @@
+"""The C++ block kernels against autograd in fp64, and against their plain-PyTorch twins, on every instruction set.
+
+Outputs start as NaN; shapes leave tails; rows lie apart; outputs overwrite inputs.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nybble.errors import KernelError
+from nybble.formats.quantized_tensor import FORMATS, QuantSpec
+from nybble.kernels import block_ops, cpu, ops, registry
+
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+ISAS = cpu.supported_isas() if cpu.why_unavailable() is None else ()
+DTYPES = (torch.float32, torch.bfloat16)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # of the largest value; bf16: half a step of it
+WIDTHS = (1, 7, 16, 17, 64, 100, 576)
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request):
+    with cpu.use_isa(request.param), registry.use("cpp"):
+        yield request.param
+
+
+def randn(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rows_apart(x, gap=13):
+    """The same rows inside a wider buffer, as a slice of a fused projection would be; and the buffer's remainder."""
+    width = x[0].numel()
+    buffer = torch.full((len(x), width + gap), torch.nan, dtype=x.dtype)
+    view = buffer[:, :width].view(x.shape)
+    view.copy_(x)
+    return view, buffer[:, width:]
+
+
+def assert_close(got, exact, dtype, scale=0.0):
+    """`scale`: the size of the terms, where the exact result is a small difference of them."""
+    assert got.dtype == dtype
+    assert torch.isfinite(got).all()
+    error = (got.double() - exact).abs().max()
+    assert error <= TOLERANCE[dtype] * max(exact.abs().max(), scale, 1e-3), error
+
+
+# ---- RMSNorm -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_offset", [0.0, 1.0])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_and_its_gradients(dtype, weight_dtype, weight_offset, width):
+    for shape in ((5, width), (3, 4, width)):
+        x, remainder = rows_apart(randn(*shape, dtype=dtype))
+        weight, grad = randn(width, dtype=weight_dtype, seed=1), randn(*shape, dtype=dtype, seed=2)
+        x64, w64 = x.double().requires_grad_(), weight.double().requires_grad_()
+        y64 = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-5) * (w64 + weight_offset)
+        y64.backward(grad.double())
+
+        out, _ = rows_apart(torch.full(shape, torch.nan, dtype=dtype))
+        y, rstd = block_ops.rms_norm(x, weight, 1e-5, weight_offset, out=out)
+        assert y is out
+        assert_close(y, y64.detach(), dtype)
+        assert_close(rstd, torch.rsqrt(x.double().square().mean(-1) + 1e-5), torch.float32)
+
+        dx = block_ops.rms_norm_backward(grad, x, weight, rstd, weight_offset)
+        terms = grad.abs().max() * rstd.max() * (weight.float() + weight_offset).abs().max()
+        assert_close(dx, x64.grad, dtype, scale=terms)
+        base = randn(*shape, dtype=dtype, seed=3)
+        total = block_ops.rms_norm_backward(grad, x, weight, rstd, weight_offset, out=base.clone(), accumulate=True)
+        assert_close(total, x64.grad + base.double(), dtype, scale=terms)
+        dw = block_ops.rms_norm_weight_gradient(grad, x.contiguous(), rstd)
+        assert_close(dw, w64.grad, torch.float32)
+
+        in_place = grad.clone()
+        block_ops.rms_norm_backward(in_place, x, weight, rstd, weight_offset, out=in_place)
+        assert torch.equal(in_place, dx)
+        expected = y.clone()
+        block_ops.rms_norm(x, weight, 1e-5, weight_offset, out=x)
+        assert torch.equal(x, expected)
+        assert remainder.isnan().all()
+
+
+# ---- RoPE ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(2, 2), (6, 6), (64, 64), (80, 32), (128, 128), (34, 34)])
+def test_rope_is_hugging_faces_and_its_backward_is_the_transpose(dtype, head_dim, rotary_dim):
+    tokens, heads = 9, 3
+    angles = torch.arange(tokens)[:, None] / 10000 ** (torch.arange(rotary_dim // 2) * 2 / rotary_dim)
+    cos, sin = 1.1 * angles.cos(), 1.1 * angles.sin()  # 1.1: as yarn's attention scaling
+    x, remainder = rows_apart(randn(tokens, heads, head_dim, dtype=dtype))
+    grad = randn(tokens, heads, head_dim, dtype=dtype, seed=1)
+
+    x64 = x.double().requires_grad_()
+    turned, kept = x64[..., :rotary_dim], x64[..., rotary_dim:]
+    rotated_half = torch.cat([-turned[..., rotary_dim // 2 :], turned[..., : rotary_dim // 2]], dim=-1)
+    cos64, sin64 = (torch.cat([table, table], dim=-1)[:, None].double() for table in (cos, sin))
+    y64 = torch.cat([turned * cos64 + rotated_half * sin64, kept], dim=-1)
+    y64.backward(grad.double())
+
+    block_ops.rope_(x, cos, sin)
+    assert_close(x, y64.detach(), dtype)
+    assert remainder.isnan().all()
+    block_ops.rope_backward_(grad, cos, sin)
+    assert_close(grad, x64.grad, dtype)
+
+
+# ---- SwiGLU --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_swiglu_and_its_gradients(dtype, width):
+    fused, remainder = rows_apart(3 * randn(7, 2 * width, dtype=dtype))
+    gate, up = fused[:, :width], fused[:, width:]
+    grad = randn(7, width, dtype=dtype, seed=1)
+    g64, u64 = gate.double().requires_grad_(), up.double().requires_grad_()
+    y64 = F.silu(g64) * u64
+    y64.backward(grad.double())
+
+    y = block_ops.swiglu(gate, up, out=torch.full((7, width), torch.nan, dtype=dtype))
+    assert_close(y, y64.detach(), dtype)
+    grad_gate, grad_up = block_ops.swiglu_backward(grad, gate, up)
+    assert_close(grad_gate, g64.grad, dtype)
+    assert_close(grad_up, u64.grad, dtype)
+
+    block_ops.swiglu_backward(grad, gate, up, grad_gate=gate, grad_up=up, act=grad)  # everything in place
+    assert torch.equal(gate, grad_gate)
+    assert torch.equal(up, grad_up)
+    assert torch.equal(grad, y)
+    assert remainder.isnan().all()
+
+
+def test_swiglu_of_large_gates_stays_finite():
+    gate = torch.tensor([[-1e4, -200.0, -100.0, -88.0, 0.0, 88.0, 100.0, 200.0, 1e4]])
+    up = torch.ones_like(gate)
+    assert torch.allclose(block_ops.swiglu(gate, up), F.silu(gate), atol=1e-30)
+    grad_gate, grad_up = block_ops.swiglu_backward(up, gate, up)
+    assert torch.allclose(grad_gate, torch.tensor([[0.0, 0, 0, 0, 0.5, 1, 1, 1, 1]]), atol=1e-30)
+    assert torch.allclose(grad_up, F.silu(gate), atol=1e-30)
+
+
+# ---- cross-entropy -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 2, 15, 16, 31, 1000, 5003])
+def test_cross_entropy_and_its_gradient(dtype, vocabulary):
+    logits, remainder = rows_apart(4 * randn(6, vocabulary, dtype=dtype))
+    logits[0] += 300  # exp would overflow
+    logits[1] -= 300
+    targets = torch.arange(6) * 7919 % vocabulary
+    targets[2], targets[3], targets[4] = -100, vocabulary - 1, 0
+    x64 = logits.double().requires_grad_()
+    losses64 = F.cross_entropy(x64, targets, reduction="none", ignore_index=-100)
+    (0.25 * losses64.sum()).backward()
+
+    losses = block_ops.cross_entropy_(logits, targets, 0.25)
+    assert losses[2] == 0
+    assert (logits[2] == 0).all()
+    assert_close(losses, losses64.detach(), torch.float32)
+    assert_close(logits, x64.grad, dtype)
+    assert remainder.isnan().all()
+
+
+def test_a_target_beyond_the_vocabulary_is_refused():
+    for backend in ("cpp", "reference"):
+        with registry.use(backend), pytest.raises(KernelError, match="A target is 5"):
+            block_ops.cross_entropy_(torch.zeros(2, 5), torch.tensor([0, 5]), 1.0)
+
+
+# ---- AdamW ---------------------------------------------------------------------------------------
+
+
+def test_adamw_is_torchs():
+    param = torch.nn.Parameter(randn(1003))
+    mine, exp_avg, exp_avg_sq = param.detach().clone(), torch.zeros(1003), torch.zeros(1003)
+    settings = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    optimizer = torch.optim.AdamW([param], betas=(0.9, 0.95), foreach=False, **settings)
+    for step in range(1, 21):
+        grad = randn(1003, seed=step) * 10.0 ** (step % 5 - 4)
+        param.grad = grad * 0.5
+        optimizer.step()
+        block_ops.adamw_(
+            mine, grad, exp_avg, exp_avg_sq, step=step, beta1=0.9, beta2=0.95, grad_scale=0.5, **settings
+        )
+        assert torch.allclose(mine, param.detach(), rtol=1e-6, atol=1e-7)
+    state = optimizer.state[param]
+    assert torch.allclose(exp_avg, state["exp_avg"], rtol=1e-5, atol=1e-7)
+    assert torch.allclose(exp_avg_sq, state["exp_avg_sq"], rtol=1e-5, atol=1e-12)
+
+
+def test_adamw_in_pieces_gives_the_same_bits():
+    whole = [randn(1000, seed=seed).abs() for seed in range(4)]
+    pieces = [tensor.clone() for tensor in whole]
+    block_ops.adamw_(*whole, step=3, lr=1e-3, weight_decay=0.01)
+    for start, stop in ((0, 1), (1, 18), (18, 500), (500, 1000)):
+        block_ops.adamw_(*(tensor[start:stop] for tensor in pieces), step=3, lr=1e-3, weight_decay=0.01)
+    for a, b in zip(whole, pieces, strict=True):
+        assert torch.equal(a, b)
+
+
+# ---- 4-bit matrix-vector product -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_gemv_multiplies_by_the_dequantised_weight(dtype, format, double_quant):
+    for block_size in (32, 64, 128, 4096):
+        spec = QuantSpec(format, block_size, double_quant)
+        for shape in ((5, 32), (7, 64), (3, 96), (33, 576), (4, 100), (9, 33), (6, 8192), (1, 1)):
+            q = ops.quantize(randn(*shape) + 0.3, spec)
+            exact = ops.dequantize(q, torch.float32).double()
+            for rows in (1, 2, 5, 8, 11):
+                x = randn(rows, shape[1], dtype=dtype, seed=rows)
+                y, y64 = block_ops.gemv_4bit(x, q), x.double() @ exact.T
+                # bf16: the result's rounding, and half as much again for that of the codebook
+                assert_close(y, y64, dtype, scale=(1.5 if dtype == torch.bfloat16 else 1) * y64.abs().max())
+
+
+# ---- all -----------------------------------------------------------------------------------------
+
+
+def examples():
+    """Each op with arguments, every output a tensor of NaN."""
+    nan = torch.full((4, 3, 24), torch.nan)
+    x, weight, rstd = randn(4, 3, 24), randn(24, seed=1), randn(4, 3, seed=2).abs()
+    flat = randn(4, 33)
+    q = ops.quantize(randn(6, 64), QuantSpec())
+    yield "rms_norm_out", (x, weight, 1e-5, 0.0, nan.clone())
+    yield "rms_norm_backward_out", (x, x, weight, rstd, 0.0, False, nan.clone())
+    yield "rms_norm_backward_out", (x, x, weight, rstd, 1.0, True, x.clone())
+    yield "rms_norm_weight_gradient", (x, x, rstd)
+    yield "rope_", (x, randn(4, 10), randn(4, 10, seed=3), False)
+    yield "swiglu_out", (flat, flat, torch.full((4, 33), torch.nan))
+    nans = [torch.full((4, 33), torch.nan) for _ in range(3)]
+    yield "swiglu_backward_out", (flat, flat, flat, *nans)
+    yield "swiglu_backward_out", (flat, flat, flat, nans[0], nans[1], None)
+    yield "cross_entropy_", (flat, torch.tensor([1, -1, 32, 0]), 0.5)
+    yield "adamw_", (flat, flat.clone(), flat.clone(), flat.abs(), 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
+    yield "gemv_4bit", (randn(2, 64), q.packed, q.scales, [6, 64], "nf4", 64, True)
+
+
+def test_every_op_agrees_with_its_twin_and_passes_opcheck(isa):
+    for name, arguments in examples():
+        op = getattr(torch.ops.nybble, name).default
+        results = {}
+        for backend in ("cpp", "reference"):
+            copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+            with registry.use(backend):
+                result = op(*copies)
+            results[backend] = [result, *copies]
+        for got, expected in zip(results["cpp"], results["reference"], strict=True):
+            if isinstance(got, torch.Tensor):
+                assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6), name
+        if isa == ISAS[-1]:
+            torch.library.opcheck(op, arguments)
+
+
+def test_wrong_arguments_are_refused():
+    x = randn(4, 8)
+    for call in (
+        lambda: block_ops.rms_norm(x, randn(7), 1e-5),
+        lambda: block_ops.rms_norm(x.t(), randn(4), 1e-5),
+        lambda: block_ops.rms_norm(x.long(), randn(8), 1e-5),
+        lambda: block_ops.rms_norm(x, randn(8), 1e-5, out=randn(4, 8, dtype=torch.bfloat16)),
+        lambda: block_ops.rope_(x, randn(4, 4), randn(4, 4)),
+        lambda: block_ops.rope_(x[:, None], randn(4, 5), randn(4, 5)),
+        lambda: block_ops.swiglu(x, randn(4, 7)),
+        lambda: block_ops.cross_entropy_(x, torch.zeros(3, dtype=torch.int64), 1.0),
+        lambda: block_ops.adamw_(x, x[:2], x, x, step=1, lr=0.1),
+        lambda: block_ops.adamw_(x, x, x, x, step=0, lr=0.1),
+        lambda: block_ops.gemv_4bit(randn(1, 63), ops.quantize(randn(4, 64), QuantSpec())),
+    ):
+        with pytest.raises(KernelError):
+            call()
+
+
+def test_fp16_has_no_kernel_and_says_so():
+    x = randn(4, 8).half()
+    with pytest.raises(KernelError, match="has no fp16 body"):
+        block_ops.rms_norm(x, randn(8), 1e-5)
+    with registry.use("cpp", "reference"):
+        assert block_ops.rms_norm(x, randn(8), 1e-5)[0].dtype == torch.float16

@@ -1,0 +1,131 @@
+"""The C++ quantise and dequantise give the reference's bytes, on every instruction set this CPU has."""
+
+import functools
+
+import pytest
+import torch
+
+from nybble.errors import FormatError
+from nybble.formats import blockwise
+from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS, QuantizedTensor, QuantSpec
+from nybble.kernels import cpu, ops, registry
+
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+ISAS = cpu.supported_isas() if cpu.why_unavailable() is None else ()
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1,), (2,), (63,), (65,), (31, 3), (7, 33), (48, 80), (3, 5, 77), (130, 257), (256, 576))
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    with cpu.use_isa(request.param):
+        yield request.param
+
+
+def weights(shape, dtype, seed=0):
+    """Normal values with what could go wrong in them: zero blocks, midpoints, tiny, huge and equal values."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=generator) * torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=generator)
+    flat = w.view(-1)
+    if len(flat) > 4000:
+        flat[64:192] = 0
+        flat[192:256] = -0.0
+        flat[256:320] *= 1e-40  # subnormal
+        flat[320:384] *= 1e30 if dtype != torch.float16 else 1e3
+        flat[384:448] = 1e-39
+        flat[448:512] = flat[448:512].abs() + 1
+        flat[512:576] = -flat[512:576].abs() - 1
+        flat[576:592] = torch.tensor([1.0, *blockwise.codebooks.midpoints("nf4").tolist()])
+        flat[592:640] = 0.5
+    return w.to(dtype)
+
+
+@functools.cache  # the instruction sets share it
+def reference(shape, dtype, spec):
+    return blockwise.quantize(weights(shape, dtype), spec)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantise_gives_the_references_bytes(isa, format, double_quant, dtype):
+    for block_size in BLOCK_SIZES:
+        spec = QuantSpec(format, block_size, double_quant)
+        for shape in SHAPES:
+            expected = reference(shape, dtype, spec)
+            with registry.use("cpp"):
+                got = ops.quantize(weights(shape, dtype), spec)
+            assert torch.equal(got.packed, expected.packed), (spec, shape)
+            assert torch.equal(got.scales, expected.scales), (spec, shape)
+            assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantise_gives_the_references_bits(isa, format, double_quant, dtype):
+    for block_size in BLOCK_SIZES:
+        spec = QuantSpec(format, block_size, double_quant)
+        for shape in SHAPES:
+            q = reference(shape, torch.float32, spec)
+            poisoned = torch.full(q.shape, torch.nan, dtype=dtype)
+            with registry.use("cpp"):
+                ops.dequantize_into(q, poisoned)
+            expected = blockwise.dequantize(q, dtype)
+            assert torch.equal(bits(poisoned), bits(expected)), (spec, shape)
+
+
+def test_every_nibble_and_scale_code_dequantises_as_in_the_reference(isa):
+    """All 256 bytes under all 256 scale codes, whether or not a quantiser would write them; negative scales too."""
+    shape = (256, 512)
+    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
+    for format in FORMATS:
+        spec = QuantSpec(format, 512, double_quant=True)
+        scales = torch.randint(0, 256, (spec.scales_bytes(256 * 512),), dtype=torch.uint8)
+        scales[:8] = torch.tensor([0.3, -1.7]).view(torch.uint8)
+        scales[8:264] = torch.arange(256, dtype=torch.uint8)
+        q = QuantizedTensor(packed, scales, spec, shape, torch.float32)
+        for dtype in DTYPES:
+            with registry.use("cpp"):
+                got = ops.dequantize(q, dtype)
+            assert torch.equal(bits(got), bits(blockwise.dequantize(q, dtype)))
+
+
+def test_nothing_is_written_beyond_the_outputs(isa):
+    for numel in (1, 5, 31, 33, 64, 95, 1000):
+        q = blockwise.quantize(weights((numel,), torch.float32), QuantSpec("nf4", 32))
+        for dtype in DTYPES:
+            buffer = torch.full((numel + 64,), 7.0, dtype=dtype)
+            with registry.use("cpp"):
+                ops.dequantize_into(q, buffer[:numel])
+            assert (buffer[numel:] == 7).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 63, 64, 99])
+def test_weights_that_are_not_finite_are_refused(isa, format, bad, place):
+    w = torch.randn(100)
+    w[place] = bad
+    with registry.use("cpp"), pytest.raises(FormatError, match="1 of 100 values are not finite"):
+        ops.quantize(w, QuantSpec(format))
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    w, spec = weights((300, 577), torch.bfloat16), QuantSpec()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with registry.use("cpp"):
+                q = ops.quantize(w, spec)
+                results.append((q.packed, q.scales, ops.dequantize(q, torch.bfloat16)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def bits(x):
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)

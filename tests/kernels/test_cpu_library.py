@@ -1,0 +1,100 @@
+"""Loading the C++ kernels: one OpenMP pool, the choice of instruction set, and what is said without them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nybble.errors import KernelError
+from nybble.kernels import cpu
+
+needs_library = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+
+
+def run(code, **environment):
+    """Python code in a fresh process: its output, or its last line of error."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done.stdout.strip() if done.returncode == 0 else done.stderr.strip()
+
+
+@needs_library
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_one_openmp_pool_is_shared_with_torch():
+    code = """
+import torch
+from nybble.kernels import ops, cpu
+from nybble.formats.quantized_tensor import QuantSpec
+for threads in (1, 3, 2):
+    torch.set_num_threads(threads)
+    assert cpu.num_threads() == threads, (cpu.num_threads(), threads)
+ops.quantize(torch.randn(512, 512) @ torch.randn(512, 512), QuantSpec())
+pools = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "libomp" in line or "iomp" in line}
+print(len(pools))
+"""
+    assert run(code) == "1"
+
+
+@needs_library
+def test_threads_follow_torch():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert cpu.num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+def test_an_instruction_set_can_be_asked_for(monkeypatch):
+    best = cpu.current_isa()
+    assert best == cpu.supported_isas()[-1]
+    with cpu.use_isa(best):  # put back afterwards
+        for isa in cpu.supported_isas():
+            monkeypatch.setenv("NYBBLE_CPU_ISA", isa)
+            cpu.load.__wrapped__()
+            assert cpu.current_isa() == isa
+    assert cpu.current_isa() == best
+
+
+@needs_library
+def test_a_request_that_cannot_be_met_is_refused_and_not_replaced(monkeypatch):
+    with pytest.raises(KernelError, match="This CPU runs the kernels for portable"), cpu.use_isa("sse9"):
+        pass
+    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)  # as in a process that has not loaded it yet
+    monkeypatch.setenv("NYBBLE_CPU_ISA", "sse9")
+    with pytest.raises(KernelError, match="'sse9' was asked for"):
+        cpu.why_unavailable()
+    monkeypatch.setenv("NYBBLE_CPU_LIBRARY", "/no/such.so")
+    with pytest.raises(KernelError, match=r"/no/such.so does not exist"):
+        cpu.why_unavailable()
+    monkeypatch.setenv("NYBBLE_CPU_LIBRARY", __file__)
+    with pytest.raises(KernelError, match="cannot be loaded"):
+        cpu.why_unavailable()
+
+
+def test_without_the_library_the_reference_runs_and_the_reason_is_told():
+    code = """
+import pathlib, torch
+from nybble.kernels import cpu, ops, registry
+cpu.library_path = lambda: pathlib.Path("/no/library")
+from nybble.formats.quantized_tensor import QuantSpec
+print(ops.quantize(torch.ones(4), QuantSpec()).packed.tolist(), cpu.describe()["reason"])
+print({row.reason for row in registry.available() if row.backend == "cpp"})
+"""
+    reason = "not built (no compiler at install)"
+    assert run(code).splitlines() == [f"[255, 255] {reason}", f"{{'{reason}'}}"]
+
+
+@needs_library
+def test_describe_says_what_doctor_shows():
+    about = cpu.describe()
+    assert about["available"] is True
+    assert about["isa"] in about["isas"]
+    assert about["threads"] == torch.get_num_threads()
+    assert Path(about["path"]).is_file()
+    assert about["compiler"]

@@ -1,0 +1,214 @@
+"""Four-bit folders: ours in transformers with bitsandbytes, theirs in ours, and what an interrupted one leaves."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models.load import load_model
+from nybble.models.save import quantize_folder
+from nybble.models.source import open_source
+
+SPECS = [
+    QuantSpec("nf4", 64, True),
+    QuantSpec("nf4", 64, False),
+    QuantSpec("fp4", 64, True),
+    QuantSpec("nf4", 128, True),
+]
+
+
+def load_with_bitsandbytes(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu").eval()
+
+
+def dense_weights_of_theirs(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Their weights dequantised by bitsandbytes, rounded to `dtype`: by itself it rounds to the one it recorded."""
+    weights = {}
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = copy.copy(module.weight.quant_state)
+            state.dtype = dtype
+            weights[name] = bnb.functional.dequantize_4bit(module.weight.data, state)
+    return weights
+
+
+def assert_same_weights(ours: nn.Module, theirs: nn.Module) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = dense_weights_of_theirs(theirs, dtype)
+        assert len(expected) == 14
+        for name, weight in expected.items():
+            module = ours.get_submodule(name)
+            assert isinstance(module, QuantizedLinear)
+            assert weight.dtype == dtype
+            assert torch.equal(module.dequantize(dtype), weight), name
+            assert module.source_dtype == theirs.get_submodule(name).weight.quant_state.dtype
+
+
+def reference_logits(theirs: nn.Module, tokens: Tensor) -> Tensor:
+    """Their model's logits on its own dequantised weights in fp32.
+
+    bitsandbytes' fused CPU kernel multiplies in bf16 on machines that have it: its own error is 1e-2.
+    """
+    for name, weight in dense_weights_of_theirs(theirs, torch.float32).items():
+        old = theirs.get_submodule(name)
+        linear = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+        linear.weight.data = weight
+        if old.bias is not None:
+            linear.bias.data = old.bias.data.float()
+        theirs.set_submodule(name, linear)
+    nn.Module.float(theirs)  # a quantised model refuses its own; nothing quantised is left in this one
+    with torch.no_grad():
+        return theirs(tokens).logits
+
+
+def our_logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def quantize(folder: Path, out: Path, spec: QuantSpec = SPECS[0], **options: object) -> Path:
+    quantize_folder(open_source(str(folder)), spec, out, **options)
+    return out
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.format}-{spec.block_size}-{spec.double_quant}")
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("qwen2", True)])
+def test_our_folder_in_transformers(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, spec: QuantSpec, family: str, tied: bool
+) -> None:
+    # rows hold whole blocks: bitsandbytes' CPU kernels get others wrong
+    width = {"hidden_size": 128, "intermediate_size": 256} if spec.block_size == 128 else {}
+    folder, _ = make_folder(family, torch.bfloat16, tie_word_embeddings=tied, **width)
+    out = quantize(folder, tmp_path / "out", spec)
+    ours = load_model(open_source(str(out)), QuantSpec(), torch.float32)  # whatever is asked, its own bits are kept
+    theirs = load_with_bitsandbytes(out)
+    assert type(theirs.lm_head) is nn.Linear
+    assert_same_weights(ours, theirs)
+    exact = our_logits(ours, tokens)
+    with torch.no_grad():
+        native = load_with_bitsandbytes(out)(tokens).logits  # it repacks its weights: they are garbage afterwards
+    assert (native - exact).norm() < 0.02 * exact.norm()  # bf16 keeps 8 bits
+    torch.testing.assert_close(reference_logits(theirs, tokens), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_their_folder_in_ours(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, format: str, double_quant: bool, tied: bool
+) -> None:
+    folder, _ = make_folder("llama", torch.bfloat16, tie_word_embeddings=tied)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=format,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    theirs = load_with_bitsandbytes(tmp_path / "theirs")
+    source = open_source(str(tmp_path / "theirs"))
+    assert source.quant_spec == QuantSpec(format, 64, double_quant)
+    assert "already in 4 bits" in source.notes[0]
+    ours = load_model(source, QuantSpec(), torch.float32)
+    assert_same_weights(ours, theirs)
+    torch.testing.assert_close(reference_logits(theirs, tokens), our_logits(ours, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int4_asym"])
+def test_a_folder_comes_back_bit_for_bit(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, format: str, family: str
+) -> None:
+    folder, _ = make_folder(family, torch.bfloat16)
+    spec = QuantSpec(format, 32, True)
+    direct = load_model(open_source(str(folder)), spec, torch.float32)
+    out = quantize(folder, tmp_path / "out", spec)
+    source = open_source(str(out))
+    assert source.quant_spec == spec
+    again = load_model(source, spec, torch.float32)
+    assert again.state_dict().keys() == direct.state_dict().keys()
+    for name, tensor in direct.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert torch.equal(our_logits(again, tokens), our_logits(direct, tokens))
+
+    dense = load_model(source, None, torch.float32)  # from four bits to dense: the same numbers
+    torch.testing.assert_close(our_logits(dense, tokens), our_logits(again, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_folder_holds(make_folder: Callable, tmp_path: Path) -> None:
+    folder, _ = make_folder("llama", torch.float16)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
+    seen = []
+
+    def progress(tensors, total: int):
+        for item in tensors:
+            seen.append(total)
+            yield item
+
+    out = quantize(folder, tmp_path / "out", progress=progress, max_shard_bytes=30_000)
+    assert set(seen) == {len(seen)}
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "float16"
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert config["quantization_config"]["llm_int8_skip_modules"] == ["lm_head"]
+    assert AutoTokenizer.from_pretrained(out)("w5").input_ids == [5]
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [1, 7]
+    assert (out / "model.safetensors.index.json").is_file()
+    dtypes = {name: tensor.dtype for name, tensor in open_source(str(out)).tensors() if isinstance(tensor, Tensor)}
+    assert set(dtypes.values()) == {torch.float16}
+
+
+def test_vectors_keep_their_precision(make_folder: Callable, tmp_path: Path) -> None:
+    folder, model = make_folder("llama", torch.float32)
+    streamed = dict(open_source(str(quantize(folder, tmp_path / "out"))).tensors())
+    assert torch.equal(streamed["model.norm.weight"], model.model.norm.weight)
+    assert streamed["model.embed_tokens.weight"].dtype == torch.bfloat16
+
+
+def test_twice_is_refused(make_folder: Callable, tmp_path: Path) -> None:
+    folder, _ = make_folder()
+    out = quantize(folder, tmp_path / "out")
+    with pytest.raises(ModelError, match="already in 4 bits"):
+        quantize(out, tmp_path / "twice")
+
+
+def test_a_folder_in_use_is_refused_and_kept(make_folder: Callable, tmp_path: Path) -> None:
+    folder, _ = make_folder()
+    before = sorted(folder.iterdir())
+    with pytest.raises(ModelError, match="not empty"):
+        quantize(folder, folder)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_an_interrupted_write_leaves_nothing(make_folder: Callable, tmp_path: Path) -> None:
+    folder, _ = make_folder()
+
+    def interrupt(tensors, total: int):
+        for count, item in enumerate(tensors):
+            if count == 5:
+                raise KeyboardInterrupt
+            yield item
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(folder, tmp_path / "out", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> None:
+    folder, _ = make_folder()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="cannot be created"):
+        quantize(folder, tmp_path / "file" / "out")

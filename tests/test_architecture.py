@@ -1,0 +1,131 @@
+"""Imports point one way: each folder of nybble may import itself and those before it in ORDER."""
+
+import ast
+import functools
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+SOURCE = PROJECT / "src" / "nybble"
+LEAVES = ("errors", "config")  # importable from everywhere
+ORDER = (
+    *("formats", "kernels", "calibration", "layers", "models", "memory"),
+    *("data", "training", "evaluation", "export", "bridge", "cli"),
+)
+ALLOWED_OF_LEAVES: dict[str, set[str]] = {"errors": set(), "config": {"errors"}}
+# Imported where they are installed, needed nowhere.
+OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate"}
+
+MODULES = {
+    ".".join(("nybble", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+
+
+@functools.cache
+def imports_of(module: str) -> list[tuple[str, int, bool]]:
+    """Each module that `module` imports, the line, and whether only the type checker sees that import."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for_types = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for statement in block.body
+        for node in ast.walk(statement)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno, id(node) in for_types) for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: imports are absolute here"
+            for alias in node.names:
+                full_name = f"{node.module}.{alias.name}"
+                name = full_name if full_name in MODULES else str(node.module)
+                found.append((name, node.lineno, id(node) in for_types))
+    return found
+
+
+def place(module: str) -> str:
+    """`nybble.data.packing` -> `data`; nybble itself -> the empty string."""
+    return (*module.split("."), "")[1]
+
+
+def violation(importer: str, imported: str) -> str | None:
+    """Why a module at `importer` may not import one at `imported`; both are places."""
+    if imported in ("", importer):
+        return None
+    if importer in ALLOWED_OF_LEAVES:
+        return None if imported in ALLOWED_OF_LEAVES[importer] else f"{importer} is a leaf"
+    if imported in LEAVES or importer in ("", "__main__"):
+        return None
+    if ORDER.index(imported) > ORDER.index(importer):
+        return f"{imported} comes after {importer}"
+    return None
+
+
+def test_every_folder_and_module_has_its_place() -> None:
+    places = {place(module) for module in MODULES} - {"", "__main__"}
+    assert places <= {*LEAVES, *ORDER}, "list new folders in ORDER, where their imports allow"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_upward(module: str) -> None:
+    for imported, line, _ in imports_of(module):
+        if imported.split(".")[0] == "nybble":
+            problem = violation(place(module), place(imported))
+            assert problem is None, f"{MODULES[module]}:{line} imports {imported}: {problem}"
+
+
+def test_the_rule_itself_refuses_what_it_should() -> None:
+    assert violation("formats", "kernels") and violation("config", "formats") and violation("errors", "config")
+    assert violation("training", "evaluation") and violation("training", "cli")
+    assert not violation("kernels", "formats") and not violation("cli", "config") and not violation("data", "data")
+
+
+def test_no_import_cycles() -> None:
+    imported_by = {
+        module: {name for name, _, for_types in imports_of(module) if name in MODULES and not for_types}
+        for module in MODULES
+    }
+    remaining = dict(imported_by)
+    while free := [module for module, imported in remaining.items() if not imported & remaining.keys() - {module}]:
+        for module in free:
+            del remaining[module]
+    # A package's __init__ that imports its own modules is no cycle unless one of them imports the package.
+    assert not remaining, f"these import each other in a circle: {sorted(remaining)}"
+
+
+def test_every_package_imported_is_declared() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {requirement_name(text) for text in project["dependencies"]} | OPTIONAL_PACKAGES
+    distributions = packages_distributions()
+    for module in MODULES:
+        for imported, line, _ in imports_of(module):
+            package = imported.split(".")[0]
+            if package == "nybble" or package in sys.stdlib_module_names:
+                continue
+            names = {name.lower().replace("_", "-") for name in distributions.get(package, [package])}
+            assert names & declared, (
+                f"{MODULES[module]}:{line} imports {package}, which pyproject.toml does not declare"
+            )
+
+
+def requirement_name(requirement: str) -> str:
+    name = requirement
+    for separator in "=<>~!;[ ":
+        name = name.split(separator)[0]
+    return name.lower().replace("_", "-")
+
+
+def test_constraints_pin_every_declared_package() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = (PROJECT / "constraints.txt").read_text(encoding="utf-8").split()
+    pinned = {requirement_name(line) for line in lines if "==" in line}
+    extras = [text for group in project["optional-dependencies"].values() for text in group]
+    missing = {requirement_name(text) for text in (*project["dependencies"], *extras)} - pinned
+    assert not missing
