@@ -198,10 +198,10 @@ class LoopOptions(Options):
         0.3, "Gradients with a larger norm are scaled down to it.", gt=0, elsewhere=("gradient_clipping", "clip")
     )
     packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
-    checkpointing: bool = knob(
-        True,
-        "Recompute activations in the backward pass: less memory, more time.",
-        elsewhere=("gradient_checkpointing",),
+    keep: Literal["auto", "nothing", "attention", "everything"] = knob(
+        "auto",
+        "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
+        elsewhere=("gradient_checkpointing", "checkpointing"),
     )
     eval_every: int | None = knob(
         None, "Steps between evaluations; about five a run if not given.", ge=1, elsewhere=("eval_steps",)

@@ -87,6 +87,11 @@ def test_random_damage_is_refused_or_read(tmp_path: Path) -> None:
     assert outcomes == {"read", "refused"}
 
 
+def test_one_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"one of 3 parts(.|\n)*llama-gguf-split --merge"):
+        GgufFile(write_gguf(tmp_path / "m.gguf", {}, split__count=3))
+
+
 def test_a_type_that_cannot_be_widened_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "i.gguf", "llama")
     writer.add_tensor("w", np.zeros((2, 4), np.int32))

@@ -186,9 +186,7 @@ def test_adamw_is_torchs():
         grad = randn(1003, seed=step) * 10.0 ** (step % 5 - 4)
         param.grad = grad * 0.5
         optimizer.step()
-        block_ops.adamw_(
-            mine, grad, exp_avg, exp_avg_sq, step=step, beta1=0.9, beta2=0.95, grad_scale=0.5, **settings
-        )
+        block_ops.adamw_(mine, grad, exp_avg, exp_avg_sq, step=step, beta1=0.9, beta2=0.95, grad_scale=0.5, **settings)
         assert torch.allclose(mine, param.detach(), rtol=1e-6, atol=1e-7)
     state = optimizer.state[param]
     assert torch.allclose(exp_avg, state["exp_avg"], rtol=1e-5, atol=1e-7)

@@ -4,7 +4,7 @@ import torch
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.memory.costs import ModelShape, TrainingShape, base_bytes, dense_bytes, predict
-from nybble.memory.measure import PeakMemory, anonymous_bytes
+from nybble.memory.measure import PeakMemory, anonymous_bytes, available_bytes
 
 LLAMA_2_70B = {
     "hidden_size": 8192,
@@ -34,16 +34,16 @@ def test_four_bits_and_double_quantisation_cost_what_the_format_says():
     assert 8 * base_bytes(shape, None) / elements == 16
 
 
-def test_checkpointing_keeps_block_inputs_instead_of_activations():
+@pytest.mark.parametrize("path", ["blocks", "generic"])
+def test_keeping_more_costs_more(path):
     shape = ModelShape.from_config(LLAMA_2_70B)
-
-    def peak(checkpointing: bool) -> int:
-        training = TrainingShape(512, 200, 207_000_000, 16, 2, QuantSpec(), checkpointing, 64 * 2**20)
+    peaks = []
+    for keep in ("nothing", "attention", "everything"):
+        training = TrainingShape(512, 200, 207_000_000, 16, 2, QuantSpec(), path, keep, 64 * 2**20)
         parts = predict(shape, training)
         assert parts["peak"] < sum(parts.values()) - parts["peak"] + 1
-        return parts["peak"]
-
-    assert peak(True) < peak(False)
+        peaks.append(parts["peak"])
+    assert peaks == sorted(peaks) and peaks[0] < peaks[2]
 
 
 def test_a_config_without_a_needed_field_names_it():
@@ -62,3 +62,7 @@ def test_the_peak_of_an_allocation_is_seen():
         del block
     assert memory.peak_bytes - before >= 45_000_000
     assert memory.start_bytes == pytest.approx(before, rel=0.2)
+
+
+def test_available_memory_is_a_plausible_number():
+    assert 10_000_000 < available_bytes(torch.device("cpu")) < 10**14

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def test_rises_to_the_peak_then_never_rises_and_every_step_moves(schedule, num_w
     assert all(rate > 0 for rate in rates)
     assert max(rates) == rates[num_warmup - 1 if num_warmup else 0] == 1e-3
     after = rates[num_warmup:]
-    assert all(earlier >= later for earlier, later in zip(after, after[1:], strict=False))
+    assert all(earlier >= later for earlier, later in itertools.pairwise(after))
     assert rates[:num_warmup] == pytest.approx([1e-3 * step / num_warmup for step in range(1, num_warmup + 1)])
 
 

@@ -16,25 +16,14 @@ def check(
 ) -> int:
     """Show what a training run would learn from: the audit, and rows with their supervised tokens coloured."""
     config = build_options(DataConfig, given)
-    from nybble.data.prepare import prepare
-    from nybble.data.readers import FieldNames
     from nybble.data.show import render_audit, render_example
     from nybble.data.template import ChatTemplate
     from nybble.models.source import open_source
+    from nybble.training.session import prepare_data
 
     source = open_source(config.model, config.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), config.template)
-    data = prepare(
-        config.data,
-        template,
-        max_seq_len=config.max_seq_len,
-        fields=FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field),
-        validation_source=config.validation_data,
-        validation_fraction=config.validation_fraction,
-        validation_rows=config.validation_rows,
-        seed=config.seed,
-        vocab_size=source.config.get_text_config().vocab_size,
-    )
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:

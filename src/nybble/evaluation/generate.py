@@ -1,14 +1,17 @@
 """Answers from a model: batches of prompts, greedy or sampled, through transformers' generation."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: "PreTrainedModel",
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Sequence[int],

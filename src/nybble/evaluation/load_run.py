@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from torch import nn
 
 from nybble.config import TrainConfig, load_config
 from nybble.data.template import ChatTemplate
@@ -15,13 +15,16 @@ from nybble.models.source import open_source
 from nybble.training.run_folder import RunFolder
 from nybble.training.session import load_base
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class LoadedRun:
     """What answering and evaluating need of a run."""
 
     config: TrainConfig
-    model: nn.Module
+    model: "PreTrainedModel"
     template: ChatTemplate
 
 
@@ -34,7 +37,9 @@ def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: 
     run = RunFolder(path)
     if not run.config.is_file():
         raise RunError(
-            f"{path} holds no run.", "A run folder is what `nybble train --out` makes.", "Check the path given to --run."
+            f"{path} holds no run.",
+            "A run folder is what `nybble train --out` makes.",
+            "Check the path given to --run.",
         )
     config = load_config(run.config, {})
     target = resolve_device(device)

@@ -2,16 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
 from nybble.evaluation.generate import generate
 from nybble.layers.convert import enable_adapters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLE_TOKENS = 64
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
@@ -28,7 +31,10 @@ class Sample:
 
 
 def compare_answers(
-    model: nn.Module, template: ChatTemplate, rows: Sequence[EncodedExample], max_new_tokens: int = SAMPLE_TOKENS
+    model: "PreTrainedModel",
+    template: ChatTemplate,
+    rows: Sequence[EncodedExample],
+    max_new_tokens: int = SAMPLE_TOKENS,
 ) -> list[Sample]:
     """Greedy answers to the first supervised turn of each row, with the adapters off and on."""
     decode = template.tokenizer.decode

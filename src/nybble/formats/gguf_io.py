@@ -82,6 +82,12 @@ class GgufFile:
                 f"Supported in GGUF: {', '.join(ARCHITECTURES)} (Mistral and SmolLM2 files say llama).",
                 "Use the model's safetensors folder.",
             )
+        if (parts := self.metadata.get("split.count", 1)) > 1:
+            raise ModelError(
+                f"{self.path} is one of {parts} parts of a model.",
+                "Allowed: a GGUF file that holds a whole model.",
+                "Join the parts with llama.cpp's llama-gguf-split --merge.",
+            )
         table = [cursor.tensor_info() for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0:

@@ -16,9 +16,7 @@ _rms_norm = function("rms_norm", *_ROWS, INT, POINTER, INT, FLOAT, FLOAT, INT64,
 _rms_norm_backward = function(
     "rms_norm_backward", *_ROWS, *_ROWS, INT, POINTER, INT, FLOAT, POINTER, INT64, INT64, INT64, *_ROWS, INT
 )
-_rms_norm_weight_gradient = function(
-    "rms_norm_weight_gradient", POINTER, POINTER, INT, POINTER, INT64, INT64, POINTER
-)
+_rms_norm_weight_gradient = function("rms_norm_weight_gradient", POINTER, POINTER, INT, POINTER, INT64, INT64, POINTER)
 _rope = function("rope", POINTER, INT, INT64, INT64, INT64, INT64, POINTER, POINTER, INT64, INT)
 _swiglu = function("swiglu", *_ROWS, *_ROWS, INT, INT64, INT64, *_ROWS)
 _swiglu_backward = function("swiglu_backward", *_ROWS * 3, INT, INT64, INT64, *_ROWS * 3)

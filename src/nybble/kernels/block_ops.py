@@ -163,9 +163,7 @@ def adamw_(
         step: 1 for the first.
         grad_scale: grad is multiplied by it first (clipping).
     """
-    torch.ops.nybble.adamw_(
-        param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale
-    )
+    torch.ops.nybble.adamw_(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale)
 
 
 def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
@@ -181,9 +179,7 @@ def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
         [rows, out_features], the dtype of x.
     """
     spec = q.spec
-    return torch.ops.nybble.gemv_4bit(
-        x, q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant
-    )
+    return torch.ops.nybble.gemv_4bit(x, q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
 
 
 # ---- checks: bodies trust their arguments --------------------------------------------------------

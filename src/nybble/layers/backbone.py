@@ -5,13 +5,16 @@ families they know. `GenericBackbone` runs any transformers decoder through its 
 the model's attention keeps documents apart, else padded; `choose_backbone` takes the first that can.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import DecoderBlock, Keep, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BLOCK_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -22,7 +25,7 @@ _TOLERANCE_EPS = 8  # a difference in the states of so many roundings of the dty
 class Backbone(Protocol):
     """A model's way from tokens to hidden states."""
 
-    model: nn.Module
+    model: "PreTrainedModel"
     packing: bool  # whether it takes packed batches, else padded ones
     name: str  # for the user: which path runs, and why
 
@@ -56,7 +59,7 @@ class GenericBackbone:
         packing: take packed batches, if the model's attention allows it.
     """
 
-    def __init__(self, model: nn.Module, *, checkpointing: bool, packing: bool, why: str):
+    def __init__(self, model: "PreTrainedModel", *, checkpointing: bool, packing: bool, why: str):
         self.model = model
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -84,7 +87,7 @@ class BlockBackbone:
 
     packing = True
 
-    def __init__(self, model: nn.Module, keep: Keep):
+    def __init__(self, model: "PreTrainedModel", keep: Keep):
         self.model, self.keep = model, keep
         config = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -111,7 +114,7 @@ class BlockBackbone:
         return decoder.norm(x[positions])
 
 
-def choose_backbone(model: nn.Module, *, keep: Keep, packing: bool) -> Backbone:
+def choose_backbone(model: "PreTrainedModel", *, keep: Keep, packing: bool) -> Backbone:
     """Decoder blocks where they know the model and rows are packed, else the generic path, which says why."""
     why = "rows are not packed" if not packing else why_not_blocks(model)
     if why is None:
@@ -119,7 +122,7 @@ def choose_backbone(model: nn.Module, *, keep: Keep, packing: bool) -> Backbone:
     return GenericBackbone(model, checkpointing=keep != "everything", packing=packing, why=why)
 
 
-def why_not_blocks(model: nn.Module) -> str | None:
+def why_not_blocks(model: "PreTrainedModel") -> str | None:
     """None when nybble's decoder blocks compute this model, else the reason."""
     config = model.config.get_text_config()
     if config.model_type not in BLOCK_FAMILIES:
@@ -133,7 +136,7 @@ def why_not_blocks(model: nn.Module) -> str | None:
     return None
 
 
-def _window(layer: nn.Module, config: object) -> int:
+def _window(layer: Any, config: Any) -> int:
     """Tokens a layer's attention sees, 0 for all: Qwen sets it per layer, Mistral for the whole model."""
     attention = layer.self_attn
     if hasattr(attention, "sliding_window"):
@@ -142,7 +145,7 @@ def _window(layer: nn.Module, config: object) -> int:
 
 
 def decoder_states(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+    model: "PreTrainedModel", input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
     """The final hidden states of a transformers causal language model, `(B, T, hidden)`."""
     output = model.base_model(
@@ -152,7 +155,7 @@ def decoder_states(
 
 
 @torch.no_grad()
-def keeps_documents_apart(model: nn.Module) -> bool:
+def keeps_documents_apart(model: "PreTrainedModel") -> bool:
     """Whether two documents packed into one row give the states that each gives alone.
 
     transformers reads packing off the restarting positions in models that build their attention mask with

@@ -57,7 +57,7 @@ class Projection:
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
-        self.linears = [module.base if isinstance(module, LoraLinear) else module for module in modules]
+        self.linears: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
         self.adapters = [module if isinstance(module, LoraLinear) else None for module in modules]
         widths = [linear_features(linear)[1] for linear in self.linears]
         ranks = [adapter.rank if adapter else 0 for adapter in self.adapters]
@@ -114,7 +114,7 @@ class Projection:
                 grads += [grad_a[ranks].float(), grad_b.float().mul_(adapter.scaling)]
         return ProjectionGrads(grad_x, grads)
 
-    def _parts(self) -> list[tuple[nn.Module, LoraLinear | None, slice, slice]]:
+    def _parts(self) -> list[tuple[Any, LoraLinear | None, slice, slice]]:
         return list(zip(self.linears, self.adapters, self.columns, self.ranks, strict=True))
 
     def _stacked_a(self, dtype: torch.dtype) -> Tensor | None:
@@ -122,7 +122,7 @@ class Projection:
         return torch.cat(present).to(dtype) if present else None
 
 
-@dataclass(frozen=True)
+@dataclass
 class ProjectionGrads:
     """What `Projection.backward` gives."""
 
@@ -130,7 +130,7 @@ class ProjectionGrads:
     adapters: list[Tensor]
 
 
-def dense_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+def dense_weight(linear: Any, dtype: torch.dtype) -> Tensor:
     """The weight of a frozen linear, `[out, in]` in `dtype`; dequantised afresh, nothing keeps it."""
     if isinstance(linear, QuantizedLinear):
         return ops.dequantize(linear.quantized(), dtype)
@@ -156,7 +156,7 @@ class DecoderBlock:
         window: tokens a token attends to, itself included; 0 for all before it.
     """
 
-    def __init__(self, layer: nn.Module, head_dim: int, window: int):
+    def __init__(self, layer: Any, head_dim: int, window: int):
         attention_module, mlp = layer.self_attn, layer.mlp
         self.qkv = Projection([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj])
         self.o = Projection([attention_module.o_proj])
@@ -227,7 +227,7 @@ class DecoderBlock:
 class HeadNorm:
     """What the backward of a norm over heads needs."""
 
-    norm: nn.Module
+    norm: Any  # an RMSNorm module of transformers
     before: Tensor  # (T, heads, head_dim)
     rstd: Tensor  # (T, heads)
 
@@ -295,9 +295,9 @@ class _BlockFunction(torch.autograd.Function):
 
         gate, up = s.gate_up.chunk(2, dim=1)
         down = block.down.backward(grad_y, block_ops.swiglu(gate, up), s.z_down, True)
-        grad_gate_up = torch.empty_like(s.gate_up)
-        block_ops.swiglu_backward(down.x, gate, up, *grad_gate_up.chunk(2, dim=1))
-        gate_up = block.gate_up.backward(grad_gate_up, _norm(block.mlp_norm, s.x2)[0], s.z_gate_up, True)
+        block_ops.swiglu_backward(down.x, gate, up, gate, up)  # s.gate_up now holds its own gradient
+        down.x = None
+        gate_up = block.gate_up.backward(s.gate_up, _norm(block.mlp_norm, s.x2)[0], s.z_gate_up, True)
         grad_x2 = _norm_backward(block.mlp_norm, gate_up.x, s.x2, s.rstd2, out=grad_y.clone(), accumulate=True)
 
         o = block.o.backward(grad_x2, s.attention_out, s.z_o, True)
@@ -316,12 +316,10 @@ class _BlockFunction(torch.autograd.Function):
         return grad_x, None, None, None, *qkv.adapters, *o.adapters, *gate_up.adapters, *down.adapters
 
 
-def _norm(norm: nn.Module, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _norm(norm: Any, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normed rows and 1 / RMS of each."""
     return block_ops.rms_norm(x, norm.weight.detach(), norm.variance_epsilon, out=out)
 
 
-def _norm_backward(
-    norm: nn.Module, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor, accumulate: bool = False
-) -> Tensor:
+def _norm_backward(norm: Any, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     return block_ops.rms_norm_backward(grad, x, norm.weight.detach(), rstd, out=out, accumulate=accumulate)

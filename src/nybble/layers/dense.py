@@ -4,11 +4,16 @@ They are the largest dense parts of a four-bit model: widening them to fp32 on m
 products would double what they take, so the few rows that are needed are widened instead.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.layers.loss_head import PANEL_ROWS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class CastEmbedding(nn.Embedding):
@@ -31,7 +36,7 @@ class CastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def replace_dense_ends(model: nn.Module, compute_dtype: torch.dtype) -> None:
+def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> None:
     """Swap the input embeddings and the output head of a transformers model for casting ones, in place."""
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()

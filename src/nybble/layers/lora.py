@@ -6,6 +6,7 @@ A and B are fp32 masters; the products run in the dtype of x.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ class LoraLinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
-def linear_features(module: nn.Module) -> tuple[int, int]:
+def linear_features(module: Any) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer, transformers' transposed `Conv1D` included."""
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)

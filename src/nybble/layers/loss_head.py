@@ -8,12 +8,16 @@ is cut into micro-batches and chunks does not change it.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CHUNK_BYTES = 64 * 2**20  # what a chunk of logits may take, its fp32 copies included
 PANEL_ROWS = 8192  # rows of a 16-bit head that are widened at a time when products run in fp32
@@ -36,7 +40,7 @@ class LossHead:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "LossHead":
+    def of(cls, model: "PreTrainedModel") -> "LossHead":
         """The head of a transformers causal language model."""
         head = model.get_output_embeddings()
         if head is None:
@@ -102,7 +106,7 @@ class LossHead:
 
 class _LossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, head: LossHead, targets: Tensor, denominator: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: LossHead, targets: Tensor, denominator: float) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         grad_chunks = head._chunks(grad_hidden) if grad_hidden is not None else None
@@ -115,6 +119,6 @@ class _LossFunction(torch.autograd.Function):
         return (total / denominator).float()
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_hidden,) = ctx.saved_tensors
         return grad_hidden * grad_outputs[0].to(grad_hidden.dtype), None, None, None

@@ -4,6 +4,8 @@ QLoRA (Dettmers et al. 2023, arXiv 2305.14314), eq. 5: Y = X · dequantise(W)ᵀ
 only while a product uses it: backward dequantises again rather than keep it.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,13 +18,13 @@ class _FrozenProduct(torch.autograd.Function):
     """y = x · dq(W)ᵀ and dx = dy · dq(W); W has no gradient."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.spec, ctx.shape = spec, shape
         return F.linear(x, _dequantize(packed, scales, spec, shape, x.dtype))  # (..., in) -> (..., out)
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
         packed, scales = ctx.saved_tensors

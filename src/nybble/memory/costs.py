@@ -14,6 +14,7 @@ from nybble.formats.quantized_tensor import QuantSpec
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
 MASTER_BYTES = 4  # fp32 adapters and their gradients
 ADAM_BYTES = 8  # two fp32 moments
+LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
 LOGIT_BYTES = 8  # fp32 logits and their softmax, beside the product's own c
 
 
@@ -27,6 +28,7 @@ class ModelShape:
 
     num_layers: int
     hidden_size: int
+    num_heads: int
     query_width: int
     key_value_width: int
     intermediate_size: int
@@ -52,6 +54,7 @@ class ModelShape:
         return cls(
             _field(config, "num_hidden_layers", "n_layer"),
             hidden,
+            heads,
             q,
             kv,
             width,
@@ -80,7 +83,8 @@ class TrainingShape:
         supervised_tokens: of those, how many are projected by the head at most.
         compute_bytes: c.
         spec: four-bit format of the base, or None for 16 bits.
-        checkpointing: whether blocks keep only their input.
+        path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
+        keep: what each block keeps: "nothing" (its input), "attention" or "everything".
         chunk_bytes: what one chunk of logits may take.
     """
 
@@ -90,7 +94,8 @@ class TrainingShape:
     rank: int
     compute_bytes: int
     spec: QuantSpec | None
-    checkpointing: bool
+    path: str
+    keep: str
     chunk_bytes: int
 
 
@@ -107,18 +112,37 @@ def dense_bytes(shape: ModelShape) -> int:
     return DENSE_BYTES * (ends + (2 * shape.num_layers + 1) * shape.hidden_size)
 
 
-def block_bytes(shape: ModelShape, training: TrainingShape) -> int:
-    """What one block's forward pass holds for its backward pass through transformers' modules.
-
-    Per token: fp32 copies inside the two norms (they compute in fp32: input, normalised), then in the
-    compute dtype the inputs of every product and of every elementwise function.
-    """
+def kept_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """What one block keeps between its forward and its backward pass."""
+    c = training.compute_bytes
     h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
+    if training.keep == "nothing" or (training.path == "generic" and training.keep == "attention"):
+        per_token = c * h
+    elif training.path == "generic":
+        return working_bytes(shape, training)
+    elif training.keep == "attention":
+        per_token = c * (h + q) + LSE_BYTES * shape.num_heads
+    else:
+        per_token = c * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * training.rank) + LSE_BYTES * (shape.num_heads + 2)
+    return training.tokens * per_token
+
+
+def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """What one block holds at the height of its backward pass, its input and output gradient included.
+
+    Decoder blocks: x, x2, two gradients of their width, q/k/v, attention's output, gate and up (which their
+    gradients overwrite), one more of the MLP's width, the low-rank products.
+    Generic path, per token: fp32 copies inside the two norms (input and normalised), then in the compute
+    dtype the inputs of every product and of every elementwise function.
+    """
+    c, r = training.compute_bytes, training.rank
+    h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
+    if training.path == "blocks":
+        return training.tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * r)
     norms = 2 * (4 * h + 4 * h)
     attention = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f
-    low_rank = 14 * training.rank
-    return training.tokens * (norms + training.compute_bytes * (attention + mlp + low_rank))
+    return training.tokens * (norms + c * (attention + mlp + 14 * r))
 
 
 def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
@@ -127,9 +151,8 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     The peak is the larger of two moments: the head's backward pass on top of all block inputs, and the
     backward pass of one block.
     """
-    c, tokens = training.compute_bytes, training.tokens
+    c = training.compute_bytes
     adapters = training.adapter_parameters * MASTER_BYTES
-    block = block_bytes(shape, training)
     logits = training.supervised_tokens * shape.vocab_size * (c + LOGIT_BYTES)
     parts = {
         "base weights": base_bytes(shape, training.spec),
@@ -137,15 +160,11 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
         "adapters": adapters,
         "adapter gradients": adapters,
         "optimizer state": training.adapter_parameters * ADAM_BYTES,
-        "block inputs": shape.num_layers * tokens * shape.hidden_size * c,
-        "one block's activations": block if training.checkpointing else shape.num_layers * block,
+        "kept by blocks": shape.num_layers * kept_bytes(shape, training),
+        "one block at work": working_bytes(shape, training),
         "one dense weight": 0 if training.spec is None else c * max(i * o for i, o in shape.linears),
-        "loss head": min(logits, training.chunk_bytes) + 2 * tokens * shape.hidden_size * c,
+        "loss head": min(logits, training.chunk_bytes) + 2 * training.supervised_tokens * shape.hidden_size * c,
     }
-    if not training.checkpointing:
-        parts["block inputs"] = 0
-    fixed = sum(parts[name] for name in list(parts)[:5])
-    in_block = parts["one block's activations"] + parts["one dense weight"]
-    in_head = parts["loss head"] + (0 if training.checkpointing else parts["one block's activations"])
-    parts["peak"] = fixed + parts["block inputs"] + max(in_block, in_head)
+    always = sum(parts[name] for name in list(parts)[:6])
+    parts["peak"] = always + max(parts["one block at work"] + parts["one dense weight"], parts["loss head"])
     return parts

@@ -8,6 +8,9 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMIT, _CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_MEMINFO_DEFAULT = 8_000_000_000  # where the system does not tell
 
 
 def anonymous_bytes() -> int:
@@ -23,6 +26,19 @@ def anonymous_bytes() -> int:
 def used_bytes(device: torch.device) -> int:
     """Memory in use that a budget counts: RssAnon on the CPU, the allocator's on CUDA."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a run may still take: free memory of the device, on the CPU within the process's cgroup."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _MEMINFO_DEFAULT
+    if _MEMINFO.exists():
+        lines = (line.split() for line in _MEMINFO.read_text().splitlines())
+        free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()) != "max":
+        free = min(free, int(limit) - int(_CGROUP_USED.read_text()))
+    return free
 
 
 class PeakMemory:

@@ -17,7 +17,7 @@ from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.models.placement import place_tensors, placed_tensors
+from nybble.models.placement import place_tensors, placed_tensors, shapes_of
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.models.source import ModelSource
 
@@ -49,13 +49,12 @@ def load_model(
     Raises:
         ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
     """
-    skeleton = build_skeleton(source.config, compute_dtype)
-    placed = place_tensors(source, skeleton)
-    tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, skeleton)
+    model = build_skeleton(source.config, compute_dtype)
+    placed = place_tensors(source, model)
+    tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, shapes_of(model))
     if progress is not None:
         tensors = progress(tensors, total=len(set(placed.values())))
 
-    model = build_skeleton(source.config, compute_dtype)
     ends = dense_end_weights(model)
     if source.dense_dtype != compute_dtype:
         replace_dense_ends(model, compute_dtype)

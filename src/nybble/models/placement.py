@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantizedTensor
@@ -54,16 +54,24 @@ def place_tensors(source: ModelSource, model: "PreTrainedModel") -> dict[str, st
     return placed
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every stored parameter and buffer, to be taken before linears are swapped."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 def placed_tensors(
-    source: ModelSource, placed: Mapping[str, str], model: "PreTrainedModel"
+    source: ModelSource, placed: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-    """The source's tensors under their names in `model`, each once, with its shape and values checked.
+    """The source's tensors under their names in the model, each once, with its shape and values checked.
+
+    Args:
+        placed: from `place_tensors`.
+        shapes: that the model has, by name.
 
     Raises:
         ModelError: a shape that the model does not have, a value that is not finite, or two different
             tensors for tied parameters.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     copies = Counter(placed.values())
     digests: dict[str, str] = {}
     for name, tensor in source.tensors():

@@ -13,7 +13,7 @@ from nybble.formats.safetensors_io import SafetensorsWriter, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
 from nybble.models.load import Progress
-from nybble.models.placement import place_tensors, placed_tensors
+from nybble.models.placement import place_tensors, placed_tensors, shapes_of
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.models.source import ModelSource
 
@@ -51,7 +51,7 @@ def quantize_folder(
         linears = {f"{name}.weight" for name in quantizable_linears(model)}
         transposed = {name for name in linears if is_transposed(model.get_submodule(name.removesuffix(".weight")))}
         ends = dense_end_weights(model)
-        tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, model)
+        tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, shapes_of(model))
         if progress is not None:
             tensors = progress(tensors, total=len(set(placed.values())))
         with SafetensorsWriter(staging, max_shard_bytes) as writer:

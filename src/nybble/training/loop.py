@@ -5,9 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
@@ -24,6 +25,9 @@ from nybble.training.interrupt import InterruptOnce
 from nybble.training.run_folder import RunFolder, complete_folder
 from nybble.training.schedule import learning_rate, warmup_steps
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 EVALUATIONS_PER_RUN = 5  # when --eval-every is not given
 
 
@@ -38,7 +42,7 @@ class LoopResult:
 
 
 def train_loop(
-    model: nn.Module,
+    model: "PreTrainedModel",
     train: Sequence[EncodedExample],
     validation: Sequence[EncodedExample],
     config: TrainConfig,
@@ -101,7 +105,9 @@ def train_loop(
                 step_loss += loss.item()
                 if not math.isfinite(step_loss):
                     save(run.adapter)
-                    bad = non_finite_rows(backbone, head, [train[row] for row in rows if train[row].origin in batch.rows])
+                    bad = non_finite_rows(
+                        backbone, head, [train[row] for row in rows if train[row].origin in batch.rows]
+                    )
                     raise _not_finite("loss", step_loss, step, bad, run)
                 loss.backward()
 

@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
-    config.yaml  data_audit.json  plan.json  events.jsonl  loss.png  checkpoints/step-N/  adapter/
+config.yaml  data_audit.json  plan.json  events.jsonl  loss.png  checkpoints/step-N/  adapter/
 """
 
 import os

@@ -4,28 +4,28 @@ import json
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
 
-from nybble.config import TrainConfig, config_to_yaml
-from nybble.data.prepare import PreparedData, load_dataset_for_training
+from nybble.config import DataOptions, TrainConfig, config_to_yaml
+from nybble.data.prepare import PreparedData, prepare
 from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.backbone import choose_backbone, why_not_blocks
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import CHUNK_BYTES
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.costs import ModelShape, TrainingShape, predict
-from nybble.memory.measure import PeakMemory, used_bytes
+from nybble.memory.measure import PeakMemory, available_bytes
 from nybble.models.load import load_model
 from nybble.models.source import ModelSource, open_source
 from nybble.training.display import Display, format_bytes
@@ -33,6 +33,9 @@ from nybble.training.events import EventLog
 from nybble.training.loop import LoopResult, train_loop
 from nybble.training.plots import draw_loss
 from nybble.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
 
@@ -44,7 +47,7 @@ class TrainedRun:
     config: TrainConfig
     run: RunFolder
     source: ModelSource
-    model: nn.Module
+    model: "PreTrainedModel"
     template: ChatTemplate
     data: PreparedData
     result: LoopResult
@@ -66,7 +69,8 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
     source = open_source(config.model, config.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), config.template)
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
-    show_found(console, source, template, data)
+    show_found(console, source, data)
+    data.audit.check()
 
     model = load_base(config, source, dtype, device, console)
     targets = resolve_targets(model, _target_names(config))
@@ -79,12 +83,15 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
         rslora=config.rslora,
         seed=config.seed,
     )
-    keep: Keep = "nothing" if config.checkpointing else "everything"
+    micro_batch_size = config.micro_batch_size or _choose_micro_batch_size(config, data)
+    path = "generic" if not config.packing or why_not_blocks(model) else "blocks"
+    predicted = {
+        keep: predict_memory(config, model, data, micro_batch_size, dtype, path, keep) for keep in get_args(Keep)
+    }
+    keep = _choose_keep(config, predicted, device)
     backbone = choose_backbone(model, keep=keep, packing=config.packing)
     console.print(f"computing through: {backbone.name}", highlight=False)
-    micro_batch_size = config.micro_batch_size or _choose_micro_batch_size(config, data)
-    predicted = predict_memory(config, model, data, micro_batch_size, dtype)
-    show_memory(console, predicted)
+    show_memory(console, predicted[keep])
 
     sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
     total_steps = config.max_steps or sampler.num_steps(config.epochs)
@@ -111,8 +118,10 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
     training_s = time.perf_counter() - started
     events.write("end", steps=result.steps, interrupted=result.interrupted, peak_memory_bytes=memory.peak_bytes)
     events.close()
+    if template.chat_template is not None:
+        template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
     template.tokenizer.save_pretrained(run.adapter)
-    _write_plan(run, predicted, memory.peak_bytes)
+    _write_plan(run, predicted[keep], memory.peak_bytes)
     draw_loss(run.events, run.loss_plot)
     console.print(
         f"{result.steps} steps in {training_s:.0f} s; peak memory {format_bytes(memory.peak_bytes)}.", highlight=False
@@ -129,16 +138,16 @@ def quant_spec(config: TrainConfig) -> QuantSpec | None:
 
 def load_base(
     config: TrainConfig, source: ModelSource, dtype: torch.dtype, device: torch.device, console: Console
-) -> nn.Module:
+) -> "PreTrainedModel":
     """The frozen base of a run, with a progress bar over its tensors."""
     progress = partial(track, description="loading", console=console, transient=True)
     return load_model(source, quant_spec(config), dtype, device, progress)
 
 
-def prepare_data(config: TrainConfig, template: ChatTemplate, vocab_size: int) -> PreparedData:
-    """Read, encode, split and audit a run's examples."""
+def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -> PreparedData:
+    """Read, encode, split and audit the examples that the options name; findings are in the audit, not raised."""
     fields = FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
-    return load_dataset_for_training(
+    return prepare(
         config.data,
         template,
         max_seq_len=config.max_seq_len,
@@ -152,7 +161,13 @@ def prepare_data(config: TrainConfig, template: ChatTemplate, vocab_size: int) -
 
 
 def predict_memory(
-    config: TrainConfig, model: nn.Module, data: PreparedData, micro_batch_size: int, dtype: torch.dtype
+    config: TrainConfig,
+    model: "PreTrainedModel",
+    data: PreparedData,
+    micro_batch_size: int,
+    dtype: torch.dtype,
+    path: str,
+    keep: Keep,
 ) -> dict[str, int]:
     """Bytes by component, as `memory.costs.predict` counts them, for this run's largest micro-batch."""
     longest = sorted((len(row) for row in data.train), reverse=True)[:micro_batch_size]
@@ -164,19 +179,18 @@ def predict_memory(
         rank=config.rank,
         compute_bytes=dtype.itemsize,
         spec=quant_spec(config),
-        checkpointing=config.checkpointing,
+        path=path,
+        keep=keep,
         chunk_bytes=CHUNK_BYTES,
     )
     return predict(ModelShape.from_config(model.config.get_text_config().to_dict()), training)
 
 
-def show_found(console: Console, source: ModelSource, template: ChatTemplate, data: PreparedData) -> None:
+def show_found(console: Console, source: ModelSource, data: PreparedData) -> None:
     """What the run starts from: the model, then the audit of the data."""
     console.print(f"model: {source.name}", highlight=False)
     for note in source.notes:
         console.print(f"  {note}", highlight=False)
-    for notice in template.notices:
-        console.print(f"  {notice}", highlight=False)
     console.print(render_audit(data.audit))
 
 
@@ -194,6 +208,17 @@ def show_memory(console: Console, predicted: dict[str, int]) -> None:
 def _choose_micro_batch_size(config: TrainConfig, data: PreparedData) -> int:
     longest = max(len(row) for row in data.train)
     return max(1, min(config.rows_per_step, MICRO_BATCH_TOKENS // longest))
+
+
+def _choose_keep(config: TrainConfig, predicted: dict[Keep, dict[str, int]], device: torch.device) -> Keep:
+    """What blocks keep: what the user says, else the most that leaves half of the free memory free."""
+    if config.keep != "auto":
+        return config.keep
+    budget = available_bytes(device) // 2
+    for keep in ("everything", "attention"):
+        if predicted[keep]["peak"] <= budget:
+            return keep
+    return "nothing"
 
 
 def _target_names(config: TrainConfig) -> str | list[str]:
