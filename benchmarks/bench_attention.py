@@ -90,12 +90,12 @@ def pytorch(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, shape: Shape) -> Cont
     def packed(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)
 
-    leaves = [batched(x).requires_grad_() for x in (q, k, v)]
+    leaves = queries, keys, values = tuple(batched(x).requires_grad_() for x in (q, k, v))
     grad = batched(dout)
     saved: list[Tensor] = []
 
     def forward() -> Tensor:
-        saved[:] = [F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)]
+        saved[:] = [F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)]
         return packed(saved[0].detach())
 
     def backward() -> tuple[Tensor, ...]:
@@ -133,7 +133,8 @@ def measure(shape: Shape, rounds: int, clock: Callable[[], float], rate: float) 
     inputs = q, k, v, torch.randn(q.shape).to(shape.dtype)
     contenders = {"ours": ours(*inputs, shape), "pytorch": pytorch(*inputs, shape)}
     if shape.tokens <= 1024:  # the fp64 comparison of longer ones would take longer than the measurement
-        check(contenders, pytorch(*(x.double() for x in inputs), shape), shape.dtype)
+        q, k, v, dout = (x.double() for x in inputs)
+        check(contenders, pytorch(q, k, v, dout, shape), shape.dtype)
 
     seconds: dict[tuple[str, str], list[float]] = {(c, part): [] for c in contenders for part in Contender._fields}
     for _ in range(rounds):
@@ -185,8 +186,9 @@ def main() -> None:
         results.append(row)
         low, high = row["ratio_quartiles"] or (row["ratio"], row["ratio"])
         print(
-            f"{row['shape']:36} {row['ours_forward_ms']:6.2f} ms {row['ours_backward_ms']:6.2f} ms {row['floor_ms']:7.2f}"
-            f" {row['gflops']:8.0f} {row['pytorch_forward_ms']:9.2f} ms {row['pytorch_backward_ms']:8.2f}"
+            f"{row['shape']:36} {row['ours_forward_ms']:6.2f} ms {row['ours_backward_ms']:6.2f} ms"
+            f" {row['floor_ms']:7.2f} {row['gflops']:8.0f}"
+            f" {row['pytorch_forward_ms']:9.2f} ms {row['pytorch_backward_ms']:8.2f}"
             f" {row['ratio']:6.2f}  {low:.2f}-{high:.2f}",
             flush=True,
         )

@@ -37,6 +37,7 @@ SHAPES = [
     ([300, 5], 4, 2, 64, 64),
     ([700], 2, 1, 32, 100),
     ([64, 0, 31], 2, 1, 64, None),
+    ([900], 2, 2, 64, 500),  # backward split by queries, each part seeing other keys
 ]
 ids = [f"{'+'.join(map(str, s[0]))}-{s[1]}q{s[2]}kv-d{s[3]}-w{s[4]}" for s in SHAPES]
 
@@ -159,24 +160,32 @@ def pytorch_attention(q, k, v, dout, lengths):
     return [torch.cat(results) for results in zip(*parts, strict=True)]
 
 
-@pytest.mark.parametrize(
-    ("lengths", "heads", "kv_heads", "head_dim", "size"),
-    [
-        ([256, 256], 9, 3, 64, 1.0),
-        ([215, 100, 33, 300], 3, 1, 64, 1.0),
-        ([300], 4, 2, 128, 1.0),
-        ([200], 3, 1, 64, 3.0),  # sharper: few keys carry the weight
-        ([500], 2, 1, 64, 0.1),  # flat
-    ],
-)
-def test_bf16_is_as_exact_as_pytorch(isa, lengths, heads, kv_heads, head_dim, size):
+@functools.cache
+def bf16_case(lengths, heads, kv_heads, head_dim, size):
+    """Inputs, exact results, and the errors of PyTorch's out, dq, dk and dv."""
     inputs = example(lengths, heads, kv_heads, head_dim, torch.bfloat16, size=size)
-    out, lse, *grads = run(*inputs, lengths)
-    exact_out, exact_lse, *exact_grads = dense(*inputs, lengths)
-    assert relative_error(lse, exact_lse) < 1e-6
+    exact = dense(*inputs, lengths)
     peers = pytorch_attention(*inputs, lengths)
-    for got, exact, peer in zip([out, *grads], [exact_out, *exact_grads], peers, strict=True):
-        assert relative_error(got, exact) <= 1.1 * relative_error(peer, exact)
+    return inputs, exact, [relative_error(*pair) for pair in zip(peers, [exact[0], *exact[2:]], strict=True)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((256, 256), 9, 3, 64, 1.0),
+        ((215, 100, 33, 300), 3, 1, 64, 1.0),
+        ((300,), 4, 2, 128, 1.0),
+        ((200,), 3, 1, 64, 3.0),  # sharper: few keys carry the weight
+        ((500,), 2, 1, 64, 0.1),  # flat
+    ],
+    ids=str,
+)
+def test_bf16_is_as_exact_as_pytorch(isa, case):
+    inputs, (exact_out, exact_lse, *exact_grads), peer_errors = bf16_case(*case)
+    out, lse, *grads = run(*inputs, case[0])
+    assert relative_error(lse, exact_lse) < 1e-6
+    for got, exact, peer_error in zip([out, *grads], [exact_out, *exact_grads], peer_errors, strict=True):
+        assert relative_error(got, exact) <= 1.1 * peer_error
 
 
 @needs_cpp
@@ -268,6 +277,14 @@ def test_gradients_are_allocated_when_not_given(isa):
     out, lse = attention_forward(q, k, v, starts([50]))
     grads = attention_backward(dout, q, k, v, out, lse, starts([50]))
     assert all(map(torch.equal, grads, run(q, k, v, dout, [50])[2:]))
+
+
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0]], ids=str)
+def test_no_tokens(isa, lengths):
+    out, lse, *grads = run(*example(lengths, 2, 1, 64, torch.bfloat16), lengths)
+    assert out.shape == (0, 2, 64)
+    assert lse.shape == (2, 0)
+    assert [grad.shape[0] for grad in grads] == [0, 0, 0]
 
 
 def test_a_window_as_long_as_the_document_is_none(isa):

@@ -123,7 +123,7 @@ def test_progress_sees_every_tensor(make_folder) -> None:
 
     def progress(tensors, total: int):
         for item in tensors:
-            seen.append((item[0], total))
+            seen.append((item.target, total))
             yield item
 
     load_model(open_source(str(folder)), QuantSpec(), torch.float32, progress=progress)

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +49,9 @@ class GgufSource:
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        return self._file.hf_names(build_skeleton(self.config))
+        """transformers' name -> the file's."""
+        names = self._file.hf_names(build_skeleton(self.config))
+        return {hf_name: gguf_name for gguf_name, hf_name in names.items()}
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._tokenizer or str(self._derived))
@@ -65,17 +66,16 @@ class GgufSource:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_names(self) -> list[str]:
-        return list(self._names.values())
+        return list(self._names)
 
     def is_quantized(self, name: str) -> bool:
         return False
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-        for gguf_name, name in self._names.items():
-            if gguf_name in DENSE_ENDS:
-                yield name, self._file.read(gguf_name, self.dense_dtype)
-            else:
-                yield name, self._file.read_as_hf(gguf_name, self.config)
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        gguf_name = self._names[name]
+        if gguf_name in DENSE_ENDS:
+            return self._file.read(gguf_name, self.dense_dtype)
+        return self._file.read_as_hf(gguf_name, self.config)
 
 
 def _derived_folder(file: GgufFile) -> Path:

@@ -17,14 +17,14 @@ from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.models.placement import place_tensors, placed_tensors, shapes_of
+from nybble.models.placement import PlacedTensor, place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[..., Iterable[Any]]  # wraps an iterable, as rich.progress.track does; takes `total`
+Progress = Callable[..., Iterable[Any]]  # wraps a list, as rich.progress.track does; takes `total`
 
 
 def load_model(
@@ -44,17 +44,13 @@ def load_model(
         spec: None keeps (or, from a source in four bits, makes) every linear dense, in `compute_dtype`.
         compute_dtype: of the products.
         device: where the weights go.
-        progress: wraps the iteration over the tensors, called with `total=`.
+        progress: wraps the list of tensors to load, called with `total=`.
 
     Raises:
         ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
     """
     model = build_skeleton(source.config, compute_dtype)
     placed = place_tensors(source, model)
-    tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, shapes_of(model))
-    if progress is not None:
-        tensors = progress(tensors, total=len(set(placed.values())))
-
     ends = dense_end_weights(model)
     if source.dense_dtype != compute_dtype:
         replace_dense_ends(model, compute_dtype)
@@ -64,18 +60,9 @@ def load_model(
         transposed = {f"{name}.weight" for name in linears if is_transposed(model.get_submodule(name))}
         replace_linears(model, linears, source.quant_spec or spec, compute_dtype)
 
-    with torch.no_grad():
-        for name, tensor in tensors:
-            module_name, _, leaf = name.rpartition(".")
-            module = model.get_submodule(module_name)
-            if isinstance(module, QuantizedLinear) and leaf == "weight":
-                if isinstance(tensor, Tensor):
-                    matrix = tensor.to(device)
-                    tensor = quantize(matrix.T if name in transposed else matrix, module.spec)
-                module.load_quantized(_moved(tensor, device))
-            else:
-                _store(module, leaf, tensor, source.dense_dtype if name in ends else compute_dtype, device)
-            del tensor  # before the next one is read
+    for place in placed if progress is None else progress(placed, total=len(placed)):
+        dtype = source.dense_dtype if place.target in ends else compute_dtype
+        _load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed)
     model.tie_weights()
     _fill_computed_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -84,19 +71,33 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: dict[str, str]) -> list[str]:
+def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: list[PlacedTensor]) -> list[str]:
     """All linears of the blocks; of a source that is already in four bits, those that it has in four bits."""
     names = quantizable_linears(model)
     if source.quant_spec is None:
         return names
-    stored = {target for name, target in placed.items() if source.is_quantized(name)}
+    stored = {place.target for place in placed if source.is_quantized(place.name)}
     return [name for name in names if f"{name}.weight" in stored]
 
 
-def _store(
-    module: nn.Module, leaf: str, tensor: Tensor | QuantizedTensor, dtype: torch.dtype, device: torch.device | str
+@torch.no_grad()
+def _load_one(
+    model: nn.Module,
+    target: str,
+    tensor: Tensor | QuantizedTensor,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    transposed: bool,
 ) -> None:
-    """Put a dense tensor in the place of the meta one."""
+    """Put a tensor in its place: four bits where a QuantizedLinear waits for it, else dense in `dtype`."""
+    owner, _, leaf = target.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, QuantizedLinear) and leaf == "weight":
+        if isinstance(tensor, Tensor):
+            matrix = tensor.to(device)
+            tensor = quantize(matrix.T if transposed else matrix, module.spec)
+        module.load_quantized(_moved(tensor, device))
+        return
     place = getattr(module, leaf)
     if isinstance(tensor, QuantizedTensor):
         tensor = dequantize(_moved(tensor, device), dtype)

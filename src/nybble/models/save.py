@@ -1,19 +1,18 @@
 """`nybble quantize`: a base model as a folder in four bits, written tensor by tensor."""
 
 import copy
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.formats.bnb import quantization_config, to_bnb
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quantized_tensor import QuantSpec
 from nybble.formats.safetensors_io import SafetensorsWriter, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
 from nybble.models.load import Progress
-from nybble.models.placement import place_tensors, placed_tensors, shapes_of
+from nybble.models.placement import place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.models.source import ModelSource
 
@@ -33,7 +32,7 @@ def quantize_folder(
 
     Args:
         out: a new or empty folder.
-        progress: wraps the iteration over the tensors, called with `total=`.
+        progress: wraps the list of tensors to write, called with `total=`.
 
     Raises:
         ModelError: `out` is taken, or the source is damaged or already in four bits.
@@ -51,19 +50,20 @@ def quantize_folder(
         linears = {f"{name}.weight" for name in quantizable_linears(model)}
         transposed = {name for name in linears if is_transposed(model.get_submodule(name.removesuffix(".weight")))}
         ends = dense_end_weights(model)
-        tensors: Iterable[tuple[str, Tensor | QuantizedTensor]] = placed_tensors(source, placed, shapes_of(model))
-        if progress is not None:
-            tensors = progress(tensors, total=len(set(placed.values())))
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
-            for name, tensor in tensors:
+            for place in placed if progress is None else progress(placed, total=len(placed)):
+                tensor = read_placed(source, place)
                 assert isinstance(tensor, Tensor)
-                if name in linears:
-                    q = quantize(tensor.T if name in transposed else tensor, spec)
-                    for key, part in to_bnb(name, q).items():
-                        writer.write(key, part)
+                if place.target in linears:
+                    q = quantize(tensor.T if place.target in transposed else tensor, spec)
+                    stored = to_bnb(place.target, q)
+                elif place.target in ends or tensor.ndim > 1:
+                    stored = {place.target: tensor.to(source.dense_dtype)}
                 else:
-                    writer.write(name, tensor.to(source.dense_dtype) if name in ends or tensor.ndim > 1 else tensor)
-                del tensor  # before the next one is read
+                    stored = {place.target: tensor}
+                del tensor  # its bytes are not needed while it is written, nor while the next one is read
+                for name, part in stored.items():
+                    writer.write(name, part)
 
         kept = [n for n, module in model.named_modules() if is_linear(module) and f"{n}.weight" not in linears]
         config = copy.deepcopy(source.config)

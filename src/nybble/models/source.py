@@ -7,7 +7,6 @@ opened.
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -61,15 +60,15 @@ class ModelSource(Protocol):
         ...
 
     def tensor_names(self) -> list[str]:
-        """Names as transformers has them, in the order of `tensors`."""
+        """Names as transformers has them, in the order in which reading them is quickest."""
         ...
 
     def is_quantized(self, name: str) -> bool:
-        """Whether `tensors` gives this one as a QuantizedTensor."""
+        """Whether `read` gives this one as a QuantizedTensor."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-        """Every tensor with its name, read when it is its turn."""
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor, in memory that nothing else refers to: it is gone when the caller drops it."""
         ...
 
 
@@ -148,18 +147,14 @@ class FolderSource:
     def is_quantized(self, name: str) -> bool:
         return is_quantized(name, self._stored.entries)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor | QuantizedTensor]]:
-        for name in self._parts:
-            yield name, self._read(name)
-
-    def _read(self, name: str) -> Tensor | QuantizedTensor:
+    def read(self, name: str) -> Tensor | QuantizedTensor:
         if not self.is_quantized(name):
             return self._stored.read(name)
         return from_bnb(name, {part: self._stored.read(part) for part in self._parts[name]})
 
     def _first_spec(self) -> QuantSpec | None:
         for name in self._parts:
-            tensor = self._read(name) if self.is_quantized(name) else None
+            tensor = self.read(name) if self.is_quantized(name) else None
             if isinstance(tensor, QuantizedTensor):
                 return tensor.spec
         return None

@@ -1,4 +1,4 @@
-// One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over flat fp32 buffers, as torch.optim.AdamW does it:
+// One AdamW step (Loshchilov and Hutter 2019, arXiv 1711.05101) over flat fp32 buffers, as torch.optim.AdamW does it:
 //
 //     p *= 1 - lr * weight_decay;   m += (1 - beta1) (g - m);   v = beta2 v + (1 - beta2) g^2
 //     p -= step_size * m / (sqrt(v) / root_correction + eps)

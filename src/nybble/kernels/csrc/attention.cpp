@@ -34,7 +34,7 @@ constexpr int kTile = 64;                      // queries and keys of a tile
 constexpr int kGroups = kTile / kLanes;        // vectors across a tile's queries
 constexpr int kStep = 8;                       // rows of `a` are padded to a multiple of this
 constexpr int kHeadsTogether = 4;              // query heads that share a packed tile of keys in forward
-constexpr int kTasks = 8;                      // backward splits documents until no task exceeds 1 / kTasks of the work
+constexpr int kTasks = 8;                      // backward splits documents whose tasks exceed 1 / kTasks of the work
 constexpr float kMasked = -0x1p100f;           // vanishes in the softmax, is finite, and stays exact when scaled
 constexpr float kLog2E = 1.44269504f;
 #if defined(__AVX512F__)
@@ -54,7 +54,7 @@ inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1)
 inline int smaller(int a, int b) { return a < b ? a : b; }
 inline int larger(int a, int b) { return a > b ? a : b; }
 
-// ---- words -----------------------------------------------------------------------------------------------------------
+// ---- words ----------------------------------------------------------------------------------------------------------
 
 // Buffers of words are float*, whatever the words hold; words are only copied, never used as numbers by themselves.
 inline F32 broadcast(const float* word) {
@@ -111,7 +111,7 @@ inline F32 exp_below_0(F32 x) {
 #endif
 }
 
-// ---- the micro-kernel ------------------------------------------------------------------------------------------------
+// ---- the micro-kernel -----------------------------------------------------------------------------------------------
 
 // c[m][n] += sum_i a[m][i] * b[i][n]: rows m of words `lda` apart, vectors n of words in rows `ldb` apart.
 template <class W, int M, int N>
@@ -148,9 +148,10 @@ inline __attribute__((always_inline)) void by_width(int first, int end, F f) {
 }
 
 // c[row][lane] += sum_i a[row][i] * b[i][lane] in memory, `rows` a multiple of kStep, the vectors [first, end).
-template <class W>
+// With kScaled, c[row][lane] is first multiplied by factor[lane].
+template <class W, bool kScaled = false>
 void accumulate(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int rows, int first,
-                int end, int count) {
+                int end, int count, const float* factor = nullptr) {
     by_width(first, end, [&](auto width, int g) __attribute__((always_inline)) {
         constexpr int N = decltype(width)::value, M = rows_at_once<N>();
         for (int row = 0; row < rows; row += M) {
@@ -159,7 +160,10 @@ void accumulate(float* c, int64_t ldc, const float* a, int64_t lda, const float*
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-                for (int n = 0; n < N; ++n) sum[m][n] = load(to + m * ldc + n * kLanes);
+                for (int n = 0; n < N; ++n) {
+                    sum[m][n] = load(to + m * ldc + n * kLanes);
+                    if constexpr (kScaled) sum[m][n] *= load(factor + (g + n) * kLanes);
+                }
             multiply<W>(sum, a + row * lda, lda, b + g * kLanes, ldb, count);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m)
@@ -169,7 +173,7 @@ void accumulate(float* c, int64_t ldc, const float* a, int64_t lda, const float*
     });
 }
 
-// ---- layouts ---------------------------------------------------------------------------------------------------------
+// ---- layouts --------------------------------------------------------------------------------------------------------
 
 // to[column][row] = from[row][column], words; a block of kLanes x kLanes.
 inline void transpose_block(float* to, int64_t ldt, const float* from, int64_t ldf) {
@@ -191,7 +195,8 @@ inline void transpose_block(float* to, int64_t ldt, const float* from, int64_t l
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {  // quarters q of the rows' vectors: columns 4 q + j
-        const __m512 low = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), low_odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+        const __m512 low = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
+        const __m512 low_odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
         const __m512 high = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
         const __m512 high_odd = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
         _mm512_storeu_ps(to + j * ldt, _mm512_shuffle_f32x4(low, high, 0x88));
@@ -266,12 +271,12 @@ struct Layout {
           summed(int(head_dim + W::kPack - 1) / W::kPack),
           row_tile(int64_t(kTile) * words) {}
 
-    // [kTile][words]: rows as they are; those from `rows` on are zero.
+    // [kTile][words]: rows as they are; those from `count` on are zero.
     template <typename T>
-    void rows(float* to, const T* from, int64_t stride, int rows) const {
+    void rows(float* to, const T* from, int64_t stride, int count) const {
         auto* elements = (typename W::Element*)to;
-        for (int row = 0; row < rows; ++row) copy_row(elements + row * padded, from + row * stride, dim, padded);
-        memset(elements + rows * padded, 0, size_t(kTile - rows) * padded * sizeof(*elements));
+        for (int row = 0; row < count; ++row) copy_row(elements + row * padded, from + row * stride, dim, padded);
+        memset(elements + count * padded, 0, size_t(kTile - count) * padded * sizeof(*elements));
     }
 
     // [words][kTile] from [kTile][words]: lanes are rows, summed over the head dimension.
@@ -283,12 +288,14 @@ struct Layout {
             return rows;
         } else {
 #if defined(__AVX512BF16__)
-            const bf16* elements = (const bf16*)rows;
+            const auto widened = [&](int row, int i) {  // one element a word, in its lower half
+                const bf16* from = (const bf16*)rows + row * padded + i;
+                return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+            };
             for (int row = 0; row < kTile; row += 2)
                 for (int i = 0; i < padded; i += kLanes) {
-                    const __m512i even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(elements + row * padded + i)));
-                    const __m512i odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(elements + (row + 1) * padded + i)));
-                    store(to + row / 2 * padded + i, (F32)_mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+                    const __m512i odd = _mm512_slli_epi32(widened(row + 1, i), 16);
+                    store(to + row / 2 * padded + i, (F32)_mm512_or_si512(widened(row, i), odd));
                 }
 #endif
             return to;
@@ -333,7 +340,7 @@ struct Layout {
     }
 };
 
-// ---- documents, tiles and masks --------------------------------------------------------------------------------------
+// ---- documents, tiles and masks -------------------------------------------------------------------------------------
 
 inline int num_tiles(int length) { return (length + kTile - 1) / kTile; }
 
@@ -369,7 +376,7 @@ struct Mask {
     }
 };
 
-// ---- scratch ---------------------------------------------------------------------------------------------------------
+// ---- scratch --------------------------------------------------------------------------------------------------------
 
 inline int num_threads() {
 #ifdef _OPENMP
@@ -399,9 +406,10 @@ struct Scratch {
     }
 };
 
-inline char* allocate(size_t bytes) { return (char*)aligned_alloc(64, size_t(round_up(int64_t(bytes), 64))); }
+// Never of no bytes: nullptr then says that there is no memory.
+inline char* allocate(size_t bytes) { return (char*)aligned_alloc(64, size_t(round_up(int64_t(bytes) + 1, 64))); }
 
-// ---- forward ---------------------------------------------------------------------------------------------------------
+// ---- forward --------------------------------------------------------------------------------------------------------
 
 struct ForwardTask {
     int start, length, tile, head, num_heads, kv_head;  // `num_heads` query heads from `head` on, all of `kv_head`
@@ -457,10 +465,11 @@ void score_tile(ForwardScratch<W>& s, const float* q_lanes, const Layout<W>& lay
         });
 }
 
-// One step of the online softmax: scores become weights, `out` and `sum` are scaled to the new maximum.
+// One step of the online softmax: scores become weights, `sum` is scaled to the new maximum; so is `out`, by `factor`,
+// when it is next added to.
 template <class W>
-void softmax_tile(ForwardScratch<W>& s, float* out, float* maximum, float* sum, const Layout<W>& layout,
-                  const Mask& mask, int keys, int groups, float scale) {
+void softmax_tile(ForwardScratch<W>& s, float* maximum, float* sum, const Mask& mask, int keys, int groups,
+                  float scale) {
     for (int g = 0; g < groups; ++g) {
         const int lane = g * kLanes;
         const F32 before = load(maximum + lane), now = max(before, load(s.tile_maximum + lane) * scale);
@@ -481,10 +490,7 @@ void softmax_tile(ForwardScratch<W>& s, float* out, float* maximum, float* sum, 
         }
         store(sum + lane, even + odd);
         store(maximum + lane, now);
-        for (int i = 0; i < layout.padded; ++i) {
-            float* to = out + i * kTile + lane;
-            store(to, load(to) * factor);
-        }
+        store(s.factor + lane, factor);
     }
 }
 
@@ -515,10 +521,10 @@ void forward_task(const NybbleAttention& p, const ForwardTask& task, const Layou
         for (int h = 0; h < task.num_heads; ++h) {
             float* out = s.out + h * out_tile;
             score_tile(s, s.q_lanes + h * layout.row_tile, layout, mask, keys, groups);
-            softmax_tile(s, out, s.maximum + h * kTile, s.sum + h * kTile, layout, mask, keys, groups, scale);
+            softmax_tile(s, s.maximum + h * kTile, s.sum + h * kTile, mask, keys, groups, scale);
             for (int g = 0; g < groups; g = mask.diagonal ? g + 1 : groups)
-                accumulate<W>(out, kTile, s.v_columns, kTile / W::kPack, s.weights, kTile, layout.padded, g,
-                              mask.diagonal ? g + 1 : groups, mask.end_key(g, keys) / W::kPack);
+                accumulate<W, true>(out, kTile, s.v_columns, kTile / W::kPack, s.weights, kTile, layout.padded, g,
+                                    mask.diagonal ? g + 1 : groups, mask.end_key(g, keys) / W::kPack, s.factor);
         }
     }
 
@@ -554,15 +560,17 @@ void forward(NybbleAttention& p) {
     ForwardTask* tasks = (ForwardTask*)(memory + per_thread * num_threads());
 
     int64_t n = 0;
-    for (int tile = int(most_tiles) - 1; tile >= 0; --tile)  // the costliest first
-        for (int doc = 0; doc < p.num_docs; ++doc) {
-            const int start = p.cu_seqlens[doc], length = p.cu_seqlens[doc + 1] - start;
-            if (tile >= num_tiles(length)) continue;
-            for (int kv_head = 0; kv_head < p.num_kv_heads; ++kv_head)
+    // Key head by key head, so that its keys stay in the cache; within one the costliest first, so that threads end at
+    // about the same time.
+    for (int kv_head = 0; kv_head < p.num_kv_heads; ++kv_head)
+        for (int tile = int(most_tiles) - 1; tile >= 0; --tile)
+            for (int doc = 0; doc < p.num_docs; ++doc) {
+                const int start = p.cu_seqlens[doc], length = p.cu_seqlens[doc + 1] - start;
+                if (tile >= num_tiles(length)) continue;
                 for (int head = 0; head < group_size; head += kHeadsTogether)
                     tasks[n++] = {start, length, tile, kv_head * group_size + head,
                                   smaller(kHeadsTogether, group_size - head), kv_head};
-        }
+            }
 
 #pragma omp parallel
     {
@@ -574,7 +582,7 @@ void forward(NybbleAttention& p) {
     free(memory);
 }
 
-// ---- backward --------------------------------------------------------------------------------------------------------
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 struct BackwardTask {
     int start, length, first_tile, end_tile, kv_head;  // tiles of queries
@@ -635,7 +643,8 @@ void dscore_tile(BackwardScratch<W>& s, const float* k, const float* v, const La
                         weight[m][n] = exp_below_0(fma(weight[m][n], splat(scale), -load(s.lse + lane)));
                         store(weights + (row + m) * kTile + lane, weight[m][n]);
                     }
-                multiply<W>(dweight, v + row * layout.words, layout.words, s.dout_lanes + g * kLanes, kTile, layout.summed);
+                multiply<W>(dweight, v + row * layout.words, layout.words, s.dout_lanes + g * kLanes, kTile,
+                            layout.summed);
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
@@ -679,7 +688,8 @@ void backward_tile(const NybbleAttention& p, const BackwardTask& task, int tile,
         const Mask mask(tile, key_tile, p.window);
         const int keys = int(round_up(smaller(kTile, task.length - key_tile * kTile), kStep));
         const int64_t packed = key_tile * layout.row_tile;
-        float *dk = s.dk + int64_t(key_tile) * kTile * layout.padded, *dv = s.dv + int64_t(key_tile) * kTile * layout.padded;
+        const int64_t first_sum = int64_t(key_tile) * kTile * layout.padded;
+        float *dk = s.dk + first_sum, *dv = s.dv + first_sum;
         dscore_tile(s, s.k + packed, s.v + packed, layout, mask, keys, groups, p.scale);
         // Rows of keys sum over the queries that see them, vectors of queries over the keys that they see.
         const int rows_together = mask.diagonal ? kLanes : keys, words = kTile / W::kPack;
@@ -712,8 +722,9 @@ void store_keys(const NybbleAttention& p, const BackwardTask& task, int tile, in
                 const float* dk, const float* dv) {
     const int64_t first_row = task.start + int64_t(tile) * kTile, column = int64_t(task.kv_head) * layout.dim;
     for (int i = 0; i < rows; ++i) {
-        store_row((T*)p.dk + (first_row + i) * p.dk_stride + column, dk + int64_t(i) * layout.padded, layout.dim, p.scale);
-        store_row((T*)p.dv + (first_row + i) * p.dv_stride + column, dv + int64_t(i) * layout.padded, layout.dim, 1.0f);
+        const int64_t row = first_row + i, sums = int64_t(i) * layout.padded;
+        store_row((T*)p.dk + row * p.dk_stride + column, dk + sums, layout.dim, p.scale);
+        store_row((T*)p.dv + row * p.dv_stride + column, dv + sums, layout.dim, 1.0f);
     }
 }
 
@@ -825,7 +836,8 @@ void backward(NybbleAttention& p) {
                     BackwardTask& task = tasks[n + part];
                     const int first_key = first_key_tile(task.first_tile, p.window);
                     task.partial = partial_sums;
-                    partial_sums += 2 * int64_t(smaller(length, task.end_tile * kTile) - first_key * kTile) * layout.padded;
+                    const int64_t keys = smaller(length, task.end_tile * kTile) - first_key * kTile;
+                    partial_sums += 2 * keys * layout.padded;
                 }
                 n += parts;
             }
@@ -857,7 +869,7 @@ void backward(NybbleAttention& p) {
     free(tasks);
 }
 
-// ---- entries ---------------------------------------------------------------------------------------------------------
+// ---- entries --------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512BF16__)
 using WordsForBF16 = BF16Words;

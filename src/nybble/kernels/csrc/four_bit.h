@@ -89,7 +89,8 @@ inline void lookup(const T* table, const uint8_t* packed, T* out, int64_t count)
     int64_t i = 0;
     for (; i + 32 <= count; i += 32) {
         const __m128i byte = _mm_loadu_si128((const __m128i*)(packed + i / 2));
-        const __m128i even = _mm_and_si128(_mm_srli_epi16(byte, 4), nibble_mask), odd = _mm_and_si128(byte, nibble_mask);
+        const __m128i even = _mm_and_si128(_mm_srli_epi16(byte, 4), nibble_mask);
+        const __m128i odd = _mm_and_si128(byte, nibble_mask);
         const __m128i index[2] = {_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)};
         for (int half = 0; half < 2; ++half) {
             const __m128i l = _mm_shuffle_epi8(low, index[half]), h = _mm_shuffle_epi8(high, index[half]);

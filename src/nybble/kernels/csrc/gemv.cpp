@@ -1,14 +1,15 @@
 // y = x W^T for a few rows of x, straight from the packed weight: what generation needs. fp32 accumulation.
 //
-// With AVX-512 a row of W is read 64 bytes, 128 weights, at a time, as 16 dwords of 8 nibbles. Shifting right by 4k puts
-// nibble k of every dword where vpermps looks for it, so 16 weights cost one shift, one lookup and one multiply-add; x
-// is put into the matching order once. With AVX512-BF16 and a bf16 x the same is done on 32 words of 4 nibbles, with
-// vpermw and vdpbf16ps, at half the operations, and a codebook rounded to bf16. Lane l of a sum belongs to weights 8l..8l+7 of the 128 in either case, hence to one block, and
-// is multiplied by that block's scale. Other instruction sets, and rows that do not hold whole blocks, look each piece
-// of a block up into a buffer and multiply from there. Floor: packed bytes and scales, read once.
+// With AVX-512 a row of W is read 64 bytes, 128 weights, at a time, as 16 dwords of 8 nibbles. Shifting right by 4k
+// puts nibble k of every dword where vpermps looks for it, so 16 weights cost one shift, one lookup and one
+// multiply-add; x is put into the matching order once. With AVX512-BF16 and a bf16 x the same is done on 32 words of
+// 4 nibbles, with vpermw and vdpbf16ps, at half the operations, and a codebook rounded to bf16. Lane l of a sum belongs
+// to weights 8l..8l+7 of the 128 in either case, hence to one block, and is multiplied by that block's scale. Other
+// instruction sets, and rows that do not hold whole blocks, look each piece of a block up into a buffer and multiply
+// from there. Floor: packed bytes and scales, read once.
 //
-// The codebook comes multiplied by a factor that the results are divided by in the end: the caller chooses one for which
-// the 16 values hardly change when rounded to bf16 (kernels/block_cpu.py).
+// The codebook comes multiplied by a factor that the results are divided by in the end: the caller chooses one for
+// which the 16 values hardly change when rounded to bf16 (kernels/block_cpu.py).
 #include <cstdlib>
 
 #include "dispatch.h"

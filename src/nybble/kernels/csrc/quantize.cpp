@@ -1,4 +1,4 @@
-// fp32, bf16 or fp16 to four bits, and block scales to eight: the same bits as nybble/formats/{blockwise,double_quant}.py.
+// fp32, bf16 or fp16 to four bits, and block scales to eight: the bits of nybble/formats/{blockwise,double_quant}.py.
 //
 // Each block is read twice, for its scale and for its indices; the second time it is in the first-level cache. The
 // nearest of 16 levels is the number of midpoints below x / scale: with AVX-512 a binary search whose four probes are
@@ -100,8 +100,11 @@ static void quantize_asymmetric(const T* x, int64_t count, uint8_t* packed, floa
         low = min(v, low);
         high = max(v, high);
     }
-    const bool finite = largest_magnitude(x, count) < 0x7F800000u;
-    *scale = finite ? (largest(high) + largest(-low)) / 15.0f : __builtin_nanf("");
+    if (largest_magnitude(x, count) >= 0x7F800000u) {
+        *scale = __builtin_nanf("");
+        return;
+    }
+    *scale = (largest(high) + largest(-low)) / 15.0f;
     const float reciprocal = 1.0f / (*scale < kMinScale ? kMinScale : *scale);
     const F32 bottom = {}, top = splat(15.0f);
     const F32 zero = max(bottom, min(top, round_even(splat(largest(-low) * reciprocal))));

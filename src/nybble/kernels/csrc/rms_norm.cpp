@@ -86,8 +86,8 @@ void rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t
                        const void* weight, int weight_dtype, float weight_offset, const float* rstd, int64_t outer,
                        int64_t inner, int64_t width, void* dx, int64_t dx_stride, int accumulate) {
 #define RUN(T, W)                                                                                                 \
-    backward_rows((const T*)dy, dy_stride, (const T*)x, x_stride, (const W*)weight, weight_offset, rstd, outer, inner, \
-                  width, (T*)dx, dx_stride, accumulate)
+    backward_rows((const T*)dy, dy_stride, (const T*)x, x_stride, (const W*)weight, weight_offset, rstd, outer, \
+                  inner, width, (T*)dx, dx_stride, accumulate)
     if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
     if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
     if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);

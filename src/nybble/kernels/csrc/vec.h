@@ -201,9 +201,17 @@ inline F32 fma(F32 a, F32 b, F32 c) {
 #endif
 }
 
-// A NaN in b comes through; one in a does not.
+// a > b ? a : b and a < b ? a : b, as the instructions have it: a NaN in b comes through, one in a does not.
+#if defined(__AVX512F__)
+inline F32 max(F32 a, F32 b) { return (F32)_mm512_max_ps((__m512)a, (__m512)b); }
+inline F32 min(F32 a, F32 b) { return (F32)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline F32 max(F32 a, F32 b) { return (F32)_mm256_max_ps((__m256)a, (__m256)b); }
+inline F32 min(F32 a, F32 b) { return (F32)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
+#endif
 inline F32 abs(F32 v) { return (F32)((I32)v & 0x7FFFFFFF); }
 
 inline F32 sqrt(F32 v) {
