@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from nybble.layers import loss_head
 from nybble.layers.loss_head import LossHead
 
-VOCABULARY, HIDDEN, ROWS = 257, 24, 41
+VOCABULARY, HIDDEN, ROWS = 257, 24, 141
 
 
 def dense_loss(head: LossHead, hidden: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
@@ -20,13 +20,13 @@ def dense_loss(head: LossHead, hidden: torch.Tensor, targets: torch.Tensor, deno
     return F.cross_entropy(logits, targets, reduction="sum") / denominator
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 7, 1000])
+@pytest.mark.parametrize("chunk_rows", [64, 128])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "extras", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0, "bias": torch.randn(VOCABULARY)}]
 )
 def test_loss_and_gradient_equal_the_dense_ones(monkeypatch, chunk_rows, weight_dtype, extras):
-    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_rows * VOCABULARY * 10)
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_rows * VOCABULARY * 8)
     monkeypatch.setattr(loss_head, "PANEL_ROWS", 100)
     torch.manual_seed(0)
     head = LossHead(torch.randn(VOCABULARY, HIDDEN).to(weight_dtype), **extras)
@@ -68,7 +68,7 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing():
     whole = hidden.clone().requires_grad_()
     head.loss(whole, targets, ROWS).backward()
     cut = hidden.clone().requires_grad_()
-    for part in (slice(0, 3), slice(3, 30), slice(30, ROWS)):
+    for part in (slice(0, 3), slice(3, 70), slice(70, ROWS)):
         head.loss(cut[part], targets[part], ROWS).backward()
     assert (cut.grad - whole.grad).norm() <= 1e-6 * whole.grad.norm()
 

@@ -8,14 +8,16 @@ the model's attention keeps documents apart, else padded; `choose_backbone` take
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.layers.convert import adapters_of
-from nybble.layers.decoder_block import DecoderBlock, Keep, Rows
+from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Keep, Rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKEN_MULTIPLE = 64  # oneDNN keeps a compiled product, some 0.8 MB, for each shape it has seen
 BLOCK_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 _DOCUMENTS = ((3, 1, 4, 1, 5), (9, 2, 6))  # arbitrary small token ids
@@ -91,7 +93,10 @@ class BlockBackbone:
         self.model, self.keep = model, keep
         config = model.config.get_text_config()
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.blocks = [DecoderBlock(layer, head_dim, _window(layer, config)) for layer in model.base_model.layers]
+        weights = DenseWeights()
+        self.blocks = [
+            DecoderBlock(layer, head_dim, _window(layer, config), weights) for layer in model.base_model.layers
+        ]
         self.name = f"decoder blocks, keeping {keep}"
 
     def states(
@@ -103,6 +108,7 @@ class BlockBackbone:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         assert cu_seqlens is not None and attention_mask is None, "decoder blocks take packed batches"
+        input_ids, position_ids, cu_seqlens = _fill_up(input_ids, position_ids, cu_seqlens)
         decoder = self.model.base_model
         x = decoder.embed_tokens(input_ids[0])  # (T, hidden)
         # Angles in fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
@@ -112,6 +118,19 @@ class BlockBackbone:
         for block in self.blocks:
             x = block(x, rows, self.keep)
         return decoder.norm(x[positions])
+
+
+def _fill_up(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Append a document of arbitrary tokens, so that the row has a multiple of TOKEN_MULTIPLE tokens.
+
+    Attention keeps it apart and no position of it is asked for, so it changes no state and no gradient.
+    """
+    missing = -input_ids.shape[1] % TOKEN_MULTIPLE
+    if not missing:
+        return input_ids, position_ids, cu_seqlens
+    filled = F.pad(input_ids, (0, missing))
+    positions = torch.cat([position_ids, torch.arange(missing, device=position_ids.device)[None]], dim=1)
+    return filled, positions, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
 
 
 def choose_backbone(model: "PreTrainedModel", *, keep: Keep, packing: bool) -> Backbone:

@@ -49,14 +49,38 @@ class Rows:
     cu_seqlens: Tensor
 
 
+class DenseWeights:
+    """Dequantises frozen weights into one kept buffer: a fresh one per product costs more than the arithmetic.
+
+    A weight is valid until the next is fetched.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def fetch(self, linear: Any, dtype: torch.dtype) -> Tensor:
+        """The weight of a frozen linear, `[out, in]` in `dtype`."""
+        if not isinstance(linear, QuantizedLinear):
+            weight = linear.weight.detach()
+            return (weight if isinstance(linear, nn.Linear) else weight.T).to(dtype)  # Conv1D keeps [in, out]
+        numel = linear.in_features * linear.out_features
+        if self._buffer.dtype != dtype or self._buffer.numel() < numel:
+            self._buffer = torch.empty(numel, dtype=dtype)
+        weight = self._buffer[:numel].view(linear.out_features, linear.in_features)
+        ops.dequantize_into(linear.quantized(), weight)
+        return weight
+
+
 class Projection:
     """Linear layers that read the same input, written side by side into one output.
 
     Args:
         modules: LoraLinear, QuantizedLinear or dense linears; output columns in this order.
+        weights: where the dense weights come from.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], weights: DenseWeights):
+        self.weights = weights
         self.linears: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
         self.adapters = [module if isinstance(module, LoraLinear) else None for module in modules]
         widths = [linear_features(linear)[1] for linear in self.linears]
@@ -79,7 +103,7 @@ class Projection:
         y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
         for linear, adapter, columns, ranks in self._parts():
             part = y[:, columns]
-            weight = dense_weight(linear, x.dtype)
+            weight = self.weights.fetch(linear, x.dtype)
             if residual is None:
                 torch.mm(x, weight.T, out=part)
             else:
@@ -97,7 +121,7 @@ class Projection:
         for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
             part = grad_y[:, columns]
             if grad_x is not None:
-                weight = dense_weight(linear, x.dtype)
+                weight = self.weights.fetch(linear, x.dtype)
                 torch.mm(part, weight, out=grad_x) if i == 0 else grad_x.addmm_(part, weight)
             if adapter is not None and grad_z is not None:
                 torch.mm(part, _scaled_b(adapter, x.dtype), out=grad_z[:, ranks])  # (T, out) -> (T, r)
@@ -130,14 +154,6 @@ class ProjectionGrads:
     adapters: list[Tensor]
 
 
-def dense_weight(linear: Any, dtype: torch.dtype) -> Tensor:
-    """The weight of a frozen linear, `[out, in]` in `dtype`; dequantised afresh, nothing keeps it."""
-    if isinstance(linear, QuantizedLinear):
-        return ops.dequantize(linear.quantized(), dtype)
-    weight = linear.weight.detach()
-    return (weight if isinstance(linear, nn.Linear) else weight.T).to(dtype)  # Conv1D keeps [in, out]
-
-
 def _scaled_b(adapter: LoraLinear, dtype: torch.dtype) -> Tensor:
     return (adapter.lora_B.detach() * adapter.scaling).to(dtype)
 
@@ -154,14 +170,15 @@ class DecoderBlock:
         layer: a Llama, Mistral, Qwen2 or Qwen3 decoder layer, its linears quantised and adapted or not.
         head_dim: width of an attention head.
         window: tokens a token attends to, itself included; 0 for all before it.
+        weights: where the dense weights come from, shared by all blocks.
     """
 
-    def __init__(self, layer: Any, head_dim: int, window: int):
+    def __init__(self, layer: Any, head_dim: int, window: int, weights: DenseWeights):
         attention_module, mlp = layer.self_attn, layer.mlp
-        self.qkv = Projection([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj])
-        self.o = Projection([attention_module.o_proj])
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj])
-        self.down = Projection([mlp.down_proj])
+        self.qkv = Projection([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj], weights)
+        self.o = Projection([attention_module.o_proj], weights)
+        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], weights)
+        self.down = Projection([mlp.down_proj], weights)
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm = getattr(attention_module, "q_norm", None)
         self.k_norm = getattr(attention_module, "k_norm", None)

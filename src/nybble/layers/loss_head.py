@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.errors import ModelError
+from nybble.kernels import block_ops
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = 64 * 2**20  # what a chunk of logits may take, its fp32 copies included
+CHUNK_BYTES = 32 * 2**20  # what a chunk of logits may take
+ROW_MULTIPLE = 64  # chunks have a multiple of so many rows: oneDNN keeps a compiled product per shape it has seen
+NO_TARGET = -1
 PANEL_ROWS = 8192  # rows of a 16-bit head that are widened at a time when products run in fp32
 
 
@@ -68,54 +71,73 @@ class LossHead:
         """
         return _LossFunction.apply(hidden, self, targets, denominator)
 
+    @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """−log p(target) of each row, `(N,)` fp32; no gradient."""
-        with torch.no_grad():
-            chunks = zip(self._chunks(hidden), self._chunks(targets), strict=True)
-            return torch.cat([F.cross_entropy(self.logits(h), t, reduction="none") for h, t in chunks])
+        chunks = self._chunks(hidden, targets)
+        losses = [block_ops.cross_entropy_(self.logits(h), t, 0.0) for h, t in chunks]
+        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])[: len(targets)]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, hidden) -> (N, vocabulary) in fp32; products in the dtype of `hidden`."""
+        """(N, hidden) -> (N, vocabulary); in fp32 where anything is done to them after the product."""
         logits = torch.cat([F.linear(hidden, panel.to(hidden.dtype)) for panel in self._panels(hidden.dtype)], dim=1)
+        if self._is_plain:
+            return logits
         logits = logits.float()
         if self.bias is not None:
             logits += self.bias.float()
         logits *= self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    @property
+    def _is_plain(self) -> bool:
+        return self.bias is None and self.scale == 1.0 and self.softcap is None
+
     def _panels(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The weight in one piece, or in panels where each is widened to another dtype only while it is used."""
         return (self.weight,) if self.weight.dtype == dtype else self.weight.split(PANEL_ROWS)
 
-    def _chunks(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return rows.split(max(1, CHUNK_BYTES // (self.weight.shape[0] * 10)))
+    def chunk_rows(self, itemsize: int) -> int:
+        """Rows of a chunk, a multiple of ROW_MULTIPLE."""
+        fit = CHUNK_BYTES // (self.weight.shape[0] * (itemsize if self._is_plain else 8))
+        return max(ROW_MULTIPLE, fit // ROW_MULTIPLE * ROW_MULTIPLE)
 
-    def _grad_hidden(self, logits: Tensor, targets: Tensor, factor: float, out: Tensor) -> None:
-        """out = factor · d(sum of losses)/d(hidden), (C, hidden), from the final logits (C, V)."""
-        grad = logits.softmax(dim=-1)
-        grad[torch.arange(len(targets), device=targets.device), targets] -= 1
-        if self.softcap is not None:
-            grad *= 1 - (logits / self.softcap).square()
-        grad = grad.mul_(factor * self.scale).to(out.dtype)
-        panels = self._panels(out.dtype)
-        column_panels = grad.split(panels[0].shape[0], dim=1)
-        torch.mm(column_panels[0], panels[0].to(out.dtype), out=out)
-        for columns, panel in zip(column_panels[1:], panels[1:], strict=True):
-            out.addmm_(columns, panel.to(out.dtype))
+    def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Rows and targets chunk by chunk; the last is filled up with rows of zeros that have no target."""
+        missing = -len(targets) % ROW_MULTIPLE
+        rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+        filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
+        size = self.chunk_rows(hidden.dtype.itemsize)
+        return list(zip(rows.split(size), filled.split(size), strict=True)) if len(targets) else []
+
+    def loss_and_gradient(self, hidden: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+        """Losses of a chunk `(C,)` fp32, and factor · d(their sum)/d(hidden) `(C, hidden)`."""
+        logits = self.logits(hidden)
+        slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
+        losses = block_ops.cross_entropy_(logits, targets, factor * self.scale)  # logits now holds the gradient
+        if slope is not None:
+            logits *= slope
+        grad = logits.to(hidden.dtype)
+        panels = self._panels(hidden.dtype)
+        columns = grad.split(panels[0].shape[0], dim=1)
+        grad_hidden = columns[0] @ panels[0].to(hidden.dtype)
+        for column, panel in zip(columns[1:], panels[1:], strict=True):
+            grad_hidden.addmm_(column, panel.to(hidden.dtype))
+        return losses, grad_hidden
 
 
 class _LossFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: LossHead, targets: Tensor, denominator: float) -> Tensor:
+        if not hidden.requires_grad:
+            return (head.token_losses(hidden, targets).double().sum() / denominator).float()
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-        grad_chunks = head._chunks(grad_hidden) if grad_hidden is not None else None
-        for i, (h, t) in enumerate(zip(head._chunks(hidden), head._chunks(targets), strict=True)):
-            logits = head.logits(h)  # (C, V)
-            total += F.cross_entropy(logits, t, reduction="sum").double()
-            if grad_chunks is not None:
-                head._grad_hidden(logits, t, 1 / denominator, out=grad_chunks[i])
-        ctx.save_for_backward(grad_hidden)
+        grads = [hidden[:0]]
+        for h, t in head._chunks(hidden, targets):
+            losses, grad = head.loss_and_gradient(h, t, 1 / denominator)
+            total += losses.double().sum()
+            grads.append(grad)
+        ctx.save_for_backward(torch.cat(grads)[: len(targets)])
         return (total / denominator).float()
 
     @staticmethod

@@ -15,7 +15,6 @@ DENSE_BYTES = 2  # embeddings and head stay in 16 bits
 MASTER_BYTES = 4  # fp32 adapters and their gradients
 ADAM_BYTES = 8  # two fp32 moments
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
-LOGIT_BYTES = 8  # fp32 logits and their softmax, beside the product's own c
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     """
     c = training.compute_bytes
     adapters = training.adapter_parameters * MASTER_BYTES
-    logits = training.supervised_tokens * shape.vocab_size * (c + LOGIT_BYTES)
+    logits = training.supervised_tokens * shape.vocab_size * c
     parts = {
         "base weights": base_bytes(shape, training.spec),
         "embeddings, head, norms": dense_bytes(shape),

@@ -22,12 +22,14 @@ from nybble.memory.measure import used_bytes
 from nybble.training.display import Display
 from nybble.training.events import EventLog
 from nybble.training.interrupt import InterruptOnce
+from nybble.training.optimizer import AdamW
 from nybble.training.run_folder import RunFolder, complete_folder
 from nybble.training.schedule import learning_rate, warmup_steps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TINY = 1e-30  # a norm of zero is not divided by
 EVALUATIONS_PER_RUN = 5  # when --eval-every is not given
 
 
@@ -69,9 +71,7 @@ def train_loop(
     device = next(model.parameters()).device
     head = LossHead.of(model)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        adapters, lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = AdamW(adapters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay)
     num_warmup = warmup_steps(config.warmup, total_steps)
     eval_every = config.eval_every or max(1, total_steps // EVALUATIONS_PER_RUN)
     lengths = [len(example) for example in train]
@@ -111,15 +111,12 @@ def train_loop(
                     raise _not_finite("loss", step_loss, step, bad, run)
                 loss.backward()
 
-            grad_norm = torch.nn.utils.clip_grad_norm_(adapters, config.max_grad_norm).item()
+            grad_norm = optimizer.gradient_norm()
             if not math.isfinite(grad_norm):
                 save(run.adapter)
                 raise _not_finite("gradient norm", grad_norm, step, [row for b in micro_batches for row in b.rows], run)
             lr = learning_rate(step, total_steps, num_warmup, config.schedule, config.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.step(lr, grad_scale=min(1.0, config.max_grad_norm / max(grad_norm, TINY)))
 
             step_s = time.perf_counter() - started
             num_tokens = sum(batch.num_tokens for batch in micro_batches)
