@@ -1,0 +1,146 @@
+"""The training loop on a tiny model: what must not change the result, and what must stop it."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nybble.config import TrainConfig, build_options
+from nybble.errors import TrainingError
+from nybble.layers.convert import adapters_of
+from nybble.training import loop
+from nybble.training.events import read_events
+from nybble.training.session import TrainedRun, train
+
+
+def config(model: Path, data: Path, out: Path, **options: object) -> TrainConfig:
+    settings = {
+        "model": str(model),
+        "data": str(data),
+        "out": str(out),
+        "max_steps": 3,
+        "rows_per_step": 6,
+        "rank": 4,
+        "lr": 5e-3,
+        "compute_dtype": "fp32",
+    }
+    return build_options(TrainConfig, settings | options)
+
+
+def run(*args: Path, **options: object) -> TrainedRun:
+    return train(config(*args, **options), Console(quiet=True))
+
+
+def losses(out: Path) -> list[float]:
+    return [event["loss"] for event in read_events(out / "events.jsonl", "step")]
+
+
+def adapter_digest(out: Path) -> str:
+    return hashlib.sha256((out / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def test_micro_batches_packing_and_what_is_kept_do_not_change_the_losses(tiny_model, data, tmp_path):
+    variants = {
+        "whole step": {"micro_batch_size": 6, "keep": "everything"},
+        "one row at a time": {"micro_batch_size": 1, "keep": "nothing"},
+        "uneven": {"micro_batch_size": 4, "keep": "attention"},
+        "padded, generic": {"micro_batch_size": 3, "packing": False, "keep": "everything"},
+        "padded, recomputed": {"micro_batch_size": 3, "packing": False, "keep": "nothing"},
+    }
+    seen = {}
+    for name, options in variants.items():
+        out = tmp_path / name.replace(" ", "-")
+        result = run(tiny_model, data, out, **options).result
+        seen[name] = [result.loss_before, *losses(out), result.loss_after]
+    expected = seen["whole step"]
+    assert expected[-1] < expected[0]
+    for name, got in seen.items():
+        assert got == pytest.approx(expected, rel=1e-4), name
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tiny_model, data, tmp_path):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tiny_model, data, tmp_path / out, seed=seed)
+    assert adapter_digest(tmp_path / "a") == adapter_digest(tmp_path / "b") != adapter_digest(tmp_path / "c")
+
+
+def test_dropout_trains_on_the_generic_path(tiny_model, data, tmp_path):
+    result = run(tiny_model, data, tmp_path / "run", dropout=0.1).result
+    assert result.loss_after < result.loss_before
+
+
+def test_sixteen_bit_lora_and_every_four_bit_format_train(tiny_model, data, tmp_path):
+    for format in ("none", "nf4", "fp4", "int4", "int4_asym"):
+        result = run(tiny_model, data, tmp_path / format, format=format).result
+        assert result.loss_after < result.loss_before, format
+
+
+def test_adapters_are_saved_at_intervals_and_at_the_end(tiny_model, data, tmp_path):
+    tmp_path /= "run"
+    run(tiny_model, data, tmp_path, max_steps=5, save_every=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    final = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert (tmp_path / "checkpoints" / "step-4" / "adapter_model.safetensors").read_bytes() != final
+
+
+def test_a_plan_of_memory_and_its_measurement_are_kept(tiny_model, data, tmp_path):
+    tmp_path /= "run"
+    run(tiny_model, data, tmp_path)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["chosen"]["peak_bytes"] > 0 and plan["measured"]["peak_bytes"] > 0
+    assert plan["chosen"]["components"]["base weights"] > 0
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_number_that_is_not_finite_stops_names_rows_and_keeps_the_adapter(
+    what, tiny_model, data, tmp_path, monkeypatch
+):
+    """The second step meets a base weight of infinity, or a gradient of NaN, and must not reach the optimizer."""
+    good = tmp_path / "good"
+    run(tiny_model, data, good, max_steps=1, schedule="constant", warmup=0)
+
+    def spoil(model: torch.nn.Module) -> None:
+        if what == "loss":
+            model.base_model.norm.weight.data.fill_(torch.inf)
+        else:
+            adapter = next(iter(adapters_of(model).values()))
+            adapter.lora_A.register_hook(lambda gradient: gradient * torch.nan)
+
+    original = loop.Display.stepped
+
+    def spoil_after_the_first_step(display, record):
+        original(display, record)
+        spoil(models[0])
+
+    models = []
+    original_head = loop.LossHead.of
+    monkeypatch.setattr(loop.LossHead, "of", lambda model: models.append(model) or original_head(model))
+    monkeypatch.setattr(loop.Display, "stepped", spoil_after_the_first_step)
+    with pytest.raises(TrainingError, match=rf"(?s)Step 2: the {what} is (nan|inf).*rows\.jsonl:\d+.*--lr"):
+        run(tiny_model, data, tmp_path / "bad", max_steps=3, eval_every=3, schedule="constant", warmup=0)
+    assert adapter_digest(tmp_path / "bad") == adapter_digest(good)
+
+
+def test_ctrl_c_finishes_the_step_saves_and_exits_130(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "nybble", "train", "--model", str(tiny_model), "--data", str(data)]
+    command += ["--out", str(out), "--max-steps", "100000", "--rows-per-step", "2", "--eval-every", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "events.jsonl").exists() or '"step"' not in (out / "events.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Interrupted after step" in printed and "Traceback" not in printed
+    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    assert len(losses(out)) < 100000
