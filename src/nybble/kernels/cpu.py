@@ -42,7 +42,8 @@ def library_path() -> Path:
     if asked := os.environ.get(LIBRARY_VARIABLE):
         return Path(asked)
     suffix = "dylib" if sys.platform == "darwin" else "so"
-    return Path(str(resources.files("nybble.kernels"))) / f"libnybble_cpu.{suffix}"
+    # Joined before it becomes a path: an editable install spreads the package over two folders.
+    return Path(str(resources.files("nybble.kernels") / f"libnybble_cpu.{suffix}"))
 
 
 @functools.cache
