@@ -8,7 +8,7 @@ import torch
 from nybble.errors import FormatError
 from nybble.formats import blockwise
 from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS, QuantizedTensor, QuantSpec
-from nybble.kernels import cpu, ops, registry
+from nybble.kernels import block_ops, cpu, ops, registry
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 ISAS = cpu.supported_isas() if cpu.why_unavailable() is None else ()
@@ -129,3 +129,20 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
 
 def bits(x):
     return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def test_default_dtype_and_device_of_the_caller_do_not_matter() -> None:
+    """transformers changes both while it builds a model; a buffer of another size would be written past its end."""
+    weight = torch.randn(40, 64)
+    expected = ops.quantize(weight, QuantSpec())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            q = ops.quantize(weight, QuantSpec())
+            dense = ops.dequantize(q, torch.float32)
+            product = block_ops.gemv_4bit(weight.new_ones(1, 64), q)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(q.packed, expected.packed) and torch.equal(q.scales, expected.scales)
+    assert torch.equal(dense, ops.dequantize(expected, torch.float32))
+    torch.testing.assert_close(product[0], dense.sum(1), rtol=1e-4, atol=1e-4)

@@ -169,10 +169,10 @@ def pointer(tensor: Tensor | None) -> int | None:
 def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
     spec = QuantSpec(format, block_size, double_quant)
     numel = weight.numel()
-    packed = torch.empty(packed_shape(tuple(weight.shape), block_size), dtype=torch.uint8)
-    scales = torch.empty(spec.scales_bytes(numel), dtype=torch.uint8)
+    packed = weight.new_empty(packed_shape(tuple(weight.shape), block_size), dtype=torch.uint8)
+    scales = weight.new_empty(spec.scales_bytes(numel), dtype=torch.uint8)
     parts = split_scales(scales, spec, numel)
-    absmax = torch.empty(spec.num_blocks(numel)) if parts.absmax is None else parts.absmax
+    absmax = weight.new_empty(spec.num_blocks(numel), dtype=torch.float32) if parts.absmax is None else parts.absmax
     _quantize(
         pointer(weight), DTYPES[weight.dtype], numel, block_size,
         pointer(codebooks.midpoints(format)), pointer(codebooks.sorted_order(format)),
@@ -221,7 +221,7 @@ def dequantize_4bit(
     double_quant: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = packed.new_empty(tuple(shape), dtype=dtype)
     dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out)
     return out
 
@@ -264,7 +264,7 @@ def _scale_offsets(format: str, block_size: int, double_quant: bool, numel: int)
     """Where the parts begin in a scales tensor, in bytes. Kept: views made at every call would cost generation more
     than small products do."""
     spec = QuantSpec(format, block_size, double_quant)
-    layout = torch.empty(spec.scales_bytes(numel), dtype=torch.uint8)
+    layout = torch.empty(spec.scales_bytes(numel), dtype=torch.uint8, device="cpu")
     parts = split_scales(layout, spec, numel)
     return tuple(
         None if part is None else part.data_ptr() - layout.data_ptr()

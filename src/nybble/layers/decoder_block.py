@@ -65,7 +65,7 @@ class DenseWeights:
             return (weight if isinstance(linear, nn.Linear) else weight.T).to(dtype)  # Conv1D keeps [in, out]
         numel = linear.in_features * linear.out_features
         if self._buffer.dtype != dtype or self._buffer.numel() < numel:
-            self._buffer = torch.empty(numel, dtype=dtype)
+            self._buffer = torch.empty(numel, dtype=dtype, device=linear.weight.device)
         weight = self._buffer[:numel].view(linear.out_features, linear.in_features)
         ops.dequantize_into(linear.quantized(), weight)
         return weight
