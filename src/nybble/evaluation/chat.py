@@ -1,54 +1,128 @@
 """A conversation with a tuned model in the terminal, one streamed answer at a time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import TextStreamer
 
 from nybble.config import ChatConfig
 from nybble.data.examples import Message
-from nybble.data.template import ChatTemplate
-from nybble.evaluation.generate import generate
+from nybble.errors import NybbleError
+from nybble.evaluation.generate import context_length, generate
 from nybble.evaluation.load_run import LoadedRun, load_run
 
-HELP = "Type a message. /reset forgets the conversation, /quit or Ctrl-D leaves."
+HELP = "Type a message. /reset forgets the conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer."
+UNFINISHED = "\ufffd"  # what decoders put for bytes that are no whole character (yet)
 
 
 def chat(config: ChatConfig, console: Console) -> int:
     """Answer `config.prompt` and return, or converse until the user leaves; returns the exit code."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     loaded = load_run(config.run, console, config.device, config.compute_dtype)
     torch.manual_seed(config.seed)
-    if config.prompt is not None:
-        answer(loaded, [Message("user", config.prompt)], config.max_new_tokens, config.temperature)
-        return 0
-    console.print(HELP)
+    if config.prompt is None:
+        return converse(loaded, config, console)
+    answer(loaded, [Message("user", config.prompt)], config.max_new_tokens, config.temperature, console)
+    return 0
+
+
+def converse(loaded: LoadedRun, config: ChatConfig, console: Console) -> int:
+    """Answer what the user types until they leave; returns the exit code."""
+    console.print(HELP, highlight=False)
     messages: list[Message] = []
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
         except EOFError:
             return 0
+        except KeyboardInterrupt:
+            console.print(f"\n{HELP}", highlight=False)
+            continue
         if line == "/quit":
             return 0
         if line == "/reset":
             messages = []
         elif line:
-            messages.append(Message("user", line))
-            reply = answer(loaded, messages, config.max_new_tokens, config.temperature)
-            messages.append(Message("assistant", reply))
+            messages = _next_turn(loaded, [*messages, Message("user", line)], config, console)
 
 
-def answer(loaded: LoadedRun, messages: Sequence[Message], max_new_tokens: int, temperature: float) -> str:
-    """Stream the answer to a conversation to standard output; returns its text."""
-    template: ChatTemplate = loaded.template
-    streamer = TextStreamer(template.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    (ids,) = generate(
-        loaded.model,
-        [template.encode_prompt(messages)],
-        stop_ids=template.stop_ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        streamer=streamer,
-    )
-    return template.tokenizer.decode(ids, skip_special_tokens=True).strip()
+def _next_turn(
+    loaded: LoadedRun, messages: list[Message], config: ChatConfig, console: Console
+) -> list[Message]:
+    """The conversation with its answer; without its last message where that got none."""
+    try:
+        reply = answer(loaded, messages, config.max_new_tokens, config.temperature, console)
+    except NybbleError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print("The message was left out. /reset starts a new conversation.", highlight=False)
+        return messages[:-1]
+    return [*messages, Message("assistant", reply)] if reply else messages[:-1]
+
+
+def answer(
+    loaded: LoadedRun, messages: Sequence[Message], max_new_tokens: int, temperature: float, console: Console
+) -> str:
+    """Print the answer to a conversation as it comes; returns its text, what there is of it after Ctrl-C.
+
+    Raises:
+        DataError: the conversation does not fit into the model's context, or the template refuses it.
+    """
+    prompt = loaded.template.encode_prompt(messages)
+    pieces = TextPieces(loaded.template.tokenizer)
+
+    def show(_: int, token: int) -> None:
+        console.out(pieces.add(token), end="", highlight=False)
+
+    try:
+        generate(
+            loaded.model,
+            [prompt],
+            stop_ids=loaded.template.stop_ids,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            on_token=show,
+        )
+        console.out(pieces.rest(), highlight=False)
+    except KeyboardInterrupt:
+        console.out(f"{pieces.rest()} [stopped]", highlight=False)
+    if len(prompt) + len(pieces.ids) == context_length(loaded.model):
+        console.print("The answer ends where the model's context does. /reset starts a new one.", highlight=False)
+    return loaded.template.tokenizer.decode(pieces.ids, skip_special_tokens=True).strip()
+
+
+class TextPieces:
+    """Turns tokens into text as they come, never a part of a character.
+
+    What a token adds depends on the tokens before it (spaces, bytes of one character), so the text of the few
+    tokens since the last whole piece is compared with and without the new ones.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.ids: list[int] = []
+        self._tokenizer = tokenizer
+        self._context = 0  # where the tokens begin that are decoded together
+        self._shown = 0  # tokens whose text was given out
+
+    def add(self, token: int) -> str:
+        """The text that can be shown now, often empty."""
+        self.ids.append(token)
+        text = self._new_text()
+        return "" if text.endswith(UNFINISHED) else self._give(text)
+
+    def rest(self) -> str:
+        """What was held back, at the end."""
+        return self._give(self._new_text())
+
+    def _new_text(self) -> str:
+        before = self._decode(self.ids[self._context : self._shown])
+        return self._decode(self.ids[self._context :])[len(before) :]
+
+    def _give(self, text: str) -> str:
+        if text:
+            self._context, self._shown = self._shown, len(self.ids)
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -108,16 +108,26 @@ class BlockBackbone:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         assert cu_seqlens is not None and attention_mask is None, "decoder blocks take packed batches"
-        input_ids, position_ids, cu_seqlens = _fill_up(input_ids, position_ids, cu_seqlens)
-        decoder = self.model.base_model
-        x = decoder.embed_tokens(input_ids[0])  # (T, hidden)
-        # Angles in fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
-        cos, sin = decoder.rotary_emb(torch.empty(0, device=x.device), position_ids)  # (1, T, head_dim)
-        half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
-        rows = Rows(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), cu_seqlens)
+        x, rows = self.embed(input_ids, position_ids, cu_seqlens)
         for block in self.blocks:
             x = block(x, rows, self.keep)
-        return decoder.norm(x[positions])
+        return self.model.base_model.norm(x[positions])
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Rows]:
+        """What the first block takes, `(T, hidden)` and where its rows lie; filled up with an arbitrary document."""
+        input_ids, position_ids, cu_seqlens = _fill_up(input_ids, position_ids, cu_seqlens)
+        cos, sin = rotary_angles(self.model, position_ids)
+        return self.model.base_model.embed_tokens(input_ids[0]), Rows(cos, sin, cu_seqlens)
+
+
+def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the model's own RoPE variant, each fp32 `(T, rotary_dim / 2)`, for positions `(1, T)`.
+
+    In fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
+    """
+    cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids)
+    half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
 
 
 def _fill_up(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,14 +152,20 @@ def choose_backbone(model: "PreTrainedModel", *, keep: Keep, packing: bool) -> B
 
 
 def why_not_blocks(model: "PreTrainedModel") -> str | None:
-    """None when nybble's decoder blocks compute this model, else the reason."""
+    """None when nybble's decoder blocks train this model, else the reason."""
+    why = why_not_forward(model)
+    if why is None and any(adapter.dropout for adapter in adapters_of(model).values()):
+        return "decoder blocks have no adapter dropout"
+    return why
+
+
+def why_not_forward(model: "PreTrainedModel") -> str | None:
+    """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason."""
     config = model.config.get_text_config()
     if config.model_type not in BLOCK_FAMILIES:
         return f"decoder blocks know {', '.join(BLOCK_FAMILIES)}; this is {config.model_type}"
     if config.hidden_act != "silu":
         return f"decoder blocks know SwiGLU; this model's activation is {config.hidden_act}"
-    if any(adapter.dropout for adapter in adapters_of(model).values()):
-        return "decoder blocks have no adapter dropout"
     if next(model.parameters()).device.type != "cpu":
         return "decoder blocks are made for the CPU"
     return None

@@ -16,13 +16,13 @@ from nybble.formats.gguf_io import GgufFile
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.formats.safetensors_io import sampled_sha256, staged_folder
 from nybble.models.bundled import cache_folder
+from nybble.models.interface import Kind
 from nybble.models.skeleton import build_skeleton
 from nybble.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-    from nybble.models.source import Kind
 
 DERIVED_VERSION = 1  # raise it when what is derived from a file changes
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # kept in 16 bits: widened straight to bf16

@@ -17,9 +17,9 @@ from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models.interface import ModelSource
 from nybble.models.placement import PlacedTensor, place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
-from nybble.models.source import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

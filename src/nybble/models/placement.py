@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.models.source import ModelSource
+from nybble.models.interface import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

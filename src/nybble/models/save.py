@@ -11,10 +11,10 @@ from nybble.formats.quantized_tensor import QuantSpec
 from nybble.formats.safetensors_io import SafetensorsWriter, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
+from nybble.models.interface import ModelSource
 from nybble.models.load import Progress
 from nybble.models.placement import place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
-from nybble.models.source import ModelSource
 
 
 def quantize_folder(

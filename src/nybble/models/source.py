@@ -5,71 +5,14 @@ A source knows the model's config and tokenizer and hands out its tensors one at
 opened.
 """
 
-import hashlib
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-import torch
-from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.formats.bnb import from_bnb, is_quantized, spec_from_config
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
-from nybble.formats.safetensors_io import SafetensorsFolder, sampled_sha256
 from nybble.models.bundled import BUNDLED, fetch_bundled
+from nybble.models.folder_source import PICKLES, FolderSource
+from nybble.models.gguf_source import GgufSource
 from nybble.models.hub import fetch_from_hub, looks_like_hub_id
-from nybble.models.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-
-Kind = Literal["folder", "hub", "gguf", "bundled"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-class ModelSource(Protocol):
-    """What can be asked of a base model before it is loaded.
-
-    Attributes:
-        name: what the user called it.
-        kind: where it comes from.
-        config: of transformers, without a quantisation entry.
-        quant_spec: the four-bit format that the model is already in, else None.
-        dense_dtype: in which embeddings and head are kept: fp16 where the model is stored in fp16, else bf16.
-        notes: sentences the user should see.
-    """
-
-    name: str
-    kind: Kind
-    config: "PretrainedConfig"
-    quant_spec: QuantSpec | None
-    dense_dtype: torch.dtype
-    notes: tuple[str, ...]
-
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The model's tokenizer, or the one that was named instead."""
-        ...
-
-    def load_generation_config(self) -> "GenerationConfig":
-        """How the model's makers generate with it; end-of-turn tokens among others."""
-        ...
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the config, every tensor's name, type and shape, and samples of its bytes."""
-        ...
-
-    def tensor_names(self) -> list[str]:
-        """Names as transformers has them, in the order in which reading them is quickest."""
-        ...
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether `read` gives this one as a QuantizedTensor."""
-        ...
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One tensor, in memory that nothing else refers to: it is gone when the caller drops it."""
-        ...
+from nybble.models.interface import ModelSource
 
 
 def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
@@ -82,8 +25,6 @@ def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
     Raises:
         ModelError: there is no such model, or it cannot be read or fetched.
     """
-    from nybble.models.gguf_source import GgufSource
-
     path = Path(model).expanduser()
     if path.is_dir():
         return FolderSource(path, model, "folder", tokenizer)
@@ -100,121 +41,6 @@ def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
         f"Allowed: a model folder, a .gguf file, a hub id such as owner/name, or {', '.join(BUNDLED)}.",
         "Check the path.",
     )
-
-
-class FolderSource:
-    """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer; in 16, 32 or already 4 bits.
-
-    Raises:
-        ModelError: no config, no safetensors, a missing or damaged shard.
-        FormatError: quantised in a way that is not readable here.
-    """
-
-    def __init__(self, path: Path, name: str, kind: Kind, tokenizer: str | None):
-        self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
-        self._config_json = _read_config_json(path)
-        _refuse_pickles(path)
-        self._stored = SafetensorsFolder(path)
-        self._parts = _group_by_weight(list(self._stored.entries))
-        spec_from_config(self._config_json)
-        self.quant_spec = self._first_spec()
-        self.config = _load_config(path)
-        dtypes = {entry.dtype for entry in self._stored.entries.values()}
-        self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
-        self.notes: tuple[str, ...] = ()
-        if self.quant_spec is not None:
-            self.notes = (f"{name} is already in 4 bits ({self.quant_spec.format}); its own bits are kept.",)
-
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        return load_tokenizer(self._tokenizer or str(self.path))
-
-    def load_generation_config(self) -> "GenerationConfig":
-        from transformers import GenerationConfig
-
-        if (self.path / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.path)
-        return GenerationConfig.from_model_config(self.config)
-
-    def fingerprint(self) -> str:
-        volatile = ("transformers_version", "_name_or_path")
-        config = {key: value for key, value in self._config_json.items() if key not in volatile}
-        text = json.dumps(config, sort_keys=True) + sampled_sha256(self._stored.entries.values())
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def tensor_names(self) -> list[str]:
-        return list(self._parts)
-
-    def is_quantized(self, name: str) -> bool:
-        return is_quantized(name, self._stored.entries)
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        if not self.is_quantized(name):
-            return self._stored.read(name)
-        return from_bnb(name, {part: self._stored.read(part) for part in self._parts[name]})
-
-    def _first_spec(self) -> QuantSpec | None:
-        for name in self._parts:
-            tensor = self.read(name) if self.is_quantized(name) else None
-            if isinstance(tensor, QuantizedTensor):
-                return tensor.spec
-        return None
-
-
-def _group_by_weight(names: list[str]) -> dict[str, list[str]]:
-    """Weight -> the stored tensors it consists of; a weight in four bits has several (see formats.bnb)."""
-    known = dict.fromkeys(names)
-    parts: dict[str, list[str]] = {}
-    for name in names:
-        weight, marker, _ = name.partition(".weight.")
-        owner = f"{weight}.weight" if marker else name
-        parts.setdefault(owner if is_quantized(owner, known) else name, []).append(name)
-    return parts
-
-
-def _read_config_json(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(
-            f"{folder} has no config.json.",
-            "Allowed: a Hugging Face model folder (config.json, safetensors, tokenizer files).",
-            "Check the path; an adapter's folder is no model, its run is chatted with by --run.",
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} is not readable JSON: {error}.", fix="Fetch the file again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{file} has no model_type.", "Allowed: a config.json written by transformers.")
-    return config
-
-
-def _load_config(folder: Path) -> "PretrainedConfig":
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"transformers does not take {folder / 'config.json'}: {reason}",
-            "Allowed: architectures of the installed transformers; a model's own code is never run.",
-            "Choose another model, or update transformers.",
-        ) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the tensors say it; left in, it would mark what is loaded as quantised
-    return config
-
-
-def _refuse_pickles(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
-        return
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
-    if pickles:
-        raise ModelError(
-            f"{folder} holds its weights as a pickle ({pickles[0]}), which is refused: opening one can run any code.",
-            "Allowed: safetensors.",
-            "Fetch the model in safetensors, or convert it where you trust it: save_pretrained writes safetensors.",
-        )
 
 
 def _refuse_file(path: Path) -> None:

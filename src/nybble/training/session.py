@@ -26,8 +26,9 @@ from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.costs import ModelShape, TrainingShape, predict
 from nybble.memory.measure import PeakMemory, available_bytes
+from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
-from nybble.models.source import ModelSource, open_source
+from nybble.models.source import open_source
 from nybble.training.display import Display, format_bytes
 from nybble.training.events import EventLog
 from nybble.training.loop import LoopResult, train_loop
