@@ -97,6 +97,7 @@ def test_a_plan_of_memory_and_its_measurement_are_kept(tiny_model, data, tmp_pat
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["chosen"]["peak_bytes"] > 0 and plan["measured"]["peak_bytes"] > 0
     assert plan["chosen"]["components"]["base weights"] > 0
+    assert plan["chosen"]["path"].startswith("decoder blocks") and plan["chosen"]["keep"] == "everything"
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient norm"])

@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from rich.console import Console
@@ -122,7 +122,8 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
     if template.chat_template is not None:
         template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
     template.tokenizer.save_pretrained(run.adapter)
-    _write_plan(run, predicted[keep], memory.peak_bytes)
+    chosen = {"path": backbone.name, "keep": keep, "micro_batch_size": micro_batch_size}
+    _write_plan(run, chosen, predicted[keep], memory)
     draw_loss(run.events, run.loss_plot)
     console.print(
         f"{result.steps} steps in {training_s:.0f} s; peak memory {format_bytes(memory.peak_bytes)}.", highlight=False
@@ -226,10 +227,11 @@ def _target_names(config: TrainConfig) -> str | list[str]:
     return config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
 
 
-def _write_plan(run: RunFolder, predicted: dict[str, int], peak_bytes: int) -> None:
+def _write_plan(run: RunFolder, chosen: dict[str, Any], predicted: dict[str, int], measured: PeakMemory) -> None:
+    """`plan.json`: what was chosen and predicted, and what was measured, the process's own memory at start apart."""
     components = {name: num_bytes for name, num_bytes in predicted.items() if name != "peak"}
     plan = {
-        "chosen": {"peak_bytes": predicted["peak"], "components": components},
-        "measured": {"peak_bytes": peak_bytes},
+        "chosen": chosen | {"peak_bytes": predicted["peak"], "components": components},
+        "measured": {"peak_bytes": measured.peak_bytes, "start_bytes": measured.start_bytes},
     }
     run.plan.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
