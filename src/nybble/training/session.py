@@ -4,12 +4,11 @@ import json
 import time
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from nybble.config import DataOptions, TrainConfig, config_to_yaml
 from nybble.data.prepare import PreparedData, prepare
@@ -18,27 +17,23 @@ from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.layers.backbone import choose_backbone, why_not_blocks
+from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.layers.decoder_block import Keep
-from nybble.layers.loss_head import CHUNK_BYTES
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.costs import ModelShape, TrainingShape, predict
-from nybble.memory.measure import PeakMemory, available_bytes
+from nybble.memory.measure import PeakMemory
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
 from nybble.models.source import open_source
-from nybble.training.display import Display, format_bytes
+from nybble.training.display import Display
 from nybble.training.events import EventLog
 from nybble.training.loop import LoopResult, train_loop
+from nybble.training.plan import plan_run, show_measured, show_plan, write_plan
 from nybble.training.plots import draw_loss
 from nybble.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
 
 
 @dataclass(frozen=True)
@@ -73,61 +68,54 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
     show_found(console, source, data)
     data.audit.check()
 
-    model = load_base(config, source, dtype, device, console)
-    targets = resolve_targets(model, _target_names(config))
-    attach_adapters(
-        model,
-        targets,
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        rslora=config.rslora,
-        seed=config.seed,
-    )
-    micro_batch_size = config.micro_batch_size or _choose_micro_batch_size(config, data)
-    path = "generic" if not config.packing or why_not_blocks(model) else "blocks"
-    predicted = {
-        keep: predict_memory(config, model, data, micro_batch_size, dtype, path, keep) for keep in get_args(Keep)
-    }
-    keep = _choose_keep(config, predicted, device)
-    backbone = choose_backbone(model, keep=keep, packing=config.packing)
-    console.print(f"computing through: {backbone.name}", highlight=False)
-    show_memory(console, predicted[keep])
-
-    sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
-    total_steps = config.max_steps or sampler.num_steps(config.epochs)
-    run.create(config.overwrite)
-    run.config.write_text(config_to_yaml(config), encoding="utf-8")
-    run.audit.write_text(json.dumps(data.audit.to_json(), indent=2) + "\n", encoding="utf-8")
-    events = EventLog(run.events)
-    started = time.perf_counter()
-    with PeakMemory(device) as memory, Display(console, total_steps) as display:
-        result = train_loop(
+    with PeakMemory(device) as memory:
+        model = load_base(config, source, dtype, device, console)
+        attach_adapters(
             model,
-            data.train,
-            data.validation,
-            config,
-            sampler=sampler,
-            total_steps=total_steps,
-            micro_batch_size=micro_batch_size,
-            backbone=backbone,
-            run=run,
-            adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
-            events=events,
-            display=display,
+            resolve_targets(model, _target_names(config)),
+            rank=config.rank,
+            alpha=config.alpha,
+            dropout=config.dropout,
+            rslora=config.rslora,
+            seed=config.seed,
         )
-    training_s = time.perf_counter() - started
+        plan = plan_run(config, quant_spec(config), model, data, dtype, device)
+        backbone = choose_backbone(model, keep=plan.keep, packing=config.packing)
+        console.print(f"computing through: {backbone.name}", highlight=False)
+        show_plan(console, plan)
+
+        sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
+        total_steps = config.max_steps or sampler.num_steps(config.epochs)
+        run.create(config.overwrite)
+        run.config.write_text(config_to_yaml(config), encoding="utf-8")
+        run.audit.write_text(json.dumps(data.audit.to_json(), indent=2) + "\n", encoding="utf-8")
+        events = EventLog(run.events)
+        started = time.perf_counter()
+        with Display(console, total_steps) as display:
+            result = train_loop(
+                model,
+                data.train,
+                data.validation,
+                config,
+                sampler=sampler,
+                total_steps=total_steps,
+                micro_batch_size=plan.micro_batch_size,
+                backbone=backbone,
+                run=run,
+                adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
+                events=events,
+                display=display,
+            )
+        training_s = time.perf_counter() - started
     events.write("end", steps=result.steps, interrupted=result.interrupted, peak_memory_bytes=memory.peak_bytes)
     events.close()
     if template.chat_template is not None:
         template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
     template.tokenizer.save_pretrained(run.adapter)
-    chosen = {"path": backbone.name, "keep": keep, "micro_batch_size": micro_batch_size}
-    _write_plan(run, chosen, predicted[keep], memory)
+    write_plan(run.plan, plan, backbone.name, memory)
     draw_loss(run.events, run.loss_plot)
-    console.print(
-        f"{result.steps} steps in {training_s:.0f} s; peak memory {format_bytes(memory.peak_bytes)}.", highlight=False
-    )
+    console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
+    show_measured(console, plan, memory)
     return TrainedRun(config, run, source, model, template, data, result)
 
 
@@ -162,32 +150,6 @@ def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -
     )
 
 
-def predict_memory(
-    config: TrainConfig,
-    model: "PreTrainedModel",
-    data: PreparedData,
-    micro_batch_size: int,
-    dtype: torch.dtype,
-    path: str,
-    keep: Keep,
-) -> dict[str, int]:
-    """Bytes by component, as `memory.costs.predict` counts them, for this run's largest micro-batch."""
-    longest = sorted((len(row) for row in data.train), reverse=True)[:micro_batch_size]
-    supervised = sorted((row.supervised_tokens for row in data.train), reverse=True)[:micro_batch_size]
-    training = TrainingShape(
-        tokens=sum(longest),
-        supervised_tokens=sum(supervised),
-        adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        rank=config.rank,
-        compute_bytes=dtype.itemsize,
-        spec=quant_spec(config),
-        path=path,
-        keep=keep,
-        chunk_bytes=CHUNK_BYTES,
-    )
-    return predict(ModelShape.from_config(model.config.get_text_config().to_dict()), training)
-
-
 def show_found(console: Console, source: ModelSource, data: PreparedData) -> None:
     """What the run starts from: the model, then the audit of the data."""
     console.print(f"model: {source.name}", highlight=False)
@@ -196,42 +158,5 @@ def show_found(console: Console, source: ModelSource, data: PreparedData) -> Non
     console.print(render_audit(data.audit))
 
 
-def show_memory(console: Console, predicted: dict[str, int]) -> None:
-    """The predicted memory by component, above what the process itself takes."""
-    table = Table(title="predicted memory", title_justify="left")
-    table.add_column("component")
-    table.add_column("bytes", justify="right")
-    for name, num_bytes in predicted.items():
-        if num_bytes:
-            table.add_row(name, format_bytes(num_bytes), style="bold" if name == "peak" else None)
-    console.print(table)
-
-
-def _choose_micro_batch_size(config: TrainConfig, data: PreparedData) -> int:
-    longest = max(len(row) for row in data.train)
-    return max(1, min(config.rows_per_step, MICRO_BATCH_TOKENS // longest))
-
-
-def _choose_keep(config: TrainConfig, predicted: dict[Keep, dict[str, int]], device: torch.device) -> Keep:
-    """What blocks keep: what the user says, else the most that leaves half of the free memory free."""
-    if config.keep != "auto":
-        return config.keep
-    budget = available_bytes(device) // 2
-    for keep in ("everything", "attention"):
-        if predicted[keep]["peak"] <= budget:
-            return keep
-    return "nothing"
-
-
 def _target_names(config: TrainConfig) -> str | list[str]:
     return config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-
-
-def _write_plan(run: RunFolder, chosen: dict[str, Any], predicted: dict[str, int], measured: PeakMemory) -> None:
-    """`plan.json`: what was chosen and predicted, and what was measured, the process's own memory at start apart."""
-    components = {name: num_bytes for name, num_bytes in predicted.items() if name != "peak"}
-    plan = {
-        "chosen": chosen | {"peak_bytes": predicted["peak"], "components": components},
-        "measured": {"peak_bytes": measured.peak_bytes, "start_bytes": measured.start_bytes},
-    }
-    run.plan.write_text(json.dumps(plan, indent=2) + "\n", encoding="utf-8")
