@@ -266,6 +266,7 @@ class AnswerOptions(Options):
     prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
     max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens", "max_length"))
     temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
+    top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
     seed: int = knob(0, "Seed of the sampling.", ge=0, le=2**32 - 1)
 
 

@@ -12,7 +12,7 @@ from nybble.errors import NybbleError
 from nybble.evaluation.generate import context_length, generate
 from nybble.evaluation.load_run import LoadedRun, load_run
 
-HELP = "Type a message. /reset forgets the conversation, /quit or Ctrl-D leaves; Ctrl-C stops an answer."
+HELP = "Type a message. /reset forgets what was said, /quit leaves, Ctrl-C stops an answer."
 UNFINISHED = "\ufffd"  # what decoders put for bytes that are no whole character (yet)
 
 
@@ -24,7 +24,7 @@ def chat(config: ChatConfig, console: Console) -> int:
     torch.manual_seed(config.seed)
     if config.prompt is None:
         return converse(loaded, config, console)
-    answer(loaded, [Message("user", config.prompt)], config.max_new_tokens, config.temperature, console)
+    answer(loaded, [Message("user", config.prompt)], config, console, TextPieces(loaded.template.tokenizer))
     return 0
 
 
@@ -48,48 +48,42 @@ def converse(loaded: LoadedRun, config: ChatConfig, console: Console) -> int:
             messages = _next_turn(loaded, [*messages, Message("user", line)], config, console)
 
 
-def _next_turn(
-    loaded: LoadedRun, messages: list[Message], config: ChatConfig, console: Console
-) -> list[Message]:
+def _next_turn(loaded: LoadedRun, messages: list[Message], config: ChatConfig, console: Console) -> list[Message]:
     """The conversation with its answer; without its last message where that got none."""
+    pieces = TextPieces(loaded.template.tokenizer)
     try:
-        reply = answer(loaded, messages, config.max_new_tokens, config.temperature, console)
+        answer(loaded, messages, config, console, pieces)
+    except KeyboardInterrupt:
+        console.out(f"{pieces.rest()} [stopped]", highlight=False)
     except NybbleError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
-        console.print("The message was left out. /reset starts a new conversation.", highlight=False)
-        return messages[:-1]
-    return [*messages, Message("assistant", reply)] if reply else messages[:-1]
+    if reply := pieces.text():
+        return [*messages, Message("assistant", reply)]
+    console.print("No answer, so the message is left out of the conversation.", highlight=False)
+    return messages[:-1]
 
 
 def answer(
-    loaded: LoadedRun, messages: Sequence[Message], max_new_tokens: int, temperature: float, console: Console
-) -> str:
-    """Print the answer to a conversation as it comes; returns its text, what there is of it after Ctrl-C.
+    loaded: LoadedRun, messages: Sequence[Message], config: ChatConfig, console: Console, pieces: "TextPieces"
+) -> None:
+    """Print the answer to a conversation as it comes; `pieces` collects it.
 
     Raises:
         DataError: the conversation does not fit into the model's context, or the template refuses it.
     """
     prompt = loaded.template.encode_prompt(messages)
-    pieces = TextPieces(loaded.template.tokenizer)
-
-    def show(_: int, token: int) -> None:
-        console.out(pieces.add(token), end="", highlight=False)
-
-    try:
-        generate(
-            loaded.model,
-            [prompt],
-            stop_ids=loaded.template.stop_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            on_token=show,
-        )
-        console.out(pieces.rest(), highlight=False)
-    except KeyboardInterrupt:
-        console.out(f"{pieces.rest()} [stopped]", highlight=False)
+    generate(
+        loaded.model,
+        [prompt],
+        stop_ids=loaded.template.stop_ids,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        on_token=lambda _, token: console.out(pieces.add(token), end="", highlight=False),
+    )
+    console.out(pieces.rest(), highlight=False)
     if len(prompt) + len(pieces.ids) == context_length(loaded.model):
-        console.print("The answer ends where the model's context does. /reset starts a new one.", highlight=False)
-    return loaded.template.tokenizer.decode(pieces.ids, skip_special_tokens=True).strip()
+        console.print("The answer ends where the model's context does.", highlight=False)
 
 
 class TextPieces:
@@ -114,6 +108,10 @@ class TextPieces:
     def rest(self) -> str:
         """What was held back, at the end."""
         return self._give(self._new_text())
+
+    def text(self) -> str:
+        """All of it."""
+        return self._decode(self.ids).strip()
 
     def _new_text(self) -> str:
         before = self._decode(self.ids[self._context : self._shown])

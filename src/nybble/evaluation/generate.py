@@ -5,6 +5,7 @@ other devices, through transformers' generation. What the model's own generation
 penalties is not applied on either way: the arguments say all.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,7 @@ def context_length(model: "PreTrainedModel") -> int | None:
 
 
 def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
-    context = context_length(model) or 2**31
+    context = context_length(model) or sys.maxsize
     if not 0 < len(prompt) < context:
         raise DataError(
             f"The prompt has {len(prompt)} tokens.",

@@ -1,5 +1,6 @@
 """Held-out prompts answered by the base and by the tuned model, side by side."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
-from nybble.evaluation.generate import generate
+from nybble.evaluation.generate import context_length, generate
 from nybble.layers.convert import enable_adapters
 
 if TYPE_CHECKING:
@@ -36,7 +37,12 @@ def compare_answers(
     rows: Sequence[EncodedExample],
     max_new_tokens: int = SAMPLE_TOKENS,
 ) -> list[Sample]:
-    """Greedy answers to the first supervised turn of each row, with the adapters off and on."""
+    """Greedy answers to the first supervised turn of each row, with the adapters off and on.
+
+    Rows without a prompt, or whose prompt fills the model's context, are left out.
+    """
+    context = context_length(model) or sys.maxsize
+    rows = [row for row in rows if 0 < len(row.prompt_ids) < context]
     decode = template.tokenizer.decode
     prompts = [row.prompt_ids for row in rows]
     answers = {}

@@ -138,8 +138,8 @@ def _fill_up(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tup
     missing = -input_ids.shape[1] % TOKEN_MULTIPLE
     if not missing:
         return input_ids, position_ids, cu_seqlens
-    filled = F.pad(input_ids, (0, missing))
-    positions = torch.cat([position_ids, torch.arange(missing, device=position_ids.device)[None]], dim=1)
+    # Positions of 0: larger ones than the rows have would change the angles of dynamic RoPE.
+    filled, positions = F.pad(input_ids, (0, missing)), F.pad(position_ids, (0, missing))
     return filled, positions, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
 
 

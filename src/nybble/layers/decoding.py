@@ -13,7 +13,8 @@ Left out: a ring buffer for sliding windows; the cache keeps all positions and a
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,7 @@ class KeyValueCache:
         return self.data[..., self.end - 1, :].unbind()
 
     def visible(self, window: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values `(texts, kv heads, columns, head_dim)` of each layer: the last `window` columns, 0 for all."""
+        """Keys and values `(texts, kv heads, columns, head_dim)` of each layer: the last `window`, 0 for all."""
         columns = self.data[..., self._first_visible(window) : self.end, :]
         return columns[:, 0].unbind(), columns[:, 1].unbind()
 
@@ -179,7 +180,20 @@ class CachedDecoder:
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        return self.head.logits(self.model.base_model.norm(x))
+        normed = self.model.base_model.norm(x)
+        with _without_onednn() if x.shape[0] == 1 else nullcontext():
+            return self.head.logits(normed)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """oneDNN takes a bf16 matrix times one row at half the speed of PyTorch's own product."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property that torch's stubs do not know
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 class _Layer:
@@ -195,8 +209,8 @@ class _Layer:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
         block = self.block
-        qkv, o, gate_up, down = self.few_rows if len(x) <= FEW_ROWS else self.many_rows
-        heads = qkv(self._norm(block.input_norm, x)).unflatten(1, (-1, block.head_dim))
+        qkv, o, gate_up, down = self.few_rows if x.shape[0] <= FEW_ROWS else self.many_rows
+        heads = qkv(self._norm(block.input_norm, x)).view(x.shape[0], -1, block.head_dim)
         rotated = heads[:, : block.num_heads + block.num_kv_heads]
         if block.q_norm is not None:
             self._norm(block.q_norm, rotated[:, : block.num_heads], in_place=True)
@@ -241,7 +255,7 @@ class FewRowsProduct:
             if bias is not None:
                 part += bias
         if self.a is not None:
-            low_rank = iter(F.linear(x.float(), self.a).split(self.ranks, dim=1))  # (T, Σ ranks)
+            low_rank = iter(torch.split_with_sizes(F.linear(x.float(), self.a), self.ranks, dim=1))  # (T, r) of each
             for part, b in zip(parts, self.b, strict=True):
                 if b is not None:
                     part += F.linear(next(low_rank), b)

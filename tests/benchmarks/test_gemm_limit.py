@@ -1,0 +1,43 @@
+"""The limit counts every frozen product of a step, no more and no less."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the benchmarks read /proc")
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from bench_gemm_limit import MODELS, Products, documents, frozen_products  # noqa: E402
+
+from nybble.layers.convert import quantizable_linears  # noqa: E402
+from nybble.models.skeleton import build_skeleton  # noqa: E402
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_products_are_those_of_the_model(name):
+    """Against the model that transformers builds: 2 T a weight forward, and backward but for the first q, k, v."""
+    config, tokens = MODELS[name], 512
+    model = build_skeleton(config)
+    linears = {name: model.get_submodule(name).weight.numel() for name in quantizable_linears(model)}
+    first = sum(n for name, n in linears.items() if ".layers.0.self_attn." in name and "o_proj" not in name)
+    head = model.get_output_embeddings().weight.numel()
+    expected = 2 * tokens * (2 * sum(linears.values()) - first + 2 * head)
+    assert sum(2 * a * b * c for a, b, c in frozen_products(config, tokens)) == expected
+
+
+def test_products_run_on_their_operands():
+    config = type(MODELS["135M"])(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96,
+    )  # fmt: skip
+    products = Products(config, 8)
+    products()
+    x, weight, out = products.operands[8, 32, 64]
+    assert (out.float() - x.float() @ weight.float()).abs().max() < 0.1
+    assert weight.stride(0) == 1, "a forward product reads the weight as it is stored, [out, in]"
+
+
+def test_documents_cover_the_tokens():
+    batch = documents(1024, 100)
+    assert batch.num_tokens == 1024 and batch.supervised_tokens == len(batch.supervised_positions)
