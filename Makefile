@@ -10,9 +10,9 @@ help:
 	@echo "make demo       fine-tune a small model on the documentation of Python's standard library"
 	@echo "make test       install what the tests need; run the linter, the type checker and the tests"
 	@echo "make test-slow  run the slow tests too"
-	@echo "make bench      measure the kernels"
+	@echo "make bench      measure the kernels, and whole steps against other stacks (in .venv-peers); an hour or two"
 	@echo "make setup      make .venv and install nybble into it"
-	@echo "make clean      remove .venv and what was built (runs/ stays)"
+	@echo "make clean      remove .venv, .venv-peers and what was built (runs/ stays)"
 
 setup: .venv/.installed
 
@@ -30,11 +30,20 @@ test: lint
 test-slow: lint
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
 
-bench: .venv/.installed-test
+# BENCH: options for all programs, such as --quick. BENCH_DATA: questions and answers, as for `nybble train --data`.
+BENCH ?=
+BENCH_DATA ?= builtin:pydoc
+bench: .venv/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/bench_kernels.py
+	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_four_bit.py $(BENCH)
+	$(BIN)/python benchmarks/bench_gemm_limit.py $(BENCH)
+	$(BIN)/python benchmarks/bench_step.py --data $(BENCH_DATA) $(BENCH)
+	$(BIN)/python benchmarks/bench_memory.py --data $(BENCH_DATA) $(BENCH)
+	$(BIN)/python benchmarks/bench_generate.py --data $(BENCH_DATA) $(BENCH)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -51,3 +60,9 @@ clean:
 	@echo "Installing nybble and what its tests need into .venv (the first time this downloads PyTorch)..."
 	$(INSTALL) --editable '.[test,dev]'
 	@touch .venv/.installed $@
+
+.venv-peers/.installed: benchmarks/peers/requirements.txt | .venv/bin/python
+	@echo "Installing the stacks that nybble is measured against into .venv-peers..."
+	$(BIN)/python -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	@touch $@

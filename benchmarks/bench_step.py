@@ -1,0 +1,238 @@
+"""Times whole training steps against TRL, PEFT and bitsandbytes: tokens a second of the same work.
+
+    python benchmarks/bench_step.py [--quick] [--data train.jsonl] [--only answers] [--peers .venv-peers/bin/python]
+
+Every contender is a process of its own that loads the same 16-bit base, starts from the same adapter and takes the
+same rows, step by step. They take turns: one computes, the others wait (and are seen to use no processor time), in
+alternating order, so that a ratio comes from two measurements a few seconds apart. The first step of each is compared
+first: loss and gradients of every B must agree with nybble's, or the contender is out.
+
+Two works:
+    answers   8 rows of questions and answers a step, answers supervised. Peer: TRL's SFTTrainer with PEFT and
+              bitsandbytes (NF4, double quantisation, bf16), recomputing activations (its default), and at the fastest
+              of a few settings, tried one after another against nybble first.
+    full      4 rows of 256 tokens, all supervised. Peers: a bare loop over PEFT with bitsandbytes, and over PEFT with
+              the base in bf16; each at its fastest setting.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    BENCHMARKS,
+    Contender,
+    Spread,
+    Table,
+    Turns,
+    about_machine,
+    model_options,
+    options,
+    report,
+    wait_for_quiet,
+)
+from inputs import Inputs, describe_rows, prepare_inputs, read_steps
+from safetensors.torch import load_file
+
+from nybble.kernels import cpu
+
+LOSS_TOLERANCE = 0.01  # relative, of the first step: bf16, and scales that bitsandbytes rounds a little otherwise
+GRADIENT_COSINE = 0.98  # least, over the gradients of every B together
+WARM_UP, TRIAL_STEPS = 2, 3  # a contender's first steps, which allocate; steps by which settings are compared
+
+RECOMPUTING, KEEPING = "nybble, keeping nothing", "nybble, keeping everything"
+OURS: dict[str, dict[str, Any]] = {
+    RECOMPUTING: {"work": "train", "keep": "nothing"},
+    KEEPING: {"work": "train", "keep": "everything"},
+}
+
+
+def trl(checkpointing: bool, autocast: bool, padding_free: bool = False, accumulation: int = 1) -> dict[str, Any]:
+    return {
+        "work": "trl", "checkpointing": checkpointing, "autocast": autocast, "padding_free": padding_free,
+        "accumulation": accumulation,
+    }  # fmt: skip
+
+
+def bare(bits: int, autocast: bool, adapter_dtype: str) -> dict[str, Any]:
+    return {"work": "bare", "bits": bits, "autocast": autocast, "adapter_dtype": adapter_dtype}
+
+
+def bare_settings(bits: int) -> dict[str, dict[str, Any]]:
+    return {
+        "adapters in fp32": bare(bits, False, "fp32"),
+        "adapters in bf16": bare(bits, False, "bf16"),
+        "autocast": bare(bits, True, "fp32"),
+    }
+
+
+# work -> contender -> its settings by name; of several the fastest that agrees is measured
+PEERS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
+    "answers": {
+        "TRL + bitsandbytes, recomputing": {"as it comes": trl(checkpointing=True, autocast=True)},
+        "TRL + bitsandbytes, best": {
+            "autocast": trl(False, True),
+            "no autocast": trl(False, False),
+            "autocast, padding-free": trl(False, True, padding_free=True),
+            "no autocast, padding-free": trl(False, False, padding_free=True),
+            "no autocast, 2 x 4 rows": trl(False, False, accumulation=2),
+            "no autocast, 4 x 2 rows": trl(False, False, accumulation=4),
+        },
+    },
+    "full": {
+        "bare loop, PEFT + bitsandbytes": bare_settings(4),
+        "bare loop, PEFT on a bf16 base": bare_settings(16),
+    },
+}
+
+
+class Work:
+    """One work: its rows, and how contenders for it are started and checked."""
+
+    def __init__(self, name: str, inputs: Inputs, arguments: argparse.Namespace):
+        self.name, self.inputs, self.arguments = name, inputs, arguments
+        self.steps_path = getattr(inputs, name)
+        self.steps = read_steps(self.steps_path)
+        self.tokens = [sum(len(row["input_ids"]) for row in rows) for rows in self.steps]
+        self.logs = arguments.scratch / "logs"
+
+    def start(self, name: str, settings: dict[str, Any]) -> Contender:
+        ours = settings["work"] == "train"
+        program = (sys.executable, "contender_nybble.py") if ours else (self.arguments.peers, "contender_peers.py")
+        command = [program[0], BENCHMARKS / program[1]]
+        files = {"base": self.inputs.base, "adapter": self.inputs.adapter, "steps": self.steps_path}
+        given = settings | {key: str(path) for key, path in files.items()} | {"gradients": str(self.gradients(name))}
+        return Contender(name, command, given, self.arguments.threads, self.logs / f"{_slug(name)}.log")
+
+    def gradients(self, name: str) -> Path:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return self.logs / f"{self.name}-{_slug(name)}.safetensors"
+
+    def disagreement(self, name: str, loss: float, own_name: str, own_loss: float) -> dict[str, float]:
+        """Relative difference of the first losses, and cosine of the first gradients."""
+        own, other = load_file(self.gradients(own_name)), load_file(self.gradients(name))
+        assert own.keys() == other.keys(), "adapters sit on other layers"
+        a, b = (torch.cat([grads[key].double().flatten() for key in sorted(grads)]) for grads in (own, other))
+        return {"loss": abs(loss - own_loss) / own_loss, "cosine": float(a @ b / (a.norm() * b.norm()))}
+
+
+def agrees(found: dict[str, float]) -> bool:
+    return found["loss"] <= LOSS_TOLERANCE and found["cosine"] >= GRADIENT_COSINE
+
+
+def fastest_setting(
+    work: Work, ours: Contender, peer: str, settings: dict[str, dict[str, Any]], patience_s: float
+) -> dict[str, Any]:
+    """Try each setting against nybble over the same few steps; those that do not agree are out."""
+    tried: dict[str, dict[str, Any]] = {}
+    for setting, given in settings.items():
+        name = f"{peer}: {setting}"
+        contender, first, turns = work.start(name, given), Turns(), Turns(patience_s)
+        first.ask([ours, contender], step=0)
+        for step in range(1, 1 + TRIAL_STEPS):
+            turns.ask([ours, contender], step=step)
+        contender.close()
+        found = work.disagreement(name, first.rounds[0][name]["loss"], ours.name, ours.hello["loss"])
+        tried[setting] = {"ratio": turns.ratio(name, ours.name).median, "agrees": agrees(found), **found}
+        print(f"{name}: {tried[setting]}", flush=True)
+    good = {setting: result["ratio"] for setting, result in tried.items() if result["agrees"]}
+    if not good:
+        raise SystemExit(f"{peer}: no setting agrees with nybble's loss and gradients.")
+    return {"chosen": min(good, key=lambda setting: good[setting]), "tried": tried}
+
+
+def measure(work: Work, arguments: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
+    ours = {name: work.start(name, settings) for name, settings in OURS.items()}
+    choices: dict[str, dict[str, Any]] = {}
+    contenders = list(ours.values())
+    for peer, settings in PEERS[work.name].items():
+        offered = dict(list(settings.items())[:2]) if arguments.quick else settings
+        choices[peer] = fastest_setting(work, ours[KEEPING], peer, offered, arguments.wait / 10)
+    for peer, choice in choices.items():
+        contenders.append(work.start(peer, PEERS[work.name][peer][choice["chosen"]]))
+
+    turns = Turns(arguments.wait)
+    for step in range(WARM_UP + arguments.rounds):
+        (turns if step >= WARM_UP else Turns()).ask(contenders, step=step)
+        print(f"{work.name}, step {step}", flush=True)
+    peaks = {contender.name: contender.peak_rss_bytes() for contender in contenders}
+    for contender in contenders:
+        contender.close()
+
+    tokens = [work.tokens[WARM_UP + i] for i in turns.quiet_rounds()]
+    rows = []
+    for contender in contenders:
+        seconds = turns.seconds(contender.name)
+        to = [turns.ratio(contender.name, own).show() if contender.name not in OURS else "" for own in OURS]
+        rows.append([
+            contender.name, Spread.of(seconds).show(), f"{sum(tokens) / sum(seconds):.0f}", *to,
+            f"{peaks[contender.name] / 1e9:.2f}",
+        ])  # fmt: skip
+    about = describe_rows(work.steps)
+    caption = (
+        f"**{work.name}**: {about['rows_per_step']} rows a step, {about['mean_tokens']:.0f} tokens a row on average, "
+        f"at most {about['longest']}, {about['supervised_part']:.0%} of them supervised. {arguments.rounds} steps."
+    )
+    columns = ["contender", "s a step", "tokens/s", f"times {RECOMPUTING}", f"times {KEEPING}", "peak RSS, GB"]
+    tables = [Table(caption, columns, rows), choice_table(work, choices)]
+    samples = turns.record() | {
+        "tokens": work.tokens[WARM_UP : WARM_UP + arguments.rounds], "choices": choices, "peak_rss": peaks,
+        "load": turns.load(), "versions": contenders[-1].hello["versions"],
+    }  # fmt: skip
+    return tables, samples
+
+
+def choice_table(work: Work, choices: dict[str, dict[str, Any]]) -> Table:
+    """What each peer's settings gave."""
+    rows = [
+        [
+            f"{peer}: {setting}" + (" (chosen)" if setting == choice["chosen"] else ""),
+            f"{found['ratio']:.2f}",
+            f"{found['loss']:.2%}",
+            f"{found['cosine']:.4f}",
+            "yes" if found["agrees"] else "no: left out",
+        ]
+        for peer, choice in choices.items()
+        for setting, found in choice["tried"].items()
+    ]
+    caption = (
+        f"Settings tried, {TRIAL_STEPS} steps each, and how the first step compares with nybble's (allowed: loss "
+        f"within {LOSS_TOLERANCE:.0%}, cosine of the gradients at least {GRADIENT_COSINE})."
+    )
+    return Table(caption, ["setting", f"times {KEEPING}", "loss differs by", "cosine", "agrees"], rows)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def main() -> None:
+    parser = model_options(options(__doc__, rounds=16))
+    parser.add_argument("--only", choices=PEERS, help="one of the works")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds = min(arguments.rounds, 3)
+    works = [arguments.only] if arguments.only else list(PEERS)
+    inputs = prepare_inputs(arguments.model, arguments.data, arguments.scratch, WARM_UP + arguments.rounds + 2)
+    others = wait_for_quiet(arguments.wait)
+    about = about_machine(arguments.threads) | {
+        "others_share_of_a_core_before": others,
+        "kernels": cpu.describe()["isa"],
+    }
+    tables: list[Table] = []
+    samples: dict[str, Any] = {}
+    for name in works:
+        found, samples[name] = measure(Work(name, inputs, arguments), arguments)
+        tables += found
+        about |= {f"load during {name}": samples[name]["load"], "peers": samples[name]["versions"]}
+    losses = [a["loss"] for sample in samples.values() for answers in sample["rounds"] for a in answers.values()]
+    assert all(map(math.isfinite, losses)), "a contender's loss is not finite"
+    name = "step" if len(works) > 1 else f"step-{works[0]}"
+    report(arguments, name, "Training steps against TRL, PEFT and bitsandbytes", about, tables, samples)
+
+
+if __name__ == "__main__":
+    main()

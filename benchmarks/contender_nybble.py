@@ -1,0 +1,144 @@
+"""nybble as a contender: a process that takes one training step, or answers one prompt, a request.
+
+    python contender_nybble.py '{"work": "train", "base": ..., "adapter": ..., "steps": ..., "keep": "everything"}'
+
+Training runs nybble's own loop. What decides when a step begins is its sampler, and what reports it is its event log;
+both are replaced here by ones that talk to the parent. The time of a step is from the request to the report, batching
+and optimizer included.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from common import Channel, versions
+from inputs import IGNORE, read_steps
+from rich.console import Console
+from safetensors.torch import save_file
+
+from nybble.config import TrainConfig, build_options
+from nybble.data.examples import EncodedExample
+from nybble.data.sampler import StepSampler
+from nybble.evaluation.generate import generate
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.backbone import Backbone, choose_backbone
+from nybble.layers.convert import adapters_of
+from nybble.layers.loss_head import LossHead
+from nybble.layers.peft_format import read_adapter
+from nybble.layers.precision import resolve_compute_dtype
+from nybble.models.load import load_model
+from nybble.models.source import open_source
+from nybble.training.display import Display
+from nybble.training.events import EventLog
+from nybble.training.loop import collate, supervised_states, train_loop
+from nybble.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NEVER = 10**9  # steps between evaluations
+
+
+class AskedSampler(StepSampler):
+    """Rows of the step that the parent asks for."""
+
+    def __init__(self, channel: Channel, clock: "Clock", num_rows: int, rows_per_step: int):
+        super().__init__(num_rows, rows_per_step, seed=0)
+        self._channel, self._clock = channel, clock
+
+    def steps(self) -> Iterator[list[int]]:
+        while True:
+            first = self._channel.receive()["step"] * self.rows_per_step
+            self._clock.started = time.perf_counter()
+            yield list(range(first, first + self.rows_per_step))
+
+
+class Clock:
+    started = 0.0
+
+
+class Reporter(EventLog):
+    """Tells the parent how long the step took."""
+
+    def __init__(self, channel: Channel, clock: Clock):
+        self._channel, self._clock = channel, clock
+
+    def write(self, event: str, **fields: Any) -> None:
+        if event == "step":
+            self._channel.send(seconds=time.perf_counter() - self._clock.started, loss=fields["loss"])
+
+
+def load(settings: dict[str, Any]) -> tuple["PreTrainedModel", float]:
+    """The base in four bits, and the seconds that it took to load."""
+    import transformers.modeling_utils  # noqa: F401  imported here, so that the time of importing it is not counted
+
+    started = time.perf_counter()
+    source = open_source(settings["base"])
+    model = load_model(source, QuantSpec(), resolve_compute_dtype("auto", torch.device("cpu")))
+    return model, time.perf_counter() - started
+
+
+def train(settings: dict[str, Any], channel: Channel) -> None:
+    model, load_s = load(settings)
+    read_adapter(model, Path(settings["adapter"]))
+    steps = [[as_example(row) for row in rows] for rows in read_steps(Path(settings["steps"]))]
+    backbone = choose_backbone(model, keep=settings["keep"], packing=True)
+    rows, clock = [row for step in steps for row in step], Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"model": settings["base"], "data": settings["steps"], "out": folder, "eval_every": NEVER}
+        config = build_options(TrainConfig, options)
+        first = first_step(backbone, steps[0], settings.get("gradients"))
+        channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"), path=backbone.name, **first)
+        train_loop(
+            model,
+            rows,
+            steps[0][:1],
+            config,
+            sampler=AskedSampler(channel, clock, len(rows), len(steps[0])),
+            total_steps=NEVER,
+            micro_batch_size=len(steps[0]),
+            backbone=backbone,
+            run=RunFolder(Path(folder)),
+            adapter_config={},
+            events=Reporter(channel, clock),
+            display=Display(Console(file=sys.stderr), NEVER),
+        )
+
+
+def first_step(backbone: Backbone, rows: list[EncodedExample], gradients: str | None) -> dict[str, float]:
+    """The loss before any training; the gradients of each B go to the file `gradients`."""
+    if gradients is None:
+        return {}
+    backbone.model.train()
+    batch = collate(rows, backbone.packing)
+    loss = LossHead.of(backbone.model).loss(*supervised_states(backbone, batch), batch.supervised_tokens)
+    loss.backward()
+    adapters = adapters_of(backbone.model)
+    save_file({name: adapter.lora_B.grad for name, adapter in adapters.items()}, gradients)
+    backbone.model.zero_grad(set_to_none=True)
+    return {"loss": loss.item()}
+
+
+def as_example(row: dict[str, list[int]]) -> EncodedExample:
+    supervised = torch.tensor(row["labels"]) != IGNORE
+    return EncodedExample(torch.tensor(row["input_ids"], dtype=torch.int32), supervised, origin="row")
+
+
+def answer(settings: dict[str, Any], channel: Channel) -> None:
+    model, load_s = load(settings)
+    channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"))
+    while True:
+        request = channel.receive()
+        started = time.perf_counter()
+        (ids,) = generate(model, [request["prompt"]], stop_ids=(), max_new_tokens=request["new_tokens"])
+        channel.send(seconds=time.perf_counter() - started, ids=ids)
+
+
+if __name__ == "__main__":
+    chosen = json.loads(sys.argv[1])
+    {"train": train, "answer": answer}[chosen["work"]](chosen, Channel())
