@@ -213,6 +213,18 @@ def test_train_eval_train_gives_the_same_gradients_bit_for_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_copies_of_the_adapters_follow_the_masters():
+    model = tuned_model("llama")
+    backbone, batch = BlockBackbone(model, "nothing"), packed_batch(DOCUMENTS)
+    before = backbone.states(**batch)
+    with torch.no_grad():
+        for adapter in adapters_of(model).values():
+            adapter.lora_B.mul_(2)
+    after = backbone.states(**batch)
+    assert relative_error(after, before) > 1e-3
+    assert torch.equal(after, BlockBackbone(model, "nothing").states(**batch))
+
+
 def test_what_blocks_do_not_know_runs_on_the_generic_path_and_says_why():
     model = tuned_model("llama")
     assert isinstance(choose_backbone(model, keep="nothing", packing=True), BlockBackbone)

@@ -19,9 +19,11 @@ def test_steps_equal_torchs_adamw_with_clipping(max_norm):
             other.grad = mine.grad.clone()
         norm = optimizer.gradient_norm()
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, max_norm)), rel=1e-6)
+        versions = [mine._version for mine in ours]
         optimizer.step(lr, grad_scale=min(1.0, max_norm / norm))
         reference.param_groups[0]["lr"] = lr
         reference.step()
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.grad is None
+            assert mine._version == versions.pop(0) + 1
             torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)

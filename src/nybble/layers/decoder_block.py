@@ -88,6 +88,7 @@ class Projection:
         self.in_features, self.out_features = linear_features(self.linears[0])[0], sum(widths)
         self.columns = _slices(widths)
         self.ranks = _slices(ranks)
+        self._copies: AdapterCopies | None = None
 
     def parameters(self) -> list[Tensor]:
         """A and B of each adapter, in order: what `backward_adapters` returns gradients of."""
@@ -95,13 +96,12 @@ class Projection:
 
     def low_rank(self, x: Tensor) -> Tensor | None:
         """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters."""
-        stacked = self._stacked_a(x.dtype)
-        return None if stacked is None else x @ stacked.T
+        return x @ self._adapter_copies(x.dtype).a.T if any(self.adapters) else None
 
     def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out)."""
         y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
-        for linear, adapter, columns, ranks in self._parts():
+        for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
             part = y[:, columns]
             weight = self.weights.fetch(linear, x.dtype)
             if residual is None:
@@ -111,7 +111,7 @@ class Projection:
             if linear.bias is not None:
                 part += linear.bias.to(x.dtype)
             if adapter is not None and z is not None:
-                part.addmm_(z[:, ranks], _scaled_b(adapter, x.dtype).T.contiguous())
+                part.addmm_(z[:, ranks], self._adapter_copies(x.dtype).b_transposed[i])
         return y
 
     def backward_low_rank(self, grad_y: Tensor) -> Tensor | None:
@@ -119,9 +119,9 @@ class Projection:
         if not any(self.adapters):
             return None
         grad_z = grad_y.new_empty(grad_y.shape[0], self.ranks[-1].stop)
-        for _, adapter, columns, ranks in self._parts():
+        for i, (_, adapter, columns, ranks) in enumerate(self._parts()):
             if adapter is not None:
-                torch.mm(grad_y[:, columns], _scaled_b(adapter, grad_y.dtype), out=grad_z[:, ranks])
+                torch.mm(grad_y[:, columns], self._adapter_copies(grad_y.dtype).b[i], out=grad_z[:, ranks])
         return grad_z
 
     def backward_input(self, grad_y: Tensor, grad_z: Tensor | None) -> Tensor:
@@ -133,9 +133,8 @@ class Projection:
                 torch.mm(grad_y[:, columns], weight, out=grad_x)
             else:
                 grad_x.addmm_(grad_y[:, columns], weight)
-        stacked = self._stacked_a(grad_y.dtype)
-        if stacked is not None and grad_z is not None:
-            grad_x.addmm_(grad_z, stacked)
+        if grad_z is not None:
+            grad_x.addmm_(grad_z, self._adapter_copies(grad_y.dtype).a)
         return grad_x
 
     def backward_adapters(self, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, z: Tensor | None) -> list[Tensor]:
@@ -154,13 +153,37 @@ class Projection:
     def _parts(self) -> list[tuple[Any, LoraLinear | None, slice, slice]]:
         return list(zip(self.linears, self.adapters, self.columns, self.ranks, strict=True))
 
-    def _stacked_a(self, dtype: torch.dtype) -> Tensor | None:
-        present = [adapter.lora_A.detach() for adapter in self.adapters if adapter]
-        return torch.cat(present).to(dtype) if present else None
+    def _adapter_copies(self, dtype: torch.dtype) -> "AdapterCopies":
+        """The adapters in `dtype`, made anew when an optimizer step has changed the masters."""
+        versions = (dtype, *(parameter._version for parameter in self.parameters()))
+        if self._copies is None or self._copies.versions != versions:
+            self._copies = AdapterCopies.of(self.adapters, dtype, versions)
+        return self._copies
 
 
-def _scaled_b(adapter: LoraLinear, dtype: torch.dtype) -> Tensor:
-    return (adapter.lora_B.detach() * adapter.scaling).to(dtype)
+@dataclass(frozen=True)
+class AdapterCopies:
+    """The adapters of a projection as its products want them, in the compute dtype.
+
+    Args:
+        versions: dtype, and how often each fp32 master had been written to.
+        a: `(Σ ranks, in)`, stacked.
+        b: scaling · B, `(out, r)`, of each layer that has an adapter, by its place.
+        b_transposed: the same, `(r, out)` and contiguous, which oneDNN adds twice as fast.
+    """
+
+    versions: tuple[object, ...]
+    a: Tensor
+    b: dict[int, Tensor]
+    b_transposed: dict[int, Tensor]
+
+    @classmethod
+    def of(
+        cls, adapters: Sequence[LoraLinear | None], dtype: torch.dtype, versions: tuple[object, ...]
+    ) -> "AdapterCopies":
+        a = torch.cat([adapter.lora_A.detach() for adapter in adapters if adapter]).to(dtype)
+        b = {i: (each.lora_B.detach() * each.scaling).to(dtype) for i, each in enumerate(adapters) if each}
+        return cls(versions, a, b, {i: scaled.T.contiguous() for i, scaled in b.items()})
 
 
 def _slices(widths: Sequence[int]) -> list[slice]:

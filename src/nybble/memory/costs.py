@@ -156,7 +156,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     parts = {
         "base weights": base_bytes(shape, training.spec),
         "embeddings, head, norms": dense_bytes(shape),
-        "adapters": adapters,
+        "adapters": adapters + (3 * c * training.adapter_parameters // 2 if training.path == "blocks" else 0),
         "adapter gradients": adapters,
         "optimizer state": training.adapter_parameters * ADAM_BYTES,
         "kept by blocks": shape.num_layers * kept_bytes(shape, training),

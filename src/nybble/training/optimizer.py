@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from nybble.kernels import block_ops
 
@@ -60,4 +61,5 @@ class AdamW:
                 weight_decay=self.weight_decay,
                 grad_scale=grad_scale,
             )
+            increment_version(parameter)  # the kernel writes past autograd, and copies of the masters must notice
             parameter.grad = None
