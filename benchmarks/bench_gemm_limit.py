@@ -16,9 +16,10 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
+from bench_attention import matmul_rate
 from common import Spread, Table, Turns, about_machine, options, report, versions, wait_for_quiet
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
@@ -107,46 +108,55 @@ class Step:
 # ---- the limit -----------------------------------------------------------------------------------
 
 
-def frozen_products(config: LlamaConfig, tokens: int) -> Iterator[tuple[int, int, int]]:
-    """(rows, inner, columns) of every product with a frozen weight in one step."""
+class Product(NamedTuple):
+    """x · Wᵀ (forward) or dy · W, with W stored [out, in] as a model has it."""
+
+    rows: int
+    inner: int
+    columns: int
+    forward: bool
+
+    def flops(self) -> int:
+        return 2 * self.rows * self.inner * self.columns
+
+
+def frozen_products(config: LlamaConfig, tokens: int) -> Iterator[Product]:
+    """Every product with a frozen weight in one step."""
     hidden, width = config.hidden_size, config.intermediate_size
     kv = hidden // config.num_attention_heads * config.num_key_value_heads
     attention_inputs = [(hidden, hidden), (hidden, kv), (hidden, kv)]  # (in, out) of q, k, v
     others = [(hidden, hidden), (hidden, width), (hidden, width), (width, hidden)]  # o, gate, up, down
     for layer in range(config.num_hidden_layers):
         for inputs, outputs in attention_inputs + others:
-            yield tokens, inputs, outputs
+            yield Product(tokens, inputs, outputs, forward=True)
         for inputs, outputs in (attention_inputs if layer else []) + others:
-            yield tokens, outputs, inputs
-    yield tokens, hidden, config.vocab_size
-    yield tokens, config.vocab_size, hidden
+            yield Product(tokens, outputs, inputs, forward=False)
+    yield Product(tokens, hidden, config.vocab_size, forward=True)
+    yield Product(tokens, config.vocab_size, hidden, forward=False)
 
 
 class Products:
     """The frozen products of one step, on operands made beforehand."""
 
     def __init__(self, config: LlamaConfig, tokens: int):
-        self.shapes = list(frozen_products(config, tokens))
-        forward = {(config.hidden_size, config.vocab_size)}
-        forward |= {(inner, columns) for _, inner, columns in self.shapes[:7]}
-        self.operands: dict[tuple[int, int, int], tuple[Tensor, Tensor, Tensor]] = {}
-        for rows, inner, columns in self.shapes:
-            # A weight lies [out, in]: transposed in forward, as it is for the gradient of the input.
-            transposed = (inner, columns) in forward
-            weight = torch.randn((columns, inner) if transposed else (inner, columns)).bfloat16()
-            self.operands[rows, inner, columns] = (
-                torch.randn(rows, inner).bfloat16(),
-                weight.T if transposed else weight,
-                torch.empty(rows, columns, dtype=torch.bfloat16),
-            )
+        self.products = list(frozen_products(config, tokens))
+        self.operands = {product: _operands(product) for product in set(self.products)}
 
     def __call__(self) -> None:
-        for shape in self.shapes:
-            x, weight, out = self.operands[shape]
+        for product in self.products:
+            x, weight, out = self.operands[product]
             torch.mm(x, weight, out=out)
 
     def flops(self) -> float:
-        return float(sum(2 * rows * inner * columns for rows, inner, columns in self.shapes))
+        return float(sum(product.flops() for product in self.products))
+
+
+def _operands(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """Left operand, right operand, result."""
+    rows, inner, columns, forward = product
+    weight = torch.randn((columns, inner) if forward else (inner, columns)).bfloat16()
+    x, out = torch.randn(rows, inner).bfloat16(), torch.empty(rows, columns, dtype=torch.bfloat16)
+    return x, weight.T if forward else weight, out
 
 
 # ---- measuring -----------------------------------------------------------------------------------
@@ -219,6 +229,7 @@ def main() -> None:
     others = wait_for_quiet(arguments.wait)
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
+        "GFLOP/s of a 2048^3 product in bf16": matmul_rate(torch.bfloat16, time.perf_counter) / 1e9,
         "torch threads": torch.get_num_threads(),
         "kernels": cpu.describe(),
         "versions": versions("nybble", "torch", "transformers"),

@@ -26,7 +26,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 IDLE_SHARE = 0.02  # of one core: what a contender may use while another is measured
 QUIET_SHARE = 0.10  # of one core: less than this by others is a quiet machine
 DISTURBED_SHARE = 0.20  # of one core: a round in which others used more does not count...
-FEWEST_ROUNDS = 3  # ...unless fewer than these are left
+FEWEST_ROUNDS = 2  # ...unless fewer than these are left
 
 
 # ---- options -------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the benchmarks read /proc")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from bench_gemm_limit import MODELS, Products, documents, frozen_products  # noqa: E402
+from bench_gemm_limit import MODELS, Product, Products, documents, frozen_products  # noqa: E402
 
 from nybble.layers.convert import quantizable_linears  # noqa: E402
 from nybble.models.skeleton import build_skeleton  # noqa: E402
@@ -23,7 +23,7 @@ def test_products_are_those_of_the_model(name):
     first = sum(n for name, n in linears.items() if ".layers.0.self_attn." in name and "o_proj" not in name)
     head = model.get_output_embeddings().weight.numel()
     expected = 2 * tokens * (2 * sum(linears.values()) - first + 2 * head)
-    assert sum(2 * a * b * c for a, b, c in frozen_products(config, tokens)) == expected
+    assert sum(2 * p.rows * p.inner * p.columns for p in frozen_products(config, tokens)) == expected
 
 
 def test_products_run_on_their_operands():
@@ -33,9 +33,9 @@ def test_products_run_on_their_operands():
     )  # fmt: skip
     products = Products(config, 8)
     products()
-    x, weight, out = products.operands[8, 32, 64]
+    x, weight, out = products.operands[Product(8, 32, 64, forward=True)]
     assert (out.float() - x.float() @ weight.float()).abs().max() < 0.1
-    assert weight.stride(0) == 1, "a forward product reads the weight as it is stored, [out, in]"
+    assert weight.T.is_contiguous(), "a forward product reads the weight as it is stored, [out, in]"
 
 
 def test_documents_cover_the_tokens():

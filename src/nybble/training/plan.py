@@ -25,7 +25,7 @@ from nybble.training.display import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MICRO_BATCH_TOKENS = 4096  # what one micro-batch aims at when its size is not given; a step has fixed costs a micro-batch
+MICRO_BATCH_TOKENS = 4096  # what one micro-batch aims at when its size is not given; each has fixed costs
 
 
 @dataclass(frozen=True)
