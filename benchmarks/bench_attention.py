@@ -197,7 +197,8 @@ def main() -> None:
             "machine": platform.processor(),
             "torch": torch.__version__,
             "clock": arguments.clock,
-            **cpu.describe(),
+            "threads": arguments.threads,
+            "kernels": cpu.describe()["isa"],
         }
         arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
 

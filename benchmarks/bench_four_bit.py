@@ -23,7 +23,7 @@ def main() -> None:
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
         "torch threads": torch.get_num_threads(),
-        "kernels": cpu.describe(),
+        "kernels": cpu.describe()["isa"],
         "versions": versions("nybble", "torch", "bitsandbytes"),
         "copy_bytes_per_s": copy_bytes_per_second(rounds),
     }

@@ -231,7 +231,7 @@ def main() -> None:
         "others_share_of_a_core_before": others,
         "GFLOP/s of a 2048^3 product in bf16": matmul_rate(torch.bfloat16, time.perf_counter) / 1e9,
         "torch threads": torch.get_num_threads(),
-        "kernels": cpu.describe(),
+        "kernels": cpu.describe()["isa"],
         "versions": versions("nybble", "torch", "transformers"),
     }
     kept: list[list[str]] = []

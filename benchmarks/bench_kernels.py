@@ -243,7 +243,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    about = {"kernels": cpu.describe(), "torch": torch.__version__, "threads": arguments.threads, "cpu": cpu_name()}
+    about = {
+        "kernels": cpu.describe()["isa"],
+        "torch": torch.__version__,
+        "threads": arguments.threads,
+        "cpu": cpu_name(),
+    }
     print(json.dumps(about, indent=2))
 
     rate = copy_bytes_per_second(arguments.rounds)
