@@ -79,9 +79,7 @@ PEERS: dict[str, dict[str, dict[str, dict[str, Any]]]] = {
             "autocast": trl(False, True),
             "no autocast": trl(False, False),
             "autocast, padding-free": trl(False, True, padding_free=True),
-            "no autocast, padding-free": trl(False, False, padding_free=True),
-            "no autocast, 2 x 4 rows": trl(False, False, accumulation=2),
-            "no autocast, 4 x 2 rows": trl(False, False, accumulation=4),
+            "autocast, 4 x 2 rows": trl(False, True, accumulation=4),
         },
     },
     "full": {

@@ -25,7 +25,7 @@ from nybble.training.display import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MICRO_BATCH_TOKENS = 4096  # what one micro-batch aims at when its size is not given; each has fixed costs
+MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
 
 
 @dataclass(frozen=True)
