@@ -99,12 +99,15 @@ class Work:
         self.tokens = [sum(len(row["input_ids"]) for row in rows) for rows in self.steps]
         self.logs = arguments.scratch / "logs"
 
-    def start(self, name: str, settings: dict[str, Any]) -> Contender:
+    def start(self, name: str, settings: dict[str, Any], check: bool = True) -> Contender:
+        """A contender that has loaded; with `check` it keeps the gradients of its first step in a file."""
         ours = settings["work"] == "train"
         program = (sys.executable, "contender_nybble.py") if ours else (self.arguments.peers, "contender_peers.py")
         command = [program[0], BENCHMARKS / program[1]]
         files = {"base": self.inputs.base, "adapter": self.inputs.adapter, "steps": self.steps_path}
-        given = settings | {key: str(path) for key, path in files.items()} | {"gradients": str(self.gradients(name))}
+        if check:
+            files["gradients"] = self.gradients(name)
+        given = settings | {key: str(path) for key, path in files.items()}
         return Contender(name, command, given, self.arguments.threads, self.logs / f"{_slug(name)}.log")
 
     def gradients(self, name: str) -> Path:
@@ -126,7 +129,14 @@ def agrees(found: dict[str, float]) -> bool:
 def fastest_setting(
     work: Work, ours: Contender, peer: str, settings: dict[str, dict[str, Any]], patience_s: float
 ) -> dict[str, Any]:
-    """Try each setting against nybble over the same few steps; those that do not agree are out."""
+    """Try each setting against nybble over the same few steps; those that do not agree are out.
+
+    A peer on a 16-bit base is timed against nybble's four bits, and must agree with nybble on that 16-bit base.
+    """
+    twin = ours
+    if any(given.get("bits") == 16 for given in settings.values()):
+        twin = work.start("nybble, 16 bits", OURS[KEEPING] | {"bits": 16})
+        twin.close()
     tried: dict[str, dict[str, Any]] = {}
     for setting, given in settings.items():
         name = f"{peer}: {setting}"
@@ -135,7 +145,7 @@ def fastest_setting(
         for step in range(1, 1 + TRIAL_STEPS):
             turns.ask([ours, contender], step=step)
         contender.close()
-        found = work.disagreement(name, first.rounds[0][name]["loss"], ours.name, ours.hello["loss"])
+        found = work.disagreement(name, first.rounds[0][name]["loss"], twin.name, twin.hello["loss"])
         tried[setting] = {"ratio": turns.ratio(name, ours.name).median, "agrees": agrees(found), **found}
         print(f"{name}: {tried[setting]}", flush=True)
     good = {setting: result["ratio"] for setting, result in tried.items() if result["agrees"]}

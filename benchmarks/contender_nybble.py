@@ -74,12 +74,13 @@ class Reporter(EventLog):
 
 
 def load(settings: dict[str, Any]) -> tuple["PreTrainedModel", float]:
-    """The base in four bits, and the seconds that it took to load."""
+    """The base in four bits, or as it is (bits: 16), and the seconds that it took to load."""
     import transformers.modeling_utils  # noqa: F401  imported here, so that the time of importing it is not counted
 
     started = time.perf_counter()
     source = open_source(settings["base"])
-    model = load_model(source, QuantSpec(), resolve_compute_dtype("auto", torch.device("cpu")))
+    spec = QuantSpec() if settings.get("bits", 4) == 4 else None
+    model = load_model(source, spec, resolve_compute_dtype("auto", torch.device("cpu")))
     return model, time.perf_counter() - started
 
 
