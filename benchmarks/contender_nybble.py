@@ -11,7 +11,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +32,7 @@ from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.models.load import load_model
 from nybble.models.source import open_source
+from nybble.training.checkpoint import Checkpoints
 from nybble.training.display import Display
 from nybble.training.events import EventLog
 from nybble.training.loop import collate, supervised_states, train_loop
@@ -51,11 +51,10 @@ class AskedSampler(StepSampler):
         super().__init__(num_rows, rows_per_step, seed=0)
         self._channel, self._clock = channel, clock
 
-    def steps(self) -> Iterator[list[int]]:
-        while True:
-            first = self._channel.receive()["step"] * self.rows_per_step
-            self._clock.started = time.perf_counter()
-            yield list(range(first, first + self.rows_per_step))
+    def next_step(self) -> list[int]:
+        first = self._channel.receive()["step"] * self.rows_per_step
+        self._clock.started = time.perf_counter()
+        return list(range(first, first + self.rows_per_step))
 
 
 class Clock:
@@ -108,6 +107,7 @@ def train(settings: dict[str, Any], channel: Channel) -> None:
             adapter_config={},
             events=Reporter(channel, clock),
             display=Display(Console(file=sys.stderr), NEVER),
+            checkpoints=Checkpoints(Path(folder), save_every=str(NEVER), keep=1, config="", about={}, settled={}),
         )
 
 

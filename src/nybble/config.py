@@ -9,6 +9,7 @@ Options that belong together are one small class; a verb's options are the class
 
 import difflib
 import inspect
+import re
 import types
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -36,9 +37,21 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+def _split_names(value: Any) -> Any:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+
+
+def _interval(value: Any) -> str:
+    text = str(value)
+    if not re.fullmatch(r"[1-9]\d*m?", text):
+        raise ValueError("neither steps nor minutes")
+    return text
+
+
 BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1)]
 Folder = Annotated[Path, BeforeValidator(_not_empty)]
+Interval = Annotated[str, BeforeValidator(_interval)]
 
 
 class Options(BaseModel):
@@ -206,8 +219,11 @@ class LoopOptions(Options):
     eval_every: int | None = knob(
         None, "Steps between evaluations; about five a run if not given.", ge=1, elsewhere=("eval_steps",)
     )
-    save_every: int | None = knob(
-        None, "Steps between saved adapters; only at the end if not given.", ge=1, elsewhere=("save_steps",)
+    save_every: Interval = knob(
+        "10m", "How often a checkpoint is saved: steps, or minutes as in 10m.", elsewhere=("save_steps",)
+    )
+    keep_checkpoints: int = knob(
+        2, "Checkpoints that stay; older ones are removed.", ge=1, elsewhere=("save_total_limit", "keep_last")
     )
 
 
@@ -228,6 +244,12 @@ class RunOptions(Options):
 
     out: Folder = knob(..., "Run folder to make.", elsewhere=("output_dir", "run_dir"))
     overwrite: bool = knob(False, "Replace an earlier run in that folder.", elsewhere=("overwrite_output_dir",))
+    resume: bool = knob(
+        False, "Go on with the run in --out from its newest whole checkpoint.", elsewhere=("resume_from_checkpoint",)
+    )
+    allow_change: Annotated[tuple[Literal["base", "data", "config"], ...], BeforeValidator(_split_names)] = knob(
+        (), "With --resume: what may differ from what the run began with."
+    )
 
 
 # Bases stand in reverse: the last one's options come first in help texts and YAML files.
@@ -411,8 +433,13 @@ def _describe_type(kind: Any) -> str:
         choices = ", ".join(map(str, get_args(kind)))
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is tuple:
-        return "a list of names"
+        return "a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"
     return {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+
+
+def _choices(names: Any) -> str:
+    """Of a `tuple[Literal[...], ...]`."""
+    return ", ".join(get_args(get_args(names)[0]))
 
 
 def _known_names(options: type[Options], values: Mapping[str, Any], origin: str) -> dict[str, Any]:

@@ -114,8 +114,15 @@ def test_a_restored_sampler_goes_on_where_it_was(stop):
     seen = [first.next_step() for _ in range(stop)]
     second = StepSampler(10, 4, seed=99)
     second.load_state(first.state())
-    steps = second.steps()
-    assert seen + [next(steps) for _ in range(12 - stop)] == expected
+    assert seen + [second.next_step() for _ in range(12 - stop)] == expected
+
+
+def test_a_sampler_restored_over_more_rows_goes_on_after_as_many():
+    first, second = StepSampler(10, 4, seed=1), StepSampler(13, 4, seed=1)
+    for _ in range(4):
+        first.next_step()
+    second.load_state(first.state())
+    assert (second.epoch, second.offset) == (1, 3)
 
 
 def test_number_of_steps():

@@ -83,12 +83,14 @@ def test_sixteen_bit_lora_and_every_four_bit_format_train(tiny_model, data, tmp_
         assert result.loss_after < result.loss_before, format
 
 
-def test_adapters_are_saved_at_intervals_and_at_the_end(tiny_model, data, tmp_path):
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (9, [2, 4, 5])])
+def test_checkpoints_are_saved_at_intervals_and_at_the_end_and_the_last_stay(keep, left, tiny_model, data, tmp_path):
     tmp_path /= "run"
-    run(tiny_model, data, tmp_path, max_steps=5, save_every=2)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-2", "step-4"]
+    run(tiny_model, data, tmp_path, max_steps=5, save_every=2, keep_checkpoints=keep)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{step}" for step in left]
     final = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert (tmp_path / "checkpoints" / "step-4" / "adapter_model.safetensors").read_bytes() != final
+    assert (tmp_path / "checkpoints" / "step-5" / "adapter_model.safetensors").read_bytes() == final
 
 
 def test_a_plan_of_memory_and_its_measurement_are_kept(tiny_model, data, tmp_path):

@@ -5,10 +5,11 @@ import signal
 import pytest
 
 from nybble.errors import RunError
+from nybble.formats.disk import complete_folder
 from nybble.training.events import EventLog, read_events
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.plots import draw_loss
-from nybble.training.run_folder import RunFolder, complete_folder
+from nybble.training.run_folder import RunFolder
 
 
 def finished_run(path):

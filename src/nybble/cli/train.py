@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 
 from nybble.config import draft_config, load_config
+from nybble.errors import ConfigError
+from nybble.training.run_folder import RunFolder
 
 
 def train(
@@ -22,9 +24,22 @@ def train(
     if print_config:
         typer.echo(draft_config(config_file, given), nl=False)
         return 0
+    if given.get("resume") and config_file is None:
+        config_file = _config_of_run(given)
     config = load_config(config_file, given)
+    with RunFolder(config.out).locked():  # before the seconds of importing: another process may be at work there
+        pass
     from nybble.evaluation.report import show_result
     from nybble.training.session import train as run_training
 
     console = Console()
     return show_result(run_training(config, console), console)
+
+
+def _config_of_run(given: dict[str, Any]) -> Path:
+    """The options that the run in `--out` began with."""
+    if "out" not in given:
+        raise ConfigError("--resume needs the folder of the run.", "out: the run folder.", "Add --out RUN.")
+    run = RunFolder(Path(given["out"]))
+    run.check_resumable()
+    return run.config

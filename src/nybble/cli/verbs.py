@@ -87,7 +87,7 @@ def _metavar(field: FieldInfo) -> str:
     kind = alternatives(field)[0]
     if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
         return "|".join(map(str, get_args(kind)))
-    return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")
+    return "NAMES" if get_origin(kind) is tuple else {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")
 
 
 def _command_class(options: type[Options]) -> type[TyperCommand]:

@@ -10,7 +10,7 @@ resumed on another machine or another version of Python or torch draws the same 
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 
@@ -55,19 +55,15 @@ class StepSampler:
                 self.epoch, self.offset = self.epoch + 1, 0
         return rows
 
-    def steps(self) -> Iterator[list[int]]:
-        """Endless iterator over `next_step()`, from the current state."""
-        while True:
-            yield self.next_step()
-
     def state(self) -> dict[str, int]:
         """JSON-able position: load it into a sampler over the same rows to continue."""
         return {"seed": self.seed, "num_rows": self.num_rows, "epoch": self.epoch, "offset": self.offset}
 
     def load_state(self, state: dict[str, int]) -> None:
-        """Continue from `state()`. The number of rows must be the same: another data set has another order."""
-        assert state["num_rows"] == self.num_rows, (state, self.num_rows)
-        self.seed, self.epoch, self.offset = state["seed"], state["epoch"], state["offset"]
+        """Continue from `state()`; over another number of rows, after as many rows as were seen."""
+        seen = state["epoch"] * state["num_rows"] + state["offset"]
+        self.seed = state["seed"]
+        self.epoch, self.offset = divmod(seen, self.num_rows)
 
 
 def split_micro_batches(

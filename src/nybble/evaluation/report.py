@@ -6,7 +6,7 @@ from nybble.evaluation.samples import compare_answers, show_samples
 from nybble.training.session import TrainedRun
 
 NUM_SAMPLES = 3
-INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells count it
+SIGNAL_EXIT_CODE = 128  # plus the signal's number, as shells count it
 
 
 def show_result(trained: TrainedRun, console: Console) -> int:
@@ -14,7 +14,9 @@ def show_result(trained: TrainedRun, console: Console) -> int:
     result, run = trained.result, trained.run
     if result.interrupted:
         console.print(f"Interrupted after step {result.steps}; the adapter is in {run.adapter}.", highlight=False)
-        return INTERRUPTED_EXIT_CODE
+        console.print(f"next:\n  nybble train --resume --out {run.path}", highlight=False)
+        return SIGNAL_EXIT_CODE + result.interrupted
+    assert result.loss_before is not None and result.loss_after is not None
     show_samples(console, compare_answers(trained.model, trained.template, trained.data.validation[:NUM_SAMPLES]))
     console.print(
         f"held-out loss: {result.loss_before:.4f} before, {result.loss_after:.4f} after "

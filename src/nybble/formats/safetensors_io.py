@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
+from nybble.formats.disk import fsync
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -394,12 +395,3 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-
-
-def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk; a failure is fatal, since the data may be lost."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@ Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +85,31 @@ def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
         dropout=config.get("lora_dropout", 0.0),
         rslora=config.get("use_rslora", False),
     )
+    _fill(adapters, tensors, folder)
+    return adapters
+
+
+def restore_adapter(model: nn.Module, folder: Path) -> None:
+    """Give the adapters that the model has the weights in `folder`.
+
+    Raises:
+        RunError: a file is missing or damaged, or holds other adapters.
+    """
+    adapters, (_, tensors) = adapters_of(model), _read_files(folder)
+    if unknown := sorted(tensors.keys() - _keys(adapters)):
+        raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
+    _fill(adapters, tensors, folder)
+
+
+def _keys(adapters: Iterable[str]) -> set[str]:
+    """PEFT's keys of the tensors of these adapters, given by their layers' names."""
+    return {f"{_PREFIX}{name}.{part}.weight" for name in adapters for part in ("lora_A", "lora_B")}
+
+
+def _fill(adapters: dict[str, LoraLinear], tensors: dict[str, Tensor], folder: Path) -> None:
     for name, adapter in adapters.items():
         for part in ("lora_A", "lora_B"):
             _copy(tensors, f"{_PREFIX}{name}.{part}.weight", getattr(adapter, part), folder)
-    return adapters
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

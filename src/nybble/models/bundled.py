@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nybble.errors import ModelError
-from nybble.formats.safetensors_io import fsync
+from nybble.formats.disk import fsync
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,10 @@ class Display:
             self._last_plain = now
             self.console.print(f"step {record['step']}/{self.total_steps}  {figures}", highlight=False)
 
+    def note(self, sentence: str) -> None:
+        """Say something that the user should know."""
+        self.console.print(sentence, highlight=False, markup=False)
+
     def evaluated(self, step: int, loss: float) -> None:
         """Show a held-out loss."""
         when = "before training" if step == 0 else f"after step {step}"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,26 @@ class EventLog:
         self._file.write(json.dumps(named, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> int:
+        """Flush what was written to the disk; returns the length of the log in bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         self._file.close()
 
 
 def _json_number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def rewind_events(path: Path, num_bytes: int) -> None:
+    """Take back what was written after the first `num_bytes` of a log, and a line that a crash left half."""
+    if not path.exists():
+        return
+    with path.open("r+b") as log:
+        kept = log.read(num_bytes)
+        log.truncate(kept.rfind(b"\n") + 1)
 
 
 def read_events(path: Path, event: str) -> Iterator[dict[str, Any]]:

@@ -1,25 +1,28 @@
-"""Ctrl-C once: finish the step and save. Twice: stop at once."""
+"""Ctrl-C or SIGTERM once: finish the step and save. Ctrl-C twice: stop at once."""
 
 import signal
 from types import FrameType, TracebackType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class InterruptOnce:
-    """Context manager; `requested` turns true at the first SIGINT, the second raises KeyboardInterrupt."""
+    """Context manager; `requested` becomes the first signal that arrives, a second SIGINT raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: signal.Signals | None = None
 
     def __enter__(self) -> "InterruptOnce":
-        self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self.requested or signal.Signals(number)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,10 +1,10 @@
 """The training loop, visible from top to bottom in `train_loop`."""
 
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,15 +15,18 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import TrainingError
+from nybble.formats.disk import complete_folder
 from nybble.layers.backbone import Backbone
 from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import write_adapter
 from nybble.memory.measure import used_bytes
+from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.display import Display
 from nybble.training.events import EventLog
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.optimizer import AdamW
-from nybble.training.run_folder import RunFolder, complete_folder
+from nybble.training.rng import restore_rng
+from nybble.training.run_folder import RunFolder
 from nybble.training.schedule import learning_rate, warmup_steps
 
 if TYPE_CHECKING:
@@ -35,12 +38,12 @@ EVALUATIONS_PER_RUN = 5  # when --eval-every is not given
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a finished or interrupted loop leaves behind."""
+    """What a finished or interrupted loop leaves behind; a loss is None where no evaluation came to its end."""
 
     steps: int
-    loss_before: float
-    loss_after: float
-    interrupted: bool
+    loss_before: float | None
+    loss_after: float | None
+    interrupted: signal.Signals | None
 
 
 def train_loop(
@@ -57,16 +60,20 @@ def train_loop(
     adapter_config: dict[str, object],
     events: EventLog,
     display: Display,
+    checkpoints: Checkpoints,
+    resumed: Checkpoint | None = None,
 ) -> LoopResult:
-    """Train the adapters of `model` for `total_steps` optimizer steps.
+    """Train the adapters of `model` until `total_steps` optimizer steps are done, or the user interrupts.
 
     Args:
         model: frozen base with adapters attached; only they require gradients.
         backbone: runs micro-batches through the model.
+        resumed: where to go on, None at the beginning.
 
     Raises:
-        TrainingError: a loss or gradient was not finite. The adapter as it was before that step is in
-            `run.adapter`, and the message names the rows.
+        TrainingError: a loss or gradient was not finite, or one row alone does not fit into memory. Adapter and
+            checkpoint as they were before that step are saved, and the message names the rows.
+        RunError: a checkpoint could not be saved.
     """
     device = next(model.parameters()).device
     head = LossHead.of(model)
@@ -76,47 +83,77 @@ def train_loop(
     eval_every = config.eval_every or max(1, total_steps // EVALUATIONS_PER_RUN)
     lengths = [len(example) for example in train]
     torch.manual_seed(config.seed)  # dropout
+    progress = Progress(0, micro_batch_size) if resumed is None else resumed.restore(model, optimizer, sampler, device)
+    checkpoints.check_space(sum(parameter.numel() for parameter in adapters))
 
-    def evaluate(step: int) -> float:
-        loss, num_tokens = held_out_loss(backbone, head, validation, micro_batch_size)
+    def evaluate_if_due() -> None:
+        step = progress.step
+        if step == progress.evaluated_step or not (step % eval_every == 0 or step == total_steps):
+            return
+        loss, num_tokens = held_out_loss(backbone, head, validation, micro_batch_size, interrupt)
+        if interrupt.requested:
+            return
         events.write("eval", step=step, loss=loss, supervised_tokens=num_tokens)
         display.evaluated(step, loss)
-        return loss
+        progress.loss_after, progress.evaluated_step = loss, step
+        if step == 0:
+            progress.loss_before = loss
 
-    def save(folder: Path) -> None:
-        with complete_folder(folder) as temporary:
-            write_adapter(model, temporary, adapter_config)
+    def save(position: Position, last: bool) -> None:
+        checkpoints.save(position, model, optimizer, adapter_config, events.sync())
+        if last:
+            with complete_folder(run.adapter) as temporary:
+                write_adapter(model, temporary, adapter_config)
 
-    loss_before = loss_after = evaluate(0)
-    step, evaluated_step = 0, 0
     with InterruptOnce() as interrupt:
-        for step, rows in zip(range(1, total_steps + 1), sampler.steps(), strict=False):
+        evaluate_if_due()
+        while progress.step < total_steps and not interrupt.requested:
             started = time.perf_counter()
+            before = Position.now(progress, sampler, device)
+            step, rows = progress.step + 1, sampler.next_step()
             model.train()
             micro_batches = [
                 collate([train[row] for row in micro], backbone.packing).to(device)
-                for micro in split_micro_batches(rows, lengths, micro_batch_size, backbone.packing)
+                for micro in split_micro_batches(rows, lengths, progress.micro_batch_size, backbone.packing)
             ]
             # One denominator for the whole step: how it is cut into micro-batches changes nothing.
             num_supervised = sum(batch.supervised_tokens for batch in micro_batches)
-            step_loss = 0.0
+            step_loss, out_of_memory = 0.0, False
             for batch in micro_batches:
-                loss = head.loss(*supervised_states(backbone, batch), num_supervised)
-                step_loss += loss.item()
-                if not math.isfinite(step_loss):
-                    save(run.adapter)
-                    bad = non_finite_rows(
-                        backbone, head, [train[row] for row in rows if train[row].origin in batch.rows]
-                    )
-                    raise _not_finite("loss", step_loss, step, bad, run)
-                loss.backward()
+                try:
+                    loss = head.loss(*supervised_states(backbone, batch), num_supervised)
+                    step_loss += loss.item()
+                    if not math.isfinite(step_loss):
+                        break
+                    loss.backward()
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    out_of_memory = True  # what the step holds is freed once the exception is gone, below
+                    break
 
+            if out_of_memory:
+                optimizer.drop_gradients()
+                sampler.load_state(before.sampler)
+                restore_rng(before.rng, device)
+                if progress.micro_batch_size == 1:
+                    save(before, last=True)
+                    raise _out_of_memory(step, micro_batches, run)
+                progress.micro_batch_size = (progress.micro_batch_size + 1) // 2
+                events.write("out-of-memory", step=step, micro_batch_size=progress.micro_batch_size)
+                display.note(f"step {step} ran out of memory: again, {progress.micro_batch_size} rows at once")
+                continue
+            if not math.isfinite(step_loss):
+                save(before, last=True)
+                suspects = [train[row] for row in rows if train[row].origin in batch.rows]
+                raise _not_finite("loss", step_loss, step, non_finite_rows(backbone, head, suspects), run)
             grad_norm = optimizer.gradient_norm()
             if not math.isfinite(grad_norm):
-                save(run.adapter)
+                save(before, last=True)
                 raise _not_finite("gradient norm", grad_norm, step, [row for b in micro_batches for row in b.rows], run)
             lr = learning_rate(step, total_steps, num_warmup, config.schedule, config.lr)
             optimizer.step(lr, grad_scale=min(1.0, config.max_grad_norm / max(grad_norm, TINY)))
+            progress.step = step
 
             step_s = time.perf_counter() - started
             num_tokens = sum(batch.num_tokens for batch in micro_batches)
@@ -133,17 +170,17 @@ def train_loop(
             }
             events.write("step", **record)
             display.stepped(record)
-            if step % eval_every == 0 or step == total_steps:
-                loss_after, evaluated_step = evaluate(step), step
-            if config.save_every and step % config.save_every == 0:
-                save(run.checkpoint(step))
-            if interrupt.requested:
-                break
+            evaluate_if_due()
+            if checkpoints.due(step):
+                save(Position.now(progress, sampler, device), last=False)
 
-        save(run.adapter)
-        if evaluated_step != step and not interrupt.requested:
-            loss_after = evaluate(step)
-    return LoopResult(step, loss_before, loss_after, interrupt.requested)
+        save(Position.now(progress, sampler, device), last=True)
+    return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; torch says so in a class of its own on CUDA, in words on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def collate(rows: Sequence[EncodedExample], packing: bool) -> Batch:
@@ -160,9 +197,16 @@ def supervised_states(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def held_out_loss(
-    backbone: Backbone, head: LossHead, rows: Sequence[EncodedExample], micro_batch_size: int
+    backbone: Backbone,
+    head: LossHead,
+    rows: Sequence[EncodedExample],
+    micro_batch_size: int,
+    interrupt: InterruptOnce | None = None,
 ) -> tuple[float, int]:
-    """Mean loss in nats per supervised token over `rows`, and the number of those tokens."""
+    """Mean loss in nats per supervised token over `rows`, and the number of those tokens.
+
+    Once `interrupt` is requested it stops early; what it returns then is over the rows it came to.
+    """
     was_training = backbone.model.training
     backbone.model.eval()
     total, num_tokens = 0.0, 0
@@ -171,6 +215,8 @@ def held_out_loss(
         batch = collate([rows[row] for row in micro], backbone.packing).to(head.weight.device)
         total += head.token_losses(*supervised_states(backbone, batch)).double().sum().item()
         num_tokens += batch.supervised_tokens
+        if interrupt is not None and interrupt.requested:
+            break
     backbone.model.train(was_training)
     return total / num_tokens, num_tokens
 
@@ -190,6 +236,15 @@ def _not_finite(what: str, value: float, step: int, rows: Sequence[str], run: Ru
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     return TrainingError(
         f"Step {step}: the {what} is {value}. Rows: {shown}.",
-        f"Training needs finite numbers; the adapter as it was before this step is in {run.adapter}.",
-        "Look at those rows; or lower --lr, raise --warmup, or use --compute-dtype fp32.",
+        f"Training needs finite numbers; adapter and checkpoint as they were before this step are in {run.path}.",
+        "Look at those rows; or lower --lr, raise --warmup, or use --compute-dtype fp32. "
+        f"To go on from there: nybble train --resume --out {run.path} --lr .. --allow-change config",
+    )
+
+
+def _out_of_memory(step: int, micro_batches: Sequence[Batch], run: RunFolder) -> TrainingError:
+    return TrainingError(
+        f"Step {step} ran out of memory with one row at a time, the longest of them {micro_batches[0].rows[0]}.",
+        f"Adapter and checkpoint as they were before this step are in {run.path}.",
+        "Free memory and go on with `nybble train --resume --out ...`; or lower --max-seq-len, or use --keep nothing.",
     )

@@ -1,6 +1,6 @@
 """AdamW over the adapters (Loshchilov & Hutter 2019, arXiv 1711.05101): fp32 masters, fp32 moments."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +36,36 @@ class AdamW:
         self.num_steps = 0
         self.moments = [Moments(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
 
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint keeps, by name: the moments of the i-th parameter, and the number of steps taken."""
+        state = {"num_steps": torch.tensor(self.num_steps)}
+        for index, moments in enumerate(self.moments):
+            state |= {f"{index}.exp_avg": moments.exp_avg, f"{index}.exp_avg_sq": moments.exp_avg_sq}
+        return state
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """Continue from `state()`; `read` gives one of its tensors by name.
+
+        Raises:
+            ValueError: a tensor has another shape than its parameter.
+        """
+        self.num_steps = int(read("num_steps"))
+        for index, moments in enumerate(self.moments):
+            for name, own in vars(moments).items():
+                saved = read(f"{index}.{name}")
+                if saved.shape != own.shape:
+                    raise ValueError(f"{index}.{name} has the shape {tuple(saved.shape)}, here {tuple(own.shape)}")
+                own.copy_(saved)
+
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together, summed in fp64."""
         norms = [p.grad.norm().double() for p in self.parameters if p.grad is not None]
         return float(torch.stack(norms).norm())
+
+    def drop_gradients(self) -> None:
+        """Forget what was accumulated."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:

@@ -1,8 +1,11 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
-config.yaml  data_audit.json  plan.json  events.jsonl  loss.png  checkpoints/step-N/  adapter/
+config.yaml  data_audit.json  data_rows.safetensors  plan.json  events.jsonl  loss.png  checkpoints/step-N/  adapter/
+
+Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nybble.errors import RunError
+from nybble.formats.disk import TEMPORARY
 
 
 class RunFolder:
@@ -28,6 +32,8 @@ class RunFolder:
         self.loss_plot = path / "loss.png"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
+        self.data_rows = path / "data_rows.safetensors"
+        self._lock: int | None = None
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a folder that cannot take a new run, before any long work; nothing is touched.
@@ -43,7 +49,7 @@ class RunFolder:
                 "A new run needs a folder without one.",
                 "Choose another --out, or add --overwrite to replace the run.",
             )
-        if self.path.is_dir() and any(self.path.iterdir()) and not self.config.exists():
+        if self._holds_something() and not self.config.exists():
             raise RunError(
                 f"{self.path} holds files, but no run.",
                 "A new run needs an absent or empty folder, or (with --overwrite) one that holds a run.",
@@ -53,6 +59,52 @@ class RunFolder:
         if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
             raise RunError(f"{existing} cannot be written to.", "", "Choose another --out, or change its permissions.")
 
+    def check_resumable(self) -> None:
+        """Refuse a folder that holds no run to go on with.
+
+        Raises:
+            RunError: there is no config.yaml in it.
+        """
+        if not self.config.is_file():
+            raise RunError(
+                f"{self.path} holds no run to go on with.",
+                "--resume takes the folder of a run that began to train.",
+                "Check --out, or leave --resume out to start a run there.",
+            )
+
+    def _holds_something(self) -> bool:
+        return self.path.is_dir() and any(not entry.name.startswith(TEMPORARY) for entry in self.path.iterdir())
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder against every other process, as soon as it exists; the system lets go when this one dies.
+
+        Raises:
+            RunError: another process holds it.
+        """
+        self._hold()
+        try:
+            yield
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def _hold(self) -> None:
+        if self._lock is not None or not self.path.is_dir():
+            return
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RunError(
+                f"Another process is training in {self.path}.",
+                "One process at a time works on a run.",
+                "Wait for it, stop it, or choose another --out.",
+            ) from None
+        self._lock = lock
+
     def create(self, overwrite: bool) -> None:
         """Make the folder; with `overwrite`, what an earlier run left in it goes first.
 
@@ -61,45 +113,9 @@ class RunFolder:
         """
         self.check_free(overwrite)
         try:
-            if self.config.exists():
-                shutil.rmtree(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._hold()
+            for entry in self.path.iterdir():  # the folder itself stays: its lock is on it
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}.", "", "Choose another --out.") from error
-
-    def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step-{step}"
-
-
-@contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that takes the name `path` once everything in it is on disk.
-
-    Every file is fsynced before the rename and the parent after it, so that a crash leaves the old folder
-    or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
-    yield temporary
-    for file in sorted(temporary.rglob("*")):
-        _fsync(file)
-    _fsync(temporary)
-    if path.exists():
-        retired = path.with_name(f".old-{path.name}")
-        path.rename(retired)
-        temporary.rename(path)
-        shutil.rmtree(retired)
-    else:
-        temporary.rename(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

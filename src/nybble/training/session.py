@@ -16,6 +16,7 @@ from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
+from nybble.formats.disk import write_complete
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
@@ -25,11 +26,13 @@ from nybble.memory.measure import PeakMemory
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
 from nybble.models.source import open_source
+from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.display import Display
-from nybble.training.events import EventLog
+from nybble.training.events import EventLog, rewind_events
 from nybble.training.loop import LoopResult, train_loop
-from nybble.training.plan import plan_run, show_measured, show_plan, write_plan
+from nybble.training.plan import RunPlan, plan_run, show_measured, show_plan, write_plan
 from nybble.training.plots import draw_loss
+from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 from nybble.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -56,7 +59,18 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
         NybbleError: anything the user can mend; an earlier run's folder is untouched unless training began.
     """
     run = RunFolder(config.out)
-    run.check_free(config.overwrite)
+    with run.locked():
+        return _train(config, run, console)
+
+
+def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
+    given, resumed = config, None
+    if config.resume:
+        run.check_resumable()
+        resumed = newest_checkpoint(run.checkpoints, partial(console.print, style="yellow", highlight=False))
+        config = config if resumed is None else settle_config(resumed, config)
+    else:
+        run.check_free(config.overwrite)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -67,6 +81,10 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     show_found(console, source, data)
     data.audit.check()
+    base, digests = source.fingerprint(), DataDigests.of(data)
+    if resumed is not None:
+        check_base(resumed, base, config.allow_change)
+        check_data(resumed, data, digests, config.allow_change)
 
     with PeakMemory(device) as memory:
         model = load_base(config, source, dtype, device, console)
@@ -86,10 +104,26 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
 
         sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
         total_steps = config.max_steps or sampler.num_steps(config.epochs)
-        run.create(config.overwrite)
-        run.config.write_text(config_to_yaml(config), encoding="utf-8")
-        run.audit.write_text(json.dumps(data.audit.to_json(), indent=2) + "\n", encoding="utf-8")
+        if not config.resume:
+            run.create(config.overwrite)
+        options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
+        write_complete(run.config, options)  # first: from here on there is a run to go on with
+        write_complete(run.audit, json.dumps(data.audit.to_json(), indent=2) + "\n")
+        digests.write(run.data_rows)
+        rewind_events(run.events, 0 if resumed is None else resumed.state["events_bytes"])
         events = EventLog(run.events)
+        if resumed is not None:
+            events.write("resume", step=resumed.step)
+            console.print(f"going on after step {resumed.step} of {total_steps}", highlight=False)
+        checkpoints = Checkpoints(
+            run.checkpoints,
+            save_every=config.save_every,
+            keep=config.keep_checkpoints,
+            config=options,
+            about={"base": base, "data": digests.fingerprint},
+            settled=_settled(config, plan, dtype, device),
+            last_step=None if resumed is None else resumed.step,
+        )
         started = time.perf_counter()
         with Display(console, total_steps) as display:
             result = train_loop(
@@ -105,9 +139,13 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
                 adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
                 events=events,
                 display=display,
+                checkpoints=checkpoints,
+                resumed=resumed,
             )
         training_s = time.perf_counter() - started
-    events.write("end", steps=result.steps, interrupted=result.interrupted, peak_memory_bytes=memory.peak_bytes)
+    events.write(
+        "end", steps=result.steps, interrupted=result.interrupted is not None, peak_memory_bytes=memory.peak_bytes
+    )
     events.close()
     if template.chat_template is not None:
         template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
@@ -117,6 +155,17 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
     show_measured(console, plan, memory)
     return TrainedRun(config, run, source, model, template, data, result)
+
+
+def _settled(config: TrainConfig, plan: RunPlan, dtype: torch.dtype, device: torch.device) -> dict[str, str | int]:
+    """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
+    return {
+        "keep": plan.keep,
+        "micro_batch_size": plan.micro_batch_size,
+        "threads": torch.get_num_threads(),
+        "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
+        "device": device.type,
+    }
 
 
 def quant_spec(config: TrainConfig) -> QuantSpec | None:

@@ -1,0 +1,115 @@
+"""Going on with a run: what must not have changed since its checkpoint, and saying what has."""
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nybble.config import TrainConfig, load_config, yaml_key
+from nybble.data.examples import EncodedExample
+from nybble.data.fingerprint import data_fingerprint, row_digests
+from nybble.data.prepare import PreparedData
+from nybble.errors import RunError
+from nybble.training.checkpoint import CONFIG, Checkpoint
+from nybble.training.run_folder import RunFolder
+
+# Options that change nothing about the steps that follow, or whose content is compared instead of their name.
+FREE_OPTIONS = (
+    *("out", "overwrite", "resume", "allow_change", "save_every", "keep_checkpoints", "eval_every"),
+    *("model", "tokenizer", "data", "validation_data"),
+)
+
+
+def settle_config(checkpoint: Checkpoint, config: TrainConfig) -> TrainConfig:
+    """`config` with what the run had chosen for the options that choose for themselves.
+
+    Raises:
+        RunError: an option differs from the checkpoint's, and "config" is not among `config.allow_change`.
+    """
+    before = load_config(checkpoint.folder / CONFIG, {})
+    changed = [
+        f"{yaml_key(name)} was {getattr(before, name)}, is {getattr(config, name)}"
+        for name in TrainConfig.model_fields
+        if name not in FREE_OPTIONS and getattr(before, name) != getattr(config, name)
+    ]
+    if changed and "config" not in config.allow_change:
+        raise _changed(checkpoint, "options", "; ".join(changed), "config")
+    return config if changed else config.model_copy(update=checkpoint.state["settled"])
+
+
+def check_base(checkpoint: Checkpoint, fingerprint: str, allowed: Collection[str]) -> None:
+    """Refuse another base model than the checkpoint's.
+
+    Raises:
+        RunError: it differs, and "base" is not among `allowed`.
+    """
+    before = checkpoint.about["base"]
+    if before != fingerprint and "base" not in allowed:
+        raise _changed(checkpoint, "a base model", f"its SHA-256 was {before[:16]}.., is {fingerprint[:16]}..", "base")
+
+
+def check_data(checkpoint: Checkpoint, data: PreparedData, digests: "DataDigests", allowed: Collection[str]) -> None:
+    """Refuse other examples than the checkpoint's, naming the first that differs.
+
+    Raises:
+        RunError: they differ, and "data" is not among `allowed`.
+    """
+    if checkpoint.about["data"] == digests.fingerprint or "data" in allowed:
+        return
+    before = DataDigests.read(RunFolder(checkpoint.folder.parents[1]).data_rows)
+    if before is None or before.fingerprint != checkpoint.about["data"]:
+        difference = f"their SHA-256 was {checkpoint.about['data'][:16]}.., is {digests.fingerprint[:16]}.."
+    else:
+        train = _difference("training", before.train, digests.train, data.train)
+        validation = _difference("validation", before.validation, digests.validation, data.validation)
+        difference = "; ".join(part for part in (train, validation) if part)
+    raise _changed(checkpoint, "examples", difference, "data")
+
+
+def _difference(name: str, old: Tensor, new: Tensor, rows: Sequence[EncodedExample]) -> str:
+    if torch.equal(old, new):
+        return ""
+    common = min(len(old), len(new))
+    differing = (old[:common] != new[:common]).nonzero().flatten().tolist()
+    place = differing[0] if differing else common
+    where = f" ({rows[place].origin})" if place < len(rows) else ""
+    return f"{len(old)} {name} sequences were, {len(new)} are, the first that differs is number {place + 1}{where}"
+
+
+def _changed(checkpoint: Checkpoint, what: str, difference: str, name: str) -> RunError:
+    return RunError(
+        f"{checkpoint.folder} belongs to a run with other {what}: {difference}.".replace("other a ", "another "),
+        "A run goes on with the base model, the examples and the options that it began with.",
+        f"Restore them, start a new run, or insist with --allow-change {name}.",
+    )
+
+
+class DataDigests:
+    """Digests of a run's sequences; kept in its folder, to name what changed.
+
+    Args:
+        train, validation: int64, one for each sequence.
+    """
+
+    def __init__(self, train: Tensor, validation: Tensor):
+        self.train, self.validation = train, validation
+        self.fingerprint = data_fingerprint(train, validation)
+
+    @classmethod
+    def of(cls, data: PreparedData) -> "DataDigests":
+        return cls(row_digests(data.train), row_digests(data.validation))
+
+    @classmethod
+    def read(cls, path: Path) -> "DataDigests | None":
+        """None where the file is missing or damaged: it only serves a better message."""
+        try:
+            tensors = load_file(path)
+            return cls(tensors["train"], tensors["validation"])
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def write(self, path: Path) -> None:
+        save_file({"train": self.train, "validation": self.validation}, path)

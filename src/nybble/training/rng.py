@@ -1,0 +1,40 @@
+"""Every random generator that a step may draw from: torch's on the CPU and the device, Python's and numpy's."""
+
+import random
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class RngState(NamedTuple):
+    """Where the generators stand.
+
+    Args:
+        tensors: torch's generators by device, uint8.
+        numbers: Python's and numpy's, ready for JSON.
+    """
+
+    tensors: dict[str, Tensor]
+    numbers: dict[str, Any]
+
+
+def capture_rng(device: torch.device) -> RngState:
+    """The state of all generators now; drawing nothing."""
+    tensors = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    legacy: Any = np.random.get_state()
+    return RngState(tensors, {"python": random.getstate(), "numpy": [legacy[1].tolist(), *legacy[2:]]})
+
+
+def restore_rng(state: RngState, device: torch.device) -> None:
+    """Put all generators where `capture_rng` found them."""
+    torch.set_rng_state(state.tensors["cpu"])
+    if device.type == "cuda" and "cuda" in state.tensors:
+        torch.cuda.set_rng_state(state.tensors["cuda"], device)
+    version, internal, gauss = state.numbers["python"]
+    random.setstate((version, tuple(internal), gauss))
+    keys, *position = state.numbers["numpy"]
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), *position))

@@ -1,0 +1,310 @@
+"""A run that stopped goes on as if it had not, to the bit; and refuses to where it would not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from nybble.config import TrainConfig, load_config
+from nybble.errors import RunError, TrainingError
+from nybble.formats.manifest import verify_manifest
+from nybble.training import checkpoint as checkpoint_module
+from nybble.training import loop
+from nybble.training.events import read_events
+from nybble.training.rng import capture_rng, restore_rng
+from nybble.training.run_folder import RunFolder
+from nybble.training.session import TrainedRun, train
+
+STEPS = 7  # of 6 of 34 rows: the border of an epoch falls into one of them
+PATHS: dict[str, dict[str, Any]] = {
+    "blocks": {"micro_batch_size": 4, "keep": "everything"},
+    "blocks, recomputed": {"micro_batch_size": 6, "keep": "nothing"},
+    "generic, dropout": {"micro_batch_size": 2, "dropout": 0.2, "keep": "nothing"},
+    "generic, padded, bf16": {"micro_batch_size": 3, "packing": False, "compute_dtype": "bf16"},
+}
+
+
+def options(model: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    own = {"model": str(model), "data": str(data), "out": str(out), "max_steps": STEPS, "rows_per_step": 6}
+    return own | {"rank": 4, "lr": 5e-3, "compute_dtype": "fp32", "save_every": 1, "keep_checkpoints": 99} | more
+
+
+def run(config: TrainConfig) -> TrainedRun:
+    return train(config, Console(quiet=True))
+
+
+def resume(out: Path, **more: Any) -> TrainedRun:
+    return run(load_config(out / "config.yaml", {"out": str(out), "resume": True, **more}))
+
+
+def final(out: Path) -> dict[str, bytes]:
+    """Everything of a finished run that must not depend on how often it stopped."""
+    last = out / "checkpoints" / f"step-{STEPS}"
+    kept = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
+    return kept | {"adapter": (out / "adapter" / "adapter_model.safetensors").read_bytes()}
+
+
+def losses(out: Path, kind: str) -> list[tuple[int, float]]:
+    return [(event["step"], event["loss"]) for event in read_events(out / "events.jsonl", kind)]
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def whole(request, tiny_model, tmp_path_factory) -> Path:
+    """A run that never stopped, with a checkpoint of each step; evaluated after every second one."""
+    folder = tmp_path_factory.mktemp("whole")
+    data = folder / "rows.jsonl"
+    rows = ({"prompt": f"Say {'so ' * (n % 7)}{n}.", "completion": f"{n}{'!' * (n % 5)}"} for n in range(36))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(load_config(None, options(tiny_model, data, folder / "run", eval_every=2, **PATHS[request.param])))
+    return folder / "run"
+
+
+@pytest.mark.parametrize("step", range(1, STEPS + 1))
+def test_resumed_after_any_step_the_bytes_are_those_of_a_run_that_never_stopped(step, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(out / "checkpoints" / f"step-{later}")
+    shutil.rmtree(out / "adapter")
+    result = resume(out).result
+    assert final(out) == final(whole)
+    assert losses(out, "step") == losses(whole, "step") and losses(out, "eval") == losses(whole, "eval")
+    assert (result.loss_before, result.loss_after) == (losses(whole, "eval")[0][1], losses(whole, "eval")[-1][1])
+
+
+def test_evaluations_in_between_change_nothing(whole, tmp_path):
+    run(load_config(whole / "config.yaml", {"out": str(tmp_path / "run"), "eval_every": 1, "save_every": 5}))
+    assert final(tmp_path / "run") == final(whole)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(tiny_model, data, tmp_path):
+    config = load_config(None, options(tiny_model, data, tmp_path / "run", max_steps=STEPS))
+    run(config)
+    expected = final(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    resume(tmp_path / "run")
+    assert final(tmp_path / "run") == expected
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tiny_model, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out)))
+    expected = final(out)
+    newest = out / "checkpoints" / f"step-{STEPS}" / "optimizer.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    (out / "checkpoints" / f"step-{STEPS - 1}" / "nybble-manifest.json").unlink()
+    train(load_config(out / "config.yaml", {"out": str(out), "resume": True}), Console(width=1000))
+    printed = capsys.readouterr().out
+    for words in (f"step-{STEPS} is not as", "optimizer.safetensors", f"step-{STEPS - 1} is not as", "nybble-manifest"):
+        assert words in printed
+    assert final(out) == expected
+    verify_manifest(newest.parent)
+
+
+def test_no_whole_checkpoint_is_an_error_that_names_each(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out, max_steps=2)))
+    for step in (1, 2):
+        (out / "checkpoints" / f"step-{step}" / "state.json").unlink()
+    with pytest.raises(RunError, match=r"(?s)step-2.*step-1.*--overwrite"):
+        resume(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config", r"lr was 0.005, is 0.001.*--allow-change config"),
+        ("data", r"the first that differs is number \d+ \(rows.jsonl:4\).*--allow-change data"),
+        ("base", r"another base model.*SHA-256 was .* is .*--allow-change base"),
+    ],
+)
+def test_what_changed_is_refused_with_the_difference_unless_insisted_on(name, words, tiny_model, data, tmp_path):
+    out, base = tmp_path / "run", tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    run(load_config(None, options(base, data, out, max_steps=2)))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    more: dict[str, Any] = {}
+    if name == "config":
+        more = {"lr": 1e-3}
+    if name == "data":
+        lines = data.read_text().splitlines(keepends=True)
+        lines[3] = json.dumps({"prompt": "Other?", "completion": "Other."}) + "\n"
+        data.write_text("".join(lines))
+    if name == "base":
+        shard = sorted(base.glob("*.safetensors"))[0]
+        content = bytearray(shard.read_bytes())
+        content[-2] ^= 1
+        shard.write_bytes(content)
+    with pytest.raises(RunError, match=f"(?s){words}"):
+        resume(out, **more)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    resume(out, allow_change=name, **more)
+    if name == "config":
+        assert load_config(out / "config.yaml", {}).lr == 1e-3
+
+
+def test_options_that_change_no_step_may_change(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out, max_steps=2)))
+    moved = tmp_path / "moved.jsonl"
+    data.rename(moved)
+    resume(out, data=str(moved), save_every="5m", keep_checkpoints=1, eval_every=1)
+
+
+def test_longer_training_goes_on_from_the_end_of_a_shorter(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out, max_steps=2)))
+    resume(out, max_steps=4, allow_change="config")
+    assert [step for step, _ in losses(out, "step")] == [1, 2, 3, 4]
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(RunError, match="no run to go on with"):
+        run(load_config(None, options(tmp_path, tmp_path, tmp_path, resume=True)))
+
+
+@pytest.mark.parametrize("call", range(1, 6))
+def test_running_out_of_memory_in_a_micro_batch_repeats_the_step_with_smaller_ones(
+    call, tiny_model, data, tmp_path, monkeypatch
+):
+    """What torch raises on the CPU, in one of the micro-batches of two steps; with dropout, whose draws are undone."""
+    calls = []
+    original = loop.supervised_states
+
+    def fail_once(backbone, batch):
+        if torch.is_grad_enabled():
+            calls.append(len(batch.rows))
+            if len(calls) == call:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+        return original(backbone, batch)
+
+    monkeypatch.setattr(loop, "supervised_states", fail_once)
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out, max_steps=3, micro_batch_size=2, dropout=0.2)))
+    failed = (call - 1) // 3 + 1
+    assert [step for step, _ in losses(out, "step")] == [1, 2, 3], "no step is lost, none is taken twice"
+    (event,) = read_events(out / "events.jsonl", "out-of-memory")
+    assert (event["step"], event["micro_batch_size"]) == (failed, 1)
+    assert calls[call:] == [1] * 6 * (4 - failed), "the same step again, and the rest of the run, a row at a time"
+
+
+def test_one_row_that_does_not_fit_stops_with_the_last_good_state(tiny_model, data, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    config = load_config(None, options(tiny_model, data, out, save_every=99, micro_batch_size=1))
+    run(config)
+    expected = final(out)
+    shutil.rmtree(out)
+    original = loop.supervised_states
+
+    def fail_at_step_3(backbone, batch):
+        if torch.is_grad_enabled() and len(losses(out, "step")) == 2:
+            raise MemoryError
+        return original(backbone, batch)
+
+    monkeypatch.setattr(loop, "supervised_states", fail_at_step_3)
+    with pytest.raises(TrainingError, match=r"(?s)Step 3 ran out of memory.*rows\.jsonl:\d+.*--resume"):
+        run(config)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
+    monkeypatch.setattr(loop, "supervised_states", original)
+    resume(out)
+    assert final(out) == expected
+
+
+def test_the_random_generators_are_restored():
+    import random
+
+    import numpy as np
+
+    def draw() -> tuple[Any, ...]:
+        return torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()
+
+    draw()
+    state = capture_rng(torch.device("cpu"))
+    state = state._replace(numbers=json.loads(json.dumps(state.numbers)))
+    first = draw()
+    draw()
+    restore_rng(state, torch.device("cpu"))
+    assert draw() == first
+
+
+def test_too_little_space_is_refused_before_the_first_step(tiny_model, data, tmp_path, monkeypatch):
+    full = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(checkpoint_module.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(RunError, match=r"(?s)1 MB free.*--keep-checkpoints"):
+        run(load_config(None, options(tiny_model, data, tmp_path / "run")))
+
+
+# ---- processes
+
+
+def start(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nybble", "train", "--model", str(model), "--data", str(data), "--out", str(out)]
+    command += ["--rows-per-step", "2", "--max-steps", "100000", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_a_step(process: subprocess.Popen[str], out: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (out / "events.jsonl").exists() or '"step"' not in (out / "events.jsonl").read_text():
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.1)
+
+
+def test_a_second_process_is_refused_and_sigterm_leaves_a_checkpoint(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    first = start(tiny_model, data, out, "--eval-every", "100000", "--save-every", "100000")
+    wait_for_a_step(first, out)
+    for more in ([], ["--overwrite"], ["--resume"]):
+        second = start(tiny_model, data, out, *more)
+        printed, _ = second.communicate(timeout=60)
+        assert second.returncode == 2 and "Another process is training" in printed, printed
+    with pytest.raises(RunError, match="Another process"), RunFolder(out).locked():
+        pass
+    os.kill(first.pid, signal.SIGTERM)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 128 + signal.SIGTERM, printed
+    assert f"nybble train --resume --out {out}" in printed.replace("\n", "").replace("  nybble", " nybble")
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    assert checkpoint.name == f"step-{losses(out, 'step')[-1][0]}"
+    verify_manifest(checkpoint)
+    with RunFolder(out).locked():
+        pass
+
+
+def test_the_command_line_resumes_with_no_other_argument(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out)))
+    expected = final(out)
+    shutil.rmtree(out / "checkpoints" / f"step-{STEPS}")
+    command = [sys.executable, "-m", "nybble", "train", "--resume", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert final(out) == expected
+
+
+def test_resume_without_out_says_what_is_missing(tmp_path):
+    from typer.testing import CliRunner
+
+    from nybble.cli.main import app
+
+    result = CliRunner().invoke(app, ["train", "--resume"])
+    assert result.exit_code == 2 and "--out" in result.stderr
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path)])
+    assert result.exit_code == 2 and "no run to go on with" in result.stderr
+
+
+def test_every_free_option_is_an_option():
+    from nybble.training.resume import FREE_OPTIONS
+
+    assert set(FREE_OPTIONS) <= set(TrainConfig.model_fields)
