@@ -75,12 +75,19 @@ class LossHead:
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """−log p(target) of each row, `(N,)` fp32; no gradient."""
         chunks = self._chunks(hidden, targets)
-        losses = [block_ops.cross_entropy_(self.logits(h), t, 0.0) for h, t in chunks]
+        losses = [block_ops.cross_entropy_(self.logits(h, buffer), t, 0.0) for h, t, buffer in chunks]
         return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])[: len(targets)]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, hidden) -> (N, vocabulary); in fp32 where anything is done to them after the product."""
-        logits = torch.cat([F.linear(hidden, panel.to(hidden.dtype)) for panel in self._panels(hidden.dtype)], dim=1)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, hidden) -> (N, vocabulary); in fp32 where anything is done to them after the product.
+
+        Args:
+            out: where the product goes, `(N, vocabulary)` in the dtype of `hidden`; a fresh tensor where None.
+        """
+        logits = hidden.new_empty(len(hidden), self.weight.shape[0]) if out is None else out
+        panels = self._panels(hidden.dtype)
+        for panel, columns in zip(panels, logits.split(panels[0].shape[0], dim=1), strict=True):
+            torch.mm(hidden, panel.to(hidden.dtype).T, out=columns)
         if self._is_plain:
             return logits
         logits = logits.float()
@@ -102,17 +109,23 @@ class LossHead:
         fit = CHUNK_BYTES // (self.weight.shape[0] * (itemsize if self._is_plain else 8))
         return max(ROW_MULTIPLE, fit // ROW_MULTIPLE * ROW_MULTIPLE)
 
-    def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Rows and targets chunk by chunk; the last is filled up with rows of zeros that have no target."""
+    def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
+        target. The room is the same for all: the pages of a fresh one cost as much as the softmax.
+        """
         missing = -len(targets) % ROW_MULTIPLE
         rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
         size = self.chunk_rows(hidden.dtype.itemsize)
-        return list(zip(rows.split(size), filled.split(size), strict=True)) if len(targets) else []
+        buffer = hidden.new_empty(min(size, len(rows)), self.weight.shape[0])
+        chunks = zip(rows.split(size), filled.split(size), strict=True)
+        return [(h, t, buffer[: len(h)]) for h, t in chunks] if len(targets) else []
 
-    def loss_and_gradient(self, hidden: Tensor, targets: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-        """Losses of a chunk `(C,)` fp32, and factor · d(their sum)/d(hidden) `(C, hidden)`."""
-        logits = self.logits(hidden)
+    def loss_and_gradient(
+        self, hidden: Tensor, targets: Tensor, buffer: Tensor, factor: float
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of a chunk `(C,)` fp32, and factor · d(their sum)/d(hidden) `(C, hidden)`; overwrites `buffer`."""
+        logits = self.logits(hidden, buffer)
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
         losses = block_ops.cross_entropy_(logits, targets, factor * self.scale)  # logits now holds the gradient
         if slope is not None:
@@ -133,8 +146,8 @@ class _LossFunction(torch.autograd.Function):
             return (head.token_losses(hidden, targets).double().sum() / denominator).float()
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads = [hidden[:0]]
-        for h, t in head._chunks(hidden, targets):
-            losses, grad = head.loss_and_gradient(h, t, 1 / denominator)
+        for h, t, buffer in head._chunks(hidden, targets):
+            losses, grad = head.loss_and_gradient(h, t, buffer, 1 / denominator)
             total += losses.double().sum()
             grads.append(grad)
         ctx.save_for_backward(torch.cat(grads)[: len(targets)])
