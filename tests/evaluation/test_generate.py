@@ -11,12 +11,13 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from nybble.errors import ConfigError, DataError
 from nybble.evaluation.generate import choose_tokens, generate
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.kernels import ops, registry
+from nybble.kernels import cpu, ops, registry
 from nybble.layers import decoding
-from nybble.layers.backbone import why_not_forward
+from nybble.layers.backbone import BlockBackbone, choose_backbone, why_not_forward
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, quantizable_linears, resolve_targets
 from nybble.layers.decoding import CachedDecoder
 from nybble.layers.lora import LoraLinear
+from nybble.layers.loss_head import LossHead
 from nybble.layers.quantized_linear import QuantizedLinear
 
 VOCABULARY = 101
@@ -59,7 +60,7 @@ CONFIGS = {
 PROMPTS = [[5, 17, 40, 3, 88, 21, 60], [9], [70, 2, 2, 31, 90, 14, 55, 6, 77, 41, 12, 8, 33]]
 
 
-def four_bit_model(config, dtype: torch.dtype = torch.float32, rank: int = 0) -> nn.Module:
+def four_bit_model(config, dtype: torch.dtype = torch.float32, rank: int = 0, dropout: float = 0.1) -> nn.Module:
     """A small model whose block linears are in four bits and whose answers depend on all of the prompt."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -78,7 +79,7 @@ def four_bit_model(config, dtype: torch.dtype = torch.float32, rank: int = 0) ->
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         model.set_submodule(name, layer)
     if rank:
-        attach_adapters(model, resolve_targets(model, "all-linear"), rank=rank, alpha=2 * rank, dropout=0.1)
+        attach_adapters(model, resolve_targets(model, "all-linear"), rank=rank, alpha=2 * rank, dropout=dropout)
         for adapter in adapters_of(model).values():
             nn.init.normal_(adapter.lora_B, std=0.2)
     return model.eval()
@@ -201,6 +202,61 @@ def test_the_cache_grows_by_doubling_up_to_what_was_asked_for(monkeypatch):
         decoder.step(torch.tensor([1]))
         capacities.append(decoder.cache.capacity)
     assert sorted(set(capacities)) == [5, 10, 20, 24]
+
+
+def adapter_gradients(model: nn.Module) -> list[torch.Tensor]:
+    """Of a loss through the decoder blocks, as training takes them."""
+    model.zero_grad(set_to_none=True)
+    ids = torch.tensor([PROMPTS[0] + PROMPTS[2]])
+    borders = torch.tensor([0, len(PROMPTS[0]), ids.shape[1]], dtype=torch.int32)
+    positions = torch.cat([torch.arange(len(PROMPTS[0])), torch.arange(len(PROMPTS[2]))])[None]
+    backbone = choose_backbone(model, keep="nothing", packing=True)
+    assert isinstance(backbone, BlockBackbone)
+    states = backbone.states(ids, positions, torch.arange(ids.shape[1] - 1), borders)
+    LossHead.of(model).loss(states, ids[0, 1:], ids.shape[1]).backward()
+    return [parameter.grad.clone() for parameter in trained(model)]
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_answering_between_two_steps_changes_no_bit_of_the_second(dtype):
+    steps = {}
+    for answering in (False, True):
+        model = four_bit_model(CONFIGS["qwen3"], dtype, rank=4, dropout=0.0).train()
+        first = adapter_gradients(model)
+        with torch.no_grad():
+            for parameter, grad in zip(trained(model), first, strict=True):
+                parameter -= 0.1 * grad
+        if answering:
+            answers(model)
+        steps[answering] = [*first, *adapter_gradients(model)]
+    assert any(grad.any() for grad in steps[False])
+    assert all(torch.equal(a, b) for a, b in zip(steps[False], steps[True], strict=True))
+
+
+@pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+@pytest.mark.parametrize("rows", [1, 3, decoding.FEW_ROWS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["llama, tied, biased", "mistral, window", "qwen2, window in one layer", "qwen3"])
+def test_the_kernel_and_its_twin(name, dtype, rows):
+    """One kernel for all layers, and op by op in plain PyTorch, on the same texts; in bf16 the kernel rounds less."""
+    model = four_bit_model(CONFIGS[name], dtype, rank=4)
+    prompts = [(PROMPTS * 3)[i][: 1 + i] for i in range(rows)]
+
+    def logits(model: nn.Module, backend: str) -> torch.Tensor:
+        with registry.use(backend):
+            decoder = CachedDecoder(model)
+            assert (decoder.kernel is None) == (backend == "reference")
+            decoder.start(prompts, 12)
+            return torch.stack([decoder.step(torch.arange(rows) + 5 * i).float() for i in range(12)])
+
+    exact = logits(copy.deepcopy(model).float(), "reference")
+    twin, kernel = ((logits(model, backend) - exact).norm() / exact.norm() for backend in ("reference", "cpp"))
+    assert kernel < (1e-5 if dtype == torch.float32 else 1.2 * twin)
+    assert twin < 0.05
 
 
 GPT2 = GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2)

@@ -6,5 +6,6 @@ from nybble.kernels import block_cpu as block_cpu
 from nybble.kernels import block_ops as block_ops
 from nybble.kernels import block_reference as block_reference
 from nybble.kernels import cpu as cpu
+from nybble.kernels import decode_cpu as decode_cpu
 from nybble.kernels import ops as ops
 from nybble.kernels import reference as reference

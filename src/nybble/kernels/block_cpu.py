@@ -129,7 +129,7 @@ def gemv_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> Tensor:
     out_features, in_features = shape
-    codebook, factor = _codebook_for_bf16(format)
+    codebook, factor = codebook_for_bf16(format)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     _gemv(
         pointer(x), DTYPES[x.dtype], x.shape[0], in_features, out_features, pointer(packed),
@@ -140,7 +140,7 @@ def gemv_4bit(
 
 
 @functools.cache
-def _codebook_for_bf16(format: str) -> tuple[Tensor, float]:
+def codebook_for_bf16(format: str) -> tuple[Tensor, float]:
     """The codebook times a factor, and that factor in [1, 2): the one for which rounding to bf16 changes least.
 
     The integer formats and fp4 become exact; nf4's relative error falls from 0.0014 to 0.0008 (root of the mean

@@ -26,7 +26,7 @@ from nybble.formats.double_quant import quantize_scales
 from nybble.formats.quantized_tensor import QuantSpec, ScaleParts, packed_shape, split_scales
 from nybble.kernels import registry
 
-ABI = 1  # nybble_cpu_abi() in csrc/runtime.cpp
+ABI = 2  # nybble_cpu_abi() in csrc/runtime.cpp
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # in the order of csrc/dispatch.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/vec.h, NybbleDtype
 LIBRARY_VARIABLE, ISA_VARIABLE = "NYBBLE_CPU_LIBRARY", "NYBBLE_CPU_ISA"

@@ -112,7 +112,12 @@ def declare(op: str, schema: str, check: Callable[..., None], fake: Body) -> Non
 
 
 def body(op: str, device_type: str, backend: str | None = None, args: tuple[Any, ...] = ()) -> Body:
-    """The body that runs `op` on tensors of `device_type`.
+    """The body that runs `op` on tensors of `device_type`: that of `backend_of`."""
+    return _registrations[op][backend_of(op, device_type, backend, args)].body
+
+
+def backend_of(op: str, device_type: str, backend: str | None = None, args: tuple[Any, ...] = ()) -> str:
+    """The backend whose body runs `op` on tensors of `device_type`.
 
     Args:
         backend: only this one will do; None takes the request in force, else the device's preference.
@@ -126,7 +131,7 @@ def body(op: str, device_type: str, backend: str | None = None, args: tuple[Any,
     for name in wanted:
         reason = _reason_against(op, name, device_type, args)
         if reason is None:
-            return _registrations[op][name].body
+            return name
         reasons.append(f"{name}: {reason}")
     raise KernelError(
         f"No kernel of those asked for runs {op} on {device_type}: {'; '.join(reasons)}.",

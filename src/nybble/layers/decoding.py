@@ -1,20 +1,18 @@
 """Answers token by token through the decoder blocks: the same four-bit weights, and a KV cache.
 
     prefill   the prompts, packed side by side, through dequantised weights and packed attention
-    step      one token of each text; up to FEW_ROWS texts multiply the packed weights as they lie
-              (`gemv_4bit`), more share one dequantisation
+    step      one token of each text; up to FEW_ROWS texts multiply the packed weights as they lie, all layers and
+              the head in one kernel (kernels/decode_cpu.py); more texts share one dequantisation
 
-On one row the arithmetic of an op takes as long as its way through PyTorch's dispatcher and the ops' checks, so a
-step calls the kernels' bodies, looked up once, and what does not change from token to token (lists of weights,
-stacked A) is put together once. Keys and values of all layers lie in one tensor, so that two calls make the views
-of a step. A's and B's products run in fp32: on one row that is faster than bf16, and nothing is rounded.
+Where that kernel is missing or does not know a weight's format, few rows go through the layers op by op, which is
+also the kernel's twin. Keys and values of all layers lie in one tensor, contiguous for the kernel. A's and B's
+products run in fp32: on few rows nothing is gained by less.
 
 Left out: a ring buffer for sliding windows; the cache keeps all positions and attention reads the window.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,16 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.kernels import registry
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.kernels import block_ops, decode_cpu
+from nybble.kernels.decode_cpu import DecoderKernel, DecoderLayer, DecoderLinear, DecoderNorm
 from nybble.layers.backbone import BlockBackbone, rotary_angles
 from nybble.layers.decoder_block import DecoderBlock, Projection
+from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead
 from nybble.layers.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FEW_ROWS = 8  # up to which multiplying packed weights beats dequantising them first
+FEW_ROWS = decode_cpu.MAX_ROWS  # up to which multiplying packed weights beats dequantising them first
 FIRST_ROOM = 64  # tokens that the cache has room for beyond the prompts before it grows
 
 Product = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
@@ -74,11 +75,14 @@ class KeyValueCache:
         rows = keys_values.unflatten(1, (2, -1)).permute(1, 2, 0, 3)  # (2, kv heads, length, head_dim)
         self.data[layer, :, text, :, start : self.end] = rows
 
-    def append_column(self) -> tuple[Tensor, ...]:
-        """Open the next column; where to write it, for each layer `(2, texts, kv heads, head_dim)`."""
+    def open_column(self) -> None:
+        """Make room for the texts' next tokens."""
         if self.end == self.capacity:
             self._grow()
         self.end += 1
+
+    def last_column(self) -> tuple[Tensor, ...]:
+        """Where to write it, for each layer `(2, texts, kv heads, head_dim)`."""
         return self.data[..., self.end - 1, :].unbind()
 
     def visible(self, window: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -93,13 +97,19 @@ class KeyValueCache:
             return None
         return (torch.arange(first, self.end) >= self.starts[:, None])[:, None, None]
 
+    def last_places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """For the last column, int64 `(texts)` each: the texts, their columns, and their first columns."""
+        texts = torch.arange(len(self.starts))
+        return texts, torch.full_like(texts, self.end - 1), self.starts
+
     def positions(self) -> Tensor:
         """The position in its text of each text's last column, int64 `(texts)`."""
         return self.end - 1 - self.starts
 
     def keep(self, texts: Sequence[int]) -> None:
         """Forget all other texts."""
-        self.data, self.starts = self.data[:, :, list(texts)], self.starts[list(texts)]
+        index = torch.tensor(texts, dtype=torch.int64)
+        self.data, self.starts = self.data.index_select(2, index), self.starts[index]
 
     def _first_visible(self, window: int) -> int:
         return max(0, self.end - window) if window else 0
@@ -122,8 +132,9 @@ class CachedDecoder:
     def __init__(self, model: "PreTrainedModel"):
         self.model, self.head = model, LossHead.of(model)
         self.backbone = BlockBackbone(model, "nothing")
-        dtype = model.base_model.norm.weight.dtype
-        self.layers = [_Layer(block, dtype) for block in self.backbone.blocks]
+        described = [_describe(block) for block in self.backbone.blocks]
+        self.layers = [_Layer(*pair) for pair in zip(self.backbone.blocks, described, strict=True)]
+        self.kernel = _kernel(described, model.base_model.norm, self.head)
         self.windows = {block.window for block in self.backbone.blocks}
 
     @torch.no_grad()
@@ -150,10 +161,18 @@ class CachedDecoder:
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each text, int64 `(texts)`; the logits of the next ones, `(texts, vocabulary)`."""
-        slots = self.cache.append_column()
+        self.cache.open_column()
+        x = self.model.base_model.embed_tokens(tokens)  # (texts, hidden)
+        cos, sin = rotary_angles(self.model, self.cache.positions()[None])
+        if self.kernel and len(tokens) <= FEW_ROWS:
+            return self.head.finish(self.kernel.step(x, cos, sin, self.cache.data, *self.cache.last_places()))
+        return self._logits(self._through_layers(x, cos, sin, self._attend_to_cache()))
+
+    def _attend_to_cache(self) -> Attend:
+        """Attention of one new token of each text."""
+        slots = self.cache.last_column()
         visible = {window: self.cache.visible(window) for window in self.windows}
         masks = {window: self.cache.mask(window) for window in self.windows}
-        cos, sin = rotary_angles(self.model, self.cache.positions()[None])
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             block = self.backbone.blocks[layer]
@@ -168,7 +187,7 @@ class CachedDecoder:
             )
             return out.reshape(texts, -1)
 
-        return self._logits(self._through_layers(self.model.base_model.embed_tokens(tokens), cos, sin, attend))
+        return attend
 
     def keep(self, texts: Sequence[int]) -> None:
         """Go on with these texts only, in this order."""
@@ -180,86 +199,60 @@ class CachedDecoder:
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        normed = self.model.base_model.norm(x)
-        with _without_onednn() if x.shape[0] == 1 else nullcontext():
-            return self.head.logits(normed)
-
-
-@contextmanager
-def _without_onednn() -> Iterator[None]:
-    """oneDNN takes a bf16 matrix times one row at half the speed of PyTorch's own product."""
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property that torch's stubs do not know
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
+        if self.kernel and len(x) <= FEW_ROWS:
+            return self.head.finish(self.kernel.logits(x))
+        return self.head.logits(self.model.base_model.norm(x))
 
 
 class _Layer:
-    """The forward of one decoder block on rows whose attention is the caller's."""
+    """The forward of one decoder block, op by op, on rows whose attention is the caller's.
 
-    def __init__(self, block: DecoderBlock, dtype: torch.dtype):
+    Args:
+        block: whose products many rows go through.
+        described: the same, as few rows see it.
+    """
+
+    def __init__(self, block: DecoderBlock, described: DecoderLayer):
         self.block = block
-        projections = (block.qkv, block.o, block.gate_up, block.down)
-        self.few_rows: list[Product] = [FewRowsProduct(projection, dtype) for projection in projections]
-        self.many_rows: list[Product] = [partial(_many_rows_product, projection) for projection in projections]
-        self.rms_norm, self.rope, self.swiglu = (_body(op, dtype) for op in ("rms_norm_out", "rope_", "swiglu_out"))
+        few = (described.qkv, described.o, described.gate_up, described.down)
+        many = (block.qkv, block.o, block.gate_up, block.down)
+        self.few_rows: list[Product] = [partial(_few_rows_product, linears) for linears in few]
+        self.many_rows: list[Product] = [partial(_many_rows_product, projection) for projection in many]
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
         block = self.block
         qkv, o, gate_up, down = self.few_rows if x.shape[0] <= FEW_ROWS else self.many_rows
-        heads = qkv(self._norm(block.input_norm, x)).view(x.shape[0], -1, block.head_dim)
+        heads = qkv(_norm(block.input_norm, x)).view(x.shape[0], -1, block.head_dim)
         rotated = heads[:, : block.num_heads + block.num_kv_heads]
         if block.q_norm is not None:
-            self._norm(block.q_norm, rotated[:, : block.num_heads], in_place=True)
-            self._norm(block.k_norm, rotated[:, block.num_heads :], in_place=True)
-        self.rope(rotated, cos, sin, False)
+            queries, keys = rotated.split([block.num_heads, block.num_kv_heads], dim=1)
+            _norm(block.q_norm, queries, out=queries)
+            _norm(block.k_norm, keys, out=keys)
+        block_ops.rope_(rotated, cos, sin)
         x = x + o(attend(heads))
-        gate, up = gate_up(self._norm(block.mlp_norm, x)).chunk(2, dim=1)
-        act = torch.empty(gate.shape, dtype=gate.dtype)
-        self.swiglu(gate, up, act)
-        return x + down(act)
-
-    def _norm(self, norm: Any, x: Tensor, in_place: bool = False) -> Tensor:
-        out = x if in_place else torch.empty_like(x)
-        self.rms_norm(x, norm.weight, norm.variance_epsilon, 0.0, out)
-        return out
+        gate, up = gate_up(_norm(block.mlp_norm, x)).chunk(2, dim=1)
+        return x + down(block_ops.swiglu(gate, up))
 
 
-class FewRowsProduct:
-    """A projection for up to FEW_ROWS rows: packed weights are multiplied as they lie.
+def _norm(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+    return block_ops.rms_norm(x, norm.weight, norm.variance_epsilon, out=out)[0]
 
-    Args:
-        projection: linear layers of one input; adapters count if they are enabled now.
-        dtype: of the rows.
-    """
 
-    def __init__(self, projection: Projection, dtype: torch.dtype):
-        self.products = [_weight_product(linear, dtype) for linear in projection.linears]
-        biases = [linear.bias for linear in projection.linears]
-        self.biases = [None if bias is None else bias.detach().to(dtype) for bias in biases]
-        adapters = [adapter if adapter and adapter.enabled else None for adapter in projection.adapters]
-        present = [adapter for adapter in adapters if adapter]
-        # The scaling goes into A, which is copied anyway; B is the adapter's own.
-        scaled = [adapter.lora_A.detach() * adapter.scaling for adapter in present]
-        self.a = torch.cat(scaled) if scaled else None
-        self.ranks = [adapter.rank for adapter in present]
-        self.b = [adapter.lora_B.detach() if adapter else None for adapter in adapters]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(T, in) -> (T, out)."""
-        parts = [product(x) for product in self.products]
-        for part, bias in zip(parts, self.biases, strict=True):
-            if bias is not None:
-                part += bias
-        if self.a is not None:
-            low_rank = iter(torch.split_with_sizes(F.linear(x.float(), self.a), self.ranks, dim=1))  # (T, r) of each
-            for part, b in zip(parts, self.b, strict=True):
-                if b is not None:
-                    part += F.linear(next(low_rank), b)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def _few_rows_product(linears: Sequence[DecoderLinear], x: Tensor) -> Tensor:
+    """(T, in) -> (T, Σ out); packed weights are multiplied as they lie."""
+    parts = []
+    for each in linears:
+        if isinstance(each.weight, QuantizedTensor):
+            part = block_ops.gemv_4bit(x, each.weight)
+        else:
+            part = F.linear(x, each.weight.to(x.dtype))
+        if each.bias is not None:
+            part += each.bias.to(x.dtype)
+        if each.a is not None and each.b is not None:
+            part += F.linear(F.linear(x.float(), each.a), each.b)
+        parts.append(part)
+    return torch.cat(parts, dim=1)
 
 
 def _many_rows_product(projection: Projection, x: Tensor) -> Tensor:
@@ -269,16 +262,49 @@ def _many_rows_product(projection: Projection, x: Tensor) -> Tensor:
     return projection.forward(x, projection.low_rank(x) if enabled else None)
 
 
-def _weight_product(linear: Any, dtype: torch.dtype) -> Product:
-    """x -> x · Wᵀ for a few rows, with all but x bound."""
-    if not isinstance(linear, QuantizedLinear):
-        weight = linear.weight.detach().to(dtype)
-        return partial(F.linear, weight=weight)
-    q = linear.quantized()
-    gemv, spec = _body("gemv_4bit", dtype), q.spec
-    return lambda x: gemv(x, q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
+# ---- what the kernel is told ---------------------------------------------------------------------
 
 
-def _body(op: str, dtype: torch.dtype) -> registry.Body:
-    """What runs an op on CPU rows of `dtype`."""
-    return registry.body(op, "cpu", args=(torch.empty(0, dtype=dtype),))
+def _kernel(layers: Sequence[DecoderLayer], norm: Any, head: LossHead) -> DecoderKernel | None:
+    """The kernel for few rows, where it knows how to multiply every weight."""
+    dtype = norm.weight.dtype  # of keys and values
+    every = [linear.weight for layer in layers for linear in (*layer.qkv, *layer.o, *layer.gate_up, *layer.down)]
+    kinds = {each.spec if isinstance(each, QuantizedTensor) else each.dtype: each for each in (head.weight, *every)}
+    if not all(decode_cpu.can_multiply(weight, dtype) for weight in kinds.values()):
+        return None
+    return DecoderKernel(layers, _describe_norm(norm), DecoderLinear(head.weight, None), dtype)
+
+
+def _describe(block: DecoderBlock) -> DecoderLayer:
+    """A block as it is now: an adapter counts if it is enabled now."""
+
+    def linears(projection: Projection) -> list[DecoderLinear]:
+        return [_describe_linear(*each) for each in zip(projection.linears, projection.adapters, strict=True)]
+
+    return DecoderLayer(
+        qkv=linears(block.qkv),
+        o=linears(block.o),
+        gate_up=linears(block.gate_up),
+        down=linears(block.down),
+        input_norm=_describe_norm(block.input_norm),
+        mlp_norm=_describe_norm(block.mlp_norm),
+        q_norm=None if block.q_norm is None else _describe_norm(block.q_norm),
+        k_norm=None if block.k_norm is None else _describe_norm(block.k_norm),
+        num_heads=block.num_heads,
+        num_kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        window=block.window,
+        scale=block.scale,
+    )
+
+
+def _describe_linear(linear: Any, adapter: LoraLinear | None) -> DecoderLinear:
+    weight = linear.quantized() if isinstance(linear, QuantizedLinear) else linear.weight.detach()
+    bias = None if linear.bias is None else linear.bias.detach()
+    if adapter is None or not adapter.enabled:
+        return DecoderLinear(weight, bias)
+    return DecoderLinear(weight, bias, adapter.lora_A.detach() * adapter.scaling, adapter.lora_B.detach())
+
+
+def _describe_norm(norm: Any) -> DecoderNorm:
+    return DecoderNorm(norm.weight.detach(), norm.variance_epsilon)

@@ -84,13 +84,17 @@ class LossHead:
         Args:
             out: where the product goes, `(N, vocabulary)` in the dtype of `hidden`; a fresh tensor where None.
         """
-        logits = hidden.new_empty(len(hidden), self.weight.shape[0]) if out is None else out
+        product = hidden.new_empty(len(hidden), self.weight.shape[0]) if out is None else out
         panels = self._panels(hidden.dtype)
-        for panel, columns in zip(panels, logits.split(panels[0].shape[0], dim=1), strict=True):
+        for panel, columns in zip(panels, product.split(panels[0].shape[0], dim=1), strict=True):
             torch.mm(hidden, panel.to(hidden.dtype).T, out=columns)
+        return self.finish(product)
+
+    def finish(self, product: Tensor) -> Tensor:
+        """Logits from hidden · Wᵀ, which is overwritten where it is fp32."""
         if self._is_plain:
-            return logits
-        logits = logits.float()
+            return product
+        logits = product.float()
         if self.bias is not None:
             logits += self.bias.float()
         logits *= self.scale

@@ -5,8 +5,9 @@
 //
 // A row is (outer, inner): x + outer * stride + inner * width, so that the heads inside a fused q/k/v buffer are rows
 // too. Each row is read twice, the second time from the cache: memory sets the pace.
+#include "rms_norm.h"
+
 #include "dispatch.h"
-#include "vec.h"
 
 namespace nybble::NYBBLE_ISA {
 
@@ -15,18 +16,9 @@ static void forward_rows(const T* x, int64_t x_stride, const W* weight, float we
                          int64_t inner, int64_t width, T* y, int64_t y_stride, float* rstd) {
 #pragma omp parallel for schedule(static) if (outer * inner * width > 16384)
     for (int64_t row = 0; row < outer * inner; ++row) {
-        const T* from = x + row / inner * x_stride + row % inner * width;
-        T* to = y + row / inner * y_stride + row % inner * width;
-        F32 squares = {};
-        for (int64_t i = 0; i < width; i += kLanes) {
-            const F32 v = load_up_to(from + i, width - i);
-            squares = fma(v, v, squares);
-        }
-        rstd[row] = 1.0f / __builtin_sqrtf(sum(squares) / float(width) + eps);
-        for (int64_t i = 0; i < width; i += kLanes) {
-            const F32 gain = load_up_to(weight + i, width - i) + weight_offset;
-            store_up_to(to + i, load_up_to(from + i, width - i) * rstd[row] * gain, width - i);
-        }
+        const int64_t offset = row % inner * width;
+        rstd[row] = rms_norm_row(x + row / inner * x_stride + offset, weight, weight_offset, eps, width,
+                                 y + row / inner * y_stride + offset);
     }
 }
 

@@ -1,8 +1,9 @@
 // Rotary position embedding (Su et al. 2021, arXiv 2104.09864), in place, in Hugging Face's half-rotation layout:
 // with a = x[i] and b = x[i + R/2] for i < R/2, (a, b) -> (a cos - b sin, b cos + a sin); elements from R on stay.
 // The backward is the transposed rotation, (a, b) -> (a cos + b sin, b cos - a sin), whatever cos and sin hold.
+#include "rope.h"
+
 #include "dispatch.h"
-#include "vec.h"
 
 namespace nybble::NYBBLE_ISA {
 
@@ -11,17 +12,8 @@ static void rotate(T* x, int64_t tokens, int64_t stride, int64_t heads, int64_t 
                    const float* sin, int64_t half, float direction) {
 #pragma omp parallel for schedule(static) if (tokens * heads * head_dim > 16384)
     for (int64_t token = 0; token < tokens; ++token) {
-        const float *c = cos + token * half, *s = sin + token * half;
-        for (int64_t head = 0; head < heads; ++head) {
-            T* first = x + token * stride + head * head_dim;
-            T* second = first + half;
-            for (int64_t i = 0; i < half; i += kLanes) {
-                const F32 cosine = load_up_to(c + i, half - i), sine = load_up_to(s + i, half - i) * direction;
-                const F32 a = load_up_to(first + i, half - i), b = load_up_to(second + i, half - i);
-                store_up_to(first + i, fma(a, cosine, -(b * sine)), half - i);
-                store_up_to(second + i, fma(b, cosine, a * sine), half - i);
-            }
-        }
+        for (int64_t head = 0; head < heads; ++head)
+            rotate_head(x + token * stride + head * head_dim, cos + token * half, sin + token * half, half, direction);
     }
 }
 

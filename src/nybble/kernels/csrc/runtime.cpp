@@ -35,7 +35,7 @@ Isa current_isa() { return Isa(chosen_isa().load(std::memory_order_relaxed)); }
 extern "C" {
 
 // Raised whenever a signature changes; kernels/cpu.py refuses a library of another number.
-NYBBLE_EXPORT int nybble_cpu_abi() { return 1; }
+NYBBLE_EXPORT int nybble_cpu_abi() { return 2; }
 
 NYBBLE_EXPORT int nybble_cpu_best_isa() { return nybble::best_isa(); }
 NYBBLE_EXPORT int nybble_cpu_isa() { return nybble::current_isa(); }

@@ -3,26 +3,18 @@
 //     s = sigmoid(gate):   dgate = dact * up * s * (1 + gate * (1 - s)),   dup = dact * gate * s
 //
 // Rows may lie apart (gate and up are often halves of one buffer), and every output may be any of the inputs.
+#include "swiglu.h"
+
 #include "dispatch.h"
-#include "vec.h"
 
 namespace nybble::NYBBLE_ISA {
-
-// Kept to where 1 + e^-v is finite; beyond, sigmoid(v) is less than 1e-37.
-static F32 sigmoid(F32 v) { return reciprocal(1.0f + exp(min(splat(87.0f), -v))); }
 
 template <typename T>
 static void forward_rows(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows,
                          int64_t width, T* act, int64_t act_stride) {
 #pragma omp parallel for schedule(static) if (rows * width > 16384)
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = 0; i < width; i += kLanes) {
-            const int64_t left = width - i;
-            const F32 g = load_up_to(gate + row * gate_stride + i, left);
-            const F32 u = load_up_to(up + row * up_stride + i, left);
-            store_up_to(act + row * act_stride + i, g * sigmoid(g) * u, left);
-        }
-    }
+    for (int64_t row = 0; row < rows; ++row)
+        swiglu_row(gate + row * gate_stride, up + row * up_stride, width, act + row * act_stride);
 }
 
 template <typename T>

@@ -1,0 +1,410 @@
+// All decoder layers and the head for up to 8 rows, each the next token of a text: one call and one parallel region.
+//
+//     heads = qkv(rms_norm(x))      head norms, rope, keys and values into the cache
+//     x += o(attention)             each row over the columns of its text, up to its own
+//     x += down(silu(gate) * up)    gate, up = gate_up(rms_norm(x))
+//     logits = head(rms_norm(x))
+//
+// A product reads each weight once for all rows, so memory sets the pace as long as nothing else does: with a parallel
+// region for each product of a small model, threads spent as long at the regions' ends as on the weights. Here all
+// threads walk through the layers together and meet at barriers. Between products all rows are fp32, and only keys and
+// values are rounded, to the cache's type; four-bit products run in that type (gemv.h), dense ones and adapters in fp32.
+//
+// The structs below are filled by kernels/decode_cpu.py, once a model but for Step.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "dispatch.h"
+#include "gemv.h"
+#include "rms_norm.h"
+#include "rope.h"
+#include "swiglu.h"
+
+namespace nybble::NYBBLE_ISA {
+
+// A frozen weight [out_features, in], packed or dense, with what is added to its product.
+struct Linear {
+    int64_t out_features;
+    PackedMatrix packed;  // where packed.packed is not null, else
+    const void* dense;
+    int64_t dense_dtype;
+    const float* bias;  // [out_features], or null
+    int64_t rank;       // of its adapter, 0 without one
+    const float* b;     // [rank, out_features]
+};
+
+// Linears that read the same rows, their results side by side.
+struct Projection {
+    int64_t in, num_linears, ranks;
+    const Linear* linears;
+    const float* a;  // [ranks, in], scaled
+};
+
+struct Norm {
+    const float* weight;  // or null: no norm
+    float eps;
+};
+
+struct Layer {
+    Projection qkv, o, gate_up, down;
+    Norm input_norm, mlp_norm, q_norm, k_norm;
+    int64_t heads, kv_heads, head_dim, window;  // window 0: all columns
+    float scale;
+};
+
+struct Head {
+    Norm norm;
+    Projection projection;
+};
+
+struct Step {
+    int64_t rows;
+    float* x;                                // [rows, hidden], overwritten
+    const float *cos, *sin;                  // [rows, half]
+    int64_t half;
+    void* cache;                             // [layers, 2, texts, kv_heads, capacity, head_dim]
+    int64_t cache_dtype, texts, capacity;
+    const int64_t *text, *column, *start;    // [rows]: a row's text, its column, and its text's first column
+    float* logits;                           // [rows, vocabulary]
+};
+
+// Which part of the work a thread of the parallel region does.
+struct Team {
+    int64_t thread, threads;
+
+    int64_t begin(int64_t count) const { return count * thread / threads; }
+    int64_t end(int64_t count) const { return count * (thread + 1) / threads; }
+    void meet() const {
+#pragma omp barrier
+    }
+};
+
+// Buffers that the threads share, in one piece of memory.
+struct Buffers {
+    float *normed, *heads, *mixed, *gate_up, *act, *low_rank;  // [rows, ...]
+    float* scores;                                             // [threads, columns]
+    void* arranged;                                            // of FewRows
+    int64_t columns;
+};
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static int64_t width_of(const Projection& p) {
+    int64_t width = 0;
+    for (int64_t i = 0; i < p.num_linears; ++i) width += p.linears[i].out_features;
+    return width;
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+// Rows first .. first + count - 1 of a dense W against kRows rows of x; result [kRows, kLanes]. One row after the other,
+// since memory gives one stream twice as fast as four.
+template <typename W, int kRows>
+static void dense_rows(const W* w, int64_t in, int64_t first, int64_t count, const float* x, float* result) {
+    const int64_t whole = in - in % kLanes;
+    for (int64_t out = 0; out < count; ++out) {
+        const W* row = w + (first + out) * in;
+        F32 sums[kRows] = {};
+        for (int64_t i = 0; i < whole; i += kLanes) {
+            const F32 weights = load(row + i);
+            for (int r = 0; r < kRows; ++r) sums[r] = fma(weights, load(x + r * in + i), sums[r]);
+        }
+        for (int r = 0; whole < in && r < kRows; ++r)
+            sums[r] = fma(load(row + whole, int(in - whole)), load(x + r * in + whole, int(in - whole)), sums[r]);
+        for (int r = 0; r < kRows; ++r) result[r * kLanes + out] = sum(sums[r]);
+    }
+}
+
+template <typename W>
+static void dense_rows(const void* w, int64_t in, int64_t first, int64_t count, const float* x, int64_t rows,
+                       float* result) {
+    static constexpr decltype(&dense_rows<W, 1>) kByRows[kRowsAtOnce] = {
+        dense_rows<W, 1>, dense_rows<W, 2>, dense_rows<W, 3>, dense_rows<W, 4>,
+        dense_rows<W, 5>, dense_rows<W, 6>, dense_rows<W, 7>, dense_rows<W, 8>};
+    kByRows[rows - 1]((const W*)w, in, first, count, x, result);
+}
+
+static void dense_rows(int64_t dtype, const void* w, int64_t in, int64_t first, int64_t count, const float* x,
+                       int64_t rows, float* result) {
+    if (dtype == NYBBLE_F32) dense_rows<float>(w, in, first, count, x, rows, result);
+    if (dtype == NYBBLE_BF16) dense_rows<bf16>(w, in, first, count, x, rows, result);
+    if (dtype == NYBBLE_F16) dense_rows<fp16>(w, in, first, count, x, rows, result);
+}
+
+// z = x A^T of all adapters, [rows, ranks].
+static void low_rank(const Team& team, const Projection& p, const float* x, int64_t rows, float* z) {
+    constexpr int64_t kUnit = 4;
+    const int64_t units = (p.ranks + kUnit - 1) / kUnit;
+    for (int64_t unit = team.begin(units); unit < team.end(units); ++unit) {
+        const int64_t first = unit * kUnit, count = p.ranks - first < kUnit ? p.ranks - first : kUnit;
+        float result[kRowsAtOnce * kLanes];
+        dense_rows<float>(p.a, p.in, first, count, x, rows, result);
+        for (int64_t row = 0; row < rows; ++row)
+            memcpy(z + row * p.ranks + first, result + row * kLanes, size_t(count) * sizeof(float));
+    }
+}
+
+// What is written of a product: y = or += product + bias + z B^T.
+struct Output {
+    float* y;
+    int64_t stride, rows;
+    bool add;
+    const float* z;  // [rows, z_stride]
+    int64_t z_stride;
+
+    void write(const Linear& linear, int64_t first, const float* product) const {
+        const int64_t left = linear.out_features - first;
+        for (int64_t row = 0; row < rows; ++row) {
+            F32 v = load(product + row * kLanes);
+            if (linear.bias) v += load_up_to(linear.bias + first, left);
+            for (int64_t k = 0; k < linear.rank; ++k)
+                v = fma(splat(z[row * z_stride + k]), load_up_to(linear.b + k * linear.out_features + first, left), v);
+            float* to = y + row * stride + first;
+            if (add) v += load_up_to(to, left);
+            store_up_to(to, v, left);
+        }
+    }
+};
+
+// Outputs begin .. end - 1 of a linear, in units of kLanes.
+template <typename T>
+static void multiply(const Linear& linear, const FewRows<T, float>& x, int64_t begin, int64_t end, const Output& out) {
+    float result[kRowsAtOnce * kLanes] = {};
+    if (linear.packed.packed) {
+        PackedProduct<T, float> product(linear.packed, x);
+        for (int64_t first = begin; first < end; first += kLanes) {
+            for (int64_t i = 0; i < kLanes && first + i < end; ++i) {
+                float row[kRowsAtOnce];
+                product.row(first + i, row);
+                for (int64_t r = 0; r < x.rows; ++r) result[r * kLanes + i] = row[r];
+            }
+            out.write(linear, first, result);
+        }
+        return;
+    }
+    for (int64_t first = begin; first < end; first += kLanes) {
+        const int64_t count = end - first < kLanes ? end - first : kLanes;
+        dense_rows(linear.dense_dtype, linear.dense, x.in, first, count, x.x, x.rows, result);
+        out.write(linear, first, result);
+    }
+}
+
+// y [rows, Σ out_features] = or += the projection of x. Ends with a barrier.
+template <typename T>
+static void project(const Team& team, const Projection& p, const Buffers& buffers, const float* x, int64_t rows,
+                    float* y, bool add) {
+    const FewRows<T, float> operand(x, rows, p.in, buffers.arranged);
+    int64_t units = 0;
+    bool packed = false;
+    for (int64_t i = 0; i < p.num_linears; ++i) {
+        units += (p.linears[i].out_features + kLanes - 1) / kLanes;
+        packed |= p.linears[i].packed.packed != nullptr;
+    }
+    if (packed)
+        for (int64_t i = team.begin(operand.pieces()); i < team.end(operand.pieces()); ++i) operand.arrange(i);
+    low_rank(team, p, x, rows, buffers.low_rank);
+    if (packed || p.ranks) team.meet();
+
+    int64_t before = 0;  // units of the linears before this one
+    Output out{y, width_of(p), rows, add, buffers.low_rank, p.ranks};
+    for (int64_t i = 0; i < p.num_linears; ++i) {
+        const Linear& linear = p.linears[i];
+        const int64_t own = (linear.out_features + kLanes - 1) / kLanes;
+        const int64_t begin = larger(team.begin(units) - before, 0) * kLanes;
+        const int64_t end = (team.end(units) - before) * kLanes;
+        if (begin < linear.out_features && end > 0)
+            multiply<T>(linear, operand, begin, end < linear.out_features ? end : linear.out_features, out);
+        before += own;
+        out.y += linear.out_features;
+        out.z += linear.rank;
+    }
+    team.meet();
+}
+
+// ---- between the products ------------------------------------------------------------------------------------------
+
+static void norm_rows(const Team& team, const Norm& norm, const float* x, int64_t rows, int64_t width, float* y) {
+    for (int64_t row = team.begin(rows); row < team.end(rows); ++row)
+        rms_norm_row(x + row * width, norm.weight, 0.0f, norm.eps, width, y + row * width);
+    team.meet();
+}
+
+// Where keys (0) or values (1) of a text's head begin in the cache.
+template <typename T>
+static T* columns_of(const Step& s, const Layer& l, int64_t layer, int values, int64_t text, int64_t head) {
+    return (T*)s.cache + (((layer * 2 + values) * s.texts + text) * l.kv_heads + head) * s.capacity * l.head_dim;
+}
+
+// Norms and rotates heads, and puts keys and values into the cache.
+template <typename T>
+static void place_heads(const Team& team, const Layer& l, int64_t layer, const Step& s, float* heads) {
+    const int64_t all = l.heads + 2 * l.kv_heads;
+    for (int64_t task = team.begin(s.rows * all); task < team.end(s.rows * all); ++task) {
+        const int64_t row = task / all, head = task % all, kv_head = (head - l.heads) % l.kv_heads;
+        const bool is_query = head < l.heads, is_value = head >= l.heads + l.kv_heads;
+        float* x = heads + task * l.head_dim;
+        if (!is_value) {
+            const Norm& norm = is_query ? l.q_norm : l.k_norm;
+            if (norm.weight) rms_norm_row(x, norm.weight, 0.0f, norm.eps, l.head_dim, x);
+            rotate_head(x, s.cos + row * s.half, s.sin + row * s.half, s.half, 1.0f);
+        }
+        if (is_query) continue;
+        T* to = columns_of<T>(s, l, layer, is_value, s.text[row], kv_head) + s.column[row] * l.head_dim;
+        for (int64_t i = 0; i < l.head_dim; i += kLanes)
+            store_up_to(to + i, load_up_to(x + i, l.head_dim - i), l.head_dim - i);
+    }
+    team.meet();
+}
+
+// out = softmax(scale * q K^T) V for one head over `count` columns; `scores` has room for whole vectors of them.
+template <typename T>
+static void attend_head(const float* q, const T* keys, const T* values, int64_t count, int64_t head_dim, float scale,
+                        float* scores, float* out) {
+    F32 most = splat(-__builtin_inff());
+    for (int64_t column = 0; column < count; column += kLanes) {
+        F32 dots = splat(-__builtin_inff());  // beyond the last column: e^-inf = 0
+        for (int64_t j = 0; j < kLanes && column + j < count; ++j) {
+            const T* key = keys + (column + j) * head_dim;
+            F32 products = {};
+            for (int64_t i = 0; i < head_dim; i += kLanes)
+                products = fma(load_up_to(q + i, head_dim - i), load_up_to(key + i, head_dim - i), products);
+            dots[j] = sum(products) * scale;
+        }
+        store(scores + column, dots);
+        most = max(most, dots);
+    }
+    const F32 shift = splat(largest(most));
+    F32 total = {};
+    for (int64_t column = 0; column < count; column += kLanes) {
+        const F32 weight = exp(load(scores + column) - shift);
+        store(scores + column, weight);
+        total += weight;
+    }
+    const float normalizer = 1.0f / sum(total);
+    constexpr int64_t kSums = 4;
+    for (int64_t first = 0; first < head_dim; first += kSums * kLanes) {
+        F32 sums[kSums] = {};
+        for (int64_t column = 0; column < count; ++column) {
+            const F32 weight = splat(scores[column]);
+            const T* value = values + column * head_dim + first;
+            for (int64_t j = 0, left = head_dim - first; j < kSums && left > 0; ++j, left -= kLanes)
+                sums[j] = fma(weight, load_up_to(value + j * kLanes, left), sums[j]);
+        }
+        for (int64_t j = 0, left = head_dim - first; j < kSums && left > 0; ++j, left -= kLanes)
+            store_up_to(out + first + j * kLanes, sums[j] * normalizer, left);
+    }
+}
+
+template <typename T>
+static void attend(const Team& team, const Layer& l, int64_t layer, const Step& s, const Buffers& buffers) {
+    for (int64_t task = team.begin(s.rows * l.heads); task < team.end(s.rows * l.heads); ++task) {
+        const int64_t row = task / l.heads, head = task % l.heads, kv_head = head / (l.heads / l.kv_heads);
+        const int64_t text = s.text[row], end = s.column[row] + 1;
+        const int64_t begin = l.window ? larger(s.start[row], end - l.window) : s.start[row];
+        attend_head(buffers.heads + (row * (l.heads + 2 * l.kv_heads) + head) * l.head_dim,
+                    columns_of<T>(s, l, layer, 0, text, kv_head) + begin * l.head_dim,
+                    columns_of<T>(s, l, layer, 1, text, kv_head) + begin * l.head_dim, end - begin, l.head_dim, l.scale,
+                    buffers.scores + team.thread * buffers.columns, buffers.mixed + task * l.head_dim);
+    }
+    team.meet();
+}
+
+// act = silu(gate) * up, [rows, f] from [rows, 2 f]; the columns are shared out.
+static void activate(const Team& team, int64_t rows, int64_t width, const float* gate_up, float* act) {
+    const int64_t units = (width + kLanes - 1) / kLanes, begin = team.begin(units) * kLanes;
+    const int64_t end = team.end(units) * kLanes < width ? team.end(units) * kLanes : width;
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* gate = gate_up + row * 2 * width;
+        swiglu_row(gate + begin, gate + width + begin, end - begin, act + row * width + begin);
+    }
+    team.meet();
+}
+
+template <typename T>
+static void through_layer(const Team& team, const Layer& l, int64_t layer, const Step& s, const Buffers& b) {
+    const int64_t rows = s.rows, hidden = l.qkv.in;
+    norm_rows(team, l.input_norm, s.x, rows, hidden, b.normed);
+    project<T>(team, l.qkv, b, b.normed, rows, b.heads, false);
+    place_heads<T>(team, l, layer, s, b.heads);
+    attend<T>(team, l, layer, s, b);
+    project<T>(team, l.o, b, b.mixed, rows, s.x, true);
+    norm_rows(team, l.mlp_norm, s.x, rows, hidden, b.normed);
+    project<T>(team, l.gate_up, b, b.normed, rows, b.gate_up, false);
+    activate(team, rows, l.down.in, b.gate_up, b.act);
+    project<T>(team, l.down, b, b.act, rows, s.x, true);
+}
+
+// ---- the whole step ------------------------------------------------------------------------------------------------
+
+// Memory for the largest layer, in whole cache lines; a null `memory` only counts.
+template <typename T>
+static size_t lay_out(Buffers& b, const Layer* layers, int64_t num_layers, const Head& head, const Step& s,
+                      int64_t threads, char* memory) {
+    int64_t hidden = head.projection.in, heads = 0, mixed = 0, gate_up = 0, act = 0, ranks = head.projection.ranks;
+    size_t arranged = FewRows<T, float>::bytes(s.rows, hidden);
+    for (int64_t i = 0; i < num_layers; ++i) {
+        const Layer& l = layers[i];
+        heads = larger(heads, width_of(l.qkv)), mixed = larger(mixed, l.o.in);
+        gate_up = larger(gate_up, width_of(l.gate_up)), act = larger(act, l.down.in);
+        const Projection* projections[] = {&l.qkv, &l.o, &l.gate_up, &l.down};
+        for (const Projection* p : projections) {
+            const size_t bytes = FewRows<T, float>::bytes(s.rows, p->in);
+            arranged = bytes > arranged ? bytes : arranged;
+            ranks = larger(ranks, p->ranks);
+        }
+    }
+    b.columns = (s.capacity + kLanes - 1) / kLanes * kLanes;
+    size_t used = 0;
+    auto take = [&](size_t bytes) {
+        char* at = memory ? memory + used : nullptr;
+        used += (bytes + 63) / 64 * 64;
+        return at;
+    };
+    const size_t row = size_t(s.rows) * sizeof(float);
+    b.normed = (float*)take(row * size_t(hidden));
+    b.heads = (float*)take(row * size_t(heads));
+    b.mixed = (float*)take(row * size_t(mixed));
+    b.gate_up = (float*)take(row * size_t(gate_up));
+    b.act = (float*)take(row * size_t(act));
+    b.low_rank = (float*)take(row * size_t(ranks));
+    b.scores = (float*)take(size_t(threads * b.columns) * sizeof(float));
+    b.arranged = take(arranged);
+    return used;
+}
+
+template <typename T>
+static void through_all(const Layer* layers, int64_t num_layers, const Head& head, const Step& s) {
+    Buffers buffers;
+#ifdef _OPENMP
+    const int64_t most_threads = omp_get_max_threads();
+#else
+    const int64_t most_threads = 1;
+#endif
+    char* memory = (char*)aligned_alloc(64, lay_out<T>(buffers, layers, num_layers, head, s, most_threads, nullptr));
+    lay_out<T>(buffers, layers, num_layers, head, s, most_threads, memory);
+#pragma omp parallel
+    {
+#ifdef _OPENMP
+        const Team team{omp_get_thread_num(), omp_get_num_threads()};
+#else
+        const Team team{0, 1};
+#endif
+        for (int64_t i = 0; i < num_layers; ++i) through_layer<T>(team, layers[i], i, s, buffers);
+        norm_rows(team, head.norm, s.x, s.rows, head.projection.in, buffers.normed);
+        project<T>(team, head.projection, buffers, buffers.normed, s.rows, s.logits, false);
+    }
+    free(memory);
+}
+
+// `layers` Layer[num_layers], of which there may be none, `head` Head, `step` Step of at most 8 rows.
+void decode(const void* layers, int64_t num_layers, const void* head, const void* step) {
+    const Step& s = *(const Step*)step;
+    if (s.cache_dtype == NYBBLE_F32) through_all<float>((const Layer*)layers, num_layers, *(const Head*)head, s);
+    if (s.cache_dtype == NYBBLE_BF16) through_all<bf16>((const Layer*)layers, num_layers, *(const Head*)head, s);
+}
+
+}  // namespace nybble::NYBBLE_ISA
+
+NYBBLE_ENTRY(decode, (const void* layers, int64_t num_layers, const void* head, const void* step),
+             (layers, num_layers, head, step))

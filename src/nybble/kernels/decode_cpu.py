@@ -1,0 +1,248 @@
+"""All decoder layers and the head on a few rows in one call of csrc/decode.cpp.
+
+What does not change from token to token is handed over once: a `DecoderKernel` holds the structs that the kernel reads,
+and every tensor that they point into. Its twin in plain PyTorch is the op-by-op step of layers/decoding.py.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.kernels import registry
+from nybble.kernels.block_cpu import codebook_for_bf16
+from nybble.kernels.cpu import DTYPES, FLOAT, INT64, POINTER, function, pointer, scale_pointers
+
+MAX_ROWS = 8  # kRowsAtOnce of csrc/gemv.h
+
+_decode = function("decode", POINTER, INT64, POINTER, POINTER)
+
+
+# ---- what a model is made of ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecoderLinear:
+    """A frozen linear layer and its adapter.
+
+    Args:
+        weight: `(out, in)`, in four bits or dense.
+        bias: `(out)` or None.
+        a, b: of the adapter, `(r, in)` with the scaling in it and `(out, r)`; None without one.
+    """
+
+    weight: QuantizedTensor | Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderNorm:
+    """An RMSNorm: its weight, and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer of the Llama family; each projection is the linears that read the same rows.
+
+    Args:
+        q_norm, k_norm: of each head, or None.
+        window: columns that a token attends to, its own included; 0 for all.
+    """
+
+    qkv: Sequence[DecoderLinear]
+    o: Sequence[DecoderLinear]
+    gate_up: Sequence[DecoderLinear]
+    down: Sequence[DecoderLinear]
+    input_norm: DecoderNorm
+    mlp_norm: DecoderNorm
+    q_norm: DecoderNorm | None
+    k_norm: DecoderNorm | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    scale: float
+
+
+def can_multiply(weight: QuantizedTensor | Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel multiplies `weight` by rows of `dtype`: where the C++ body of `gemv_4bit` would."""
+    arguments: tuple[object, ...] = (torch.empty(0, dtype=dtype),)
+    if isinstance(weight, QuantizedTensor):
+        q, spec = weight, weight.spec
+        arguments += (q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
+    return registry.backend_of("gemv_4bit", "cpu", args=arguments) == "cpp"
+
+
+# ---- the structs of csrc/decode.cpp, field by field ----------------------------------------------
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("out_features", INT64),
+        *((name, INT64) for name in ("in_features", "block_size")),
+        *((name, POINTER) for name in ("packed", "absmax", "codes", "code_values", "absmax2", "offset", "zero_points")),
+        ("codebook", POINTER),
+        ("factor", FLOAT),
+        ("dense", POINTER),
+        ("dense_dtype", INT64),
+        ("bias", POINTER),
+        ("rank", INT64),
+        ("b", POINTER),
+    )
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("in_features", INT64),
+        ("num_linears", INT64),
+        ("ranks", INT64),
+        ("linears", ctypes.POINTER(_Linear)),
+        ("a", POINTER),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", POINTER), ("eps", FLOAT))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Projection) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, _Norm) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, INT64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
+        ("scale", FLOAT),
+    )
+
+
+class _Head(ctypes.Structure):
+    _fields_ = (("norm", _Norm), ("projection", _Projection))
+
+
+class _Step(ctypes.Structure):
+    _fields_ = (
+        ("rows", INT64),
+        *((name, POINTER) for name in ("x", "cos", "sin")),
+        ("half", INT64),
+        ("cache", POINTER),
+        *((name, INT64) for name in ("cache_dtype", "texts", "capacity")),
+        *((name, POINTER) for name in ("text", "column", "start", "logits")),
+    )
+
+
+# ---- the kernel ----------------------------------------------------------------------------------
+
+
+class DecoderKernel:
+    """A model as the kernel reads it.
+
+    Args:
+        layers: from the first to the last.
+        norm, head: what comes after them.
+        dtype: of keys and values, and of four-bit products where the CPU multiplies it.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], norm: DecoderNorm, head: DecoderLinear, dtype: torch.dtype):
+        self._kept: list[object] = []  # what the structs point into
+        self.dtype = dtype
+        self._num_layers = len(layers)
+        self._layers = (_Layer * len(layers))(*map(self._layer, layers))
+        self._head = _Head(self._norm(norm), self._projection([head]))
+        self._vocabulary, self._hidden = head.weight.shape
+
+    def step(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
+    ) -> Tensor:
+        """Through all layers; keys and values of the rows are written into the cache.
+
+        Args:
+            x: `(rows, hidden)`, embeddings of up to MAX_ROWS tokens.
+            cos, sin: fp32 `(rows, rotary_dim / 2)`.
+            cache: `(layers, 2, texts, kv_heads, capacity, head_dim)`, keys before values.
+            texts, columns, starts: int64 `(rows)`: each token's text, its column in the cache, and the first
+                column of its text. A token attends to its text's columns up to its own.
+
+        Returns:
+            Logits, fp32 `(rows, vocabulary)`.
+        """
+        num_layers, _, num_texts, num_kv_heads, capacity, head_dim = cache.shape
+        layer = self._layers[0]
+        assert cache.dtype == self.dtype and cache.is_contiguous()
+        assert (num_layers, num_kv_heads, head_dim) == (self._num_layers, layer.num_kv_heads, layer.head_dim)
+        assert cos.shape == sin.shape and len(cos) == len(x) and 2 * cos.shape[1] <= head_dim
+        assert all(each.dtype == torch.int64 and each.shape == x.shape[:1] for each in (texts, columns, starts))
+        where = [each.contiguous() for each in (cos, sin, texts, columns, starts)]
+        cos, sin, texts, columns, starts = where
+        return self._run(
+            self._num_layers, x, cos=pointer(cos), sin=pointer(sin), half=cos.shape[1], cache=pointer(cache),
+            texts=num_texts, capacity=capacity, text=pointer(texts), column=pointer(columns), start=pointer(starts),
+        )  # fmt: skip
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Only the last norm and the head: `(rows, hidden)`, up to MAX_ROWS of them, to fp32 `(rows, vocabulary)`."""
+        return self._run(0, x)
+
+    def _run(self, num_layers: int, x: Tensor, **fields: int | None) -> Tensor:
+        assert 0 < len(x) <= MAX_ROWS and x.shape[1] == self._hidden, x.shape
+        rows = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # the kernel writes into them
+        logits = torch.empty(len(x), self._vocabulary)
+        step = _Step(
+            rows=len(x), x=pointer(rows), cache_dtype=DTYPES[self.dtype], logits=pointer(logits), **fields
+        )  # fmt: skip
+        _decode(ctypes.addressof(self._layers), num_layers, ctypes.addressof(self._head), ctypes.addressof(step))
+        return logits
+
+    def _layer(self, layer: DecoderLayer) -> _Layer:
+        return _Layer(
+            *map(self._projection, (layer.qkv, layer.o, layer.gate_up, layer.down)),
+            *map(self._norm, (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
+            layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window, layer.scale,
+        )  # fmt: skip
+
+    def _norm(self, norm: DecoderNorm | None) -> _Norm:
+        return _Norm(None, 0.0) if norm is None else _Norm(self._fp32(norm.weight), norm.eps)
+
+    def _projection(self, linears: Sequence[DecoderLinear]) -> _Projection:
+        structs = (_Linear * len(linears))(*map(self._linear, linears))
+        self._kept.append(structs)
+        a = [linear.a for linear in linears if linear.a is not None]
+        ranks = sum(map(len, a))
+        return _Projection(
+            linears[0].weight.shape[1], len(linears), ranks, structs, self._fp32(torch.cat(a)) if a else None
+        )
+
+    def _linear(self, linear: DecoderLinear) -> _Linear:
+        weight = linear.weight
+        struct = _Linear(out_features=weight.shape[0])
+        if isinstance(weight, QuantizedTensor):
+            struct.in_features, struct.block_size = weight.shape[1], weight.spec.block_size
+            struct.packed = self._keep(weight.packed)
+            spec = weight.spec
+            (struct.absmax, struct.codes, struct.code_values, struct.absmax2, struct.offset, struct.zero_points) = (
+                scale_pointers(weight.scales, spec.format, spec.block_size, spec.double_quant, weight.numel)
+            )
+            self._keep(weight.scales)
+            codebook, struct.factor = codebook_for_bf16(spec.format)
+            struct.codebook = self._keep(codebook)
+        else:
+            struct.dense, struct.dense_dtype = self._keep(weight), DTYPES[weight.dtype]
+        if linear.bias is not None:
+            struct.bias = self._fp32(linear.bias)
+        if linear.b is not None:
+            struct.rank, struct.b = linear.b.shape[1], self._fp32(linear.b.T)
+        return struct
+
+    def _fp32(self, tensor: Tensor) -> int | None:
+        return self._keep(tensor.detach().float().contiguous())
+
+    def _keep(self, tensor: Tensor) -> int | None:
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return pointer(tensor)

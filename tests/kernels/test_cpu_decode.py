@@ -1,0 +1,210 @@
+"""The kernel of a whole decoding step against the formulas in fp64, on every instruction set.
+
+Fresh tensors start as NaN, and so does every column of the cache that a text does not have.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.kernels import cpu, ops, registry
+from nybble.kernels.decode_cpu import MAX_ROWS, DecoderKernel, DecoderLayer, DecoderLinear, DecoderNorm, can_multiply
+
+pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+ISAS = cpu.supported_isas() if cpu.why_unavailable() is None else ()
+# Of the logits' norm; bf16: keys, values and what enters a product are rounded, some ten times in two layers.
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
+VOCABULARY, CAPACITY, LAYERS = 37, 21, 2
+
+
+@pytest.fixture(params=ISAS, autouse=True)
+def isa(request):
+    with cpu.use_isa(request.param), registry.use("cpp"):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_tensors_are_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Random:
+    def __init__(self, seed: int = 0):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape, std=1.0, mean=0.0):
+        return torch.randn(shape, generator=self.generator) * std + mean
+
+    def linear(self, out, width, weight, bias=False, rank=0):
+        """`weight`: a QuantSpec, or the dtype of a dense one."""
+        dense = self.normal(out, width, std=width**-0.5)
+        return DecoderLinear(
+            ops.quantize(dense, weight) if isinstance(weight, QuantSpec) else dense.to(weight),
+            self.normal(out, std=0.3) if bias else None,
+            self.normal(rank, width, std=width**-0.5) if rank else None,
+            self.normal(out, rank, std=0.3) if rank else None,
+        )
+
+    def norm(self, width):
+        return DecoderNorm(self.normal(width, std=0.3, mean=1.0), 1e-5)
+
+    def layer(self, hidden, heads, kv_heads, head_dim, mlp, weight, bias, ranks, window, head_norms):
+        def projection(width, *outs):
+            return [self.linear(out, width, weight, bias, rank) for out, rank in zip(outs, ranks, strict=False)]
+
+        q, kv = heads * head_dim, kv_heads * head_dim
+        return DecoderLayer(
+            projection(hidden, q, kv, kv),
+            projection(q, hidden),
+            projection(hidden, mlp, mlp),
+            projection(mlp, hidden),
+            self.norm(hidden),
+            self.norm(hidden),
+            self.norm(head_dim) if head_norms else None,
+            self.norm(head_dim) if head_norms else None,
+            heads,
+            kv_heads,
+            head_dim,
+            window,
+            head_dim**-0.5,
+        )
+
+
+# ---- the formulas --------------------------------------------------------------------------------
+
+
+def project(linears, x):
+    def one(linear):
+        w = (
+            ops.dequantize(linear.weight, torch.float32)
+            if isinstance(linear.weight, QuantizedTensor)
+            else linear.weight
+        )
+        y = x @ w.double().T
+        if linear.bias is not None:
+            y = y + linear.bias.double()
+        return y if linear.a is None else y + x @ linear.a.double().T @ linear.b.double().T
+
+    return torch.cat([one(linear) for linear in linears], dim=-1)
+
+
+def norm(n, x):
+    return x if n is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + n.eps) * n.weight.double()
+
+
+def rotate(x, cos, sin):
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    cos, sin = cos[:, None].double(), sin[:, None].double()
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns, starts):
+    """In fp64; `cache`, fp64, is written to."""
+    x = x.double()
+    for layer, (keys, values) in zip(layers, cache, strict=True):
+        heads = project(layer.qkv, norm(layer.input_norm, x)).unflatten(-1, (-1, layer.head_dim))
+        q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        q, k = rotate(norm(layer.q_norm, q), cos, sin), rotate(norm(layer.k_norm, k), cos, sin)
+        keys[texts, :, columns], values[texts, :, columns] = k, v
+        mixed = []
+        for row, (text, column, start) in enumerate(zip(texts, columns, starts, strict=True)):
+            first = max(start, column + 1 - layer.window) if layer.window else start
+            seen = slice(first, column + 1)
+            group = layer.num_heads // layer.num_kv_heads
+            k_seen, v_seen = (kv[text, :, seen].repeat_interleave(group, dim=0) for kv in (keys, values))
+            scores = torch.einsum("hd,hcd->hc", q[row], k_seen) * layer.scale
+            mixed.append(torch.einsum("hc,hcd->hd", scores.softmax(-1), v_seen).flatten())
+        x = x + project(layer.o, torch.stack(mixed))
+        gate, up = project(layer.gate_up, norm(layer.mlp_norm, x)).chunk(2, dim=-1)
+        x = x + project(layer.down, F.silu(gate) * up)
+    return project([head], norm(last_norm, x))
+
+
+# ---- the tests -----------------------------------------------------------------------------------
+
+NF4 = QuantSpec()
+SHAPES = {  # hidden, heads, kv heads, head_dim, mlp, weight, bias, ranks, window, head norms
+    "whole blocks": (128, 6, 2, 64, 192, NF4, False, (), 0, False),
+    "adapters": (128, 4, 2, 64, 192, NF4, False, (4, 4, 4), 0, False),
+    "adapters of different ranks, some none": (64, 2, 2, 32, 128, NF4, True, (3, 0, 17), 0, True),
+    "biases, window": (64, 4, 1, 32, 128, NF4, True, (), 5, False),
+    "head norms, wide heads, window of one": (128, 2, 1, 128, 64, NF4, False, (2, 2, 2), 1, True),
+    "blocks over rows": (80, 3, 1, 80, 72, NF4, True, (2, 2, 2), 0, False),
+    "odd widths": (33, 2, 1, 18, 51, NF4, True, (1, 1, 1), 4, True),
+    "blocks of 32, zero points": (96, 2, 2, 48, 160, QuantSpec("int4_asym", 32), False, (), 0, False),
+    "blocks of 128, fp4, scales as they are": (128, 4, 4, 32, 256, QuantSpec("fp4", 128, False), False, (), 0, False),
+    "blocks larger than rows": (64, 2, 1, 32, 64, QuantSpec("int4", 4096), False, (), 0, False),
+    "dense fp32": (70, 5, 1, 14, 90, torch.float32, True, (3, 3, 3), 0, False),
+    "dense bf16": (64, 2, 1, 32, 72, torch.bfloat16, False, (2, 2, 2), 0, False),
+    "dense fp16": (64, 2, 1, 32, 72, torch.float16, False, (), 0, False),
+}
+PLACES = {  # texts, columns, starts
+    "first token": ([0], [0], [0]),
+    "one text": ([0], [18], [0]),
+    "ragged": ([0, 1, 2], [17, 17, 17], [0, 17, 9]),
+    "in another order": ([4, 1], [20, 3], [2, 1]),
+    "several tokens of one text": ([1, 1, 1, 0], [6, 7, 8, 3], [2, 2, 2, 0]),
+    "as many as there may be": (list(range(MAX_ROWS)), [12] * MAX_ROWS, [12, 0, 5, 7, 1, 11, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_is_what_the_formulas_say(shape, dtype):
+    random = Random()
+    arguments = SHAPES[shape]
+    hidden, _, kv_heads, head_dim = arguments[:4]
+    ranks = (*arguments[7], 0, 0, 0)
+    layers = [random.layer(*arguments[:7], ranks, *arguments[8:]) for _ in range(LAYERS)]
+    last_norm, head = random.norm(hidden), random.linear(VOCABULARY, hidden, torch.bfloat16)
+    assert can_multiply(layers[0].qkv[0].weight, dtype)
+    kernel = DecoderKernel(layers, last_norm, head, dtype)
+    for places in PLACES.values():
+        texts, columns, starts = map(torch.tensor, places)
+        x, half = random.normal(len(texts), hidden).to(dtype), head_dim // 2 - head_dim // 8  # the rest is not turned
+        angles = columns[:, None] / 100 ** (torch.arange(half) / half)
+        cache = random.normal(LAYERS, 2, int(texts.max()) + 1, kv_heads, CAPACITY, head_dim).to(dtype)
+        for text, (first, last) in enumerate(columns_before(places, cache.shape[2])):
+            cache[:, :, text, :, :first] = torch.nan
+            cache[:, :, text, :, last:] = torch.nan
+        exact = cache.double()
+        rest = layers, last_norm, head, x, angles.cos(), angles.sin(), exact, texts, columns, starts
+        expected = expected_logits(*rest)
+        got = kernel.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
+        assert got.dtype == torch.float32 and got.isfinite().all()
+        assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+        assert torch.equal(cache.isnan(), exact.isnan()), "no other column was written"
+        known = ~exact.isnan()
+        assert (cache.double()[known] - exact[known]).norm() <= TOLERANCE[dtype] * exact[known].norm()
+
+
+def columns_before(places, num_texts):
+    """The columns that each text has before the step."""
+    texts, columns, starts = places
+    for text in range(num_texts):
+        rows = [row for row, each in enumerate(texts) if each == text]
+        yield (starts[rows[0]], min(columns[row] for row in rows)) if rows else (0, 0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_head_alone(dtype):
+    random = Random()
+    layers = [random.layer(64, 2, 1, 32, 64, NF4, False, (0, 0, 0), 0, False)]
+    last_norm, head = random.norm(64), random.linear(VOCABULARY, 64, torch.float32)
+    kernel = DecoderKernel(layers, last_norm, head, dtype)
+    x = random.normal(5, 64).to(dtype)
+    before = x.clone()
+    expected = project([head], norm(last_norm, x.double()))
+    assert (kernel.logits(x).double() - expected).norm() <= 3e-6 * expected.norm()
+    assert torch.equal(x, before)
+
+
+def test_where_the_reference_is_asked_for_the_kernel_is_not_used():
+    q = ops.quantize(Random().normal(4, 64), NF4)
+    assert can_multiply(q, torch.bfloat16) and can_multiply(torch.zeros(4, 64), torch.float32)
+    with registry.use("reference"):
+        assert not can_multiply(q, torch.bfloat16) and not can_multiply(torch.zeros(4, 64), torch.float32)
