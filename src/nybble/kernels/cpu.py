@@ -189,7 +189,7 @@ def _quantize_scales_into(absmax: Tensor, parts: ScaleParts) -> None:
     assert parts.offset is not None and parts.codes is not None and parts.absmax2 is not None
     parts.offset.copy_(absmax.mean())
     offset = parts.offset.item()
-    midpoints, first_code = _code_search()
+    midpoints, first_code = code_search()
     _quantize_scales(
         pointer(absmax), absmax.numel(), offset, pointer(midpoints), pointer(first_code),
         pointer(parts.codes), pointer(parts.absmax2),
@@ -199,7 +199,7 @@ def _quantize_scales_into(absmax: Tensor, parts: ScaleParts) -> None:
 
 
 @functools.cache
-def _code_search() -> tuple[Tensor, Tensor]:
+def code_search() -> tuple[Tensor, Tensor]:
     """Midpoints of the 8-bit map and an infinity, fp32 [256]; for each 15-bit beginning of an fp32 value, the
     code of the least value that begins so, uint8 [32768]."""
     values = codebooks.dynamic_map()

@@ -1,10 +1,13 @@
-// What the kernels on four-bit matrices share: the scales as the C ABI passes them, and the lookup of nibbles.
+// What the kernels on four-bit matrices share: the scales as the C ABI passes them, the
+// nearest level, the nearest 8-bit code of a scale, and the lookup of nibbles.
 // The layout is that of nybble/formats/quantized_tensor.py.
 #pragma once
 
 #include "vec.h"
 
 namespace nybble::NYBBLE_ISA {
+
+static constexpr float kMinScale = 1e-38f;  // scales below it count as it in divisions, as in bitsandbytes
 
 struct Scales {
     const float* absmax;         // [B], or null when double-quantised:
@@ -39,6 +42,73 @@ struct Scales {
     void table(int64_t block, const float* codebook, T* values) const {
         const F32 multiplier = splat(scale(block)), zero = splat(zero_point(block));
         for (int i = 0; i < 16; i += kLanes) store_exact(values + i, (load(codebook + i) - zero) * multiplier);
+    }
+};
+
+// table[index] in each lane, of a table of 16.
+inline I32 pick(const int32_t* table, I32 index) {
+#if defined(__AVX512F__)
+    return (I32)_mm512_permutexvar_epi32((__m512i)index, _mm512_loadu_si512(table));
+#else
+    I32 value;
+    for (int i = 0; i < kLanes; ++i) value[i] = table[index[i]];
+    return value;
+#endif
+}
+inline F32 pick(const float* table, I32 index) {
+#if defined(__AVX512F__)
+    return (F32)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+#else
+    F32 value;
+    for (int i = 0; i < kLanes; ++i) value[i] = table[index[i]];
+    return value;
+#endif
+}
+
+// A format's levels, ascending: midpoints between neighbours, and the index that each level is stored as. At most 16.
+struct Levels {
+    Levels(const float* midpoints, const uint8_t* order, int count = 16) {
+        for (int i = 0; i < 16; ++i) {
+            midpoint[i] = i < count - 1 ? midpoints[i] : __builtin_inff();
+            stored[i] = i < count ? order[i] : 0;
+        }
+    }
+
+    // How many levels lie below the one nearest to each lane; a midpoint itself goes to the lower level.
+    I32 position(F32 v) const {
+#if defined(__AVX512F__)
+        const __m512 s = (__m512)v, all = _mm512_loadu_ps(midpoint);
+        __m512i below = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(s, _mm512_set1_ps(midpoint[7]), _CMP_GT_OQ), 8);
+        for (int step = 4; step; step /= 2) {
+            const __m512 probe = _mm512_permutexvar_ps(_mm512_add_epi32(below, _mm512_set1_epi32(step - 1)), all);
+            const __mmask16 above = _mm512_cmp_ps_mask(s, probe, _CMP_GT_OQ);
+            below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(step));
+        }
+        return (I32)below;
+#else
+        I32 below = {};
+        for (int i = 0; i < 15; ++i) below -= (I32)(v > midpoint[i]);  // a true lane is -1
+        return below;
+#endif
+    }
+
+    // The stored index of the level nearest to each lane.
+    I32 nearest(F32 v) const { return pick(stored, position(v)); }
+
+    float midpoint[16];
+    int32_t stored[16];
+};
+
+// The 8-bit codes of double quantisation. `midpoint` holds 255 values and a last infinity; `first_code[b]` is the code of
+// the least value whose bits begin with b (15 bits): from there the nearest code is at most a few steps up.
+struct Codes {
+    const float* midpoint;
+    const uint8_t* first_code;
+
+    uint8_t nearest(float v) const {
+        int code = first_code[bits_of(v) >> 17];
+        while (v > midpoint[code]) ++code;
+        return uint8_t(code);
     }
 };
 

@@ -8,8 +8,6 @@
 
 namespace nybble::NYBBLE_ISA {
 
-static constexpr float kMinScale = 1e-38f;  // scales below it count as it in divisions, as in bitsandbytes
-
 // v rounded to an integer, half to even, for |v| < 2^22.
 static F32 round_even(F32 v) { return (v + 12582912.0f) - 12582912.0f; }
 
@@ -29,39 +27,6 @@ static void pack(I32 index, int64_t count, uint8_t* out) {
         memcpy(out, bytes, size_t(count + 1) / 2);
     }
 }
-
-// The sixteen levels, ascending: midpoints between neighbours, and the index that each level is stored as.
-struct Levels {
-    explicit Levels(const float* midpoints, const uint8_t* order) {
-        for (int i = 0; i < 16; ++i) {
-            midpoint[i] = i < 15 ? midpoints[i] : __builtin_inff();
-            stored[i] = order[i];
-        }
-    }
-
-    // The stored index of the level nearest to each lane; a midpoint itself goes to the lower level.
-    I32 nearest(F32 v) const {
-#if defined(__AVX512F__)
-        const __m512 s = (__m512)v, all = _mm512_loadu_ps(midpoint);
-        __m512i below = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(s, _mm512_set1_ps(midpoint[7]), _CMP_GT_OQ), 8);
-        for (int step = 4; step; step /= 2) {
-            const __m512 probe = _mm512_permutexvar_ps(_mm512_add_epi32(below, _mm512_set1_epi32(step - 1)), all);
-            const __mmask16 above = _mm512_cmp_ps_mask(s, probe, _CMP_GT_OQ);
-            below = _mm512_mask_add_epi32(below, above, below, _mm512_set1_epi32(step));
-        }
-        return (I32)_mm512_permutexvar_epi32(below, _mm512_loadu_si512(stored));
-#else
-        I32 below = {};
-        for (int i = 0; i < 15; ++i) below -= (I32)(v > midpoint[i]);  // a true lane is -1
-        I32 index;
-        for (int i = 0; i < kLanes; ++i) index[i] = stored[below[i]];
-        return index;
-#endif
-    }
-
-    float midpoint[16];
-    int32_t stored[16];
-};
 
 // The bits of the largest |x|: as integers NaN > infinity > every finite value, so that neither is lost.
 template <typename T>
@@ -148,11 +113,10 @@ void quantize(const void* x, int dtype, int64_t numel, int64_t block_size, const
 }
 
 // Block scales to 8 bits: codes [count], absmax2 [ceil(count / 256)].
-// `midpoints` holds 255 values and a last infinity. `first_code[b]` is the code of the least value whose bits begin
-// with b (15 bits): from there the nearest code is at most a few steps up.
 void quantize_scales(const float* scales, int64_t count, float offset, const float* midpoints,
                      const uint8_t* first_code, uint8_t* codes, float* absmax2) {
     const int64_t blocks = (count + 255) / 256;
+    const Codes nearest{midpoints, first_code};
 #pragma omp parallel for schedule(static) if (blocks > 64)
     for (int64_t block = 0; block < blocks; ++block) {
         const int64_t start = 256 * block, stop = count - start < 256 ? count : start + 256;
@@ -164,10 +128,7 @@ void quantize_scales(const float* scales, int64_t count, float offset, const flo
         absmax2[block] = largest;
         const float reciprocal = 1.0f / (largest < kMinScale ? kMinScale : largest);
         for (int64_t i = start; i < stop; ++i) {
-            const float v = (scales[i] - offset) * reciprocal;
-            int code = first_code[bits_of(v) >> 17];
-            while (v > midpoints[code]) ++code;
-            codes[i] = uint8_t(code);
+            codes[i] = nearest.nearest((scales[i] - offset) * reciprocal);
         }
     }
 }

@@ -1,0 +1,299 @@
+"""Error feedback: each column is rounded in the light of what the columns before it lost (GPTQ, arXiv 2210.17323).
+
+The loss is tr(Δ H Δᵀ), what an error Δ of the weight does to the layer's output over the calibration tokens. With
+H⁻¹ = UᵀU, U upper triangular, columns are taken one after the other; what column j lost, e = (w_j - q_j) / U_jj, is
+made good as far as the later columns can: w_k -= e U_jk. A block's scale is searched when its first column is reached,
+on the weights as compensated by then, and rounded to the 8-bit grid before any level is chosen, so that the feedback
+sees the values that will be stored.
+
+Then, on the same loss: scales refitted to their levels by least squares, and passes of coordinate descent over the
+levels, each of which takes the level that is best given all the others (as GPTVQ, arXiv 2402.15319, and QuIP's greedy
+updates, arXiv 2307.13304). No step is kept for a row that it would make worse.
+
+Matrices stand transposed here, `(in, out)`, so that a column of the weight is one row in memory.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.search import STARTS, assemble, check_searchable, search_on_grid, search_weight
+from nybble.calibration.statistics import InputStatistics
+from nybble.formats import codebooks
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.kernels.calibration_ops import MAX_ROWS, ScaleGrid, assign_columns, search_scales
+from nybble.kernels.calibration_reference import round_to_grid
+from nybble.kernels.ops import dequantize
+
+MAX_DAMPINGS = 8  # tenfold each: beyond that H has no meaning
+
+
+@dataclass(frozen=True)
+class FeedbackOptions:
+    """What was measured to win; ablations change it.
+
+    Args:
+        damping: added to H's diagonal, as a part of its mean.
+        order: of the columns: "blocks" takes blocks, and the columns within a block, by falling diagonal of H;
+            "natural" takes them as they stand.
+        descents: passes of coordinate descent after the feedback, each after a refit of the scales.
+        shift: how much of the drift of the inputs is corrected, 0 to 1.
+        importance: what weighs the search for scales: "conditional" (1 / U_jj², the loss of an error that later
+            columns make good) or "diagonal" (of H).
+    """
+
+    damping: float = 0.01
+    order: str = "blocks"
+    descents: int = 2
+    shift: float = 1.0
+    importance: str = "diagonal"
+
+
+@dataclass(frozen=True)
+class CalibratedWeight:
+    """A weight in four bits, and how it came to be.
+
+    Args:
+        tensor: the weight.
+        error: of the layer's output, relative: tr(Δ H Δᵀ) / tr(W H Wᵀ); NaN where nothing was measured.
+        method: "calibrated", "weighted search" or "search".
+        note: why it is not what was asked for, or what had to be done to H; empty where all went well.
+    """
+
+    tensor: QuantizedTensor
+    error: float
+    method: str
+    note: str = ""
+
+
+def calibrate_weight(
+    weight: Tensor, statistics: InputStatistics, spec: QuantSpec, options: FeedbackOptions | None = None
+) -> CalibratedWeight:
+    """Put a linear layer's weight into four bits so that its output moves least.
+
+    Args:
+        weight: `(out, in)`, fp32, bf16 or fp16; not changed.
+        statistics: of the layer's inputs.
+
+    Raises:
+        FormatError: values that are not finite, or a format with zero points.
+    """
+    check_searchable(spec.format)
+    options = options or FeedbackOptions()
+    hessian = statistics.hessian()
+    diagonal = hessian.diagonal().contiguous()
+    if statistics.rows == 0 or not diagonal.any():
+        return CalibratedWeight(search_weight(weight, spec), float("nan"), "search", "its inputs were all zero")
+    if not torch.isfinite(hessian).all():
+        return CalibratedWeight(search_weight(weight, spec), float("nan"), "search", "its inputs were not finite")
+    if weight.shape[1] % spec.block_size:
+        q = search_weight(weight, spec, diagonal)
+        note = f"in_features {weight.shape[1]} is no multiple of the block size {spec.block_size}"
+        return CalibratedWeight(q, output_error(weight, q, hessian), "weighted search", note)
+
+    inverse = damped_inverse_factor(hessian, options.damping)
+    if inverse is None:
+        q = search_weight(weight, spec, diagonal)
+        return CalibratedWeight(q, output_error(weight, q, hessian), "weighted search", "H stayed indefinite")
+    problem = _Problem(weight, hessian, inverse, statistics.shift(), spec, options)
+    q = problem.solve()
+    return CalibratedWeight(q, output_error(weight, q, hessian), "calibrated", inverse.note)
+
+
+def output_error(weight: Tensor, q: QuantizedTensor, hessian: Tensor) -> float:
+    """tr(Δ H Δᵀ) / tr(W H Wᵀ), Δ = W - dq(q): the share of the layer's output that is lost, squared."""
+    wide = weight.float()
+    lost = wide - dequantize(q, torch.float32)
+    total = ((wide @ hessian) * wide).sum()
+    return float(((lost @ hessian) * lost).sum() / total) if total > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U with H⁻¹ = UᵀU, of the damped and permuted H.
+
+    Args:
+        damping: what was added to H's diagonal.
+        note: said where more damping than asked for was needed.
+    """
+
+    hessian: Tensor  # damped, in the natural order
+    damping: float
+    note: str
+
+    def factor(self, order: Tensor) -> Tensor:
+        return _inverse_factor(self.hessian[order][:, order])
+
+
+def damped_inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
+    """H with `damping` times its mean diagonal added, ten times more as long as it is not positive definite.
+
+    None where even that does not help.
+    """
+    mean = float(hessian.diagonal().mean())
+    part = damping
+    for _ in range(MAX_DAMPINGS):
+        damped = hessian.clone()
+        damped.diagonal().add_(part * mean)
+        if int(torch.linalg.cholesky_ex(damped).info) == 0:
+            note = "" if part == damping else f"H was not positive definite; damped by {part:g} of its mean diagonal"
+            return InverseFactor(damped, part * mean, note)
+        part = max(10 * part, 1e-6)
+    return None
+
+
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    """U, upper triangular, with H⁻¹ = UᵀU.
+
+    With P the reversal of order and P H P = L Lᵀ: H⁻¹ = (P L⁻ᵀ P)(P L⁻¹ P), whose right factor is upper triangular.
+    """
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    identity = torch.eye(len(hessian), device=hessian.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+
+
+class _Problem:
+    """One weight: minimise tr((T - Q) H (T - Q)ᵀ) over levels and scales, T the weight corrected for drift."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        hessian: Tensor,
+        inverse: InverseFactor,
+        shift: Tensor | None,
+        spec: QuantSpec,
+        options: FeedbackOptions,
+    ):
+        self.spec, self.options, self.dtype = spec, options, weight.dtype
+        self.hessian = inverse.hessian
+        self.out_features, self.in_features = weight.shape
+        self.num_blocks = self.in_features // spec.block_size
+        self.values = codebooks.codebook(spec.format, weight.device)
+        self.target = weight.float().T.contiguous()  # (in, out)
+        if shift is not None and options.shift:
+            # |X₁₆ Wᵀ - X Qᵀ|² is least around W (H + D) H⁻¹, D = (X₁₆ - X)ᵀX.
+            moved = shift.T.float() @ self.target
+            self.target += options.shift * torch.cholesky_solve(moved, torch.linalg.cholesky(self.hessian))
+        diagonal = hessian.diagonal().contiguous()
+        self.order = self._order(diagonal)
+        self.factor = inverse.factor(self.order)
+        self.importance = self._importance(diagonal)
+        found, self.grid = search_on_grid(self.target.T.contiguous(), spec, self.importance)
+        self.scale = found.scale.view(self.out_features, self.num_blocks).T.contiguous()  # (blocks, out)
+        self.codes = found.codes.view(self.out_features, self.num_blocks).T.contiguous()
+        self.indices = found.indices.T.contiguous()  # (in, out)
+
+    def solve(self) -> QuantizedTensor:
+        self._feed_back()
+        for _ in range(self.options.descents):
+            self._refit_scales()
+            self._descend()
+        scale, codes = self.scale.T.reshape(-1), self.codes.T.reshape(-1)
+        return assemble(self.indices.T.contiguous(), scale, codes, self.grid, self.spec, self.dtype)
+
+    def _order(self, diagonal: Tensor) -> Tensor:
+        """Columns in the order in which they are rounded; those of a block stay together."""
+        if self.options.order == "natural":
+            return torch.arange(self.in_features, device=diagonal.device)
+        blocks = diagonal.view(self.num_blocks, -1)
+        within = blocks.argsort(dim=1, descending=True, stable=True)
+        starts = torch.arange(self.num_blocks, device=diagonal.device) * self.spec.block_size
+        first = blocks.sum(1).argsort(descending=True, stable=True)
+        return (within + starts[:, None])[first].reshape(-1)
+
+    def _importance(self, diagonal: Tensor) -> Tensor:
+        if self.options.importance == "diagonal":
+            return diagonal
+        importance = torch.empty_like(diagonal)
+        importance[self.order] = self.factor.diagonal() ** -2
+        return importance
+
+    def _grid_of(self, block: int) -> ScaleGrid | None:
+        """Where the scales of one block column may lie, one for each output."""
+        if self.grid is None:
+            return None
+        return ScaleGrid(self.grid.step.view(-1, self.num_blocks)[:, block].contiguous(), self.grid.offset)
+
+    def _blocks(self) -> Iterator[tuple[int, int, int]]:
+        """(block, first, end): a block's place in the weight and its columns' places in the order."""
+        size = self.spec.block_size
+        for first in range(0, self.in_features, size):
+            yield int(self.order[first]) // size, first, first + size
+
+    def _batches(self, first: int, end: int) -> Iterator[slice]:
+        for start in range(first, end, MAX_ROWS):
+            yield slice(start, min(start + MAX_ROWS, end))
+
+    def _feed_back(self) -> None:
+        """The levels, and the scales they are searched with, of one block after the other."""
+        remaining = self.target[self.order]  # (in, out), in the order of rounding
+        importance = self.importance[self.order]
+        starts = [sign * start for sign in (1, -1) for start in STARTS]
+        factors = self.factor / self.factor.diagonal()[:, None]
+        for block, first, end in self._blocks():
+            rows = remaining[first:end].T.contiguous()  # (out, block_size)
+            weights = importance[first:end].contiguous()
+            grid = self._grid_of(block)
+            found = search_scales(rows, self.spec.format, self.spec.block_size, starts, weights, grid)
+            self.scale[block], self.codes[block] = found.scale, found.codes
+            for batch in self._batches(first, end):
+                own = factors[batch, batch].contiguous()
+                indices, moved = assign_columns(remaining[batch], found.scale, own, self.spec.format)
+                self.indices[self.order[batch]] = indices
+                remaining[batch.stop :].addmm_(factors[batch, batch.stop :].T, moved, alpha=-1)
+
+    def _dequantized(self) -> Tensor:
+        """(in, out)"""
+        scales = self.scale.repeat_interleave(self.spec.block_size, dim=0)
+        return self.values[self.indices.long()] * scales
+
+    def _losses(self, gradient: Tensor, lost: Tensor) -> Tensor:
+        """tr(Δ H Δᵀ) by output, (out), from H Δ and Δ."""
+        return (gradient * lost).sum(0)
+
+    def _refit_scales(self) -> None:
+        """Least squares over all scales of a row at once, given its levels: A s = b with
+        A_ij = c_iᵀ H_ij c_j and b_i = c_iᵀ (H t)_i. Rows that the rounded scales make worse keep theirs."""
+        size, blocks = self.spec.block_size, self.num_blocks
+        levels = self.values[self.indices.long()].view(blocks, size, -1)  # (blocks, size, out)
+        normal = self.target.new_empty(self.out_features, blocks, blocks)
+        for block in range(blocks):
+            columns = slice(block * size, (block + 1) * size)
+            product = (self.hessian[:, columns] @ levels[block]).view(blocks, size, -1)
+            normal[:, :, block] = (product * levels).sum(1).T
+        wanted = ((self.hessian @ self.target).view(blocks, size, -1) * levels).sum(1).T  # (out, blocks)
+        ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+        solved, info = torch.linalg.solve_ex(normal, wanted)  # (out, blocks)
+        step = None if self.grid is None else self.grid.step
+        offset = None if self.grid is None else self.grid.offset
+        scale, codes = round_to_grid(solved.reshape(-1), step, offset)
+        scale = scale.view(-1, blocks).T.contiguous()  # (blocks, out)
+        codes = codes.view(-1, blocks).T.contiguous()
+
+        before = self.target - self._dequantized()
+        after = self.target - (levels * scale[:, None]).view(self.in_features, -1)
+        better = self._losses(self.hessian @ after, after) < self._losses(self.hessian @ before, before)
+        better &= info == 0
+        self.scale = torch.where(better, scale, self.scale)
+        self.codes = torch.where(better, codes, self.codes)
+
+    def _descend(self) -> None:
+        """One pass of coordinate descent: each column in turn takes the level that is best given all others."""
+        current = self._dequantized()
+        gradient = self.hessian @ (self.target - current)  # (in, out)
+        diagonal = self.hessian.diagonal()
+        for block, first, end in self._blocks():
+            for batch in self._batches(first, end):
+                rows = self.order[batch]
+                own = self.hessian[rows][:, rows]
+                factors = (own / diagonal[rows]).contiguous()
+                wanted = current[rows] + gradient[rows] / diagonal[rows, None]
+                indices, moved = assign_columns(
+                    wanted, self.scale[block], factors, self.spec.format, current[rows].contiguous()
+                )
+                self.indices[rows] = indices
+                gradient.addmm_(self.hessian[:, rows], moved, alpha=-1)
+                current[rows] += moved
