@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from nybble.errors import ModelError
+from nybble.formats.blockwise import block_scales
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models import save
 from nybble.models.load import load_model
-from nybble.models.save import quantize_folder
+from nybble.models.save import CalibrationInput, quantize_folder
 from nybble.models.source import open_source
 
 SPECS = [
@@ -98,6 +100,21 @@ def test_our_folder_in_transformers(
         native = load_with_bitsandbytes(out)(tokens).logits  # it repacks its weights: they are garbage afterwards
     assert (native - exact).norm() < 0.02 * exact.norm()  # bf16 keeps 8 bits
     torch.testing.assert_close(reference_logits(theirs, tokens), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("quality", ["search", "calibrated"])
+def test_better_bits_are_bitsandbytes_bytes(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, quality: str
+) -> None:
+    """Negative scales and chosen levels load there as they do here."""
+    folder, _ = make_folder("llama", torch.bfloat16)
+    out = quantize(folder, tmp_path / "out", quality=quality, calibration=calibration())
+    ours = load_model(open_source(str(out)), QuantSpec(), torch.float32)
+    scales = torch.cat([block_scales(m.quantized()) for m in ours.modules() if isinstance(m, QuantizedLinear)])
+    assert (scales < 0).any() and (scales > 0).any()
+    theirs = load_with_bitsandbytes(out)
+    assert_same_weights(ours, theirs)
+    torch.testing.assert_close(reference_logits(theirs, tokens), our_logits(ours, tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -194,18 +211,63 @@ def test_a_folder_in_use_is_refused_and_kept(make_folder: Callable, tmp_path: Pa
     assert sorted(folder.iterdir()) == before
 
 
-def test_an_interrupted_write_leaves_nothing(make_folder: Callable, tmp_path: Path) -> None:
-    folder, _ = make_folder()
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
-    def interrupt(tensors, total: int):
-        for count, item in enumerate(tensors):
-            if count == 5:
+
+def interrupt_after(count: int) -> Callable:
+    def progress(items, total: int):
+        for done, item in enumerate(items):
+            if done == count:
                 raise KeyboardInterrupt
             yield item
 
+    return progress
+
+
+def calibration(seed: int = 0) -> CalibrationInput:
+    windows = torch.randint(160, (4, 32), generator=torch.Generator().manual_seed(seed))
+    return CalibrationInput(windows, torch.float32)
+
+
+@pytest.mark.parametrize("keep_states", [True, False])
+@pytest.mark.parametrize("quality", ["absmax", "search", "calibrated"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
+    make_folder: Callable, tmp_path: Path, monkeypatch, family: str, quality: str, keep_states: bool
+) -> None:
+    folder, _ = make_folder(family, torch.bfloat16)
+    options = {"quality": quality, "calibration": calibration()}
+    whole = quantize(folder, tmp_path / "whole", **options)
+    monkeypatch.setattr(save, "STATES_EVERY_S", -1.0 if keep_states else 1e9)
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        quantize(folder, tmp_path / "out", progress=interrupt)
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+        quantize(folder, out, progress=interrupt_after(1), **options)
+    assert not out.exists()
+    done: list[int] = []
+
+    def count(items, total: int):
+        done.append(total)
+        return items
+
+    quantize(folder, out, progress=count, **options)
+    redone = 2 if quality != "calibrated" or not keep_states else 1  # what is listed; finished blocks are skipped
+    assert done == [redone]
+    assert contents(out) == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "whole", "out"}
+
+
+def test_a_damaged_block_is_made_again_and_other_work_discarded(make_folder: Callable, tmp_path: Path) -> None:
+    folder, _ = make_folder()
+    whole = quantize(folder, tmp_path / "whole", quality="search")
+    for damage in (b"", b"x" * 100, None):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(
+                folder, tmp_path / "out", progress=interrupt_after(1), quality="absmax" if damage is None else "search"
+            )
+        if damage is not None:
+            (tmp_path / "out.partial" / "block-00000.safetensors").write_bytes(damage)
+    assert contents(quantize(folder, tmp_path / "out", quality="search")) == contents(whole)
 
 
 def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> None:

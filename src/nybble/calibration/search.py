@@ -83,7 +83,8 @@ def assemble(
     if grid is None:
         parts = ScaleParts(scale, None, None, None, None)
     else:
-        parts = ScaleParts(None, grid.offset, grid.step[::NESTED_BLOCK_SIZE].contiguous(), codes, None)
+        firsts = torch.arange(0, len(grid.step), NESTED_BLOCK_SIZE, device=codes.device)
+        parts = ScaleParts(None, grid.offset, grid.step[firsts], codes, None)
     shape = tuple(indices.shape)
     packed = _pack(indices.reshape(-1), spec.format, None).view(packed_shape(shape, spec.block_size))
     return QuantizedTensor(packed, join_scales(parts), spec, shape, dtype)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PANEL_ELEMENTS = 1 << 20  # widened at a time
 MAX_DIMS = 4
+LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a block
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -132,11 +133,32 @@ class GgufFile:
 
     def read_as_hf(self, name: str, config: "PretrainedConfig") -> Tensor:
         """One tensor in fp32 with its rows in transformers' order (llama.cpp interleaves rotary halves of q and k)."""
+        return self.in_hf_order(self.read(name), name, config)
+
+    def in_hf_order(self, values: Tensor, name: str, config: "PretrainedConfig") -> Tensor:
+        """`values`, one for each element of tensor `name`, with its rows in transformers' order."""
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
-        weights = processor.process(weights=self.read(name).numpy(), name=name).weights
+        weights = processor.process(weights=values.numpy(), name=name).weights
         return torch.from_numpy(np.ascontiguousarray(weights))
+
+    def lattice_steps(self, name: str) -> Tensor | None:
+        """The distance between neighbouring values of each element's block, fp32, the tensor's shape, rows as
+        llama.cpp orders them; None for a type that is not evenly spaced four bits (`LATTICES`).
+
+        Both types begin a block with its fp16 step.
+        """
+        import gguf
+
+        entry = self.entries[name]
+        if entry.dtype not in LATTICES:
+            return None
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.dtype]]
+        packed = np.empty((entry.nbytes // block_bytes, block_bytes), dtype=np.uint8)
+        read_exactly(entry.file, entry.start, packed.reshape(-1).data)
+        steps = torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32)).abs()  # (blocks, 1)
+        return steps.repeat_interleave(block_size).view(entry.shape)
 
     def hf_names(self, model: "PreTrainedModel") -> dict[str, str]:
         """GGUF tensor name -> name in `model`, a transformers model (on the meta device is enough).

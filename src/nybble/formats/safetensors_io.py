@@ -371,12 +371,7 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
         ModelError: `out` exists and is not an empty folder, or cannot be created.
     """
     out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(
-            f"{out} already exists and is not empty.",
-            "The output must be a new or empty folder.",
-            "Choose another one.",
-        )
+    check_output_free(out)
     staging = out.parent / f".{out.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -395,3 +390,18 @@ def staged_folder(out: Path | str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def check_output_free(out: Path | str) -> None:
+    """Refuse an output folder that is in use, before any long work.
+
+    Raises:
+        ModelError: `out` exists and is not an empty folder.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(
+            f"{out} already exists and is not empty.",
+            "The output must be a new or empty folder.",
+            "Choose another one.",
+        )

@@ -91,12 +91,8 @@ class BlockBackbone:
 
     def __init__(self, model: "PreTrainedModel", keep: Keep):
         self.model, self.keep = model, keep
-        config = model.config.get_text_config()
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weights = DenseWeights()
-        self.blocks = [
-            DecoderBlock(layer, head_dim, _window(layer, config), weights) for layer in model.base_model.layers
-        ]
+        self.blocks = [decoder_block(layer, model.config, weights) for layer in model.base_model.layers]
         self.name = f"decoder blocks, keeping {keep}"
 
     def states(
@@ -118,6 +114,13 @@ class BlockBackbone:
         input_ids, position_ids, cu_seqlens = _fill_up(input_ids, position_ids, cu_seqlens)
         cos, sin = rotary_angles(self.model, position_ids)
         return self.model.base_model.embed_tokens(input_ids[0]), Rows(cos, sin, cu_seqlens)
+
+
+def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBlock:
+    """The decoder block over one layer of a model with this config, as the layer's linears are now."""
+    config = config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderBlock(layer, head_dim, _window(layer, config), weights)
 
 
 def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.formats.gguf_io import GgufFile
+from nybble.formats.gguf_io import LATTICES, GgufFile
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.formats.safetensors_io import sampled_sha256, staged_folder
 from nybble.models.bundled import cache_folder
@@ -41,7 +41,7 @@ class GgufSource:
     def __init__(self, path: Path, name: str, kind: "Kind", tokenizer: str | None):
         from transformers import AutoConfig
 
-        self.name, self.kind, self._tokenizer = name, kind, tokenizer
+        self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
         self._file = GgufFile(path)
         self._derived = _derived_folder(self._file)
         self.config: PretrainedConfig = AutoConfig.from_pretrained(self._derived)
@@ -76,6 +76,41 @@ class GgufSource:
         if gguf_name in DENSE_ENDS:
             return self._file.read(gguf_name, self.dense_dtype)
         return self._file.read_as_hf(gguf_name, self.config)
+
+
+class DitheredSource(GgufSource):
+    """A GGUF source whose four-bit blocks are taken off their lattice: each weight gets uniform noise of up to half a
+    step either way, the same at every reading.
+
+    Weights that lie on sixteen evenly spaced values a block flatter formats whose levels happen to meet them. For
+    comparing formats only: what comes out is no model that anybody trained.
+
+    Args:
+        seed: of the noise.
+    """
+
+    def __init__(self, source: GgufSource, seed: int = 0):
+        super().__init__(source.path, source.name, source.kind, source._tokenizer)
+        self.seed = seed
+        noisy = [name for name in self._file.entries if self._file.entries[name].dtype in LATTICES]
+        types = sorted({self._file.entries[name].dtype for name in noisy})
+        note = f"{len(noisy)} tensors in {', '.join(types)} were dithered by half a step of their lattice, seed {seed}."
+        self.notes = (*self.notes, note)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} dithered {self.seed}".encode()).hexdigest()
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        tensor = super().read(name)
+        assert isinstance(tensor, Tensor)
+        gguf_name = self._names[name]
+        steps = None if gguf_name in DENSE_ENDS else self._file.lattice_steps(gguf_name)
+        if steps is None:
+            return tensor
+        key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        noise = torch.rand(steps.shape, generator=generator) - 0.5
+        return tensor + self._file.in_hf_order(noise * steps, gguf_name, self.config)
 
 
 def _derived_folder(file: GgufFile) -> Path:

@@ -62,9 +62,9 @@ def load_model(
 
     for place in placed if progress is None else progress(placed, total=len(placed)):
         dtype = source.dense_dtype if place.target in ends else compute_dtype
-        _load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed)
+        load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed)
     model.tie_weights()
-    _fill_computed_buffers(model, device)
+    fill_computed_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
     model.generation_config = source.load_generation_config()
@@ -81,7 +81,7 @@ def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: list[Pla
 
 
 @torch.no_grad()
-def _load_one(
+def load_one(
     model: nn.Module,
     target: str,
     tensor: Tensor | QuantizedTensor,
@@ -111,7 +111,7 @@ def _moved(q: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
     return replace(q, packed=q.packed.to(device), scales=q.scales.to(device))
 
 
-def _fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str) -> None:
+def fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str) -> None:
     """Compute the buffers that checkpoints do not hold, such as rotary frequencies, by the model's own code.
 
     As `from_pretrained` does it: what was loaded is marked, and initialising the model then fills the rest.

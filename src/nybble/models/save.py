@@ -1,20 +1,72 @@
-"""`nybble quantize`: a base model as a folder in four bits, written tensor by tensor."""
+"""`nybble quantize`: a base model as a folder in four bits, written block by block.
+
+    absmax       each weight by itself, bitsandbytes' bytes
+    search       each weight by itself, scales searched (nybble.calibration.search)
+    calibrated   each weight in the light of what its inputs are (nybble.calibration.feedback)
+
+Finished blocks are kept beside the output (nybble.models.partial), so that an interrupted run goes on where it stopped
+and ends with the same bytes.
+"""
 
 import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
+from nybble.calibration.feedback import FeedbackOptions
+from nybble.calibration.search import check_searchable, search_weight
 from nybble.errors import ModelError
 from nybble.formats.bnb import quantization_config, to_bnb
-from nybble.formats.quantized_tensor import QuantSpec
-from nybble.formats.safetensors_io import SafetensorsWriter, staged_folder
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.safetensors_io import SafetensorsWriter, check_output_free, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
+from nybble.models.calibrate import BlockCalibrator, block_names, weight_report
 from nybble.models.interface import ModelSource
 from nybble.models.load import Progress
-from nybble.models.placement import place_tensors, read_placed
+from nybble.models.partial import LayerReport, PartialFolder, digest_of
+from nybble.models.placement import PlacedTensor, place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.models.walk import WalkError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Quality = Literal["absmax", "search", "calibrated"]
+STATES_EVERY_S = 30.0  # hidden states are kept no more often: they are large, and blocks since then are quickly redone
+
+
+@dataclass(frozen=True)
+class CalibrationInput:
+    """What calibrated weights are made with.
+
+    Args:
+        windows: int64 `(windows, tokens)`, the calibration text.
+        compute_dtype: of the hidden states and products.
+        options: of the error feedback.
+    """
+
+    windows: Tensor
+    compute_dtype: torch.dtype
+    options: FeedbackOptions = field(default_factory=FeedbackOptions)
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """What was written.
+
+    Args:
+        reports: of the linears, block by block; none for absmax, which there is nothing to compare with.
+        notes: sentences the user should see.
+    """
+
+    reports: list[LayerReport]
+    notes: tuple[str, ...] = ()
 
 
 def quantize_folder(
@@ -23,7 +75,10 @@ def quantize_folder(
     out: Path,
     progress: Progress | None = None,
     max_shard_bytes: int = 5_000_000_000,
-) -> None:
+    *,
+    quality: Quality = "absmax",
+    calibration: CalibrationInput | None = None,
+) -> QuantizedFolder:
     """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
 
     nf4 and fp4 are stored as bitsandbytes stores them: transformers loads the folder where bitsandbytes
@@ -32,10 +87,12 @@ def quantize_folder(
 
     Args:
         out: a new or empty folder.
-        progress: wraps the list of tensors to write, called with `total=`.
+        progress: wraps the list of blocks to make, called with `total=`.
+        calibration: for quality "calibrated".
 
     Raises:
         ModelError: `out` is taken, or the source is damaged or already in four bits.
+        FormatError: a format whose scales cannot be searched.
     """
     if source.quant_spec is not None:
         raise ModelError(
@@ -43,27 +100,129 @@ def quantize_folder(
             "Allowed: a model in 16 or 32 bits; quantising twice loses quality each time.",
             "Use it as it is, or start from the 16-bit model.",
         )
+    if quality != "absmax":
+        check_searchable(spec.format)
+    check_output_free(out)
+    model = build_skeleton(source.config)
+    placed = place_tensors(source, model)
+    partial = PartialFolder(out, _work(source, spec, quality, calibration))
+    notes: tuple[str, ...] = ()
+    if quality == "calibrated":
+        assert calibration is not None
+        notes = _make_calibrated(source, spec, calibration, model, placed, partial, progress)
+    else:
+        _make_blocks(source, spec, quality, model, placed, partial, progress)
+    _assemble(source, spec, out, model, placed, partial, max_shard_bytes)
+    reports = [report for block in block_names(model) for report in partial.reports(block)]
+    partial.remove()
+    return QuantizedFolder(reports, notes)
+
+
+def _work(
+    source: ModelSource, spec: QuantSpec, quality: Quality, calibration: CalibrationInput | None
+) -> dict[str, object]:
+    """All that decides the result."""
+    work: dict[str, object] = {"source": source.fingerprint(), "spec": asdict(spec), "quality": quality}
+    if calibration is not None and quality == "calibrated":
+        work["windows"] = digest_of(calibration.windows)
+        work["compute_dtype"] = str(calibration.compute_dtype)
+        work["options"] = asdict(calibration.options)
+    return work
+
+
+def _make_blocks(
+    source: ModelSource,
+    spec: QuantSpec,
+    quality: Quality,
+    model: "PreTrainedModel",
+    placed: list[PlacedTensor],
+    partial: PartialFolder,
+    progress: Progress | None,
+) -> None:
+    """Every block that is not there yet, each weight by itself."""
+    blocks = block_names(model)
+    linears = {f"{name}.weight" for name in quantizable_linears(model)}
+    quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if quality == "absmax" else search_weight
+    for block in blocks if progress is None else progress(blocks, total=len(blocks)):
+        if partial.load(block) is not None:
+            continue
+        stored: dict[str, Tensor] = {}
+        reports = []
+        for place in placed:
+            if place.target not in linears or not place.target.startswith(f"{block}."):
+                continue
+            name = place.target.removesuffix(".weight")
+            weight = read_placed(source, place)
+            assert isinstance(weight, Tensor)
+            if is_transposed(model.get_submodule(name)):
+                weight = weight.T
+            q = quantizer(weight, spec)
+            stored |= to_bnb(place.target, q)
+            if quality != "absmax":
+                reports.append(weight_report(name, quality, weight, q))
+        partial.save(block, stored, reports)
+
+
+def _make_calibrated(
+    source: ModelSource,
+    spec: QuantSpec,
+    calibration: CalibrationInput,
+    model: "PreTrainedModel",
+    placed: list[PlacedTensor],
+    partial: PartialFolder,
+    progress: Progress | None,
+) -> tuple[str, ...]:
+    """Every block from the last hidden states that were kept; by search where the layers cannot be run one by one."""
+    try:
+        calibrator = BlockCalibrator(source, spec, calibration.windows, calibration.compute_dtype, calibration.options)
+    except WalkError as error:
+        _make_blocks(source, spec, "search", model, placed, partial, progress)
+        return (f"Scales were searched without data, not calibrated: {error}.",)
+    kept = partial.load_states()
+    first = 0 if kept is None else kept[0]
+    if kept is not None:
+        calibrator.walk.states = kept[1]["states"]
+        calibrator.walk.exact = kept[1].get("exact")
+    last_kept = time.monotonic()
+    blocks = list(enumerate(calibrator.blocks))[first:]
+    for index, block in blocks if progress is None else progress(blocks, total=len(blocks)):
+        weights, reports = calibrator.run(index)
+        stored = {name: part for target, q in weights.items() for name, part in to_bnb(target, q).items()}
+        partial.save(block, stored, reports)
+        if time.monotonic() - last_kept > STATES_EVERY_S:
+            walk = calibrator.walk
+            exact = {} if walk.exact is None else {"exact": walk.exact}
+            partial.save_states(index + 1, {"states": walk.states} | exact)
+            last_kept = time.monotonic()
+    return ()
+
+
+def _assemble(
+    source: ModelSource,
+    spec: QuantSpec,
+    out: Path,
+    model: "PreTrainedModel",
+    placed: list[PlacedTensor],
+    partial: PartialFolder,
+    max_shard_bytes: int,
+) -> None:
+    """The folder from the finished blocks and from what stays in 16 bits."""
+    linears = {f"{name}.weight" for name in quantizable_linears(model)}
+    ends = dense_end_weights(model)
     with staged_folder(out) as staging:
-        tokenizer = source.load_tokenizer()
-        model = build_skeleton(source.config)
-        placed = place_tensors(source, model)
-        linears = {f"{name}.weight" for name in quantizable_linears(model)}
-        transposed = {name for name in linears if is_transposed(model.get_submodule(name.removesuffix(".weight")))}
-        ends = dense_end_weights(model)
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
-            for place in placed if progress is None else progress(placed, total=len(placed)):
+            for block in block_names(model):
+                stored = partial.load(block)
+                assert stored is not None, block
+                for name, part in sorted(stored.items()):
+                    writer.write(name, part)
+            for place in placed:
+                if place.target in linears:
+                    continue
                 tensor = read_placed(source, place)
                 assert isinstance(tensor, Tensor)
-                if place.target in linears:
-                    q = quantize(tensor.T if place.target in transposed else tensor, spec)
-                    stored = to_bnb(place.target, q)
-                elif place.target in ends or tensor.ndim > 1:
-                    stored = {place.target: tensor.to(source.dense_dtype)}
-                else:
-                    stored = {place.target: tensor}
-                del tensor  # its bytes are not needed while it is written, nor while the next one is read
-                for name, part in stored.items():
-                    writer.write(name, part)
+                rounded = place.target in ends or tensor.ndim > 1
+                writer.write(place.target, tensor.to(source.dense_dtype) if rounded else tensor)
 
         kept = [n for n, module in model.named_modules() if is_linear(module) and f"{n}.weight" not in linears]
         config = copy.deepcopy(source.config)
@@ -72,4 +231,4 @@ def quantize_folder(
         config.quantization_config = quantization_config(spec, source.dense_dtype, kept)
         config.save_pretrained(staging)
         source.load_generation_config().save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        source.load_tokenizer().save_pretrained(staging)

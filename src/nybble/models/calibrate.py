@@ -1,0 +1,174 @@
+"""Calibrated four-bit weights of a source, block after block; the 16-bit model never exists in memory.
+
+In memory at a time: everything outside the blocks, one block in the compute dtype, one weight as the source has it, the
+statistics of one group of linears, and the windows' hidden states.
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, calibrate_weight, output_error
+from nybble.calibration.statistics import InputStatistics
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.kernels.ops import quantize
+from nybble.layers.convert import quantizable_linears, replace_linears
+from nybble.layers.dense import replace_dense_ends
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models.interface import ModelSource
+from nybble.models.load import fill_computed_buffers, load_one
+from nybble.models.partial import LayerReport
+from nybble.models.placement import PlacedTensor, place_tensors, read_placed
+from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.models.walk import Walk, WalkError, start_walk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BlockCalibrator:
+    """Calibrates the blocks of a source in order.
+
+    Args:
+        windows: int64 `(windows, tokens)`, the calibration text.
+        compute_dtype: of the hidden states and products.
+
+    Attributes:
+        walk: the hidden states before the next block.
+
+    Raises:
+        WalkError: the model's layers cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        spec: QuantSpec,
+        windows: Tensor,
+        compute_dtype: torch.dtype,
+        options: FeedbackOptions | None = None,
+    ):
+        self.source, self.spec, self.dtype = source, spec, compute_dtype
+        self.options = options or FeedbackOptions()
+        self.model = build_skeleton(source.config, compute_dtype)
+        self.placed = place_tensors(source, self.model)
+        self.blocks = block_names(self.model)
+        owner = {name.rpartition(".")[0] for name in self.blocks}
+        if len(owner) != 1:
+            raise WalkError(f"{type(self.model).__name__} has {len(owner)} lists of blocks")
+        _load_outside(source, self.model, self.placed, self.blocks, compute_dtype)
+        layers: Any = self.model.get_submodule(owner.pop())
+        with torch.no_grad():
+            self.walk: Walk = start_walk(self.model, windows, self.options.shift > 0, layers)
+
+    @torch.no_grad()
+    def run(self, index: int) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
+        """The weights of block `index` by parameter name, and how they came to be; blocks come in order."""
+        name = self.blocks[index]
+        layer = copy.deepcopy(self.model.get_submodule(name)).eval()
+        placed = {place.target.removeprefix(f"{name}."): place for place in self.placed_in(name)}
+        for leaf, place in placed.items():
+            load_one(layer, leaf, read_placed(self.source, place), self.dtype, "cpu", transposed=False)
+        linears = [
+            linear.removeprefix(f"{name}.") for linear in quantizable_linears(self.model) if _is_in(linear, name)
+        ]
+        weights: dict[str, QuantizedTensor] = {}
+        reports: list[LayerReport] = []
+
+        def take(linear: str, statistics: InputStatistics) -> None:
+            weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
+            found = calibrate_weight(weight, statistics, self.spec, self.options)
+            weights[f"{name}.{linear}.weight"] = found.tensor
+            reports.append(_report(f"{name}.{linear}", weight, found, statistics, self.spec))
+            _swap(layer, linear, found.tensor, self.dtype)
+
+        for group, statistics in self.walk.groups(index, layer):
+            for linear in group:
+                take(linear, statistics)
+        for linear in linears:
+            if f"{name}.{linear}.weight" not in weights:  # never called
+                in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
+                take(linear, InputStatistics(in_features))
+        return weights, reports
+
+    def placed_in(self, block: str) -> list[PlacedTensor]:
+        return [place for place in self.placed if _is_in(place.target, block)]
+
+    def _read(self, place: PlacedTensor, transposed: bool) -> Tensor:
+        weight = read_placed(self.source, place)
+        assert isinstance(weight, Tensor)
+        return weight.T if transposed else weight
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The blocks that hold linears which go into four bits, in order."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(_is_in(name, other) for other in lists if other != name)]
+    linears = quantizable_linears(model)
+    names = [f"{name}.{child}" for name in outermost for child, _ in model.get_submodule(name).named_children()]
+    return [name for name in names if any(_is_in(linear, name) for linear in linears)]
+
+
+def weight_report(name: str, method: str, weight: Tensor, q: QuantizedTensor, note: str = "") -> LayerReport:
+    """The report of a layer without statistics: errors of the weight itself."""
+    identity = torch.eye(1)
+
+    def error(tensor: QuantizedTensor) -> float:
+        return output_error(weight.reshape(-1, 1), _flat(tensor), identity)
+
+    return LayerReport(name, method, error(quantize(weight, q.spec)), error(q), note)
+
+
+def _flat(q: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor(q.packed.reshape(-1), q.scales, q.spec, (q.numel, 1), q.dtype)
+
+
+def _report(
+    name: str, weight: Tensor, found: CalibratedWeight, statistics: InputStatistics, spec: QuantSpec
+) -> LayerReport:
+    if found.method == "search":
+        return weight_report(name, found.method, weight, found.tensor, found.note)
+    absmax = output_error(weight, quantize(weight, spec), statistics.hessian())
+    return LayerReport(name, found.method, absmax, found.error, found.note)
+
+
+def _load_outside(
+    source: ModelSource, model: "PreTrainedModel", placed: list[PlacedTensor], blocks: list[str], dtype: torch.dtype
+) -> None:
+    """Load what hidden states meet before the first block; the head stays on the meta device unless it is tied."""
+    ends = dense_end_weights(model)
+    head = model.get_output_embeddings()
+    unneeded = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if source.dense_dtype != dtype:
+        replace_dense_ends(model, dtype)
+    for place in placed:
+        if place.target in unneeded or any(_is_in(place.target, block) for block in blocks):
+            continue
+        kept = source.dense_dtype if place.target in ends else dtype
+        load_one(model, place.target, read_placed(source, place), kept, "cpu", transposed=False)
+    model.tie_weights()
+    fill_computed_buffers(model, "cpu")
+    model.requires_grad_(False).eval()
+
+
+def _swap(layer: nn.Module, name: str, q: QuantizedTensor, dtype: torch.dtype) -> None:
+    """The named linear with this weight in four bits, in place."""
+    plain = _plain(layer.get_submodule(name))
+    layer.set_submodule(name, plain)
+    replace_linears(layer, [name], q.spec, dtype)
+    linear: Any = layer.get_submodule(name)
+    assert isinstance(linear, QuantizedLinear)
+    linear.load_quantized(q)
+    if plain.bias is not None:
+        linear.bias = plain.bias
+
+
+def _plain(module: Any) -> Any:
+    """The linear itself, where a walk is observing it."""
+    return getattr(module, "linear", module)
+
+
+def _is_in(name: str, block: str) -> bool:
+    return name.startswith(f"{block}.")

@@ -1,0 +1,294 @@
+"""Calibration windows on their way through a model, one block at a time, one group of linears after the other.
+
+A walk holds the hidden states of all windows. For a block it gives the linears in the order in which they are used,
+those that share an input together, each group with the statistics of that input; the caller puts the group into four
+bits before it asks for the next, so that every layer is calibrated on what it will really get. When a block is through,
+the states are its outputs.
+
+`PackedWalk` computes through nybble's decoder blocks and passes a block once. `ModuleWalk` runs any transformers
+decoder layer whose forward takes hidden states and gives hidden states; it passes a block twice, and the linears of
+one block do not see each other quantised.
+
+Where `exact` is asked for, the states of the 16-bit model are carried beside, so that the statistics know how far the
+inputs have moved.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.statistics import InputStatistics
+from nybble.kernels import block_ops
+from nybble.layers.backbone import decoder_block, rotary_angles, why_not_forward
+from nybble.layers.convert import is_linear
+from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_TOKENS = 2048  # computed at once
+
+Group = tuple[tuple[str, ...], InputStatistics]  # names of linears within the block, statistics of their input
+
+
+class Walk(Protocol):
+    """What both walks offer.
+
+    Attributes:
+        states: hidden states before the next block, in the compute dtype.
+        exact: those of the 16-bit model, or None.
+    """
+
+    states: Tensor
+    exact: Tensor | None
+
+    def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
+        """The groups of block `index`; between two of them the caller quantises the linears of the first, in place.
+
+        Args:
+            layer: the block with its dense weights.
+        """
+        ...
+
+
+def start_walk(model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: nn.ModuleList) -> Walk:
+    """The walk for this model.
+
+    Args:
+        model: everything outside its blocks is loaded; the blocks may be on the meta device.
+        windows: int64 `(windows, tokens)`.
+        exact: carry the 16-bit model's states too.
+        blocks: the model's decoder layers.
+
+    Raises:
+        WalkError: the model's layers do not take and give hidden states one after the other.
+    """
+    if why_not_forward(model) is None:
+        return PackedWalk(model, windows, exact)
+    return ModuleWalk(model, windows, exact, blocks)
+
+
+class WalkError(Exception):
+    """A model's layers cannot be run one by one; the caller falls back and says so."""
+
+
+class PackedWalk:
+    """Through nybble's decoder blocks, some windows side by side at a time. States are `(tokens of all, hidden)`."""
+
+    def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool):
+        self._config = model.config
+        self._weights = DenseWeights()
+        per_chunk = max(1, CHUNK_TOKENS // windows.shape[1])
+        self._chunks: list[tuple[slice, Rows]] = []
+        for start in range(0, len(windows), per_chunk):
+            count = len(windows[start : start + per_chunk])
+            positions = torch.arange(windows.shape[1]).repeat(count)[None]  # (1, tokens)
+            borders = torch.arange(count + 1, dtype=torch.int32) * windows.shape[1]
+            tokens = slice(start * windows.shape[1], (start + count) * windows.shape[1])
+            self._chunks.append((tokens, Rows(*rotary_angles(model, positions), borders)))
+        self.states = model.base_model.embed_tokens(windows.reshape(-1))
+        self.exact = self.states.clone() if exact else None
+
+    def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
+        dense = self._block(layer) if self.exact is not None else None  # keeps the 16-bit linears
+        inner = self._empty_like_states(self._block(layer).o.in_features)
+        exact_inner = None if dense is None else torch.empty_like(inner)
+
+        yield self._group(layer, ("q_proj", "k_proj", "v_proj"), "self_attn", _attention_input)
+        self._apply(_attend, self._block(layer), self.states, inner)
+        self._apply(_attend, dense, self.exact, exact_inner)
+        yield self._group(layer, ("o_proj",), "self_attn", _inner, inner, exact_inner)
+        self._apply(_add_attention, self._block(layer), self.states, inner)
+        self._apply(_add_attention, dense, self.exact, exact_inner)
+        yield self._group(layer, ("gate_proj", "up_proj"), "mlp", _mlp_input)
+        inner = self._empty_like_states(self._block(layer).down.in_features)
+        exact_inner = None if dense is None else torch.empty_like(inner)
+        self._apply(_gate, self._block(layer), self.states, inner)
+        self._apply(_gate, dense, self.exact, exact_inner)
+        yield self._group(layer, ("down_proj",), "mlp", _inner, inner, exact_inner)
+        self._apply(_add_mlp, self._block(layer), self.states, inner)
+        self._apply(_add_mlp, dense, self.exact, exact_inner)
+
+    def _block(self, layer: nn.Module) -> DecoderBlock:
+        return decoder_block(layer, self._config, self._weights)
+
+    def _empty_like_states(self, width: int) -> Tensor:
+        return self.states.new_empty(len(self.states), width)
+
+    def _group(
+        self,
+        layer: nn.Module,
+        leaves: tuple[str, ...],
+        parent: str,
+        of: Any,
+        inner: Tensor | None = None,
+        exact_inner: Tensor | None = None,
+    ) -> Group:
+        """Statistics of what `of(block, states, inner)` gives, chunk by chunk."""
+        block = self._block(layer)
+        statistics: InputStatistics | None = None
+        for tokens, _ in self._chunks:
+            x = of(block, self.states[tokens], None if inner is None else inner[tokens])
+            exact = None
+            if self.exact is not None:
+                exact = of(block, self.exact[tokens], None if exact_inner is None else exact_inner[tokens])
+            statistics = statistics or InputStatistics(x.shape[1])
+            statistics.add(x, exact)
+        assert statistics is not None
+        return tuple(f"{parent}.{leaf}" for leaf in leaves), statistics
+
+    def _apply(self, step: Any, block: DecoderBlock | None, states: Tensor | None, inner: Tensor | None) -> None:
+        """One step of the block over all chunks: from states to inner, or back."""
+        if block is None or states is None or inner is None:
+            return
+        for tokens, rows in self._chunks:
+            step(block, rows, states[tokens], inner[tokens])
+
+
+def _attention_input(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
+    norm = block.input_norm
+    return block_ops.rms_norm(states, norm.weight.detach(), norm.variance_epsilon)[0]
+
+
+def _mlp_input(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
+    norm = block.mlp_norm
+    return block_ops.rms_norm(states, norm.weight.detach(), norm.variance_epsilon)[0]
+
+
+def _inner(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
+    assert inner is not None
+    return inner
+
+
+def _attend(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
+    inner.copy_(block.mix(block.attend(states, rows).qkv, rows)[0])
+
+
+def _add_attention(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
+    states.copy_(block.o.forward(inner, None, residual=states))
+
+
+def _gate(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
+    gate_up = block.gate_up.forward(_mlp_input(block, states, None), None)
+    block_ops.swiglu(*gate_up.chunk(2, dim=1), out=inner)
+
+
+def _add_mlp(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
+    states.copy_(block.down.forward(inner, None, residual=states))
+
+
+class ModuleWalk:
+    """Through the model's own layers, one window at a time. States are `(windows, tokens, hidden)`."""
+
+    def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: nn.ModuleList):
+        states, self._arguments = _enter(model, windows, blocks)
+        self.states = torch.cat(states)
+        self.exact = self.states.clone() if exact else None
+
+    def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
+        recorder = _Recorder()
+        for name, module in list(layer.named_modules()):
+            if is_linear(module):
+                layer.set_submodule(name, _Observed(name, module, recorder))
+        for window in range(len(self.states)):
+            if self.exact is not None:
+                recorder.exact = {}
+                self.exact[window] = self._run(index, layer, self.exact[window])
+                recorder.exact, known = None, recorder.exact
+                recorder.known = known
+            self._run(index, layer, self.states[window])
+        yield from recorder.groups()
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, _Observed):
+                layer.set_submodule(name, module.linear)
+        for window in range(len(self.states)):
+            self.states[window] = self._run(index, layer, self.states[window])
+
+    def _run(self, index: int, layer: nn.Module, states: Tensor) -> Tensor:
+        arguments, keywords = self._arguments[index]
+        output = layer(states[None], *arguments, **keywords)
+        return (output[0] if isinstance(output, tuple) else output)[0]
+
+
+class _Recorder:
+    """What the linears of one layer got. Linears that are given one and the same tensor form a group."""
+
+    def __init__(self) -> None:
+        self.exact: dict[str, Tensor] | None = None  # while the 16-bit states pass: name -> input
+        self.known: dict[str, Tensor] = {}  # those of the same window
+        self._statistics: dict[str, InputStatistics] = {}
+        self._last: tuple[Tensor, InputStatistics] | None = None
+
+    def see(self, name: str, x: Tensor) -> None:
+        if self.exact is not None:
+            self.exact[name] = x
+            return
+        if self._last is not None and self._last[0] is x:
+            self._statistics.setdefault(name, self._last[1])
+            return
+        statistics = self._statistics.setdefault(name, InputStatistics(x.shape[-1], x.device))
+        exact = self.known.get(name)
+        statistics.add(x.flatten(0, -2), None if exact is None else exact.flatten(0, -2))
+        self._last = (x, statistics)
+
+    def groups(self) -> list[Group]:
+        names: dict[int, list[str]] = {}
+        for name, statistics in self._statistics.items():
+            names.setdefault(id(statistics), []).append(name)
+        return [(tuple(group), self._statistics[group[0]]) for group in names.values()]
+
+
+class _Observed(nn.Module):
+    """A linear layer that shows its input to a recorder."""
+
+    def __init__(self, name: str, linear: nn.Module, recorder: _Recorder):
+        super().__init__()
+        self.name, self.linear = name, linear
+        self._recorder = [recorder]  # in a list: it is no module of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._recorder[0].see(self.name, x)
+        return self.linear(x)
+
+
+class _Catcher(nn.Module):
+    """Stands for a decoder layer: notes what it is called with, and hands the hidden states on."""
+
+    def __init__(self, layer: nn.Module, as_tuple: bool):
+        super().__init__()
+        self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        self.as_tuple = as_tuple
+        if hasattr(layer, "attention_type"):  # by which models choose among their masks
+            self.attention_type = layer.attention_type
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        self.calls.append((hidden_states, arguments, keywords))
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _enter(model: "PreTrainedModel", windows: Tensor, blocks: nn.ModuleList) -> tuple[list[Tensor], Arguments]:
+    """Each window's states before the first block, and what else every block is called with (all windows alike)."""
+    for as_tuple in (False, True):
+        catchers = [_Catcher(layer, as_tuple) for layer in blocks]
+        layers = list(blocks)
+        try:
+            for i, catcher in enumerate(catchers):
+                blocks[i] = catcher
+            for window in windows:
+                model.base_model(input_ids=window[None], use_cache=False)
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError):
+            continue  # asked for the other form of output
+        finally:
+            for i, layer in enumerate(layers):
+                blocks[i] = layer
+        if all(len(catcher.calls) == len(windows) for catcher in catchers) and all(
+            catcher.calls[i][0] is catchers[0].calls[i][0] for catcher in catchers for i in range(len(windows))
+        ):
+            first = catchers[0].calls
+            return [states for states, _, _ in first], [catcher.calls[0][1:] for catcher in catchers]
+    raise WalkError(f"the layers of {type(model).__name__} do not hand hidden states from one to the next")
