@@ -27,6 +27,9 @@ from nybble.kernels.calibration_ops import MAX_ROWS, ScaleGrid, assign_columns, 
 from nybble.kernels.calibration_reference import round_to_grid
 from nybble.kernels.ops import dequantize
 
+RIDGE = 1e-6  # of the mean diagonal, where the scales of a row are solved for
+TINY = 1e-30
+NO_INPUTS = "its inputs were all zero"
 MAX_DAMPINGS = 8  # tenfold each: beyond that H has no meaning
 
 
@@ -47,7 +50,7 @@ class FeedbackOptions:
     damping: float = 0.01
     order: str = "blocks"
     descents: int = 2
-    shift: float = 1.0
+    shift: float = 0.5
     importance: str = "diagonal"
 
 
@@ -69,37 +72,25 @@ class CalibratedWeight:
 
 
 def calibrate_weight(
-    weight: Tensor, statistics: InputStatistics, spec: QuantSpec, options: FeedbackOptions | None = None
+    weight: Tensor, inputs: "LayerInputs", spec: QuantSpec, options: FeedbackOptions | None = None
 ) -> CalibratedWeight:
     """Put a linear layer's weight into four bits so that its output moves least.
 
     Args:
         weight: `(out, in)`, fp32, bf16 or fp16; not changed.
-        statistics: of the layer's inputs.
+        inputs: of the layer, made with the same block size and options.
 
     Raises:
         FormatError: values that are not finite, or a format with zero points.
     """
     check_searchable(spec.format)
-    options = options or FeedbackOptions()
-    hessian = statistics.hessian()
-    diagonal = hessian.diagonal().contiguous()
-    if statistics.rows == 0 or not diagonal.any():
-        return CalibratedWeight(search_weight(weight, spec), float("nan"), "search", "its inputs were all zero")
-    if not torch.isfinite(hessian).all():
-        return CalibratedWeight(search_weight(weight, spec), float("nan"), "search", "its inputs were not finite")
-    if weight.shape[1] % spec.block_size:
-        q = search_weight(weight, spec, diagonal)
-        note = f"in_features {weight.shape[1]} is no multiple of the block size {spec.block_size}"
-        return CalibratedWeight(q, output_error(weight, q, hessian), "weighted search", note)
-
-    inverse = damped_inverse_factor(hessian, options.damping)
-    if inverse is None:
-        q = search_weight(weight, spec, diagonal)
-        return CalibratedWeight(q, output_error(weight, q, hessian), "weighted search", "H stayed indefinite")
-    problem = _Problem(weight, hessian, inverse, statistics.shift(), spec, options)
-    q = problem.solve()
-    return CalibratedWeight(q, output_error(weight, q, hessian), "calibrated", inverse.note)
+    if not torch.isfinite(inputs.hessian).all() or inputs.note == NO_INPUTS:
+        return CalibratedWeight(search_weight(weight, spec), float("nan"), "search", inputs.note)
+    if inputs.damped is None:
+        q, method = search_weight(weight, spec, inputs.diagonal), "weighted search"
+    else:
+        q, method = _Problem(weight, inputs, spec, options or FeedbackOptions()).solve(), "calibrated"
+    return CalibratedWeight(q, output_error(weight, q, inputs.hessian), method, inputs.note)
 
 
 def output_error(weight: Tensor, q: QuantizedTensor, hessian: Tensor) -> float:
@@ -110,41 +101,55 @@ def output_error(weight: Tensor, q: QuantizedTensor, hessian: Tensor) -> float:
     return float(((lost @ hessian) * lost).sum() / total) if total > 0 else float("nan")
 
 
-@dataclass(frozen=True)
-class InverseFactor:
-    """U with H⁻¹ = UᵀU, of the damped and permuted H.
+class LayerInputs:
+    """What the linears of one group share: H, its damped form, and the factor of its inverse.
 
     Args:
-        damping: what was added to H's diagonal.
-        note: said where more damping than asked for was needed.
+        statistics: of the group's input.
+        block_size: columns that share a scale.
+
+    Attributes:
+        hessian: `(in, in)`, over the number of rows.
+        damped: the same, damped until it is positive definite; None where that does not help, or there are no inputs.
+        order: of the columns, as `FeedbackOptions.order` says.
+        factor: U of the damped H in that order, H⁻¹ = UᵀU.
+        note: where more damping than asked for was needed, or why there is no factor.
     """
 
-    hessian: Tensor  # damped, in the natural order
-    damping: float
-    note: str
+    def __init__(self, statistics: InputStatistics, block_size: int, options: FeedbackOptions):
+        self.hessian, self.shift = statistics.hessian(), statistics.shift()
+        self.diagonal = self.hessian.diagonal().contiguous()
+        self.note = ""
+        self.damped: Tensor | None = None
+        in_features = len(self.hessian)
+        if statistics.rows == 0 or not self.diagonal.any():
+            self.note = NO_INPUTS
+        elif not torch.isfinite(self.hessian).all():
+            self.note = "its inputs were not finite"
+        elif in_features % block_size:
+            self.note = f"in_features {in_features} is no multiple of the block size {block_size}"
+        else:
+            self._damp(options.damping)
+        if self.damped is not None:
+            self.order = _order(self.diagonal, block_size, options.order)
+            self.factor = inverse_factor(self.damped[self.order][:, self.order])
 
-    def factor(self, order: Tensor) -> Tensor:
-        return _inverse_factor(self.hessian[order][:, order])
+    def _damp(self, damping: float) -> None:
+        """Add `damping` times the mean diagonal, ten times more as long as H is not positive definite."""
+        mean, part = float(self.diagonal.mean()), damping
+        for _ in range(MAX_DAMPINGS):
+            damped = self.hessian.clone()
+            damped.diagonal().add_(part * mean)
+            if int(torch.linalg.cholesky_ex(damped).info) == 0:
+                self.damped = damped
+                if part != damping:
+                    self.note = f"H was not positive definite; damped by {part:g} of its mean diagonal"
+                return
+            part = max(10 * part, 1e-6)
+        self.note = "H stayed indefinite"
 
 
-def damped_inverse_factor(hessian: Tensor, damping: float) -> InverseFactor | None:
-    """H with `damping` times its mean diagonal added, ten times more as long as it is not positive definite.
-
-    None where even that does not help.
-    """
-    mean = float(hessian.diagonal().mean())
-    part = damping
-    for _ in range(MAX_DAMPINGS):
-        damped = hessian.clone()
-        damped.diagonal().add_(part * mean)
-        if int(torch.linalg.cholesky_ex(damped).info) == 0:
-            note = "" if part == damping else f"H was not positive definite; damped by {part:g} of its mean diagonal"
-            return InverseFactor(damped, part * mean, note)
-        part = max(10 * part, 1e-6)
-    return None
-
-
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor) -> Tensor:
     """U, upper triangular, with H⁻¹ = UᵀU.
 
     With P the reversal of order and P H P = L Lᵀ: H⁻¹ = (P L⁻ᵀ P)(P L⁻¹ P), whose right factor is upper triangular.
@@ -154,32 +159,33 @@ def _inverse_factor(hessian: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
 
 
+def _order(diagonal: Tensor, block_size: int, order: str) -> Tensor:
+    """Columns in the order in which they are rounded; those of a block stay together."""
+    if order == "natural":
+        return torch.arange(len(diagonal), device=diagonal.device)
+    blocks = diagonal.view(-1, block_size)
+    within = blocks.argsort(dim=1, descending=True, stable=True)
+    starts = torch.arange(len(blocks), device=diagonal.device) * block_size
+    first = blocks.sum(1).argsort(descending=True, stable=True)
+    return (within + starts[:, None])[first].reshape(-1)
+
+
 class _Problem:
     """One weight: minimise tr((T - Q) H (T - Q)ᵀ) over levels and scales, T the weight corrected for drift."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        hessian: Tensor,
-        inverse: InverseFactor,
-        shift: Tensor | None,
-        spec: QuantSpec,
-        options: FeedbackOptions,
-    ):
+    def __init__(self, weight: Tensor, inputs: LayerInputs, spec: QuantSpec, options: FeedbackOptions):
+        assert inputs.damped is not None
         self.spec, self.options, self.dtype = spec, options, weight.dtype
-        self.hessian = inverse.hessian
+        self.hessian, self.order, self.factor = inputs.damped, inputs.order, inputs.factor
         self.out_features, self.in_features = weight.shape
         self.num_blocks = self.in_features // spec.block_size
         self.values = codebooks.codebook(spec.format, weight.device)
         self.target = weight.float().T.contiguous()  # (in, out)
-        if shift is not None and options.shift:
-            # |X₁₆ Wᵀ - X Qᵀ|² is least around W (H + D) H⁻¹, D = (X₁₆ - X)ᵀX.
-            moved = shift.T.float() @ self.target
-            self.target += options.shift * torch.cholesky_solve(moved, torch.linalg.cholesky(self.hessian))
-        diagonal = hessian.diagonal().contiguous()
-        self.order = self._order(diagonal)
-        self.factor = inverse.factor(self.order)
-        self.importance = self._importance(diagonal)
+        if inputs.shift is not None and options.shift:
+            # |X₁₆ Wᵀ - X Qᵀ|² is least around W (H + D) H⁻¹, D = (X₁₆ - X)ᵀX; H⁻¹ = UᵀU in the order of rounding.
+            moved = (inputs.shift.T @ self.target)[self.order]
+            self.target[self.order] += options.shift * (self.factor.T @ (self.factor @ moved))
+        self.importance = self._importance(inputs.diagonal)
         found, self.grid = search_on_grid(self.target.T.contiguous(), spec, self.importance)
         self.scale = found.scale.view(self.out_features, self.num_blocks).T.contiguous()  # (blocks, out)
         self.codes = found.codes.view(self.out_features, self.num_blocks).T.contiguous()
@@ -192,16 +198,6 @@ class _Problem:
             self._descend()
         scale, codes = self.scale.T.reshape(-1), self.codes.T.reshape(-1)
         return assemble(self.indices.T.contiguous(), scale, codes, self.grid, self.spec, self.dtype)
-
-    def _order(self, diagonal: Tensor) -> Tensor:
-        """Columns in the order in which they are rounded; those of a block stay together."""
-        if self.options.order == "natural":
-            return torch.arange(self.in_features, device=diagonal.device)
-        blocks = diagonal.view(self.num_blocks, -1)
-        within = blocks.argsort(dim=1, descending=True, stable=True)
-        starts = torch.arange(self.num_blocks, device=diagonal.device) * self.spec.block_size
-        first = blocks.sum(1).argsort(descending=True, stable=True)
-        return (within + starts[:, None])[first].reshape(-1)
 
     def _importance(self, diagonal: Tensor) -> Tensor:
         if self.options.importance == "diagonal":
@@ -249,36 +245,30 @@ class _Problem:
         scales = self.scale.repeat_interleave(self.spec.block_size, dim=0)
         return self.values[self.indices.long()] * scales
 
-    def _losses(self, gradient: Tensor, lost: Tensor) -> Tensor:
-        """tr(Δ H Δᵀ) by output, (out), from H Δ and Δ."""
-        return (gradient * lost).sum(0)
-
     def _refit_scales(self) -> None:
-        """Least squares over all scales of a row at once, given its levels: A s = b with
-        A_ij = c_iᵀ H_ij c_j and b_i = c_iᵀ (H t)_i. Rows that the rounded scales make worse keep theirs."""
+        """Least squares over all scales s of a row at once, given its levels: A s = b with A_ij = c_iᵀ H_ij c_j and
+        b_i = c_iᵀ (H t)_i. The loss is sᵀ A s - 2 bᵀ s and a constant; rows that it does not lower keep theirs."""
         size, blocks = self.spec.block_size, self.num_blocks
         levels = self.values[self.indices.long()].view(blocks, size, -1)  # (blocks, size, out)
-        normal = self.target.new_empty(self.out_features, blocks, blocks)
-        for block in range(blocks):
-            columns = slice(block * size, (block + 1) * size)
-            product = (self.hessian[:, columns] @ levels[block]).view(blocks, size, -1)
-            normal[:, :, block] = (product * levels).sum(1).T
+        normal = self.target.new_empty(blocks, blocks, self.out_features)
+        for block in range(blocks):  # A is symmetric: what lies above its diagonal is copied
+            first = block * size
+            product = (self.hessian[first:, first : first + size] @ levels[block]).view(-1, size, self.out_features)
+            normal[block:, block] = (product * levels[block:]).sum(1)
+            normal[block, block:] = normal[block:, block].clone()
+        normal = normal.permute(2, 0, 1).contiguous()  # (out, blocks, blocks)
         wanted = ((self.hessian @ self.target).view(blocks, size, -1) * levels).sum(1).T  # (out, blocks)
-        ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-        normal.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-        solved, info = torch.linalg.solve_ex(normal, wanted)  # (out, blocks)
-        step = None if self.grid is None else self.grid.step
-        offset = None if self.grid is None else self.grid.offset
-        scale, codes = round_to_grid(solved.reshape(-1), step, offset)
-        scale = scale.view(-1, blocks).T.contiguous()  # (blocks, out)
-        codes = codes.view(-1, blocks).T.contiguous()
+        ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=TINY)
+        solved, info = torch.linalg.solve_ex(normal + torch.diag_embed(ridge[:, None].expand(-1, blocks)), wanted)
+        step, offset = (None, None) if self.grid is None else self.grid
+        rounded, codes = round_to_grid(solved.reshape(-1), step, offset)
 
-        before = self.target - self._dequantized()
-        after = self.target - (levels * scale[:, None]).view(self.in_features, -1)
-        better = self._losses(self.hessian @ after, after) < self._losses(self.hessian @ before, before)
-        better &= info == 0
-        self.scale = torch.where(better, scale, self.scale)
-        self.codes = torch.where(better, codes, self.codes)
+        def loss(scale: Tensor) -> Tensor:
+            return ((normal @ scale[:, :, None])[:, :, 0] * scale).sum(1) - 2 * (wanted * scale).sum(1)
+
+        better = (loss(rounded.view(-1, blocks)) < loss(self.scale.T)) & (info == 0)
+        self.scale = torch.where(better, rounded.view(-1, blocks).T, self.scale).contiguous()
+        self.codes = torch.where(better, codes.view(-1, blocks).T, self.codes).contiguous()
 
     def _descend(self) -> None:
         """One pass of coordinate descent: each column in turn takes the level that is best given all others."""

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, calibrate_weight, output_error
+from nybble.calibration.feedback import (
+    CalibratedWeight,
+    FeedbackOptions,
+    LayerInputs,
+    calibrate_weight,
+    output_error,
+)
 from nybble.calibration.statistics import InputStatistics
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.kernels.ops import quantize
@@ -77,20 +83,21 @@ class BlockCalibrator:
         weights: dict[str, QuantizedTensor] = {}
         reports: list[LayerReport] = []
 
-        def take(linear: str, statistics: InputStatistics) -> None:
+        def take(linear: str, inputs: LayerInputs) -> None:
             weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
-            found = calibrate_weight(weight, statistics, self.spec, self.options)
+            found = calibrate_weight(weight, inputs, self.spec, self.options)
             weights[f"{name}.{linear}.weight"] = found.tensor
-            reports.append(_report(f"{name}.{linear}", weight, found, statistics, self.spec))
+            reports.append(_report(f"{name}.{linear}", weight, found, inputs, self.spec))
             _swap(layer, linear, found.tensor, self.dtype)
 
         for group, statistics in self.walk.groups(index, layer):
+            inputs = LayerInputs(statistics, self.spec.block_size, self.options)
             for linear in group:
-                take(linear, statistics)
+                take(linear, inputs)
         for linear in linears:
             if f"{name}.{linear}.weight" not in weights:  # never called
                 in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
-                take(linear, InputStatistics(in_features))
+                take(linear, LayerInputs(InputStatistics(in_features), self.spec.block_size, self.options))
         return weights, reports
 
     def placed_in(self, block: str) -> list[PlacedTensor]:
@@ -125,12 +132,10 @@ def _flat(q: QuantizedTensor) -> QuantizedTensor:
     return QuantizedTensor(q.packed.reshape(-1), q.scales, q.spec, (q.numel, 1), q.dtype)
 
 
-def _report(
-    name: str, weight: Tensor, found: CalibratedWeight, statistics: InputStatistics, spec: QuantSpec
-) -> LayerReport:
+def _report(name: str, weight: Tensor, found: CalibratedWeight, inputs: LayerInputs, spec: QuantSpec) -> LayerReport:
     if found.method == "search":
         return weight_report(name, found.method, weight, found.tensor, found.note)
-    absmax = output_error(weight, quantize(weight, spec), statistics.hessian())
+    absmax = output_error(weight, quantize(weight, spec), inputs.hessian)
     return LayerReport(name, found.method, absmax, found.error, found.note)
 
 

@@ -1,0 +1,25 @@
+"""H and the drift of inputs, against their definitions in fp64."""
+
+import torch
+
+from nybble.calibration.statistics import PANEL, InputStatistics
+
+
+def test_the_gram_is_that_of_all_rows_whatever_the_panels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for width in (1, 5, PANEL, PANEL + 1, 2 * PANEL + 7):
+        x, exact = torch.randn(2, 40, width, generator=generator).to(torch.bfloat16)
+        statistics = InputStatistics(width)
+        statistics.add(x[:13], exact[:13])
+        statistics.add(x[13:], exact[13:])
+        wide = x.double()
+        torch.testing.assert_close(statistics.hessian().double(), wide.T @ wide / 40, rtol=1e-5, atol=1e-5)
+        drift = (exact.double() - wide).T @ wide / 40
+        assert (statistics.shift().double() - drift).norm() < 1e-2 * drift.norm()  # products in bf16
+        assert statistics.rows == 40
+
+
+def test_without_exact_inputs_there_is_no_drift() -> None:
+    statistics = InputStatistics(4)
+    statistics.add(torch.ones(3, 4))
+    assert statistics.shift() is None
