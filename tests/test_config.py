@@ -73,7 +73,7 @@ def test_values_never_change() -> None:
         ("format", 4, "nf4, fp4, int4, int4_asym, none"),
         ("block_size", 65, "32, 64, 128"),
         ("block_size", True, "32, 64, 128"),
-        ("quality", "best", "absmax"),
+        ("quality", "best", "one of auto, absmax, search, calibrated"),
         ("packing", "perhaps", "true or false"),
         ("data", 7, "text"),
         ("data", "", "text"),

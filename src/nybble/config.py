@@ -130,7 +130,46 @@ class FourBitOptions(Options):
         "Store the scales in 8 bits too: 4.13 instead of 4.5 bits a weight.",
         elsewhere=("bnb_4bit_use_double_quant",),
     )
-    quality: Literal["absmax"] = knob("absmax", "How scales are chosen. absmax: each block's largest magnitude.")
+
+
+class CalibrationOptions(Options):
+    """What calibrated weights are made with."""
+
+    group: ClassVar[str] = "Four bits"
+
+    calibrate: Name | None = knob(
+        None,
+        "Text (.txt, .md) or examples to calibrate on. Not given: train takes its own training rows, others general "
+        "text. A slice of general text is always mixed in.",
+        elsewhere=("calibration_data", "calib_data"),
+    )
+    calibration_tokens: int = knob(
+        32768, "Tokens to calibrate on.", ge=512, elsewhere=("nsamples", "num_calibration_samples")
+    )
+
+
+class QualityOptions(CalibrationOptions):
+    """How weights are put into four bits."""
+
+    group: ClassVar[str] = "Four bits"
+
+    quality: Literal["auto", "absmax", "search", "calibrated"] = knob(
+        "auto",
+        "How scales and levels are chosen, in the same bytes. absmax: by each block's largest magnitude, as "
+        "bitsandbytes. search: by least error of the weights. calibrated: by least error of each layer's output on "
+        "text. auto: train calibrates where that takes under a tenth of the training, quantize where --calibrate is "
+        "given; else search.",
+    )
+
+    @model_validator(mode="after")
+    def _text_is_for_calibrating(self) -> Self:
+        if self.calibrate is not None and self.quality in ("absmax", "search"):
+            raise ConfigError(
+                f"calibrate is {self.calibrate!r}, quality is {self.quality}.",
+                "Only calibrated weights use text.",
+                "Leave --calibrate out, or use --quality calibrated.",
+            )
+        return self
 
 
 class OutputFormat(Options):
@@ -227,16 +266,21 @@ class LoopOptions(Options):
     )
 
 
-class MachineOptions(Options):
+class ComputeOptions(Options):
     group: ClassVar[str] = "Machine"
 
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to compute. auto: CUDA where there is one, else CPU.")
     compute_dtype: Literal["auto", "bf16", "fp32"] = knob(
         "auto",
         "Type of activations and products. auto: bf16 where the hardware multiplies it, else fp32.",
         elsewhere=("dtype", "bnb_4bit_compute_dtype", "bf16"),
     )
     threads: int | None = knob(None, "CPU threads; PyTorch's choice if not given.", ge=1)
+
+
+class MachineOptions(ComputeOptions):
+    group: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to compute. auto: CUDA where there is one, else CPU.")
 
 
 class RunOptions(Options):
@@ -254,7 +298,15 @@ class RunOptions(Options):
 
 # Bases stand in reverse: the last one's options come first in help texts and YAML files.
 class TrainConfig(
-    MachineOptions, LoopOptions, AdapterOptions, FourBitOptions, BaseFormat, RunOptions, DataOptions, ModelOptions
+    MachineOptions,
+    LoopOptions,
+    AdapterOptions,
+    QualityOptions,
+    FourBitOptions,
+    BaseFormat,
+    RunOptions,
+    DataOptions,
+    ModelOptions,
 ):
     """What `nybble train` needs to know."""
 
@@ -269,12 +321,28 @@ class TrainConfig(
         return self
 
 
-class QuantizeConfig(FourBitOptions, OutputFormat, ModelOptions):
+class QuantizeConfig(ComputeOptions, QualityOptions, FourBitOptions, OutputFormat, ModelOptions):
     """What `nybble quantize` needs to know."""
 
     group: ClassVar[str] = "Output"
 
     out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+
+
+class ComparisonOptions(Options):
+    group: ClassVar[str] = "Comparison"
+
+    arms: Annotated[tuple[Name, ...], BeforeValidator(_split_names)] = knob(
+        ("nf4:absmax", "nf4:search", "nf4:calibrated"), "What to compare with the 16-bit model: format:quality pairs."
+    )
+    eval_tokens: int = knob(16384, "Held-out tokens to compare on.", ge=64)
+    out: Folder | None = knob(None, "Folder for quality.json and quality.png; neither is written if not given.")
+
+
+class EvalQualityConfig(
+    ComputeOptions, ComparisonOptions, CalibrationOptions, FourBitOptions, DataOptions, ModelOptions
+):
+    """What `nybble eval quality` needs to know."""
 
 
 class DataConfig(DataOptions, ModelOptions):

@@ -121,6 +121,7 @@ class LayerInputs:
         self.diagonal = self.hessian.diagonal().contiguous()
         self.note = ""
         self.damped: Tensor | None = None
+        self.order = self.factor = torch.empty(0)
         in_features = len(self.hessian)
         if statistics.rows == 0 or not self.diagonal.any():
             self.note = NO_INPUTS

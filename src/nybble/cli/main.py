@@ -8,10 +8,11 @@ import nybble
 from nybble.cli.chat import chat
 from nybble.cli.data import check
 from nybble.cli.doctor import doctor
+from nybble.cli.eval import quality
 from nybble.cli.quantize import quantize
 from nybble.cli.train import train
 from nybble.cli.verbs import add_verb
-from nybble.config import ChatConfig, DataConfig, QuantizeConfig, TrainConfig
+from nybble.config import ChatConfig, DataConfig, EvalQualityConfig, QuantizeConfig, TrainConfig
 
 _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
@@ -25,6 +26,8 @@ app = typer.Typer(
 data_app = typer.Typer(
     name="data", help="Look at examples before training on them.", no_args_is_help=True, context_settings=_SETTINGS
 )
+
+eval_app = typer.Typer(name="eval", help="Measure what a model lost.", no_args_is_help=True, context_settings=_SETTINGS)
 
 
 def _print_version(wanted: bool) -> None:
@@ -47,4 +50,6 @@ add_verb(app, "chat", chat, ChatConfig)
 add_verb(app, "quantize", quantize, QuantizeConfig)
 app.add_typer(data_app)
 add_verb(data_app, "check", check, DataConfig)
+app.add_typer(eval_app)
+add_verb(eval_app, "quality", quality, EvalQualityConfig)
 add_verb(app, "doctor", doctor)

@@ -1,24 +1,81 @@
 """`nybble quantize`."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from nybble.config import QuantizeConfig, build_options
+
+if TYPE_CHECKING:
+    from nybble.models.interface import ModelSource
+    from nybble.models.partial import LayerReport
+    from nybble.models.save import CalibrationInput, Quality
 
 
 def quantize(given: dict[str, Any]) -> int:
     """Write a model in four bits, as a folder that transformers with bitsandbytes reads too."""
     config = build_options(QuantizeConfig, given)
+    import torch
+
     from nybble.formats.quantized_tensor import QuantSpec
     from nybble.models.save import quantize_folder
     from nybble.models.source import open_source
 
+    if config.threads:
+        torch.set_num_threads(config.threads)
     spec = QuantSpec(config.format, config.block_size, config.double_quant)
     console = Console()
+    source = open_source(config.model, config.tokenizer)
+    quality = _quality(config)
+    calibration = _calibration(config, source, console) if quality == "calibrated" else None
     progress = partial(track, description="quantizing", console=console, transient=True)
-    quantize_folder(open_source(config.model, config.tokenizer), spec, config.out, progress)
-    console.print(f"{config.out} holds {config.model} in {config.format}.", highlight=False, markup=False)
+    done = quantize_folder(source, spec, config.out, progress, quality=quality, calibration=calibration)
+    if done.reports:
+        console.print(_table(done.reports, calibration is not None))
+    for note in done.notes:
+        console.print(note, highlight=False)
+    console.print(f"{config.out} holds {config.model} in {config.format}, {quality}.", highlight=False, markup=False)
     return 0
+
+
+def _quality(config: QuantizeConfig) -> "Quality":
+    """What "auto" means here: calibrated where there is text for it, else searched where the format can be."""
+    from nybble.calibration.search import UNSEARCHABLE
+
+    if config.quality != "auto":
+        return config.quality
+    if config.calibrate is not None:
+        return "calibrated"
+    return "absmax" if config.format in UNSEARCHABLE else "search"
+
+
+def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console) -> "CalibrationInput":
+    import torch
+
+    from nybble.data.calibration_text import calibration_text, read_calibration_file
+    from nybble.data.template import ChatTemplate
+    from nybble.layers.precision import resolve_compute_dtype
+    from nybble.models.save import CalibrationInput
+
+    template = ChatTemplate(source.load_tokenizer())
+    own = [] if config.calibrate is None else read_calibration_file(config.calibrate, template)
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    name = config.calibrate or "general text"
+    text = calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context)
+    console.print(f"calibrating on {text.description}", highlight=False)
+    return CalibrationInput(text.windows, resolve_compute_dtype(config.compute_dtype, torch.device("cpu")))
+
+
+def _table(reports: "list[LayerReport]", calibrated: bool) -> Table:
+    """What each layer lost, and what it would have lost by absmax."""
+    lost = "of its output on the calibration text" if calibrated else "of its weights"
+    table = Table(title=f"relative error (rms) {lost}", title_justify="left")
+    for name in ("layer", "by", "absmax", "now", "note"):
+        table.add_column(name, justify="right" if name in ("absmax", "now") else "left")
+    for report in reports:
+        errors = [f"{error**0.5:.2%}" for error in (report.absmax_error, report.error)]
+        table.add_row(report.name, report.method, *errors, report.note)
+    return table

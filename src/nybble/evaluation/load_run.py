@@ -12,6 +12,7 @@ from nybble.errors import RunError
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.models.source import open_source
+from nybble.training.base import kept_base
 from nybble.training.run_folder import RunFolder
 from nybble.training.session import load_base
 
@@ -45,7 +46,8 @@ def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: 
     target = resolve_device(device)
     source = open_source(config.model, config.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), config.template)
-    model = load_base(config, source, resolve_compute_dtype(compute_dtype, target), target, console)
+    dtype = resolve_compute_dtype(compute_dtype, target)
+    model = load_base(config, kept_base(run) or source, dtype, target, console)
     read_adapter(model, run.adapter)
     model.requires_grad_(False)
     return LoadedRun(config, model.eval(), template)

@@ -7,11 +7,12 @@ what was stored so far and one tensor of the source.
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nybble.calibration.search import search_weight
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
@@ -33,6 +34,7 @@ def load_model(
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    quality: Literal["absmax", "search"] = "absmax",
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
 
@@ -45,6 +47,7 @@ def load_model(
         compute_dtype: of the products.
         device: where the weights go.
         progress: wraps the list of tensors to load, called with `total=`.
+        quality: how scales are chosen for weights that are put into four bits here.
 
     Raises:
         ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
@@ -62,7 +65,7 @@ def load_model(
 
     for place in placed if progress is None else progress(placed, total=len(placed)):
         dtype = source.dense_dtype if place.target in ends else compute_dtype
-        load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed)
+        load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed, quality)
     model.tie_weights()
     fill_computed_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -88,6 +91,7 @@ def load_one(
     dtype: torch.dtype,
     device: torch.device | str,
     transposed: bool,
+    quality: Literal["absmax", "search"] = "absmax",
 ) -> None:
     """Put a tensor in its place: four bits where a QuantizedLinear waits for it, else dense in `dtype`."""
     owner, _, leaf = target.rpartition(".")
@@ -95,7 +99,8 @@ def load_one(
     if isinstance(module, QuantizedLinear) and leaf == "weight":
         if isinstance(tensor, Tensor):
             matrix = tensor.to(device)
-            tensor = quantize(matrix.T if transposed else matrix, module.spec)
+            quantizer = quantize if quality == "absmax" else search_weight
+            tensor = quantizer(matrix.T if transposed else matrix, module.spec)
         module.load_quantized(_moved(tensor, device))
         return
     place = getattr(module, leaf)

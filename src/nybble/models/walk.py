@@ -14,6 +14,7 @@ inputs have moved.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -171,8 +172,8 @@ def _add_attention(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tenso
 
 
 def _gate(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
-    gate_up = block.gate_up.forward(_mlp_input(block, states, None), None)
-    block_ops.swiglu(*gate_up.chunk(2, dim=1), out=inner)
+    gate, up = block.gate_up.forward(_mlp_input(block, states, None), None).chunk(2, dim=1)
+    block_ops.swiglu(gate, up, out=inner)
 
 
 def _add_mlp(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
@@ -194,10 +195,8 @@ class ModuleWalk:
                 layer.set_submodule(name, _Observed(name, module, recorder))
         for window in range(len(self.states)):
             if self.exact is not None:
-                recorder.exact = {}
-                self.exact[window] = self._run(index, layer, self.exact[window])
-                recorder.exact, known = None, recorder.exact
-                recorder.known = known
+                with recorder.exact_inputs():
+                    self.exact[window] = self._run(index, layer, self.exact[window])
             self._run(index, layer, self.states[window])
         yield from recorder.groups()
         for name, module in list(layer.named_modules()):
@@ -216,20 +215,27 @@ class _Recorder:
     """What the linears of one layer got. Linears that are given one and the same tensor form a group."""
 
     def __init__(self) -> None:
-        self.exact: dict[str, Tensor] | None = None  # while the 16-bit states pass: name -> input
-        self.known: dict[str, Tensor] = {}  # those of the same window
+        self._exact: dict[str, Tensor] = {}  # name -> input from the 16-bit states of the window that passes
+        self._takes_exact = False
         self._statistics: dict[str, InputStatistics] = {}
         self._last: tuple[Tensor, InputStatistics] | None = None
 
+    @contextmanager
+    def exact_inputs(self) -> Iterator[None]:
+        """Within the block, what is seen are inputs from the 16-bit states."""
+        self._exact, self._takes_exact = {}, True
+        yield
+        self._takes_exact = False
+
     def see(self, name: str, x: Tensor) -> None:
-        if self.exact is not None:
-            self.exact[name] = x
+        if self._takes_exact:
+            self._exact[name] = x
             return
         if self._last is not None and self._last[0] is x:
             self._statistics.setdefault(name, self._last[1])
             return
         statistics = self._statistics.setdefault(name, InputStatistics(x.shape[-1], x.device))
-        exact = self.known.get(name)
+        exact = self._exact.get(name)
         statistics.add(x.flatten(0, -2), None if exact is None else exact.flatten(0, -2))
         self._last = (x, statistics)
 

@@ -4,7 +4,7 @@ The same arithmetic will rank strategies (paging, streaming); today it chooses b
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -20,6 +20,7 @@ from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import CHUNK_BYTES
 from nybble.memory.costs import ModelShape, TrainingShape, predict
 from nybble.memory.measure import PeakMemory, available_bytes
+from nybble.training.base import QualityChoice
 from nybble.training.display import format_bytes
 
 if TYPE_CHECKING:
@@ -105,13 +106,14 @@ def show_measured(console: Console, plan: RunPlan, memory: PeakMemory) -> None:
     )
 
 
-def write_plan(path: Path, plan: RunPlan, backbone: str, memory: PeakMemory) -> None:
+def write_plan(path: Path, plan: RunPlan, backbone: str, quality: QualityChoice | None, memory: PeakMemory) -> None:
     """`plan.json`: what was chosen and predicted, and what was measured."""
     components = {name: num_bytes for name, num_bytes in plan.predicted.items() if name != "peak"}
     chosen = {
         "path": backbone,
         "keep": plan.keep,
         "micro_batch_size": plan.micro_batch_size,
+        "quality": None if quality is None else asdict(quality),
         "peak_bytes": plan.predicted["peak"],
         "components": components,
     }

@@ -30,6 +30,7 @@ class RunFolder:
         self.plan = path / "plan.json"
         self.events = path / "events.jsonl"
         self.loss_plot = path / "loss.png"
+        self.base = path / "base"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"

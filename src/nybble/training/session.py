@@ -26,6 +26,15 @@ from nybble.memory.measure import PeakMemory
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
 from nybble.models.source import open_source
+from nybble.training.base import (
+    QualityChoice,
+    adopt_base,
+    choose_quality,
+    data_free_quality,
+    kept_base,
+    make_calibrated_base,
+    run_calibration_text,
+)
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.display import Display
 from nybble.training.events import EventLog, rewind_events
@@ -86,8 +95,15 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         check_base(resumed, base, config.allow_change)
         check_data(resumed, data, digests, config.allow_change)
 
+    sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
+    total_steps = config.max_steps or sampler.num_steps(config.epochs)
+    choice = choose_quality(config, source, data, total_steps, dtype)
+    if choice is not None:
+        console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
+    base_source = _base_source(config, run, source, template, data, choice, dtype, console)
+
     with PeakMemory(device) as memory:
-        model = load_base(config, source, dtype, device, console)
+        model = load_base(config, base_source, dtype, device, console)
         attach_adapters(
             model,
             resolve_targets(model, _target_names(config)),
@@ -102,10 +118,9 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         console.print(f"computing through: {backbone.name}", highlight=False)
         show_plan(console, plan)
 
-        sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
-        total_steps = config.max_steps or sampler.num_steps(config.epochs)
         if not config.resume:
             run.create(config.overwrite)
+            adopt_base(run)
         options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
         write_complete(run.config, options)  # first: from here on there is a run to go on with
         write_complete(run.audit, json.dumps(data.audit.to_json(), indent=2) + "\n")
@@ -121,7 +136,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             keep=config.keep_checkpoints,
             config=options,
             about={"base": base, "data": digests.fingerprint},
-            settled=_settled(config, plan, dtype, device),
+            settled=_settled(config, plan, choice, dtype, device),
             last_step=None if resumed is None else resumed.step,
         )
         started = time.perf_counter()
@@ -150,14 +165,38 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     if template.chat_template is not None:
         template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
     template.tokenizer.save_pretrained(run.adapter)
-    write_plan(run.plan, plan, backbone.name, memory)
+    write_plan(run.plan, plan, backbone.name, choice, memory)
     draw_loss(run.events, run.loss_plot)
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
     show_measured(console, plan, memory)
     return TrainedRun(config, run, source, model, template, data, result)
 
 
-def _settled(config: TrainConfig, plan: RunPlan, dtype: torch.dtype, device: torch.device) -> dict[str, str | int]:
+def _base_source(
+    config: TrainConfig,
+    run: RunFolder,
+    source: ModelSource,
+    template: ChatTemplate,
+    data: PreparedData,
+    choice: QualityChoice | None,
+    dtype: torch.dtype,
+    console: Console,
+) -> ModelSource:
+    """What the frozen base is loaded from: the source, or the calibrated folder made from it."""
+    if choice is None or choice.quality != "calibrated":
+        return source
+    kept = kept_base(run) if config.resume else None
+    if kept is not None:
+        return kept
+    spec = quant_spec(config)
+    assert spec is not None
+    text = run_calibration_text(config, source, data, template, field_names(config), config.seed)
+    return make_calibrated_base(run, source, spec, text, dtype, console)
+
+
+def _settled(
+    config: TrainConfig, plan: RunPlan, choice: QualityChoice | None, dtype: torch.dtype, device: torch.device
+) -> dict[str, str | int]:
     """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
     return {
         "keep": plan.keep,
@@ -165,7 +204,7 @@ def _settled(config: TrainConfig, plan: RunPlan, dtype: torch.dtype, device: tor
         "threads": torch.get_num_threads(),
         "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
         "device": device.type,
-    }
+    } | ({} if choice is None else {"quality": choice.quality})
 
 
 def quant_spec(config: TrainConfig) -> QuantSpec | None:
@@ -178,25 +217,29 @@ def quant_spec(config: TrainConfig) -> QuantSpec | None:
 def load_base(
     config: TrainConfig, source: ModelSource, dtype: torch.dtype, device: torch.device, console: Console
 ) -> "PreTrainedModel":
-    """The frozen base of a run, with a progress bar over its tensors."""
+    """The frozen base of a run, with a progress bar over its tensors. A source in four bits keeps its own."""
     progress = partial(track, description="loading", console=console, transient=True)
-    return load_model(source, quant_spec(config), dtype, device, progress)
+    return load_model(source, quant_spec(config), dtype, device, progress, data_free_quality(config))
 
 
 def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -> PreparedData:
     """Read, encode, split and audit the examples that the options name; findings are in the audit, not raised."""
-    fields = FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
     return prepare(
         config.data,
         template,
         max_seq_len=config.max_seq_len,
         seed=config.seed,
-        fields=fields,
+        fields=field_names(config),
         validation_source=config.validation_data,
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         vocab_size=vocab_size,
     )
+
+
+def field_names(config: DataOptions) -> FieldNames:
+    """The user's own column names."""
+    return FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
 
 
 def show_found(console: Console, source: ModelSource, data: PreparedData) -> None:

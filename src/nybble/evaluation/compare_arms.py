@@ -1,0 +1,228 @@
+"""`nybble eval quality`: several ways of putting one model into four bits, each compared with its 16-bit self."""
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from nybble.config import EvalQualityConfig
+from nybble.data.examples import EncodedExample
+from nybble.data.template import ChatTemplate
+from nybble.errors import ConfigError, DataError, ModelError
+from nybble.evaluation.quality import Comparison
+from nybble.evaluation.quality import Quality as Lost
+from nybble.formats.quantized_tensor import FORMATS, QuantSpec
+from nybble.layers.precision import resolve_compute_dtype
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models.gguf_source import DitheredSource, GgufSource
+from nybble.models.interface import ModelSource
+from nybble.models.load import load_model
+from nybble.models.save import CalibrationInput, Quality, quantize_folder
+from nybble.models.source import open_source
+from nybble.training.base import run_calibration_text
+from nybble.training.session import field_names, prepare_data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REPORT, PLOT = "quality.json", "quality.png"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A format and how its scales and levels are chosen."""
+
+    format: str
+    quality: Quality
+
+    @property
+    def name(self) -> str:
+        return f"{self.format}:{self.quality}"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Args:
+    arm: its name, "format:quality".
+    seconds: to put the model into four bits.
+    bits_per_weight: of the whole model, embeddings, head and norms included.
+    quality: what was lost.
+    """
+
+    arm: str
+    seconds: float
+    bits_per_weight: float
+    quality: Lost
+
+
+def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]:
+    """Make each arm, compare it over held-out rows, print the table; write report and plot where `out` is given.
+
+    Raises:
+        ConfigError: an arm is not a known format and quality.
+        NybbleError: anything else the user can mend.
+    """
+    arms = [parse_arm(text) for text in config.arms]
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    dtype = resolve_compute_dtype(config.compute_dtype, torch.device("cpu"))
+    source = _without_lattice(open_source(config.model, config.tokenizer))
+    if source.quant_spec is not None:
+        raise ModelError(
+            f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
+            "Needed: a model in 16 or 32 bits to compare with.",
+            "Give the 16-bit model.",
+        )
+    template = ChatTemplate(source.load_tokenizer(), config.template)
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size)
+    data.audit.check()
+    documents = _documents(data.validation, config.eval_tokens)
+    notes = [*source.notes, f"{len(documents)} held-out documents, {sum(map(len, documents))} tokens"]
+    calibration = None
+    if any(arm.quality == "calibrated" for arm in arms):
+        text = run_calibration_text(config, source, data, template, field_names(config), config.seed)
+        calibration = CalibrationInput(text.windows, dtype)
+        notes.append(f"calibrated on {text.description}")
+    for note in notes:
+        console.print(note, highlight=False)
+
+    comparison = Comparison(load_model(source, None, dtype), documents)
+    results = []
+    for arm in arms:
+        results.append(_measure(arm, config, source, calibration, comparison, dtype, console))
+    console.print(_table(results))
+    if config.out is not None:
+        _write(config.out, config, notes, results)
+        console.print(f"{config.out / REPORT}, {config.out / PLOT}", highlight=False)
+    return results
+
+
+def parse_arm(text: str) -> Arm:
+    """`nf4:search` -> Arm.
+
+    Raises:
+        ConfigError: another form, format or quality.
+    """
+    format, _, quality = text.partition(":")
+    if format not in FORMATS or quality not in get_args(Quality):
+        raise ConfigError(
+            f"arms names {text!r}.",
+            f"Allowed: FORMAT:QUALITY, formats {', '.join(FORMATS)}, qualities {', '.join(get_args(Quality))}.",
+            "For instance --arms nf4:absmax,nf4:calibrated.",
+        )
+    return Arm(format, quality)  # type: ignore[arg-type]
+
+
+def _without_lattice(source: ModelSource) -> ModelSource:
+    """A GGUF source off its lattice, which would flatter some formats; others as they are."""
+    return DitheredSource(source) if isinstance(source, GgufSource) else source
+
+
+def _documents(rows: Sequence[EncodedExample], num_tokens: int) -> list[Tensor]:
+    """Held-out rows until there are enough tokens; a row of one token predicts nothing."""
+    documents: list[Tensor] = []
+    for row in rows:
+        if sum(map(len, documents)) >= num_tokens:
+            break
+        if len(row) > 1:
+            documents.append(row.input_ids.long())
+    if not documents:
+        raise DataError("no held-out row has two tokens", "needed: text to compare on")
+    return documents
+
+
+def _measure(
+    arm: Arm,
+    config: EvalQualityConfig,
+    source: ModelSource,
+    calibration: CalibrationInput | None,
+    comparison: Comparison,
+    dtype: torch.dtype,
+    console: Console,
+) -> ArmResult:
+    spec = QuantSpec(arm.format, config.block_size, config.double_quant)
+    progress = partial(track, description=arm.name, console=console, transient=True)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "arm"
+        started = time.perf_counter()
+        done = quantize_folder(source, spec, out, progress, quality=arm.quality, calibration=calibration)
+        seconds = time.perf_counter() - started
+        for note in done.notes:
+            console.print(f"{arm.name}: {note}", highlight=False)
+        model = load_model(open_source(str(out)), spec, dtype)
+    return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.seed))
+
+
+def bits_per_weight(model: "PreTrainedModel") -> float:
+    """Bits the whole model takes over the number of its weights; what is not in four bits counts 16."""
+    bits, weights, counted = 0, 0, set()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            q = module.quantized()
+            bits, weights = bits + 8 * q.nbytes, weights + q.numel
+            counted |= {id(module.weight), id(module.scales)}
+    for parameter in model.parameters():
+        if id(parameter) not in counted:
+            bits, weights = bits + 16 * parameter.numel(), weights + parameter.numel()
+    return bits / weights
+
+
+def _table(results: Sequence[ArmResult]) -> Table:
+    table = Table(title="against the 16-bit model, in nats a token", title_justify="left")
+    table.add_column("arm")
+    for name in ("KL mean", "median", "p99", "loss difference (95 %)", "same top 1", "bits/weight", "seconds"):
+        table.add_column(name, justify="right")
+    for result in results:
+        q = result.quality
+        table.add_row(
+            result.arm,
+            f"{q.kl_mean:.4f}",
+            f"{q.kl_median:.4f}",
+            f"{q.kl_p99:.3f}",
+            f"{q.loss_difference:+.4f} ({q.difference_low:+.4f} to {q.difference_high:+.4f})",
+            f"{q.top1_agreement:.1%}",
+            f"{result.bits_per_weight:.3f}",
+            f"{result.seconds:.1f}",
+        )
+    return table
+
+
+def _write(out: Path, config: EvalQualityConfig, notes: Sequence[str], results: Sequence[ArmResult]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    report = {
+        "options": config.model_dump(mode="json"),
+        "notes": list(notes),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "arms": [asdict(result) for result in results],
+    }
+    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    _draw(out / PLOT, results)
+
+
+def _draw(path: Path, results: Sequence[ArmResult]) -> None:
+    """Mean, median and 99th percentile of KL by arm, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    rows = range(len(results))
+    for label, marker in (("median", "|"), ("mean", "o"), ("p99", "x")):
+        axes.plot([getattr(r.quality, f"kl_{label}") for r in results], rows, marker, label=label)
+    axes.set_yticks(list(rows), [result.arm for result in results])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("KL to the 16-bit model, nats")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)

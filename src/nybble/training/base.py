@@ -1,0 +1,151 @@
+"""The four-bit base of a run: how its bits are chosen, and, where they are calibrated, the folder that holds them.
+
+Calibrated weights depend on text, so they cannot be made again from the model alone: they lie in `base/` of the run,
+a folder as `nybble quantize` writes it, with a manifest. Searched and absmax weights are made anew at each loading.
+"""
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from nybble.calibration.search import UNSEARCHABLE
+from nybble.config import CalibrationOptions, TrainConfig
+from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
+from nybble.data.prepare import PreparedData
+from nybble.data.readers import FieldNames
+from nybble.data.template import ChatTemplate
+from nybble.formats.manifest import verify_manifest, write_manifest
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.memory.costs import ModelShape
+from nybble.models.interface import ModelSource
+from nybble.models.save import CalibrationInput, quantize_folder
+from nybble.models.source import open_source
+from nybble.training.run_folder import RunFolder
+
+Quality = Literal["absmax", "search", "calibrated"]
+
+AFFORDABLE = 0.1  # of the training's time that calibrating may take before it is left out
+FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
+GRAM_SHARE = 0.6  # of XᵀX that is computed: it is symmetric
+WEIGHT_PASSES = 10  # products of H with a weight: feedback, refits, descents, errors
+
+
+@dataclass(frozen=True)
+class QualityChoice:
+    """How a run's weights are put into four bits, and why so."""
+
+    quality: Quality
+    why: str
+
+
+def data_free_quality(config: TrainConfig) -> Literal["absmax", "search"]:
+    """What weights that were not calibrated get."""
+    return "absmax" if config.quality == "absmax" or config.format in UNSEARCHABLE else "search"
+
+
+def choose_quality(
+    config: TrainConfig, source: ModelSource, data: PreparedData, total_steps: int, dtype: torch.dtype
+) -> QualityChoice | None:
+    """What the options ask for; of "auto", what the plan says. None where there is nothing to put into four bits."""
+    if config.format == "none" or source.quant_spec is not None:
+        return None
+    if config.quality != "auto":
+        return QualityChoice(config.quality, "as asked")
+    if config.format in UNSEARCHABLE:
+        return QualityChoice("absmax", f"{config.format} has zero points, which are not searched")
+    if config.calibrate is not None:
+        return QualityChoice("calibrated", "text to calibrate on was given")
+    shape = ModelShape.from_config(source.config.get_text_config().to_dict())
+    tokens_a_row = sum(len(row) for row in data.train) / len(data.train)
+    supervised = sum(row.supervised_tokens for row in data.train) / len(data.train)
+    rows = total_steps * config.rows_per_step
+    training = training_products(shape, rows * tokens_a_row, rows * supervised)
+    share = calibration_products(shape, config.calibration_tokens, dtype.itemsize) / training
+    if share < AFFORDABLE:
+        return QualityChoice("calibrated", f"predicted to take {share:.1%} of the training's time")
+    return QualityChoice("search", f"calibrating is predicted to take {share:.0%} of the training's time")
+
+
+def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> float:
+    """Multiply-adds of calibrating, those in fp32 counted by what they take over the compute dtype's."""
+    fp32 = FP32_COST if compute_bytes == 2 else 1.0
+    inputs = [shape.hidden_size, shape.query_width, shape.hidden_size, shape.intermediate_size]
+    gram = sum(width * width for width in inputs)
+    weights = sum(rows * columns for rows, columns in shape.linears)
+    by_weight = sum(rows * rows * columns for rows, columns in shape.linears)
+    forward = 2 * weights * tokens  # of the quantised and of the 16-bit states
+    return shape.num_layers * (forward + tokens * gram * (1 + fp32 * GRAM_SHARE) + fp32 * WEIGHT_PASSES * by_weight)
+
+
+def training_products(shape: ModelShape, tokens: float, supervised: float) -> float:
+    """Multiply-adds of a run's frozen products: forward, gradient of the input, the head of supervised tokens."""
+    weights = shape.num_layers * sum(rows * columns for rows, columns in shape.linears)
+    return 2 * weights * tokens + 2 * shape.vocab_size * shape.hidden_size * supervised
+
+
+def run_calibration_text(
+    config: CalibrationOptions,
+    source: ModelSource,
+    data: PreparedData,
+    template: ChatTemplate,
+    fields: FieldNames,
+    seed: int,
+) -> CalibrationText:
+    """From --calibrate, which must hold no validation row, else from the training rows."""
+    if config.calibrate is not None:
+        own, name = read_calibration_file(config.calibrate, template, fields, data.validation), config.calibrate
+    else:
+        own, name = [row.input_ids for row in data.train], "the training rows"
+    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    return calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context, seed=seed)
+
+
+def staged_base(run: RunFolder) -> Path:
+    """Where a base waits for its run's folder, which may still hold an earlier run."""
+    return run.path.absolute().with_name(f".{run.path.name}-base")
+
+
+def make_calibrated_base(
+    run: RunFolder,
+    source: ModelSource,
+    spec: QuantSpec,
+    text: CalibrationText,
+    dtype: torch.dtype,
+    console: Console,
+) -> ModelSource:
+    """Calibrate beside the run's folder; `adopt_base` moves the result in. Interrupted, it goes on where it stopped."""
+    folder = staged_base(run)
+    if folder.exists():
+        shutil.rmtree(folder)
+    console.print(f"calibrating on {text.description}", highlight=False)
+    progress = partial(track, description="calibrating", console=console, transient=True)
+    calibration = CalibrationInput(text.windows, dtype)
+    done = quantize_folder(source, spec, folder, progress, quality="calibrated", calibration=calibration)
+    for note in done.notes:
+        console.print(note, highlight=False)
+    write_manifest(folder, {"source": source.fingerprint()})
+    return open_source(str(folder))
+
+
+def adopt_base(run: RunFolder) -> None:
+    """Move the base that waits for the run into its folder."""
+    if staged_base(run).exists():
+        staged_base(run).rename(run.base)
+
+
+def kept_base(run: RunFolder) -> ModelSource | None:
+    """The calibrated base in the run's folder, verified; None where there is none.
+
+    Raises:
+        FormatError: a file of it is missing or damaged.
+    """
+    if not run.base.is_dir():
+        return None
+    verify_manifest(run.base)
+    return open_source(str(run.base))
