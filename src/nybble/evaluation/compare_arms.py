@@ -76,7 +76,7 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = resolve_compute_dtype(config.compute_dtype, torch.device("cpu"))
-    source = _without_lattice(open_source(config.model, config.tokenizer))
+    source = without_lattice(open_source(config.model, config.tokenizer))
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
@@ -123,7 +123,7 @@ def parse_arm(text: str) -> Arm:
     return Arm(format, quality)  # type: ignore[arg-type]
 
 
-def _without_lattice(source: ModelSource) -> ModelSource:
+def without_lattice(source: ModelSource) -> ModelSource:
     """A GGUF source off its lattice, which would flatter some formats; others as they are."""
     return DitheredSource(source) if isinstance(source, GgufSource) else source
 

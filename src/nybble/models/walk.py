@@ -279,6 +279,7 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 def _enter(model: "PreTrainedModel", windows: Tensor, blocks: nn.ModuleList) -> tuple[list[Tensor], Arguments]:
     """Each window's states before the first block, and what else every block is called with (all windows alike)."""
+    failure: Exception | None = None
     for as_tuple in (False, True):
         catchers = [_Catcher(layer, as_tuple) for layer in blocks]
         layers = list(blocks)
@@ -287,8 +288,9 @@ def _enter(model: "PreTrainedModel", windows: Tensor, blocks: nn.ModuleList) -> 
                 blocks[i] = catcher
             for window in windows:
                 model.base_model(input_ids=window[None], use_cache=False)
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError):
-            continue  # asked for the other form of output
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
+            failure = error  # it may want the other form of output; the last failure goes with the WalkError
+            continue
         finally:
             for i, layer in enumerate(layers):
                 blocks[i] = layer
@@ -297,4 +299,4 @@ def _enter(model: "PreTrainedModel", windows: Tensor, blocks: nn.ModuleList) -> 
         ):
             first = catchers[0].calls
             return [states for states, _, _ in first], [catcher.calls[0][1:] for catcher in catchers]
-    raise WalkError(f"the layers of {type(model).__name__} do not hand hidden states from one to the next")
+    raise WalkError(f"the layers of {type(model).__name__} do not hand hidden states from one to the next") from failure

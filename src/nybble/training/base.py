@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from nybble.calibration.search import UNSEARCHABLE
+from nybble.calibration.search import UNSEARCHABLE, check_searchable
 from nybble.config import CalibrationOptions, TrainConfig
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
 from nybble.data.prepare import PreparedData
@@ -24,11 +24,9 @@ from nybble.formats.manifest import verify_manifest, write_manifest
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.memory.costs import ModelShape
 from nybble.models.interface import ModelSource
-from nybble.models.save import CalibrationInput, quantize_folder
+from nybble.models.save import CalibrationInput, Quality, quantize_folder
 from nybble.models.source import open_source
 from nybble.training.run_folder import RunFolder
-
-Quality = Literal["absmax", "search", "calibrated"]
 
 AFFORDABLE = 0.1  # of the training's time that calibrating may take before it is left out
 FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
@@ -52,9 +50,15 @@ def data_free_quality(config: TrainConfig) -> Literal["absmax", "search"]:
 def choose_quality(
     config: TrainConfig, source: ModelSource, data: PreparedData, total_steps: int, dtype: torch.dtype
 ) -> QualityChoice | None:
-    """What the options ask for; of "auto", what the plan says. None where there is nothing to put into four bits."""
+    """What the options ask for; of "auto", what the plan says. None where there is nothing to put into four bits.
+
+    Raises:
+        FormatError: search or calibration is asked for in a format with zero points.
+    """
     if config.format == "none" or source.quant_spec is not None:
         return None
+    if config.quality in ("search", "calibrated") or config.calibrate is not None:
+        check_searchable(config.format)
     if config.quality != "auto":
         return QualityChoice(config.quality, "as asked")
     if config.format in UNSEARCHABLE:

@@ -1,0 +1,138 @@
+"""How a run's four bits are chosen, and what a run with a calibrated base keeps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nybble.config import load_config
+from nybble.errors import DataError, FormatError
+from nybble.evaluation.load_run import load_run
+from nybble.formats.blockwise import block_scales
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.memory.costs import ModelShape
+from nybble.training import base, session
+from nybble.training.base import calibration_products, training_products
+
+LLAMA = ModelShape(
+    2, 64, 4, 64, 32, 128, 259, False, ((64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64))
+)
+
+
+def train(tiny_model: Path, data: Path, out: Path, **options: object):
+    given = {"model": str(tiny_model), "data": str(data), "out": str(out), "max_steps": 2, "rows_per_step": 4}
+    return session.train(load_config(None, given | {"compute_dtype": "fp32"} | options), Console(quiet=True))
+
+
+def bits(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {name: (m.weight, m.scales) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+
+
+def scales(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([block_scales(m.quantized()) for m in model.modules() if isinstance(m, QuantizedLinear)])
+
+
+def assert_same_bits(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    ours, theirs = bits(first), bits(second)
+    assert len(ours) == 14 and ours.keys() == theirs.keys()
+    for name, (packed, scales) in ours.items():
+        assert torch.equal(packed, theirs[name][0]) and torch.equal(scales, theirs[name][1]), name
+
+
+def planned(out: Path) -> dict[str, str]:
+    return json.loads((out / "plan.json").read_text())["chosen"]["quality"]
+
+
+def test_products_are_counted_as_the_formulas_say() -> None:
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    assert training_products(LLAMA, 10, 3) == 2 * weights * 10 + 2 * 259 * 64 * 3
+    gram = 2 * (64 * 64 * 3 + 128 * 128)
+    by_weight = 2 * (64 * 64 * 64 * 2 + 64 * 64 * 32 * 2 + 64 * 64 * 128 * 2 + 128 * 128 * 64)
+    expected = 7 * (2 * weights + gram * 1.6) + 10 * by_weight
+    assert calibration_products(LLAMA, 7, 4) == pytest.approx(expected)
+    assert calibration_products(LLAMA, 7, 2) > expected
+
+
+def test_auto_searches_where_calibrating_would_take_long_and_says_so(tiny_model: Path, data: Path, tmp_path: Path):
+    trained = train(tiny_model, data, tmp_path / "run")
+    quality = planned(tmp_path / "run")
+    assert quality["quality"] == "search" and "of the training's time" in quality["why"]
+    assert not (tmp_path / "run" / "base").exists()
+    assert any(
+        (block_scales(m.quantized()) < 0).any() for m in trained.model.modules() if isinstance(m, QuantizedLinear)
+    )
+    assert_same_bits(trained.model, load_run(tmp_path / "run", Console(quiet=True), compute_dtype="fp32").model)
+
+
+def test_auto_calibrates_where_that_is_a_small_part(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(base, "AFFORDABLE", 1e9)
+    train(tiny_model, data, tmp_path / "run", calibration_tokens=2048)
+    assert planned(tmp_path / "run")["quality"] == "calibrated"
+
+
+def test_a_calibrated_run_keeps_its_base_and_loads_it(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    options = {"quality": "calibrated", "calibration_tokens": 2048}
+    trained = train(tiny_model, data, tmp_path / "run", **options)
+    assert planned(tmp_path / "run") == {"quality": "calibrated", "why": "as asked"}
+    data.unlink()  # nothing is calibrated again
+    assert_same_bits(trained.model, load_run(tmp_path / "run", Console(quiet=True), compute_dtype="fp32").model)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    weights = tmp_path / "moved" / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(FormatError, match="SHA-256"):
+        load_run(tmp_path / "moved", Console(quiet=True))
+
+
+def test_the_same_seed_gives_the_same_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    options = {"quality": "calibrated", "calibration_tokens": 2048}
+    first, second = (train(tiny_model, data, tmp_path / name, **options) for name in ("a", "b"))
+    assert_same_bits(first.model, second.model)
+    other = train(tiny_model, data, tmp_path / "c", **options, seed=1)
+    with pytest.raises(AssertionError):
+        assert_same_bits(first.model, other.model)
+
+
+def test_a_resumed_run_goes_on_with_its_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    options = {"quality": "calibrated", "calibration_tokens": 2048, "save_every": "1"}
+    whole = train(tiny_model, data, tmp_path / "whole", **options)
+    train(tiny_model, data, tmp_path / "run", **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-2")
+    resumed = train(tiny_model, data, tmp_path / "run", **options, resume=True)
+    assert_same_bits(whole.model, resumed.model)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_an_earlier_run_is_untouched_until_training_begins(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    train(tiny_model, data, tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    short = tmp_path / "short.txt"
+    short.write_text("Too short.")
+    with pytest.raises(DataError, match=r"short\.txt: 10 tokens"):
+        train(tiny_model, data, tmp_path / "run", overwrite=True, calibrate=str(short))
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_calibrating_on_the_validation_rows_stops_the_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"of the validation rows: .*rows\.jsonl:"):
+        train(tiny_model, data, tmp_path / "run", calibrate=str(data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_absmax_is_still_bitsandbytes(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    trained = train(tiny_model, data, tmp_path / "run", quality="absmax")
+    assert all(
+        (block_scales(m.quantized()) >= 0).all() for m in trained.model.modules() if isinstance(m, QuantizedLinear)
+    )
+
+
+def test_zero_points_keep_absmax(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    train(tiny_model, data, tmp_path / "run", format="int4_asym")
+    assert planned(tmp_path / "run")["quality"] == "absmax"
+    with pytest.raises(FormatError, match="zero points"):
+        train(tiny_model, data, tmp_path / "other", format="int4_asym", quality="search")
