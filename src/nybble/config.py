@@ -177,8 +177,10 @@ class OutputFormat(Options):
 
     group: ClassVar[str] = "Four bits"
 
-    format: Literal["nf4", "fp4", "int4", "int4_asym"] = knob(
-        "nf4", "Format of the weights.", elsewhere=("bnb_4bit_quant_type", "quant_type")
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2"] = knob(
+        "nf4",
+        "Format of the weights; nf3 and nf2 take three and two bits.",
+        elsewhere=("bnb_4bit_quant_type", "quant_type"),
     )
 
 
@@ -187,8 +189,10 @@ class BaseFormat(Options):
 
     group: ClassVar[str] = "Four bits"
 
-    format: Literal["nf4", "fp4", "int4", "int4_asym", "none"] = knob(
-        "nf4", "Format of the frozen weights. none: keep 16 bits.", elsewhere=("bnb_4bit_quant_type", "quant_type")
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "none"] = knob(
+        "nf4",
+        "Format of the frozen weights; nf3 and nf2 take three and two bits. none: keep 16 bits.",
+        elsewhere=("bnb_4bit_quant_type", "quant_type"),
     )
 
 

@@ -81,8 +81,10 @@ def test_overwrite_replaces_the_run(tiny_model: Path, data: Path, tmp_path: Path
     assert not (folder / "adapter" / "old.safetensors").exists()
 
 
-def test_a_quantised_folder_trains_too(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    run("quantize", "--model", tiny_model, "--out", tmp_path / "four-bit")
-    assert "nf4" in (tmp_path / "four-bit" / "config.json").read_text()
-    run("train", "--model", tmp_path / "four-bit", "--data", data, "--out", tmp_path / "run", "--max-steps", 1)
+@pytest.mark.parametrize("format", ["nf4", "nf3", "nf2"])
+def test_a_quantised_folder_trains_and_chats_too(format: str, tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    run("quantize", "--model", tiny_model, "--out", tmp_path / "few-bits", "--format", format)
+    assert format in (tmp_path / "few-bits" / "config.json").read_text()
+    run("train", "--model", tmp_path / "few-bits", "--data", data, "--out", tmp_path / "run", "--max-steps", 1)
     assert math.isfinite(events(tmp_path / "run", "eval")[-1]["loss"])
+    run("chat", "--run", tmp_path / "run", "--prompt", "What is 3 plus 3?", "--max-new-tokens", 2)

@@ -33,7 +33,24 @@ def weights(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.fl
 
 def indices(q: QuantizedTensor) -> Tensor:
     packed = q.packed.view(-1)
+    if q.spec.bits < 4:
+        return torch.tensor(indices_of_planes(q))
     return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: q.numel].long()
+
+
+def indices_of_planes(q: QuantizedTensor) -> list[int]:
+    """nf3 and nf2, one element at a time, as the layout is written down."""
+    data, found = q.packed.view(-1).tolist(), []
+    for start in range(0, q.numel, q.spec.block_size):
+        count = min(q.spec.block_size, q.numel - start)
+        low, data = data[: -(-count // 4)], data[-(-count // 4) :]
+        index = [low[i // 4] >> 2 * (i % 4) & 3 for i in range(count)]
+        if q.spec.bits == 3:
+            high, data = data[: -(-count // 8)], data[-(-count // 8) :]
+            index = [value + 4 * (high[i // 8] >> i % 8 & 1) for i, value in enumerate(index)]
+        found += index
+    assert not data
+    return found
 
 
 def naive_dequantize(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
@@ -156,14 +173,39 @@ def test_panels_change_nothing(format: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(blockwise.dequantize(q, torch.float32), values)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "nf3", "nf2"])
 def test_each_value_is_the_nearest_level(format: str) -> None:
     w = weights((50, 128))
     q = blockwise.quantize(w, QuantSpec(format, 64, double_quant=False))
-    scaled = w.view(-1, 64).double() / blockwise.block_scales(q).double().clamp(min=1e-38)[:, None]
+    scaled = w.view(-1, 64).double() / blockwise.block_scales(q).double()[:, None]
+    scaled = scaled.nan_to_num(0.0)  # blocks of zeros
     distance = (scaled.view(-1, 1) - codebook(format).double()).abs()
     chosen = distance.gather(1, indices(q)[:, None])[:, 0]
     assert bool((chosen <= distance.amin(dim=1) + 1e-6).all())
+
+
+@pytest.mark.parametrize("format", ["nf3", "nf2"])
+def test_scales_of_nf3_and_nf2_are_the_values_of_largest_magnitude(format: str) -> None:
+    w = weights((50, 129))
+    w[0, :2], w[0, 2] = torch.tensor([-9.0, 9.0]), 9.0  # of two such, the positive one
+    q = blockwise.quantize(w, QuantSpec(format, 64, double_quant=False))
+    for block, scale in zip(w.view(-1).split(64), blockwise.block_scales(q).tolist(), strict=True):
+        assert abs(scale) == float(block.abs().max()) and (scale in block if scale else True)
+    assert blockwise.block_scales(q)[0] == 9.0
+    assert torch.equal(
+        blockwise.block_scales(blockwise.quantize(-w[1:], q.spec)),
+        -blockwise.block_scales(blockwise.quantize(w[1:], q.spec)),
+    )
+
+
+def test_bits_a_weight() -> None:
+    """4, 3 and 2 bits and an eighth for double-quantised scales, at whole blocks; rows are whole bytes."""
+    for format, bits in (("nf4", 4), ("nf3", 3), ("nf2", 2)):
+        spec = QuantSpec(format)
+        assert spec.bytes(4096 * 4096) * 8 / 4096**2 == pytest.approx(bits + 8 / 64 + 32 / 64 / 256, abs=1e-4)
+        assert spec.packed_shape((10, 192)) == (10, 24 * bits) and spec.packed_shape((3, 7)) == (spec.packed_bytes(21),)
+    assert [QuantSpec("nf2").packed_bytes(n) for n in (1, 4, 5, 64, 65)] == [1, 1, 2, 16, 17]
+    assert [QuantSpec("nf3").packed_bytes(n) for n in (1, 4, 8, 9, 64, 65, 73)] == [2, 2, 3, 5, 24, 26, 29]
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 4096])
@@ -206,6 +248,11 @@ def test_all_zero(double_quant: bool, format: str) -> None:
 @pytest.mark.parametrize("shape", [(1,), (65,), (3, 7)])
 def test_odd_count_is_padded_with_zero(shape: tuple[int, ...], format: str) -> None:
     q = blockwise.quantize(weights(shape) + 0.25, QuantSpec(format, 64, double_quant=False))
+    if q.spec.bits < 4:  # nothing is left over to decode: what no element fills is zero
+        unused = -sum(shape[:1]) * math.prod(shape[1:]) % 64 % (4 if q.spec.bits == 2 else 8)
+        used_bits = 8 - unused * (2 if q.spec.bits == 2 else 1)
+        assert int(q.packed.view(-1)[-1]) >> used_bits == 0
+        return
     pad = int(q.packed.view(-1)[-1]) & 15
     zero_points = q.scale_parts().zero_points
     zero = 0 if zero_points is None else int(zero_points[-1])

@@ -78,9 +78,10 @@ def test_dequantise_gives_the_references_bits(isa, format, double_quant, dtype):
 def test_every_nibble_and_scale_code_dequantises_as_in_the_reference(isa):
     """All 256 bytes under all 256 scale codes, whether or not a quantiser would write them; negative scales too."""
     shape = (256, 512)
-    packed = torch.arange(256, dtype=torch.uint8).repeat(256, 1)
     for format in FORMATS:
         spec = QuantSpec(format, 512, double_quant=True)
+        columns = torch.arange(spec.packed_shape(shape)[1])
+        packed = (torch.arange(256)[:, None] + columns).to(torch.uint8)  # every row begins elsewhere
         scales = torch.randint(0, 256, (spec.scales_bytes(256 * 512),), dtype=torch.uint8)
         scales[:8] = torch.tensor([0.3, -1.7]).view(torch.uint8)
         scales[8:264] = torch.arange(256, dtype=torch.uint8)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quantized_tensor import FORMATS, QuantSpec
 from nybble.kernels import ops
 from nybble.layers.lora import LoraLinear, lora_scaling
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -25,7 +25,7 @@ def quantized_linear(in_features: int, out_features: int, spec: QuantSpec, bias:
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int4_asym"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_forward_and_backward_equal_the_dense_layer(in_features, out_features, format):
     torch.manual_seed(0)
     layer = quantized_linear(in_features, out_features, QuantSpec(format), bias=True)

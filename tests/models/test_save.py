@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from nybble.errors import ModelError
 from nybble.formats.blockwise import block_scales
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quantized_tensor import FORMATS, QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.models import save
 from nybble.models.load import load_model
@@ -137,14 +137,14 @@ def test_their_folder_in_ours(
     theirs = load_with_bitsandbytes(tmp_path / "theirs")
     source = open_source(str(tmp_path / "theirs"))
     assert source.quant_spec == QuantSpec(format, 64, double_quant)
-    assert "already in 4 bits" in source.notes[0]
+    assert "already quantised" in source.notes[0]
     ours = load_model(source, QuantSpec(), torch.float32)
     assert_same_weights(ours, theirs)
     torch.testing.assert_close(reference_logits(theirs, tokens), our_logits(ours, tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "int4_asym"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_folder_comes_back_bit_for_bit(
     make_folder: Callable, tmp_path: Path, tokens: Tensor, format: str, family: str
 ) -> None:
@@ -162,6 +162,14 @@ def test_a_folder_comes_back_bit_for_bit(
 
     dense = load_model(source, None, torch.float32)  # from four bits to dense: the same numbers
     torch.testing.assert_close(our_logits(dense, tokens), our_logits(again, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["int4", "nf3", "nf2"])
+def test_transformers_refuses_what_only_nybble_reads(make_folder: Callable, tmp_path: Path, format: str) -> None:
+    """It warns that it does not know the method `nybble`, and must not load the bytes as something else."""
+    out = quantize(make_folder("llama", torch.bfloat16)[0], tmp_path / "out", QuantSpec(format))
+    with pytest.raises(RuntimeError, match="mismatched"):
+        AutoModelForCausalLM.from_pretrained(out)
 
 
 def test_what_the_folder_holds(make_folder: Callable, tmp_path: Path) -> None:
@@ -199,7 +207,7 @@ def test_vectors_keep_their_precision(make_folder: Callable, tmp_path: Path) -> 
 def test_twice_is_refused(make_folder: Callable, tmp_path: Path) -> None:
     folder, _ = make_folder()
     out = quantize(folder, tmp_path / "out")
-    with pytest.raises(ModelError, match="already in 4 bits"):
+    with pytest.raises(ModelError, match="already quantised"):
         quantize(out, tmp_path / "twice")
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from nybble.config import TrainConfig, build_options
 from nybble.errors import TrainingError
+from nybble.formats.quantized_tensor import FORMATS
 from nybble.layers.convert import adapters_of
 from nybble.training import loop
 from nybble.training.events import read_events
@@ -77,8 +78,8 @@ def test_dropout_trains_on_the_generic_path(tiny_model, data, tmp_path):
     assert result.loss_after < result.loss_before
 
 
-def test_sixteen_bit_lora_and_every_four_bit_format_train(tiny_model, data, tmp_path):
-    for format in ("none", "nf4", "fp4", "int4", "int4_asym"):
+def test_sixteen_bit_lora_and_every_format_train(tiny_model, data, tmp_path):
+    for format in ("none", *FORMATS):
         result = run(tiny_model, data, tmp_path / format, format=format).result
         assert result.loss_after < result.loss_before, format
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError
-from nybble.formats.blockwise import _pack, not_finite
+from nybble.formats.blockwise import not_finite, pack_indices
 from nybble.formats.double_quant import quantize_scales
 from nybble.formats.quantized_tensor import (
     NESTED_BLOCK_SIZE,
@@ -23,7 +23,6 @@ from nybble.formats.quantized_tensor import (
     QuantSpec,
     ScaleParts,
     join_scales,
-    packed_shape,
 )
 from nybble.kernels.calibration_ops import FoundScales, ScaleGrid, search_scales
 
@@ -86,7 +85,7 @@ def assemble(
         firsts = torch.arange(0, len(grid.step), NESTED_BLOCK_SIZE, device=codes.device)
         parts = ScaleParts(None, grid.offset, grid.step[firsts], codes, None)
     shape = tuple(indices.shape)
-    packed = _pack(indices.reshape(-1), spec.format, None).view(packed_shape(shape, spec.block_size))
+    packed = pack_indices(indices.reshape(-1), spec).view(spec.packed_shape(shape))
     return QuantizedTensor(packed, join_scales(parts), spec, shape, dtype)
 
 
@@ -99,6 +98,6 @@ def check_searchable(format: str) -> None:
     if format in UNSEARCHABLE:
         raise FormatError(
             f"{format} has zero points; its scales cannot be searched.",
-            "Searched and calibrated: nf4, fp4, int4.",
+            "Searched and calibrated: nf4, fp4, int4, nf3, nf2.",
             "Use --quality absmax, or another --format.",
         )

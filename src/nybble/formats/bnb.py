@@ -1,4 +1,4 @@
-"""bitsandbytes' on-disk keys: a four-bit weight as the tensors that its checkpoints hold, and back.
+"""bitsandbytes' on-disk keys: a quantised weight as the tensors that its checkpoints hold, and back.
 
 For a weight called `w` (such as `model.layers.0.mlp.up_proj.weight`), of n elements in B blocks:
 
@@ -9,8 +9,9 @@ For a weight called `w` (such as `model.layers.0.mlp.up_proj.weight`), of n elem
     w.nested_quant_map                   fp32 [256]               with double quantisation
     w.quant_state.bitsandbytes__nf4      uint8: the UTF-8 bytes of a JSON object (or __fp4)
 
-bitsandbytes has no int4. nybble writes `w.quant_state.nybble__int4` (or __int4_asym) with the same JSON,
-and for int4_asym `w.zero_points`, uint8 [B]; only nybble reads those.
+bitsandbytes has no int4, nf3 or nf2. nybble writes `w.quant_state.nybble__int4` (or __int4_asym, __nf3, __nf2)
+with the same JSON, for int4_asym `w.zero_points`, uint8 [B], and for nf3 and nf2 a quant_map of 8 and 4 values and
+the bytes of `QuantSpec.packed_bytes`; only nybble reads those.
 """
 
 import json
@@ -30,7 +31,6 @@ from nybble.formats.quantized_tensor import (
     QuantSpec,
     ScaleParts,
     join_scales,
-    packed_shape,
 )
 
 BITSANDBYTES_FORMATS = ("nf4", "fp4")
@@ -177,7 +177,7 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         parts = ScaleParts(None, _offset(key, state).to(codes.device), absmax2, codes, zero_points)
     else:
         parts = ScaleParts(_floats(f"{name}.absmax", tensors, num_blocks), None, None, None, zero_points)
-    return QuantizedTensor(packed.view(packed_shape(shape, spec.block_size)), join_scales(parts), spec, shape, dtype)
+    return QuantizedTensor(packed.view(spec.packed_shape(shape)), join_scales(parts), spec, shape, dtype)
 
 
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""The values that four-bit indices, and the eight-bit codes of double quantisation, stand for.
+"""The values that indices of four, three and two bits, and the eight-bit codes of double quantisation, stand for.
 
-A four-bit index means `codebook(format)[index] * scale of its block`; for int4_asym it means
+An index means `codebook(format)[index] * scale of its block`; for int4_asym it means
 `(codebook(format)[index] - zero point) * scale`.
 
 Each table is made once for each device and shared: do not write into one.
@@ -48,14 +48,29 @@ _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0,
 _FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
 
+# NF3 and NF2: the levels of least squared error for blocks of 64 values of the normal distribution, each divided by
+# its value of largest magnitude, sign included, so that this value becomes +1 (block-wise optimal floats with signed
+# normalisation: Blumenberg et al. 2025, arXiv 2505.06653). A level q is where Lloyd's iteration stays: over the cell
+# of values nearest to it, q = E[m x] / E[m^2], with m the value of largest magnitude and x the value.
+# NF4's own construction with 8 and 4 levels loses 1.3 and 2.6 times as much on real weights: two levels at +-1 are
+# too many where there are few, and so is a zero (benchmarks/calibration/low_bit_codebooks.py).
+_NF3 = (
+    -0.729783530, -0.450361283, -0.238319732, -0.051412570,
+    0.130728255, 0.325412858, 0.558676118, 0.901335116,
+)  # fmt: skip
+_NF2 = (-0.523921051, -0.127717484, 0.219280849, 0.659349034)
+_SIGNED = ("nf3", "nf2")
+
+
 @functools.cache
 def codebook(format: str, device: torch.device = CPU) -> Tensor:
-    """The 16 values of a format, fp32 `[16]`, by index.
+    """The values of a format, fp32 `[2 ** bits]`, by index.
 
     - nf4, fp4: as bitsandbytes, greatest magnitude 1.
     - int4: index i is (i - 8) / 7, so that absmax is level 7; rounding to the nearest level never needs
       index 0, which is free for scale searches.
     - int4_asym: index i is i.
+    - nf3, nf2: 8 and 4 ascending levels; the value of largest magnitude of a block is positive after division.
 
     Raises:
         FormatError: unknown format.
@@ -68,18 +83,21 @@ def codebook(format: str, device: torch.device = CPU) -> Tensor:
         return (torch.arange(-8, 8, dtype=torch.float32, device=CPU) / 7).to(device)
     if format == "int4_asym":
         return torch.arange(16, dtype=torch.float32, device=device)
-    raise FormatError(f"Unknown four-bit format {format!r}.", "Known formats: nf4, fp4, int4, int4_asym.")
+    if format in ("nf3", "nf2"):
+        return torch.tensor(_NF3 if format == "nf3" else _NF2, dtype=torch.float32, device=device)
+    raise FormatError(f"Unknown format {format!r}.", "Known formats: nf4, fp4, int4, int4_asym, nf3, nf2.")
 
 
 @functools.cache
 def sorted_order(format: str, device: torch.device = CPU) -> Tensor:
-    """The indices of a format from its least to its greatest value, uint8 `[16]`."""
-    return torch.tensor(_FP4_ORDER if format == "fp4" else range(16), dtype=torch.uint8, device=device)
+    """The indices of a format from its least to its greatest value, uint8 `[2 ** bits]`."""
+    order = _FP4_ORDER if format == "fp4" else range(len(codebook(format)))
+    return torch.tensor(order, dtype=torch.uint8, device=device)
 
 
 @functools.cache
 def midpoints(format: str, device: torch.device = CPU) -> Tensor:
-    """Where rounding passes from one value to the next, fp32 `[15]`, ascending.
+    """Where rounding passes from one value to the next, fp32 `[2 ** bits - 1]`, ascending.
 
     A value that equals a midpoint rounds to the lower neighbour, as in bitsandbytes.
     """
@@ -88,8 +106,13 @@ def midpoints(format: str, device: torch.device = CPU) -> Tensor:
 
 
 def zero_index(format: str) -> int:
-    """The index that x = 0 gets, for the formats without zero points."""
+    """The index that x = 0 gets, for the four-bit formats without zero points."""
     return {"nf4": 7, "fp4": 0, "int4": 8}[format]
+
+
+def is_signed(format: str) -> bool:
+    """Whether a block's scale carries the sign of its value of largest magnitude."""
+    return format in _SIGNED
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""QuantizedTensor: a matrix in four bits, as two uint8 tensors and the facts needed to read them.
+"""QuantizedTensor: a matrix in four, three or two bits, as two uint8 tensors and the facts needed to read them.
 
 Layout of `scales` (one uint8 tensor, so that safetensors, FSDP2, DDP and deepcopy need no help;
 32-bit fields come first, which keeps them aligned), with B = ceil(n / block_size) blocks:
@@ -7,11 +7,20 @@ Layout of `scales` (one uint8 tensor, so that safetensors, FSDP2, DDP and deepco
     otherwise:     absmax f32 [B]
     int4_asym:     ... | zero_points u8 [B]          (appended to either)
 
-Layout of `packed`: byte j holds elements 2j (high nibble) and 2j + 1 (low nibble) of the row-major
-flattened matrix; an odd count is padded with the index of zero.
+Layout of `packed`, over the row-major flattened matrix:
+
+    four bits:     byte j holds elements 2j (high nibble) and 2j + 1 (low nibble); an odd count is padded with the
+                   index of zero
+    nf2:           byte j holds elements 4j to 4j + 3, the first in the lowest two bits
+    nf3:           each block of n elements is two planes, [ceil(n / 4)] and [ceil(n / 8)] bytes: the low two bits of
+                   its indices as in nf2, then their third bits, the first in the lowest bit. Eight bytes and four
+                   make 32 elements, and a mask register takes the third bits as they lie.
+
+In nf2 and nf3 the bits that no element fills are zero. A whole block is a whole number of bytes in every format.
 """
 
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -21,7 +30,8 @@ from nybble.errors import FormatError
 
 NESTED_BLOCK_SIZE = 256  # scales per double-quantisation block
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-FORMATS = ("nf4", "fp4", "int4", "int4_asym")
+BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int4_asym": 4, "nf3": 3, "nf2": 2}
+FORMATS = tuple(BITS)
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise FormatError(f"Unknown four-bit format {self.format!r}.", f"Known formats: {', '.join(FORMATS)}.")
+            raise FormatError(f"Unknown format {self.format!r}.", f"Known formats: {', '.join(FORMATS)}.")
         if self.block_size not in BLOCK_SIZES:
             raise FormatError(
                 f"Block size {self.block_size} is not supported.",
@@ -50,8 +60,22 @@ class QuantSpec:
     def num_blocks(self, numel: int) -> int:
         return -(-numel // self.block_size)
 
+    @property
+    def bits(self) -> int:
+        """Of an index."""
+        return BITS[self.format]
+
     def packed_bytes(self, numel: int) -> int:
-        return -(-numel // 2)
+        whole = numel - numel % self.block_size
+        rest = numel - whole
+        planes = (4,) if self.bits == 4 else (2, 1)[: self.bits - 1]
+        return whole * self.bits // 8 + sum(-(-rest * bits // 8) for bits in planes)
+
+    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of `packed`: rows stay whole (so that a row range is a byte range) where no block straddles two of them."""
+        if len(shape) == 2 and shape[1] % self.block_size == 0:
+            return (shape[0], shape[1] * self.bits // 8)
+        return (self.packed_bytes(prod(shape)),)
 
     def scales_bytes(self, numel: int) -> int:
         num_blocks = self.num_blocks(numel)
@@ -104,22 +128,12 @@ def join_scales(parts: ScaleParts) -> Tensor:
     return torch.cat([part.reshape(-1).view(torch.uint8) for part in present if part is not None])
 
 
-def packed_shape(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-    """Rows stay whole (so that a row range is a byte range) where no block straddles two of them."""
-    if len(shape) == 2 and shape[1] % block_size == 0:
-        return (shape[0], shape[1] // 2)
-    numel = 1
-    for size in shape:
-        numel *= size
-    return (-(-numel // 2),)
-
-
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A frozen matrix in four bits.
+    """A frozen matrix in four, three or two bits.
 
     Args:
-        packed: uint8, shape `packed_shape(shape, spec.block_size)`.
+        packed: uint8, shape `spec.packed_shape(shape)`.
         scales: uint8 `[spec.scales_bytes(numel)]`.
         spec: format, block size, double quantisation.
         shape: of the matrix, `(out_features, in_features)` for a linear layer.
@@ -133,17 +147,14 @@ class QuantizedTensor:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        expected = packed_shape(self.shape, self.spec.block_size)
+        expected = self.spec.packed_shape(self.shape)
         assert self.packed.dtype == self.scales.dtype == torch.uint8
         assert tuple(self.packed.shape) == expected, (tuple(self.packed.shape), expected)
         assert self.scales.numel() == self.spec.scales_bytes(self.numel)
 
     @property
     def numel(self) -> int:
-        numel = 1
-        for size in self.shape:
-            numel *= size
-        return numel
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nybble.formats.blockwise import block_scales, not_finite
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, ScaleParts, join_scales, packed_shape
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, ScaleParts, join_scales
 from nybble.kernels import registry
 
 
@@ -44,13 +44,14 @@ def _ops() -> Any:
 def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(weight).all():  # its kernel would quantise them silently
         raise not_finite(weight)
+    spec = QuantSpec(format, block_size, double_quant)
     packed, absmax = _ops().quantize_4bit(weight, block_size, format, torch.uint8)
     if double_quant:
         codes, absmax2, offset = quantize_scales(absmax)
         parts = ScaleParts(None, offset, absmax2, codes, None)
     else:
         parts = ScaleParts(absmax, None, None, None, None)
-    return packed.view(packed_shape(tuple(weight.shape), block_size)), join_scales(parts)
+    return packed.view(spec.packed_shape(tuple(weight.shape))), join_scales(parts)
 
 
 @registry.register("dequantize_4bit", "bitsandbytes", _unsupported)
@@ -80,5 +81,5 @@ def dequantize_4bit_out(
 ) -> None:
     sizes = tuple(shape)
     spec = QuantSpec(format, block_size, double_quant)
-    q = QuantizedTensor(packed.view(packed_shape(sizes, block_size)), scales, spec, sizes, out.dtype)
+    q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
     _ops().dequantize_4bit.out(packed.view(-1, 1), block_scales(q), block_size, format, shape, out.dtype, out=out)

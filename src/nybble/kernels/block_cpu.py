@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from nybble.formats import codebooks
+from nybble.formats.quantized_tensor import BITS
 from nybble.kernels import registry
 from nybble.kernels.block_ops import check_targets
-from nybble.kernels.cpu import DTYPES, FLOAT, INT, INT64, POINTER, function, pointer, scale_pointers
+from nybble.kernels.cpu import DTYPES, FLOAT, INT, INT64, POINTER, dequantize_4bit, function, pointer, scale_pointers
 
 _ROWS = (POINTER, INT64)  # a pointer and the distance between tokens
 
@@ -128,6 +129,8 @@ def adamw_(
 def gemv_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> Tensor:
+    if BITS[format] != 4:  # no fused body: the weight is made, then multiplied
+        return x @ dequantize_4bit(packed, scales, shape, format, block_size, double_quant, x.dtype).T
     out_features, in_features = shape
     codebook, factor = codebook_for_bf16(format)
     y = torch.empty(x.shape[0], out_features, dtype=x.dtype)

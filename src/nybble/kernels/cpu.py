@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.errors import KernelError
 from nybble.formats import blockwise, codebooks
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.quantized_tensor import QuantSpec, ScaleParts, packed_shape, split_scales
+from nybble.formats.quantized_tensor import BITS, QuantSpec, ScaleParts, split_scales
 from nybble.kernels import registry
 
 ABI = 2  # nybble_cpu_abi() in csrc/runtime.cpp
@@ -155,9 +156,16 @@ registry.register_backend("cpp", devices=("cpu",), probe=why_unavailable)
 
 # ---- four bits -----------------------------------------------------------------------------------
 
-_quantize = function("quantize", POINTER, INT, INT64, INT64, POINTER, POINTER, POINTER, POINTER, POINTER)
+_quantize = function("quantize", POINTER, INT, INT64, INT64, INT, POINTER, POINTER, POINTER, POINTER, POINTER)
 _quantize_scales = function("quantize_scales", POINTER, INT64, FLOAT, POINTER, POINTER, POINTER, POINTER)
-_dequantize = function("dequantize", *[POINTER] * 8, INT64, INT64, INT, POINTER)
+_dequantize = function("dequantize", *[POINTER] * 8, INT, INT64, INT64, INT, POINTER)
+
+
+@functools.cache
+def _sixteen_values(format: str) -> Tensor:
+    """A format's values, padded with zeros: a lookup reads a whole register."""
+    values = codebooks.codebook(format)
+    return F.pad(values, (0, 16 - len(values)))
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -169,12 +177,12 @@ def pointer(tensor: Tensor | None) -> int | None:
 def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
     spec = QuantSpec(format, block_size, double_quant)
     numel = weight.numel()
-    packed = weight.new_empty(packed_shape(tuple(weight.shape), block_size), dtype=torch.uint8)
+    packed = weight.new_empty(spec.packed_shape(tuple(weight.shape)), dtype=torch.uint8)
     scales = weight.new_empty(spec.scales_bytes(numel), dtype=torch.uint8)
     parts = split_scales(scales, spec, numel)
     absmax = weight.new_empty(spec.num_blocks(numel), dtype=torch.float32) if parts.absmax is None else parts.absmax
     _quantize(
-        pointer(weight), DTYPES[weight.dtype], numel, block_size,
+        pointer(weight), DTYPES[weight.dtype], numel, block_size, spec.bits,
         pointer(codebooks.midpoints(format)), pointer(codebooks.sorted_order(format)),
         pointer(packed), pointer(absmax), pointer(parts.zero_points),
     )  # fmt: skip
@@ -238,7 +246,7 @@ def dequantize_4bit_out(
 ) -> None:
     _dequantize(
         pointer(packed), *scale_pointers(scales, format, block_size, double_quant, out.numel()),
-        pointer(codebooks.codebook(format)),
+        pointer(_sixteen_values(format)), BITS[format],
         out.numel(), block_size, DTYPES[out.dtype], pointer(out),
     )  # fmt: skip
 

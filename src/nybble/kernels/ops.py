@@ -4,8 +4,9 @@
     nybble::dequantize_4bit      packed, scales -> weight
     nybble::dequantize_4bit_out  packed, scales -> written into `out`
 
-`packed` and `scales` are laid out as nybble.formats.quantized_tensor says. A body gets contiguous
-tensors whose sizes have been checked. None of the ops has a gradient: the weights are frozen.
+They serve the three- and two-bit formats too. `packed` and `scales` are laid out as
+nybble.formats.quantized_tensor says. A body gets contiguous tensors whose sizes have been checked. None of
+the ops has a gradient: the weights are frozen.
 """
 
 from collections.abc import Sequence
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, packed_shape
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.kernels import registry
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quantize(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    """Put a weight into four bits, on its own device.
+    """Put a weight into four, three or two bits, on its own device.
 
     Args:
         weight: any shape, fp32, bf16 or fp16.
@@ -71,7 +72,7 @@ def _check_quantize(weight: Tensor, format: str, block_size: int, double_quant: 
 
 def _fake_quantize(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
     spec = QuantSpec(format, block_size, double_quant)
-    packed = weight.new_empty(packed_shape(tuple(weight.shape), block_size), dtype=torch.uint8)
+    packed = weight.new_empty(spec.packed_shape(tuple(weight.shape)), dtype=torch.uint8)
     return packed, weight.new_empty((spec.scales_bytes(weight.numel()),), dtype=torch.uint8)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats import blockwise
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, packed_shape
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.kernels import registry
 
 registry.register_backend("reference", devices=None, probe=lambda: None)
@@ -43,12 +43,6 @@ def dequantize_4bit_out(
     double_quant: bool,
     out: Tensor,
 ) -> None:
-    sizes = tuple(shape)
-    q = QuantizedTensor(
-        packed.view(packed_shape(sizes, block_size)),
-        scales,
-        QuantSpec(format, block_size, double_quant),
-        sizes,
-        out.dtype,
-    )
+    sizes, spec = tuple(shape), QuantSpec(format, block_size, double_quant)
+    q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
     blockwise.dequantize_into(q, out)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, packed_shape
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.kernels import ops
 
 
@@ -64,7 +64,7 @@ class QuantizedLinear(nn.Module):
         self.spec, self.compute_dtype = spec, compute_dtype
         self.source_dtype = compute_dtype
         shape = (out_features, in_features)
-        packed = torch.empty(packed_shape(shape, spec.block_size), dtype=torch.uint8, device=device)
+        packed = torch.empty(spec.packed_shape(shape), dtype=torch.uint8, device=device)
         scales = torch.empty(spec.scales_bytes(out_features * in_features), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)

@@ -42,7 +42,7 @@ class FolderSource:
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
         self.notes: tuple[str, ...] = ()
         if self.quant_spec is not None:
-            self.notes = (f"{name} is already in 4 bits ({self.quant_spec.format}); its own bits are kept.",)
+            self.notes = (f"{name} is already quantised ({self.quant_spec.format}); its own bits are kept.",)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._tokenizer or str(self.path))

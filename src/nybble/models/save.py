@@ -82,7 +82,7 @@ def quantize_folder(
     """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
 
     nf4 and fp4 are stored as bitsandbytes stores them: transformers loads the folder where bitsandbytes
-    is installed. int4 is stored with nybble's own keys. Matrices outside the blocks are kept in 16 bits,
+    is installed. int4, nf3 and nf2 are stored with nybble's own keys. Matrices outside the blocks are kept in 16 bits,
     norms and biases as they are.
 
     Args:
@@ -96,7 +96,7 @@ def quantize_folder(
     """
     if source.quant_spec is not None:
         raise ModelError(
-            f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
+            f"{source.name} is already quantised ({source.quant_spec.format}).",
             "Allowed: a model in 16 or 32 bits; quantising twice loses quality each time.",
             "Use it as it is, or start from the 16-bit model.",
         )

@@ -1,8 +1,8 @@
-// Four bits to fp32, bf16 or fp16, the scales decoded on the way.
+// Four, three or two bits to fp32, bf16 or fp16, the scales decoded on the way.
 //
-// A block's 64 or more elements take only 16 values: (codebook - zero point) * scale, each rounded once to the output
-// type. So those are computed first and the rest is a lookup of nibbles in a 16-entry table that fits one register
-// (vpermw, vpermps, pshufb). Floor for 4096 x 11008 to bf16: 23 MB read, 90 MB written; 22 vector operations per 64
+// A block's 64 or more elements take at most 16 values: (codebook - zero point) * scale, each rounded once to the output
+// type. So those are computed first and the rest is a lookup of indices in a 16-entry table that fits one register
+// (vpermw, vpermps, pshufb); a table of 8 or 4 values is padded. Floor for 4096 x 11008 to bf16: 23 MB read, 90 MB written; 22 vector operations per 64
 // elements, a fifth of the time the memory takes.
 #include "dispatch.h"
 #include "four_bit.h"
@@ -10,7 +10,7 @@
 namespace nybble::NYBBLE_ISA {
 
 template <typename T>
-static void dequantize_to(const uint8_t* packed, const Scales& scales, const float* codebook, int64_t numel,
+static void dequantize_to(const uint8_t* packed, const Scales& scales, const float* codebook, int bits, int64_t numel,
                           int64_t block_size, T* out) {
     const int64_t blocks = (numel + block_size - 1) / block_size, turn = blocks_per_turn(block_size);
 #pragma omp parallel for schedule(static) if (blocks > turn)
@@ -21,19 +21,24 @@ static void dequantize_to(const uint8_t* packed, const Scales& scales, const flo
             scales.table(block, codebook, table);
             const int64_t start = block * block_size;
             const int64_t count = numel - start < block_size ? numel - start : block_size;
-            lookup(table, packed + start / 2, out + start, count);
+            const uint8_t* bytes = block_bytes(packed, block, block_size, bits);
+            if (bits == 4) {
+                lookup(table, bytes, out + start, count);
+            } else {
+                lookup_planes(table, bytes, bits, out + start, count);
+            }
         }
     }
 }
 
 void dequantize(const uint8_t* packed, const float* absmax, const uint8_t* codes, const float* code_values,
-                const float* absmax2, const float* offset, const uint8_t* zero_points, const float* codebook,
+                const float* absmax2, const float* offset, const uint8_t* zero_points, const float* codebook, int bits,
                 int64_t numel, int64_t block_size, int dtype, void* out) {
     const Scales scales{absmax, codes, code_values, absmax2, offset, zero_points};
     switch (dtype) {
-        case NYBBLE_F32: return dequantize_to(packed, scales, codebook, numel, block_size, (float*)out);
-        case NYBBLE_BF16: return dequantize_to(packed, scales, codebook, numel, block_size, (bf16*)out);
-        case NYBBLE_F16: return dequantize_to(packed, scales, codebook, numel, block_size, (fp16*)out);
+        case NYBBLE_F32: return dequantize_to(packed, scales, codebook, bits, numel, block_size, (float*)out);
+        case NYBBLE_BF16: return dequantize_to(packed, scales, codebook, bits, numel, block_size, (bf16*)out);
+        case NYBBLE_F16: return dequantize_to(packed, scales, codebook, bits, numel, block_size, (fp16*)out);
     }
 }
 
@@ -41,7 +46,7 @@ void dequantize(const uint8_t* packed, const float* absmax, const uint8_t* codes
 
 NYBBLE_ENTRY(dequantize,
              (const uint8_t* packed, const float* absmax, const uint8_t* codes, const float* code_values,
-              const float* absmax2, const float* offset, const uint8_t* zero_points, const float* codebook,
+              const float* absmax2, const float* offset, const uint8_t* zero_points, const float* codebook, int bits,
               int64_t numel, int64_t block_size, int dtype, void* out),
-             (packed, absmax, codes, code_values, absmax2, offset, zero_points, codebook, numel, block_size, dtype,
-              out))
+             (packed, absmax, codes, code_values, absmax2, offset, zero_points, codebook, bits, numel, block_size,
+              dtype, out))

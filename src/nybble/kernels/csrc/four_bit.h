@@ -1,5 +1,5 @@
-// What the kernels on four-bit matrices share: the scales as the C ABI passes them, the
-// nearest level, the nearest 8-bit code of a scale, and the lookup of nibbles.
+// What the kernels on four-, three- and two-bit matrices share: the scales as the C ABI passes them, the
+// nearest level, the nearest 8-bit code of a scale, and the lookup of indices.
 // The layout is that of nybble/formats/quantized_tensor.py.
 #pragma once
 
@@ -194,6 +194,111 @@ inline void lookup(const T* table, const uint8_t* packed, T* out, int64_t count)
 }
 
 #endif
+
+// Where a block begins: its number, elements in a whole block, bits of an index.
+inline const uint8_t* block_bytes(const uint8_t* packed, int64_t block, int64_t block_size, int bits) {
+    return packed + block * (block_size / 8 * bits);
+}
+
+// out[i] = table[index i] for the `count` indices of one block of nf2 (`bits` 2) or nf3 (`bits` 3), whose low two bits
+// lie four to a byte and whose third bits follow, eight to a byte, the first in the lowest.
+template <typename T>
+inline void lookup_planes_scalar(const T* table, const uint8_t* low, const uint8_t* high, T* out, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const int third = high ? (high[i / 8] >> (i % 8) & 1) << 2 : 0;
+        out[i] = table[(low[i / 4] >> (i % 4 * 2) & 3) | third];
+    }
+}
+
+#if defined(__AVX512F__)
+
+// Every permute below finds its four values wherever the index's upper bits point, so those need no masking. The third
+// bit chooses between two permutes, one of table[0..3] and one of table[4..7].
+template <typename T>  // bf16, fp16
+inline int64_t lookup_planes_vector(const T* table, const uint8_t* low, const uint8_t* high, T* out, int64_t count) {
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)table));
+    const __m512i four = _mm512_broadcastq_epi64(_mm512_castsi512_si128(values));
+    const __m512i last_four = _mm512_broadcastq_epi64(_mm_srli_si128(_mm512_castsi512_si128(values), 8));
+    // Word i takes the 16 bits that hold element i, moved down by 2 (i % 8).
+    const __m512i eighth = _mm512_set_epi16(3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1,
+                                            0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i shift = _mm512_broadcast_i32x4(_mm_set_epi16(14, 12, 10, 8, 6, 4, 2, 0));
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        const __m512i words = _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)(low + i / 4)));
+        const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi16(eighth, words), shift);
+        __m512i value = _mm512_permutexvar_epi16(index, four);
+        if (high) {
+            uint32_t third;
+            memcpy(&third, high + i / 8, 4);
+            value = _mm512_mask_permutexvar_epi16(value, third, index, last_four);
+        }
+        _mm512_storeu_si512(out + i, value);
+    }
+    return i;
+}
+
+inline int64_t lookup_planes_vector(const float* table, const uint8_t* low, const uint8_t* high, float* out,
+                                    int64_t count) {
+    const __m512 four = _mm512_broadcast_f32x4(_mm_loadu_ps(table));
+    const __m512 last_four = _mm512_broadcast_f32x4(_mm_loadu_ps(table + 4));
+    const __m512i shift = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        int32_t bits;
+        memcpy(&bits, low + i / 4, 4);
+        const __m512i index = _mm512_srlv_epi32(_mm512_set1_epi32(bits), shift);
+        __m512 value = _mm512_permutexvar_ps(index, four);
+        if (high) {
+            uint16_t third;
+            memcpy(&third, high + i / 8, 2);
+            value = _mm512_mask_permutexvar_ps(value, third, index, last_four);
+        }
+        _mm512_storeu_ps(out + i, value);
+    }
+    return i;
+}
+
+#else
+
+// Sixteen indices at a time as nibbles of a 64-bit word, the high one of each byte first, which `lookup` then takes.
+template <typename T>
+inline int64_t lookup_planes_vector(const T* table, const uint8_t* low, const uint8_t* high, T* out, int64_t count) {
+    constexpr int kAtOnce = 8;
+    int64_t i = 0;
+    for (; i + 16 <= count;) {
+        uint64_t nibbles[kAtOnce];
+        const int64_t words = (count - i) / 16 < kAtOnce ? (count - i) / 16 : kAtOnce;
+        for (int64_t k = 0; k < words; ++k) {
+            uint32_t bits;
+            memcpy(&bits, low + i / 4 + 4 * k, 4);
+            uint64_t x = (bits | uint64_t(bits) << 16) & 0x0000FFFF0000FFFF;
+            x = (x | x << 8) & 0x00FF00FF00FF00FF;
+            x = (x | x << 4) & 0x0F0F0F0F0F0F0F0F;
+            nibbles[k] = (x & 0x0303030303030303) << 4 | (x >> 2 & 0x0303030303030303);
+        }
+        for (int64_t k = 0; high && k < words; ++k) {
+            uint16_t third;
+            memcpy(&third, high + i / 8 + 2 * k, 2);
+            uint64_t x = (third | uint64_t(third) << 24) & 0x000000FF000000FF;
+            x = (x | x << 12) & 0x000F000F000F000F;
+            x = (x | x << 6) & 0x0303030303030303;
+            nibbles[k] |= (x & 0x0101010101010101) << 6 | (x & 0x0202020202020202) << 1;
+        }
+        lookup(table, (const uint8_t*)nibbles, out + i, 16 * words);
+        i += 16 * words;
+    }
+    return i;
+}
+
+#endif
+
+template <typename T>
+inline void lookup_planes(const T* table, const uint8_t* block, int bits, T* out, int64_t count) {
+    const uint8_t* high = bits == 3 ? block + (count + 3) / 4 : nullptr;
+    const int64_t done = lookup_planes_vector(table, block, high, out, count);
+    lookup_planes_scalar(table, block + done / 4, high ? high + done / 8 : nullptr, out + done, count - done);
+}
 
 // Elements that one turn of a parallel loop handles, in whole blocks; less than one such piece stays on one thread.
 inline int64_t blocks_per_turn(int64_t block_size) { return block_size >= 16384 ? 1 : 16384 / block_size; }

@@ -1,4 +1,4 @@
-// fp32, bf16 or fp16 to four bits, and block scales to eight: the bits of nybble/formats/{blockwise,double_quant}.py.
+// fp32, bf16 or fp16 to four, three or two bits, and block scales to eight: the bits of nybble/formats/{blockwise,double_quant}.py.
 //
 // Each block is read twice, for its scale and for its indices; the second time it is in the first-level cache. The
 // nearest of 16 levels is the number of midpoints below x / scale: with AVX-512 a binary search whose four probes are
@@ -26,6 +26,28 @@ static void pack(I32 index, int64_t count, uint8_t* out) {
     } else {
         memcpy(out, bytes, size_t(count + 1) / 2);
     }
+}
+
+// Indices of `bits` 3 or 2 to the planes of a block (nybble/formats/quantized_tensor.py): the low two bits four to a byte,
+// the third bits eight to a byte behind them. `at` is the first element's place in the block, `count` the block's length.
+static void pack_planes(I32 index, int bits, int64_t at, int64_t count, uint8_t* block) {
+    typedef uint8_t U8 __attribute__((vector_size(kLanes)));
+    const int64_t valid = count - at < kLanes ? count - at : kLanes;
+    const U8 lanes = __builtin_convertvector(index, U8);
+    uint64_t words[kLanes / 8] = {};  // a lane in each byte, zero beyond the end
+    memcpy(words, &lanes, size_t(valid));
+    uint8_t low[kLanes / 4], high[kLanes / 8];
+    for (int i = 0; i < kLanes / 8; ++i) {
+        uint64_t x = words[i] & 0x0303030303030303;
+        x = (x | x >> 6) & 0x000F000F000F000F;
+        x = (x | x >> 12) & 0x000000FF000000FF;
+        x = x | x >> 24;
+        low[2 * i] = uint8_t(x);
+        low[2 * i + 1] = uint8_t(x >> 8);
+        high[i] = uint8_t((words[i] >> 2 & 0x0101010101010101) * 0x0102040810204080 >> 56);
+    }
+    memcpy(block + at / 4, low, size_t(valid + 3) / 4);
+    if (bits == 3) memcpy(block + (count + 3) / 4 + at / 8, high, size_t(valid + 7) / 8);
 }
 
 // The bits of the largest |x|: as integers NaN > infinity > every finite value, so that neither is lost.
@@ -57,6 +79,19 @@ static void quantize_symmetric(const T* x, int64_t count, bool whole, const Leve
     }
 }
 
+// nf3, nf2: the scale is the value of largest magnitude, sign included; of two such, the positive one.
+template <typename T>
+static void quantize_signed(const T* x, int64_t count, int bits, const Levels& levels, uint8_t* block, float* scale) {
+    const float magnitude = float_of(largest_magnitude(x, count));
+    F32 high = {};
+    for (int64_t i = 0; i < count; i += kLanes) high = max(load_up_to(x + i, count - i), high);
+    const float sign = largest(high) == magnitude ? 1.0f : -1.0f;
+    *scale = sign * magnitude;
+    const F32 reciprocal = splat(1.0f / (sign * (magnitude < kMinScale ? kMinScale : magnitude)));
+    for (int64_t i = 0; i < count; i += kLanes)
+        pack_planes(levels.nearest(load_up_to(x + i, count - i) * reciprocal), bits, i, count, block);
+}
+
 template <typename T>
 static void quantize_asymmetric(const T* x, int64_t count, uint8_t* packed, float* scale, uint8_t* zero_point) {
     F32 low = {}, high = {};
@@ -82,8 +117,8 @@ static void quantize_asymmetric(const T* x, int64_t count, uint8_t* packed, floa
 }
 
 template <typename T>
-static void quantize_from(const T* x, int64_t numel, int64_t block_size, const Levels* levels, uint8_t* packed,
-                          float* scales, uint8_t* zero_points) {
+static void quantize_from(const T* x, int64_t numel, int64_t block_size, const Levels& levels, int bits,
+                          uint8_t* packed, float* scales, uint8_t* zero_points) {
     const int64_t blocks = (numel + block_size - 1) / block_size, turn = blocks_per_turn(block_size);
 #pragma omp parallel for schedule(static) if (blocks > turn)
     for (int64_t begin = 0; begin < blocks; begin += turn) {
@@ -91,24 +126,27 @@ static void quantize_from(const T* x, int64_t numel, int64_t block_size, const L
         for (int64_t block = begin; block < end; ++block) {
             const int64_t start = block * block_size;
             const int64_t count = numel - start < block_size ? numel - start : block_size;
-            if (levels) {
-                quantize_symmetric(x + start, count, count == block_size, *levels, packed + start / 2, scales + block);
+            uint8_t* bytes = packed + block * (block_size / 8 * bits);
+            if (bits < 4) {
+                quantize_signed(x + start, count, bits, levels, bytes, scales + block);
+            } else if (zero_points) {
+                quantize_asymmetric(x + start, count, bytes, scales + block, zero_points + block);
             } else {
-                quantize_asymmetric(x + start, count, packed + start / 2, scales + block, zero_points + block);
+                quantize_symmetric(x + start, count, count == block_size, levels, bytes, scales + block);
             }
         }
     }
 }
 
 // Scales that are not finite afterwards mean that weights were not. With `zero_points`: int4_asym.
-void quantize(const void* x, int dtype, int64_t numel, int64_t block_size, const float* midpoints,
+// midpoints [2^bits - 1], order [2^bits].
+void quantize(const void* x, int dtype, int64_t numel, int64_t block_size, int bits, const float* midpoints,
               const uint8_t* order, uint8_t* packed, float* scales, uint8_t* zero_points) {
-    const Levels levels(midpoints, order);
-    const Levels* used = zero_points ? nullptr : &levels;
+    const Levels levels(midpoints, order, 1 << bits);
     switch (dtype) {
-        case NYBBLE_F32: return quantize_from((const float*)x, numel, block_size, used, packed, scales, zero_points);
-        case NYBBLE_BF16: return quantize_from((const bf16*)x, numel, block_size, used, packed, scales, zero_points);
-        case NYBBLE_F16: return quantize_from((const fp16*)x, numel, block_size, used, packed, scales, zero_points);
+        case NYBBLE_F32: return quantize_from((const float*)x, numel, block_size, levels, bits, packed, scales, zero_points);
+        case NYBBLE_BF16: return quantize_from((const bf16*)x, numel, block_size, levels, bits, packed, scales, zero_points);
+        case NYBBLE_F16: return quantize_from((const fp16*)x, numel, block_size, levels, bits, packed, scales, zero_points);
     }
 }
 
@@ -136,9 +174,9 @@ void quantize_scales(const float* scales, int64_t count, float offset, const flo
 }  // namespace nybble::NYBBLE_ISA
 
 NYBBLE_ENTRY(quantize,
-             (const void* x, int dtype, int64_t numel, int64_t block_size, const float* midpoints,
+             (const void* x, int dtype, int64_t numel, int64_t block_size, int bits, const float* midpoints,
               const uint8_t* order, uint8_t* packed, float* scales, uint8_t* zero_points),
-             (x, dtype, numel, block_size, midpoints, order, packed, scales, zero_points))
+             (x, dtype, numel, block_size, bits, midpoints, order, packed, scales, zero_points))
 
 NYBBLE_ENTRY(quantize_scales,
              (const float* scales, int64_t count, float offset, const float* midpoints, const uint8_t* first_code,
