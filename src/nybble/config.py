@@ -161,12 +161,20 @@ class QualityOptions(CalibrationOptions):
         "given; else search.",
     )
 
+    mixed: float | None = knob(
+        None,
+        "Give each layer 4, 3 or 2 bits (nf4, nf3, nf2) so that this many bits a weight, scales included, lose least.",
+        gt=2,
+        lt=5,
+        elsewhere=("average_bits",),
+    )
+
     @model_validator(mode="after")
     def _text_is_for_calibrating(self) -> Self:
-        if self.calibrate is not None and self.quality in ("absmax", "search"):
+        if self.calibrate is not None and self.quality in ("absmax", "search") and self.mixed is None:
             raise ConfigError(
                 f"calibrate is {self.calibrate!r}, quality is {self.quality}.",
-                "Only calibrated weights use text.",
+                "Only calibrated weights and --mixed use text.",
                 "Leave --calibrate out, or use --quality calibrated.",
             )
         return self
@@ -206,6 +214,12 @@ class AdapterOptions(Options):
         "all-linear",
         "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj.",
         elsewhere=("lora_target_modules", "targets"),
+    )
+    init: Literal["default", "loftq", "activation"] = knob(
+        "default",
+        "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
+        " layers' outputs on the training rows.",
+        elsewhere=("init_lora_weights",),
     )
     rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
 
@@ -300,6 +314,15 @@ class RunOptions(Options):
     )
 
 
+def _check_mixed(mixed: float | None, format: str) -> None:
+    if mixed is not None and format != "nf4":
+        raise ConfigError(
+            f"format is {format}, and mixed is {mixed:g}.",
+            "--mixed chooses among nf4, nf3 and nf2 itself.",
+            "Leave --format or --mixed out.",
+        )
+
+
 # Bases stand in reverse: the last one's options come first in help texts and YAML files.
 class TrainConfig(
     MachineOptions,
@@ -313,6 +336,11 @@ class TrainConfig(
     ModelOptions,
 ):
     """What `nybble train` needs to know."""
+
+    @model_validator(mode="after")
+    def _mixed_chooses_formats(self) -> Self:
+        _check_mixed(self.mixed, self.format)
+        return self
 
     @model_validator(mode="after")
     def _micro_batch_fits_in_step(self) -> Self:
@@ -331,6 +359,11 @@ class QuantizeConfig(ComputeOptions, QualityOptions, FourBitOptions, OutputForma
     group: ClassVar[str] = "Output"
 
     out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+
+    @model_validator(mode="after")
+    def _mixed_chooses_formats(self) -> Self:
+        _check_mixed(self.mixed, self.format)
+        return self
 
 
 class ComparisonOptions(Options):

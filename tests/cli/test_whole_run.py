@@ -88,3 +88,26 @@ def test_a_quantised_folder_trains_and_chats_too(format: str, tiny_model: Path, 
     run("train", "--model", tmp_path / "few-bits", "--data", data, "--out", tmp_path / "run", "--max-steps", 1)
     assert math.isfinite(events(tmp_path / "run", "eval")[-1]["loss"])
     run("chat", "--run", tmp_path / "run", "--prompt", "What is 3 plus 3?", "--max-new-tokens", 2)
+
+
+@pytest.mark.parametrize("init", ["loftq", "activation"])
+def test_adapters_that_begin_with_the_error_train_resume_and_chat(
+    init: str, tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = ["--model", tiny_model, "--data", data, "--format", "nf2", "--init", init, "--max-seq-len", 128]
+    run("train", *flags, "--out", tmp_path / "run", "--max-steps", 2, "--rows-per-step", 4)
+    assert (tmp_path / "run" / "adapter" / "initial.safetensors").is_file()
+    run("train", *flags, "--out", tmp_path / "plain", "--max-steps", 2, "--rows-per-step", 4, "--init", "default")
+    assert not (tmp_path / "plain" / "adapter" / "initial.safetensors").exists()
+    begun, plain = (events(tmp_path / name, "eval")[0]["loss"] for name in ("run", "plain"))
+    assert begun != plain
+    run("chat", "--run", tmp_path / "run", "--prompt", "What is 3 plus 3?", "--max-new-tokens", 2)
+
+
+def test_mixed_formats_train_and_chat(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    flags = ["--model", tiny_model, "--data", data, "--mixed", 3.2, "--max-steps", 1]
+    shown = run("train", *flags, "--out", tmp_path / "run")
+    assert "bits of each layer: 3." in shown
+    layers = json.loads((tmp_path / "run" / "formats.json").read_text())["layers"]
+    assert set(layers.values()) <= {"nf4", "nf3", "nf2"} and len(set(layers.values())) > 1
+    run("chat", "--run", tmp_path / "run", "--prompt", "What is 3 plus 3?", "--max-new-tokens", 2)

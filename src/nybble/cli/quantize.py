@@ -20,9 +20,10 @@ def quantize(given: dict[str, Any]) -> int:
     config = build_options(QuantizeConfig, given)
     import torch
 
-    from nybble.formats.quantized_tensor import QuantSpec
+    from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
     from nybble.models.save import quantize_folder
     from nybble.models.source import open_source
+    from nybble.training.mixed import measure_mixed, show_mixed
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -30,14 +31,22 @@ def quantize(given: dict[str, Any]) -> int:
     console = Console()
     source = open_source(config.model, config.tokenizer)
     quality = _quality(config)
-    calibration = _calibration(config, source, console) if quality == "calibrated" else None
+    reads_text = quality == "calibrated" or config.mixed is not None
+    calibration = _calibration(config, source, console) if reads_text else None
+    specs: QuantSpec | LayerSpecs = spec
+    if config.mixed is not None and calibration is not None:
+        cpu = torch.device("cpu")
+        mixed = measure_mixed(source, config.mixed, spec, calibration.windows, calibration.compute_dtype, cpu)
+        show_mixed(console, mixed)
+        specs = mixed.specs
     progress = partial(track, description="quantizing", console=console, transient=True)
-    done = quantize_folder(source, spec, config.out, progress, quality=quality, calibration=calibration)
+    done = quantize_folder(source, specs, config.out, progress, quality=quality, calibration=calibration)
     if done.reports:
-        console.print(_table(done.reports, calibration is not None))
+        console.print(_table(done.reports, quality == "calibrated"))
     for note in done.notes:
         console.print(note, highlight=False)
-    console.print(f"{config.out} holds {config.model} in {config.format}, {quality}.", highlight=False, markup=False)
+    formats = config.format if config.mixed is None else "mixed formats"
+    console.print(f"{config.out} holds {config.model} in {formats}, {quality}.", highlight=False, markup=False)
     return 0
 
 

@@ -14,7 +14,7 @@ from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.models.source import open_source
 from nybble.training.base import kept_base
 from nybble.training.run_folder import RunFolder
-from nybble.training.session import load_base
+from nybble.training.session import base_specs, load_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: 
     source = open_source(config.model, config.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), config.template)
     dtype = resolve_compute_dtype(compute_dtype, target)
-    model = load_base(config, kept_base(run) or source, dtype, target, console)
+    model = load_base(config, kept_base(run) or source, base_specs(config, run), dtype, target, console)
     read_adapter(model, run.adapter)
     model.requires_grad_(False)
     return LoadedRun(config, model.eval(), template)

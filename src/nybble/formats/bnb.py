@@ -27,6 +27,7 @@ from nybble.formats.codebooks import codebook, dynamic_map
 from nybble.formats.quantized_tensor import (
     FORMATS,
     NESTED_BLOCK_SIZE,
+    LayerSpecs,
     QuantizedTensor,
     QuantSpec,
     ScaleParts,
@@ -35,6 +36,7 @@ from nybble.formats.quantized_tensor import (
 
 BITSANDBYTES_FORMATS = ("nf4", "fp4")
 DEFAULT_BLOCK_SIZE = 64  # what a config without a block size means
+MIXED = "mixed"  # the format of a folder whose layers have several
 MAP_TOLERANCE = 1e-6  # bitsandbytes' own tolerance when it compares maps
 MAX_STATE_BYTES = 1 << 16
 MAX_DIMS = 8
@@ -78,8 +80,12 @@ def to_bnb(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
     return tensors
 
 
-def quantization_config(spec: QuantSpec, compute_dtype: torch.dtype, skip_modules: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a folder whose linears are quantised by `spec`.
+def quantization_config(
+    specs: QuantSpec | LayerSpecs, compute_dtype: torch.dtype, skip_modules: Sequence[str]
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json for a folder whose linears are quantised by `specs`.
+
+    Where layers differ, it is nybble's own with "mixed" as the format and the format of each layer under "layers".
 
     bitsandbytes takes the block size from each tensor's state; the config names it only where it is not 64.
 
@@ -87,11 +93,15 @@ def quantization_config(spec: QuantSpec, compute_dtype: torch.dtype, skip_module
         compute_dtype: what the weights are multiplied in.
         skip_modules: modules kept in 16 bits, such as `lm_head`.
     """
+    layers = {} if isinstance(specs, QuantSpec) else {layer: spec.format for layer, spec in specs.items()}
+    spec = specs if isinstance(specs, QuantSpec) else next(iter(specs.values()))
+    is_mixed = len(set(layers.values())) > 1
     block_size = {} if spec.block_size == DEFAULT_BLOCK_SIZE else {"block_size": spec.block_size}
-    if spec.format not in BITSANDBYTES_FORMATS:
+    if is_mixed or spec.format not in BITSANDBYTES_FORMATS:
         return {
             "quant_method": "nybble",
-            "format": spec.format,
+            "format": MIXED if is_mixed else spec.format,
+            **({"layers": layers} if is_mixed else {}),
             "double_quant": spec.double_quant,
             "compute_dtype": _dtype_name(compute_dtype),
             "skip_modules": list(skip_modules),
@@ -115,7 +125,7 @@ def quantization_config(spec: QuantSpec, compute_dtype: torch.dtype, skip_module
 def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
     """How the linears of a folder are quantised, from the contents of its config.json; None when they are not.
 
-    What each tensor's own state says (`from_bnb`) goes before this.
+    Of a mixed folder, how most are. What each tensor's own state says (`from_bnb`) goes before this.
 
     Raises:
         FormatError: the folder is quantised in a way nybble cannot read.
@@ -141,7 +151,12 @@ def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
             f"quantization_config has {keys[0]}={values[0]!r}, {keys[1]}={values[1]!r}, block_size={block_size!r}.",
             "Needed: a string, a boolean, an integer.",
         )
-    return QuantSpec(values[0], block_size, values[1])
+    if values[0] != MIXED:
+        return QuantSpec(values[0], block_size, values[1])
+    formats = [QuantSpec(format, block_size, values[1]) for format in (quantization.get("layers") or {}).values()]
+    if not formats:
+        raise FormatError("quantization_config is mixed and names no layers.", "Needed: the format of each.")
+    return max(formats, key=formats.count)
 
 
 def is_quantized(name: str, tensors: Mapping[str, Any]) -> bool:

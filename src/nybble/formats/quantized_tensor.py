@@ -19,6 +19,7 @@ Layout of `packed`, over the row-major flattened matrix:
 In nf2 and nf3 the bits that no element fills are zero. A whole block is a whole number of bytes in every format.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -87,6 +88,14 @@ class QuantSpec:
     def bytes(self, numel: int) -> int:
         """Bytes that a matrix of `numel` elements takes, scales included."""
         return self.packed_bytes(numel) + self.scales_bytes(numel)
+
+
+LayerSpecs = Mapping[str, QuantSpec]  # by the layer's name
+
+
+def spec_of(specs: QuantSpec | LayerSpecs, layer: str) -> QuantSpec:
+    """How one layer is quantised: all alike, or each by its own entry."""
+    return specs if isinstance(specs, QuantSpec) else specs[layer]
 
 
 class ScaleParts(NamedTuple):

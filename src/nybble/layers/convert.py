@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec, spec_of
 from nybble.layers.lora import LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 
@@ -37,12 +37,14 @@ def quantizable_linears(model: nn.Module) -> list[str]:
     ]
 
 
-def replace_linears(model: nn.Module, names: Iterable[str], spec: QuantSpec, compute_dtype: torch.dtype) -> None:
+def replace_linears(
+    model: nn.Module, names: Iterable[str], specs: QuantSpec | LayerSpecs, compute_dtype: torch.dtype
+) -> None:
     """Swap the named `nn.Linear`/`Conv1D` for `QuantizedLinear` without weights, in place."""
     for name in names:
         linear = model.get_submodule(name)
         in_features, out_features = linear_features(linear)
-        has_bias = linear.bias is not None
+        has_bias, spec = linear.bias is not None, spec_of(specs, name)
         model.set_submodule(
             name, QuantizedLinear(in_features, out_features, has_bias, spec, compute_dtype, device="meta")
         )

@@ -49,7 +49,15 @@ class LoraLinear(nn.Module):
         a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.initial: tuple[Tensor, Tensor] | None = None  # A and B that training began with, where B was not zero
         self.enabled = True
+
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Begin with these A `(r, in)` and B `(out, r)` instead of with B = 0, and remember them."""
+        with torch.no_grad():
+            self.lora_A.copy_(a)
+            self.lora_B.copy_(b)
+        self.initial = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -60,8 +68,18 @@ class LoraLinear(nn.Module):
         return y + F.linear(low_rank, self.lora_B.to(x.dtype))  # (..., r) -> (..., out)
 
     def delta(self) -> Tensor:
-        """ΔW = scaling · B·A in fp32, `[out_features, in_features]`."""
+        """ΔW = scaling · B·A in fp32, `[out_features, in_features]`: what is added to the quantised base."""
         return self.scaling * (self.lora_B @ self.lora_A)
+
+    def delta_of_training(self) -> Tensor:
+        """scaling · (B·A - B₀·A₀): what is added to the 16-bit base the quantised one was made from.
+
+        An adapter that began with what quantisation lost carries that correction, which the 16-bit base does not need.
+        """
+        if self.initial is None:
+            return self.delta()
+        a, b = self.initial
+        return self.scaling * (self.lora_B @ self.lora_A - b @ a)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"

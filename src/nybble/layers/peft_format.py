@@ -1,6 +1,8 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32.
+Adapters that began with something other than B = 0 have a third file, `initial.safetensors`, with the same keys: what
+they began with. PEFT does not look at it: on the quantised base the adapter is whole without it.
 """
 
 import json
@@ -19,6 +21,7 @@ from nybble.layers.lora import LoraLinear, lora_scaling
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+INITIAL_NAME = "initial.safetensors"
 _PREFIX = "base_model.model."
 
 
@@ -28,6 +31,17 @@ def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
     for name, adapter in adapters.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = adapter.lora_A.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = adapter.lora_B.detach().cpu().contiguous()
+    return tensors
+
+
+def initial_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """PEFT's keys -> what the adapters began with; empty where that was B = 0."""
+    tensors = {}
+    for name, adapter in adapters.items():
+        if adapter.initial is not None:
+            a, b = adapter.initial
+            tensors[f"{_PREFIX}{name}.lora_A.weight"] = a.cpu().contiguous()
+            tensors[f"{_PREFIX}{name}.lora_B.weight"] = b.cpu().contiguous()
     return tensors
 
 
@@ -60,6 +74,8 @@ def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
 def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     """Write the model's adapters into an existing folder."""
     save_file(adapter_tensors(adapters_of(model)), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    if initial := initial_tensors(adapters_of(model)):
+        save_file(initial, folder / INITIAL_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -109,7 +125,17 @@ def _keys(adapters: Iterable[str]) -> set[str]:
 def _fill(adapters: dict[str, LoraLinear], tensors: dict[str, Tensor], folder: Path) -> None:
     for name, adapter in adapters.items():
         for part in ("lora_A", "lora_B"):
-            _copy(tensors, f"{_PREFIX}{name}.{part}.weight", getattr(adapter, part), folder)
+            key = f"{_PREFIX}{name}.{part}.weight"
+            with torch.no_grad():
+                getattr(adapter, part).copy_(_checked(tensors, key, getattr(adapter, part), folder / WEIGHTS_NAME))
+    if (folder / INITIAL_NAME).is_file():
+        initial = _load(folder / INITIAL_NAME)
+        for name, adapter in adapters.items():
+            a, b = (
+                _checked(initial, f"{_PREFIX}{name}.{part}.weight", parameter, folder / INITIAL_NAME)
+                for part, parameter in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B))
+            )
+            adapter.initial = (a.to(adapter.lora_A.device), b.to(adapter.lora_B.device))
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -118,17 +144,26 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise RunError(f"{folder} has no {name}.", "An adapter folder holds both.", "Check the path.")
     try:
         config = json.loads((folder / CONFIG_NAME).read_text())
-        tensors = load_file(folder / WEIGHTS_NAME)
         lora_scaling(config["lora_alpha"], config["r"], config.get("use_rslora", False))
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise RunError(f"The adapter in {folder} is damaged: {error}.", "", "Use an earlier checkpoint.") from error
-    return config, tensors
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise _damaged(folder / CONFIG_NAME, error) from error
+    return config, _load(folder / WEIGHTS_NAME)
 
 
-def _copy(tensors: dict[str, Tensor], key: str, parameter: nn.Parameter, folder: Path) -> None:
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> RunError:
+    return RunError(f"The adapter in {file.parent} is damaged: {file.name}: {error}.", "", "Use an earlier checkpoint.")
+
+
+def _checked(tensors: dict[str, Tensor], key: str, parameter: nn.Parameter, file: Path) -> Tensor:
     tensor = tensors.get(key)
     if tensor is None or tensor.shape != parameter.shape:
         found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-        raise RunError(f"{folder / WEIGHTS_NAME}: {key} should have shape {tuple(parameter.shape)}; found {found}.")
-    with torch.no_grad():
-        parameter.copy_(tensor)
+        raise RunError(f"{file}: {key} should have shape {tuple(parameter.shape)}; found {found}.")
+    return tensor

@@ -81,7 +81,8 @@ class TrainingShape:
         tokens: T, in the largest micro-batch, padding included.
         supervised_tokens: of those, how many are projected by the head at most.
         compute_bytes: c.
-        spec: four-bit format of the base, or None for 16 bits.
+        spec: format of the base, or None for 16 bits.
+        mixed_bits: bits a weight where the layers of the base have several formats.
         path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
         keep: what each block keeps: "nothing" (its input), "attention" or "everything".
         chunk_bytes: what one chunk of logits may take.
@@ -96,11 +97,14 @@ class TrainingShape:
     path: str
     keep: str
     chunk_bytes: int
+    mixed_bits: float | None = None
 
 
-def base_bytes(shape: ModelShape, spec: QuantSpec | None) -> int:
+def base_bytes(shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None = None) -> int:
     """The linear layers of all blocks."""
-    sizes = (rows * columns for rows, columns in shape.linears)
+    sizes = [rows * columns for rows, columns in shape.linears]
+    if mixed_bits is not None:
+        return round(shape.num_layers * sum(sizes) * mixed_bits / 8)
     per_block = sum(DENSE_BYTES * n if spec is None else spec.bytes(n) for n in sizes)
     return shape.num_layers * per_block
 
@@ -154,7 +158,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     adapters = training.adapter_parameters * MASTER_BYTES
     logits = training.supervised_tokens * shape.vocab_size * c
     parts = {
-        "base weights": base_bytes(shape, training.spec),
+        "base weights": base_bytes(shape, training.spec, training.mixed_bits),
         "embeddings, head, norms": dense_bytes(shape),
         "adapters": adapters + (3 * c * training.adapter_parameters // 2 if training.path == "blocks" else 0),
         "adapter gradients": adapters,

@@ -18,7 +18,7 @@ from nybble.calibration.feedback import (
     output_error,
 )
 from nybble.calibration.statistics import InputStatistics
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
@@ -38,6 +38,7 @@ class BlockCalibrator:
     """Calibrates the blocks of a source in order.
 
     Args:
+        specs: one for all linears, or one for each by name; those of one block have one block size.
         windows: int64 `(windows, tokens)`, the calibration text.
         compute_dtype: of the hidden states and products.
 
@@ -51,12 +52,12 @@ class BlockCalibrator:
     def __init__(
         self,
         source: ModelSource,
-        spec: QuantSpec,
+        specs: QuantSpec | LayerSpecs,
         windows: Tensor,
         compute_dtype: torch.dtype,
         options: FeedbackOptions | None = None,
     ):
-        self.source, self.spec, self.dtype = source, spec, compute_dtype
+        self.source, self.specs, self.dtype = source, specs, compute_dtype
         self.options = options or FeedbackOptions()
         self.model = build_skeleton(source.config, compute_dtype)
         self.placed = place_tensors(source, self.model)
@@ -85,19 +86,21 @@ class BlockCalibrator:
 
         def take(linear: str, inputs: LayerInputs) -> None:
             weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
-            found = calibrate_weight(weight, inputs, self.spec, self.options)
+            spec = spec_of(self.specs, f"{name}.{linear}")
+            found = calibrate_weight(weight, inputs, spec, self.options)
             weights[f"{name}.{linear}.weight"] = found.tensor
-            reports.append(_report(f"{name}.{linear}", weight, found, inputs, self.spec))
+            reports.append(_report(f"{name}.{linear}", weight, found, inputs, spec))
             _swap(layer, linear, found.tensor, self.dtype)
 
         for group, statistics in self.walk.groups(index, layer):
-            inputs = LayerInputs(statistics, self.spec.block_size, self.options)
+            inputs = LayerInputs(statistics, spec_of(self.specs, f"{name}.{group[0]}").block_size, self.options)
             for linear in group:
                 take(linear, inputs)
         for linear in linears:
             if f"{name}.{linear}.weight" not in weights:  # never called
                 in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
-                take(linear, LayerInputs(InputStatistics(in_features), self.spec.block_size, self.options))
+                block_size = spec_of(self.specs, f"{name}.{linear}").block_size
+                take(linear, LayerInputs(InputStatistics(in_features), block_size, self.options))
         return weights, reports
 
     def placed_in(self, block: str) -> list[PlacedTensor]:

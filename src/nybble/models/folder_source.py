@@ -42,7 +42,7 @@ class FolderSource:
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
         self.notes: tuple[str, ...] = ()
         if self.quant_spec is not None:
-            self.notes = (f"{name} is already quantised ({self.quant_spec.format}); its own bits are kept.",)
+            self.notes = (f"{name} is already quantised ({self._stored_formats()}); its own bits are kept.",)
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._tokenizer or str(self.path))
@@ -70,6 +70,10 @@ class FolderSource:
         if not self.is_quantized(name):
             return self._stored.read(name)
         return from_bnb(name, {part: self._stored.read(part) for part in self._parts[name]})
+
+    def _stored_formats(self) -> str:
+        keys = [name for name in self._stored.entries if ".quant_state." in name]
+        return ", ".join(sorted({key.rpartition("__")[2] for key in keys}))
 
     def _first_spec(self) -> QuantSpec | None:
         for name in self._parts:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.search import search_weight
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
@@ -30,7 +30,7 @@ Progress = Callable[..., Iterable[Any]]  # wraps a list, as rich.progress.track 
 
 def load_model(
     source: ModelSource,
-    spec: QuantSpec | None,
+    spec: QuantSpec | LayerSpecs | None,
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -43,7 +43,8 @@ def load_model(
     (`source.dense_dtype`). Everything else is in `compute_dtype`.
 
     Args:
-        spec: None keeps (or, from a source in four bits, makes) every linear dense, in `compute_dtype`.
+        spec: one for all linears of the blocks, or one for each by name; None keeps (or, from a source in four
+            bits, makes) every linear dense, in `compute_dtype`.
         compute_dtype: of the products.
         device: where the weights go.
         progress: wraps the list of tensors to load, called with `total=`.

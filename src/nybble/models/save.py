@@ -22,7 +22,7 @@ from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, search_weight
 from nybble.errors import ModelError
 from nybble.formats.bnb import quantization_config, to_bnb
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
 from nybble.formats.safetensors_io import SafetensorsWriter, check_output_free, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
@@ -71,7 +71,7 @@ class QuantizedFolder:
 
 def quantize_folder(
     source: ModelSource,
-    spec: QuantSpec,
+    specs: QuantSpec | LayerSpecs,
     out: Path,
     progress: Progress | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -86,6 +86,7 @@ def quantize_folder(
     norms and biases as they are.
 
     Args:
+        specs: one for all linears of the blocks, or one for each by name.
         out: a new or empty folder.
         progress: wraps the list of blocks to make, called with `total=`.
         calibration: for quality "calibrated".
@@ -100,29 +101,33 @@ def quantize_folder(
             "Allowed: a model in 16 or 32 bits; quantising twice loses quality each time.",
             "Use it as it is, or start from the 16-bit model.",
         )
-    if quality != "absmax":
-        check_searchable(spec.format)
+    if quality != "absmax" and isinstance(specs, QuantSpec):
+        check_searchable(specs.format)
     check_output_free(out)
     model = build_skeleton(source.config)
     placed = place_tensors(source, model)
-    partial = PartialFolder(out, _work(source, spec, quality, calibration))
+    partial = PartialFolder(out, _work(source, specs, quality, calibration))
     notes: tuple[str, ...] = ()
     if quality == "calibrated":
         assert calibration is not None
-        notes = _make_calibrated(source, spec, calibration, model, placed, partial, progress)
+        notes = _make_calibrated(source, specs, calibration, model, placed, partial, progress)
     else:
-        _make_blocks(source, spec, quality, model, placed, partial, progress)
-    _assemble(source, spec, out, model, placed, partial, max_shard_bytes)
+        _make_blocks(source, specs, quality, model, placed, partial, progress)
+    _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
     reports = [report for block in block_names(model) for report in partial.reports(block)]
     partial.remove()
     return QuantizedFolder(reports, notes)
 
 
 def _work(
-    source: ModelSource, spec: QuantSpec, quality: Quality, calibration: CalibrationInput | None
+    source: ModelSource, specs: QuantSpec | LayerSpecs, quality: Quality, calibration: CalibrationInput | None
 ) -> dict[str, object]:
     """All that decides the result."""
-    work: dict[str, object] = {"source": source.fingerprint(), "spec": asdict(spec), "quality": quality}
+    work: dict[str, object] = {"source": source.fingerprint(), "quality": quality}
+    if isinstance(specs, QuantSpec):
+        work["spec"] = asdict(specs)
+    else:
+        work["specs"] = {layer: asdict(spec) for layer, spec in specs.items()}
     if calibration is not None and quality == "calibrated":
         work["windows"] = digest_of(calibration.windows)
         work["compute_dtype"] = str(calibration.compute_dtype)
@@ -132,7 +137,7 @@ def _work(
 
 def _make_blocks(
     source: ModelSource,
-    spec: QuantSpec,
+    specs: QuantSpec | LayerSpecs,
     quality: Quality,
     model: "PreTrainedModel",
     placed: list[PlacedTensor],
@@ -156,7 +161,7 @@ def _make_blocks(
             assert isinstance(weight, Tensor)
             if is_transposed(model.get_submodule(name)):
                 weight = weight.T
-            q = quantizer(weight, spec)
+            q = quantizer(weight, spec_of(specs, name))
             stored |= to_bnb(place.target, q)
             if quality != "absmax":
                 reports.append(weight_report(name, quality, weight, q))
@@ -165,7 +170,7 @@ def _make_blocks(
 
 def _make_calibrated(
     source: ModelSource,
-    spec: QuantSpec,
+    specs: QuantSpec | LayerSpecs,
     calibration: CalibrationInput,
     model: "PreTrainedModel",
     placed: list[PlacedTensor],
@@ -174,9 +179,9 @@ def _make_calibrated(
 ) -> tuple[str, ...]:
     """Every block from the last hidden states that were kept; by search where the layers cannot be run one by one."""
     try:
-        calibrator = BlockCalibrator(source, spec, calibration.windows, calibration.compute_dtype, calibration.options)
+        calibrator = BlockCalibrator(source, specs, calibration.windows, calibration.compute_dtype, calibration.options)
     except WalkError as error:
-        _make_blocks(source, spec, "search", model, placed, partial, progress)
+        _make_blocks(source, specs, "search", model, placed, partial, progress)
         return (f"Scales were searched without data, not calibrated: {error}.",)
     kept = partial.load_states()
     first = 0 if kept is None else kept[0]
@@ -199,7 +204,7 @@ def _make_calibrated(
 
 def _assemble(
     source: ModelSource,
-    spec: QuantSpec,
+    specs: QuantSpec | LayerSpecs,
     out: Path,
     model: "PreTrainedModel",
     placed: list[PlacedTensor],
@@ -228,7 +233,7 @@ def _assemble(
         config = copy.deepcopy(source.config)
         config.architectures = [type(model).__name__]
         config.dtype = source.dense_dtype
-        config.quantization_config = quantization_config(spec, source.dense_dtype, kept)
+        config.quantization_config = quantization_config(specs, source.dense_dtype, kept)
         config.save_pretrained(staging)
         source.load_generation_config().save_pretrained(staging)
         source.load_tokenizer().save_pretrained(staging)

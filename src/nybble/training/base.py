@@ -21,7 +21,7 @@ from nybble.data.prepare import PreparedData
 from nybble.data.readers import FieldNames
 from nybble.data.template import ChatTemplate
 from nybble.formats.manifest import verify_manifest, write_manifest
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.memory.costs import ModelShape
 from nybble.models.interface import ModelSource
 from nybble.models.save import CalibrationInput, Quality, quantize_folder
@@ -118,7 +118,7 @@ def staged_base(run: RunFolder) -> Path:
 def make_calibrated_base(
     run: RunFolder,
     source: ModelSource,
-    spec: QuantSpec,
+    specs: QuantSpec | LayerSpecs,
     text: CalibrationText,
     dtype: torch.dtype,
     console: Console,
@@ -130,7 +130,7 @@ def make_calibrated_base(
     console.print(f"calibrating on {text.description}", highlight=False)
     progress = partial(track, description="calibrating", console=console, transient=True)
     calibration = CalibrationInput(text.windows, dtype)
-    done = quantize_folder(source, spec, folder, progress, quality="calibrated", calibration=calibration)
+    done = quantize_folder(source, specs, folder, progress, quality="calibrated", calibration=calibration)
     for note in done.notes:
         console.print(note, highlight=False)
     write_manifest(folder, {"source": source.fingerprint()})

@@ -70,6 +70,7 @@ def plan_run(
             path=path,
             keep=keep,
             chunk_bytes=CHUNK_BYTES,
+            mixed_bits=config.mixed,
         )
         return predict(shape, training)
 

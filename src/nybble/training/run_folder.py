@@ -28,6 +28,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.audit = path / "data_audit.json"
         self.plan = path / "plan.json"
+        self.formats = path / "formats.json"
         self.events = path / "events.jsonl"
         self.loss_plot = path / "loss.png"
         self.base = path / "base"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,20 +12,23 @@ from rich.console import Console
 from rich.progress import track
 
 from nybble.config import DataOptions, TrainConfig, config_to_yaml
+from nybble.data.calibration_text import CalibrationText
 from nybble.data.prepare import PreparedData, prepare
 from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
 from nybble.formats.disk import write_complete
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory
+from nybble.models.adapter_init import check_initialisable, initialise_adapters
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
+from nybble.models.mixed import MixedFormats
 from nybble.models.source import open_source
 from nybble.training.base import (
     QualityChoice,
@@ -39,6 +43,7 @@ from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.display import Display
 from nybble.training.events import EventLog, rewind_events
 from nybble.training.loop import LoopResult, train_loop
+from nybble.training.mixed import measure_mixed, read_formats, show_mixed, some_windows, write_formats
 from nybble.training.plan import RunPlan, plan_run, show_measured, show_plan, write_plan
 from nybble.training.plots import draw_loss
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
@@ -46,6 +51,9 @@ from nybble.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+INIT_TOKENS = 8192  # of the text that --init activation takes the layers' inputs from
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     dtype = resolve_compute_dtype(config.compute_dtype, device)
 
     source = open_source(config.model, config.tokenizer)
+    if config.init != "default":
+        check_initialisable(source, config.format != "none")
     template = ChatTemplate(source.load_tokenizer(), config.template)
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     show_found(console, source, data)
@@ -100,10 +110,15 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     choice = choose_quality(config, source, data, total_steps, dtype)
     if choice is not None:
         console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
-    base_source = _base_source(config, run, source, template, data, choice, dtype, console)
+    text = partial(run_calibration_text, config, source, data, template, field_names(config), config.seed)
+    mixed = None if config.mixed is None or config.resume else _measure_mixed(config, source, text, dtype, device)
+    if mixed is not None:
+        show_mixed(console, mixed)
+    specs = base_specs(config, run) if mixed is None else mixed.specs
+    base_source = _base_source(config, run, source, specs, text, choice, dtype, console)
 
     with PeakMemory(device) as memory:
-        model = load_base(config, base_source, dtype, device, console)
+        model = load_base(config, base_source, specs, dtype, device, console)
         attach_adapters(
             model,
             resolve_targets(model, _target_names(config)),
@@ -113,6 +128,9 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             rslora=config.rslora,
             seed=config.seed,
         )
+        if config.init != "default" and resumed is None:
+            windows = some_windows(text().windows, INIT_TOKENS) if config.init == "activation" else None
+            initialise_adapters(model, source, windows)
         plan = plan_run(config, quant_spec(config), model, data, dtype, device)
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing)
         console.print(f"computing through: {backbone.name}", highlight=False)
@@ -123,6 +141,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             adopt_base(run)
         options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
         write_complete(run.config, options)  # first: from here on there is a run to go on with
+        if mixed is not None:
+            write_formats(run.formats, mixed)
         write_complete(run.audit, json.dumps(data.audit.to_json(), indent=2) + "\n")
         digests.write(run.data_rows)
         rewind_events(run.events, 0 if resumed is None else resumed.state["events_bytes"])
@@ -176,8 +196,8 @@ def _base_source(
     config: TrainConfig,
     run: RunFolder,
     source: ModelSource,
-    template: ChatTemplate,
-    data: PreparedData,
+    specs: QuantSpec | LayerSpecs | None,
+    text: Callable[[], CalibrationText],
     choice: QualityChoice | None,
     dtype: torch.dtype,
     console: Console,
@@ -188,10 +208,21 @@ def _base_source(
     kept = kept_base(run) if config.resume else None
     if kept is not None:
         return kept
+    assert specs is not None
+    return make_calibrated_base(run, source, specs, text(), dtype, console)
+
+
+def _measure_mixed(
+    config: TrainConfig,
+    source: ModelSource,
+    text: Callable[[], CalibrationText],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MixedFormats:
+    """The formats of the base's layers, by what the model's answers on the calibration text would suffer."""
     spec = quant_spec(config)
-    assert spec is not None
-    text = run_calibration_text(config, source, data, template, field_names(config), config.seed)
-    return make_calibrated_base(run, source, spec, text, dtype, console)
+    assert spec is not None and config.mixed is not None
+    return measure_mixed(source, config.mixed, spec, text().windows, dtype, device)
 
 
 def _settled(
@@ -214,12 +245,23 @@ def quant_spec(config: TrainConfig) -> QuantSpec | None:
     return QuantSpec(config.format, config.block_size, config.double_quant)
 
 
+def base_specs(config: TrainConfig, run: RunFolder) -> QuantSpec | LayerSpecs | None:
+    """How the base of the run in this folder is quantised."""
+    spec = quant_spec(config)
+    return spec if spec is None or config.mixed is None else read_formats(run.formats, spec)
+
+
 def load_base(
-    config: TrainConfig, source: ModelSource, dtype: torch.dtype, device: torch.device, console: Console
+    config: TrainConfig,
+    source: ModelSource,
+    specs: QuantSpec | LayerSpecs | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    console: Console,
 ) -> "PreTrainedModel":
     """The frozen base of a run, with a progress bar over its tensors. A source in four bits keeps its own."""
     progress = partial(track, description="loading", console=console, transient=True)
-    return load_model(source, quant_spec(config), dtype, device, progress, data_free_quality(config))
+    return load_model(source, specs, dtype, device, progress, data_free_quality(config))
 
 
 def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -> PreparedData:
