@@ -11,7 +11,7 @@ from nybble.formats.double_quant import quantize_scales
 from nybble.kernels import calibration_ops, cpu, registry
 from nybble.kernels.calibration_ops import ScaleGrid, assign_columns, search_scales
 
-FORMATS = ("nf4", "fp4", "int4")
+FORMATS = ("nf4", "fp4", "int4", "nf3", "nf2")
 STARTS = (0.8, 0.9, 1.0, 1.1, -0.8, -0.9, -1.0, -1.1)
 BACKENDS = ("reference", "cpp") if cpu.why_unavailable() is None else ("reference",)
 

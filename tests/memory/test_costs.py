@@ -34,6 +34,9 @@ def test_four_bits_and_double_quantisation_cost_what_the_format_says():
     elements = shape.num_layers * sum(i * o for i, o in shape.linears)
     assert 8 * base_bytes(shape, QuantSpec(double_quant=False)) / elements == pytest.approx(4.5, rel=1e-4)
     assert 8 * base_bytes(shape, QuantSpec()) / elements == pytest.approx(4.127, rel=1e-3)
+    assert 8 * base_bytes(shape, QuantSpec("nf3")) / elements == pytest.approx(3.127, rel=1e-3)
+    assert 8 * base_bytes(shape, QuantSpec("nf2")) / elements == pytest.approx(2.127, rel=1e-3)
+    assert 8 * base_bytes(shape, QuantSpec(), mixed_bits=2.75) / elements == pytest.approx(2.75, rel=1e-6)
     assert 8 * base_bytes(shape, None) / elements == 16
 
 

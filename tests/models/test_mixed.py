@@ -16,7 +16,7 @@ from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.models.load import load_model
 from nybble.models.mixed import choose_mixed, layer_losses
-from nybble.models.save import quantize_folder
+from nybble.models.save import CalibrationInput, quantize_folder
 from nybble.models.source import open_source
 
 SPECS = [QuantSpec(format) for format in MIXED_FORMATS]
@@ -104,3 +104,20 @@ def test_a_mixed_config_without_layers_is_refused() -> None:
     config = {"quantization_config": {"quant_method": "nybble", "format": "mixed", "double_quant": True}}
     with pytest.raises(FormatError, match="names no layers"):
         spec_from_config(config)
+
+
+def test_calibrated_mixed_folders_lose_less_than_absmax(make_folder: Callable, tmp_path: Path) -> None:
+    folder, exact = make_folder("llama", torch.float32, initializer_range=0.1)
+    source = open_source(str(folder))
+    names = quantizable_linears(exact)
+    specs = {name: SPECS[number % 3] for number, name in enumerate(names)}
+    windows = torch.randint(160, (16, 32), generator=torch.Generator().manual_seed(6))
+    held_out = torch.randint(160, (8, 32), generator=torch.Generator().manual_seed(7))
+    calibration = CalibrationInput(windows, torch.float32)
+    lost = {}
+    for quality in ("absmax", "calibrated"):
+        quantize_folder(source, specs, tmp_path / quality, quality=quality, calibration=calibration)
+        model = load_model(open_source(str(tmp_path / quality)), None, torch.float32)
+        with torch.no_grad():
+            lost[quality] = float((model(held_out).logits - exact(held_out).logits).norm())
+    assert lost["calibrated"] < 0.8 * lost["absmax"], lost

@@ -49,7 +49,7 @@ def choose_formats(options: Mapping[str, Sequence[Option]], budget: int) -> dict
             return None
     at = len(states[-1].loss) - 1  # the largest total has the least loss
     chosen = {}
-    for (layer, choices), state in zip(reversed(options.items()), reversed(states), strict=False):
+    for (layer, choices), state in zip(reversed(list(options.items())), reversed(states), strict=False):
         chosen[layer] = choices[int(state.option[at])].format
         at = int(state.previous[at])
     return {layer: chosen[layer] for layer in options}

@@ -1,0 +1,95 @@
+"""Does it pay to begin adapters with what quantisation lost? Held-out loss before and after fine-tuning.
+
+    python benchmarks/calibration/adapter_init_finetune.py --data rows.jsonl --arms nf2:search:loftq --out init.json
+
+Arms are FORMAT:QUALITY:INIT (format "none" keeps 16 bits). The base is the dithered demo model or another 16-bit
+--model; rows, order and learning rate are the same for all arms. --out keeps finished arms, so that they can be run
+one by one.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from low_bit_kl import TOKENS, open_dithered, quantized_model
+
+from nybble.data.prepare import prepare
+from nybble.data.sampler import StepSampler
+from nybble.data.template import ChatTemplate
+from nybble.data.windows import cut_windows
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.backbone import choose_backbone
+from nybble.layers.convert import attach_adapters, quantizable_linears
+from nybble.layers.loss_head import LossHead
+from nybble.layers.precision import resolve_compute_dtype
+from nybble.models.adapter_init import initialise_adapters
+from nybble.models.load import load_model
+from nybble.training.loop import collate, held_out_loss, supervised_states
+from nybble.training.optimizer import AdamW
+from nybble.training.schedule import learning_rate, warmup_steps
+
+MAX_GRAD_NORM = 0.3
+
+
+def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, float]:
+    backbone, head = choose_backbone(model, keep="everything", packing=True), LossHead.of(model)
+    validation = data.validation[: options.validation_rows]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(parameters, beta1=0.9, beta2=0.999, weight_decay=0.0)
+    before = held_out_loss(backbone, head, validation, 4)[0]
+    warmup = warmup_steps(0.03, options.steps)
+    sampler = StepSampler(len(data.train), options.rows, options.seed)
+    for step, rows in zip(range(1, options.steps + 1), sampler.steps(), strict=False):
+        batch = collate([data.train[row] for row in rows], True)
+        head.loss(*supervised_states(backbone, batch), batch.supervised_tokens).backward()
+        norm = optimizer.gradient_norm()
+        lr = learning_rate(step, options.steps, warmup, "cosine", options.lr)
+        optimizer.step(lr, grad_scale=min(1.0, MAX_GRAD_NORM / max(norm, 1e-30)))
+    return {"loss_before": before, "loss_after": held_out_loss(backbone, head, validation, 4)[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--arms", required=True)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--validation-rows", type=int, default=48)
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--lr", type=float, default=2e-4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    dtype = resolve_compute_dtype("auto", torch.device("cpu"))
+    source = open_dithered(options.model)
+    data = prepare(options.data, ChatTemplate(source.load_tokenizer(), "auto"), max_seq_len=512, seed=options.seed)
+    windows = cut_windows(data.train, count=options.calibration_tokens // TOKENS, tokens=TOKENS, seed=options.seed)
+    for arm in options.arms.split(","):
+        if arm in results:
+            continue
+        started = time.perf_counter()
+        format, quality, init = arm.split(":")
+        if format == "none":
+            model = load_model(source, None, dtype)
+        else:
+            model = quantized_model(source, QuantSpec(format), quality, windows, dtype)
+        names = quantizable_linears(model)
+        attach_adapters(model, names, rank=options.rank, alpha=2.0 * options.rank, seed=options.seed)
+        if init != "default":
+            initialise_adapters(model, source, init, windows)
+        made = time.perf_counter() - started
+        results[arm] = {**fine_tune(model, data, options), "seconds_to_make": made}
+        results[arm] |= {"seconds": time.perf_counter() - started, "steps": options.steps, "rows": options.rows}
+        print(arm, {key: round(value, 4) for key, value in results[arm].items()}, flush=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""KL to the 16-bit model on held-out text, for formats of four, three and two bits and three ways to choose scales.
+
+    python benchmarks/calibration/low_bit_kl.py --calibrate a.jsonl --evaluate b.jsonl --arms nf4:absmax --out kl.json
+
+Arms are FORMAT:QUALITY. Each is quantised from the dithered demo model (or another 16-bit --model), calibrated on
+windows of --calibrate, and measured on windows of --evaluate and of builtin:pydoc. An arm that --out already holds is
+not measured again, so that arms can be run one by one.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.search import search_weight
+from nybble.data.prepare import prepare
+from nybble.data.template import ChatTemplate
+from nybble.data.windows import cut_windows
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
+from nybble.layers.backbone import choose_backbone
+from nybble.layers.convert import quantizable_linears, replace_linears
+from nybble.layers.loss_head import LossHead
+from nybble.layers.precision import resolve_compute_dtype
+from nybble.models.calibrate import BlockCalibrator
+from nybble.models.gguf_source import DitheredSource, GgufSource
+from nybble.models.interface import ModelSource
+from nybble.models.load import load_model
+from nybble.models.source import open_source
+
+TOKENS = 256  # of a window
+
+
+def open_dithered(model: str) -> ModelSource:
+    """The source; one on a four-bit lattice is dithered, as docs/lab-notes.md says."""
+    source = open_source(model)
+    return DitheredSource(source) if isinstance(source, GgufSource) else source
+
+
+def windows_of(source: ModelSource, data: str, count: int, seed: int = 0) -> Tensor:
+    rows = prepare(data, ChatTemplate(source.load_tokenizer(), "auto"), max_seq_len=1024).train
+    return cut_windows(rows, count=count, tokens=TOKENS, seed=seed)
+
+
+def quantized_model(
+    source: ModelSource, specs: QuantSpec | LayerSpecs, quality: str, calibration: Tensor, dtype: torch.dtype
+) -> Any:
+    """The source in memory with its linears quantised."""
+    if quality == "absmax":
+        return load_model(source, specs, dtype)
+    model = load_model(source, None, dtype)
+    names = quantizable_linears(model)
+    weights = (
+        calibrated_weights(source, specs, calibration, dtype)
+        if quality == "calibrated"
+        else {name: search_weight(model.get_submodule(name).weight, spec_at(specs, name)) for name in names}
+    )
+    replace_linears(model, names, specs, dtype)
+    for name in names:
+        model.get_submodule(name).load_quantized(weights[name])
+    return model
+
+
+def spec_at(specs: QuantSpec | LayerSpecs, name: str) -> QuantSpec:
+    return specs if isinstance(specs, QuantSpec) else specs[name]
+
+
+def calibrated_weights(
+    source: ModelSource, specs: QuantSpec | LayerSpecs, windows: Tensor, dtype: torch.dtype
+) -> dict[str, QuantizedTensor]:
+    calibrator = BlockCalibrator(source, specs, windows, dtype)
+    weights: dict[str, QuantizedTensor] = {}
+    for index in range(len(calibrator.blocks)):
+        weights |= {name.removesuffix(".weight"): q for name, q in calibrator.run(index)[0].items()}
+    return weights
+
+
+class Exact:
+    """The 16-bit model's states over some windows, and how far other models lie from them."""
+
+    def __init__(self, model: Any, windows: Tensor):
+        self.windows, self.head = windows, LossHead.of(model)
+        self.states = [states.clone() for states in self._states(model)]
+
+    def compare(self, model: Any) -> tuple[float, float]:
+        """Mean KL(16-bit | model) and loss of the model, nats a token."""
+        kl, loss, head = [], [], LossHead.of(model)
+        for states, exact, window in zip(self._states(model), self.states, self.windows, strict=True):
+            p, q = (h.logits(x).float().log_softmax(1) for h, x in ((self.head, exact), (head, states)))
+            kl.append((p.exp() * (p - q)).sum(1).mean())
+            loss.append(-q[:-1].gather(1, window[1:, None]).mean())
+        return float(torch.stack(kl).mean()), float(torch.stack(loss).mean())
+
+    def _states(self, model: Any) -> Iterator[Tensor]:
+        backbone, positions = choose_backbone(model, keep="nothing", packing=True), torch.arange(TOKENS)
+        borders = torch.tensor([0, TOKENS], dtype=torch.int32)
+        for window in self.windows:
+            with torch.no_grad():
+                states = backbone.states(window[None], positions[None], positions, borders)
+            yield states
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--calibrate", required=True)
+    parser.add_argument("--evaluate", required=True)
+    parser.add_argument("--arms", required=True)
+    parser.add_argument("--calibration-tokens", type=int, default=8192)
+    parser.add_argument("--evaluation-tokens", type=int, default=4096)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    results = json.loads(options.out.read_text()) if options.out.exists() else {}
+    dtype = resolve_compute_dtype("auto", torch.device("cpu"))
+    source = open_dithered(options.model)
+    calibration = windows_of(source, options.calibrate, options.calibration_tokens // TOKENS)
+    texts = {"evaluate": options.evaluate, "pydoc": "builtin:pydoc"}
+    windows = {name: windows_of(source, data, options.evaluation_tokens // TOKENS) for name, data in texts.items()}
+    base = load_model(source, None, dtype)
+    exact = {name: Exact(base, each) for name, each in windows.items()}
+    for arm in options.arms.split(","):
+        if arm in results:
+            continue
+        format, quality = arm.split(":")
+        started = time.perf_counter()
+        model = quantized_model(source, QuantSpec(format), quality, calibration, dtype)
+        seconds = time.perf_counter() - started
+        results[arm] = {"seconds": seconds, "threads": torch.get_num_threads(), "tokens": calibration.numel()}
+        for name, each in exact.items():
+            with torch.no_grad():
+                kl, loss = each.compare(model)
+            results[arm] |= {f"kl_{name}": kl, f"loss_{name}": loss}
+        print(arm, {key: round(value, 4) for key, value in results[arm].items()}, flush=True)
+        options.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
