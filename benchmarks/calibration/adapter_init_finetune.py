@@ -20,7 +20,7 @@ from nybble.data.prepare import prepare
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.data.windows import cut_windows
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.loss_head import LossHead
@@ -71,6 +71,7 @@ def main() -> None:
     source = open_dithered(options.model)
     data = prepare(options.data, ChatTemplate(source.load_tokenizer(), "auto"), max_seq_len=512, seed=options.seed)
     windows = cut_windows(data.train, count=options.calibration_tokens // TOKENS, tokens=TOKENS, seed=options.seed)
+    bases: dict[str, dict[str, QuantizedTensor]] = {}  # calibrating takes longer than training
     for arm in options.arms.split(","):
         if arm in results:
             continue
@@ -78,8 +79,14 @@ def main() -> None:
         format, quality, init = arm.split(":")
         if format == "none":
             model = load_model(source, None, dtype)
+        elif f"{format}:{quality}" in bases:
+            model = load_model(source, QuantSpec(format), dtype)
+            for name, weight in bases[f"{format}:{quality}"].items():
+                model.get_submodule(name).load_quantized(weight)
         else:
             model = quantized_model(source, QuantSpec(format), quality, windows, dtype)
+            weights = {name: model.get_submodule(name).quantized() for name in quantizable_linears(model)}
+            bases[f"{format}:{quality}"] = weights
         names = quantizable_linears(model)
         attach_adapters(model, names, rank=options.rank, alpha=2.0 * options.rank, seed=options.seed)
         if init != "default":
