@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from low_bit_kl import TOKENS, open_dithered, quantized_model
+from low_bit_kl import TOKENS, cut_windows, open_dithered, quantized_model
 
 from nybble.data.prepare import prepare
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
-from nybble.data.windows import cut_windows
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
@@ -42,8 +41,8 @@ def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, f
     before = held_out_loss(backbone, head, validation, 4)[0]
     warmup = warmup_steps(0.03, options.steps)
     sampler = StepSampler(len(data.train), options.rows, options.seed)
-    for step, rows in zip(range(1, options.steps + 1), sampler.steps(), strict=False):
-        batch = collate([data.train[row] for row in rows], True)
+    for step in range(1, options.steps + 1):
+        batch = collate([data.train[row] for row in sampler.next_step()], True)
         head.loss(*supervised_states(backbone, batch), batch.supervised_tokens).backward()
         norm = optimizer.gradient_norm()
         lr = learning_rate(step, options.steps, warmup, "cosine", options.lr)
@@ -90,7 +89,7 @@ def main() -> None:
         names = quantizable_linears(model)
         attach_adapters(model, names, rank=options.rank, alpha=2.0 * options.rank, seed=options.seed)
         if init != "default":
-            initialise_adapters(model, source, init, windows)
+            initialise_adapters(model, source, windows if init == "activation" else None)
         made = time.perf_counter() - started
         results[arm] = {**fine_tune(model, data, options), "seconds_to_make": made}
         results[arm] |= {"seconds": time.perf_counter() - started, "steps": options.steps, "rows": options.rows}

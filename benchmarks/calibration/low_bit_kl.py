@@ -10,7 +10,7 @@ not measured again, so that arms can be run one by one.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from nybble.calibration.search import search_weight
+from nybble.data.examples import EncodedExample
 from nybble.data.prepare import prepare
 from nybble.data.template import ChatTemplate
-from nybble.data.windows import cut_windows
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import quantizable_linears, replace_linears
@@ -44,6 +44,15 @@ def open_dithered(model: str) -> ModelSource:
 def windows_of(source: ModelSource, data: str, count: int, seed: int = 0) -> Tensor:
     rows = prepare(data, ChatTemplate(source.load_tokenizer(), "auto"), max_seq_len=1024).train
     return cut_windows(rows, count=count, tokens=TOKENS, seed=seed)
+
+
+def cut_windows(rows: Sequence[EncodedExample], *, count: int, tokens: int, seed: int) -> Tensor:
+    """Rows in a seeded order, joined and cut: int64 `(count, tokens)`."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    taken: list[Tensor] = []
+    while sum(map(len, taken)) < count * tokens:
+        taken.append(rows[order[len(taken)]].input_ids.long())
+    return torch.cat(taken)[: count * tokens].view(count, tokens)
 
 
 def quantized_model(
