@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,3 +66,113 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.15,  # logits far enough apart that rounding rarely changes their order
+}
+
+
+def write_rows(path: Path) -> Path:
+    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def save_tokenizer(folder: Path) -> Any:
+    """A byte-level tokenizer with merges, without which llama.cpp takes none."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([row["prompt"] + row["completion"] for row in ROWS], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
+    fast.save_pretrained(folder)
+    return fast
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that learnt its rows well enough to be told from its base."""
+    import torch
+    from rich.console import Console
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nybble.config import TrainConfig, build_options
+    from nybble.training.session import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = save_tokenizer(folder / "base")
+    torch.manual_seed(0)
+    shape = SHAPE | {"initializer_range": 0.02, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None)).save_pretrained(folder / "base")
+    options = {
+        "model": str(folder / "base"),
+        "data": str(write_rows(folder / "rows.jsonl")),
+        "out": str(folder / "run"),
+    }
+    options |= {"max_steps": 60, "rows_per_step": 16, "lr": 1e-2, "rank": 8, "eval_every": 60, "validation_rows": 12}
+    options |= {"validation_fraction": 0.2, "compute_dtype": "fp32", "quality": "search"}
+    train(build_options(TrainConfig, options), Console(quiet=True))
+    return folder / "run"
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a tiny model of a family and a run on it whose adapter is random, ‖ΔW‖ about `size` of ‖W‖."""
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM
+
+    from nybble.config import TrainConfig, build_options, config_to_yaml
+    from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
+    from nybble.layers.peft_format import adapter_config, write_adapter
+    from nybble.models.source import open_source
+
+    def make(family: str = "llama", size: float = 0.3, rslora: bool = False, **overrides: object) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path / family
+        tokenizer = save_tokenizer(folder / "base")
+        vocabulary = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        if family == "gpt2":
+            config = transformers.GPT2Config(
+                n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, **vocabulary
+            )
+        else:
+            extra = {"head_dim": 16} if family == "qwen3" else {"sliding_window": None} if family == "mistral" else {}
+            kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+            config = getattr(transformers, f"{kind}Config")(**(SHAPE | vocabulary | extra | overrides))
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln" in name else 0.0, std=0.2)
+        model.to(torch.bfloat16).save_pretrained(folder / "base")
+        options = {"model": str(folder / "base"), "data": str(write_rows(tmp_path / "rows.jsonl"))}
+        options |= {"out": str(folder / "run"), "rank": 4, "alpha": 8.0, "rslora": rslora, "validation_rows": 12}
+        config = build_options(TrainConfig, options | {"validation_fraction": 0.2, "quality": "absmax"})
+        (folder / "run" / "adapter").mkdir(parents=True, exist_ok=True)
+        (folder / "run" / "config.yaml").write_text(config_to_yaml(config))
+        fingerprint = {"model": "base", "fingerprint": open_source(str(folder / "base")).fingerprint()}
+        (folder / "run" / "base.json").write_text(json.dumps(fingerprint))
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0, rslora=rslora, seed=1)
+        for adapter in adapters_of(model).values():
+            torch.nn.init.normal_(adapter.lora_B)
+            adapter.lora_B.data *= size * adapter.base.weight.norm() / adapter.delta().norm()
+        write_adapter(model, folder / "run" / "adapter", adapter_config(model, "base", alpha=8.0, rslora=rslora))
+        return folder / "run"
+
+    return make

@@ -14,11 +14,12 @@ SOURCE = PROJECT / "src" / "nybble"
 LEAVES = ("errors", "config")  # importable from everywhere
 ORDER = (
     *("formats", "kernels", "calibration", "layers", "models", "memory"),
-    *("data", "training", "evaluation", "export", "bridge", "cli"),
+    *("data", "training", "evaluation", "export", "serving", "bridge", "cli"),
 )
 ALLOWED_OF_LEAVES: dict[str, set[str]] = {"errors": set(), "config": {"errors"}}
 # Imported where they are installed, needed nowhere.
-OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate"}
+OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate", "llama-cpp-python", "lm-eval"}
+OPTIONAL_PACKAGES |= {"starlette", "uvicorn"}
 
 MODULES = {
     ".".join(("nybble", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from nybble.config import (
     ChatConfig,
     DataConfig,
+    EvalConfig,
+    ExportConfig,
+    MergeConfig,
     QuantizeConfig,
+    ServeConfig,
     TrainConfig,
     allowed_values,
     build_options,
@@ -26,7 +30,7 @@ from nybble.errors import ConfigError
 from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "out": "runs/a"}
-ALL = (TrainConfig, QuantizeConfig, DataConfig, ChatConfig)
+ALL = (TrainConfig, QuantizeConfig, DataConfig, ChatConfig, EvalConfig, ExportConfig, MergeConfig, ServeConfig)
 
 
 def load(**options: Any) -> TrainConfig:

@@ -386,19 +386,114 @@ class DataConfig(DataOptions, ModelOptions):
     """What `nybble data check` needs to know."""
 
 
+class EvaluationOptions(Options):
+    group: ClassVar[str] = "Evaluation"
+
+    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    data: Name | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
+    metric: Literal["auto", "exact", "f1", "number", "none"] = knob(
+        "auto", "How answers are compared with their references. auto: as the references allow. none: no answers."
+    )
+    answers: int = knob(16, "Rows that are answered.", ge=1)
+    lm_eval: Name | None = knob(None, "Tasks of lm-eval (names or .yaml files), separated by commas, to run too.")
+
+
+class EvalConfig(MachineOptions, EvaluationOptions):
+    """What `nybble eval` needs to know."""
+
+
 class AnswerOptions(Options):
     group: ClassVar[str] = "Chat"
 
-    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    run: Folder | None = knob(None, "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    model: Name | None = knob(None, "Model without a run, such as a merged one: what --model of `nybble train` takes.")
+    system: Name | None = knob(None, "System message that conversations begin with.", elsewhere=("system_prompt",))
     prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
     max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens", "max_length"))
     temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
     top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
+    top_k: int = knob(0, "Sample among so many likeliest tokens; 0 among all.", ge=0)
     seed: int = knob(0, "Seed of the sampling.", ge=0, le=2**32 - 1)
 
 
 class ChatConfig(MachineOptions, AnswerOptions):
     """What `nybble chat` needs to know."""
+
+    @model_validator(mode="after")
+    def _run_or_model(self) -> Self:
+        if (self.run is None) == (self.model is None):
+            raise ConfigError(
+                "run is not given." if self.run is None else "run and model are both given.",
+                "Either the folder of a training run, or the name of a model.",
+                "Add --run RUN or --model MODEL, and only one of them.",
+            )
+        return self
+
+
+class ServeConfig(MachineOptions):
+    """What `nybble serve` needs to know."""
+
+    group: ClassVar[str] = "Server"
+
+    run: tuple[Folder, ...] = knob(
+        ...,
+        "Run folder that `nybble train` made; given again, further ones on the same base.",
+        elsewhere=("adapter", "lora_modules"),
+    )
+    host: Name = knob("127.0.0.1", "Address to listen on. Anything but this machine's own needs --token.")
+    port: int = knob(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    token: Name | None = knob(
+        None, "What clients must send as their API key; NYBBLE_TOKEN in the environment hides it from other users."
+    )
+    allow_host: Name | None = knob(None, "Names, separated by commas, that clients may reach this server by.")
+    max_new_tokens: int = knob(512, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens",))
+    max_queue: int = knob(32, "Requests that may wait or run; more are refused with 429.", ge=1)
+    max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)
+
+
+class ExportOptions(Options):
+    group: ClassVar[str] = "Run"
+
+    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    onto: Literal["auto", "original", "dequantized"] = knob(
+        "auto",
+        "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "
+        "auto: the latter, except where the result is in four bits.",
+    )
+    data: Name | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
+    verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
+
+
+class MergeConfig(ExportOptions):
+    """What `nybble merge` needs to know."""
+
+    group: ClassVar[str] = "Output"
+
+    out: Folder | None = knob(None, "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    to: Literal["16bit", "nf4"] = knob("16bit", "Form of the merged model.")
+    compare: bool = knob(False, "Only compare the ways to merge on the held-out rows, and write nothing.")
+
+    @model_validator(mode="after")
+    def _writes_or_compares(self) -> Self:
+        if (self.out is None) != self.compare:
+            raise ConfigError(
+                "out is not given." if self.out is None else "out and compare are both given.",
+                "Either --out FOLDER, or --compare, which writes nothing.",
+                "Add one, or take the other away.",
+            )
+        return self
+
+
+class ExportConfig(ExportOptions):
+    """What `nybble export` needs to know."""
+
+    group: ClassVar[str] = "Output"
+
+    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    to: Literal["peft", "16bit", "nf4", "gguf", "gguf-lora"] = knob(
+        ..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model."
+    )
+    gguf_type: Literal["f16", "bf16", "q8_0", "q4_0"] = knob("f16", "Block type of a GGUF model's matrices.")
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)

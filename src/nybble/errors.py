@@ -48,3 +48,7 @@ class RunError(NybbleError):
 
 class TrainingError(NybbleError):
     """Training had to stop: a loss or gradient was not finite."""
+
+
+class ExportError(NybbleError):
+    """A model cannot be written in the form that was asked for."""

@@ -19,6 +19,7 @@ from nybble.cli.verbs import add_verb
 from nybble.config import TrainConfig, load_config
 from nybble.errors import NybbleError, TrainingError
 
+VERBS = ("train", "chat", "quantize", "eval", "merge", "export", "serve", "doctor")
 REQUIRED = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
 
 
@@ -45,7 +46,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
     code += "print('HEAVY', sorted({'torch', 'transformers', 'datasets', 'matplotlib', 'numpy'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "HEAVY []" in done.stdout
-    for verb in ("train", "chat", "quantize", "data", "doctor"):
+    for verb in (*VERBS, "data"):
         assert re.search(rf"\b{verb}\b", done.stdout)
 
 
@@ -59,7 +60,7 @@ def test_help_takes_less_than_half_a_second() -> None:
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-@pytest.mark.parametrize("verb", [["train"], ["chat"], ["quantize"], ["data", "check"], ["doctor"]])
+@pytest.mark.parametrize("verb", [[verb] for verb in VERBS] + [["data", "check"]])
 def test_help_of_each_verb(verb: list[str]) -> None:
     result = run(*verb, "--help")
     assert result.exit_code == 0 and "Usage:" in result.stdout

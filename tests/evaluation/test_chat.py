@@ -1,5 +1,6 @@
 """Conversations typed into a fake terminal, and text that streams whole characters only."""
 
+import copy
 import io
 from collections.abc import Callable, Iterator
 
@@ -9,13 +10,15 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nybble.config import ChatConfig, TrainConfig
+from nybble.config import ChatConfig, build_options
 from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
+from nybble.errors import ConfigError
 from nybble.evaluation import chat as chat_module
 from nybble.evaluation.chat import TextPieces, chat, converse
-from nybble.evaluation.generate import generate
-from nybble.evaluation.load_run import LoadedRun
+from nybble.evaluation.generate import choose_tokens, generate
+from nybble.evaluation.load_run import LoadedModel
+from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -68,7 +71,7 @@ def test_an_unfinished_character_is_shown_only_at_the_end():
 
 
 @pytest.fixture(scope="module")
-def loaded() -> LoadedRun:
+def loaded() -> LoadedModel:
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -81,7 +84,7 @@ def loaded() -> LoadedRun:
         initializer_range=0.3,
     )
     model = LlamaForCausalLM(config).eval()
-    return LoadedRun(TrainConfig(model="m", data="d", out="o"), model, ChatTemplate(tokenizer))
+    return LoadedModel(model, ChatTemplate(tokenizer))
 
 
 class Terminal:
@@ -197,3 +200,46 @@ def test_one_prompt_is_answered_and_the_seed_decides(monkeypatch, loaded):
         assert chat(options(prompt="Hello", temperature=2.0, seed=seed), terminal.console) == 0
         shown.append(terminal.shown)
     assert shown[0] == shown[1] != shown[2]
+
+
+def test_the_base_answers_beside_the_tuned_model(monkeypatch, loaded):
+    loaded = LoadedModel(copy.deepcopy(loaded.model), loaded.template)
+    attach_adapters(loaded.model, resolve_targets(loaded.model, "all-linear"), rank=2, alpha=8.0)
+    for adapter in adapters_of(loaded.model).values():
+        torch.nn.init.normal_(adapter.lora_B)
+    terminal = Terminal(monkeypatch, "/base", "Hello", "/base", "More")
+    assert converse(loaded, options(), terminal.console) == 0
+    asked = [loaded.template.encode_prompt([Message("user", "Hello")])] * 2
+    assert terminal.prompts[:2] == asked and len(terminal.prompts) == 3
+    enable_adapters(loaded.model, False)
+    base = generate(loaded.model, asked[:1], stop_ids=loaded.template.stop_ids, max_new_tokens=8)[0]
+    enable_adapters(loaded.model, True)
+    tuned = generate(loaded.model, asked[:1], stop_ids=loaded.template.stop_ids, max_new_tokens=8)[0]
+    assert terminal.replies[:2] == [base, tuned] and base != tuned
+    said = loaded.template.tokenizer.decode(tuned, skip_special_tokens=True).strip()
+    assert said in loaded.template.tokenizer.decode(terminal.prompts[2]), "only the tuned answer is part of the talk"
+
+
+def test_models_without_adapters_have_no_base_to_show(monkeypatch, loaded):
+    terminal = Terminal(monkeypatch, "/base", "Hello")
+    assert converse(loaded, options(), terminal.console) == 0
+    assert "no adapter" in terminal.shown and len(terminal.prompts) == 1
+
+
+def test_a_system_message_opens_every_conversation(monkeypatch, loaded):
+    terminal = Terminal(monkeypatch, "Hello", "/reset", "Hello")
+    assert converse(loaded, options(system="Be brief."), terminal.console) == 0
+    opened = loaded.template.encode_prompt([Message("system", "Be brief."), Message("user", "Hello")])
+    assert terminal.prompts == [opened, opened]
+
+
+@pytest.mark.parametrize("given", [{}, {"run": "r", "model": "m"}])
+def test_a_run_or_a_model_is_given(given):
+    with pytest.raises(ConfigError, match="run"):
+        build_options(ChatConfig, given)
+
+
+def test_few_likeliest_tokens():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 2.5]]).repeat(200, 1)
+    assert set(choose_tokens(logits, 1.0, top_k=2).tolist()) == {1, 3}
+    assert set(choose_tokens(logits, 5.0).tolist()) == {0, 1, 2, 3}

@@ -9,10 +9,23 @@ from nybble.cli.chat import chat
 from nybble.cli.data import check
 from nybble.cli.doctor import doctor
 from nybble.cli.eval import quality
+from nybble.cli.evaluate import evaluate
+from nybble.cli.export import export, merge
 from nybble.cli.quantize import quantize
+from nybble.cli.serve import serve
 from nybble.cli.train import train
 from nybble.cli.verbs import add_verb
-from nybble.config import ChatConfig, DataConfig, EvalQualityConfig, QuantizeConfig, TrainConfig
+from nybble.config import (
+    ChatConfig,
+    DataConfig,
+    EvalConfig,
+    EvalQualityConfig,
+    ExportConfig,
+    MergeConfig,
+    QuantizeConfig,
+    ServeConfig,
+    TrainConfig,
+)
 
 _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
@@ -27,7 +40,7 @@ data_app = typer.Typer(
     name="data", help="Look at examples before training on them.", no_args_is_help=True, context_settings=_SETTINGS
 )
 
-eval_app = typer.Typer(name="eval", help="Measure what a model lost.", no_args_is_help=True, context_settings=_SETTINGS)
+eval_app = typer.Typer(name="eval", context_settings=_SETTINGS)
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,8 +61,12 @@ def _nybble(
 add_verb(app, "train", train, TrainConfig)
 add_verb(app, "chat", chat, ChatConfig)
 add_verb(app, "quantize", quantize, QuantizeConfig)
+add_verb(app, "serve", serve, ServeConfig)
+add_verb(app, "merge", merge, MergeConfig)
+add_verb(app, "export", export, ExportConfig)
 app.add_typer(data_app)
-add_verb(data_app, "check", check, DataConfig)
 app.add_typer(eval_app)
+add_verb(eval_app, None, evaluate, EvalConfig)
+add_verb(data_app, "check", check, DataConfig)
 add_verb(eval_app, "quality", quality, EvalQualityConfig)
 add_verb(app, "doctor", doctor)

@@ -14,7 +14,7 @@ import typer
 from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.text import Text
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from nybble.config import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
 from nybble.errors import ConfigError, NybbleError
@@ -22,20 +22,23 @@ from nybble.errors import ConfigError, NybbleError
 Body = Callable[..., int]  # takes the given flags, and arguments of its own; returns the exit code
 
 
-def add_verb(app: typer.Typer, name: str, body: Body, options: type[Options] = Options) -> None:
-    """Adds `body` to `app` as the verb `name`.
+def add_verb(app: typer.Typer, name: str | None, body: Body, options: type[Options] = Options) -> None:
+    """Adds `body` to `app` as the verb `name`; None makes it what `app`, a group of verbs, does by itself.
 
     Args:
-        body: called with a dict of the flags the user gave (option name -> text, or bool for a switch), then
+        body: called with a dict of the flags the user gave (option name -> text, bool for a switch, list of texts
+            for what may be given again), then
             with the arguments and options that its own signature declares with typer. Its docstring is the help.
         options: its fields become flags.
     """
     own_parameters = list(inspect.signature(body).parameters.values())[1:]
 
-    def run(**arguments: Any) -> None:
+    def run(ctx: typer.Context, **arguments: Any) -> None:
+        if ctx.invoked_subcommand is not None:
+            return
         given = {name: arguments.pop(name) for name in options.model_fields}
         try:
-            exit_code = body({name: value for name, value in given.items() if value is not None}, **arguments)
+            exit_code = body({name: value for name, value in given.items() if value not in (None, [])}, **arguments)
         except NybbleError as error:
             exit_code = report(error)
         raise typer.Exit(exit_code)
@@ -46,10 +49,15 @@ def add_verb(app: typer.Typer, name: str, body: Body, options: type[Options] = O
         for option, field in fields.items()
     ]
     own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own_parameters]
-    run.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *flags)}
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *own, *flags]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = body.__doc__
-    app.command(name, cls=_command_class(options))(run)
+    if name is None:
+        app.callback(invoke_without_command=True, cls=_with_nearest_flag(TyperGroup, options))(run)
+    else:
+        app.command(name, cls=_with_nearest_flag(TyperCommand, options))(run)
 
 
 def report(error: NybbleError) -> int:
@@ -64,7 +72,8 @@ def report(error: NybbleError) -> int:
 
 def _flag(name: str, field: FieldInfo, group: str) -> Any:
     """The annotation from which typer makes the flag of one option."""
-    is_switch = alternatives(field) == (bool,)
+    is_switch = alternatives(field)[0] is bool
+    kind: Any = bool if is_switch else list[str] if _holds_paths(field) else str
     option = typer.Option(
         f"--{yaml_key(name)}/--no-{yaml_key(name)}" if is_switch else f"--{yaml_key(name)}",
         help=f"{field.description} {_default(field)}".rstrip(),
@@ -72,7 +81,7 @@ def _flag(name: str, field: FieldInfo, group: str) -> Any:
         show_default=False,
         rich_help_panel=group,
     )
-    return Annotated[bool | None if is_switch else str | None, option]
+    return Annotated[kind | None, option]
 
 
 def _default(field: FieldInfo) -> str:
@@ -87,16 +96,25 @@ def _metavar(field: FieldInfo) -> str:
     kind = alternatives(field)[0]
     if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
         return "|".join(map(str, get_args(kind)))
-    return "NAMES" if get_origin(kind) is tuple else {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")
+    if get_origin(kind) is tuple:
+        return "PATH" if _holds_paths(field) else "NAMES"
+    return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")
 
 
-def _command_class(options: type[Options]) -> type[TyperCommand]:
-    class Verb(TyperCommand):
-        """A command that always names the nearest flag, where click's own suggestion needs a close one."""
+def _holds_paths(field: FieldInfo) -> bool:
+    """Whether an option holds several paths: its flag is then given once for each, as commas may be part of them."""
+    kind = alternatives(field)[0]
+    return get_origin(kind) is tuple and get_args(get_args(kind)[0])[:1] == (Path,)
+
+
+def _with_nearest_flag(kind: Any, options: type[Options]) -> Any:
+    class Verb(kind):
+        """A command or group that always names the nearest flag, where click's own suggestion needs a close one."""
 
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             try:
-                return super().parse_args(ctx, args)
+                parsed: list[str] = super().parse_args(ctx, args)
+                return parsed
             except typer.TyperException as error:
                 if not hasattr(error, "possibilities"):  # only click's NoSuchOption has it
                     raise

@@ -1,4 +1,4 @@
-"""A conversation with a tuned model in the terminal, one streamed answer at a time."""
+"""A conversation with a model in the terminal, one streamed answer at a time; a run's base can answer beside it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,13 @@ from nybble.config import ChatConfig
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
 from nybble.evaluation.generate import context_length, generate
-from nybble.evaluation.load_run import LoadedRun, load_run
+from nybble.evaluation.load_run import LoadedModel, load_plain, load_run
+from nybble.layers.convert import adapters_of, enable_adapters
 
-HELP = "Type a message. /reset forgets what was said, /quit leaves, Ctrl-C stops an answer."
+HELP = (
+    "Type a message. /reset forgets what was said, /base shows the base's answers too (again: no more), "
+    "/quit leaves, Ctrl-C stops an answer."
+)
 UNFINISHED = "\ufffd"  # what decoders put for bytes that are no whole character (yet)
 
 
@@ -20,18 +24,23 @@ def chat(config: ChatConfig, console: Console) -> int:
     """Answer `config.prompt` and return, or converse until the user leaves; returns the exit code."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    loaded = load_run(config.run, console, config.device, config.compute_dtype)
+    if config.run is not None:
+        loaded = load_run(config.run, console, config.device, config.compute_dtype)
+    else:
+        assert config.model is not None  # ChatConfig has seen to it
+        loaded = load_plain(config.model, console, config.device, config.compute_dtype)
     torch.manual_seed(config.seed)
     if config.prompt is None:
         return converse(loaded, config, console)
-    answer(loaded, [Message("user", config.prompt)], config, console, TextPieces(loaded.template.tokenizer))
+    messages = [*_opening(config), Message("user", config.prompt)]
+    answer(loaded, messages, config, console, TextPieces(loaded.template.tokenizer))
     return 0
 
 
-def converse(loaded: LoadedRun, config: ChatConfig, console: Console) -> int:
+def converse(loaded: LoadedModel, config: ChatConfig, console: Console) -> int:
     """Answer what the user types until they leave; returns the exit code."""
     console.print(HELP, highlight=False)
-    messages: list[Message] = []
+    messages, with_base = _opening(config), False
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
@@ -43,12 +52,39 @@ def converse(loaded: LoadedRun, config: ChatConfig, console: Console) -> int:
         if line == "/quit":
             return 0
         if line == "/reset":
-            messages = []
+            messages = _opening(config)
+        elif line == "/base":
+            with_base = _toggle_base(loaded, with_base, console)
         elif line:
+            if with_base:
+                _answer_of_base(loaded, [*messages, Message("user", line)], config, console)
             messages = _next_turn(loaded, [*messages, Message("user", line)], config, console)
 
 
-def _next_turn(loaded: LoadedRun, messages: list[Message], config: ChatConfig, console: Console) -> list[Message]:
+def _opening(config: ChatConfig) -> list[Message]:
+    return [Message("system", config.system)] if config.system else []
+
+
+def _toggle_base(loaded: LoadedModel, with_base: bool, console: Console) -> bool:
+    if not adapters_of(loaded.model):
+        console.print("This model has no adapter that could be switched off.", highlight=False)
+        return False
+    console.print(f"The base's answers are {'no longer' if with_base else 'now'} shown too.", highlight=False)
+    return not with_base
+
+
+def _answer_of_base(loaded: LoadedModel, messages: list[Message], config: ChatConfig, console: Console) -> None:
+    """Print what the base would say to the same conversation; it does not become part of it."""
+    console.print("base:", style="dim", highlight=False)
+    enable_adapters(loaded.model, False)
+    try:
+        _next_turn(loaded, messages, config, console)
+    finally:
+        enable_adapters(loaded.model, True)
+    console.print("tuned:", style="dim", highlight=False)
+
+
+def _next_turn(loaded: LoadedModel, messages: list[Message], config: ChatConfig, console: Console) -> list[Message]:
     """The conversation with its answer; without its last message where that got none."""
     pieces = TextPieces(loaded.template.tokenizer)
     try:
@@ -64,7 +100,7 @@ def _next_turn(loaded: LoadedRun, messages: list[Message], config: ChatConfig, c
 
 
 def answer(
-    loaded: LoadedRun, messages: Sequence[Message], config: ChatConfig, console: Console, pieces: "TextPieces"
+    loaded: LoadedModel, messages: Sequence[Message], config: ChatConfig, console: Console, pieces: "TextPieces"
 ) -> None:
     """Print the answer to a conversation as it comes; `pieces` collects it.
 
@@ -79,6 +115,7 @@ def answer(
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
         on_token=lambda _, token: console.out(pieces.add(token), end="", highlight=False),
     )
     console.out(pieces.rest(), highlight=False)

@@ -30,6 +30,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    top_k: int = 0,
     seed: int | None = None,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
@@ -41,6 +42,7 @@ def generate(
         max_new_tokens: most tokens in an answer, at least 1.
         temperature: 0 takes the likeliest token, else samples from softmax(logits / temperature).
         top_p: samples among the likeliest tokens whose probabilities reach this sum, in (0, 1].
+        top_k: samples among so many likeliest tokens; 0 among all.
         seed: of the sampling; None draws from torch's global generator.
         on_token: called with (index of the prompt, token) as soon as a token of an answer is known.
 
@@ -51,16 +53,16 @@ def generate(
         ConfigError: an argument is out of range.
         DataError: a prompt is empty, or leaves no room in the model's context.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
         raise ConfigError(
-            f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}.",
-            "Allowed: max_new_tokens of at least 1, temperature of at least 0, top_p above 0 and up to 1.",
+            f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}.",
+            "Allowed: max_new_tokens of at least 1, temperature and top_k of at least 0, top_p above 0 and up to 1.",
         )
     if not prompts:
         return []
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
     through = _through_blocks if why_not_forward(model) is None else _through_transformers
-    return through(model, prompts, frozenset(stop_ids), room, temperature, top_p, seed, on_token or _ignore)
+    return through(model, prompts, frozenset(stop_ids), room, temperature, top_p, top_k, seed, on_token or _ignore)
 
 
 def context_length(model: "PreTrainedModel") -> int | None:
@@ -94,6 +96,7 @@ def _through_blocks(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    top_k: int,
     seed: int | None,
     on_token: OnToken,
 ) -> list[list[int]]:
@@ -103,7 +106,7 @@ def _through_blocks(
     decoder = CachedDecoder(model)
     logits = decoder.start(prompts, max_new_tokens)
     while True:
-        tokens = choose_tokens(logits, temperature, top_p, generator)
+        tokens = choose_tokens(logits, temperature, top_p, generator, top_k)
         open_rows = [row for row, token in enumerate(tokens.tolist()) if token not in stop_ids]
         if len(open_rows) < len(going):
             decoder.keep(open_rows)
@@ -117,7 +120,11 @@ def _through_blocks(
 
 
 def choose_tokens(
-    logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None
+    logits: Tensor,
+    temperature: float,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    top_k: int = 0,
 ) -> Tensor:
     """The next token of each row of logits, `(N, vocabulary)` -> int64 `(N)`.
 
@@ -126,6 +133,9 @@ def choose_tokens(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
     probabilities = (logits.float() / temperature).softmax(dim=-1)
     if top_p == 1:
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
@@ -146,6 +156,7 @@ def _through_transformers(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    top_k: int,
     seed: int | None,
     on_token: OnToken,
 ) -> list[list[int]]:
@@ -169,7 +180,7 @@ def _through_transformers(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(stop_ids) or None,
                 pad_token_id=pad_id,
-                top_k=0,
+                top_k=top_k,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
                 streamer=answers,

@@ -1,16 +1,23 @@
-"""A finished run, loaded again: its base in the same four bits, its adapter, its template."""
+"""A finished run, opened or loaded again: its base in the same four bits, its adapter, its template."""
 
+import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from rich.console import Console
+from rich.progress import track
 
 from nybble.config import TrainConfig, load_config
 from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
+from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.models.interface import ModelSource
+from nybble.models.load import load_model
 from nybble.models.source import open_source
 from nybble.training.base import kept_base
 from nybble.training.run_folder import RunFolder
@@ -21,19 +28,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """What answering and evaluating need of a run."""
+class OpenRun:
+    """A run's folder, options, base and template; no weights have been read.
 
+    Args:
+        source: the base as its makers publish it.
+        base: what the frozen weights are loaded from.
+    """
+
+    run: RunFolder
     config: TrainConfig
+    source: ModelSource
+    base: ModelSource
+    template: ChatTemplate
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What answering needs: of a run, or of a model without one."""
+
     model: "PreTrainedModel"
     template: ChatTemplate
 
 
-def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedRun:
-    """Load the run in `path` as it was trained: same base, same format, its last adapter.
+def open_run(path: Path) -> OpenRun:
+    """Open the run in `path`.
 
     Raises:
-        RunError: the folder holds no run, or its adapter is missing or damaged.
+        RunError: the folder holds no run, or what its options name is no longer the base it was trained on.
     """
     run = RunFolder(path)
     if not run.config.is_file():
@@ -43,11 +65,61 @@ def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: 
             "Check the path given to --run.",
         )
     config = load_config(run.config, {})
-    target = resolve_device(device)
     source = open_source(config.model, config.tokenizer)
-    template = ChatTemplate(source.load_tokenizer(), config.template)
-    dtype = resolve_compute_dtype(compute_dtype, target)
-    model = load_base(config, kept_base(run) or source, base_specs(config, run), dtype, target, console)
-    read_adapter(model, run.adapter)
+    _check_base(run, source)
+    return OpenRun(
+        run, config, source, kept_base(run) or source, ChatTemplate(source.load_tokenizer(), config.template)
+    )
+
+
+def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:
+    """Load the run in `path` as it was trained: same base, same format, its last adapter.
+
+    Raises:
+        RunError: the folder holds no run, its base is another now, or its adapter is missing or damaged.
+    """
+    opened, target = open_run(path), resolve_device(device)
+    model = load_tuned(opened, resolve_compute_dtype(compute_dtype, target), target, console)
+    return LoadedModel(model, opened.template)
+
+
+def load_plain(name: str, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:
+    """Load a model that is no run, such as a merged one, in the bits that it is stored in.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    source, target = open_source(name), resolve_device(device)
+    spec = QuantSpec() if source.quant_spec is not None else None  # what is in four bits keeps its own
+    progress = partial(track, description="loading", console=console, transient=True)
+    model = load_model(source, spec, resolve_compute_dtype(compute_dtype, target), target, progress)
+    return LoadedModel(model, ChatTemplate(source.load_tokenizer()))
+
+
+def load_tuned(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
+    """The base of a run in its four bits with the run's adapter beside it, frozen and in eval mode."""
+    model = load_frozen(opened, dtype, device, console)
+    read_adapter(model, opened.run.adapter)
     model.requires_grad_(False)
-    return LoadedRun(config, model.eval(), template)
+    return model.eval()
+
+
+def load_frozen(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
+    """The base of a run in the four bits that it was trained on, without an adapter."""
+    return load_base(opened.config, opened.base, base_specs(opened.config, opened.run), dtype, device, console)
+
+
+def _check_base(run: RunFolder, source: ModelSource) -> None:
+    """Compare the base with the one that was trained on; runs from before that was recorded are let through."""
+    if not run.base_record.is_file():
+        return
+    try:
+        recorded = json.loads(run.base_record.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{run.base_record} is damaged: {error!r}.", "", "Restore it, or train again.") from error
+    if recorded != source.fingerprint():
+        raise RunError(
+            f"{source.name} is not the base that {run.path} was trained on: its fingerprint is another.",
+            f"Allowed: the base with the fingerprint {recorded[:16]}...",
+            "Put the original base back in its place.",
+        )

@@ -28,5 +28,6 @@ def show_result(trained: TrainedRun, console: Console) -> int:
     console.print(f"adapter: {run.adapter}", highlight=False)
     console.print(f"losses:  {run.loss_plot}", highlight=False)
     console.print("next:", highlight=False)
-    console.print(f"  nybble chat --run {run.path}", highlight=False)
+    for verb in ("chat", "eval", "merge --compare"):
+        console.print(f"  nybble {verb} --run {run.path}", highlight=False)
     return 0

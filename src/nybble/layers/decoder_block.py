@@ -95,8 +95,9 @@ class Projection:
         return [p for adapter in self.adapters if adapter for p in (adapter.lora_A, adapter.lora_B)]
 
     def low_rank(self, x: Tensor) -> Tensor | None:
-        """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters."""
-        return x @ self._adapter_copies(x.dtype).a.T if any(self.adapters) else None
+        """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
+        enabled = any(adapter and adapter.enabled for adapter in self.adapters)
+        return x @ self._adapter_copies(x.dtype).a.T if enabled else None
 
     def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out)."""

@@ -6,16 +6,15 @@ they began with. PEFT does not look at it: on the quantised base the adapter is 
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nybble.errors import RunError
+from nybble.errors import ModelError, RunError
+from nybble.formats.safetensors_io import SafetensorsFolder, sampled_sha256
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.lora import LoraLinear, lora_scaling
 
@@ -79,29 +78,107 @@ def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> Non
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+class StoredAdapter:
+    """An adapter folder, checked, whose matrices are read one layer at a time.
+
+    Attributes:
+        config: of PEFT.
+        names: of the adapted layers.
+        rank, scaling: of every layer's adapter.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise RunError(f"{folder} has no {name}.", "An adapter folder holds both.", "Check the path.")
+        self.folder = folder
+        try:
+            self.config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text())
+            self.rank: int = self.config["r"]
+            rslora = self.config.get("use_rslora", False)
+            self.scaling = lora_scaling(self.config["lora_alpha"], self.rank, rslora)
+            self._stored = SafetensorsFolder(folder / WEIGHTS_NAME)
+            begun = folder / INITIAL_NAME
+            self._initial = SafetensorsFolder(begun) if begun.is_file() else None
+        except (ModelError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            raise RunError(f"The adapter in {folder} is damaged: {error}.", "", "Use an earlier checkpoint.") from error
+        self.names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in self._stored.entries})
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every matrix's name and shape, and samples of its bytes."""
+        return sampled_sha256(self._stored.entries.values())
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Refuse a model (on the meta device is enough) that lacks a layer of this adapter.
+
+        Raises:
+            RunError: names the layer.
+        """
+        linears = set(quantizable_linears(model))
+        if unknown := [name for name in self.names if name not in linears]:
+            raise RunError(
+                f"The adapter in {self.folder} is for layer {unknown[0]!r}, which this base does not have.",
+                "Allowed: an adapter trained on the same base.",
+            )
+
+    def matrices(self, name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        """A `[r, in]` and B `[out, r]` of one layer, in fp32.
+
+        Raises:
+            RunError: a matrix is missing, of another shape, or not finite.
+        """
+        return self._pair(self._stored, WEIGHTS_NAME, name, in_features, out_features)
+
+    def initial(self, name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor] | None:
+        """A and B that one layer's adapter began with; None where B was 0.
+
+        Raises:
+            RunError: as `matrices`.
+        """
+        if self._initial is None:
+            return None
+        return self._pair(self._initial, INITIAL_NAME, name, in_features, out_features)
+
+    def _pair(
+        self, stored: SafetensorsFolder, file: str, name: str, in_features: int, out_features: int
+    ) -> tuple[Tensor, Tensor]:
+        a = self._matrix(stored, file, f"{_PREFIX}{name}.lora_A.weight", (self.rank, in_features))
+        return a, self._matrix(stored, file, f"{_PREFIX}{name}.lora_B.weight", (out_features, self.rank))
+
+    def _matrix(self, stored: SafetensorsFolder, file: str, key: str, shape: tuple[int, int]) -> Tensor:
+        entry = stored.entries.get(key)
+        where = f"{self.folder / file}: {key}"
+        if entry is None or entry.shape != shape:
+            found = "nothing" if entry is None else f"shape {entry.shape}"
+            raise RunError(
+                f"{where} should have shape {shape}; found {found}.", "Allowed: an adapter trained on the same base."
+            )
+        matrix = stored.read(key).float()
+        if not bool(matrix.isfinite().all()):
+            raise RunError(f"{where} holds values that are not finite.", "", "Use an earlier checkpoint.")
+        return matrix
+
+
 def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
     """Attach the adapter in `folder` to a base without adapters; name -> adapter.
 
     Raises:
         RunError: a file is missing or damaged, or the adapter does not fit the model.
     """
-    config, tensors = _read_files(folder)
-    names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in tensors})
-    linears = set(quantizable_linears(model))
-    if unknown := [name for name in names if name not in linears]:
-        raise RunError(
-            f"The adapter in {folder} is for layer {unknown[0]!r}, which this base does not have.",
-            "Allowed: an adapter trained on the same base.",
-        )
+    stored = StoredAdapter(folder)
+    stored.check_layers(model)
     adapters = attach_adapters(
         model,
-        names,
-        rank=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config.get("lora_dropout", 0.0),
-        rslora=config.get("use_rslora", False),
+        stored.names,
+        rank=stored.rank,
+        alpha=stored.config["lora_alpha"],
+        dropout=stored.config.get("lora_dropout", 0.0),
+        rslora=stored.config.get("use_rslora", False),
     )
-    _fill(adapters, tensors, folder)
+    _fill(adapters, stored)
     return adapters
 
 
@@ -111,59 +188,17 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
     Raises:
         RunError: a file is missing or damaged, or holds other adapters.
     """
-    adapters, (_, tensors) = adapters_of(model), _read_files(folder)
-    if unknown := sorted(tensors.keys() - _keys(adapters)):
+    adapters, stored = adapters_of(model), StoredAdapter(folder)
+    if unknown := sorted(set(stored.names) - adapters.keys()):
         raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
-    _fill(adapters, tensors, folder)
+    _fill(adapters, stored)
 
 
-def _keys(adapters: Iterable[str]) -> set[str]:
-    """PEFT's keys of the tensors of these adapters, given by their layers' names."""
-    return {f"{_PREFIX}{name}.{part}.weight" for name in adapters for part in ("lora_A", "lora_B")}
-
-
-def _fill(adapters: dict[str, LoraLinear], tensors: dict[str, Tensor], folder: Path) -> None:
-    for name, adapter in adapters.items():
-        for part in ("lora_A", "lora_B"):
-            key = f"{_PREFIX}{name}.{part}.weight"
-            with torch.no_grad():
-                getattr(adapter, part).copy_(_checked(tensors, key, getattr(adapter, part), folder / WEIGHTS_NAME))
-    if (folder / INITIAL_NAME).is_file():
-        initial = _load(folder / INITIAL_NAME)
+def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
+    with torch.no_grad():
         for name, adapter in adapters.items():
-            a, b = (
-                _checked(initial, f"{_PREFIX}{name}.{part}.weight", parameter, folder / INITIAL_NAME)
-                for part, parameter in (("lora_A", adapter.lora_A), ("lora_B", adapter.lora_B))
-            )
-            adapter.initial = (a.to(adapter.lora_A.device), b.to(adapter.lora_B.device))
-
-
-def _read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise RunError(f"{folder} has no {name}.", "An adapter folder holds both.", "Check the path.")
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        lora_scaling(config["lora_alpha"], config["r"], config.get("use_rslora", False))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise _damaged(folder / CONFIG_NAME, error) from error
-    return config, _load(folder / WEIGHTS_NAME)
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: Path, error: Exception) -> RunError:
-    return RunError(f"The adapter in {file.parent} is damaged: {file.name}: {error}.", "", "Use an earlier checkpoint.")
-
-
-def _checked(tensors: dict[str, Tensor], key: str, parameter: nn.Parameter, file: Path) -> Tensor:
-    tensor = tensors.get(key)
-    if tensor is None or tensor.shape != parameter.shape:
-        found = "nothing" if tensor is None else f"shape {tuple(tensor.shape)}"
-        raise RunError(f"{file}: {key} should have shape {tuple(parameter.shape)}; found {found}.")
-    return tensor
+            a, b = stored.matrices(name, adapter.in_features, adapter.out_features)
+            adapter.lora_A.copy_(a)
+            adapter.lora_B.copy_(b)
+            if begun := stored.initial(name, adapter.in_features, adapter.out_features):
+                adapter.initial = (begun[0].to(adapter.lora_A.device), begun[1].to(adapter.lora_B.device))

@@ -46,6 +46,7 @@ class GgufSource:
         self._derived = _derived_folder(self._file)
         self.config: PretrainedConfig = AutoConfig.from_pretrained(self._derived)
         self.notes = _notes(self._file, name)
+        self.licence: str | None = self._file.metadata.get("general.license")
 
     @cached_property
     def _names(self) -> dict[str, str]:

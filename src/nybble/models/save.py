@@ -1,4 +1,4 @@
-"""`nybble quantize`: a base model as a folder in four bits, written block by block.
+"""A model source as a folder: in 16 bits, or in four (`nybble quantize`), written block by block.
 
     absmax       each weight by itself, bitsandbytes' bytes
     search       each weight by itself, scales searched (nybble.calibration.search)
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transpo
 from nybble.models.walk import WalkError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Quality = Literal["absmax", "search", "calibrated"]
 STATES_EVERY_S = 30.0  # hidden states are kept no more often: they are large, and blocks since then are quickly redone
@@ -230,10 +230,50 @@ def _assemble(
                 writer.write(place.target, tensor.to(source.dense_dtype) if rounded else tensor)
 
         kept = [n for n, module in model.named_modules() if is_linear(module) and f"{n}.weight" not in linears]
-        config = copy.deepcopy(source.config)
-        config.architectures = [type(model).__name__]
-        config.dtype = source.dense_dtype
-        config.quantization_config = quantization_config(specs, source.dense_dtype, kept)
-        config.save_pretrained(staging)
-        source.load_generation_config().save_pretrained(staging)
-        source.load_tokenizer().save_pretrained(staging)
+        _save_settings(
+            source, model, source.load_tokenizer(), staging, quantization_config(specs, source.dense_dtype, kept)
+        )
+
+
+def save_dense_folder(
+    source: ModelSource, out: Path, progress: Progress | None = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write the source to `out` in 16 bits, norms and biases as they are; `out` appears complete or not at all.
+
+    Args:
+        source: none of its tensors is in four bits.
+        out: a new or empty folder.
+        progress: wraps the list of tensors to write, called with `total=`.
+
+    Raises:
+        ModelError: `out` is taken, or the source is damaged.
+    """
+    with staged_folder(out) as staging:
+        tokenizer = source.load_tokenizer()
+        model = build_skeleton(source.config)
+        placed = place_tensors(source, model)
+        with SafetensorsWriter(staging, max_shard_bytes) as writer:
+            for place in placed if progress is None else progress(placed, total=len(placed)):
+                tensor = read_placed(source, place)
+                assert isinstance(tensor, Tensor)
+                writer.write(place.target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)
+                del tensor  # gone before the next one is read
+        _save_settings(source, model, tokenizer, staging)
+
+
+def _save_settings(
+    source: ModelSource,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Config, generation config and tokenizer beside the weights."""
+    config = copy.deepcopy(source.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = source.dense_dtype
+    if quantization is not None:
+        config.quantization_config = quantization
+    config.save_pretrained(folder)
+    source.load_generation_config().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

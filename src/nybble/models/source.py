@@ -5,6 +5,7 @@ A source knows the model's config and tokenizer and hands out its tensors one at
 opened.
 """
 
+import re
 from pathlib import Path
 
 from nybble.errors import ModelError
@@ -41,6 +42,17 @@ def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
         f"Allowed: a model folder, a .gguf file, a hub id such as owner/name, or {', '.join(BUNDLED)}.",
         "Check the path.",
     )
+
+
+def base_licence(source: ModelSource) -> str | None:
+    """What the base says about its licence: a GGUF file's own field, or the header of the README in its folder."""
+    if isinstance(source, GgufSource):
+        return source.licence
+    readme = source.path / "README.md" if isinstance(source, FolderSource) else Path()
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    header = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    licence = re.search(r"^license:[ \t]*([\w.-]+)", header[1], re.MULTILINE) if header else None
+    return licence[1] if licence else None
 
 
 def _refuse_file(path: Path) -> None:

@@ -1,13 +1,14 @@
 """`loss.png`: training and held-out loss over the steps of a run."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 from nybble.training.events import read_events
 
 _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
 
 
-def draw_loss(events: Path, out: Path) -> None:
+def draw_loss(events: Path, out: Path | BinaryIO) -> None:
     """Draw the losses recorded in `events` (nats per supervised token) into the picture `out`."""
     from matplotlib.figure import Figure  # here, since importing it takes half a second
 
@@ -27,7 +28,7 @@ def draw_loss(events: Path, out: Path) -> None:
     axes.set_ylabel("loss, nats per supervised token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, dpi=120, format="png")
 
 
 def _running_mean(values: list[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
-config.yaml  data_audit.json  data_rows.safetensors  plan.json  events.jsonl  loss.png  checkpoints/step-N/  adapter/
+config.yaml  base.json  data_audit.json  data_rows.safetensors  plan.json  events.jsonl  loss.png  checkpoints/step-N/
+adapter/  report/
 
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
@@ -26,6 +27,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.config = path / "config.yaml"
+        self.base_record = path / "base.json"
         self.audit = path / "data_audit.json"
         self.plan = path / "plan.json"
         self.formats = path / "formats.json"
@@ -35,6 +37,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"
+        self.report = path / "report"
         self._lock: int | None = None
 
     def check_free(self, overwrite: bool) -> None:

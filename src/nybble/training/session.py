@@ -143,6 +143,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         write_complete(run.config, options)  # first: from here on there is a run to go on with
         if mixed is not None:
             write_formats(run.formats, mixed)
+        write_complete(run.base_record, json.dumps({"model": source.name, "fingerprint": base}, indent=2) + "\n")
         write_complete(run.audit, json.dumps(data.audit.to_json(), indent=2) + "\n")
         digests.write(run.data_rows)
         rewind_events(run.events, 0 if resumed is None else resumed.state["events_bytes"])

@@ -1,0 +1,270 @@
+"""`nybble eval`: the base in 16 bits, the base as it was trained on, and the tuned model, on the same held-out rows.
+
+One model is in memory at a time: the 16-bit base is asked first, then the run, with its adapter off and on.
+"""
+
+import gc
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nybble.config import EvalConfig
+from nybble.data.examples import EncodedExample
+from nybble.data.general_text import read_general_text
+from nybble.evaluation.divergence import Distributions, text_logits
+from nybble.evaluation.generate import context_length, generate
+from nybble.evaluation.harness import check_installed, run_tasks
+from nybble.evaluation.held_out import held_out_rows
+from nybble.evaluation.html_report import write_html
+from nybble.evaluation.load_run import OpenRun, load_tuned, open_run
+from nybble.evaluation.model_card import write_card
+from nybble.evaluation.scores import (
+    METRICS,
+    Estimate,
+    choose_metrics,
+    loss_difference,
+    mean_loss,
+    mean_score,
+    row_losses,
+)
+from nybble.layers.backbone import choose_backbone
+from nybble.layers.convert import enable_adapters
+from nybble.layers.loss_head import LossHead
+from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.models.load import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+BASE_16, BASE_4, TUNED = "base, 16 bits", "base, as trained on", "tuned"
+MICRO_BATCH = 8  # rows computed at once
+ANSWER_BATCH = 8  # rows answered at once
+MAX_ANSWER_TOKENS = 256
+GENERAL_WINDOW, GENERAL_WINDOWS = 256, 16  # tokens of general text that are asked about at once, and how often
+CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs of English prose
+LENGTH_BUCKETS = 4
+SHOWN_ROWS = 5
+
+
+@dataclass
+class Arm:
+    """What one model says.
+
+    Args:
+        losses: summed loss of each row, nats.
+        kl_general: mean KL of the 16-bit base's distributions from this model's on general text, nats; 0 for it.
+        answers: greedy answers to the first rows.
+    """
+
+    losses: "np.ndarray"
+    kl_general: float
+    answers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Evaluation:
+    """Everything that the table, the JSON file, the page and the model card show."""
+
+    opened: OpenRun
+    rows: list[EncodedExample]
+    texts: list[tuple[str, str]]  # (prompt, reference) of each row
+    arms: dict[str, Arm]
+    metrics: list[str]
+    lm_eval: dict[str, Any]
+
+    @property
+    def tokens(self) -> "np.ndarray":
+        return np.array([row.supervised_tokens for row in self.rows])
+
+    def loss(self, arm: str) -> Estimate:
+        return mean_loss(self.arms[arm].losses, self.tokens)
+
+    def change(self, other: str) -> Estimate:
+        """The tuned model's loss minus another's, paired."""
+        return loss_difference(self.arms[TUNED].losses, self.arms[other].losses, self.tokens)
+
+    def row_change(self) -> "np.ndarray":
+        """Loss a token of the tuned model minus its base's, of each row."""
+        return (self.arms[TUNED].losses - self.arms[BASE_4].losses) / self.tokens
+
+    def score(self, arm: str, metric: str) -> Estimate:
+        pairs = zip(self.arms[arm].answers, self.texts, strict=False)
+        return mean_score([METRICS[metric](answer, reference) for answer, (_, reference) in pairs])
+
+    def buckets(self) -> list[dict[str, float]]:
+        """Rows by length: quarters of the rows, and the loss of base and tuned in each."""
+        order = np.argsort([len(row) for row in self.rows], kind="stable")
+        found = []
+        for part in np.array_split(order, min(LENGTH_BUCKETS, len(order))):
+            lengths = [len(self.rows[i]) for i in part]
+            mean = {arm: self.arms[arm].losses[part].sum() / self.tokens[part].sum() for arm in (BASE_4, TUNED)}
+            found.append(
+                {"rows": len(part), "shortest": min(lengths), "longest": max(lengths)}
+                | {"base": float(mean[BASE_4]), "tuned": float(mean[TUNED])}
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """`report.json`."""
+        arms = {}
+        for name, arm in self.arms.items():
+            loss = self.loss(name)
+            arms[name] = {
+                "loss": loss.to_json(),
+                "perplexity": math.exp(loss.value),
+                "kl_general_text": arm.kl_general,
+                "scores": {metric: self.score(name, metric).to_json() for metric in self.metrics if arm.answers},
+            }
+        changes = self.row_change()
+        order = np.argsort(changes)
+        return {
+            "run": str(self.opened.run.path),
+            "base": self.opened.source.name,
+            "rows": len(self.rows),
+            "supervised_tokens": int(self.tokens.sum()),
+            "answered_rows": len(self.arms[TUNED].answers),
+            "arms": arms,
+            "loss_change": {name: self.change(name).to_json() for name in self.arms if name != TUNED},
+            "length_buckets": self.buckets(),
+            "best_rows": [self._row(i, changes[i]) for i in order[:SHOWN_ROWS]],
+            "worst_rows": [self._row(i, changes[i]) for i in order[::-1][:SHOWN_ROWS]],
+            "samples": [self._row(i, changes[i]) for i in range(len(self.arms[TUNED].answers))],
+            "lm_eval": self.lm_eval,
+        }
+
+    def _row(self, index: int, change: float) -> dict[str, Any]:
+        prompt, reference = self.texts[index]
+        said = {name: arm.answers[index] for name, arm in self.arms.items() if index < len(arm.answers)}
+        origin = self.rows[index].origin
+        return {"origin": origin, "loss_change": float(change), "prompt": prompt, "reference": reference} | {
+            "answers": said
+        }
+
+
+def evaluate(config: EvalConfig, console: Console) -> int:
+    """Evaluate a run and write its report; returns the process's exit code."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.lm_eval:
+        check_installed()
+    opened = open_run(config.run)
+    evaluation = run_evaluation(opened, config, console)
+    show_table(console, evaluation)
+    folder = opened.run.report
+    folder.mkdir(exist_ok=True)
+    report = evaluation.to_json()
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_html(evaluation.opened, report, evaluation.row_change(), folder / "report.html")
+    write_card(evaluation.opened, report)
+    for note in opened.source.notes:
+        console.print(note, highlight=False, markup=False)
+    console.print(f"report: {folder / 'report.html'}\ncard:   {opened.run.adapter / 'README.md'}", highlight=False)
+    return 0
+
+
+def run_evaluation(opened: OpenRun, config: EvalConfig, console: Console) -> Evaluation:
+    """Ask the three models."""
+    rows = held_out_rows(opened, config.data)
+    device = resolve_device(config.device)
+    dtype = resolve_compute_dtype(config.compute_dtype, device)
+    tokenizer = opened.template.tokenizer
+    texts = [(_text(tokenizer, row.prompt_ids), _text(tokenizer, row.answer_ids)) for row in rows]
+    metrics = choose_metrics(config.metric, [reference for _, reference in texts[: config.answers]])
+    windows = general_windows(opened)
+    arms = {}
+
+    base = load_model(opened.source, None, dtype, device)
+    asked = _Asked(opened, rows, windows, config.answers if metrics else 0)
+    kept: list[Distributions] = []
+    arms[BASE_16] = asked.ask(base, kept, first=True)
+    del base
+    gc.collect()  # modules refer to each other, and the next model needs the room
+
+    model = load_tuned(opened, dtype, device, console)
+    for name, enabled in ((BASE_4, False), (TUNED, True)):
+        enable_adapters(model, enabled)
+        arms[name] = asked.ask(model, kept, first=False)
+    tasks = [task.strip() for task in config.lm_eval.split(",")] if config.lm_eval else []
+    lm_eval = run_tasks(model, opened.template.tokenizer, tasks) if tasks else {}
+    return Evaluation(opened, rows, texts, arms, metrics, lm_eval)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every model is asked."""
+
+    opened: OpenRun
+    rows: list[EncodedExample]
+    windows: list[list[int]]
+    num_answers: int
+
+    def ask(self, model: "PreTrainedModel", kept: list[Distributions], first: bool) -> Arm:
+        """One model's answers; `kept` are the 16-bit base's distributions, filled when it is asked, first."""
+        backbone, head = choose_backbone(model, keep="nothing", packing=True), LossHead.of(model)
+        divergences = []
+        for index, window in enumerate(self.windows):
+            log_p = text_logits(backbone, head, window, torch.arange(len(window))).log_softmax(dim=-1)
+            if first:
+                kept.append(Distributions.of(log_p))
+            else:
+                divergences.append(kept[index].kl(log_p).mean().item())
+        return Arm(
+            row_losses(backbone, head, self.rows, MICRO_BATCH),
+            float(np.mean(divergences)) if divergences else 0.0,
+            self._answers(model),
+        )
+
+    def _answers(self, model: "PreTrainedModel") -> list[str]:
+        """Greedy answers to the first rows, in batches; up to twice as long as the longest reference."""
+        rows, answers = self.rows[: self.num_answers], []
+        limit = min(MAX_ANSWER_TOKENS, 2 * max((len(row.answer_ids) for row in rows), default=1))
+        context = context_length(model) or math.inf
+        for start in range(0, len(rows), ANSWER_BATCH):
+            prompts = [row.prompt_ids for row in rows[start : start + ANSWER_BATCH]]
+            open_prompts = [prompt for prompt in prompts if 0 < len(prompt) < context]
+            stops = self.opened.template.stop_ids
+            new = iter(generate(model, open_prompts, stop_ids=stops, max_new_tokens=limit))
+            answers += [next(new) if 0 < len(prompt) < context else [] for prompt in prompts]
+        return [_text(self.opened.template.tokenizer, ids) for ids in answers]
+
+
+def general_windows(opened: OpenRun) -> list[list[int]]:
+    """General text in windows of at most GENERAL_WINDOW tokens, each from one text."""
+    windows = []
+    for text in read_general_text(GENERAL_WINDOW * GENERAL_WINDOWS * CHARACTERS_PER_TOKEN):
+        ids = opened.template.encoder.encode(text)
+        windows += [ids[start : start + GENERAL_WINDOW] for start in range(0, len(ids), GENERAL_WINDOW)]
+    return [window for window in windows if len(window) > GENERAL_WINDOW // 2][:GENERAL_WINDOWS]
+
+
+def show_table(console: Console, evaluation: Evaluation) -> None:
+    """Losses with their intervals, what was forgotten, and how answers match."""
+    title = f"{len(evaluation.rows)} held-out rows, {int(evaluation.tokens.sum())} supervised tokens"
+    table = Table(title=title, title_justify="left", caption="in brackets: 95 % of 2000 draws of the rows")
+    columns = ["model", "loss", "perplexity", "tuned minus this", "KL, general text", *evaluation.metrics]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, arm in evaluation.arms.items():
+        loss = evaluation.loss(name)
+        change = "" if name == TUNED else _interval(evaluation.change(name), "+.4f")
+        scores = [_interval(evaluation.score(name, metric), ".3f") for metric in evaluation.metrics if arm.answers]
+        cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change, f"{arm.kl_general:.4f}"]
+        table.add_row(*cells, *scores)
+    console.print(table)
+    for task, result in evaluation.lm_eval.items():
+        console.print(f"{task}: {result}", highlight=False, markup=False)
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()

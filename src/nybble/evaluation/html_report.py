@@ -1,0 +1,108 @@
+"""`report.html`: the evaluation as one page that needs nothing beside it; pictures are inside."""
+
+import base64
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nybble.evaluation.load_run import OpenRun
+from nybble.training.plots import draw_loss
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ report.run }}</title>
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { border: 1px solid #ccc; padding: .3rem .6rem; }
+td { text-align: right; vertical-align: top } td:first-child, .text td { text-align: left }
+img { max-width: 100% } pre { white-space: pre-wrap; margin: 0; font: 14px/1.4 ui-monospace, monospace }
+</style></head><body>
+<h1>{{ report.run }}</h1>
+<p>Base: {{ report.base }}. {{ report.rows }} held-out rows, {{ report.supervised_tokens }} supervised tokens.
+In brackets: 95 % confidence intervals, rows drawn again 2000 times; differences are paired.</p>
+{% for note in notes %}<p>{{ note }}</p>{% endfor %}
+<table><tr><th>model</th><th>loss, nats a token</th><th>perplexity</th><th>tuned minus this</th>
+<th>KL to the 16-bit base on general text</th>{% for metric in metrics %}<th>{{ metric }}</th>{% endfor %}</tr>
+{% for name, arm in report.arms.items() %}<tr><td>{{ name }}</td><td>{{ interval(arm.loss, '%.4f') }}</td>
+<td>{{ '%.3f' % arm.perplexity }}</td>
+<td>{% if name in report.loss_change %}{{ interval(report.loss_change[name], '%+.4f') }}{% endif %}</td>
+<td>{{ '%.4f' % arm.kl_general_text }}</td>
+{% for metric in metrics %}<td>{% if metric in arm.scores %}{{ interval(arm.scores[metric], '%.3f') }}{% endif %}</td>
+{% endfor %}</tr>{% endfor %}</table>
+{% if report.lm_eval %}<h2>Benchmarks</h2><pre>{{ report.lm_eval | tojson(indent=2) }}</pre>{% endif %}
+{% for title, picture in pictures.items() %}<h2>{{ title }}</h2>
+<img alt="{{ title }}" src="data:image/png;base64,{{ picture }}">{% endfor %}
+{% for title, rows in (('Rows that gained most', report.best_rows), ('Rows that gained least', report.worst_rows),
+('Answers', report.samples)) if rows %}<h2>{{ title }}</h2>
+{% for row in rows %}<table class="text">
+<tr><td>{{ row.origin }}</td><td>loss a token {{ '%+.4f' % row.loss_change }}</td></tr>
+<tr><td>prompt</td><td><pre>{{ row.prompt }}</pre></td></tr>
+<tr><td>reference</td><td><pre>{{ row.reference }}</pre></td></tr>
+{% for name, answer in row.answers.items() %}<tr><td>{{ name }}</td><td><pre>{{ answer }}</pre></td></tr>{% endfor %}
+</table>{% endfor %}{% endfor %}
+</body></html>
+"""
+
+
+def write_html(opened: OpenRun, report: dict[str, Any], row_change: "np.ndarray", out: Path) -> None:
+    """Write the page; `report` is the contents of report.json, `row_change` the change of each row's loss a token."""
+    from jinja2 import Environment
+
+    pictures = {"Losses of the run": _losses(opened), "Change of each row's loss": _encode(_draw_changes(row_change))}
+    pictures["Loss by length of the row"] = _encode(_draw_buckets(report["length_buckets"]))
+    metrics = list(dict.fromkeys(metric for arm in report["arms"].values() for metric in arm["scores"]))
+    page = Environment(autoescape=True).from_string(PAGE)
+    text = page.render(
+        report=report,
+        pictures={title: picture for title, picture in pictures.items() if picture},
+        metrics=metrics,
+        notes=opened.source.notes,
+        interval=lambda e, form: f"{form % e['value']} [{form % e['low']}, {form % e['high']}]",
+    )
+    out.write_text(text, encoding="utf-8")
+
+
+def _losses(opened: OpenRun) -> str:
+    if not opened.run.events.is_file():
+        return ""
+    picture = io.BytesIO()
+    draw_loss(opened.run.events, picture)
+    return base64.b64encode(picture.getvalue()).decode()
+
+
+def _draw_changes(changes: "np.ndarray") -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    ordered = sorted(changes)
+    axes.bar(range(len(ordered)), ordered, width=1.0, color=["tab:green" if c < 0 else "tab:red" for c in ordered])
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("held-out rows, best first")
+    axes.set_ylabel("tuned minus base, nats a token")
+    return figure
+
+
+def _draw_buckets(buckets: list[dict[str, float]]) -> "Figure":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for offset, name in ((-0.2, "base"), (0.2, "tuned")):
+        heights = [bucket[name] for bucket in buckets]
+        axes.bar([i + offset for i in range(len(buckets))], heights, width=0.4, label=name)
+    labels = [f"{bucket['shortest']:.0f} to {bucket['longest']:.0f}" for bucket in buckets]
+    axes.set_xticks(range(len(buckets)), labels)
+    axes.set_xlabel("tokens in the row")
+    axes.set_ylabel("loss, nats a token")
+    axes.legend()
+    return figure
+
+
+def _encode(figure: "Figure") -> str:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    return base64.b64encode(picture.getvalue()).decode()

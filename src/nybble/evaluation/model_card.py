@@ -1,0 +1,87 @@
+"""The adapter's README.md: what it is, what it learnt from, how it was made and how well it does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nybble.evaluation.load_run import OpenRun
+from nybble.models.source import base_licence
+
+SETTINGS = (
+    *("format", "rank", "alpha", "dropout", "target_modules", "rslora", "lr", "schedule", "warmup", "epochs"),
+    *("max_steps", "rows_per_step", "max_seq_len", "seed"),
+)
+
+
+def write_card(opened: OpenRun, report: dict[str, Any]) -> None:
+    """Write the card into the run's adapter folder; `report` is the contents of report.json."""
+    (opened.run.adapter / "README.md").write_text(card_text(opened, report), encoding="utf-8")
+
+
+def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
+    """YAML header as the hub reads it, then Markdown."""
+    licence = base_licence(opened.source) or "unknown"
+    header = {"base_model": opened.source.name, "library_name": "peft", "license": licence, "tags": ["lora", "nybble"]}
+    settings = "\n".join(f"| {name} | {getattr(opened.config, name)} |" for name in SETTINGS)
+    first, *_ = report["lm_eval"].items() or [None]
+    harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False).strip()}
+---
+
+# An adapter for {opened.source.name}
+
+Trained with nybble on a frozen base in {opened.config.format}. It belongs to that base and no other. The licence above
+is the base's; the data may add conditions of their own.
+
+## Data
+
+{_data(opened.run.audit)}
+
+## Settings
+
+| option | value |
+|---|---|
+{settings}
+
+## Results
+
+{report["rows"]} held-out rows, {report["supervised_tokens"]} supervised tokens. In brackets: 95 % confidence intervals.
+The last column but scores: KL divergence from the base in 16 bits on general text, nats a token.
+
+{_results(report["arms"])}
+
+Loss of the tuned model minus that of its base as trained on, row by row: {_interval(report["loss_change"], "+.4f")}.
+{harness}"""
+
+
+def _data(audit: Path) -> str:
+    if not audit.is_file():
+        return "Not recorded."
+    found = json.loads(audit.read_text(encoding="utf-8"))
+    return "\n".join(
+        f"- {key.replace('_', ' ')}: {found[key]}"
+        for key in ("source", "layout", "num_train", "num_validation", "supervised_tokens", "num_truncated")
+        if key in found
+    )
+
+
+def _results(arms: dict[str, Any]) -> str:
+    metrics = list(dict.fromkeys(metric for arm in arms.values() for metric in arm["scores"]))
+    lines = ["| model | loss | perplexity | KL, general text |" + "".join(f" {metric} |" for metric in metrics)]
+    lines += ["|---|---|---|---|" + "---|" * len(metrics)]
+    for name, arm in arms.items():
+        scores = [_estimate(arm["scores"][metric], ".3f") if metric in arm["scores"] else "" for metric in metrics]
+        cells = [name, _estimate(arm["loss"], ".4f"), f"{arm['perplexity']:.3f}", f"{arm['kl_general_text']:.4f}"]
+        lines.append("| " + " | ".join([*cells, *scores]) + " |")
+    return "\n".join(lines)
+
+
+def _interval(changes: dict[str, Any], form: str) -> str:
+    return _estimate(changes["base, as trained on"], form)
+
+
+def _estimate(estimate: dict[str, float], form: str) -> str:
+    return f"{estimate['value']:{form}} [{estimate['low']:{form}}, {estimate['high']:{form}}]"

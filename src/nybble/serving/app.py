@@ -1,0 +1,312 @@
+"""The web application: OpenAI's /v1/chat/completions, /v1/completions and /v1/models over an `Engine`.
+
+Guards, outermost first: the Host header must name this server (a page in a browser could else reach it through a
+name of its own: DNS rebinding), the token where one is set, JSON only (which no form can send), and limits on bytes,
+prompt and answer. A client that leaves ends its computation.
+"""
+
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from nybble.data.examples import Message
+from nybble.errors import NybbleError
+from nybble.evaluation.chat import TextPieces
+from nybble.evaluation.generate import context_length
+from nybble.serving.engine import Engine, QueueFull, Sampling, ServedModel, as_error
+from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse
+
+RETRY_AFTER_S = 1
+
+
+class Api:
+    """The endpoints.
+
+    Args:
+        token: that clients must send, None where none is needed.
+        max_new_tokens: most tokens in an answer.
+        max_request_bytes: of a body.
+    """
+
+    def __init__(self, engine: Engine, token: str | None, max_new_tokens: int, max_request_bytes: int):
+        self.engine, self.token = engine, token
+        self.max_new_tokens, self.max_request_bytes = max_new_tokens, max_request_bytes
+        self.started = int(time.time())
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        self._check_token(request)
+        entries = [
+            {"id": name, "object": "model", "created": self.started, "owned_by": "nybble"}
+            for name in self.engine.models
+        ]
+        return JSONResponse({"object": "list", "data": entries})
+
+    async def chat(self, request: Request) -> Response:
+        """POST /v1/chat/completions."""
+        asked = parse(await self._body(request), ChatRequest)
+        served = self._model(asked.model)
+        messages: list[Message] = [message.message() for message in asked.messages]
+        return await self._complete(request, asked, served, served.template.encode_prompt(messages), ChatForm)
+
+    async def text(self, request: Request) -> Response:
+        """POST /v1/completions."""
+        asked = parse(await self._body(request), TextRequest)
+        served = self._model(asked.model)
+        return await self._complete(request, asked, served, _bare_prompt(served, asked.prompt), TextForm)
+
+    async def _complete(
+        self,
+        request: Request,
+        asked: CompletionFields,
+        served: ServedModel,
+        prompt: list[int],
+        form: "type[_Form]",
+    ) -> Response:
+        limit = self._limit(asked, served, prompt)
+        sampling = Sampling(limit, asked.temperature, asked.top_p, asked.seed)
+        answer = Answer(self.engine.answer(served, prompt, sampling), served, asked.stop, limit)
+        shown = form(asked.model, len(prompt), answer)
+        pieces = answer.pieces()
+        first = await anext(pieces, None)  # what can be refused is refused before a stream begins
+        if asked.stream:
+            lines = shown.stream(first, pieces, asked.stream_options.include_usage)
+            return StreamingResponse(lines, media_type="text/event-stream")
+        text = first or ""
+        async with aclosing(pieces):
+            async for piece in pieces:
+                text += piece
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+        return JSONResponse(shown.whole(text))
+
+    def _limit(self, asked: CompletionFields, served: ServedModel, prompt: Sequence[int]) -> int:
+        """Tokens that the answer may have."""
+        wanted, context = asked.limit(), context_length(served.model)
+        if wanted is not None and wanted > self.max_new_tokens:
+            raise RequestError(f"max_tokens is {wanted}; this server answers with at most {self.max_new_tokens}.")
+        room = self.max_new_tokens if context is None else context - len(prompt)
+        if not prompt or room < (wanted or 1):
+            raise RequestError(
+                f"The prompt has {len(prompt)} tokens and the answer may have {wanted or 1}; "
+                f"the model's context holds {context}.",
+                code="context_length_exceeded",
+            )
+        return min(room, wanted or self.max_new_tokens)
+
+    def _model(self, name: str) -> ServedModel:
+        if name not in self.engine.models:
+            known = ", ".join(self.engine.models)
+            raise RequestError(f"There is no model {name!r}. Models: {known}.", 404, "model_not_found")
+        return self.engine.models[name]
+
+    async def _body(self, request: Request) -> bytes:
+        self._check_token(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise RequestError(f"The content type is {kind!r}; application/json is needed.", 415)
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > self.max_request_bytes:
+                raise RequestError(f"The body has more than {self.max_request_bytes} bytes.", 413)
+        return bytes(body)
+
+    def _check_token(self, request: Request) -> None:
+        if self.token is None:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), self.token.encode()):
+            raise RequestError("The token is missing or wrong.", 401, "invalid_api_key")
+
+
+class Answer:
+    """Text from tokens, as it comes: whole characters, up to a stop string."""
+
+    def __init__(self, tokens: AsyncGenerator[int, None], served: ServedModel, stops: Sequence[str], limit: int):
+        self._tokens, self._stops, self._limit = tokens, stops, limit
+        self._text = TextPieces(served.template.tokenizer)
+        self._found_stop = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._text.ids)
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.num_tokens == self._limit and not self._found_stop else "stop"
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """Text to show; what could be the beginning of a stop string is held back until it is clear."""
+        held = ""
+        async with aclosing(self._tokens):
+            async for token in self._tokens:
+                held += self._text.add(token)
+                if (cut := _first_of(held, self._stops)) is not None:
+                    self._found_stop = True
+                    yield held[:cut]
+                    return
+                keep = _possible_stop(held, self._stops)
+                if shown := held[: len(held) - keep]:
+                    held = held[len(held) - keep :]
+                    yield shown
+        held += self._text.rest()
+        if (cut := _first_of(held, self._stops)) is not None:
+            self._found_stop, held = True, held[:cut]
+        if held:
+            yield held
+
+
+def _first_of(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins, None where there is none."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def _possible_stop(text: str, stops: Sequence[str]) -> int:
+    """Characters at the end of the text that a stop string may begin with."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+class _Form:
+    """How an answer is put into OpenAI's objects."""
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, model: str, prompt_tokens: int, answer: Answer):
+        self.answer, self.prompt_tokens = answer, prompt_tokens
+        self.common = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def usage(self) -> dict[str, int]:
+        new = self.answer.num_tokens
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": self.prompt_tokens + new,
+        }
+
+    def whole(self, text: str) -> dict[str, Any]:
+        choice = {"index": 0, "finish_reason": self.answer.finish_reason, "logprobs": None} | self.content(text)
+        return {"object": self.kind, **self.common, "choices": [choice], "usage": self.usage()}
+
+    async def stream(
+        self, first: str | None, pieces: AsyncGenerator[str, None], with_usage: bool
+    ) -> AsyncGenerator[str, None]:
+        """Server-sent events. An error after the stream began becomes its last event."""
+        try:
+            async with aclosing(pieces):
+                for opening in self.opening():
+                    yield self._event(opening, None)
+                if first:
+                    yield self._event(self.delta(first), None)
+                async for piece in pieces:
+                    yield self._event(self.delta(piece), None)
+        except Exception as error:
+            yield _line({"error": {"message": as_error(error), "type": "server_error"}})
+            return
+        yield self._event(self.delta(""), self.answer.finish_reason)
+        if with_usage:
+            yield _line({"object": self.chunk_kind, **self.common, "choices": [], "usage": self.usage()})
+        yield "data: [DONE]\n\n"
+
+    def _event(self, content: dict[str, Any], finish_reason: str | None) -> str:
+        choice = {"index": 0, "finish_reason": finish_reason, "logprobs": None} | content
+        return _line({"object": self.chunk_kind, **self.common, "choices": [choice]})
+
+    def content(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def delta(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def opening(self) -> list[dict[str, Any]]:
+        return []
+
+
+class ChatForm(_Form):
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text}}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text} if text else {}}
+
+    def opening(self) -> list[dict[str, Any]]:
+        return [{"delta": {"role": "assistant", "content": ""}}]
+
+
+class TextForm(_Form):
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+    def delta(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+def _line(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def _bare_prompt(served: ServedModel, prompt: str | list[int] | list[str]) -> list[int]:
+    """Token ids of a text without a template, with the beginning-of-sequence token where the tokenizer puts one."""
+    if isinstance(prompt, str):
+        bos = served.template.encoder.leading_bos
+        return ([] if bos is None else [bos]) + served.template.encoder.encode(prompt)
+    ids = [token for token in prompt if isinstance(token, int)]
+    rows = served.model.get_input_embeddings().num_embeddings
+    if any(not 0 <= token < rows for token in ids):
+        raise RequestError(f"prompt holds a token id outside 0 to {rows - 1}.")
+    return ids
+
+
+def make_app(api: Api, hosts: Sequence[str]) -> Starlette:
+    """The application; `hosts` are the names that clients may reach it by."""
+    routes = [
+        Route("/v1/models", api.models, methods=["GET"]),
+        Route("/v1/chat/completions", api.chat, methods=["POST"]),
+        Route("/v1/completions", api.text, methods=["POST"]),
+    ]
+    handlers: dict[Any, Callable[..., Any]] = {
+        RequestError: _refused,
+        QueueFull: _queue_full,
+        NybbleError: _refused,
+        ClientDisconnect: _gone,
+    }
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)]
+    return Starlette(routes=routes, middleware=guards, exception_handlers=handlers)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    status, code = (error.status, error.code) if isinstance(error, RequestError) else (400, None)
+    return _error(str(error), status, code)
+
+
+async def _queue_full(request: Request, error: Exception) -> Response:
+    response = _error("Too many requests are waiting.", 429, "rate_limit_exceeded")
+    response.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return response
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
+def _error(message: str, status: int, code: str | None) -> Response:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    content = {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return JSONResponse(content, status_code=status)

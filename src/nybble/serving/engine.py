@@ -1,0 +1,196 @@
+"""Who answers: runs that share one base in memory, one request at a time, from a bounded queue.
+
+Each run is a model of its own whose frozen tensors are the others' too: copying the base's modules with its
+parameters kept costs nothing, and no adapter has to be swapped in or out between requests. One thread computes; the
+event loop that serves clients is never blocked. What is left out: batching requests that wait at the same time.
+"""
+
+import asyncio
+import copy
+import queue
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+
+from nybble.data.template import ChatTemplate
+from nybble.errors import NybbleError, RunError
+from nybble.evaluation.generate import generate
+from nybble.evaluation.load_run import OpenRun, load_frozen, open_run
+from nybble.layers.peft_format import read_adapter
+from nybble.layers.precision import resolve_compute_dtype, resolve_device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAME = ("format", "block_size", "double_quant", "quality", "template")  # options that runs on one base share
+
+
+class QueueFull(Exception):
+    """As many requests wait as are allowed to."""
+
+
+class _Cancelled(Exception):
+    """Raised where tokens are handed over, to end a request whose client has gone."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One name that clients may ask for."""
+
+    name: str
+    model: "PreTrainedModel"
+    template: ChatTemplate
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn; as `generate` takes them."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+
+@dataclass
+class Job:
+    """A request: what to answer, and where its tokens go. None ends them, an exception says why there are no more."""
+
+    served: ServedModel
+    prompt: Sequence[int]
+    sampling: Sampling
+    loop: asyncio.AbstractEventLoop
+    tokens: "asyncio.Queue[int | Exception | None]" = field(default_factory=asyncio.Queue)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def give(self, token: int | Exception | None) -> None:
+        """Called by the computing thread."""
+        self.loop.call_soon_threadsafe(self.tokens.put_nowait, token)
+
+
+class Engine:
+    """Answers requests one after another in a thread of its own.
+
+    Args:
+        models: by name.
+        max_queue: requests that may wait or run.
+    """
+
+    def __init__(self, models: Sequence[ServedModel], max_queue: int, threads: int | None = None):
+        self.models = {served.name: served for served in models}
+        self._room = threading.BoundedSemaphore(max_queue)
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._threads = threads
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def answer(self, served: ServedModel, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[int, None]:
+        """The tokens of an answer as they come. Leaving the iterator early ends the computation.
+
+        Raises:
+            QueueFull: before the first token.
+            NybbleError: the prompt does not fit into the model's context.
+        """
+        if not self._room.acquire(blocking=False):
+            raise QueueFull
+        job = Job(served, prompt, sampling, asyncio.get_running_loop())
+        self._jobs.put(job)
+        try:
+            while (token := await job.tokens.get()) is not None:
+                if isinstance(token, Exception):
+                    raise token
+                yield token
+        finally:
+            job.cancelled.set()
+
+    def stop(self) -> None:
+        """End the thread once what it computes now is done."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        while (job := self._jobs.get()) is not None:
+            try:
+                if not job.cancelled.is_set():
+                    _compute(job)
+            finally:
+                self._room.release()
+
+
+def _compute(job: Job) -> None:
+    def hand_over(_: int, token: int) -> None:
+        if job.cancelled.is_set():
+            raise _Cancelled
+        job.give(token)
+
+    sampling = job.sampling
+    try:
+        generate(
+            job.served.model,
+            [job.prompt],
+            stop_ids=job.served.template.stop_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            on_token=hand_over,
+        )
+        job.give(None)
+    except _Cancelled:
+        return
+    except Exception as error:  # the client is told, and the thread goes on with the next request
+        job.give(error)
+
+
+def load_models(runs: Sequence[Path], device: str, compute_dtype: str, console: Console) -> list[ServedModel]:
+    """The runs, each under its folder's name, and their base under its own.
+
+    Raises:
+        RunError: two runs have the same name, or other bases.
+    """
+    opened = [open_run(run) for run in runs]
+    first, target = opened[0], resolve_device(device)
+    for other in opened[1:]:
+        _check_same_base(first, other)
+    base = load_frozen(first, resolve_compute_dtype(compute_dtype, target), target, console)
+    served: list[ServedModel] = []
+    for run in opened:
+        name = run.run.path.resolve().name
+        if name in [model.name for model in served]:
+            raise RunError(
+                f"Two runs are named {name}.", "Models are served under their folders' names.", "Rename one."
+            )
+        tuned = _with_shared_tensors(base)
+        read_adapter(tuned, run.run.adapter)
+        served.append(ServedModel(name, tuned.requires_grad_(False).eval(), run.template))
+    return [*served, ServedModel(f"{first.source.name} (base)", base, first.template)]
+
+
+def _with_shared_tensors(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A copy of the modules on the same tensors."""
+    tensors = (*model.parameters(), *model.buffers())
+    clone: PreTrainedModel = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return clone
+
+
+def _check_same_base(first: OpenRun, other: OpenRun) -> None:
+    differing = [name for name in SAME if getattr(first.config, name) != getattr(other.config, name)]
+    if first.base.fingerprint() != other.base.fingerprint() or differing:
+        what = f"other options: {', '.join(differing)}" if differing else f"the base {other.source.name}"
+        raise RunError(
+            f"{other.run.path} has {what} than {first.run.path}.",
+            "Runs that are served together share their base and its four bits.",
+            "Serve it on another --port.",
+        )
+
+
+def as_error(error: Exception) -> str:
+    """What a client may be told: a user's mistake in words, else only that it was none."""
+    return str(error) if isinstance(error, NybbleError) else "The server failed to answer; its log says why."

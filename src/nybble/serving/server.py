@@ -1,0 +1,84 @@
+"""`nybble serve`: load the runs, check who may come in, and listen."""
+
+import importlib.util
+import ipaddress
+import os
+
+from rich.console import Console
+
+from nybble.config import ServeConfig
+from nybble.errors import ConfigError
+
+TOKEN_VARIABLE = "NYBBLE_TOKEN"
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+SHUTDOWN_S = 5  # that running answers are given when the server is told to stop
+
+
+def serve(config: ServeConfig, console: Console) -> int:
+    """Serve until interrupted; returns the process's exit code.
+
+    Raises:
+        ConfigError: starlette and uvicorn are missing, or the address is open to others and there is no token.
+    """
+    check_installed()
+    token = choose_token(config)
+    import uvicorn
+
+    from nybble.serving.app import Api, make_app
+    from nybble.serving.engine import Engine, load_models
+
+    models = load_models(config.run, config.device, config.compute_dtype, console)
+    engine = Engine(models, config.max_queue, config.threads)
+    api = Api(engine, token, config.max_new_tokens, config.max_request_bytes)
+    console.print(f"models: {', '.join(engine.models)}", highlight=False, markup=False)
+    console.print(f"listening on http://{config.host}:{config.port}/v1", highlight=False, markup=False)
+    settings = {"log_level": "warning", "timeout_graceful_shutdown": SHUTDOWN_S, "server_header": False}
+    try:
+        uvicorn.run(make_app(api, allowed_hosts(config)), host=config.host, port=config.port, **settings)  # type: ignore[arg-type]
+    finally:
+        engine.stop()
+    return 0
+
+
+def check_installed() -> None:
+    """Refuse to start without the packages that listening needs."""
+    missing = [package for package in ("starlette", "uvicorn") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"`nybble serve` needs {' and '.join(missing)}.",
+            "They are not among nybble's own requirements.",
+            "Run `pip install 'nybble[serve]'`.",
+        )
+
+
+def choose_token(config: ServeConfig) -> str | None:
+    """What clients must send, from the options or the environment.
+
+    Raises:
+        ConfigError: none is given and the address is not this machine's own.
+    """
+    token = config.token or os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not is_loopback(config.host):
+        raise ConfigError(
+            f"host is {config.host}, which others can reach, and there is no token.",
+            "Without a token only this machine's own address is allowed, such as 127.0.0.1.",
+            f"Set {TOKEN_VARIABLE} or --token, or leave --host out.",
+        )
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def allowed_hosts(config: ServeConfig) -> list[str]:
+    """Names by which clients may reach the server: this machine's, the address it listens on, and those given."""
+    given = [] if config.allow_host is None else [name.strip() for name in config.allow_host.split(",")]
+    listening = [] if config.host in ("0.0.0.0", "::") else [config.host]
+    return list(dict.fromkeys([*LOOPBACK_NAMES, *listening, *given]))

@@ -1,0 +1,356 @@
+"""The server over a real socket, asked by the real openai client; what is right is what the model itself says."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+from rich.console import Console
+
+from nybble.config import ServeConfig, build_options
+from nybble.data.examples import Message
+from nybble.errors import ConfigError, RunError
+from nybble.evaluation.generate import generate
+from nybble.evaluation.load_run import load_run
+from nybble.serving import engine as engine_module
+from nybble.serving.app import Api, make_app
+from nybble.serving.engine import Engine, load_models
+from nybble.serving.server import allowed_hosts, choose_token
+
+QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]
+
+
+class Running:
+    """A server in a thread."""
+
+    def __init__(self, runs: list[Path], token: str | None = None, max_queue: int = 32):
+        self.config = ServeConfig(run=tuple(runs))
+        self.engine = Engine(load_models(runs, "cpu", "fp32", Console(quiet=True)), max_queue, threads=1)
+        api = Api(self.engine, token, max_new_tokens=64, max_request_bytes=20_000)
+        settings = uvicorn.Config(make_app(api, allowed_hosts(self.config)), port=0, log_level="error")
+        self.server = uvicorn.Server(settings)
+        self.socket = socket.socket()
+        self.socket.bind(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+
+    def client(self, token: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=token, max_retries=0, timeout=60)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+        self.engine.stop()
+
+
+@pytest.fixture(scope="module")
+def second(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run on the same base, of another rank."""
+    from nybble.config import TrainConfig, load_config
+    from nybble.training.session import train
+
+    out = tmp_path_factory.mktemp("second") / "other"
+    config = load_config(trained / "config.yaml", {"out": str(out), "rank": 2, "max_steps": 3})
+    assert isinstance(config, TrainConfig)
+    train(config, Console(quiet=True))
+    return out
+
+
+@pytest.fixture(scope="module")
+def running(trained: Path, second: Path) -> Iterator[Running]:
+    server = Running([trained, second])
+    yield server
+    server.stop()
+
+
+def expected(run: Path, tuned: bool = True, max_tokens: int = 24) -> str:
+    """The greedy answer of a run loaded by itself."""
+    from nybble.layers.convert import enable_adapters
+
+    loaded = load_run(run, Console(quiet=True), "cpu", "fp32")
+    enable_adapters(loaded.model, tuned)
+    prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
+    ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=max_tokens)[0]
+    return loaded.template.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def ask(client: openai.OpenAI, model: str, **options: Any) -> Any:
+    return client.chat.completions.create(model=model, messages=QUESTION, **({"max_tokens": 24} | options))
+
+
+def test_each_model_answers_as_it_does_alone(running: Running, trained: Path, second: Path) -> None:
+    client = running.client()
+    names = [model.id for model in client.models.list()]
+    assert names[:2] == ["run", "other"] and names[2].endswith("(base)")
+    answers = [ask(client, name).choices[0].message.content for name in (*names, *names)]  # none disturbs another
+    assert answers == [expected(trained), expected(second), expected(trained, tuned=False)] * 2
+    assert answers[0] != answers[2]
+
+
+def test_frozen_tensors_are_shared(running: Running) -> None:
+    first, other, base = running.engine.models.values()
+    frozen = {parameter.data_ptr() for parameter in base.model.parameters()}
+    for tuned in (first, other):
+        own = [p for name, p in tuned.model.named_parameters() if "lora_" not in name]
+        assert {parameter.data_ptr() for parameter in own} == frozen
+    assert not any("lora_" in name for name, _ in base.model.named_parameters())
+
+
+def test_usage_and_reasons(running: Running) -> None:
+    whole = ask(running.client(), "run", max_tokens=64)
+    assert whole.choices[0].finish_reason == "stop"  # it learnt to end its turn
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    cut = ask(running.client(), "run", max_completion_tokens=2)
+    assert cut.choices[0].finish_reason == "length" and cut.usage.completion_tokens == 2
+
+
+def test_streams_are_the_whole_answer(running: Running, trained: Path) -> None:
+    chunks = list(ask(running.client(), "run", stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == expected(trained)
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage.completion_tokens > 0
+
+
+def test_text_completions(running: Running, trained: Path) -> None:
+    client = running.client()
+    template = running.engine.models["run"].template
+    prompt = template.render([Message("user", QUESTION[0]["content"])], True)
+    for given in (prompt, [prompt], template.encoder.encode(prompt)):
+        answer = client.completions.create(model="run", prompt=given, max_tokens=24)
+        assert answer.choices[0].text == expected(trained)
+    chunks = client.completions.create(model="run", prompt=prompt, max_tokens=24, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected(trained)
+
+
+def test_stop_strings_end_an_answer_wherever_tokens_do(running: Running, trained: Path) -> None:
+    text = expected(trained)
+    stop = text[4:7]
+    assert len(stop) == 3
+    for stream in (False, True):
+        answer = ask(running.client(), "run", stop=["never said", stop], stream=stream)
+        if stream:
+            found = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        else:
+            found = answer.choices[0].message.content
+            assert answer.choices[0].finish_reason == "stop"
+        assert found == text[: text.index(stop)]
+    assert ask(running.client(), "run", stop="never said").choices[0].message.content == text
+
+
+def test_sampling_follows_its_seed(running: Running) -> None:
+    drawn = [ask(running.client(), "other", temperature=1.5, seed=n).choices[0].message.content for n in (1, 1, 2, 3)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "absent"}, "no model 'absent'"),
+        ({"temperature": 9}, "temperature"),
+        ({"max_tokens": 65}, "at most 64"),
+        ({"n": 2}, "n is not supported"),
+        ({"logprobs": True}, "logprobs is not supported"),
+        ({"stop": [""]}, "stop"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 2000}]}, "context"),
+    ],
+)
+def test_what_is_refused(running: Running, options: dict[str, Any], words: str) -> None:
+    request = {"model": "run", "messages": QUESTION} | options
+    with pytest.raises(openai.APIStatusError) as refused:
+        running.client().chat.completions.create(**request)
+    assert refused.value.status_code == (404 if "absent" in words else 400)
+    assert words in refused.value.message
+    for stream in (True,):  # before a stream begins, and as an error rather than an event
+        with pytest.raises(openai.APIStatusError):
+            running.client().chat.completions.create(**request, stream=stream)
+
+
+def raw(running: Running, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=30)
+    sent = {"Content-Type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request("POST", "/v1/chat/completions", body, sent)
+    response = connection.getresponse()
+    text = response.read()
+    return response.status, json.loads(text) if text.startswith(b"{") else {}
+
+
+def test_guards(running: Running) -> None:
+    body = json.dumps({"model": "run", "messages": QUESTION, "max_tokens": 2}).encode()
+    assert raw(running, body)[0] == 200
+    assert raw(running, body, Host="evil.example")[0] == 400
+    assert raw(running, body, Host="localhost:1234")[0] == 200
+    assert raw(running, body, Content_Type="text/plain")[0] == 415
+    assert raw(running, b" " * 20_001 + body)[0] == 413
+    assert raw(running, b"{")[0] == 400
+    assert raw(running, b"[" * 15_000)[0] == 400
+    assert raw(running, b'{"model": "run", "messages": [{"role": "user", "content": "\\ud800"}]}')[0] in (200, 400)
+    assert raw(running, body)[0] == 200
+
+
+def test_a_token_keeps_others_out(trained: Path) -> None:
+    server = Running([trained], token="secret")
+    try:
+        for wrong in ("none", "secre", "secret2", "sécret"):
+            body = json.dumps({"model": "run", "messages": QUESTION}).encode()
+            assert raw(server, body, Authorization=f"Bearer {wrong}".encode().decode("latin-1"))[0] == 401
+        with pytest.raises(openai.AuthenticationError):
+            list(server.client("wrong").models.list())
+        assert ask(server.client("secret"), "run", max_tokens=2).choices
+    finally:
+        server.stop()
+
+
+def test_a_full_queue_answers_429(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def wait(*args: Any, on_token: Any, **options: Any) -> None:
+        assert go_on.wait(30)
+        on_token(0, 70)
+
+    server = Running([trained], max_queue=2)
+    monkeypatch.setattr(engine_module, "generate", wait)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(ask, server.client(), "run") for _ in range(2)]
+            deadline = time.monotonic() + 20
+            while server.engine._room._value and time.monotonic() < deadline:  # type: ignore[attr-defined]
+                time.sleep(0.01)
+            with pytest.raises(openai.RateLimitError):
+                ask(server.client(), "run")
+            go_on.set()
+            assert all(answer.result().choices for answer in waiting)
+        assert ask(server.client(), "run").choices
+    finally:
+        go_on.set()
+        server.stop()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_computation(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    given = []
+
+    def endless(*args: Any, on_token: Any, **options: Any) -> None:
+        for token in range(3000):
+            given.append(token)
+            on_token(0, 70)
+            time.sleep(0.01)
+
+    server = Running([trained])
+    monkeypatch.setattr(engine_module, "generate", endless)
+    try:
+        body = json.dumps({"model": "run", "messages": QUESTION, "stream": stream}).encode()
+        connection = socket.create_connection(("127.0.0.1", server.port))
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        while len(given) < 5:
+            time.sleep(0.01)
+        connection.close()
+        monkeypatch.undo()
+        assert ask(server.client(), "run").choices[0].message.content
+        assert len(given) < 2000
+    finally:
+        server.stop()
+
+
+def test_a_failure_is_told_without_details(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> None:
+        raise RuntimeError("secret path /home/me")
+
+    server = Running([trained])
+    monkeypatch.setattr(engine_module, "generate", broken)
+    try:
+        with pytest.raises(openai.InternalServerError) as failure:
+            ask(server.client(), "run")
+        assert "secret path" not in failure.value.message
+        monkeypatch.undo()
+        assert ask(server.client(), "run").choices
+    finally:
+        server.stop()
+
+
+def storm(server: Running, right: dict[str, str], clients: int, requests: int) -> None:
+    """Concurrent clients, one of whom leaves mid-stream each round; every answer must be its model's own."""
+
+    def client_rounds(number: int) -> int:
+        client, name = server.client(), list(right)[number % len(right)]
+        for round_number in range(requests):
+            if round_number % clients == number:
+                stream = ask(client, name, stream=True)
+                next(iter(stream))
+                stream.close()
+            elif number % 2:
+                assert ask(client, name).choices[0].message.content == right[name]
+            else:
+                chunks = ask(client, name, stream=True)
+                assert "".join(c.choices[0].delta.content or "" for c in chunks) == right[name]
+        return requests
+
+    with ThreadPoolExecutor(clients) as pool:
+        assert list(pool.map(client_rounds, range(clients))) == [requests] * clients
+
+
+def test_concurrent_clients(running: Running, trained: Path, second: Path) -> None:
+    storm(running, {"run": expected(trained), "other": expected(second)}, clients=4, requests=6)
+
+
+@pytest.mark.slow
+def test_many_concurrent_clients_leave_memory_flat(running: Running, trained: Path, second: Path) -> None:
+    from nybble.memory.measure import anonymous_bytes
+
+    right = {"run": expected(trained), "other": expected(second)}
+    storm(running, right, clients=16, requests=10)
+    before = anonymous_bytes()
+    started = time.perf_counter()
+    storm(running, right, clients=16, requests=50)
+    print(f"800 requests in {time.perf_counter() - started:.0f} s, {anonymous_bytes() - before:+d} bytes")
+
+
+# ---- starting ------------------------------------------------------------------------------------
+
+
+def options(**given: Any) -> ServeConfig:
+    return build_options(ServeConfig, {"run": ["r"]} | given)
+
+
+def test_open_addresses_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NYBBLE_TOKEN", raising=False)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.2"):
+        assert choose_token(options(host=host)) is None
+    for host in ("0.0.0.0", "192.168.1.4", "example.org", "::"):
+        with pytest.raises(ConfigError, match="no token"):
+            choose_token(options(host=host))
+        assert choose_token(options(host=host, token="t")) == "t"
+    monkeypatch.setenv("NYBBLE_TOKEN", "from the environment")
+    assert choose_token(options(host="0.0.0.0")) == "from the environment"
+
+
+def test_names_that_clients_may_use() -> None:
+    assert allowed_hosts(options()) == ["localhost", "127.0.0.1", "::1"]
+    assert "nas.local" in allowed_hosts(options(host="0.0.0.0", allow_host="nas.local, nas"))
+    assert "0.0.0.0" not in allowed_hosts(options(host="0.0.0.0"))
+
+
+def test_runs_of_other_bases_or_names_are_not_served_together(trained: Path, make_run: Any, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="share their base"):
+        load_models([trained, make_run()], "cpu", "fp32", Console(quiet=True))
+    with pytest.raises(RunError, match="Two runs are named run"):
+        load_models([trained, trained], "cpu", "fp32", Console(quiet=True))
+    assert torch.get_num_threads() >= 1
