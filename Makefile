@@ -4,13 +4,14 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/nybble/kernels/csrc/*)
 
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow lint bench drills clean
 
 help:
 	@echo "make demo       fine-tune a small model on the documentation of Python's standard library"
 	@echo "make test       install what the tests need; run the linter, the type checker and the tests"
 	@echo "make test-slow  run the slow tests too"
 	@echo "make bench      measure the kernels, and whole steps against other stacks (in .venv-peers); an hour or two"
+	@echo "make drills     kill, starve, fill and damage runs; writes docs/reliability.md; half an hour, Linux, strace"
 	@echo "make setup      make .venv and install nybble into it"
 	@echo "make clean      remove .venv, .venv-peers and what was built (runs/ stays)"
 
@@ -41,6 +42,9 @@ bench: .venv/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/bench_step.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_memory.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_generate.py --data $(BENCH_DATA) $(BENCH)
+
+drills: .venv/.installed-test
+	$(BIN)/python tests/faults/drills.py
 
 clean:
 	rm -rf .venv .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

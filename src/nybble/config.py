@@ -10,6 +10,7 @@ Options that belong together are one small class; a verb's options are the class
 import difflib
 import inspect
 import re
+import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -31,6 +32,12 @@ def _digits_to_int(value: Any) -> Any:
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
+def _nameable(value: Any) -> Any:
+    if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
+        raise ValueError("a NUL or half a surrogate pair")
+    return value
+
+
 def _not_empty(value: Any) -> Any:
     if value == "":  # Path("") is the current folder, which --overwrite must not reach by accident.
         raise ValueError("empty")
@@ -49,8 +56,9 @@ def _interval(value: Any) -> str:
 
 
 BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
-Name = Annotated[str, Field(min_length=1)]
-Folder = Annotated[Path, BeforeValidator(_not_empty)]
+Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
+Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
+MAX_YAML_BYTES = 1_000_000
 Interval = Annotated[str, BeforeValidator(_interval)]
 
 
@@ -103,6 +111,9 @@ class DataOptions(Options):
     completion_field: Name | None = knob(None, "Column that holds the answer.", elsewhere=("response_field",))
     messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
     text_field: Name | None = knob(None, "Column that holds plain text to continue.", elsewhere=("dataset_text_field",))
+    allow: Annotated[tuple[Name, ...], BeforeValidator(_split_names)] = knob(
+        (), "Findings of the audit to accept, by id, such as validation-leak; what they say then stops nothing."
+    )
     template: Literal["auto", "none"] = knob(
         "auto",
         "auto: the tokenizer's chat template. none: prompt and completion strings stay bare.",
@@ -673,8 +684,15 @@ def _bad_value(options: type[Options], name: str, value: Any, origin: str) -> Co
     key, field = yaml_key(name), options.model_fields[name]
     default = "" if field.is_required() or field.default is None else f" Leave it out to get {field.default}."
     return ConfigError(
-        f"{_place(origin)}{key} is {value!r}.", f"Allowed: {allowed_values(field)}", f"{field.description}{default}"
+        f"{_place(origin)}{key} is {_shortened.repr(value)}.",
+        f"Allowed: {allowed_values(field)}",
+        f"{field.description}{default}",
     )
+
+
+# An alias in YAML stands for a whole subtree, so that a small file can hold a value that is too long to print.
+_shortened = reprlib.Repr()
+_shortened.maxlevel, _shortened.maxstring, _shortened.maxother = 3, 200, 200
 
 
 def _place(origin: str) -> str:
@@ -692,21 +710,23 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice, where YAML's own would silently take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key} is given twice", node.start_mark)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
         return mapping
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     fix = "`nybble train --print-config` prints a file to start from."
     try:
+        if path.stat().st_size > MAX_YAML_BYTES:
+            raise ValueError(f"it is larger than {MAX_YAML_BYTES} bytes")
         content = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeyLoader)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.", "A YAML file that can be read.", fix) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # numbers and dates of YAML raise ValueError
         detail = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML: {detail}.", "A YAML file in UTF-8.", fix) from error
     if content is None:

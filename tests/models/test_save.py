@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from nybble.errors import ModelError
+from nybble.errors import FormatError, ModelError
 from nybble.formats.blockwise import block_scales
 from nybble.formats.quantized_tensor import FORMATS, QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -283,3 +283,16 @@ def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="cannot be created"):
         quantize(folder, tmp_path / "file" / "out")
+
+
+def test_a_changed_file_of_our_own_folder_is_refused_and_a_folder_without_a_manifest_is_not(make_folder, tmp_path):
+    folder, _ = make_folder()
+    out = tmp_path / "four-bit"
+    quantize_folder(open_source(str(folder)), QuantSpec(), out)
+    open_source(str(out))
+    config = (out / "config.json").read_bytes()
+    (out / "config.json").write_bytes(config + b" ")
+    with pytest.raises(FormatError, match=r"(?s)config\.json has \d+ bytes.*remove the manifest"):
+        open_source(str(out))
+    (out / "nybble-manifest.json").unlink()
+    open_source(str(out))

@@ -169,6 +169,16 @@ def test_longer_training_goes_on_from_the_end_of_a_shorter(tiny_model, data, tmp
     assert [step for step, _ in losses(out, "step")] == [1, 2, 3, 4]
 
 
+def test_other_micro_batches_may_be_insisted_on(tiny_model, data, tmp_path):
+    out = tmp_path / "run"
+    run(load_config(None, options(tiny_model, data, out, max_steps=2, micro_batch_size=6)))
+    with pytest.raises(RunError, match="micro-batch-size was 6, is 2"):
+        resume(out, micro_batch_size=2, max_steps=3)
+    resume(out, micro_batch_size=2, max_steps=3, allow_change="config")
+    state = json.loads((out / "checkpoints" / "step-3" / "state.json").read_text())
+    assert state["settled"]["micro_batch_size"] == state["progress"]["micro_batch_size"] == 2
+
+
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(RunError, match="no run to go on with"):
         run(load_config(None, options(tmp_path, tmp_path, tmp_path, resume=True)))

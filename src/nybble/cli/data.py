@@ -1,21 +1,27 @@
 """`nybble data check`."""
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from nybble.config import DataConfig, build_options
+from nybble.errors import ConfigError
 
 
 def check(
     given: dict[str, Any],
     as_json: Annotated[bool, typer.Option("--json", help="Print the audit as one JSON object, for machines.")] = False,
     show: Annotated[int, typer.Option(min=0, metavar="N", help="Rows to show, supervised tokens coloured.")] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw a histogram of the sequences' lengths.")
+    ] = None,
 ) -> int:
     """Show what a training run would learn from: the audit, and rows with their supervised tokens coloured."""
     config = build_options(DataConfig, given)
+    from nybble.data.plots import draw_lengths
     from nybble.data.show import render_audit, render_example
     from nybble.data.template import ChatTemplate
     from nybble.models.source import open_source
@@ -31,5 +37,12 @@ def check(
         console.print(render_audit(data.audit))
         for row in data.train[:show]:
             console.print(render_example(row, template.tokenizer))
+    if plot is not None:
+        try:
+            draw_lengths(data.lengths(), config.max_seq_len, plot)
+        except (OSError, ValueError) as error:  # a suffix that is no picture's raises ValueError
+            raise ConfigError(
+                f"{plot} cannot be drawn: {error}.", "--plot takes a file such as lengths.png."
+            ) from error
     data.audit.check()  # what would stop a training run stops this verb too, after it was shown
     return 0

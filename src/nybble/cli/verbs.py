@@ -63,11 +63,16 @@ def add_verb(app: typer.Typer, name: str | None, body: Body, options: type[Optio
 def report(error: NybbleError) -> int:
     """Prints what was got, what is allowed and what to do, a line each; returns the exit code."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(Text.assemble(("Error: ", "bold red"), error.got))
+    console.print(Text.assemble(("Error: ", "bold red"), printable(error.got)))
     for line in (error.allowed, error.fix):
         if line:
-            console.print(Text(line))
+            console.print(Text(printable(line)))
     return error.exit_code
+
+
+def printable(text: str) -> str:
+    """`text` without characters that a terminal would act on or could not show: a damaged file's names have any."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _flag(name: str, field: FieldInfo, group: str) -> Any:

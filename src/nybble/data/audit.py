@@ -5,17 +5,22 @@ It runs before every training. Findings have ids that stay the same from version
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from nybble.data.examples import EncodedExample, Example
-from nybble.errors import DataError
+from nybble.data.near_duplicates import NEAR_SIMILARITY, near_duplicates
+from nybble.errors import ConfigError, DataError
 
 Level = Literal["error", "warning"]
 ROWS_NAMED = 5
+MAX_ROW_CHARACTERS = 1_000_000
+NEVER_ALLOWED = ("no-rows", "ids-beyond-vocabulary")  # training could not go on
+MOST_OF_AT_LEAST = 10  # rows, below which "most rows" says nothing
 
 # id: (level, what it means, what to do)
 FINDINGS: dict[str, tuple[Level, str, str]] = {
@@ -64,6 +69,26 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "error",
         "validation rows that also stand in the training data",
         "remove them from one of the two, or leave the validation data out and let nybble split",
+    ),
+    "huge-row": (
+        "error",
+        f"rows of more than {MAX_ROW_CHARACTERS:,} characters, of which training would see a small part at most",
+        "split them, or remove them",
+    ),
+    "most-answers-empty": (
+        "error",
+        "most rows have an empty answer",
+        "check which column holds the answer: --completion-field",
+    ),
+    "near-leak": (
+        "warning",
+        f"validation rows share {NEAR_SIMILARITY:.0%} or more of their wording with a training row",
+        "remove them from one of the two, else the held-out loss looks better than it is",
+    ),
+    "same-answer": (
+        "warning",
+        "most rows have one and the same answer",
+        "check which column holds the answer; a model that always gives this one would look good",
     ),
     "template-refuses": (
         "warning",
@@ -162,6 +187,7 @@ class Audit:
         length_percentiles: of those lengths, keys "p50", "p90", "p99".
         notices: what the template has to say.
         findings: errors first.
+        allowed: ids of findings that the user accepts.
     """
 
     source: str
@@ -182,10 +208,12 @@ class Audit:
     length_percentiles: dict[str, int]
     notices: tuple[str, ...]
     findings: tuple[Finding, ...]
+    allowed: tuple[str, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        return tuple(finding for finding in self.findings if finding.level == "error")
+        """What must stop training."""
+        return tuple(f for f in self.findings if f.level == "error" and f.id not in self.allowed)
 
     def check(self) -> None:
         """Let pass what can be trained on.
@@ -199,12 +227,31 @@ class Audit:
         shown = self.findings if any(finding.id == "no-rows" for finding in self.errors) else self.errors
         got = "\n".join(str(finding) for finding in shown if finding.id != "no-validation")
         fix = "\n".join(f"{f.id}: {f.fix}" for f in shown if f.id not in ("no-rows", "no-validation"))
-        raise DataError(f"{self.source} cannot be trained on.\n{got}", fix=fix)
+        ids = ",".join(finding.id for finding in self.errors if finding.id not in NEVER_ALLOWED)
+        accept = f"\nTo train all the same: --allow {ids}" if ids else ""
+        raise DataError(f"{self.source} cannot be trained on.\n{got}", fix=fix + accept)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
         findings = [{**asdict(f), "rows": list(f.rows), "level": f.level, "message": f.message} for f in self.findings]
-        return {**asdict(self), "notices": list(self.notices), "findings": findings}
+        lists = {"notices": list(self.notices), "allowed": list(self.allowed), "findings": findings}
+        return {**asdict(self), **lists}
+
+
+def check_allowed(allowed: Iterable[str]) -> None:
+    """Refuse ids of findings that do not exist or cannot be accepted.
+
+    Raises:
+        ConfigError: names the ids that can.
+    """
+    for id in allowed:
+        if id not in FINDINGS or id in NEVER_ALLOWED:
+            problem = "cannot be accepted" if id in FINDINGS else "is no finding of the audit"
+            raise ConfigError(
+                f"allow: {id!r} {problem}.",
+                f"Allowed: {', '.join(known for known in FINDINGS if known not in NEVER_ALLOWED)}.",
+                "Take the id from the audit that `nybble data check` prints.",
+            )
 
 
 def find(finding: str, rows: Iterable[str], detail: str = "") -> list[Finding]:
@@ -230,13 +277,10 @@ def find_without_end_of_turn(sequences: Sequence[EncodedExample], stop_ids: Sequ
 
 
 def find_special_tokens(examples: Sequence[Example], special_tokens: Sequence[str]) -> list[Finding]:
-    def contents(example: Example) -> str:
-        return example.text if example.text is not None else "\n".join(m.content for m in example.conversation())
-
     if not special_tokens:
         return []
     pattern = re.compile("|".join(map(re.escape, special_tokens)))
-    spelled = [(example.origin, match[0]) for example in examples if (match := pattern.search(contents(example)))]
+    spelled = [(example.origin, match[0]) for example in examples if (match := pattern.search(example.full_text()))]
     return find("special-token-in-content", (origin for origin, _ in spelled), repr(spelled[0][1]) if spelled else "")
 
 
@@ -244,6 +288,28 @@ def find_duplicates(examples: Sequence[Example]) -> list[Finding]:
     first: dict[str, str] = {}
     repeated = [e.origin for e in examples if first.setdefault(e.content_key, e.origin) != e.origin]
     return find("duplicates", repeated)
+
+
+def find_same_answer(examples: Sequence[Example]) -> list[Finding]:
+    answers = [(" ".join(answer.split()), e.origin) for e in examples if (answer := e.last_answer()) is not None]
+    counts = Counter(answer for answer, _ in answers)
+    commonest, count = counts.most_common(1)[0] if counts else ("", 0)
+    if len(answers) < MOST_OF_AT_LEAST or 2 * count <= len(answers):
+        return []
+    return find("same-answer", (origin for answer, origin in answers if answer == commonest), repr(commonest[:60]))
+
+
+def find_most_empty(findings: Iterable[Finding], num_rows: int) -> list[Finding]:
+    """An error where the rows that were dropped for an empty answer are most of them."""
+    empty = [f for f in findings if f.id == "empty-answer" and 2 * f.num_rows > num_rows >= MOST_OF_AT_LEAST]
+    return [replace(finding, id="most-answers-empty") for finding in empty]
+
+
+def find_near_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[Finding]:
+    pairs = near_duplicates([e.full_text() for e in train], [e.full_text() for e in validation])
+    near = [(train[i].origin, validation[j]) for i, j in pairs if train[i].content_key != validation[j].content_key]
+    detail = f"{near[0][1].origin} is like {near[0][0]}" if near else ""
+    return find("near-leak", (example.origin for _, example in near), detail)
 
 
 def find_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[Finding]:

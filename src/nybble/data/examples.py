@@ -51,6 +51,15 @@ class Example:
         assert self.prompt is not None and self.completion is not None, "a text row has no turns"
         return (Message("user", self.prompt), Message("assistant", self.completion))
 
+    def full_text(self) -> str:
+        """All that the row says, a line a turn."""
+        return self.text if self.text is not None else "\n".join(turn.content for turn in self.conversation())
+
+    def last_answer(self) -> str | None:
+        """The last turn of the assistant; None where there is none."""
+        turns = () if self.text is not None else self.conversation()
+        return next((turn.content for turn in reversed(turns) if turn.role == "assistant"), None)
+
     @cached_property
     def content_key(self) -> str:
         """A hash that two rows share when they say the same, whatever their white space and format."""

@@ -22,6 +22,10 @@ class PreparedData:
     validation: list[EncodedExample]
     audit: Audit
 
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence before truncation, training sequences first."""
+        return [len(row) + row.num_truncated for row in (*self.train, *self.validation)]
+
 
 @dataclass(frozen=True)
 class EncodedRow:
@@ -44,6 +48,7 @@ def prepare(
     validation_rows: int = 512,
     seed: int = 0,
     vocab_size: int | None = None,
+    allow: Sequence[str] = (),
 ) -> PreparedData:
     """Read, encode, split and audit. Findings are in the audit, errors too, and not raised: see
     `load_dataset_for_training`.
@@ -53,10 +58,13 @@ def prepare(
         validation_source: rows to validate on; by default they are split off the source's own.
         validation_fraction, validation_rows: see `split_validation`.
         vocab_size: rows of the model's embedding matrix, to check the ids against.
+        allow: ids of findings that need not stop training.
 
     Raises:
+        ConfigError: there is no such finding to allow.
         DataError: the source cannot be read, or a row of it has another form than its file.
     """
+    checks.check_allowed(allow)
     own = read_examples(source, fields)
     extra = read_examples(validation_source, fields).examples if validation_source else []
     rows, findings = _encode_rows([*own.examples, *extra], template, max_seq_len)
@@ -67,6 +75,7 @@ def prepare(
         kept = [row.example for row in rows]
         numbers, held_out = split_validation(kept, validation_fraction, validation_rows, seed)
         train, validation = [rows[number] for number in numbers], [rows[number] for number in held_out]
+    findings += checks.find_most_empty(findings, len(own.examples) + len(extra))
     findings += _find_in_rows(train, validation, template, vocab_size)
 
     train_sequences, validation_sequences = _sequences(train), _sequences(validation)
@@ -91,6 +100,7 @@ def prepare(
         length_percentiles=checks.percentiles(lengths),
         notices=template.notices,
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
+        allowed=tuple(allow),
     )
     return PreparedData(train_sequences, validation_sequences, audit)
 
@@ -115,6 +125,7 @@ def _encode_rows(
     concerned: dict[str, list[str]] = defaultdict(list)  # finding id: origins
     for number, example in enumerate(examples):
         try:
+            _check_size(example)
             whole = template.encode_example(example)
         except RowError as error:
             refused[error.finding].append(error)
@@ -137,6 +148,11 @@ def _encode_rows(
     return rows, findings
 
 
+def _check_size(example: Example) -> None:
+    if (size := len(example.full_text())) > checks.MAX_ROW_CHARACTERS:
+        raise RowError("huge-row", example.origin, f"{size:,} characters")
+
+
 def _find_in_rows(
     train: list[EncodedRow], validation: list[EncodedRow], template: ChatTemplate, vocab_size: int | None
 ) -> list[Finding]:
@@ -149,6 +165,8 @@ def _find_in_rows(
     findings += checks.find_special_tokens(train_examples + validation_examples, template.encoder.special_tokens)
     findings += checks.find_duplicates(train_examples)
     findings += checks.find_leaks(train_examples, validation_examples)
+    findings += checks.find_near_leaks(train_examples, validation_examples)
+    findings += checks.find_same_answer(train_examples)
     if not train:
         findings.append(Finding("no-rows", 0, ()))
     if not validation:

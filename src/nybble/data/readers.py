@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ def read_examples(source: str, fields: FieldNames | None = None) -> ReadResult:
 def _describe_layout(layout: Layout, row: Row) -> str:
     """The layout's name, and the columns that nothing reads."""
     read = (*layout.columns, *SYSTEM_COLUMNS, *(SUBJECT_COLUMNS if "instruction" in layout.columns else ()))
-    unread = [column for column in row if column not in read]
+    unread = [column if column.isprintable() else ascii(column) for column in row if column not in read]
     return layout.name + (f", not read: {', '.join(unread)}" if unread else "")
 
 
@@ -198,7 +199,7 @@ def _message(turn: Any, where: str) -> Message:
         raise DataError(f"{where} has {', '.join(unsupported)}", "supported: role and content, as text")
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     role = turn.get(role_key)
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         keys = ", ".join(map(repr, turn))
         got = f"{where}: {role_key} is {role!r}" if role_key in turn else f"{where} has keys {keys}"
         raise DataError(got, f"needed: role (or from), one of {', '.join(ROLES)}, and content (or value)")
@@ -310,7 +311,7 @@ def _is_json_lines(text: str) -> bool:
     lines = text.lstrip().split("\n", 1)
     try:
         return isinstance(json.loads(lines[0]), dict) and bool("".join(lines[1:]).strip())
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -354,7 +355,7 @@ def _read_csv(path: Path) -> Iterator[LocatedRow]:
     start = 2
     try:
         columns = reader.fieldnames or []
-        repeated = sorted({column for column in columns if columns.count(column) > 1})
+        repeated = sorted(column for column, count in Counter(columns).items() if count > 1)
         if repeated:
             raise DataError(f"{path.name}:1: column {repeated[0]!r} stands in the heading twice")
         for row in reader:
@@ -364,12 +365,13 @@ def _read_csv(path: Path) -> Iterator[LocatedRow]:
                 raise DataError(f"{origin}: {got} columns", f"needed: {len(columns)}, as in the heading")
             yield origin, row
     except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.line_num}: not CSV: {error}") from error
+        raise DataError(f"{path.name}:{reader.reader.line_num}: not CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> Iterator[LocatedRow]:
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs below that, it raises too
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from ((f"{path.name}:{number}", row) for number, row in enumerate(rows, 1))
@@ -433,7 +435,7 @@ def _parse(text: str, where: str) -> Any:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
     row = dict(pairs)
     if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return row

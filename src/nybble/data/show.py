@@ -26,6 +26,9 @@ def render_audit(audit: Audit) -> "Group":
         table.add_row(Text(name, style="dim"), Text(value))
     lines = [Text(f"note  {notice}", style="cyan") for notice in audit.notices]
     for finding in audit.findings:
+        if finding.id in audit.allowed:
+            lines.append(Text(f"accepted  {finding}", style="dim"))
+            continue
         lines.append(Text(f"{finding.level}  {finding}", style=LEVEL_STYLES[finding.level]))
         lines.append(Text(f"         {finding.fix}", style="dim"))
     return Group(table, *lines)

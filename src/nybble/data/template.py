@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from nybble.data.examples import EncodedExample, Example, Message
+from nybble.data.limits import TimeIsUpError, limited
 from nybble.data.supervision import Turn, Turns, locate_turns, supervised_start
 from nybble.data.text_encoder import RowError, TextEncoder
 from nybble.errors import ConfigError, DataError
@@ -29,6 +30,7 @@ FALLBACK_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
 )
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+RENDER_SECONDS, RENDER_BYTES = 2.0, 200_000_000  # of processor time, for one conversation
 Span = tuple[int, int]
 
 
@@ -155,17 +157,38 @@ class ChatTemplate:
         return locate_turns(messages, text, self.render, self.encoder.special_tokens)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span] | None]:
-        """The text, and the character spans of its {% generation %} blocks where the template has them."""
+        """The text, and the character spans of its {% generation %} blocks where the template has them.
+
+        Raises:
+            jinja2.TemplateError: the template refuses the conversation, or does something wrong.
+            DataError: it takes too long or too much.
+        """
+        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # annotated as returning a string; it returns texts and spans
-        texts, spans = render(
-            conversations=[[message.as_dict() for message in messages]],
-            chat_template=self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            return_assistant_tokens_mask=self._has_generation_blocks,
-            **self.tokenizer.special_tokens_map,
-        )
+        try:
+            with limited(RENDER_SECONDS, RENDER_BYTES):
+                texts, spans = render(
+                    conversations=[[message.as_dict() for message in messages]],
+                    chat_template=self.chat_template,
+                    add_generation_prompt=add_generation_prompt,
+                    return_assistant_tokens_mask=self._has_generation_blocks,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except TemplateError:
+            raise
+        except (TimeIsUpError, MemoryError) as error:
+            what = (
+                f"{RENDER_SECONDS} s" if isinstance(error, TimeIsUpError) else f"{RENDER_BYTES // 10**6} MB of memory"
+            )
+            raise DataError(
+                f"The chat template takes more than {what} for one conversation.",
+                "A template writes a conversation down, which takes milliseconds.",
+                "Use a tokenizer from a source you trust, or --template none.",
+            ) from error
+        except Exception as error:  # a template is code: what it does wrong can raise anything
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
         return texts[0], spans[0] if self._has_generation_blocks else None
 
     def _bos(self) -> list[int]:
@@ -182,7 +205,10 @@ class ChatTemplate:
                 f"answers ending in {self.tokenizer.eos_token}. Use --template none for bare text."
             )
             return ("{{ bos_token }}" if self.encoder.leading_bos is not None else "") + FALLBACK_TEMPLATE, (notice,)
-        template = self.tokenizer.get_chat_template()
+        try:
+            template = self.tokenizer.get_chat_template()
+        except ValueError as error:  # several, none of them the default
+            raise DataError(f"The tokenizer's chat template cannot be chosen: {error}") from error
         dated = "The chat template writes today's date into each prompt: tokens depend on the day."
         return template, (dated,) if "strftime_now" in template else ()
 

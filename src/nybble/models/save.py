@@ -22,6 +22,7 @@ from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, search_weight
 from nybble.errors import ModelError
 from nybble.formats.bnb import quantization_config, to_bnb
+from nybble.formats.manifest import write_manifest
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
 from nybble.formats.safetensors_io import SafetensorsWriter, check_output_free, staged_folder
 from nybble.kernels.ops import quantize
@@ -83,7 +84,7 @@ def quantize_folder(
 
     nf4 and fp4 are stored as bitsandbytes stores them: transformers loads the folder where bitsandbytes
     is installed. int4, nf3 and nf2 are stored with nybble's own keys. Matrices outside the blocks are kept in 16 bits,
-    norms and biases as they are.
+    norms and biases as they are. A manifest vouches for every file.
 
     Args:
         specs: one for all linears of the blocks, or one for each by name.
@@ -233,6 +234,8 @@ def _assemble(
         _save_settings(
             source, model, source.load_tokenizer(), staging, quantization_config(specs, source.dense_dtype, kept)
         )
+        formats = {spec_of(specs, name.removesuffix(".weight")).format for name in linears}
+        write_manifest(staging, {"base": source.fingerprint(), "formats": sorted(formats)})
 
 
 def save_dense_folder(

@@ -24,7 +24,7 @@ def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
+    except Exception as error:  # a config's values reach deep into a model's code, which raises whatever it meets
         raise ModelError(
             f"The model type {config.model_type!r} cannot be built as a causal language model: {_first_line(error)}",
             "Allowed: the decoder architectures of the installed transformers; a model's own code is never run.",

@@ -20,7 +20,7 @@ from nybble.data.calibration_text import CalibrationText, calibration_text, read
 from nybble.data.prepare import PreparedData
 from nybble.data.readers import FieldNames
 from nybble.data.template import ChatTemplate
-from nybble.formats.manifest import verify_manifest, write_manifest
+from nybble.formats.manifest import verify_manifest
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.memory.costs import ModelShape
 from nybble.models.interface import ModelSource
@@ -133,7 +133,6 @@ def make_calibrated_base(
     done = quantize_folder(source, specs, folder, progress, quality="calibrated", calibration=calibration)
     for note in done.notes:
         console.print(note, highlight=False)
-    write_manifest(folder, {"source": source.fingerprint()})
     return open_source(str(folder))
 
 

@@ -186,7 +186,7 @@ class Checkpoints:
             "progress": asdict(position.progress),
             "sampler": position.sampler,
             "rng": position.rng.numbers,
-            "settled": dict(self._settled),
+            "settled": {**self._settled, "micro_batch_size": position.progress.micro_batch_size},
             "events_bytes": events_bytes,
         }
         try:

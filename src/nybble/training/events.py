@@ -1,5 +1,6 @@
 """`events.jsonl`: what happened in a run, one JSON object a line, written as it happens."""
 
+import errno
 import json
 import math
 import os
@@ -9,16 +10,17 @@ from typing import Any
 
 
 class EventLog:
-    """Appends events to a file; each line is complete on disk before `write` returns."""
+    """Appends events to a file; each line is the system's before `write` returns."""
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, path.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append `{"event": event, ...}`. JSON has no NaN, so non-finite numbers become strings."""
         named = {"event": event} | {key: _json_number(value) for key, value in fields.items()}
-        self._file.write(json.dumps(named, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(named, allow_nan=False) + "\n").encode()
+        if self._file.write(line) < len(line):  # a disk that is full takes the beginning
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def sync(self) -> int:
         """Flush what was written to the disk; returns the length of the log in bytes."""

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,7 +83,9 @@ def train_loop(
     eval_every = config.eval_every or max(1, total_steps // EVALUATIONS_PER_RUN)
     lengths = [len(example) for example in train]
     torch.manual_seed(config.seed)  # dropout
-    progress = Progress(0, micro_batch_size) if resumed is None else resumed.restore(model, optimizer, sampler, device)
+    progress = Progress(0, micro_batch_size)
+    if resumed is not None:
+        progress = replace(resumed.restore(model, optimizer, sampler, device), micro_batch_size=micro_batch_size)
     checkpoints.check_space(sum(parameter.numel() for parameter in adapters))
 
     def evaluate_if_due() -> None:

@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
-config.yaml  base.json  data_audit.json  data_rows.safetensors  plan.json  events.jsonl  loss.png  checkpoints/step-N/
-adapter/  report/
+config.yaml  base.json  formats.json  data_audit.json  data_rows.safetensors  plan.json  events.jsonl  loss.png
+lengths.png  base/  checkpoints/step-N/  adapter/  report/
 
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
@@ -33,6 +33,7 @@ class RunFolder:
         self.formats = path / "formats.json"
         self.events = path / "events.jsonl"
         self.loss_plot = path / "loss.png"
+        self.lengths_plot = path / "lengths.png"
         self.base = path / "base"
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
@@ -120,7 +121,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._hold()
-            for entry in self.path.iterdir():  # the folder itself stays: its lock is on it
+            # The folder stays: its lock is on it. Its config goes last: without it the rest would be nobody's.
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry == self.config):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}.", "", "Choose another --out.") from error

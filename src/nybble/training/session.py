@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,14 +11,17 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 
 from nybble.config import DataOptions, TrainConfig, config_to_yaml
 from nybble.data.calibration_text import CalibrationText
+from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData, prepare
 from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
+from nybble.errors import RunError
 from nybble.formats.disk import write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import choose_backbone
@@ -76,15 +80,31 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
         NybbleError: anything the user can mend; an earlier run's folder is untouched unless training began.
     """
     run = RunFolder(config.out)
-    with run.locked():
+    with run.locked(), _disk_errors(run):
         return _train(config, run, console)
+
+
+@contextmanager
+def _disk_errors(run: RunFolder) -> Iterator[None]:
+    """Turns the system's refusal to read or write a file into a message for the user."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        raise RunError(
+            f"{getattr(error, 'filename', None) or run.path}: {reason.rstrip('.')}.",
+            "A run needs files that can be read and a folder that can be written.",
+            f"Mend what is wrong; a run that had begun goes on with: nybble train --resume --out {run.path}",
+        ) from error
 
 
 def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     given, resumed = config, None
     if config.resume:
         run.check_resumable()
-        resumed = newest_checkpoint(run.checkpoints, partial(console.print, style="yellow", highlight=False))
+        resumed = newest_checkpoint(
+            run.checkpoints, partial(console.print, style="yellow", markup=False, highlight=False)
+        )
         config = config if resumed is None else settle_config(resumed, config)
     else:
         run.check_free(config.overwrite)
@@ -183,11 +203,10 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         "end", steps=result.steps, interrupted=result.interrupted is not None, peak_memory_bytes=memory.peak_bytes
     )
     events.close()
-    if template.chat_template is not None:
-        template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
-    template.tokenizer.save_pretrained(run.adapter)
+    _save_tokenizer(template, run)
     write_plan(run.plan, plan, backbone.name, choice, memory)
     draw_loss(run.events, run.loss_plot)
+    draw_lengths(data.lengths(), config.max_seq_len, run.lengths_plot)
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
     show_measured(console, plan, memory)
     return TrainedRun(config, run, source, model, template, data, result)
@@ -224,6 +243,17 @@ def _measure_mixed(
     spec = quant_spec(config)
     assert spec is not None and config.mixed is not None
     return measure_mixed(source, config.mixed, spec, text().windows, dtype, device)
+
+
+def _save_tokenizer(template: ChatTemplate, run: RunFolder) -> None:
+    if template.chat_template is not None:
+        template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
+    try:
+        template.tokenizer.save_pretrained(run.adapter)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises bare Exception for a write that failed
+        raise OSError(None, str(error), str(run.adapter)) from error
 
 
 def _settled(
@@ -277,6 +307,7 @@ def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         vocab_size=vocab_size,
+        allow=config.allow,
     )
 
 

@@ -1,0 +1,128 @@
+"""Findings about many rows at once, near-duplicates, and accepting findings by name."""
+
+import itertools
+import json
+import random
+
+import pytest
+
+from nybble.data.audit import FINDINGS, NEVER_ALLOWED
+from nybble.data.near_duplicates import near_duplicates
+from nybble.data.plots import draw_lengths
+from nybble.data.prepare import prepare
+from nybble.data.template import ChatTemplate
+from nybble.errors import ConfigError, DataError
+
+WORDS = ("the", "a", "dog", "cat", "house", "tree", "runs", "sits", "sings", "blue", "green", "old", "new", "after")
+
+
+def sentence(draw: random.Random, length: int = 60) -> str:
+    return " ".join(draw.choice(WORDS) for _ in range(length))
+
+
+@pytest.fixture
+def audit_of(tokenizer_of, tmp_path):
+    """audit_of(rows, validation_rows, **options)"""
+
+    def audit(rows, validation=None, **options):
+        paths = {}
+        for name, content in (("train", rows), ("validation", validation or [])):
+            paths[name] = tmp_path / f"{name}.jsonl"
+            paths[name].write_text("".join(json.dumps(row) + "\n" for row in content))
+        source = str(paths["validation"]) if validation else None
+        template = ChatTemplate(tokenizer_of("bytes", "chatml"))
+        return prepare(str(paths["train"]), template, max_seq_len=4096, validation_source=source, **options).audit
+
+    return audit
+
+
+def found(audit):
+    return {finding.id: finding for finding in audit.findings}
+
+
+def test_near_duplicates_are_those_of_an_exact_comparison_of_all_pairs():
+    draw = random.Random(0)
+    texts = [sentence(draw) for _ in range(60)]
+    others = []
+    for changed in range(20):  # words replaced: similarities from 1 down to nothing
+        words = texts[changed].split()
+        for _ in range(changed // 2):
+            words[draw.randrange(len(words))] = "elsewhere"
+        others.append(" ".join(words))
+
+    def shingles(text):
+        words = text.split()
+        return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+    def similarity(a, b):
+        return len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b))
+
+    pairs = itertools.product(enumerate(texts), enumerate(others))
+    expected = {(i, j) for (i, a), (j, b) in pairs if similarity(a, b) >= 0.8}
+    assert 2 < len(expected) < 18
+    assert set(near_duplicates(texts, others)) == expected
+
+
+def test_case_and_punctuation_do_not_hide_a_duplicate_and_empty_texts_are_none():
+    assert list(near_duplicates(["Hello there, you!", ""], ["hello THERE you", "", "..."])) == [(0, 0)]
+
+
+def test_a_nearly_equal_validation_row_is_a_warning_that_names_both(audit_of):
+    draw = random.Random(1)
+    rows = [{"prompt": sentence(draw), "completion": f"Answer {n}."} for n in range(12)]
+    near = {"prompt": rows[4]["prompt"] + " indeed", "completion": rows[4]["completion"]}
+    finding = found(audit_of(rows, [near, {"prompt": sentence(draw), "completion": "c"}]))["near-leak"]
+    assert (finding.level, finding.rows) == ("warning", ("validation.jsonl:1",))
+    assert "validation.jsonl:1 is like train.jsonl:5" in finding.detail
+    assert "near-leak" not in found(audit_of(rows, [rows[4]])), "an exact one is a leak, and named once"
+
+
+def test_one_answer_for_most_rows_is_a_warning(audit_of):
+    draw = random.Random(2)
+    rows = [{"prompt": sentence(draw, 9), "completion": "yes" if n % 3 else f"no {n}"} for n in range(30)]
+    finding = found(audit_of(rows))["same-answer"]
+    assert finding.level == "warning" and "'yes'" in finding.detail
+    assert "same-answer" not in found(
+        audit_of([*rows[:10], *({**row, "completion": str(n)} for n, row in enumerate(rows))])
+    )
+
+
+def test_mostly_empty_answers_are_an_error_that_can_be_accepted(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": "" if n % 3 else f"{n}!"} for n in range(30)]
+    audit = audit_of(rows)
+    with pytest.raises(DataError, match=r"(?s)most-answers-empty: 20 x .*--allow most-answers-empty"):
+        audit.check()
+    audit = audit_of(rows, allow=("most-answers-empty",))
+    audit.check()
+    assert audit.num_train + audit.num_validation == 10
+    assert audit.to_json()["allowed"] == ["most-answers-empty"]
+
+
+def test_a_leak_can_be_accepted_and_other_errors_still_stop(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(12)]
+    with pytest.raises(DataError, match="--allow validation-leak"):
+        audit_of(rows, rows[:1]).check()
+    audit_of(rows, rows[:1], allow=("validation-leak",)).check()
+    with pytest.raises(DataError, match="ids-beyond-vocabulary"):
+        audit_of(rows, rows[:1], allow=("validation-leak",), vocab_size=5).check()
+
+
+def test_a_huge_row_is_an_error_that_names_it(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(12)]
+    rows.insert(3, {"prompt": "a", "completion": "b" * 1_000_001})
+    audit = audit_of(rows)
+    assert found(audit)["huge-row"].rows == ("train.jsonl:4",) and audit.num_dropped == 1
+    with pytest.raises(DataError, match="huge-row"):
+        audit.check()
+
+
+@pytest.mark.parametrize("id", ["nothing", *NEVER_ALLOWED])
+def test_only_findings_that_can_be_accepted_are(id, audit_of):
+    with pytest.raises(ConfigError, match=rf"{id}.*(?s:.*)validation-leak"):
+        audit_of([{"prompt": "a", "completion": "b"}], allow=(id,))
+    assert set(NEVER_ALLOWED) <= FINDINGS.keys()
+
+
+def test_the_lengths_are_a_picture(tmp_path):
+    draw_lengths([3, 5, 9, 2000], 1024, tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,20 @@
+"""A few repetitions of each fault drill; `make drills` does hundreds."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRILLS = Path(__file__).with_name("drills.py")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the drills read /proc and fork a process that runs torch")
+def test_kills_damage_and_starvation_a_few_times() -> None:
+    drills = ["kill", "damage", "memory", "every-step"]
+    if shutil.which("strace"):
+        drills += ["syscalls", "io-errors"]
+    done = subprocess.run([sys.executable, str(DRILLS), *drills, "--runs", "3"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split('"')[3] for line in done.stdout.splitlines()] == drills
