@@ -19,7 +19,7 @@ ORDER = (
 ALLOWED_OF_LEAVES: dict[str, set[str]] = {"errors": set(), "config": {"errors"}}
 # Imported where they are installed, needed nowhere.
 OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate", "llama-cpp-python", "lm-eval"}
-OPTIONAL_PACKAGES |= {"starlette", "uvicorn"}
+OPTIONAL_PACKAGES |= {"starlette", "uvicorn", "llama-cpp"}  # the last by its import name, where it is not installed
 
 MODULES = {
     ".".join(("nybble", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path

@@ -1,5 +1,6 @@
 """A few repetitions of each fault drill; `make drills` does hundreds."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -17,4 +18,5 @@ def test_kills_damage_and_starvation_a_few_times() -> None:
         drills += ["syscalls", "io-errors"]
     done = subprocess.run([sys.executable, str(DRILLS), *drills, "--runs", "3"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [line.split('"')[3] for line in done.stdout.splitlines()] == drills
+    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [report["drill"] for report in reports] == drills
