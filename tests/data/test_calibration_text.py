@@ -81,6 +81,14 @@ def test_rows_are_rendered_as_training_renders_them(template: ChatTemplate, tmp_
     assert {tuple(ids.tolist()) for ids in found} == trained
 
 
+def test_no_more_rows_are_rendered_than_are_needed(template: ChatTemplate, tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", ROWS)
+    some = read_calibration_file(source, template, num_tokens=500)
+    assert 500 <= sum(map(len, some)) < 700
+    everything = {tuple(ids.tolist()) for ids in read_calibration_file(source, template)}
+    assert {tuple(ids.tolist()) for ids in some} < everything
+
+
 @pytest.mark.parametrize("max_seq_len", [1024, 90])
 def test_validation_rows_in_it_are_named(template: ChatTemplate, tmp_path: Path, max_seq_len: int) -> None:
     source = write(tmp_path / "rows.jsonl", ROWS)

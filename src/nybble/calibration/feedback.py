@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.calibration.search import STARTS, assemble, check_searchable, search_on_grid, search_weight
+from nybble.calibration.search import STARTS, assemble, check_searchable, scale_grid, search_weight
 from nybble.calibration.statistics import InputStatistics
 from nybble.formats import codebooks
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
@@ -187,10 +187,11 @@ class _Problem:
             moved = (inputs.shift.T @ self.target)[self.order]
             self.target[self.order] += options.shift * (self.factor.T @ (self.factor @ moved))
         self.importance = self._importance(inputs.diagonal)
-        found, self.grid = search_on_grid(self.target.T.contiguous(), spec, self.importance)
-        self.scale = found.scale.view(self.out_features, self.num_blocks).T.contiguous()  # (blocks, out)
-        self.codes = found.codes.view(self.out_features, self.num_blocks).T.contiguous()
-        self.indices = found.indices.T.contiguous()  # (in, out)
+        self.starts = [sign * start for sign in (1, -1) for start in STARTS]
+        self.grid = self._choose_grid() if spec.double_quant else None
+        self.scale = torch.empty(self.num_blocks, self.out_features, device=weight.device)
+        self.codes = torch.empty_like(self.scale, dtype=torch.uint8)
+        self.indices = torch.empty_like(self.target, dtype=torch.uint8)  # (in, out)
 
     def solve(self) -> QuantizedTensor:
         self._feed_back()
@@ -206,6 +207,13 @@ class _Problem:
         importance = torch.empty_like(diagonal)
         importance[self.order] = self.factor.diagonal() ** -2
         return importance
+
+    def _choose_grid(self) -> ScaleGrid:
+        """Where double-quantised scales may lie: about where a search without feedback puts them."""
+        rows = self.target.T.contiguous()
+        return scale_grid(
+            search_scales(rows, self.spec.format, self.spec.block_size, self.starts, self.importance).scale
+        )
 
     def _grid_of(self, block: int) -> ScaleGrid | None:
         """Where the scales of one block column may lie, one for each output."""
@@ -227,13 +235,12 @@ class _Problem:
         """The levels, and the scales they are searched with, of one block after the other."""
         remaining = self.target[self.order]  # (in, out), in the order of rounding
         importance = self.importance[self.order]
-        starts = [sign * start for sign in (1, -1) for start in STARTS]
         factors = self.factor / self.factor.diagonal()[:, None]
         for block, first, end in self._blocks():
             rows = remaining[first:end].T.contiguous()  # (out, block_size)
             weights = importance[first:end].contiguous()
             grid = self._grid_of(block)
-            found = search_scales(rows, self.spec.format, self.spec.block_size, starts, weights, grid)
+            found = search_scales(rows, self.spec.format, self.spec.block_size, self.starts, weights, grid)
             self.scale[block], self.codes[block] = found.scale, found.codes
             for batch in self._batches(first, end):
                 own = factors[batch, batch].contiguous()

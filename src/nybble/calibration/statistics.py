@@ -41,7 +41,7 @@ class InputStatistics:
             if self.drift is None:
                 self.drift = torch.zeros_like(self.gram)
             # The difference is small, so that products in the compute dtype lose nothing that counts.
-            self.drift += ((exact.float() - wide).to(x.dtype).T @ x).float()
+            self.drift += (exact - x).T @ x
 
     def hessian(self) -> Tensor:
         """H over the number of rows, `(in, in)`, symmetric."""

@@ -70,10 +70,11 @@ def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console
     from nybble.models.save import CalibrationInput
 
     template = ChatTemplate(source.load_tokenizer())
-    own = [] if config.calibrate is None else read_calibration_file(config.calibrate, template)
+    num_tokens = config.calibration_tokens
+    own = [] if config.calibrate is None else read_calibration_file(config.calibrate, template, num_tokens=num_tokens)
     context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     name = config.calibrate or "general text"
-    text = calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context)
+    text = calibration_text(own, name, template, num_tokens=num_tokens, context=context)
     console.print(f"calibrating on {text.description}", highlight=False)
     return CalibrationInput(text.windows, resolve_compute_dtype(config.compute_dtype, torch.device("cpu")))
 

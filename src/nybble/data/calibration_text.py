@@ -108,12 +108,15 @@ def read_calibration_file(
     template: ChatTemplate,
     fields: FieldNames | None = None,
     validation: Sequence[EncodedExample] = (),
+    num_tokens: int | None = None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """The documents of --calibrate as token ids: a text file, or examples rendered as training would.
 
     Args:
         source: a .txt or .md file in UTF-8, or what `read_examples` takes.
         validation: rows that must not be in it.
+        num_tokens: of examples, in an order drawn by `seed`, no more are rendered than give so many; all where None.
 
     Raises:
         DataError: the source is missing, empty or unreadable, or holds validation rows; the message names them.
@@ -122,12 +125,19 @@ def read_calibration_file(
         text = _read_text(Path(source))
         _check_text(source, text, template, validation)
         return [torch.tensor(template.encoder.encode(text), dtype=torch.int32)]
-    encoded = []
-    for example in read_examples(source, fields).examples:
+    encoded: list[EncodedExample] = []
+    found = 0
+    examples = read_examples(source, fields).examples
+    random.Random(seed).shuffle(examples)
+    for example in examples:
+        if num_tokens is not None and not validation and found >= num_tokens:
+            break  # rendering takes longer than anything else here; with validation rows all must be compared
         try:
-            encoded += template.encode_example(example)
+            rows = template.encode_example(example)
         except RowError:  # training would drop the row too
             continue
+        encoded += rows
+        found += sum(map(len, rows))
     if not encoded:
         raise DataError(f"{source}: no row of it can be rendered", "needed: at least one row to calibrate on")
     _check_rows(source, encoded, validation)
