@@ -19,6 +19,14 @@ def test_the_gram_is_that_of_all_rows_whatever_the_panels() -> None:
         assert statistics.rows == 40
 
 
+def test_the_drift_is_that_of_the_rows_that_have_it() -> None:
+    statistics = InputStatistics(3)
+    statistics.add(torch.full((5, 3), 2.0))
+    statistics.add(torch.ones(4, 3), torch.full((4, 3), 1.5))
+    assert torch.equal(statistics.shift(), torch.full((3, 3), 0.5))
+    assert torch.equal(statistics.hessian(), torch.full((3, 3), 24 / 9))
+
+
 def test_without_exact_inputs_there_is_no_drift() -> None:
     statistics = InputStatistics(4)
     statistics.add(torch.ones(3, 4))

@@ -10,7 +10,7 @@ layer, fed by quantised layers, still gives what it gave in 16 bits (asymmetric 
 import torch
 from torch import Tensor
 
-PANEL = 256  # columns of H at a time; the products below the diagonal are spared
+PANEL = 128  # columns of H at a time; the products below the diagonal are spared
 
 
 class InputStatistics:
@@ -23,7 +23,7 @@ class InputStatistics:
     def __init__(self, in_features: int, device: torch.device | str = "cpu"):
         self.gram = torch.zeros(in_features, in_features, device=device)  # only on and above the diagonal's panels
         self.drift: Tensor | None = None
-        self.rows = 0
+        self.rows = self.exact_rows = 0
 
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add rows.
@@ -42,6 +42,7 @@ class InputStatistics:
                 self.drift = torch.zeros_like(self.gram)
             # The difference is small, so that products in the compute dtype lose nothing that counts.
             self.drift += (exact - x).T @ x
+            self.exact_rows += len(x)
 
     def hessian(self) -> Tensor:
         """H over the number of rows, `(in, in)`, symmetric."""
@@ -49,5 +50,5 @@ class InputStatistics:
         return (upper + upper.triu(1).T) / max(self.rows, 1)
 
     def shift(self) -> Tensor | None:
-        """D over the number of rows, `(in, in)`; None where no exact inputs were added."""
-        return None if self.drift is None else self.drift / max(self.rows, 1)
+        """D over the number of rows that came with exact inputs, `(in, in)`; None where none did."""
+        return None if self.drift is None else self.drift / self.exact_rows

@@ -9,12 +9,13 @@ the states are its outputs.
 decoder layer whose forward takes hidden states and gives hidden states; it passes a block twice, and the linears of
 one block do not see each other quantised.
 
-Where `exact` is asked for, the states of the 16-bit model are carried beside, so that the statistics know how far the
-inputs have moved.
+Where `exact` is asked for, the states of the 16-bit model are carried beside for half of the text, so that the
+statistics know how far the inputs have moved; that costs a third of the time, and the other half would add little.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_TOKENS = 2048  # computed at once
+EXACT_EVERY = 2  # of so many chunks, or windows, the 16-bit model's states are carried for the first
 
 Group = tuple[tuple[str, ...], InputStatistics]  # names of linears within the block, statistics of their input
 
@@ -39,7 +41,7 @@ class Walk(Protocol):
 
     Attributes:
         states: hidden states before the next block, in the compute dtype.
-        exact: those of the 16-bit model, or None.
+        exact: those of the 16-bit model for a part of the text, or None.
     """
 
     states: Tensor
@@ -82,41 +84,46 @@ class PackedWalk:
         self._config = model.config
         self._weights = DenseWeights()
         per_chunk = max(1, CHUNK_TOKENS // windows.shape[1])
-        self._chunks: list[tuple[slice, Rows]] = []
+        self._chunks: list[_Chunk] = []
+        exact_tokens = 0
         for start in range(0, len(windows), per_chunk):
             count = len(windows[start : start + per_chunk])
             positions = torch.arange(windows.shape[1]).repeat(count)[None]  # (1, tokens)
             borders = torch.arange(count + 1, dtype=torch.int32) * windows.shape[1]
             tokens = slice(start * windows.shape[1], (start + count) * windows.shape[1])
-            self._chunks.append((tokens, Rows(*rotary_angles(model, positions), borders)))
+            carried = None
+            if exact and len(self._chunks) % EXACT_EVERY == 0:
+                carried = slice(exact_tokens, exact_tokens + positions.shape[1])
+                exact_tokens = carried.stop
+            self._chunks.append(_Chunk(tokens, Rows(*rotary_angles(model, positions), borders), carried))
         self.states = model.base_model.embed_tokens(windows.reshape(-1))
-        self.exact = self.states.clone() if exact else None
+        parts = [self.states[chunk.tokens] for chunk in self._chunks if chunk.exact is not None]
+        self.exact = torch.cat(parts) if parts else None
 
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
         dense = self._block(layer) if self.exact is not None else None  # keeps the 16-bit linears
-        inner = self._empty_like_states(self._block(layer).o.in_features)
-        exact_inner = None if dense is None else torch.empty_like(inner)
-
+        inner, exact_inner = self._make_inner(self._block(layer).o.in_features)
         yield self._group(layer, ("q_proj", "k_proj", "v_proj"), "self_attn", _attention_input)
-        self._apply(_attend, self._block(layer), self.states, inner)
-        self._apply(_attend, dense, self.exact, exact_inner)
+        self._apply(_attend, self._block(layer), inner)
+        self._apply_exact(_attend, dense, exact_inner)
         yield self._group(layer, ("o_proj",), "self_attn", _inner, inner, exact_inner)
-        self._apply(_add_attention, self._block(layer), self.states, inner)
-        self._apply(_add_attention, dense, self.exact, exact_inner)
+        self._apply(_add_attention, self._block(layer), inner)
+        self._apply_exact(_add_attention, dense, exact_inner)
         yield self._group(layer, ("gate_proj", "up_proj"), "mlp", _mlp_input)
-        inner = self._empty_like_states(self._block(layer).down.in_features)
-        exact_inner = None if dense is None else torch.empty_like(inner)
-        self._apply(_gate, self._block(layer), self.states, inner)
-        self._apply(_gate, dense, self.exact, exact_inner)
+        inner, exact_inner = self._make_inner(self._block(layer).down.in_features)
+        self._apply(_gate, self._block(layer), inner)
+        self._apply_exact(_gate, dense, exact_inner)
         yield self._group(layer, ("down_proj",), "mlp", _inner, inner, exact_inner)
-        self._apply(_add_mlp, self._block(layer), self.states, inner)
-        self._apply(_add_mlp, dense, self.exact, exact_inner)
+        self._apply(_add_mlp, self._block(layer), inner)
+        self._apply_exact(_add_mlp, dense, exact_inner)
 
     def _block(self, layer: nn.Module) -> DecoderBlock:
         return decoder_block(layer, self._config, self._weights)
 
-    def _empty_like_states(self, width: int) -> Tensor:
-        return self.states.new_empty(len(self.states), width)
+    def _make_inner(self, width: int) -> tuple[Tensor, Tensor | None]:
+        """Room for what lies between two groups, a row for each of the states and for each of the exact ones."""
+        exact = None if self.exact is None else self.exact.new_empty(len(self.exact), width)
+        return self.states.new_empty(len(self.states), width), exact
 
     def _group(
         self,
@@ -130,22 +137,37 @@ class PackedWalk:
         """Statistics of what `of(block, states, inner)` gives, chunk by chunk."""
         block = self._block(layer)
         statistics: InputStatistics | None = None
-        for tokens, _ in self._chunks:
-            x = of(block, self.states[tokens], None if inner is None else inner[tokens])
+        for chunk in self._chunks:
+            x = of(block, self.states[chunk.tokens], None if inner is None else inner[chunk.tokens])
             exact = None
-            if self.exact is not None:
-                exact = of(block, self.exact[tokens], None if exact_inner is None else exact_inner[tokens])
+            if self.exact is not None and chunk.exact is not None:
+                exact = of(block, self.exact[chunk.exact], None if exact_inner is None else exact_inner[chunk.exact])
             statistics = statistics or InputStatistics(x.shape[1])
             statistics.add(x, exact)
         assert statistics is not None
         return tuple(f"{parent}.{leaf}" for leaf in leaves), statistics
 
-    def _apply(self, step: Any, block: DecoderBlock | None, states: Tensor | None, inner: Tensor | None) -> None:
+    def _apply(self, step: Any, block: DecoderBlock, inner: Tensor) -> None:
         """One step of the block over all chunks: from states to inner, or back."""
-        if block is None or states is None or inner is None:
+        for chunk in self._chunks:
+            step(block, chunk.rows, self.states[chunk.tokens], inner[chunk.tokens])
+
+    def _apply_exact(self, step: Any, block: DecoderBlock | None, inner: Tensor | None) -> None:
+        """The same for the 16-bit model, where it is carried."""
+        if block is None or self.exact is None or inner is None:
             return
-        for tokens, rows in self._chunks:
-            step(block, rows, states[tokens], inner[tokens])
+        for chunk in self._chunks:
+            if chunk.exact is not None:
+                step(block, chunk.rows, self.exact[chunk.exact], inner[chunk.exact])
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Windows that are computed at once: their states, where they lie, and their part of the exact states."""
+
+    tokens: slice
+    rows: Rows
+    exact: slice | None
 
 
 def _attention_input(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
@@ -186,7 +208,7 @@ class ModuleWalk:
     def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: nn.ModuleList):
         states, self._arguments = _enter(model, windows, blocks)
         self.states = torch.cat(states)
-        self.exact = self.states.clone() if exact else None
+        self.exact = self.states[::EXACT_EVERY].clone() if exact else None
 
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
         recorder = _Recorder()
@@ -194,9 +216,10 @@ class ModuleWalk:
             if is_linear(module):
                 layer.set_submodule(name, _Observed(name, module, recorder))
         for window in range(len(self.states)):
-            if self.exact is not None:
+            if self.exact is not None and window % EXACT_EVERY == 0:
+                carried = window // EXACT_EVERY
                 with recorder.exact_inputs():
-                    self.exact[window] = self._run(index, layer, self.exact[window])
+                    self.exact[carried] = self._run(index, layer, self.exact[carried])
             self._run(index, layer, self.states[window])
         yield from recorder.groups()
         for name, module in list(layer.named_modules()):
@@ -235,7 +258,7 @@ class _Recorder:
             self._statistics.setdefault(name, self._last[1])
             return
         statistics = self._statistics.setdefault(name, InputStatistics(x.shape[-1], x.device))
-        exact = self._exact.get(name)
+        exact = self._exact.pop(name, None)
         statistics.add(x.flatten(0, -2), None if exact is None else exact.flatten(0, -2))
         self._last = (x, statistics)
 
