@@ -42,6 +42,8 @@ bench: .venv/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/bench_step.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_memory.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_generate.py --data $(BENCH_DATA) $(BENCH)
+	$(BIN)/python benchmarks/bench_plan.py
+	$(BIN)/python benchmarks/bench_paging.py
 
 drills: .venv/.installed-test
 	$(BIN)/python tests/faults/drills.py

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from nybble.cli.main import app
 from nybble.config import load_config
@@ -67,6 +68,20 @@ def test_quick_commands_run(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "nybble", *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout and not done.stderr
+
+
+PLANS = [arguments for arguments in commands("nybble") if arguments[0] == "plan"]
+
+
+@pytest.mark.parametrize("arguments", PLANS, ids=shlex.join)
+def test_plans_come_out_as_the_documents_say(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code in (0, 2), result.output  # 2: the plan says that nothing fits
+    assert "strategy" in result.stdout
+    if "llama-65b" in arguments:  # for a machine of the table, so the same figures everywhere
+        text = (PROJECT / "docs" / "memory.md").read_text(encoding="utf-8")
+        for quoted in re.findall(r"^.*nothing +([0-9.]+ GB)$", text, re.MULTILINE):
+            assert quoted in result.stdout
 
 
 def test_the_readme_quotes_every_verb() -> None:

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from nybble.errors import ConfigError
@@ -55,6 +64,33 @@ def _interval(value: Any) -> str:
     return text
 
 
+class Size(int):
+    """A number of bytes, written with a unit: GB is 10^9 bytes, GiB 2^30."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler(int)
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+
+
+def parse_size(value: Any) -> Any:
+    """The bytes that "8GB", "8GiB", "1.5G" or "500 MB" say; a whole number is bytes already.
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError("not a size")
+    number, unit, binary = match.groups()
+    return round(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+Bytes = Annotated[Size, BeforeValidator(parse_size), Field(ge=1_000_000)]
 BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
@@ -90,14 +126,11 @@ class ModelOptions(Options):
     )
 
 
-class DataOptions(Options):
+class RowOptions(Options):
+    """How examples are read."""
+
     group: ClassVar[str] = "Data"
 
-    data: Name = knob(
-        ...,
-        "Examples: a JSONL, JSON, CSV or Parquet file, a hub id, or builtin:pydoc.",
-        elsewhere=("dataset", "train_file", "dataset_name", "training_data"),
-    )
     validation_data: Name | None = knob(
         None,
         "Held-out examples; a part of --data if not given.",
@@ -126,6 +159,20 @@ class DataOptions(Options):
         elsewhere=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
     )
     seed: int = knob(0, "Seed of the split, the order of rows, the adapters and dropout.", ge=0, le=2**32 - 1)
+
+
+class ExampleOptions(Options):
+    group: ClassVar[str] = "Data"
+
+    data: Name = knob(
+        ...,
+        "Examples: a JSONL, JSON, CSV or Parquet file, a hub id, or builtin:pydoc.",
+        elsewhere=("dataset", "train_file", "dataset_name", "training_data"),
+    )
+
+
+class DataOptions(RowOptions, ExampleOptions):
+    """Which examples, and how they are read."""
 
 
 class FourBitOptions(Options):
@@ -245,11 +292,14 @@ class AdapterOptions(Options):
         return names
 
 
-class LoopOptions(Options):
-    group: ClassVar[str] = "Training"
+class MemoryOptions(Options):
+    group: ClassVar[str] = "Memory"
 
-    max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
-    epochs: float = knob(1.0, "Passes over the training rows.", gt=0, elsewhere=("num_train_epochs", "num_epochs"))
+    memory: Bytes | None = knob(
+        None,
+        "Most memory the run may take, such as 8GB or 8GiB: anonymous memory on a CPU. What is free, if not given.",
+        elsewhere=("max_memory", "memory_budget"),
+    )
     rows_per_step: int = knob(
         16,
         "Rows that make one optimizer step.",
@@ -262,6 +312,44 @@ class LoopOptions(Options):
         ge=1,
         elsewhere=("per_device_train_batch_size",),
     )
+    packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
+    keep: Literal["auto", "nothing", "attention", "everything"] = knob(
+        "auto",
+        "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
+        elsewhere=("gradient_checkpointing", "checkpointing"),
+    )
+    stream_base: Literal["auto", "never", "always"] = knob(
+        "auto",
+        "Read blocks of the base from its 4-bit folder when they are used. auto: only where it does not fit otherwise.",
+        elsewhere=("cpu_offload", "offload_folder"),
+    )
+    offload_activations: Literal["auto", "never", "always"] = knob(
+        "auto",
+        "Keep what blocks keep in a file of the run folder. auto: only where it does not fit otherwise.",
+        elsewhere=("activation_offloading",),
+    )
+    page_optimizer: Literal["auto", "never", "always"] = knob(
+        "auto",
+        "Keep the optimizer's state in a file of the run folder. auto: only where it does not fit otherwise.",
+        elsewhere=("paged_optimizer", "paged_adamw"),
+    )
+
+    @model_validator(mode="after")
+    def _micro_batch_fits_in_step(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.rows_per_step:
+            raise ConfigError(
+                f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
+                "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
+                "Lower --micro-batch-size or raise --rows-per-step.",
+            )
+        return self
+
+
+class LoopOptions(Options):
+    group: ClassVar[str] = "Training"
+
+    max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
+    epochs: float = knob(1.0, "Passes over the training rows.", gt=0, elsewhere=("num_train_epochs", "num_epochs"))
     lr: float = knob(2e-4, "Peak learning rate.", gt=0, elsewhere=("learning_rate",))
     schedule: Literal["constant", "cosine", "linear"] = knob(
         "cosine", "How the learning rate goes on after the warm-up.", elsewhere=("lr_scheduler_type", "lr_scheduler")
@@ -277,12 +365,6 @@ class LoopOptions(Options):
     beta2: float = knob(0.999, "AdamW's decay of the gradient's square.", ge=0, lt=1, elsewhere=("adam_beta2",))
     max_grad_norm: float = knob(
         0.3, "Gradients with a larger norm are scaled down to it.", gt=0, elsewhere=("gradient_clipping", "clip")
-    )
-    packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
-    keep: Literal["auto", "nothing", "attention", "everything"] = knob(
-        "auto",
-        "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
-        elsewhere=("gradient_checkpointing", "checkpointing"),
     )
     eval_every: int | None = knob(
         None, "Steps between evaluations; about five a run if not given.", ge=1, elsewhere=("eval_steps",)
@@ -338,6 +420,7 @@ def _check_mixed(mixed: float | None, format: str) -> None:
 class TrainConfig(
     MachineOptions,
     LoopOptions,
+    MemoryOptions,
     AdapterOptions,
     QualityOptions,
     FourBitOptions,
@@ -353,15 +436,39 @@ class TrainConfig(
         _check_mixed(self.mixed, self.format)
         return self
 
-    @model_validator(mode="after")
-    def _micro_batch_fits_in_step(self) -> Self:
-        if self.micro_batch_size is not None and self.micro_batch_size > self.rows_per_step:
-            raise ConfigError(
-                f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
-                "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
-                "Lower --micro-batch-size or raise --rows-per-step.",
-            )
-        return self
+
+class PlannedMachine(Options):
+    """The machine a plan is made for, which need not be this one."""
+
+    group: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cpu", "cuda", "12GB-gpu", "16GB-gpu", "24GB-gpu", "48GB-gpu", "80GB-gpu"] = knob(
+        "auto", "Where to compute: auto, cpu and cuda are this machine's; the others are looked up in a table."
+    )
+    host_memory: Bytes | None = knob(None, "Memory beside a GPU, such as 16GB; this machine's if not given.")
+    compute_dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "Type of activations and products.")
+
+
+class PlanConfig(PlannedMachine, MemoryOptions, AdapterOptions, FourBitOptions, BaseFormat, RowOptions, ModelOptions):
+    """What `nybble plan` needs to know."""
+
+    group: ClassVar[str] = "Data"
+
+    data: Name | None = knob(
+        None, "Examples whose lengths are planned for; without them every row has --max-seq-len tokens."
+    )
+
+
+class SynthConfig(FourBitOptions, OutputFormat):
+    """What `nybble synth` needs to know."""
+
+    group: ClassVar[str] = "Model"
+
+    shape: Literal["llama-2-70b", "llama-65b", "llama-3-8b", "llama-3.2-1b", "smollm2-360m", "smollm2-135m", "tiny"] = (
+        knob(..., "Model whose shape to take.")
+    )
+    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    seed: int = knob(0, "Seed of the weights.", ge=0, le=2**32 - 1)
 
 
 class QuantizeConfig(ComputeOptions, QualityOptions, FourBitOptions, OutputFormat, ModelOptions):
@@ -645,7 +752,8 @@ def _describe_type(kind: Any) -> str:
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is tuple:
         return "a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"
-    return {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}[kind]
+    names = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
+    return {**names, Size: "a size such as 8GB, 8GiB or 1.5G"}[kind]
 
 
 def _choices(names: Any) -> str:

@@ -52,3 +52,7 @@ class TrainingError(NybbleError):
 
 class ExportError(NybbleError):
     """A model cannot be written in the form that was asked for."""
+
+
+class PlanError(NybbleError):
+    """No plan fits the memory budget, or a run outgrew the plan it was given."""

@@ -6,8 +6,8 @@ import torch
 
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.memory.costs import ModelShape, TrainingShape, base_bytes, dense_bytes, predict
-from nybble.memory.measure import PeakMemory, anonymous_bytes, available_bytes
+from nybble.memory.costs import ModelShape, TrainingShape, base_bytes, dense_bytes, mean_bits, predict
+from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 
 LLAMA_2_70B = {
     "hidden_size": 8192,
@@ -38,6 +38,16 @@ def test_four_bits_and_double_quantisation_cost_what_the_format_says():
     assert 8 * base_bytes(shape, QuantSpec("nf2")) / elements == pytest.approx(2.127, rel=1e-3)
     assert 8 * base_bytes(shape, QuantSpec(), mixed_bits=2.75) / elements == pytest.approx(2.75, rel=1e-6)
     assert 8 * base_bytes(shape, None) / elements == 16
+    assert base_bytes(shape, None, mixed_bits=2.75) == base_bytes(shape, None), "16 bits whatever was chosen for four"
+
+
+def test_layers_of_several_formats_take_their_mean_by_size():
+    shape = ModelShape.from_config(LLAMA_2_70B)
+    specs = {f"model.layers.{i}.self_attn.{leaf}": QuantSpec("nf4") for i in range(2) for leaf in ("q_proj", "k_proj")}
+    specs["model.layers.0.mlp.up_proj"] = QuantSpec("nf2")
+    sizes = [8192 * 8192, 8192 * 1024] * 2
+    stored = sum(QuantSpec("nf4").bytes(n) for n in sizes) + QuantSpec("nf2").bytes(8192 * 28672)
+    assert mean_bits(shape, specs) == pytest.approx(8 * stored / (sum(sizes) + 8192 * 28672))
 
 
 @pytest.mark.parametrize("path", ["blocks", "generic"])
@@ -46,9 +56,7 @@ def test_keeping_more_costs_more(path):
     peaks = []
     for keep in ("nothing", "attention", "everything"):
         training = TrainingShape(512, 200, 207_000_000, 16, 2, QuantSpec(), path, keep, 64 * 2**20)
-        parts = predict(shape, training)
-        assert parts["peak"] < sum(parts.values()) - parts["peak"] + 1
-        peaks.append(parts["peak"])
+        peaks.append(sum(predict(shape, training).values()))
     assert peaks == sorted(peaks) and peaks[0] < peaks[2]
 
 
@@ -71,3 +79,17 @@ def test_the_peak_of_an_allocation_is_seen():
 
 def test_available_memory_is_a_plausible_number():
     assert 10_000_000 < available_bytes(torch.device("cpu")) < 10**14
+
+
+def test_every_cgroup_above_the_process_counts(tmp_path):
+    inner = tmp_path / "memory" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit, used in ((inner, 900, 100), (inner.parent, 500, 200)):
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    assert sorted(_left_in_cgroups(["4:memory:/outer/inner", "3:cpu:/outer"], tmp_path)) == [300, 800]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(_left_in_cgroups(["0::/"], tmp_path)) == []
+    (tmp_path / "memory.max").write_text("70\n")
+    (tmp_path / "memory.current").write_text("30\n")
+    assert list(_left_in_cgroups(["0::/"], tmp_path)) == [40]

@@ -30,6 +30,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "blocks, recomputed": {"micro_batch_size": 6, "keep": "nothing"},
     "generic, dropout": {"micro_batch_size": 2, "dropout": 0.2, "keep": "nothing"},
     "generic, padded, bf16": {"micro_batch_size": 3, "packing": False, "compute_dtype": "bf16"},
+    "blocks, optimizer paged": {"micro_batch_size": 4, "page_optimizer": "always"},
 }
 
 
@@ -188,25 +189,47 @@ def test_resume_needs_a_run(tmp_path):
 def test_running_out_of_memory_in_a_micro_batch_repeats_the_step_with_smaller_ones(
     call, tiny_model, data, tmp_path, monkeypatch
 ):
-    """What torch raises on the CPU, in one of the micro-batches of two steps; with dropout, whose draws are undone."""
-    calls = []
-    original = loop.supervised_states
-
-    def fail_once(backbone, batch):
-        if torch.is_grad_enabled():
-            calls.append(len(batch.rows))
-            if len(calls) == call:
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
-        return original(backbone, batch)
-
-    monkeypatch.setattr(loop, "supervised_states", fail_once)
+    """In one of the micro-batches of two steps, and again once the optimizer's state was moved to a file."""
+    calls = fail_at(monkeypatch, call, call + 1)
     out = tmp_path / "run"
     run(load_config(None, options(tiny_model, data, out, max_steps=3, micro_batch_size=2, dropout=0.2)))
     failed = (call - 1) // 3 + 1
     assert [step for step, _ in losses(out, "step")] == [1, 2, 3], "no step is lost, none is taken twice"
-    (event,) = read_events(out / "events.jsonl", "out-of-memory")
-    assert (event["step"], event["micro_batch_size"]) == (failed, 1)
-    assert calls[call:] == [1] * 6 * (4 - failed), "the same step again, and the rest of the run, a row at a time"
+    first, second = read_events(out / "events.jsonl", "out-of-memory")
+    assert (first["step"], first["paged"]) == (failed, True)
+    assert (second["step"], second["micro_batch_size"]) == (failed, 1)
+    assert calls[call + 1 :] == [1] * 6 * (4 - failed), "the same step again, and the rest of the run, a row at a time"
+
+
+@pytest.mark.parametrize("call", [2, 5])
+def test_out_of_memory_once_moves_the_optimizers_state_and_changes_no_bit(
+    call, tiny_model, data, tmp_path, monkeypatch
+):
+    """With dropout, whose draws are undone; a run that is resumed later pages no more than its options say."""
+    adapters = []
+    for name in ("whole", "failing"):
+        if name == "failing":
+            fail_at(monkeypatch, call)
+        run(load_config(None, options(tiny_model, data, tmp_path / name, max_steps=3, micro_batch_size=2, dropout=0.2)))
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert len(list(read_events(tmp_path / "failing" / "events.jsonl", "out-of-memory"))) == 1
+    assert adapters[0] == adapters[1]
+
+
+def fail_at(monkeypatch, *failing: int) -> list[int]:
+    """What torch raises on the CPU, in the given micro-batches of a run; returns the rows of each one tried."""
+    calls: list[int] = []
+    original = loop.supervised_states
+
+    def fail(backbone, batch):
+        if torch.is_grad_enabled():
+            calls.append(len(batch.rows))
+            if len(calls) in failing:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+        return original(backbone, batch)
+
+    monkeypatch.setattr(loop, "supervised_states", fail)
+    return calls
 
 
 def test_one_row_that_does_not_fit_stops_with_the_last_good_state(tiny_model, data, tmp_path, monkeypatch):

@@ -11,8 +11,10 @@ from nybble.cli.doctor import doctor
 from nybble.cli.eval import quality
 from nybble.cli.evaluate import evaluate
 from nybble.cli.export import export, merge
+from nybble.cli.plan import plan
 from nybble.cli.quantize import quantize
 from nybble.cli.serve import serve
+from nybble.cli.synth import synth
 from nybble.cli.train import train
 from nybble.cli.verbs import add_verb
 from nybble.config import (
@@ -22,8 +24,10 @@ from nybble.config import (
     EvalQualityConfig,
     ExportConfig,
     MergeConfig,
+    PlanConfig,
     QuantizeConfig,
     ServeConfig,
+    SynthConfig,
     TrainConfig,
 )
 
@@ -60,7 +64,9 @@ def _nybble(
 
 add_verb(app, "train", train, TrainConfig)
 add_verb(app, "chat", chat, ChatConfig)
+add_verb(app, "plan", plan, PlanConfig)
 add_verb(app, "quantize", quantize, QuantizeConfig)
+add_verb(app, "synth", synth, SynthConfig)
 add_verb(app, "serve", serve, ServeConfig)
 add_verb(app, "merge", merge, MergeConfig)
 add_verb(app, "export", export, ExportConfig)

@@ -17,7 +17,10 @@ def show_result(trained: TrainedRun, console: Console) -> int:
         console.print(f"next:\n  nybble train --resume --out {run.path}", highlight=False)
         return SIGNAL_EXIT_CODE + result.interrupted
     assert result.loss_before is not None and result.loss_after is not None
-    show_samples(console, compare_answers(trained.model, trained.template, trained.data.validation[:NUM_SAMPLES]))
+    if trained.streamed:  # an answer would read the whole base for every token
+        console.print("no sample answers: the base is streamed", highlight=False)
+    else:
+        show_samples(console, compare_answers(trained.model, trained.template, trained.data.validation[:NUM_SAMPLES]))
     console.print(
         f"held-out loss: {result.loss_before:.4f} before, {result.loss_after:.4f} after "
         f"({result.loss_before - result.loss_after:+.4f} nats per supervised token gained)",

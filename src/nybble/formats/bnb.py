@@ -16,7 +16,8 @@ the bytes of `QuantSpec.packed_bytes`; only nybble reads those.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -161,6 +162,20 @@ def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
     return max(formats, key=formats.count)
 
 
+def layer_specs_from_config(config: Mapping[str, Any]) -> LayerSpecs | None:
+    """How each layer of a mixed folder is quantised, None of any other.
+
+    Raises:
+        FormatError: as `spec_from_config`.
+    """
+    spec = spec_from_config(config)
+    quantization = config.get("quantization_config") or {}
+    if spec is None or quantization.get("format") != MIXED:
+        return None
+    layers = quantization["layers"].items()
+    return {layer: QuantSpec(format, spec.block_size, spec.double_quant) for layer, format in layers}
+
+
 def is_quantized(name: str, tensors: Mapping[str, Any]) -> bool:
     """Whether weight `name` is stored in four bits among these tensors (only the keys are looked at)."""
     return any(_state_key(name, format) in tensors for format in FORMATS)
@@ -195,6 +210,71 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     else:
         parts = ScaleParts(_floats(f"{name}.absmax", tensors, num_blocks), None, None, None, zero_points)
     return QuantizedTensor(packed.view(spec.packed_shape(shape)), join_scales(parts), spec, shape, dtype)
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where the bytes of a four-bit weight lie, for reading them straight into the form that is computed with.
+
+    Args:
+        pieces: tensor's name -> where it goes, from the start of the packed bytes followed by the scales.
+        offset: of double quantisation, the scales' first four bytes; None without it.
+    """
+
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: dict[str, int]
+    offset: float | None
+
+    @property
+    def packed_bytes(self) -> int:
+        return self.spec.packed_bytes(math.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.bytes(math.prod(self.shape))
+
+    def view(self, buffer: Tensor) -> QuantizedTensor:
+        """The weight whose bytes `buffer` holds, uint8 `[nbytes]`; nothing is copied."""
+        packed = buffer[: self.packed_bytes].view(self.spec.packed_shape(self.shape))
+        return QuantizedTensor(packed, buffer[self.packed_bytes :], self.spec, self.shape, self.dtype)
+
+
+def stored_weight(name: str, num_bytes: Mapping[str, int], read: Callable[[str], Tensor]) -> StoredWeight:
+    """The layout of weight `name`; its state and tables are read and checked, its packed bytes and scales are not.
+
+    Args:
+        num_bytes: of every stored tensor.
+        read: one stored tensor.
+
+    Raises:
+        FormatError: a part is missing, or is not stored as the computation takes it (scales in half precision).
+    """
+    small = [key for key in num_bytes if key.startswith(f"{name}.") and not key.endswith(("absmax", "zero_points"))]
+    tensors = {key: read(key) for key in small}
+    key, state = _read_state(name, tensors)
+    nested = f"{name}.nested_absmax" in num_bytes
+    spec, shape = _spec(key, state, nested), _shape(key, state)
+    _check_map(f"{name}.quant_map", tensors, codebook(spec.format))
+    blocks = spec.num_blocks(math.prod(shape))
+    if nested:
+        _check_map(f"{name}.nested_quant_map", tensors, dynamic_map())
+        scales = {f"{name}.nested_absmax": 4 * -(-blocks // NESTED_BLOCK_SIZE), f"{name}.absmax": blocks}
+    else:
+        scales = {f"{name}.absmax": 4 * blocks}
+    if spec.format == "int4_asym":
+        scales[f"{name}.zero_points"] = blocks
+    pieces, at = {}, 0
+    for part, expected in {name: spec.packed_bytes(math.prod(shape)), **scales}.items():
+        if num_bytes.get(part) != expected:
+            raise FormatError(
+                f"{part} has {num_bytes.get(part, 0)} bytes.", f"Its weight's shape needs {expected}, scales in fp32."
+            )
+        pieces[part] = at
+        at += expected + (4 if nested and part == name else 0)  # the offset goes between packed bytes and scales
+    offset = _offset(key, state).item() if nested else None
+    return StoredWeight(spec, shape, _dtype(key, state), pieces, offset)
 
 
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:

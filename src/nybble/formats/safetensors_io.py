@@ -123,6 +123,36 @@ class SafetensorsFolder:
         return buffer.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
+class MatrixFile:
+    """A stored matrix whose rows are read where they are used.
+
+    Args:
+        entry: of two dimensions, in a type that torch has.
+
+    Raises:
+        ModelError: reading fails, or ends too soon.
+    """
+
+    def __init__(self, entry: TensorEntry):
+        self.entry, self.dtype = entry, DTYPES[entry.dtype]
+        self.num_rows, self.num_columns = entry.shape
+        self.row_bytes = entry.nbytes // self.num_rows
+
+    def read_rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """Rows `start` to `stop` in the front of `buffer`, uint8; `(stop - start, num_columns)`."""
+        used = buffer[: (stop - start) * self.row_bytes]
+        read_exactly(self.entry.file, self.entry.start + start * self.row_bytes, used.numpy().data)
+        return used.view(self.dtype).view(stop - start, self.num_columns)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of an int64 tensor `(N,)`, each read once: `(N, num_columns)`."""
+        unique, place = rows.unique(return_inverse=True)
+        buffer = torch.empty(len(unique), self.row_bytes, dtype=torch.uint8)
+        for row, into in zip(unique.tolist(), buffer, strict=True):
+            read_exactly(self.entry.file, self.entry.start + row * self.row_bytes, into.numpy().data)
+        return buffer.view(self.dtype)[place]
+
+
 def read_exactly(file: Path, start: int, buffer: memoryview) -> None:
     """Fill `buffer` with the file's bytes from `start`.
 

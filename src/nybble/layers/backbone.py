@@ -5,14 +5,17 @@ families they know. `GenericBackbone` runs any transformers decoder through its 
 the model's attention keeps documents apart, else padded; `choose_backbone` takes the first that can.
 """
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Keep, Rows
+from nybble.layers.streamed import BlockStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +56,16 @@ class Backbone(Protocol):
         ...
 
 
+class KeptTensors(Protocol):
+    """Takes tensors until backward needs them."""
+
+    def begin(self) -> None: ...
+
+    def put(self, tensor: Tensor) -> Any: ...
+
+    def get(self, place: Any) -> Tensor: ...
+
+
 class GenericBackbone:
     """Through transformers' own forward and autograd.
 
@@ -85,15 +98,19 @@ class BlockBackbone:
 
     Args:
         keep: what each block keeps for its backward.
+        store: of a streamed base's blocks.
+        kept: takes what blocks save for their backward; memory does where it is None.
     """
 
     packing = True
 
-    def __init__(self, model: "PreTrainedModel", keep: Keep):
-        self.model, self.keep = model, keep
-        weights = DenseWeights()
-        self.blocks = [decoder_block(layer, model.config, weights) for layer in model.base_model.layers]
-        self.name = f"decoder blocks, keeping {keep}"
+    def __init__(
+        self, model: "PreTrainedModel", keep: Keep, store: BlockStore | None = None, kept: KeptTensors | None = None
+    ):
+        self.model, self.keep, self.kept = model, keep, kept
+        self.weights = DenseWeights(store)
+        self.blocks = [decoder_block(layer, model.config, self.weights) for layer in model.base_model.layers]
+        self.name = f"decoder blocks, keeping {keep}{'' if store is None else ', streamed'}"
 
     def states(
         self,
@@ -104,9 +121,11 @@ class BlockBackbone:
         attention_mask: Tensor | None = None,
     ) -> Tensor:
         assert cu_seqlens is not None and attention_mask is None, "decoder blocks take packed batches"
+        self.weights.begin(will_return=torch.is_grad_enabled())
         x, rows = self.embed(input_ids, position_ids, cu_seqlens)
-        for block in self.blocks:
-            x = block(x, rows, self.keep)
+        with nullcontext() if self.kept is None else saved_in(self.kept):
+            for block in self.blocks:
+                x = block(x, rows, self.keep)
         return self.model.base_model.norm(x[positions])
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Rows]:
@@ -121,6 +140,12 @@ def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBloc
     config = config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return DecoderBlock(layer, head_dim, _window(layer, config), weights)
+
+
+def saved_in(kept: KeptTensors) -> saved_tensors_hooks:
+    """Autograd saves into `kept`, from its beginning."""
+    kept.begin()
+    return saved_tensors_hooks(kept.put, kept.get)
 
 
 def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,11 +171,19 @@ def _fill_up(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tup
     return filled, positions, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
 
 
-def choose_backbone(model: "PreTrainedModel", *, keep: Keep, packing: bool) -> Backbone:
+def choose_backbone(
+    model: "PreTrainedModel",
+    *,
+    keep: Keep,
+    packing: bool,
+    store: BlockStore | None = None,
+    kept: KeptTensors | None = None,
+) -> Backbone:
     """Decoder blocks where they know the model and rows are packed, else the generic path, which says why."""
     why = "rows are not packed" if not packing else why_not_blocks(model)
     if why is None:
-        return BlockBackbone(model, keep)
+        return BlockBackbone(model, keep, store, kept)
+    assert store is None and kept is None, f"only decoder blocks stream and offload: {why}"
     return GenericBackbone(model, checkpointing=keep != "everything", packing=packing, why=why)
 
 
@@ -164,13 +197,20 @@ def why_not_blocks(model: "PreTrainedModel") -> str | None:
 
 def why_not_forward(model: "PreTrainedModel") -> str | None:
     """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason."""
-    config = model.config.get_text_config()
+    why = why_not_config(model.config.get_text_config())
+    if why is not None:
+        return why
+    if next(model.parameters()).device.type != "cpu":
+        return "decoder blocks are made for the CPU"
+    return None
+
+
+def why_not_config(config: Any) -> str | None:
+    """None when nybble's decoder blocks know models of this config, else the reason."""
     if config.model_type not in BLOCK_FAMILIES:
         return f"decoder blocks know {', '.join(BLOCK_FAMILIES)}; this is {config.model_type}"
     if config.hidden_act != "silu":
         return f"decoder blocks know SwiGLU; this model's activation is {config.hidden_act}"
-    if next(model.parameters()).device.type != "cpu":
-        return "decoder blocks are made for the CPU"
     return None
 
 

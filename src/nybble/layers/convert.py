@@ -11,12 +11,13 @@ from nybble.errors import ConfigError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec, spec_of
 from nybble.layers.lora import LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.streamed import StreamedLinear
 
 ATTENTION_PARENTS = ("attn", "attention")
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | QuantizedLinear | LoraLinear)
+    return isinstance(module, nn.Linear | Conv1D | QuantizedLinear | StreamedLinear | LoraLinear)
 
 
 def quantizable_linears(model: nn.Module) -> list[str]:
@@ -48,6 +49,14 @@ def replace_linears(
         model.set_submodule(
             name, QuantizedLinear(in_features, out_features, has_bias, spec, compute_dtype, device="meta")
         )
+
+
+def stream_linears(model: nn.Module, names: Iterable[str], compute_dtype: torch.dtype) -> None:
+    """Swap the named `nn.Linear` for `StreamedLinear`, in place."""
+    for name in names:
+        linear = model.get_submodule(name)
+        has_bias = linear.bias is not None
+        model.set_submodule(name, StreamedLinear(name, *linear_features(linear), has_bias, compute_dtype))
 
 
 def resolve_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from nybble.kernels import attention, block_ops, ops
 from nybble.layers.lora import LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.streamed import BlockStore, StreamedLinear
 
 Keep = Literal["nothing", "attention", "everything"]
 
@@ -53,21 +54,35 @@ class DenseWeights:
     """Dequantises frozen weights into one kept buffer: a fresh one per product costs more than the arithmetic.
 
     A weight is valid until the next is fetched.
+
+    Args:
+        store: of a streamed base's blocks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: BlockStore | None = None) -> None:
+        self.store = store
         self._buffer = torch.empty(0)
+
+    def begin(self, *, will_return: bool) -> None:
+        """A forward pass starts at the first block; `will_return`: its backward pass follows."""
+        if self.store is not None:
+            self.store.begin(will_return=will_return)
 
     def fetch(self, linear: Any, dtype: torch.dtype) -> Tensor:
         """The weight of a frozen linear, `[out, in]` in `dtype`."""
-        if not isinstance(linear, QuantizedLinear):
+        if isinstance(linear, StreamedLinear):
+            assert self.store is not None, f"{linear.name} is streamed, and there is no block store"
+            quantized = self.store.fetch(linear.name)
+        elif isinstance(linear, QuantizedLinear):
+            quantized = linear.quantized()
+        else:
             weight = linear.weight.detach()
             return (weight if isinstance(linear, nn.Linear) else weight.T).to(dtype)  # Conv1D keeps [in, out]
         numel = linear.in_features * linear.out_features
         if self._buffer.dtype != dtype or self._buffer.numel() < numel:
-            self._buffer = torch.empty(numel, dtype=dtype, device=linear.weight.device)
+            self._buffer = torch.empty(numel, dtype=dtype, device=quantized.packed.device)
         weight = self._buffer[:numel].view(linear.out_features, linear.in_features)
-        ops.dequantize_into(linear.quantized(), weight)
+        ops.dequantize_into(quantized, weight)
         return weight
 
 

@@ -44,7 +44,7 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = linear_features(base)
         self.rank, self.dropout = rank, dropout
         self.scaling = lora_scaling(alpha, rank, rslora)
-        device = next(base.parameters()).device
+        device = next((p.device for p in base.parameters()), torch.device("cpu"))  # a streamed base has none
         bound = 1 / math.sqrt(self.in_features)
         a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))

@@ -7,6 +7,7 @@ divided by a denominator that the caller gives, the supervised tokens of the who
 is cut into micro-batches and chunks does not change it.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.kernels import block_ops
+from nybble.layers.streamed import HeadMatrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +26,8 @@ CHUNK_BYTES = 32 * 2**20  # what a chunk of logits may take
 ROW_MULTIPLE = 64  # chunks have a multiple of so many rows: oneDNN keeps a compiled product per shape it has seen
 NO_TARGET = -1
 PANEL_ROWS = 8192  # rows of a 16-bit head that are widened at a time when products run in fp32
+LARGE_HEAD_BYTES = 2**28  # from here on in panels, streamed or resident, so that both give one result
+PANEL_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,13 @@ class LossHead:
     """The output projection of a model and what it does to the logits.
 
     Args:
-        weight: `[vocabulary, hidden]`, frozen.
+        weight: `[vocabulary, hidden]`, frozen; on disk where the head is streamed.
         bias: `[vocabulary]` or None.
         scale: factor on the logits (Cohere multiplies, Granite divides by its `logits_scaling`).
         softcap: c in c · tanh(logits / c) (Gemma 2), or None.
     """
 
-    weight: Tensor
+    weight: Tensor | HeadMatrix
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
@@ -85,8 +89,8 @@ class LossHead:
             out: where the product goes, `(N, vocabulary)` in the dtype of `hidden`; a fresh tensor where None.
         """
         product = hidden.new_empty(len(hidden), self.weight.shape[0]) if out is None else out
-        panels = self._panels(hidden.dtype)
-        for panel, columns in zip(panels, product.split(panels[0].shape[0], dim=1), strict=True):
+        parts = product.split(self.panel_rows(hidden.dtype), dim=1)
+        for panel, columns in zip(self._panels(hidden.dtype), parts, strict=True):
             torch.mm(hidden, panel.to(hidden.dtype).T, out=columns)
         return self.finish(product)
 
@@ -104,9 +108,17 @@ class LossHead:
     def _is_plain(self) -> bool:
         return self.bias is None and self.scale == 1.0 and self.softcap is None
 
-    def _panels(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The weight in one piece, or in panels where each is widened to another dtype only while it is used."""
-        return (self.weight,) if self.weight.dtype == dtype else self.weight.split(PANEL_ROWS)
+    def _panels(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        """The weight in panels of `panel_rows`, each used before the next is asked for."""
+        return self.weight.split(self.panel_rows(dtype))
+
+    def panel_rows(self, dtype: torch.dtype) -> int:
+        """Rows of a panel: all, unless the head is large or is widened to another dtype while it is used."""
+        rows, width = self.weight.shape
+        row_bytes = width * self.weight.dtype.itemsize
+        if rows * row_bytes >= LARGE_HEAD_BYTES:
+            return max(ROW_MULTIPLE, PANEL_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
+        return rows if self.weight.dtype == dtype else PANEL_ROWS
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows of a chunk, a multiple of ROW_MULTIPLE."""
@@ -135,12 +147,14 @@ class LossHead:
         if slope is not None:
             logits *= slope
         grad = logits.to(hidden.dtype)
-        panels = self._panels(hidden.dtype)
-        columns = grad.split(panels[0].shape[0], dim=1)
-        grad_hidden = columns[0] @ panels[0].to(hidden.dtype)
-        for column, panel in zip(columns[1:], panels[1:], strict=True):
-            grad_hidden.addmm_(column, panel.to(hidden.dtype))
-        return losses, grad_hidden
+        columns = grad.split(self.panel_rows(hidden.dtype), dim=1)
+        if len(columns) == 1:
+            (panel,) = self._panels(hidden.dtype)
+            return losses, grad @ panel.to(hidden.dtype)  # widened where the vocabulary is smaller than a panel
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # partial sums stay unrounded
+        for column, panel in zip(columns, self._panels(hidden.dtype), strict=True):
+            total += column @ panel.to(hidden.dtype)
+        return losses, total.to(hidden.dtype)
 
 
 class _LossFunction(torch.autograd.Function):

@@ -3,13 +3,15 @@
 import resource
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
-_CGROUP_LIMIT, _CGROUP_USED = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+_CGROUPS = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
 _MEMINFO_DEFAULT = 8_000_000_000  # where the system does not tell
 
 
@@ -36,9 +38,31 @@ def available_bytes(device: torch.device) -> int:
     if _MEMINFO.exists():
         lines = (line.split() for line in _MEMINFO.read_text().splitlines())
         free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
-    if _CGROUP_LIMIT.exists() and (limit := _CGROUP_LIMIT.read_text().strip()) != "max":
-        free = min(free, int(limit) - int(_CGROUP_USED.read_text()))
-    return free
+    return min([free, *_left_in_cgroups()])
+
+
+def _left_in_cgroups(lines: Iterable[str] | None = None, root: Path = _CGROUPS) -> Iterator[int]:
+    """Bytes that each memory cgroup above this process still allows.
+
+    Args:
+        lines: of /proc/self/cgroup: "number:controllers:path"; version 2 has one, without controllers.
+    """
+    membership = Path("/proc/self/cgroup")
+    if lines is None:
+        lines = membership.read_text().splitlines() if membership.exists() else ()
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers
+        own = top / path.lstrip("/")
+        for folder in (own, *own.parents):
+            for limit_name, used_name in _CGROUP_FILES:
+                limit = folder / limit_name
+                if limit.exists() and (text := limit.read_text().strip()) != "max":
+                    yield int(text) - int((folder / used_name).read_text())
+            if folder == top:
+                break
 
 
 class PeakMemory:

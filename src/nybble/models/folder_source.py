@@ -9,10 +9,23 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError, ModelError
-from nybble.formats.bnb import from_bnb, is_quantized, spec_from_config
+from nybble.formats.bnb import (
+    StoredWeight,
+    from_bnb,
+    is_quantized,
+    layer_specs_from_config,
+    spec_from_config,
+    stored_weight,
+)
 from nybble.formats.manifest import MANIFEST_NAME, verify_manifest
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
-from nybble.formats.safetensors_io import SafetensorsFolder, object_without_duplicates, sampled_sha256
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
+from nybble.formats.safetensors_io import (
+    MatrixFile,
+    SafetensorsFolder,
+    TensorEntry,
+    object_without_duplicates,
+    sampled_sha256,
+)
 from nybble.models.interface import Kind
 from nybble.models.tokenizer import load_tokenizer
 
@@ -40,7 +53,7 @@ class FolderSource:
         self._stored = SafetensorsFolder(path)
         _check_layers(path, self._config_json, len(self._stored.entries))
         self._parts = _group_by_weight(list(self._stored.entries))
-        _check_quantization(path, self._config_json)
+        self.layer_specs = _layer_specs(path, self._config_json)
         self.quant_spec = self._first_spec()
         self.config = _load_config(path)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
@@ -75,6 +88,20 @@ class FolderSource:
         if not self.is_quantized(name):
             return self._stored.read(name)
         return from_bnb(name, {part: self._stored.read(part) for part in self._parts[name]})
+
+    def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]]:
+        """Where the bytes of a four-bit weight lie, and the stored tensors it consists of."""
+        entries = {part: self._stored.entries[part] for part in self._parts[name]}
+        sizes = {part: entry.nbytes for part, entry in entries.items()}
+        return stored_weight(name, sizes, self._stored.read), entries
+
+    def matrix(self, name: str) -> MatrixFile:
+        """A 16-bit matrix, to be read row by row."""
+        return MatrixFile(self._stored.entries[name])
+
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(self._stored.files)
 
     def _stored_formats(self) -> str:
         keys = [name for name in self._stored.entries if ".quant_state." in name]
@@ -116,9 +143,11 @@ def _read_config_json(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_quantization(folder: Path, config: dict[str, Any]) -> None:
+def _layer_specs(folder: Path, config: dict[str, Any]) -> LayerSpecs | None:
+    """How each layer is quantised where they differ; a folder that is quantised in another way is refused."""
     try:
         spec_from_config(config)
+        return layer_specs_from_config(config)
     except FormatError as error:
         raise FormatError(f"{folder / 'config.json'}: {error.got}", error.allowed, error.fix) from error
 

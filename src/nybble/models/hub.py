@@ -16,6 +16,24 @@ def looks_like_hub_id(name: str) -> bool:
     return re.fullmatch(rf"({part}/)?{part}", name) is not None and not name.endswith((".gguf", ".safetensors"))
 
 
+def fetch_config(repo_id: str) -> Path:
+    """The model's config.json alone, in the hub's cache.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no such model.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except Exception as error:  # of the hub's client or its transport, whose classes have no common base
+        raise ModelError(
+            f"config.json of {repo_id} cannot be fetched: {type(error).__name__}.",
+            "Allowed: a folder, a hub id that can be reached, a .gguf file, or a shape that `nybble synth` knows.",
+            "Check the spelling and the network.",
+        ) from error
+
+
 def fetch_from_hub(repo_id: str) -> Path:
     """The folder of the hub's cache that holds the model; only what is not there yet is fetched.
 

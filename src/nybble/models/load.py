@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from nybble.calibration.search import search_weight
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
-from nybble.layers.convert import quantizable_linears, replace_linears
+from nybble.layers.convert import quantizable_linears, replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.streamed import StreamedEmbedding, StreamedHead
+from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
 from nybble.models.placement import PlacedTensor, place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
@@ -35,6 +37,9 @@ def load_model(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     quality: Literal["absmax", "search"] = "absmax",
+    *,
+    stream_linears_of: Iterable[str] = (),
+    stream_ends: bool = False,
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
 
@@ -49,6 +54,8 @@ def load_model(
         device: where the weights go.
         progress: wraps the list of tensors to load, called with `total=`.
         quality: how scales are chosen for weights that are put into four bits here.
+        stream_linears_of: linear layers whose weights are not loaded; a block store has them.
+        stream_ends: embedding and head are read where they are used, from a FolderSource.
 
     Raises:
         ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
@@ -62,17 +69,36 @@ def load_model(
     if spec is not None:
         linears = _linears_to_quantize(model, source, placed)
         transposed = {f"{name}.weight" for name in linears if is_transposed(model.get_submodule(name))}
-        replace_linears(model, linears, source.quant_spec or spec, compute_dtype)
+        streamed = set(stream_linears_of)
+        replace_linears(model, [n for n in linears if n not in streamed], source.quant_spec or spec, compute_dtype)
+        stream_linears(model, streamed, compute_dtype)
+        not_loaded = {f"{name}.weight" for name in streamed} | (ends if stream_ends else set())
+        placed = [place for place in placed if place.target not in not_loaded]
 
     for place in placed if progress is None else progress(placed, total=len(placed)):
         dtype = source.dense_dtype if place.target in ends else compute_dtype
         load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed, quality)
     model.tie_weights()
     fill_computed_buffers(model, device)
+    if stream_ends:
+        assert isinstance(source, FolderSource), source
+        _stream_ends(model, source, compute_dtype)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
     model.generation_config = source.load_generation_config()
     return model.requires_grad_(False).eval()
+
+
+def _stream_ends(model: "PreTrainedModel", source: FolderSource, compute_dtype: torch.dtype) -> None:
+    """Swap embedding and head for ones that read their matrices in the source's files."""
+    places = {place.target: place.name for place in place_tensors(source, build_skeleton(source.config))}
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())]
+    head = names[id(model.get_output_embeddings())]
+    matrix = source.matrix(places[f"{embedding}.weight"])
+    model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype))
+    own = places.get(f"{head}.weight")  # absent where tied
+    model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own)))
 
 
 def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: list[PlacedTensor]) -> list[str]:

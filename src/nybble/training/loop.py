@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,13 @@ from nybble.formats.disk import complete_folder
 from nybble.layers.backbone import Backbone
 from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import write_adapter
-from nybble.memory.measure import used_bytes
+from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.display import Display
 from nybble.training.events import EventLog
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.optimizer import AdamW
-from nybble.training.rng import restore_rng
+from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.run_folder import RunFolder
 from nybble.training.schedule import learning_rate, warmup_steps
 
@@ -62,6 +62,8 @@ def train_loop(
     display: Display,
     checkpoints: Checkpoints,
     resumed: Checkpoint | None = None,
+    paged: bool = False,
+    check_peak: Callable[[int], None] | None = None,
 ) -> LoopResult:
     """Train the adapters of `model` until `total_steps` optimizer steps are done, or the user interrupts.
 
@@ -69,6 +71,9 @@ def train_loop(
         model: frozen base with adapters attached; only they require gradients.
         backbone: runs micro-batches through the model.
         resumed: where to go on, None at the beginning.
+        paged: keep the optimizer's state in a file of the run folder.
+        check_peak: given the peak in bytes of a rehearsal of the largest micro-batch, raises where it is too much;
+            without it nothing is rehearsed.
 
     Raises:
         TrainingError: a loss or gradient was not finite, or one row alone does not fit into memory. Adapter and
@@ -79,6 +84,8 @@ def train_loop(
     head = LossHead.of(model)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(adapters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay)
+    if paged:
+        optimizer.page_out(run.path)
     num_warmup = warmup_steps(config.warmup, total_steps)
     eval_every = config.eval_every or max(1, total_steps // EVALUATIONS_PER_RUN)
     lengths = [len(example) for example in train]
@@ -108,6 +115,8 @@ def train_loop(
                 write_adapter(model, temporary, adapter_config)
 
     with InterruptOnce() as interrupt:
+        if check_peak is not None:
+            check_peak(rehearse(backbone, head, optimizer, train, validation, progress.micro_batch_size, config))
         evaluate_if_due()
         while progress.step < total_steps and not interrupt.requested:
             started = time.perf_counter()
@@ -138,6 +147,13 @@ def train_loop(
                 optimizer.drop_gradients()
                 sampler.load_state(before.sampler)
                 restore_rng(before.rng, device)
+                if (
+                    not optimizer.paged and device.type == "cpu"
+                ):  # room first: the same micro-batches again, with the state in a file
+                    optimizer.page_out(run.path)
+                    events.write("out-of-memory", step=step, paged=True)
+                    display.note(f"step {step} ran out of memory: again, with the optimizer's state in a file")
+                    continue
                 if progress.micro_batch_size == 1:
                     save(before, last=True)
                     raise _out_of_memory(step, micro_batches, run)
@@ -178,6 +194,35 @@ def train_loop(
 
         save(Position.now(progress, sampler, device), last=True)
     return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
+
+
+def rehearse(
+    backbone: Backbone,
+    head: LossHead,
+    optimizer: AdamW,
+    train: Sequence[EncodedExample],
+    validation: Sequence[EncodedExample],
+    micro_batch_size: int,
+    config: TrainConfig,
+) -> int:
+    """Peak in bytes of a step's heaviest moments: its longest rows together, every gradient and moment in place.
+
+    Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
+    """
+    device = head.weight.device
+    longest = sorted([*train, *validation], key=len, reverse=True)[:micro_batch_size]
+    batch = collate(longest, backbone.packing).to(device)
+    rng = capture_rng(device)
+    backbone.model.train()
+    with PeakMemory(device) as memory:
+        optimizer.settle()
+        if config.rows_per_step > micro_batch_size:  # later micro-batches find the gradients of earlier ones
+            for parameter in optimizer.parameters:
+                parameter.grad = torch.full_like(parameter, 0.0)
+        head.loss(*supervised_states(backbone, batch), max(1, batch.supervised_tokens)).backward()
+    optimizer.drop_gradients()
+    restore_rng(rng, device)
+    return memory.peak_bytes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,21 +1,14 @@
 """AdamW over the adapters (Loshchilov & Hutter 2019, arXiv 1711.05101): fp32 masters, fp32 moments."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from nybble.kernels import block_ops
-
-
-@dataclass
-class Moments:
-    """The state of one parameter: running means of its gradient and of the gradient's square."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+from nybble.memory.pager import Moments, PagedMoments
 
 
 class AdamW:
@@ -34,12 +27,45 @@ class AdamW:
         self.parameters = list(parameters)
         self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
         self.num_steps = 0
-        self.moments = [Moments(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+        self.moments: list[Moments] | PagedMoments = [
+            Moments(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters
+        ]
+
+    def page_out(self, folder: Path) -> None:
+        """Move the moments to a file on the disk of `folder`, from where each step pages them through memory.
+
+        Raises:
+            PlanError: the disk has no room for them.
+        """
+        if isinstance(self.moments, PagedMoments):
+            return
+        paged = PagedMoments([p.shape for p in self.parameters], folder)
+        if self.num_steps:
+            _copy(self.moments, paged)
+        self.moments = paged
+
+    @property
+    def paged(self) -> bool:
+        return isinstance(self.moments, PagedMoments)
+
+    def settle(self) -> None:
+        """Write the zeros that moments begin with, so that they take the memory that they will take."""
+        for moments in self.moments if self.num_steps == 0 else ():
+            moments.exp_avg.zero_()
+            moments.exp_avg_sq.zero_()
+
+    def page_in(self) -> None:
+        """Move the moments back into memory."""
+        if isinstance(self.moments, PagedMoments):
+            resident = [Moments(torch.empty_like(p), torch.empty_like(p)) for p in self.parameters]
+            _copy(self.moments, resident)
+            self.moments = resident
 
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint keeps, by name: the moments of the i-th parameter, and the number of steps taken."""
         state = {"num_steps": torch.tensor(self.num_steps)}
-        for index, moments in enumerate(self.moments):
+        kept = self.moments.views() if isinstance(self.moments, PagedMoments) else self.moments
+        for index, moments in enumerate(kept):
             state |= {f"{index}.exp_avg": moments.exp_avg, f"{index}.exp_avg_sq": moments.exp_avg_sq}
         return state
 
@@ -89,3 +115,9 @@ class AdamW:
             )
             increment_version(parameter)  # the kernel writes past autograd, and copies of the masters must notice
             parameter.grad = None
+
+
+def _copy(source: Iterable[Moments], target: Iterable[Moments]) -> None:
+    for read, written in zip(source, target, strict=True):
+        written.exp_avg.copy_(read.exp_avg)
+        written.exp_avg_sq.copy_(read.exp_avg_sq)

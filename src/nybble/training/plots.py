@@ -1,8 +1,9 @@
-"""`loss.png`: training and held-out loss over the steps of a run."""
+"""Pictures: training and held-out loss over the steps of a run; what strategies take against a budget."""
 
 from pathlib import Path
 from typing import BinaryIO
 
+from nybble.memory.planner import Plans
 from nybble.training.events import read_events
 
 _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
@@ -29,6 +30,26 @@ def draw_loss(events: Path, out: Path | BinaryIO) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=120, format="png")
+
+
+def draw_plans(plans: Plans, out: Path) -> None:
+    """Draw the best plan of each strategy as a stacked bar of its components, and the budget as a line."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for plan in plans.best for name in plan.components))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.subplots()
+    labels = [plan.strategy for plan in plans.best]
+    left = [0.0] * len(labels)
+    for i, name in enumerate(names):
+        sizes = [plan.components.get(name, 0) / 1e9 for plan in plans.best]
+        axes.barh(labels, sizes, left=left, label=name, color=f"C{i % 10}", hatch="//" if i >= 10 else None)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    axes.axvline(plans.machine.budget_bytes / 1e9, color="black", linestyle="--", label="budget")
+    axes.invert_yaxis()
+    axes.set_xlabel("GB at the highest moment")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out, dpi=120)
 
 
 def _running_mean(values: list[float]) -> list[float]:

@@ -25,14 +25,19 @@ from nybble.errors import RunError
 from nybble.formats.disk import write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import choose_backbone
-from nybble.layers.convert import attach_adapters, resolve_targets
+from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory
+from nybble.memory.offload import ActivationFile
+from nybble.memory.planner import Plan
+from nybble.memory.store import DiskBlockStore, open_store
 from nybble.models.adapter_init import check_initialisable, initialise_adapters
+from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
 from nybble.models.mixed import MixedFormats
+from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
 from nybble.training.base import (
     QualityChoice,
@@ -45,10 +50,10 @@ from nybble.training.base import (
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.display import Display
-from nybble.training.events import EventLog, rewind_events
+from nybble.training.events import EventLog, read_events, rewind_events
 from nybble.training.loop import LoopResult, train_loop
 from nybble.training.mixed import measure_mixed, read_formats, show_mixed, some_windows, write_formats
-from nybble.training.plan import RunPlan, plan_run, show_measured, show_plan, write_plan
+from nybble.training.plan import check_peak, plan_run, show_measured, show_plans, write_plan
 from nybble.training.plots import draw_loss
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 from nybble.training.run_folder import RunFolder
@@ -71,6 +76,7 @@ class TrainedRun:
     template: ChatTemplate
     data: PreparedData
     result: LoopResult
+    streamed: bool
 
 
 def train(config: TrainConfig, console: Console) -> TrainedRun:
@@ -138,7 +144,13 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     base_source = _base_source(config, run, source, specs, text, choice, dtype, console)
 
     with PeakMemory(device) as memory:
-        model = load_base(config, base_source, specs, dtype, device, console)
+        skeleton = build_skeleton(base_source.config, dtype)
+        plans, freed = plan_run(config, base_source, skeleton, specs, data.train, data.validation, dtype, device)
+        plan = plans.chosen or plans.smallest  # without --memory the smallest is tried in any case
+        show_plans(console, plans)
+        store = open_blocks(base_source, skeleton, plan)
+        del skeleton
+        model = load_base(config, base_source, specs, dtype, device, console, store, stream_ends=plan.stream_ends)
         attach_adapters(
             model,
             resolve_targets(model, _target_names(config)),
@@ -151,14 +163,12 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         if config.init != "default" and resumed is None:
             windows = some_windows(text().windows, INIT_TOKENS) if config.init == "activation" else None
             initialise_adapters(model, source, windows)
-        plan = plan_run(config, quant_spec(config), model, data, dtype, device)
-        backbone = choose_backbone(model, keep=plan.keep, packing=config.packing)
-        console.print(f"computing through: {backbone.name}", highlight=False)
-        show_plan(console, plan)
-
         if not config.resume:
             run.create(config.overwrite)
             adopt_base(run)
+        kept = ActivationFile(run.path, plan.file_bytes) if plan.offloaded else None
+        backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
+        console.print(f"computing through: {backbone.name}", highlight=False)
         options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
         write_complete(run.config, options)  # first: from here on there is a run to go on with
         if mixed is not None:
@@ -197,6 +207,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
                 display=display,
                 checkpoints=checkpoints,
                 resumed=resumed,
+                paged=plan.paged,
+                check_peak=None if config.memory is None else partial(check_peak, plans, freed),
             )
         training_s = time.perf_counter() - started
     events.write(
@@ -204,12 +216,15 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     )
     events.close()
     _save_tokenizer(template, run)
-    write_plan(run.plan, plan, backbone.name, choice, memory)
+    steps = sorted(event["step_s"] for event in read_events(run.events, "step"))
+    step_s = steps[len(steps) // 2] if steps else 0.0
+    measured = {"peak_bytes": memory.peak_bytes, "start_bytes": memory.start_bytes, "step_s": step_s}
+    write_plan(run.plan, plans, backbone.name, choice, measured)
     draw_loss(run.events, run.loss_plot)
     draw_lengths(data.lengths(), config.max_seq_len, run.lengths_plot)
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
-    show_measured(console, plan, memory)
-    return TrainedRun(config, run, source, model, template, data, result)
+    show_measured(console, plan, memory, step_s)
+    return TrainedRun(config, run, source, model, template, data, result, store is not None)
 
 
 def _base_source(
@@ -257,12 +272,15 @@ def _save_tokenizer(template: ChatTemplate, run: RunFolder) -> None:
 
 
 def _settled(
-    config: TrainConfig, plan: RunPlan, choice: QualityChoice | None, dtype: torch.dtype, device: torch.device
+    config: TrainConfig, plan: Plan, choice: QualityChoice | None, dtype: torch.dtype, device: torch.device
 ) -> dict[str, str | int]:
     """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
     return {
         "keep": plan.keep,
         "micro_batch_size": plan.micro_batch_size,
+        "stream_base": "never" if plan.resident_blocks is None else "always",
+        "page_optimizer": "always" if plan.paged else "never",
+        "offload_activations": "always" if plan.offloaded else "never",
         "threads": torch.get_num_threads(),
         "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
         "device": device.type,
@@ -289,10 +307,30 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     console: Console,
+    store: DiskBlockStore | None = None,
+    stream_ends: bool = False,
 ) -> "PreTrainedModel":
-    """The frozen base of a run, with a progress bar over its tensors. A source in four bits keeps its own."""
+    """The frozen base of a run, but what is streamed, with a progress bar. A source in four bits keeps its own."""
     progress = partial(track, description="loading", console=console, transient=True)
-    return load_model(source, specs, dtype, device, progress, data_free_quality(config))
+    names = () if store is None else store.names
+    return load_model(
+        source,
+        specs,
+        dtype,
+        device,
+        progress,
+        data_free_quality(config),
+        stream_linears_of=names,
+        stream_ends=stream_ends,
+    )
+
+
+def open_blocks(source: ModelSource, skeleton: "PreTrainedModel", plan: Plan) -> DiskBlockStore | None:
+    """The store of a base that the plan streams, else None."""
+    if plan.resident_blocks is None:
+        return None
+    assert isinstance(source, FolderSource), source
+    return open_store(source, quantizable_linears(skeleton), plan.resident_blocks)
 
 
 def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -> PreparedData:

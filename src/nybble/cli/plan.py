@@ -1,0 +1,36 @@
+"""`nybble plan`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nybble.config import PlanConfig, build_options
+
+
+def plan(
+    given: dict[str, Any],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plans as one JSON object, for machines.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the strategies as bars against the budget.")
+    ] = None,
+) -> int:
+    """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
+    config = build_options(PlanConfig, given)
+    from nybble.training.foresee import foresee
+    from nybble.training.plan import plans_json, show_plans
+    from nybble.training.plots import draw_plans
+
+    plans, ask, freed = foresee(config)
+    if plot is not None:
+        draw_plans(plans, plot)
+    if as_json:
+        typer.echo(json.dumps(plans_json(plans), indent=2))
+    else:
+        show_plans(Console(), plans)
+    from nybble.memory.planner import require
+
+    require(plans, ask, freed)
+    return 0

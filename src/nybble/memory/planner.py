@@ -1,0 +1,354 @@
+"""What a run could do to fit: every strategy, micro-batch and choice of what blocks keep; the fastest that fits.
+
+    full 16-bit              every weight trained; for comparison, nybble trains adapters
+    LoRA 16-bit              adapters on the 16-bit base
+    4-bit                    QLoRA, all of it in memory
+    4-bit, optimizer paged   its state in a file
+    4-bit, base from RAM     blocks of the base read where they are used, from memory beside the budget
+    4-bit, base from disk    the same from a folder that no memory holds
+
+Bytes come from `costs.predict`. Seconds are the products at the machine's speed, dequantisation and the optimizer at
+that of its memory, a constant for each block entered, and reading where it takes longer than what it hides behind.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from nybble.errors import PlanError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.memory.costs import (
+    ADAM_BYTES,
+    TOKEN_MULTIPLE,
+    ModelShape,
+    TrainingShape,
+    base_bytes,
+    block_bytes,
+    end_bytes,
+    kept_bytes,
+    predict,
+    work_of,
+)
+from nybble.memory.machine import Machine
+from nybble.memory.pager import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from nybble.layers.decoder_block import Keep
+
+KEEPS: "tuple[Keep, ...]" = ("everything", "attention", "nothing")
+BLOCK_S = {"cpu": 5e-3, "cuda": 2e-4}  # a block's small kernels and their calls, forward or backward
+STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
+STREAMING_OVERHEAD = 1.03  # of a step; where two plans take as long, the simpler one is chosen
+MOST_TOKEN_COUNTS = 7  # beyond the first that are planned for
+PAGES_HELD = 3  # of the optimizer: read ahead, updated, written behind
+FULL, LORA16, FOUR, PAGED = "full 16-bit", "LoRA 16-bit", "4-bit", "4-bit, optimizer paged"
+FROM_RAM, FROM_DISK = "4-bit, base from RAM", "4-bit, base from disk"
+STRATEGIES = (FULL, LORA16, FOUR, PAGED, FROM_RAM, FROM_DISK)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a run wants.
+
+    Args:
+        shape: of the model.
+        lengths, supervised: tokens of the rows, and those of them that are predicted; longest first.
+        rows_per_step: of one optimizer step.
+        micro_batch_sizes: to choose among.
+        keeps: to choose among.
+        adapter_parameters, rank: P and r.
+        largest_adapter: parameters of the largest A or B.
+        compute_bytes: of an activation.
+        spec: the 4-bit format; what strategies in 16 bits ignore.
+        path: "blocks" or "generic".
+        chunk_bytes, panel_bytes: of the loss head.
+        pagings: whether the optimizer's state may be paged, to choose among.
+        offloads: whether what blocks keep may go to a file, to choose among.
+        barred: strategy -> why this run cannot use it.
+        mixed_bits: bits a weight where the layers of the base have several formats.
+    """
+
+    shape: ModelShape
+    lengths: tuple[int, ...]
+    supervised: tuple[int, ...]
+    rows_per_step: int
+    micro_batch_sizes: tuple[int, ...]
+    keeps: "tuple[Keep, ...]"
+    adapter_parameters: int
+    largest_adapter: int
+    rank: int
+    compute_bytes: int
+    spec: QuantSpec
+    path: str
+    chunk_bytes: int
+    panel_bytes: int
+    pagings: tuple[bool, ...]
+    offloads: tuple[bool, ...]
+    barred: dict[str, str]
+    mixed_bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run, and what it should cost.
+
+    Args:
+        strategy: one of STRATEGIES.
+        resident_blocks: of a streamed base, else None.
+        stream_ends: embedding and head are read where they are used.
+        paged: the optimizer's state is in a file.
+        file_bytes: what blocks keep in a file, 0 where they keep it in memory.
+        components: bytes at the highest moment; they add up to `peak_bytes`.
+        step_s: seconds an optimizer step.
+        why_not: empty where the plan fits and may be chosen.
+    """
+
+    strategy: str
+    micro_batch_size: int
+    keep: "Keep"
+    resident_blocks: int | None
+    stream_ends: bool
+    paged: bool
+    file_bytes: int
+    components: dict[str, int]
+    step_s: float
+    why_not: str = ""
+
+    @property
+    def offloaded(self) -> bool:
+        return self.file_bytes > 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.components.values())
+
+    def describe(self) -> str:
+        """In a few words: what is chosen."""
+        rows = "row" if self.micro_batch_size == 1 else "rows"
+        words = [self.strategy, f"{self.micro_batch_size} {rows} at once", f"blocks keep {self.keep}"]
+        words += ["in a file"] if self.offloaded else []
+        if self.resident_blocks is not None:
+            words.append(f"{self.resident_blocks} blocks resident")
+            words += ["embedding and head streamed"] if self.stream_ends else []
+            words += ["optimizer paged"] if self.paged else []
+        return ", ".join(words)
+
+    def flags(self) -> str:
+        """The options that ask for this plan."""
+        words = [f"--micro-batch-size {self.micro_batch_size}", f"--keep {self.keep}"]
+        words += [] if self.resident_blocks is None else ["--stream-base always"]
+        words += ["--offload-activations always"] if self.offloaded else []
+        return " ".join(words + (["--page-optimizer always"] if self.paged else []))
+
+    def to_json(self) -> dict[str, Any]:
+        fields = (
+            "strategy",
+            "micro_batch_size",
+            "keep",
+            "resident_blocks",
+            "stream_ends",
+            "paged",
+            "offloaded",
+            "peak_bytes",
+        )
+        record = {name: getattr(self, name) for name in fields}
+        record |= {"step_s": round(self.step_s, 4), "components": self.components}
+        return record | ({"why_not": self.why_not} if self.why_not else {})
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Every candidate, and what was made of them.
+
+    Args:
+        chosen: the fastest that fits and is allowed, else None.
+        best: of each strategy, the fastest that fits or else the smallest.
+    """
+
+    machine: Machine
+    chosen: Plan | None
+    best: tuple[Plan, ...]
+    candidates: tuple[Plan, ...]
+
+    @property
+    def smallest(self) -> Plan:
+        """Of those that are allowed."""
+        allowed = [plan for plan in self.candidates if not plan.why_not or plan.why_not.startswith("needs")]
+        return min(allowed or self.candidates, key=lambda plan: plan.peak_bytes)
+
+    @property
+    def rejected(self) -> tuple[Plan, ...]:
+        """The best of each strategy that was not chosen, each with its reason."""
+        if self.chosen is None:
+            return self.best
+        others = []
+        for plan in self.best:
+            if plan.strategy != self.chosen.strategy:
+                slower = f"fits, but a step takes {plan.step_s / self.chosen.step_s:.2f} times as long"
+                others.append(replace(plan, why_not=plan.why_not or slower))
+        return tuple(others)
+
+
+def make_plans(ask: Ask, machine: Machine) -> Plans:
+    """Every plan there is for `ask`, the choice among them, and the best of each strategy."""
+    candidates = tuple(_candidates(ask, machine))
+    fitting = [plan for plan in candidates if not plan.why_not]
+    # Within one strategy seconds decide; memory that would be left over costs nothing.
+    chosen = min(fitting, key=lambda plan: (plan.step_s, plan.peak_bytes), default=None)
+    best = []
+    for strategy in STRATEGIES:
+        plans = [plan for plan in candidates if plan.strategy == strategy]
+        within = [plan for plan in plans if plan.peak_bytes <= machine.budget_bytes]
+        if within:
+            best.append(min(within, key=lambda plan: (plan.step_s, plan.peak_bytes)))
+        elif plans:
+            best.append(min(plans, key=lambda plan: plan.peak_bytes))
+    return Plans(machine, chosen, tuple(best), candidates)
+
+
+def _candidates(ask: Ask, machine: Machine) -> Iterable[Plan]:
+    for strategy in STRATEGIES:
+        for size in ask.micro_batch_sizes:
+            for keep in ask.keeps:
+                for paged in _pagings(ask, strategy):
+                    for offloaded in (False,) if keep == "everything" or strategy == FULL else ask.offloads:
+                        yield _plan(ask, machine, strategy, size, keep, paged, offloaded)
+
+
+def _pagings(ask: Ask, strategy: str) -> tuple[bool, ...]:
+    if strategy in (FOUR, PAGED):
+        return (strategy == PAGED,)
+    return (False,) if strategy == FULL else ask.pagings
+
+
+def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", paged: bool, offloaded: bool) -> Plan:
+    streamed = strategy in (FROM_RAM, FROM_DISK)
+    stream_ends = streamed and end_bytes(ask.shape) >= STREAMED_ENDS_BYTES
+    tokens = sum(ask.lengths[:size])
+    training = TrainingShape(
+        tokens=-(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE if ask.path == "blocks" else tokens,
+        supervised_tokens=sum(ask.supervised[:size]),
+        adapter_parameters=0 if strategy == FULL else ask.adapter_parameters,
+        rank=0 if strategy == FULL else ask.rank,
+        compute_bytes=ask.compute_bytes,
+        spec=None if strategy in (FULL, LORA16) else ask.spec,
+        path=ask.path,
+        keep=keep,
+        chunk_bytes=ask.chunk_bytes,
+        mixed_bits=ask.mixed_bits,
+        micro_batches=-(-ask.rows_per_step // size),
+        resident_blocks=0 if streamed else None,
+        stream_ends=stream_ends,
+        panel_bytes=ask.panel_bytes,
+        page_bytes=PAGES_HELD * max(PAGE_BYTES, ADAM_BYTES * ask.largest_adapter) if paged else None,
+        offload=offloaded,
+        token_counts=_token_counts(ask.lengths, size) if machine.kind == "cpu" else 0,
+        full=strategy == FULL,
+    )
+    if streamed:
+        room = machine.budget_bytes - _peak(ask, machine, training)
+        per_block = block_bytes(ask.shape, ask.spec, ask.mixed_bits)
+        resident = min(max(0, room // per_block), ask.shape.num_layers - 1)
+        training = replace(training, resident_blocks=int(resident))
+    components = {"the process itself": machine.process_bytes} | predict(ask.shape, training)
+    file_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
+    step_s = _step_seconds(ask, machine, training, strategy, paged)
+    plan = Plan(strategy, size, keep, training.resident_blocks, stream_ends, paged, file_bytes, components, step_s)
+    return replace(plan, why_not=_why_not(ask, machine, plan))
+
+
+def _token_counts(lengths: Sequence[int], size: int) -> int:
+    """Different numbers of tokens, in multiples of TOKEN_MULTIPLE, that micro-batches may be expected to have."""
+    spread = sum(lengths[:size]) - sum(lengths[-size:])
+    return 1 + min(MOST_TOKEN_COUNTS, spread // (2 * TOKEN_MULTIPLE))
+
+
+def _peak(ask: Ask, machine: Machine, training: TrainingShape) -> int:
+    return machine.process_bytes + sum(predict(ask.shape, training).values())
+
+
+def _step_seconds(ask: Ask, machine: Machine, training: TrainingShape, strategy: str, paged: bool) -> float:
+    """Seconds an optimizer step: every micro-batch as the largest, then the update."""
+    work = work_of(ask.shape, training, ask.lengths[0])
+    compute = work.flops / machine.flops + 2 * work.weight_bytes / machine.ram_bytes_per_s
+    compute += work.block_passes * BLOCK_S[machine.kind]
+    speed = {FROM_RAM: machine.link_bytes_per_s, FROM_DISK: machine.disk_bytes_per_s}.get(strategy, float("inf"))
+    if training.offload:
+        compute += 2 * ask.shape.num_layers * kept_bytes(ask.shape, training) / machine.ram_bytes_per_s
+    trained = ask.shape.parameters if training.full else ask.adapter_parameters
+    update = (28 + (16 if paged else 0)) * trained / machine.ram_bytes_per_s
+    micro_batch = compute if speed == float("inf") else STREAMING_OVERHEAD * max(compute, work.read_bytes / speed)
+    return training.micro_batches * micro_batch + update
+
+
+def _why_not(ask: Ask, machine: Machine, plan: Plan) -> str:
+    if plan.strategy in ask.barred:
+        return ask.barred[plan.strategy]
+    if plan.peak_bytes > machine.budget_bytes:
+        return f"needs {plan.peak_bytes / 1e9:.2f} GB, {(plan.peak_bytes - machine.budget_bytes) / 1e9:.2f} GB too many"
+    if plan.strategy == FROM_RAM:
+        assert plan.resident_blocks is not None
+        resident = plan.resident_blocks * block_bytes(ask.shape, ask.spec, ask.mixed_bits)
+        kept = (
+            base_bytes(ask.shape, ask.spec, ask.mixed_bits)
+            - resident
+            + (end_bytes(ask.shape) if plan.stream_ends else 0)
+        )
+        if kept > machine.host_bytes:
+            return f"needs {kept / 1e9:.2f} GB of memory beside the budget; there are {machine.host_bytes / 1e9:.2f} GB"
+    return ""
+
+
+def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
+    """The chosen plan.
+
+    Args:
+        freed: the same run with every choice left to the planner, where the user fixed some.
+
+    Raises:
+        PlanError: nothing fits; the message names the nearest plan that does, or the smallest and what would change it.
+    """
+    if plans.chosen is not None:
+        return plans.chosen
+    smallest, machine = plans.smallest, plans.machine
+    got = (
+        f"The smallest plan takes {smallest.peak_bytes / 1e9:.2f} GB ({smallest.describe()}); "
+        f"the budget is {machine.budget_bytes / 1e9:.2f} GB."
+    )
+    nearest = make_plans(freed, machine).chosen if freed is not None else None
+    if nearest is not None:
+        raise PlanError(
+            got,
+            f"What fits: {nearest.describe()}, with {nearest.peak_bytes / 1e9:.2f} GB.",
+            f"Leave these options to nybble, or take {nearest.flags()}.",
+        )
+    raise PlanError(got, _largest_parts(smallest), f"What would change it: {'; '.join(_ways_down(ask, machine))}.")
+
+
+def _largest_parts(plan: Plan) -> str:
+    parts = sorted(plan.components.items(), key=lambda part: -part[1])[:4]
+    return "Its largest parts: " + ", ".join(f"{name} {num_bytes / 1e9:.2f} GB" for name, num_bytes in parts) + "."
+
+
+def _ways_down(ask: Ask, machine: Machine) -> list[str]:
+    """Changes of what is asked, each with the smallest plan's bytes after it."""
+
+    def smallest(changed: Ask) -> str:
+        return f"{make_plans(changed, machine).smallest.peak_bytes / 1e9:.2f} GB"
+
+    half = replace(ask, lengths=_halved(ask.lengths), supervised=_halved(ask.supervised))
+    ways = [f"--max-seq-len {half.lengths[0]} ({smallest(half)})"]
+    if ask.rank > 4:
+        share = replace(
+            ask, rank=4, adapter_parameters=ask.adapter_parameters * 4 // ask.rank,
+            largest_adapter=ask.largest_adapter * 4 // ask.rank,
+        )  # fmt: skip
+        ways.append(f"--rank 4 ({smallest(share)})")
+    for strategy in (FROM_DISK, PAGED):
+        if strategy in ask.barred and ask.barred[strategy].endswith("."):
+            ways.append(ask.barred[strategy].removesuffix("."))
+    return ways
+
+
+def _halved(lengths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(max(1, length // 2) for length in lengths)

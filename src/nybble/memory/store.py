@@ -1,0 +1,173 @@
+"""The block store: a streamed base's blocks, read from its 4-bit folder where they are used.
+
+A run visits blocks 0, 1, .. L-1 and in backward L-1, .. 0. Least-recently-used caching keeps nothing useful on such a
+scan, so a fixed set of blocks, spread evenly, stays resident, and the others pass through two buffers: one is computed
+with while a thread reads the next in the direction of travel into the other. A block's recomputation and backward
+share one fetch. Where pages of the folder fit into memory beside the run, the system's file cache keeps them.
+
+Reads are plain `pread`s, not mapped pages: a disk that fails or a file that shrank is an exception in the step that
+needed it, before the optimizer touches anything.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nybble.formats.bnb import StoredWeight
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.formats.safetensors_io import TensorEntry, read_exactly
+from nybble.models.folder_source import FolderSource
+
+ALIGNMENT = 64  # bytes; a cache line
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """A linear layer of a block: its layout, and the stored tensors it is made of."""
+
+    weight: StoredWeight
+    entries: Mapping[str, TensorEntry]
+
+
+class DiskBlockStore:
+    """Blocks of a base in a 4-bit folder.
+
+    Args:
+        blocks: for each block in order, linear layer's name -> where it is stored.
+        num_resident: blocks that stay in memory.
+
+    Raises:
+        ModelError: reading fails, or a file ends too soon.
+    """
+
+    def __init__(self, blocks: Sequence[Mapping[str, StoredLinear]], num_resident: int):
+        assert 0 <= num_resident <= len(blocks), (num_resident, len(blocks))
+        self._blocks = blocks
+        self._block_of = {name: i for i, block in enumerate(blocks) for name in block}
+        self._places = [_places(block) for block in blocks]  # of each linear, in its block's buffer
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-blocks")
+        self.block_reads = 0
+        self._resident = {i: self._fresh(i) for i in spread(num_resident, len(blocks))}
+        for i, buffer in self._resident.items():
+            self._read(i, buffer)
+        streamed = [i for i in range(len(blocks)) if i not in self._resident]
+        largest = max((self._bytes(i) for i in streamed), default=0)
+        self._free = [torch.empty(largest, dtype=torch.uint8) for _ in streamed[:2]]
+        self._current: tuple[int, Tensor] | None = None
+        self._coming: tuple[int, Tensor, Future[None]] | None = None
+        self._at, self._forward, self._will_return = 0, True, False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the linear layers whose bytes it has."""
+        return tuple(self._block_of)
+
+    def begin(self, *, will_return: bool) -> None:
+        self._at, self._forward, self._will_return = 0, True, will_return
+
+    def fetch(self, name: str) -> QuantizedTensor:
+        block = self._block_of[name]
+        if block < self._at:
+            self._forward = False
+        self._at = block
+        buffer = self._resident.get(block)
+        if buffer is None:
+            buffer = self._stream(block)
+        self._prefetch()
+        start, end = self._places[block][name]
+        return self._blocks[block][name].weight.view(buffer[start:end])
+
+    def _stream(self, block: int) -> Tensor:
+        """The block's bytes in one of the two buffers."""
+        if self._current is not None and self._current[0] == block:
+            return self._current[1]
+        if self._coming is None or self._coming[0] != block:
+            self._start(block)
+        assert self._coming is not None
+        _, buffer, reading = self._coming
+        self._coming = None
+        if self._current is not None:
+            self._free.append(self._current[1])
+            self._current = None
+        try:
+            reading.result()
+        except BaseException:
+            self._free.append(buffer)
+            raise
+        self._current = (block, buffer)
+        return buffer
+
+    def _prefetch(self) -> None:
+        coming = self._next()
+        if coming is not None and self._free and self._coming is None:
+            self._start(coming)
+
+    def _start(self, block: int) -> None:
+        if self._coming is not None:  # the guess was wrong: let it finish, its buffer is needed
+            _, buffer, reading = self._coming
+            reading.exception()
+            self._coming = None
+            self._free.append(buffer)
+        buffer = self._free.pop()
+        self._coming = (block, buffer, self._reader.submit(self._read, block, buffer))
+
+    def _next(self) -> int | None:
+        """The next block on the way that has to be read; None when there is only the one at work."""
+        last = len(self._blocks) - 1
+        onward = range(self._at + 1, last + 1) if self._forward else range(self._at - 1, -1, -1)
+        back = range(last, -1, -1) if self._forward and self._will_return else range(last + 1)
+        held = self._current[0] if self._current is not None else None
+        return next((i for way in (onward, back) for i in way if i not in self._resident and i != held), None)
+
+    def _fresh(self, block: int) -> Tensor:
+        return torch.empty(self._bytes(block), dtype=torch.uint8)
+
+    def _bytes(self, block: int) -> int:
+        return max(end for _, end in self._places[block].values())
+
+    def _read(self, block: int, buffer: Tensor) -> None:
+        for name, linear in self._blocks[block].items():
+            start, _ = self._places[block][name]
+            for part, at in linear.weight.pieces.items():
+                entry = linear.entries[part]
+                read_exactly(entry.file, entry.start, buffer[start + at : start + at + entry.nbytes].numpy().data)
+            if linear.weight.offset is not None:
+                at = start + linear.weight.packed_bytes
+                buffer[at : at + 4] = torch.tensor([linear.weight.offset]).view(torch.uint8)
+        self.block_reads += 1
+
+
+def open_store(source: FolderSource, linears: Sequence[str], num_resident: int) -> DiskBlockStore:
+    """The store of a model's blocks.
+
+    Args:
+        linears: names of all linear layers of the blocks, block after block, each stored in four bits.
+
+    Raises:
+        FormatError, ModelError: a weight is not stored as it is computed with, or cannot be read.
+    """
+    blocks: dict[str, dict[str, StoredLinear]] = {}
+    for name in linears:
+        block = re.match(r".*?\.\d+\.", name)
+        assert block is not None, name
+        blocks.setdefault(block.group(), {})[name] = StoredLinear(*source.stored(f"{name}.weight"))
+    return DiskBlockStore(list(blocks.values()), num_resident)
+
+
+def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:
+    """Where each linear lies in its block's buffer; scales begin at a multiple of four bytes."""
+    places, at = {}, 0
+    for name, linear in block.items():
+        at += -at % ALIGNMENT + -linear.weight.packed_bytes % 4
+        places[name] = (at, at + linear.weight.nbytes)
+        at += linear.weight.nbytes
+    return places
+
+
+def spread(count: int, total: int) -> list[int]:
+    """`count` of the numbers below `total`, evenly spread, so that reading hides behind the blocks between."""
+    return [i for i in range(total) if (i + 1) * count // total > i * count // total]

@@ -1,0 +1,142 @@
+"""A base streamed from its folder: the same bits as in memory, one read a block and pass, errors before the update."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nybble.config import load_config
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers import loss_head
+from nybble.layers.backbone import BlockBackbone
+from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
+from nybble.layers.loss_head import LossHead
+from nybble.memory.store import open_store, spread
+from nybble.models.load import load_model
+from nybble.models.save import quantize_folder
+from nybble.models.skeleton import build_skeleton
+from nybble.models.source import open_source
+from nybble.models.synth import synthesize
+from nybble.training.session import train
+
+TOKENS = 37
+
+
+@pytest.fixture(scope="module", params=["nf4", "int4_asym", "nf3", "nf2"])
+def folder(request, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("synth") / request.param
+    synthesize("tiny", QuantSpec(request.param, double_quant=request.param == "nf4"), path)
+    return path
+
+
+def gradients(folder, resident, stream_ends=False, dtype=torch.bfloat16, passes=2):
+    """Loss and adapter gradients of two micro-batches; `resident` None loads the whole base."""
+    source = open_source(str(folder))
+    linears = quantizable_linears(build_skeleton(source.config))
+    store = None if resident is None else open_store(source, linears, resident)
+    names = () if store is None else store.names
+    model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=stream_ends)
+    attach_adapters(model, resolve_targets(model, "all-linear"), rank=4, alpha=8, seed=1)
+    for adapter in adapters_of(model).values():
+        torch.nn.init.normal_(adapter.lora_B, std=0.01, generator=torch.Generator().manual_seed(2))
+    backbone, head = BlockBackbone(model, "nothing", store), LossHead.of(model)
+    ids = torch.arange(TOKENS).remainder(250)[None] + 3
+    positions, borders = torch.arange(TOKENS)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
+    losses = []
+    for _ in range(passes):
+        states = backbone.states(ids, positions, torch.arange(TOKENS), borders)
+        loss = head.loss(states, ids[0], TOKENS)
+        loss.backward()
+        losses.append(loss.item())
+    return losses, [p.grad for p in model.parameters() if p.requires_grad], store
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("resident", [0, 1, 3, 4])
+def test_streaming_changes_no_bit(folder, resident, dtype):
+    expected, expected_grads, _ = gradients(folder, None, dtype=dtype)
+    losses, grads, store = gradients(folder, resident, stream_ends=True, dtype=dtype)
+    assert losses == expected
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+    if resident == 0:  # up 0 1 2 3, down 2 1 0, up 1 2 3, down 2 1 0: ends are still there; 1 may be on its way again
+        assert store.block_reads in (13, 14)
+
+
+def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, monkeypatch):
+    whole, _, _ = gradients(folder, None)
+    monkeypatch.setattr(loss_head, "LARGE_HEAD_BYTES", 1)
+    monkeypatch.setattr(loss_head, "PANEL_BYTES", 2 * 256 * 320)  # of 1,024 rows: three panels and a part
+    expected, expected_grads, _ = gradients(folder, None)
+    losses, grads, _ = gradients(folder, 1, stream_ends=True)
+    assert losses == expected and expected == pytest.approx(whole, rel=1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_a_folder_that_shrinks_stops_the_pass(folder, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    source = open_source(str(copy))
+    store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0)
+    store.begin(will_return=True)
+    store.fetch(store.names[0])
+    weights = copy / "model.safetensors"
+    with weights.open("r+b") as stream:
+        stream.truncate(weights.stat().st_size // 3)
+    with pytest.raises(ModelError, match="ends at byte"):
+        for name in store.names:
+            store.fetch(name)
+
+
+def test_resident_blocks_are_spread():
+    assert spread(0, 5) == [] and spread(5, 5) == [0, 1, 2, 3, 4]
+    assert spread(2, 6) == [2, 5]
+
+
+def test_a_whole_run_streamed_and_paged_equals_a_resident_one(data, tmp_path):
+    folder = tmp_path / "model"
+    synthesize("tiny", QuantSpec(), folder)
+    digests = {}
+    for name, options in {
+        "resident": {"keep": "attention"},
+        "streamed": {
+            "stream_base": "always",
+            "page_optimizer": "always",
+            "offload_activations": "always",
+            "keep": "attention",
+        },
+    }.items():
+        given = {"model": folder, "data": data, "out": tmp_path / name, "max_steps": 3, "rank": 2, "rows_per_step": 4}
+        config = load_config(None, {key: str(value) for key, value in given.items()} | options)
+        train(config, Console(quiet=True))
+        digests[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        assert (plan["chosen"]["resident_blocks"] is not None) == (name == "streamed")
+        assert plan["chosen"]["paged"] == plan["chosen"]["offloaded"] == (name == "streamed")
+        assert plan["chosen"]["peak_bytes"] == sum(plan["chosen"]["components"].values())
+    assert digests["resident"] == digests["streamed"]
+
+
+def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, tmp_path):
+    source = open_source(str(tiny_model))
+    linears = quantizable_linears(build_skeleton(source.config))
+    specs = {name: QuantSpec(("nf4", "nf3", "nf2")[i % 3]) for i, name in enumerate(linears)}
+    quantize_folder(source, specs, tmp_path / "mixed")
+    quantize_folder(source, QuantSpec(), tmp_path / "nf4")
+    digests, base_bytes = {}, {}
+    for name, model, stream in (("whole", "mixed", "never"), ("streamed", "mixed", "always"), ("four", "nf4", "never")):
+        given = {"model": tmp_path / model, "data": data, "out": tmp_path / name, "max_steps": 1, "rows_per_step": 2}
+        options = {"stream_base": stream, "keep": "attention"}
+        train(load_config(None, {key: str(value) for key, value in given.items()} | options), Console(quiet=True))
+        digests[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        assert (plan["chosen"]["resident_blocks"] is not None) == (name == "streamed")
+        base_bytes[name] = plan["chosen"]["components"].get("base weights", 0)
+    assert digests["whole"] == digests["streamed"] != digests["four"]
+    model = load_model(open_source(str(tmp_path / "mixed")), QuantSpec(), torch.float32)
+    held = sum(model.get_submodule(name).quantized().nbytes for name in linears)
+    assert base_bytes["whole"] == pytest.approx(held, rel=1e-3) and held < base_bytes["four"]
