@@ -186,12 +186,16 @@ class SaveUnderStrace:
         shutil.copytree(self.before, self.folder)
         log = self.workplace / "strace"
         go, tell = os.pipe()
+        ready, say_ready = os.pipe()
 
         def work() -> None:
+            os.write(say_ready, b"x")
             os.read(go, 1)
             self.save(2)
 
         pid = in_fork(work, self.workplace / "errors")
+        os.close(say_ready)
+        os.read(ready, 1)  # else what is injected may hit the fork's own file of errors
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         tracer = subprocess.Popen(["strace", "-f", "-o", str(log), "-p", str(pid), *options], **quiet)  # type: ignore[call-overload]
         while "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text():
@@ -200,8 +204,8 @@ class SaveUnderStrace:
         os.write(tell, b"x")
         code = wait(pid)
         tracer.wait()
-        os.close(go)
-        os.close(tell)
+        for end in (go, tell, ready):
+            os.close(end)
         return code, log.read_text()
 
     def state(self) -> int:
