@@ -1,5 +1,6 @@
 """Loading the C++ kernels: one OpenMP pool, the choice of instruction set, and what is said without them."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from nybble.errors import KernelError
-from nybble.kernels import cpu
+from nybble.kernels import attention, block_cpu, cpu, decode_cpu
 
 needs_library = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
 
@@ -47,6 +48,49 @@ def test_threads_follow_torch():
         assert cpu.num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
+
+
+HUGE = 1 << 45  # elements: more than any address space has
+
+
+def gemv_of_huge_rows(_):
+    block_cpu._gemv(None, 0, 1, HUGE, 1, *[None] * 8, 1.0, 64, None)
+
+
+def decode_of_a_huge_model(_):
+    head = decode_cpu._Head(projection=decode_cpu._Projection(in_features=HUGE))
+    step = decode_cpu._Step(rows=1, capacity=1)
+    decode_cpu._decode(None, 0, ctypes.addressof(head), ctypes.addressof(step))
+
+
+def attention_of_many_heads(kernel):
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    arguments = attention._Arguments(
+        num_docs=1, cu_seqlens=bounds.data_ptr(), num_tokens=1, num_heads=HUGE, num_kv_heads=HUGE, head_dim=16
+    )
+    getattr(attention, kernel)(ctypes.byref(arguments))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("call", "kernel"),
+    [
+        (lambda _: block_cpu._cross_entropy(None, HUGE, 0, None, 1, HUGE, 1.0, None), "cross_entropy"),
+        (gemv_of_huge_rows, "gemv"),
+        (decode_of_a_huge_model, "decode"),
+        (attention_of_many_heads, "attention_forward"),
+        (attention_of_many_heads, "attention_backward"),
+    ],
+)
+@pytest.mark.parametrize("isa", cpu.supported_isas() if cpu.why_unavailable() is None else ())
+def test_a_kernel_without_memory_raises_and_the_next_call_is_fine(call, kernel, isa):
+    if kernel == "gemv" and isa in ("portable", "avx2"):
+        pytest.skip("this body needs no scratch memory")
+    with cpu.use_isa(isa):
+        with pytest.raises(MemoryError, match=kernel):
+            call(f"_{kernel.removeprefix('attention_')}_kernel")
+        logits = torch.zeros(1, 3)
+        assert torch.isfinite(block_cpu.cross_entropy_(logits, torch.tensor([1]), 1.0)).all()
 
 
 @needs_library

@@ -16,7 +16,7 @@ can be views of one fused [tokens, (heads + 2 * kv_heads) * head_dim] buffer, an
 import ctypes
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -313,7 +313,6 @@ class _Arguments(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
-        ("out_of_memory", ctypes.c_int32),
         ("q", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
@@ -359,12 +358,6 @@ def _arguments(cu_seqlens: Tensor, scale: float, window: int, lse: Tensor, **ten
     return arguments
 
 
-def _run(kernel: Callable[..., None], arguments: _Arguments) -> None:
-    kernel(ctypes.byref(arguments))
-    if arguments.out_of_memory:
-        raise MemoryError("attention could not allocate its scratch memory")
-
-
 def _missing_forward(q: Tensor, *others: object) -> str | None:
     """What the C++ body lacks for these arguments, or None."""
     if q.dtype not in (torch.float32, torch.bfloat16):
@@ -383,7 +376,7 @@ def _cpp_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     out, lse = _new_outputs(q, k, v, cu_seqlens, scale, window)
-    _run(_forward_kernel, _arguments(cu_seqlens, scale, window, lse, q=q, k=k, v=v, out=out))
+    _forward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, lse, q=q, k=k, v=v, out=out)))
     return out, lse
 
 
@@ -403,4 +396,4 @@ def _cpp_backward(
     dv: Tensor,
 ) -> None:
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
-    _run(_backward_kernel, _arguments(cu_seqlens, scale, window, lse, **tensors))
+    _backward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, lse, **tensors)))

@@ -27,7 +27,7 @@ from nybble.formats.double_quant import quantize_scales
 from nybble.formats.quantized_tensor import BITS, QuantSpec, ScaleParts, split_scales
 from nybble.kernels import registry
 
-ABI = 2  # nybble_cpu_abi() in csrc/runtime.cpp
+ABI = 3  # nybble_cpu_abi() in csrc/runtime.cpp
 ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # in the order of csrc/dispatch.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/vec.h, NybbleDtype
 LIBRARY_VARIABLE, ISA_VARIABLE = "NYBBLE_CPU_LIBRARY", "NYBBLE_CPU_ISA"
@@ -82,7 +82,10 @@ def why_unavailable() -> str | None:
 
 
 def function(name: str, *argument_types: type) -> Callable[..., None]:
-    """The kernel `nybble_<name>`, bound when first called. A pointer is an integer (`pointer`) or None."""
+    """The kernel `nybble_<name>`, bound when first called. A pointer is an integer (`pointer`) or None.
+
+    A call raises MemoryError where the kernel could not allocate its scratch memory; nothing was computed then.
+    """
 
     @functools.cache
     def bind() -> Callable[..., None]:
@@ -92,6 +95,8 @@ def function(name: str, *argument_types: type) -> Callable[..., None]:
 
     def call(*arguments: Any) -> None:
         bind()(*arguments)
+        if load().nybble_cpu_ran_out_of_memory():
+            raise MemoryError(f"{name} could not allocate its scratch memory")
 
     return call
 

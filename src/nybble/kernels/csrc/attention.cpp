@@ -21,11 +21,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "dispatch.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace nybble::NYBBLE_ISA {
@@ -378,21 +375,6 @@ struct Mask {
 
 // ---- scratch --------------------------------------------------------------------------------------------------------
 
-inline int num_threads() {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-inline int thread_index() {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 // Hands out consecutive 64-byte aligned pieces; with base == nullptr it only counts.
 struct Scratch {
     char* base;
@@ -405,9 +387,6 @@ struct Scratch {
         return piece;
     }
 };
-
-// Never of no bytes: nullptr then says that there is no memory.
-inline char* allocate(size_t bytes) { return (char*)aligned_alloc(64, size_t(round_up(int64_t(bytes) + 1, 64))); }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -554,10 +533,9 @@ void forward(NybbleAttention& p) {
     Scratch count{nullptr};
     ForwardScratch<W>(count, layout);
     const size_t per_thread = count.used;
-    char* memory = allocate(per_thread * num_threads() + size_t(num_tasks) * sizeof(ForwardTask));
-    p.out_of_memory = !memory;
+    char* memory = (char*)allocate_scratch(per_thread * max_threads() + size_t(num_tasks) * sizeof(ForwardTask));
     if (!memory) return;
-    ForwardTask* tasks = (ForwardTask*)(memory + per_thread * num_threads());
+    ForwardTask* tasks = (ForwardTask*)(memory + per_thread * max_threads());
 
     int64_t n = 0;
     // Key head by key head, so that its keys stay in the cache; within one the costliest first, so that threads end at
@@ -822,8 +800,7 @@ void backward(NybbleAttention& p) {
         num_tasks += p.num_kv_heads *
                      split(nullptr, 0, p.cu_seqlens[doc + 1] - p.cu_seqlens[doc], 0, p.window, limit);
 
-    BackwardTask* tasks = (BackwardTask*)allocate(size_t(num_tasks) * sizeof(BackwardTask));
-    p.out_of_memory = !tasks;
+    BackwardTask* tasks = (BackwardTask*)allocate_scratch(size_t(num_tasks) * sizeof(BackwardTask));
     if (!tasks) return;
     int64_t n = 0, partial_sums = 0;
     for (int64_t tiles = most_tiles; tiles > 0; --tiles)  // the costliest first
@@ -846,10 +823,9 @@ void backward(NybbleAttention& p) {
     Scratch count{nullptr};
     BackwardScratch<W>(count, layout, most_tiles);
     const size_t per_thread = count.used;
-    char* memory = allocate(per_thread * num_threads() + size_t(partial_sums) * sizeof(float));
-    p.out_of_memory = !memory;
+    char* memory = (char*)allocate_scratch(per_thread * max_threads() + size_t(partial_sums) * sizeof(float));
     if (!memory) return free(tasks);
-    float* partials = (float*)(memory + per_thread * num_threads());
+    float* partials = (float*)(memory + per_thread * max_threads());
 
 #pragma omp parallel
     {

@@ -12,7 +12,6 @@ struct NybbleAttention {
     int64_t num_tokens, num_heads, num_kv_heads, head_dim;
     int64_t window;  // a token sees this many tokens, itself included; 0: all before it
     float scale;
-    int32_t out_of_memory;  // written: 1 when scratch could not be allocated and nothing was computed, else 0
 
     const void *q, *k, *v;
     int64_t q_stride, k_stride, v_stride;

@@ -7,6 +7,7 @@
 #include <cstdlib>
 
 #include "dispatch.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace nybble::NYBBLE_ISA {
@@ -43,9 +44,12 @@ static float one_row(T* x, int64_t target, int64_t width, float gradient_scale, 
 template <typename T>
 static void rows_in_place(T* logits, int64_t stride, const int64_t* targets, int64_t rows, int64_t width,
                           float gradient_scale, float* losses) {
+    const int64_t per_thread = (width + 15) / 16 * 16;
+    float* memory = (float*)allocate_scratch(size_t(max_threads() * per_thread) * sizeof(float));
+    if (!memory) return;
 #pragma omp parallel if (rows * width > 16384)
     {
-        float* exponentials = (float*)aligned_alloc(64, size_t((width * 4 + 63) / 64 * 64));
+        float* exponentials = memory + thread_index() * per_thread;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; ++row) {
             T* x = logits + row * stride;
@@ -56,8 +60,8 @@ static void rows_in_place(T* logits, int64_t stride, const int64_t* targets, int
                 memset(x, 0, size_t(width) * sizeof(T));
             }
         }
-        free(exponentials);
     }
+    free(memory);
 }
 
 void cross_entropy(void* logits, int64_t stride, int dtype, const int64_t* targets, int64_t rows, int64_t width,

@@ -11,15 +11,12 @@
 // values are rounded, to the cache's type; four-bit products run in that type (gemv.h), dense ones and adapters in fp32.
 //
 // The structs below are filled by kernels/decode_cpu.py, once a model but for Step.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "dispatch.h"
 #include "gemv.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
+#include "threads.h"
 
 namespace nybble::NYBBLE_ISA {
 
@@ -376,20 +373,12 @@ static size_t lay_out(Buffers& b, const Layer* layers, int64_t num_layers, const
 template <typename T>
 static void through_all(const Layer* layers, int64_t num_layers, const Head& head, const Step& s) {
     Buffers buffers;
-#ifdef _OPENMP
-    const int64_t most_threads = omp_get_max_threads();
-#else
-    const int64_t most_threads = 1;
-#endif
-    char* memory = (char*)aligned_alloc(64, lay_out<T>(buffers, layers, num_layers, head, s, most_threads, nullptr));
-    lay_out<T>(buffers, layers, num_layers, head, s, most_threads, memory);
+    char* memory = (char*)allocate_scratch(lay_out<T>(buffers, layers, num_layers, head, s, max_threads(), nullptr));
+    if (!memory) return;
+    lay_out<T>(buffers, layers, num_layers, head, s, max_threads(), memory);
 #pragma omp parallel
     {
-#ifdef _OPENMP
-        const Team team{omp_get_thread_num(), omp_get_num_threads()};
-#else
-        const Team team{0, 1};
-#endif
+        const Team team{thread_index(), num_threads()};
         for (int64_t i = 0; i < num_layers; ++i) through_layer<T>(team, layers[i], i, s, buffers);
         norm_rows(team, head.norm, s.x, s.rows, head.projection.in, buffers.normed);
         project<T>(team, head.projection, buffers, buffers.normed, s.rows, s.logits, false);

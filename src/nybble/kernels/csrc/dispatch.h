@@ -14,6 +14,7 @@
 // portable body could then execute AVX-512), and no std:: function template is called from a kernel.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #define NYBBLE_EXPORT __attribute__((visibility("default")))
@@ -25,6 +26,10 @@ enum Isa : int { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512BF16 = 3 };
 
 // The set in use: the best that this machine has, or a lower one that was asked for (nybble_cpu_set_isa).
 Isa current_isa();
+
+// Memory for a kernel's own use, aligned to 64 bytes, to be freed; asked for outside parallel regions. nullptr where
+// there is none: the kernel returns at once, and its caller learns why from nybble_cpu_ran_out_of_memory.
+void* allocate_scratch(size_t bytes);
 
 }  // namespace nybble
 

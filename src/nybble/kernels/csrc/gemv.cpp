@@ -7,7 +7,8 @@ namespace nybble::NYBBLE_ISA {
 
 template <typename T>
 static void few_rows(const PackedMatrix& w, int64_t out_features, const T* x, int64_t rows, T* y) {
-    void* memory = aligned_alloc(64, FewRows<T, T>::bytes(rows, w.in));
+    void* memory = allocate_scratch(FewRows<T, T>::bytes(rows, w.in));
+    if (!memory) return;
     const FewRows<T, T> operand(x, rows, w.in, memory);
     for (int64_t piece = 0; piece < operand.pieces(); ++piece) operand.arrange(piece);
 #pragma omp parallel if (w.in * out_features > 16384)

@@ -1,5 +1,6 @@
 // What the library says about itself, and the choice of body. Compiled once, for any machine.
 #include <atomic>
+#include <cstdlib>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -30,12 +31,21 @@ static std::atomic<int>& chosen_isa() {
 
 Isa current_isa() { return Isa(chosen_isa().load(std::memory_order_relaxed)); }
 
+// Of the thread that called the kernel: several may be in kernels at once.
+static thread_local bool ran_out_of_memory = false;
+
+void* allocate_scratch(size_t bytes) {
+    void* memory = aligned_alloc(64, (bytes / 64 + 1) * 64);  // never of no bytes, for which nullptr is no failure
+    ran_out_of_memory = ran_out_of_memory || !memory;
+    return memory;
+}
+
 }  // namespace nybble
 
 extern "C" {
 
 // Raised whenever a signature changes; kernels/cpu.py refuses a library of another number.
-NYBBLE_EXPORT int nybble_cpu_abi() { return 2; }
+NYBBLE_EXPORT int nybble_cpu_abi() { return 3; }
 
 NYBBLE_EXPORT int nybble_cpu_best_isa() { return nybble::best_isa(); }
 NYBBLE_EXPORT int nybble_cpu_isa() { return nybble::current_isa(); }
@@ -54,6 +64,13 @@ NYBBLE_EXPORT int nybble_cpu_num_threads() {
 #else
     return 1;
 #endif
+}
+
+// Whether a kernel that this thread called since it last asked could not allocate its scratch memory and did nothing.
+NYBBLE_EXPORT int nybble_cpu_ran_out_of_memory() {
+    const bool answer = nybble::ran_out_of_memory;
+    nybble::ran_out_of_memory = false;
+    return answer;
 }
 
 NYBBLE_EXPORT const char* nybble_cpu_compiler() { return __VERSION__; }
