@@ -216,7 +216,7 @@ class QualityOptions(CalibrationOptions):
         "How scales and levels are chosen, in the same bytes. absmax: by each block's largest magnitude, as "
         "bitsandbytes. search: by least error of the weights. calibrated: by least error of each layer's output on "
         "text. auto: train calibrates where that takes under a tenth of the training, quantize where --calibrate is "
-        "given; else search.",
+        "given; else absmax.",
     )
 
     mixed: float | None = knob(

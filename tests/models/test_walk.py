@@ -159,7 +159,7 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
     assert lost["calibrated"] < lost["search"] < lost["absmax"]
 
 
-def test_a_model_that_cannot_be_walked_is_searched_and_says_so(make_folder, tmp_path: Path, monkeypatch) -> None:
+def test_a_model_that_cannot_be_walked_gets_absmax_and_says_so(make_folder, tmp_path: Path, monkeypatch) -> None:
     def refuse(*arguments: object) -> None:
         raise WalkError("its layers are a maze")
 
@@ -169,8 +169,10 @@ def test_a_model_that_cannot_be_walked_is_searched_and_says_so(make_folder, tmp_
     done = quantize_folder(
         open_source(str(folder)), QuantSpec(), tmp_path / "out", quality="calibrated", calibration=calibration
     )
-    assert done.notes == ("Scales were searched without data, not calibrated: its layers are a maze.",)
-    assert {report.method for report in done.reports} == {"search"} and len(done.reports) == 14
+    assert done.notes == ("Put into four bits by absmax, not calibrated: its layers are a maze.",)
+    quantize_folder(open_source(str(folder)), QuantSpec(), tmp_path / "plain", quality="absmax")
+    made, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain"))
+    assert made == plain
 
 
 def test_dead_inputs_fall_back_to_search_and_are_listed(make_folder, tmp_path: Path) -> None:

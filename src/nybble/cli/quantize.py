@@ -51,14 +51,10 @@ def quantize(given: dict[str, Any]) -> int:
 
 
 def _quality(config: QuantizeConfig) -> "Quality":
-    """What "auto" means here: calibrated where there is text for it, else searched where the format can be."""
-    from nybble.calibration.search import UNSEARCHABLE
-
+    """What "auto" means here: calibrated where text for it was named, else as bitsandbytes does."""
     if config.quality != "auto":
         return config.quality
-    if config.calibrate is not None:
-        return "calibrated"
-    return "absmax" if config.format in UNSEARCHABLE else "search"
+    return "absmax" if config.calibrate is None else "calibrated"
 
 
 def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console) -> "CalibrationInput":

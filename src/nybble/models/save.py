@@ -178,12 +178,12 @@ def _make_calibrated(
     partial: PartialFolder,
     progress: Progress | None,
 ) -> tuple[str, ...]:
-    """Every block from the last hidden states that were kept; by search where the layers cannot be run one by one."""
+    """Every block from the last hidden states that were kept; by absmax where the layers cannot be run one by one."""
     try:
         calibrator = BlockCalibrator(source, specs, calibration.windows, calibration.compute_dtype, calibration.options)
     except WalkError as error:
-        _make_blocks(source, specs, "search", model, placed, partial, progress)
-        return (f"Scales were searched without data, not calibrated: {error}.",)
+        _make_blocks(source, specs, "absmax", model, placed, partial, progress)
+        return (f"Put into four bits by absmax, not calibrated: {error}.",)
     kept = partial.load_states()
     first = 0 if kept is None else kept[0]
     if kept is not None:

@@ -44,7 +44,7 @@ class QualityChoice:
 
 def data_free_quality(config: TrainConfig) -> Literal["absmax", "search"]:
     """What weights that were not calibrated get."""
-    return "absmax" if config.quality == "absmax" or config.format in UNSEARCHABLE else "search"
+    return "search" if config.quality == "search" else "absmax"
 
 
 def choose_quality(
@@ -62,7 +62,7 @@ def choose_quality(
     if config.quality != "auto":
         return QualityChoice(config.quality, "as asked")
     if config.format in UNSEARCHABLE:
-        return QualityChoice("absmax", f"{config.format} has zero points, which are not searched")
+        return QualityChoice("absmax", f"{config.format} has zero points, which are not calibrated")
     if config.calibrate is not None:
         return QualityChoice("calibrated", "text to calibrate on was given")
     shape = ModelShape.from_config(source.config.get_text_config().to_dict())
@@ -73,7 +73,8 @@ def choose_quality(
     share = calibration_products(shape, config.calibration_tokens, dtype.itemsize) / training
     if share < AFFORDABLE:
         return QualityChoice("calibrated", f"predicted to take {share:.1%} of the training's time")
-    return QualityChoice("search", f"calibrating is predicted to take {share:.0%} of the training's time")
+    # Not "search": without data it lowers the error of the weights, not reliably that of the model (docs/lab-notes.md).
+    return QualityChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
 
 
 def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> float:
