@@ -22,7 +22,7 @@ from typing import Any
 
 from common import BENCHMARKS, about_machine
 
-from nybble.config import parse_size
+from nybble.options import parse_size
 
 RECORD = BENCHMARKS / "results" / "plan.json"
 LIMIT = 1.05  # runs with a budget may not allocate more than so much of it

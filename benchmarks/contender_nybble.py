@@ -20,7 +20,7 @@ from inputs import IGNORE, read_steps
 from rich.console import Console
 from safetensors.torch import save_file
 
-from nybble.config import TrainConfig, build_options
+from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.sampler import StepSampler
 from nybble.evaluation.generate import generate
@@ -32,6 +32,7 @@ from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.models.load import load_model
 from nybble.models.source import open_source
+from nybble.options import build_options
 from nybble.training.checkpoint import Checkpoints
 from nybble.training.display import Display
 from nybble.training.events import EventLog

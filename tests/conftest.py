@@ -111,7 +111,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rich.console import Console
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from nybble.config import TrainConfig, build_options
+    from nybble.config import TrainConfig
+    from nybble.options import build_options
     from nybble.training.session import train
 
     folder = tmp_path_factory.mktemp("trained")
@@ -137,10 +138,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from nybble.config import TrainConfig, build_options, config_to_yaml
+    from nybble.config import TrainConfig
     from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
     from nybble.layers.peft_format import adapter_config, write_adapter
     from nybble.models.source import open_source
+    from nybble.options import build_options, config_to_yaml
 
     def make(family: str = "llama", size: float = 0.3, rslora: bool = False, **overrides: object) -> Path:
         torch.manual_seed(0)

@@ -17,17 +17,12 @@ from nybble.config import (
     QuantizeConfig,
     ServeConfig,
     TrainConfig,
-    allowed_values,
-    build_options,
-    config_to_yaml,
     draft_config,
-    fields_by_group,
-    known_names,
     load_config,
-    nearest,
 )
 from nybble.errors import ConfigError
 from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS
+from nybble.options import allowed_values, build_options, config_to_yaml, fields_by_group, known_names, nearest
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "out": "runs/a"}
 ALL = (TrainConfig, QuantizeConfig, DataConfig, ChatConfig, EvalConfig, ExportConfig, MergeConfig, ServeConfig)

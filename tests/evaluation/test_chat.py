@@ -10,7 +10,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nybble.config import ChatConfig, build_options
+from nybble.config import ChatConfig
 from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
@@ -19,6 +19,7 @@ from nybble.evaluation.chat import TextPieces, chat, converse
 from nybble.evaluation.generate import choose_tokens, generate
 from nybble.evaluation.load_run import LoadedModel
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
+from nybble.options import build_options
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from nybble.config import TrainConfig, build_options, config_to_yaml
+from nybble.config import TrainConfig
 from nybble.formats.safetensors_io import SafetensorsWriter
 from nybble.layers.convert import quantizable_linears
 from nybble.models.skeleton import build_skeleton
+from nybble.options import build_options, config_to_yaml
 
 RANK = 16
 ALLOWANCE_BYTES = 500_000_000  # beyond two blocks

@@ -16,11 +16,12 @@ import torch
 import uvicorn
 from rich.console import Console
 
-from nybble.config import ServeConfig, build_options
+from nybble.config import ServeConfig
 from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
 from nybble.evaluation.generate import generate
 from nybble.evaluation.load_run import load_run
+from nybble.options import build_options
 from nybble.serving import engine as engine_module
 from nybble.serving.app import Api, make_app
 from nybble.serving.engine import Engine, load_models

@@ -13,10 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from nybble.config import TrainConfig, build_options
+from nybble.config import TrainConfig
 from nybble.errors import TrainingError
 from nybble.formats.quantized_tensor import FORMATS
 from nybble.layers.convert import adapters_of
+from nybble.options import build_options
 from nybble.training import loop
 from nybble.training.events import read_events
 from nybble.training.session import TrainedRun, train

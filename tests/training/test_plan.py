@@ -7,9 +7,10 @@ import torch
 from rich.console import Console
 
 from nybble.cli.main import app
-from nybble.config import PlanConfig, build_options, load_config, parse_size
+from nybble.config import PlanConfig, load_config
 from nybble.errors import ModelError, PlanError
 from nybble.memory.planner import require
+from nybble.options import build_options, parse_size
 from nybble.training import loop
 from nybble.training.foresee import foresee
 from nybble.training.session import train

@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from nybble.config import ChatConfig, build_options
+from nybble.config import ChatConfig
+from nybble.options import build_options
 
 
 def chat(given: dict[str, Any]) -> int:

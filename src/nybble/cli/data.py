@@ -7,8 +7,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nybble.config import DataConfig, build_options
+from nybble.config import DataConfig
 from nybble.errors import ConfigError
+from nybble.options import build_options
 
 
 def check(

@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from nybble.config import EvalQualityConfig, build_options
+from nybble.config import EvalQualityConfig
+from nybble.options import build_options
 
 
 def quality(given: dict[str, Any]) -> int:

@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from nybble.config import EvalConfig, build_options
+from nybble.config import EvalConfig
+from nybble.options import build_options
 
 
 def evaluate(given: dict[str, Any]) -> int:

@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from nybble.config import ExportConfig, MergeConfig, build_options
+from nybble.config import ExportConfig, MergeConfig
+from nybble.options import build_options
 
 
 def merge(given: dict[str, Any]) -> int:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nybble.config import PlanConfig, build_options
+from nybble.config import PlanConfig
+from nybble.options import build_options
 
 
 def plan(

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from nybble.config import QuantizeConfig, build_options
+from nybble.config import QuantizeConfig
+from nybble.options import build_options
 
 if TYPE_CHECKING:
     from nybble.models.interface import ModelSource

@@ -4,7 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from nybble.config import ServeConfig, build_options
+from nybble.config import ServeConfig
+from nybble.options import build_options
 
 
 def serve(given: dict[str, Any]) -> int:

@@ -6,7 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from nybble.config import SynthConfig, build_options
+from nybble.config import SynthConfig
+from nybble.options import build_options
 
 
 def synth(given: dict[str, Any]) -> int:

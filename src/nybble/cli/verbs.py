@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from nybble.config import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
 from nybble.errors import ConfigError, NybbleError
+from nybble.options import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
 
 Body = Callable[..., int]  # takes the given flags, and arguments of its own; returns the exit code
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 
-from nybble.config import DataOptions, TrainConfig, config_to_yaml
+from nybble.config import DataOptions, TrainConfig
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData, prepare
@@ -39,6 +39,7 @@ from nybble.models.load import load_model
 from nybble.models.mixed import MixedFormats
 from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
+from nybble.options import config_to_yaml
 from nybble.training.base import (
     QualityChoice,
     adopt_base,
