@@ -114,8 +114,8 @@ class CalibrationOptions(Options):
 
     calibrate: Name | None = knob(
         None,
-        "Text (.txt, .md) or examples to calibrate on. Not given: train takes its own training rows, others general "
-        "text. A slice of general text is always mixed in.",
+        "Text (.txt, .md) or examples to calibrate on. Not given: train, merge and export take the training rows, "
+        "others general text. A slice of general text is always mixed in.",
         elsewhere=("calibration_data", "calib_data"),
     )
     calibration_tokens: int = knob(
@@ -486,7 +486,18 @@ class ServeConfig(MachineOptions):
     max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)
 
 
-class ExportOptions(Options):
+class RoundingOptions(CalibrationOptions):
+    """How merged weights go back into four bits."""
+
+    group: ClassVar[str] = "Four bits"
+
+    quality: Literal["absmax", "search", "calibrated"] = knob(
+        "calibrated",
+        "How scales and levels of a model in nf4 are chosen, as in train. calibrated: on the run's training rows.",
+    )
+
+
+class MergedRun(Options):
     group: ClassVar[str] = "Run"
 
     run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
@@ -497,6 +508,19 @@ class ExportOptions(Options):
     )
     data: Name | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
     verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
+
+
+class ExportOptions(RoundingOptions, MergedRun):
+    """What `nybble merge` and `nybble export` have in common."""
+
+
+def _check_rounding(config: ExportOptions, rounds: bool) -> None:
+    if config.calibrate is not None and not (rounds and config.quality == "calibrated"):
+        raise ConfigError(
+            f"calibrate is {config.calibrate!r}, and nothing is calibrated.",
+            "Only --to nf4 with --quality calibrated, and --compare, use text.",
+            "Leave --calibrate out, or use --to nf4 --quality calibrated.",
+        )
 
 
 class MergeConfig(ExportOptions):
@@ -516,6 +540,7 @@ class MergeConfig(ExportOptions):
                 "Either --out FOLDER, or --compare, which writes nothing.",
                 "Add one, or take the other away.",
             )
+        _check_rounding(self, self.to == "nf4" or self.compare)
         return self
 
 
@@ -529,6 +554,11 @@ class ExportConfig(ExportOptions):
         ..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model."
     )
     gguf_type: Literal["f16", "bf16", "q8_0", "q4_0"] = knob("f16", "Block type of a GGUF model's matrices.")
+
+    @model_validator(mode="after")
+    def _text_is_for_calibrating(self) -> Self:
+        _check_rounding(self, self.to == "nf4")
+        return self
 
 
 def load_config(path: Path | str | None, overrides: Mapping[str, Any]) -> TrainConfig:

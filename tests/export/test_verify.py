@@ -1,9 +1,11 @@
 """Verification passes what is the tuned model and nothing else; what it refuses keeps another name."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,22 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nybble.cli.main import app
+from nybble.config import ExportConfig
 from nybble.errors import NybbleError
 from nybble.evaluation.divergence import lumped_kl
 from nybble.evaluation.held_out import held_out_rows
 from nybble.evaluation.load_run import open_run
 from nybble.export.artefact import Artefact, verify, write
+from nybble.export.merged_source import MergedSource
+from nybble.export.rounding import load_rounded, rounding_input
 from nybble.export.verify import Verification
 from nybble.layers.peft_format import WEIGHTS_NAME
+from nybble.models.load import load_model
 from nybble.models.save import save_dense_folder
+from nybble.options import build_options
 
 QUIET = Console(quiet=True)
+ROUGHER = ("absmax", "search")
 FAITHFUL = Artefact("16bit", "f16", "dequantized")
 
 
@@ -48,6 +56,7 @@ def test_each_kind_of_a_trained_run_is_verified(trained: Path, tmp_path: Path, t
         assert report["figures"]["top1_agreement"] >= 0.97
         assert report["figures"]["kl_mean"] < 0.01 < report["figures"]["kl_mean_of_base"]
     assert (report["delta_survival"] is not None) == (to == "nf4")
+    assert report["quality"] == ("calibrated" if to == "nf4" else None)
 
 
 def test_merge_takes_the_same_way(trained: Path, tmp_path: Path) -> None:
@@ -99,7 +108,8 @@ def test_what_is_not_verified_keeps_that_name(trained: Path, tmp_path: Path) -> 
     tensors = load_file(small / "adapter" / WEIGHTS_NAME)
     save_file({k: v * (0.02 if "lora_B" in k else 1) for k, v in tensors.items()}, small / "adapter" / WEIGHTS_NAME)
     out = tmp_path / "out"
-    code, shown = run("merge", "--run", small, "--to", "nf4", "--onto", "dequantized", "--out", out)
+    flags = ("--to", "nf4", "--onto", "dequantized", "--quality", "absmax")
+    code, shown = run("merge", "--run", small, *flags, "--out", out)
     assert code == 3 and "Not verified" in shown
     assert not out.exists()
     assert json.loads((tmp_path / "out.unverified" / "verification.json").read_text())["passed"] is False
@@ -122,12 +132,75 @@ def test_merges_are_compared(trained: Path) -> None:
         "base, 16 bits",
         "kept apart",
         "16 bits, onto dequantized",
-        "nf4, onto original",
-        "nf4, onto dequantized",
+        "nf4 absmax, onto original",
+        "nf4 absmax, onto dequantized",
+        "nf4 calibrated, onto original",
+        "nf4 calibrated, onto dequantized",
     ):
         assert arm in shown
     assert run("merge", "--run", trained)[0] == 2
     assert run("merge", "--run", trained, "--compare", "--out", "x")[0] == 2
+
+
+# ---- back to four bits, calibrated ------------------------------------------------------------------
+
+
+def merged_weights(trained: Path, out: Path, *flags: object) -> tuple[str, torch.Tensor]:
+    """What was shown, and the packed bytes of a weight."""
+    code, shown = run("merge", "--run", trained, "--to", "nf4", "--out", out, *flags)
+    assert code == 0, shown
+    return shown, load_file(out / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_four_bits_are_calibrated_on_the_training_rows(trained: Path, tmp_path: Path) -> None:
+    shown, calibrated = merged_weights(trained, tmp_path / "calibrated")
+    assert "from the training rows" in shown and "of general text" in shown and "survived" in shown
+    _, again = merged_weights(trained, tmp_path / "again")
+    assert torch.equal(calibrated, again)
+    others = {quality: merged_weights(trained, tmp_path / quality, "--quality", quality) for quality in ROUGHER}
+    assert not any("calibrating" in shown for shown, _ in others.values())
+    weights = [calibrated, *(weight for _, weight in others.values())]
+    assert not any(torch.equal(a, b) for a, b in combinations(weights, 2))
+
+
+def test_calibrated_layers_lose_less_of_their_outputs(trained: Path) -> None:
+    """Against the merged model in 16 bits, on rows that neither training nor calibration saw."""
+    opened = open_run(trained)
+    held_out = held_out_rows(opened)
+    merged = MergedSource(opened, "original")
+    options = build_options(ExportConfig, {"run": trained, "out": "unused", "to": "nf4"})
+    calibration = rounding_input(opened, options, held_out, QUIET)
+
+    def outputs(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model(input_ids=row.input_ids[None].long()).logits[0] for row in held_out])
+
+    exact = outputs(load_model(merged, None, torch.float32))
+    losses = {
+        quality: (outputs(load_rounded(merged, quality, calibration, torch.float32)) - exact).norm()
+        for quality in ("absmax", "calibrated")
+    }
+    assert losses["calibrated"] < 0.8 * losses["absmax"], losses
+
+
+def test_general_text_stands_in_for_training_rows_that_are_gone(trained: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    settings, rows = copied / "config.yaml", trained.parent / "rows.jsonl"
+    settings.write_text(settings.read_text().replace(str(rows), str(tmp_path / "gone.jsonl")))
+    assert "gone.jsonl" in refusal(copied, tmp_path / "out", to="nf4")  # without held-out rows nothing can be verified
+    shown, _ = merged_weights(copied, tmp_path / "out", "--data", rows)
+    assert "training rows are not calibrated on" in shown and "gone.jsonl" in shown
+    assert "1 windows of 512 tokens: 1 of general text" not in shown and "from the training rows" not in shown
+
+
+def test_text_to_calibrate_on_is_checked(trained: Path, tmp_path: Path) -> None:
+    leak = ("--calibrate", trained.parent / "rows.jsonl")  # of which the validation rows are a part
+    assert "of the validation rows" in refusal(trained, tmp_path / "out", *leak, to="nf4")
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert "at least one window" in refusal(trained, tmp_path / "out", "--calibrate", tmp_path / "short.txt", to="nf4")
+    assert "nothing is calibrated" in refusal(trained, tmp_path / "out", *leak, to="16bit")
+    assert "nothing is calibrated" in refusal(trained, tmp_path / "out", *leak, "--quality", "search", to="nf4")
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -40,6 +40,15 @@ def data_file(file: str, content: bytes) -> Build:
     return build
 
 
+def no_rows(folder: Path, model: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"prompt": pyarrow.array([], pyarrow.string()), "completion": pyarrow.array([], pyarrow.string())}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "r.parquet")
+    return ["data", "check", "--model", str(model), "--data", str(folder / "r.parquet")]
+
+
 def message_row(*turns: Any) -> bytes:
     return json.dumps({"messages": list(turns)}).encode()
 
@@ -150,6 +159,8 @@ def data_cases() -> Iterator[BadFile]:
         "unknown columns": (b'{"frage": "a", "antwort": "b"}\n', "r.jsonl:1"),
         "surrogate as a column": (b'{"\\ud800": "a"}\n', "r.jsonl:1"),
         "terminal escape as a column": (b'{"\\u001b[2J\\u001b]0;x\\u0007": "a"}\n', "r.jsonl:1"),
+        "byte order mark before a bad row": (b'\xef\xbb\xbf{"prompt": "a"}\n', "r.jsonl:1"),
+        "CRLF": (GOOD_ROWS.replace(b"\n", b"\r\n") + b'{"prompt": "a"}\r\n', "r.jsonl:31"),
         "all answers empty": (b'{"prompt": "a", "completion": " "}\n' * 20, "r.jsonl:1"),
     }
     for name, (content, place) in whole.items():
@@ -189,6 +200,7 @@ def data_cases() -> Iterator[BadFile]:
         "open quote": (b'prompt,completion\na,"b\n', "r.csv"),
         "text behind a quote": (b'prompt,completion\na,"b"c\n', "r.csv:2"),
         "not UTF-8": (b"prompt,completion\na,\xff\n", "r.csv:2"),
+        "byte order mark and CRLF": (b"\xef\xbb\xbfprompt,completion\r\na,b\r\na\r\n", "r.csv:3"),
         "UTF-16": ("prompt,completion\na,b\n".encode("utf-16"), "r.csv"),
         "10 MB cell": (b"prompt,completion\na," + b"x" * MEGABYTES_10 + b"\n", "r.csv:2"),
         "10 MB of commas": (b"," * MEGABYTES_10, "r.csv:1"),
@@ -205,6 +217,7 @@ def data_cases() -> Iterator[BadFile]:
     }
     for name, content in parquet.items():
         yield BadFile(f"parquet: {name}", data_file("r.parquet", content), ("r.parquet",))
+    yield BadFile("parquet: no rows", no_rows, ("r.parquet",))
     yield BadFile("data: unknown kind", data_file("r.exe", b"MZ"), ("r.exe", ".jsonl"))
     yield BadFile(
         "data: no such file",

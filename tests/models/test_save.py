@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from nybble.errors import FormatError, ModelError
 from nybble.formats.blockwise import block_scales
+from nybble.formats.bnb import OWN_MODEL_TYPE
 from nybble.formats.quantized_tensor import FORMATS, QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.models import save
 from nybble.models.load import load_model
 from nybble.models.save import CalibrationInput, quantize_folder
 from nybble.models.source import open_source
+from nybble.training.foresee import read_config
 
 SPECS = [
     QuantSpec("nf4", 64, True),
@@ -164,12 +168,49 @@ def test_a_folder_comes_back_bit_for_bit(
     torch.testing.assert_close(our_logits(dense, tokens), our_logits(again, tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("quality", ["search", "calibrated"])
+def test_a_full_disk_is_a_message_and_leaves_nothing_that_looks_complete(
+    tiny_model: Path, tmp_path: Path, quality: str
+) -> None:
+    """The system refuses to let any file grow beyond a limit: in the blocks, in the folder, in the tokenizer."""
+    code = """
+import resource, sys
+from nybble.cli.main import app
+import nybble.models.save, transformers.models.llama.modeling_llama
+limit = int(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+app(sys.argv[2:])
+"""
+    arguments = ["quantize", "--model", str(tiny_model), "--quality", quality, "--calibration-tokens", "512"]
+    for limit in (300, 10_000, 100_000):
+        out = tmp_path / f"out-{limit}"
+        command = [sys.executable, "-c", code, str(limit), *arguments, "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        message = " ".join(done.stderr.split())
+        assert done.returncode == 2 and "cannot be written: " in message and "Traceback" not in message, message
+        assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
+
+
 @pytest.mark.parametrize("format", ["int4", "nf3", "nf2"])
 def test_transformers_refuses_what_only_nybble_reads(make_folder: Callable, tmp_path: Path, format: str) -> None:
-    """It warns that it does not know the method `nybble`, and must not load the bytes as something else."""
+    """And names nybble; it would otherwise only warn of the quant_method, and fail on the shapes."""
     out = quantize(make_folder("llama", torch.bfloat16)[0], tmp_path / "out", QuantSpec(format))
-    with pytest.raises(RuntimeError, match="mismatched"):
+    with pytest.raises(ValueError, match="a format that only nybble loads"):
         AutoModelForCausalLM.from_pretrained(out)
+    with pytest.raises(ValueError, match="a format that only nybble loads"):
+        AutoModelForCausalLM.from_pretrained(out, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    assert AutoTokenizer.from_pretrained(out)("w5").input_ids == [5]
+    source = open_source(str(out))
+    assert source.config.model_type == "llama" and read_config(str(out))["model_type"] == "llama"
+    assert source.quant_spec == QuantSpec(format)
+
+
+def test_a_folder_of_nybble_s_own_without_its_model_type_is_refused(make_folder: Callable) -> None:
+    folder, _ = make_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": OWN_MODEL_TYPE, "quantization_config": {}}))
+    with pytest.raises(ModelError, match="has no model_type"):
+        open_source(str(folder))
 
 
 def test_what_the_folder_holds(make_folder: Callable, tmp_path: Path) -> None:
@@ -281,7 +322,7 @@ def test_a_damaged_block_is_made_again_and_other_work_discarded(make_folder: Cal
 def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> None:
     folder, _ = make_folder()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelError, match="cannot be created"):
+    with pytest.raises(ModelError, match="cannot be written: Not a directory"):
         quantize(folder, tmp_path / "file" / "out")
 
 

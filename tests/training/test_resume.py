@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from rich.console import Console
 from nybble.config import TrainConfig, load_config
 from nybble.errors import RunError, TrainingError
 from nybble.formats.manifest import verify_manifest
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.models.save import quantize_folder
+from nybble.models.source import open_source
 from nybble.training import checkpoint as checkpoint_module
 from nybble.training import loop
+from nybble.training import plan as plan_module
 from nybble.training.events import read_events
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.run_folder import RunFolder
@@ -85,6 +90,38 @@ def test_resumed_after_any_step_the_bytes_are_those_of_a_run_that_never_stopped(
 def test_evaluations_in_between_change_nothing(whole, tmp_path):
     run(load_config(whole / "config.yaml", {"out": str(tmp_path / "run"), "eval_every": 1, "save_every": 5}))
     assert final(tmp_path / "run") == final(whole)
+
+
+@pytest.mark.parametrize(("first", "then"), [(1, 10**12), (10**12, 1)], ids=["scarce first", "plenty first"])
+def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(
+    first, then, tiny_model, data, tmp_path, monkeypatch
+):
+    """Nothing is fixed by options, and either amount alone leads to another plan."""
+    quantize_folder(open_source(str(tiny_model)), QuantSpec(), tmp_path / "base")
+    measured = plan_module.this_machine
+
+    def give(budget: int) -> None:
+        monkeypatch.setattr(
+            plan_module, "this_machine", lambda *given, **more: replace(measured(*given, **more), budget_bytes=budget)
+        )
+
+    def settled(out: Path, step: int) -> dict[str, Any]:
+        return json.loads((out / "checkpoints" / f"step-{step}" / "state.json").read_text())["settled"]
+
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    give(first)
+    run(load_config(None, options(tmp_path / "base", data, whole)))
+    shutil.copytree(whole, out)
+    for later in range(4, STEPS + 1):
+        shutil.rmtree(out / "checkpoints" / f"step-{later}")
+    give(then)
+    resume(out)
+    assert final(out) == final(whole)
+    assert settled(out, STEPS) == settled(whole, STEPS)
+    run(load_config(None, options(tmp_path / "base", data, tmp_path / "other")))
+    planned, other = settled(whole, STEPS), settled(tmp_path / "other", STEPS)
+    differing = {name for name in planned if planned[name] != other[name]}
+    assert differing >= {"keep", "micro_batch_size", "offload_activations"}, differing
 
 
 def test_a_run_without_a_checkpoint_begins_anew(tiny_model, data, tmp_path):

@@ -21,6 +21,7 @@ def quantize(given: dict[str, Any]) -> int:
     config = build_options(QuantizeConfig, given)
     import torch
 
+    from nybble.formats.bnb import BITSANDBYTES_FORMATS
     from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
     from nybble.models.save import quantize_folder
     from nybble.models.source import open_source
@@ -46,6 +47,8 @@ def quantize(given: dict[str, Any]) -> int:
         console.print(_table(done.reports, quality == "calibrated"))
     for note in done.notes:
         console.print(note, highlight=False)
+    if config.mixed is not None or config.format not in BITSANDBYTES_FORMATS:
+        console.print(f"Only nybble loads it: bitsandbytes has {' and '.join(BITSANDBYTES_FORMATS)}.", highlight=False)
     formats = config.format if config.mixed is None else "mixed formats"
     console.print(f"{config.out} holds {config.model} in {formats}, {quality}.", highlight=False, markup=False)
     return 0

@@ -21,6 +21,7 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
 from nybble.evaluation.quality import Quality as Lost
+from nybble.formats.disk import disk_errors
 from nybble.formats.quantized_tensor import FORMATS, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -90,7 +91,9 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
     notes = [*source.notes, f"{len(documents)} held-out documents, {sum(map(len, documents))} tokens"]
     calibration = None
     if any(arm.quality == "calibrated" for arm in arms):
-        text = run_calibration_text(config, source, data, template, field_names(config), config.seed)
+        text = run_calibration_text(
+            config, source, data.train, data.validation, template, field_names(config), config.seed
+        )
         calibration = CalibrationInput(text.windows, dtype)
         notes.append(f"calibrated on {text.description}")
     for note in notes:
@@ -102,7 +105,8 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
         results.append(_measure(arm, config, source, calibration, comparison, dtype, console))
     console.print(_table(results))
     if config.out is not None:
-        _write(config.out, config, notes, results)
+        with disk_errors(config.out, allowed="The report is not complete."):
+            _write(config.out, config, notes, results)
         console.print(f"{config.out / REPORT}, {config.out / PLOT}", highlight=False)
     return results
 

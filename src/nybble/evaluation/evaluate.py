@@ -18,6 +18,7 @@ from rich.table import Table
 from nybble.config import EvalConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.general_text import read_general_text
+from nybble.errors import RunError
 from nybble.evaluation.divergence import Distributions, text_logits
 from nybble.evaluation.generate import context_length, generate
 from nybble.evaluation.harness import check_installed, run_tasks
@@ -34,6 +35,7 @@ from nybble.evaluation.scores import (
     mean_score,
     row_losses,
 )
+from nybble.formats.disk import disk_errors
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import enable_adapters
 from nybble.layers.loss_head import LossHead
@@ -158,11 +160,12 @@ def evaluate(config: EvalConfig, console: Console) -> int:
     evaluation = run_evaluation(opened, config, console)
     show_table(console, evaluation)
     folder = opened.run.report
-    folder.mkdir(exist_ok=True)
     report = evaluation.to_json()
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    write_html(evaluation.opened, report, evaluation.row_change(), folder / "report.html")
-    write_card(evaluation.opened, report)
+    with disk_errors(folder, RunError, "The report is not complete."):
+        folder.mkdir(exist_ok=True)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_html(evaluation.opened, report, evaluation.row_change(), folder / "report.html")
+        write_card(evaluation.opened, report)
     for note in opened.source.notes:
         console.print(note, highlight=False, markup=False)
     console.print(f"report: {folder / 'report.html'}\ncard:   {opened.run.adapter / 'README.md'}", highlight=False)

@@ -8,8 +8,7 @@ import gc
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError
 
 from nybble.config import ExportOptions
 from nybble.data.examples import EncodedExample
@@ -35,15 +33,16 @@ from nybble.export.gguf_model import (
 )
 from nybble.export.merged_source import MergedSource, Onto, tokenizer_with_template
 from nybble.export.modelfile import modelfile
+from nybble.export.rounding import merged_spec, rounding_input
 from nybble.export.verify import ANSWER_TOKENS, Verification, ask_run, compare, not_loaded, show_verification
-from nybble.formats.disk import fsync
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.disk import disk_errors, fsync
 from nybble.formats.safetensors_io import staged_folder
 from nybble.layers.peft_format import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
 from nybble.memory.measure import available_bytes
-from nybble.models.save import quantize_folder, save_dense_folder
+from nybble.models.save import CalibrationInput, Quality, quantize_folder, save_dense_folder
 from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
+from nybble.models.tokenizer import save_tokenizer
 
 UNVERIFIED_EXIT_CODE = 3
 REPORT, CARD = "verification.json", "README.md"
@@ -85,12 +84,14 @@ def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, cons
     opened = open_run(config.run)
     artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
     held_out = held_out_rows(opened, config.data)  # before long work that would be in vain without them
-    with _disk_errors(out):
-        survival = write(opened, artefact, unverified, console)
+    calibration = rounding_input(opened, config, held_out, console) if kind == "nf4" else None
+    with disk_errors(out, ExportError):
+        survival = write(opened, artefact, unverified, console, quality=config.quality, calibration=calibration)
     verification = verify(opened, artefact, unverified, held_out, config.verify_positions, console)
-    report = {"kind": kind, "onto": artefact.onto, "delta_survival": survival, **verification.to_json()}
+    rounded = {"quality": config.quality if kind == "nf4" else None, "delta_survival": survival}
+    report = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
     show_verification(console, verification)
-    with _disk_errors(out):
+    with disk_errors(out, ExportError):
         (unverified / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         fsync(unverified / REPORT)
         if not verification.passed:
@@ -106,20 +107,21 @@ def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, cons
     return 0
 
 
-@contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter is how that library reports the system's refusal
-        raise ExportError(
-            f"{out} cannot be written: {getattr(error, 'strerror', None) or error}.",
-            "Nothing that looks complete was left.",
-            "Free space on that disk, or choose another --out.",
-        ) from error
+def write(
+    opened: OpenRun,
+    artefact: Artefact,
+    out: Path,
+    console: Console,
+    *,
+    quality: Quality = "absmax",
+    calibration: CalibrationInput | None = None,
+) -> float | None:
+    """Write the artefact; returns how much of ΔW arrived, where the weights were rounded to four bits.
 
-
-def write(opened: OpenRun, artefact: Artefact, out: Path, console: Console) -> float | None:
-    """Write the artefact; returns how much of ΔW arrived, where the weights were rounded to four bits."""
+    Args:
+        quality: of an nf4 artefact.
+        calibration: for quality "calibrated".
+    """
     progress = partial(track, description="writing", console=console, transient=True)
     if artefact.kind in ("peft", "gguf-lora"):
         _check_fits(opened)
@@ -136,7 +138,9 @@ def write(opened: OpenRun, artefact: Artefact, out: Path, console: Console) -> f
     if artefact.kind == "16bit":
         save_dense_folder(merged, out, progress)
         return None
-    quantize_folder(merged, merged_spec(opened), out, progress)
+    done = quantize_folder(merged, merged_spec(opened), out, progress, quality=quality, calibration=calibration)
+    for note in done.notes:
+        console.print(note, highlight=False, markup=False)
     survival = merged.survival(open_source(str(out)))
     console.print(f"{survival:.1%} of ΔW survived the rounding to four bits.", highlight=False)
     return survival
@@ -172,11 +176,6 @@ def _choose_base(onto: str, kind: str, gguf_type: str) -> Onto:
     return "original" if kind == "nf4" or (kind == "gguf" and gguf_type == "q4_0") else "dequantized"
 
 
-def merged_spec(opened: OpenRun) -> QuantSpec:
-    """NF4 as the run had it, or would have had it."""
-    return QuantSpec("nf4", opened.config.block_size, opened.config.double_quant)
-
-
 def _verifying_dtype(opened: OpenRun) -> torch.dtype:
     """fp32, whose rounding hides nothing, where the artefact fits into half the free memory in it; else bf16."""
     num_bytes = 4 * sum(parameter.numel() for parameter in build_skeleton(opened.source.config).parameters())
@@ -191,7 +190,7 @@ def _write_peft(opened: OpenRun, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(json.dumps(folded, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if (opened.run.adapter / CARD).is_file():
         shutil.copyfile(opened.run.adapter / CARD, folder / CARD)
-    tokenizer_with_template(opened.template).save_pretrained(folder)
+    save_tokenizer(tokenizer_with_template(opened.template), folder)
 
 
 def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:

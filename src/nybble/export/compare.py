@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,8 @@ from rich.table import Table
 from nybble.config import MergeConfig
 from nybble.evaluation.held_out import held_out_rows
 from nybble.evaluation.load_run import load_tuned, open_run
-from nybble.export.artefact import merged_spec
 from nybble.export.merged_source import MergedSource
+from nybble.export.rounding import load_rounded, rounding_input
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.layers.loss_head import LossHead
@@ -31,7 +32,8 @@ def compare_merges(config: MergeConfig, console: Console) -> int:
     """Print the held-out loss of base, kept-separate and each merge; returns the process's exit code."""
     opened = open_run(config.run)
     rows = held_out_rows(opened, config.data)
-    dtype, spec = resolve_compute_dtype("auto", CPU), merged_spec(opened)
+    calibration = rounding_input(opened, config, rows, console)
+    dtype = resolve_compute_dtype("auto", CPU)
     original, dequantized = MergedSource(opened, "original"), MergedSource(opened, "dequantized")
     arms: dict[str, Callable[[], PreTrainedModel]] = {
         "base, 16 bits": lambda: load_model(opened.source, None, dtype),
@@ -39,9 +41,10 @@ def compare_merges(config: MergeConfig, console: Console) -> int:
         "kept apart: base as trained on, adapter": lambda: load_tuned(opened, dtype, CPU, console),
         "merged, 16 bits, onto dequantized": lambda: load_model(dequantized, None, dtype),
         "merged, 16 bits, onto original": lambda: load_model(original, None, dtype),
-        "merged, nf4, onto original": lambda: load_model(original, spec, dtype),
-        "merged, nf4, onto dequantized": lambda: load_model(dequantized, spec, dtype),
     }
+    for quality in dict.fromkeys(("absmax", config.quality)):  # the plain way for comparison
+        for onto, merged in (("original", original), ("dequantized", dequantized)):
+            arms[f"merged, nf4 {quality}, onto {onto}"] = partial(load_rounded, merged, quality, calibration, dtype)
     losses = {}
     for name, load in arms.items():
         model = load()

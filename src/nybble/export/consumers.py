@@ -31,7 +31,7 @@ from nybble.layers.convert import attach_adapters
 from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.models.interface import ModelSource
+from nybble.models.folder_source import FolderSource
 from nybble.models.load import load_model
 from nybble.models.source import open_source
 from nybble.models.tokenizer import load_tokenizer
@@ -222,7 +222,9 @@ def _load_nf4(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consumer:
     missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
     source = open_source(str(artefact))
     why = f"{' and '.join(missing)} not installed" if missing else ""
-    if not missing and any(source.read(name).shape[1] % BNB_ROW for name in _quantized(source)):
+    assert isinstance(source, FolderSource)
+    rows = [source.stored(name)[0].shape[1] for name in source.tensor_names() if source.is_quantized(name)]
+    if not missing and any(row % BNB_ROW for row in rows):
         why = "bitsandbytes' CPU kernel reads rows of this width wrongly"
     if why:
         model = load_model(source, None, dtype)
@@ -285,10 +287,6 @@ def _set_dense(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
     model.set_submodule(name, linear)
-
-
-def _quantized(source: ModelSource) -> list[str]:
-    return [name for name in source.tensor_names() if source.is_quantized(name)]
 
 
 def _installed(package: str) -> bool:

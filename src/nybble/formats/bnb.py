@@ -11,7 +11,9 @@ For a weight called `w` (such as `model.layers.0.mlp.up_proj.weight`), of n elem
 
 bitsandbytes has no int4, nf3 or nf2. nybble writes `w.quant_state.nybble__int4` (or __int4_asym, __nf3, __nf2)
 with the same JSON, for int4_asym `w.zero_points`, uint8 [B], and for nf3 and nf2 a quant_map of 8 and 4 values and
-the bytes of `QuantSpec.packed_bytes`; only nybble reads those.
+the bytes of `QuantSpec.packed_bytes`; only nybble reads those. transformers only warns of a quant_method that it does
+not know, and then fails on the shapes; so that it refuses such a folder by name, config.json gives OWN_MODEL_TYPE as
+its model_type, and the true one beside the format (`refused_by_transformers`, `true_config`).
 """
 
 import json
@@ -36,6 +38,7 @@ from nybble.formats.quantized_tensor import (
 )
 
 BITSANDBYTES_FORMATS = ("nf4", "fp4")
+OWN_MODEL_TYPE = "nybble: weights in a format that only nybble loads"
 DEFAULT_BLOCK_SIZE = 64  # what a config without a block size means
 MIXED = "mixed"  # the format of a folder whose layers have several
 MAP_TOLERANCE = 1e-6  # bitsandbytes' own tolerance when it compares maps
@@ -120,7 +123,24 @@ def quantization_config(
     }
 
 
+def refused_by_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json whose weights only nybble reads, such that transformers says so; others as they are."""
+    quantization = config.get("quantization_config") or {}
+    if quantization.get("quant_method") != "nybble":
+        return dict(config)
+    own = {**quantization, "model_type": config["model_type"]}
+    return {**config, "model_type": OWN_MODEL_TYPE, "quantization_config": own}
+
+
 # ---- reading -------------------------------------------------------------------------------------
+
+
+def true_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `refused_by_transformers`; without a model_type where that was lost."""
+    quantization = config.get("quantization_config")
+    if config.get("model_type") != OWN_MODEL_TYPE or not isinstance(quantization, Mapping):
+        return dict(config)
+    return {**config, "model_type": quantization.get("model_type")}
 
 
 def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:

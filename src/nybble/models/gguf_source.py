@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
+from nybble.formats.disk import disk_errors
 from nybble.formats.gguf_io import LATTICES, GgufFile
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.formats.safetensors_io import sampled_sha256, staged_folder
-from nybble.models.bundled import cache_folder
+from nybble.models.bundled import CACHE_FIX, cache_folder
 from nybble.models.interface import Kind
 from nybble.models.skeleton import build_skeleton
-from nybble.models.tokenizer import load_tokenizer
+from nybble.models.tokenizer import load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -126,9 +127,9 @@ def _derived_folder(file: GgufFile) -> Path:
     folder = cache_folder() / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:32]
     if not folder.is_dir():
         try:
-            with staged_folder(folder) as staging:
+            with disk_errors(folder, fix=CACHE_FIX), staged_folder(folder) as staging:
                 _derive(file, staging)
-        except OSError:
+        except ModelError:
             if not folder.is_dir():  # else another process was quicker with the same content
                 raise
     return folder
@@ -154,7 +155,7 @@ def _derive(file: GgufFile, out: Path) -> None:
     config.architectures = [type(build_skeleton(config)).__name__]
     _set_splitting(tokenizer, file)
     config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
 
 
 def _set_splitting(tokenizer: "PreTrainedTokenizerBase", file: GgufFile) -> None:

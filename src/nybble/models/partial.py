@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from nybble.errors import ModelError
 from nybble.formats.disk import fsync, write_complete
 
 JOURNAL = "journal.json"
@@ -53,7 +52,7 @@ class PartialFolder:
         work: what decides the result, ready for JSON.
 
     Raises:
-        ModelError: the folder cannot be made.
+        OSError: the folder cannot be made.
     """
 
     def __init__(self, out: Path, work: Mapping[str, Any]):
@@ -64,12 +63,7 @@ class PartialFolder:
             self._journal = found
         elif self.path.exists():
             shutil.rmtree(self.path)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ModelError(
-                f"{self.path} cannot be created: {error.strerror}.", fix="Choose a folder in which you may write."
-            ) from error
+        self.path.mkdir(parents=True, exist_ok=True)
 
     def _read_journal(self) -> dict[str, Any] | None:
         try:

@@ -9,6 +9,7 @@ and ends with the same bytes.
 """
 
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,8 @@ from torch import Tensor
 from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, search_weight
 from nybble.errors import ModelError
-from nybble.formats.bnb import quantization_config, to_bnb
+from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
+from nybble.formats.disk import disk_errors
 from nybble.formats.manifest import write_manifest
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
 from nybble.formats.safetensors_io import SafetensorsWriter, check_output_free, staged_folder
@@ -33,10 +35,11 @@ from nybble.models.load import Progress
 from nybble.models.partial import LayerReport, PartialFolder, digest_of
 from nybble.models.placement import PlacedTensor, place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.models.tokenizer import save_tokenizer
 from nybble.models.walk import WalkError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Quality = Literal["absmax", "search", "calibrated"]
 STATES_EVERY_S = 30.0  # hidden states are kept no more often: they are large, and blocks since then are quickly redone
@@ -83,8 +86,8 @@ def quantize_folder(
     """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
 
     nf4 and fp4 are stored as bitsandbytes stores them: transformers loads the folder where bitsandbytes
-    is installed. int4, nf3 and nf2 are stored with nybble's own keys. Matrices outside the blocks are kept in 16 bits,
-    norms and biases as they are. A manifest vouches for every file.
+    is installed. int4, nf3 and nf2 are stored with nybble's own keys, and refused by transformers. Matrices outside the
+    blocks are kept in 16 bits, norms and biases as they are. A manifest vouches for every file.
 
     Args:
         specs: one for all linears of the blocks, or one for each by name.
@@ -93,7 +96,7 @@ def quantize_folder(
         calibration: for quality "calibrated".
 
     Raises:
-        ModelError: `out` is taken, or the source is damaged or already in four bits.
+        ModelError: `out` is taken or cannot be written, or the source is damaged or already in four bits.
         FormatError: a format whose scales cannot be searched.
     """
     if source.quant_spec is not None:
@@ -107,16 +110,17 @@ def quantize_folder(
     check_output_free(out)
     model = build_skeleton(source.config)
     placed = place_tensors(source, model)
-    partial = PartialFolder(out, _work(source, specs, quality, calibration))
     notes: tuple[str, ...] = ()
-    if quality == "calibrated":
-        assert calibration is not None
-        notes = _make_calibrated(source, specs, calibration, model, placed, partial, progress)
-    else:
-        _make_blocks(source, specs, quality, model, placed, partial, progress)
-    _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
-    reports = [report for block in block_names(model) for report in partial.reports(block)]
-    partial.remove()
+    with disk_errors(out):
+        partial = PartialFolder(out, _work(source, specs, quality, calibration))
+        if quality == "calibrated":
+            assert calibration is not None
+            notes = _make_calibrated(source, specs, calibration, model, placed, partial, progress)
+        else:
+            _make_blocks(source, specs, quality, model, placed, partial, progress)
+        _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
+        reports = [report for block in block_names(model) for report in partial.reports(block)]
+        partial.remove()
     return QuantizedFolder(reports, notes)
 
 
@@ -249,9 +253,9 @@ def save_dense_folder(
         progress: wraps the list of tensors to write, called with `total=`.
 
     Raises:
-        ModelError: `out` is taken, or the source is damaged.
+        ModelError: `out` is taken or cannot be written, or the source is damaged.
     """
-    with staged_folder(out) as staging:
+    with disk_errors(out), staged_folder(out) as staging:
         tokenizer = source.load_tokenizer()
         model = build_skeleton(source.config)
         placed = place_tensors(source, model)
@@ -262,6 +266,14 @@ def save_dense_folder(
                 writer.write(place.target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)
                 del tensor  # gone before the next one is read
         _save_settings(source, model, tokenizer, staging)
+
+
+def save_config(config: "PretrainedConfig", folder: Path) -> None:
+    """Write config.json; transformers refuses the folder where only nybble reads its weights."""
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(refused_by_transformers(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_settings(
@@ -277,6 +289,6 @@ def _save_settings(
     config.dtype = source.dense_dtype
     if quantization is not None:
         config.quantization_config = quantization
-    config.save_pretrained(folder)
+    save_config(config, folder)
     source.load_generation_config().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

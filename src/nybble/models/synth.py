@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from nybble.formats.bnb import quantization_config, to_bnb
+from nybble.formats.disk import disk_errors
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.formats.safetensors_io import SafetensorsWriter, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.models.load import Progress
+from nybble.models.save import save_config
 from nybble.models.shapes import SHAPES
 from nybble.models.skeleton import build_skeleton
+from nybble.models.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -47,16 +50,16 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, progress: 
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**SHAPES[shape])
-    with staged_folder(out) as staging:
+    with disk_errors(out), staged_folder(out) as staging:
         tokenizer = byte_tokenizer()
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, staging)
         config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
         with SafetensorsWriter(staging) as writer:
             for name, tensor in _parameters(config, spec, seed, progress):
                 writer.write(name, tensor)
         config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
         config.quantization_config = quantization_config(spec, torch.bfloat16, ["lm_head"])
-        config.save_pretrained(staging)
+        save_config(config, staging)
     return writer.total_bytes
 
 

@@ -1,4 +1,4 @@
-"""Loading a tokenizer from a folder or the hub."""
+"""Loading a tokenizer from a folder or the hub, and saving it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,3 +26,17 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             "Allowed: a folder or hub id with tokenizer files that the installed transformers reads.",
             "Name one with --tokenizer.",
         ) from error
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Write a tokenizer's files into a folder.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(None, str(error), str(folder)) from error  # the tokenizers library raises nothing more precise

@@ -7,6 +7,7 @@ prompt and answer. A client that leaves ends its computation.
 
 import hmac
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -28,6 +29,7 @@ from nybble.serving.engine import Engine, QueueFull, Sampling, ServedModel, as_e
 from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse
 
 RETRY_AFTER_S = 1
+LOG = logging.getLogger(__name__)
 
 
 class Api:
@@ -214,6 +216,8 @@ class _Form:
                 async for piece in pieces:
                     yield self._event(self.delta(piece), None)
         except Exception as error:
+            if not isinstance(error, NybbleError):
+                LOG.exception("an answer broke off")  # the response has begun: nothing else would say so
             yield _line({"error": {"message": as_error(error), "type": "server_error"}})
             return
         yield self._event(self.delta(""), self.answer.finish_reason)

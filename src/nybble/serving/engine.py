@@ -23,11 +23,12 @@ from nybble.evaluation.generate import generate
 from nybble.evaluation.load_run import OpenRun, load_frozen, open_run
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.training.session import base_specs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAME = ("format", "block_size", "double_quant", "quality", "template")  # options that runs on one base share
+SAME = ("format", "block_size", "double_quant", "mixed", "quality", "template")  # options that runs on one base share
 
 
 class QueueFull(Exception):
@@ -182,8 +183,10 @@ def _with_shared_tensors(model: "PreTrainedModel") -> "PreTrainedModel":
 
 def _check_same_base(first: OpenRun, other: OpenRun) -> None:
     differing = [name for name in SAME if getattr(first.config, name) != getattr(other.config, name)]
-    if first.base.fingerprint() != other.base.fingerprint() or differing:
+    other_bits = not differing and base_specs(first.config, first.run) != base_specs(other.config, other.run)
+    if first.base.fingerprint() != other.base.fingerprint() or differing or other_bits:
         what = f"other options: {', '.join(differing)}" if differing else f"the base {other.source.name}"
+        what = "other formats of its layers" if other_bits else what
         raise RunError(
             f"{other.run.path} has {what} than {first.run.path}.",
             "Runs that are served together share their base and its four bits.",

@@ -5,6 +5,7 @@ a folder as `nybble quantize` writes it, with a manifest. Searched and absmax we
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.progress import track
 from nybble.calibration.search import UNSEARCHABLE, check_searchable
 from nybble.config import CalibrationOptions, TrainConfig
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
+from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
 from nybble.data.readers import FieldNames
 from nybble.data.template import ChatTemplate
@@ -97,16 +99,17 @@ def training_products(shape: ModelShape, tokens: float, supervised: float) -> fl
 def run_calibration_text(
     config: CalibrationOptions,
     source: ModelSource,
-    data: PreparedData,
+    train: Sequence[EncodedExample],
+    validation: Sequence[EncodedExample],
     template: ChatTemplate,
     fields: FieldNames,
     seed: int,
 ) -> CalibrationText:
     """From --calibrate, which must hold no validation row, else from the training rows."""
     if config.calibrate is not None:
-        own, name = read_calibration_file(config.calibrate, template, fields, data.validation), config.calibrate
+        own, name = read_calibration_file(config.calibrate, template, fields, validation), config.calibrate
     else:
-        own, name = [row.input_ids for row in data.train], "the training rows"
+        own, name = [row.input_ids for row in train], "the training rows"
     context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
     return calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context, seed=seed)
 

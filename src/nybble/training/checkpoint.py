@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.data.sampler import StepSampler
 from nybble.errors import FormatError, RunError
-from nybble.formats.disk import complete_folder, remove_folder
+from nybble.formats.disk import complete_folder, reason_of, remove_folder
 from nybble.formats.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors_io import SafetensorsFolder
 from nybble.layers.peft_format import restore_adapter, write_adapter
@@ -209,10 +209,9 @@ class Checkpoints:
             remove_folder(path)
 
     def _not_saved(self, step: int, error: Exception) -> RunError:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error).partition("\n")[0]
         last = "There is no earlier one" if self.last_step is None else f"The last good one is step-{self.last_step}"
         return RunError(
-            f"The checkpoint of step {step} could not be saved in {self.folder}: {reason.rstrip('.')}.",
+            f"The checkpoint of step {step} could not be saved in {self.folder}: {reason_of(error)}.",
             f"Checkpoints must be written, flushed and read back without an error. {last}.",
             "Make room or mend the disk, then go on with `nybble train --resume --out ...`.",
         )

@@ -10,7 +10,7 @@ import torch
 from nybble.config import DataConfig, PlanConfig
 from nybble.data.template import ChatTemplate
 from nybble.errors import ModelError
-from nybble.formats.bnb import layer_specs_from_config, spec_from_config
+from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
 from nybble.layers.backbone import why_not_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.costs import ModelShape
@@ -81,6 +81,7 @@ def read_config(model: str) -> dict[str, Any]:
             raise ModelError(f"{file} is not readable JSON: {error}.", fix="Check the path.") from error
         if not isinstance(config, dict):
             raise ModelError(f"{file} holds no object.", "Allowed: a config.json written by transformers.")
+    config = true_config(config)
     text: dict[str, Any] = config.get("text_config") or config
     return text
 

@@ -2,8 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError
 
 from nybble.config import DataOptions, TrainConfig
 from nybble.data.calibration_text import CalibrationText
@@ -22,7 +20,7 @@ from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
-from nybble.formats.disk import write_complete
+from nybble.formats.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
@@ -39,6 +37,7 @@ from nybble.models.load import load_model
 from nybble.models.mixed import MixedFormats
 from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
+from nybble.models.tokenizer import save_tokenizer
 from nybble.options import config_to_yaml
 from nybble.training.base import (
     QualityChoice,
@@ -87,22 +86,12 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
         NybbleError: anything the user can mend; an earlier run's folder is untouched unless training began.
     """
     run = RunFolder(config.out)
-    with run.locked(), _disk_errors(run):
+    refused = (
+        "A run needs files that can be read and a folder that can be written.",
+        f"Mend what is wrong; a run that had begun goes on with: nybble train --resume --out {run.path}",
+    )
+    with run.locked(), disk_errors(run.path, RunError, *refused, what="cannot be read or written"):
         return _train(config, run, console)
-
-
-@contextmanager
-def _disk_errors(run: RunFolder) -> Iterator[None]:
-    """Turns the system's refusal to read or write a file into a message for the user."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
-        raise RunError(
-            f"{getattr(error, 'filename', None) or run.path}: {reason.rstrip('.')}.",
-            "A run needs files that can be read and a folder that can be written.",
-            f"Mend what is wrong; a run that had begun goes on with: nybble train --resume --out {run.path}",
-        ) from error
 
 
 def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
@@ -137,7 +126,9 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     choice = choose_quality(config, source, data, total_steps, dtype)
     if choice is not None:
         console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
-    text = partial(run_calibration_text, config, source, data, template, field_names(config), config.seed)
+    text = partial(
+        run_calibration_text, config, source, data.train, data.validation, template, field_names(config), config.seed
+    )
     mixed = None if config.mixed is None or config.resume else _measure_mixed(config, source, text, dtype, device)
     if mixed is not None:
         show_mixed(console, mixed)
@@ -264,12 +255,7 @@ def _measure_mixed(
 def _save_tokenizer(template: ChatTemplate, run: RunFolder) -> None:
     if template.chat_template is not None:
         template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
-    try:
-        template.tokenizer.save_pretrained(run.adapter)
-    except OSError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception for a write that failed
-        raise OSError(None, str(error), str(run.adapter)) from error
+    save_tokenizer(template.tokenizer, run.adapter)
 
 
 def _settled(
