@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,50 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return path
+
+
+# ---- disks that fail ----------------------------------------------------------------------------
+
+
+class Disk:
+    """Faults of a disk that the system itself reports, for an open file given by its descriptor."""
+
+    @staticmethod
+    def fail(descriptor: int) -> None:
+        """Reads and writes give EIO: a process has nothing at the addresses that the file is used at."""
+        Disk._replace(descriptor, "/proc/self/mem")
+
+    @staticmethod
+    def fill(descriptor: int) -> None:
+        """Writes give ENOSPC, reads zeros."""
+        Disk._replace(descriptor, "/dev/full")
+
+    @staticmethod
+    def shorten(descriptor: int) -> None:
+        """A third of the file is left."""
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size // 3)
+
+    @staticmethod
+    @contextmanager
+    def largest_file(num_bytes: int) -> Iterator[None]:
+        """Files cannot grow beyond so many bytes."""
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    @staticmethod
+    def _replace(descriptor: int, path: str) -> None:
+        other = os.open(path, os.O_RDWR)
+        os.dup2(other, descriptor)
+        os.close(other)
+
+
+@pytest.fixture
+def disk() -> type[Disk]:
+    return Disk
 
 
 # ---- runs ---------------------------------------------------------------------------------------

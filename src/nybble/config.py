@@ -19,6 +19,7 @@ from nybble.options import (
     Bytes,
     Folder,
     Interval,
+    MomentBits,
     Name,
     Options,
     build_options,
@@ -249,6 +250,11 @@ class MemoryOptions(Options):
         "auto",
         "Keep the optimizer's state in a file of the run folder. auto: only where it does not fit otherwise.",
         elsewhere=("paged_optimizer", "paged_adamw"),
+    )
+    optimizer_bits: MomentBits = knob(
+        32,
+        "Bits of each of AdamW's two moments between steps; 8 are blocks of 256 codes that share a scale.",
+        elsewhere=("optim_bits", "optim", "adamw_8bit"),
     )
 
     @model_validator(mode="after")

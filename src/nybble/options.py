@@ -87,6 +87,7 @@ def parse_size(value: Any) -> Any:
 
 Bytes = Annotated[Size, BeforeValidator(parse_size), Field(ge=1_000_000)]
 BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
+MomentBits = Annotated[Literal[32, 8], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
 MAX_YAML_BYTES = 1_000_000

@@ -71,6 +71,7 @@ def test_dynamic_map() -> None:
 def test_dynamic_map_is_that_of_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(dynamic_map(), functional.create_dynamic_map())
+    assert torch.equal(dynamic_map(signed=False), functional.create_dynamic_map(signed=False))
 
 
 @pytest.mark.parametrize("format", FORMATS)

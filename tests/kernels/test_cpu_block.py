@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nybble.errors import KernelError
+from nybble.formats.codebooks import dynamic_map
 from nybble.formats.quantized_tensor import BITS, FORMATS, QuantSpec
 from nybble.kernels import block_ops, cpu, ops, registry
 
@@ -203,6 +204,53 @@ def test_adamw_in_pieces_gives_the_same_bits():
         assert torch.equal(a, b)
 
 
+def eight_bit_state(count):
+    return [torch.zeros(count, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(-(-count // 256)) for _ in range(2)]
+
+
+def widened(state):
+    """The moments that 8-bit codes and scales stand for."""
+    return [
+        dynamic_map(signed=signed)[codes.long()] * scales.repeat_interleave(256)[: len(codes)]
+        for codes, scales, signed in zip(state[:2], state[2:], (True, False), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 255, 256, 1003, 70_001])  # a block and less, an odd end, several threads
+def test_8_bit_adamw_is_32_bit_adamw_on_the_moments_it_has_rounded_to_the_nearest_code(isa, count):
+    settings = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "grad_scale": 0.5}
+    param, state = randn(count), eight_bit_state(count)
+    for step in range(1, 5):
+        grad = randn(count, seed=step) * 10.0 ** randn(count, seed=-step)
+        expected, moments = param.clone(), widened(state)
+        block_ops.adamw_(expected, grad, *moments, step=step, **settings)
+        block_ops.adamw_8bit_(param, grad, *state, step=step, **settings)
+        assert torch.equal(param, expected), "the update sees its moments unrounded"
+        for moment, rounded, scales, signed in zip(moments, widened(state), state[2:], (True, False), strict=True):
+            scale = scales.repeat_interleave(256)[:count]
+            values = dynamic_map(signed=signed)
+            error = (values[None, :] - (moment / scale)[:1000, None]).abs().amin(dim=1)  # of the nearest code
+            got = ((rounded - moment) / scale).abs()[:1000]
+            low = signed & (rounded < 0) & (rounded == -values[values > 0].min() * scale)  # kept from being zero
+            assert ((got <= error + 1e-6) | low[:1000]).all()
+            assert not signed or (rounded[moment < 0] < 0).all()
+
+
+def test_8_bit_adamw_is_that_of_its_twin():
+    results = []
+    for backend in ("cpp", "reference"):
+        param, state = randn(5003), eight_bit_state(5003)
+        with registry.use(backend):
+            for step in range(1, 9):
+                block_ops.adamw_8bit_(param, randn(5003, seed=step), *state, step=step, lr=1e-3)
+        results.append((param, state))
+    (cpp, cpp_state), (reference, reference_state) = results
+    assert torch.allclose(cpp, reference, rtol=1e-3, atol=1e-5)  # a last bit apart, some moments round the other way
+    for a, b in zip(cpp_state, reference_state, strict=True):
+        assert ((a.int() - b.int()).abs() <= 1).all() if a.dtype == torch.uint8 else torch.allclose(a, b, rtol=1e-5)
+    assert all((a != b).float().mean() < 0.01 for a, b in zip(cpp_state[:2], reference_state[:2], strict=True))
+
+
 # ---- 4-bit matrix-vector product -----------------------------------------------------------------
 
 
@@ -251,6 +299,8 @@ def examples():
     yield "swiglu_backward_out", (flat, flat, flat, nans[0], nans[1], None)
     yield "cross_entropy_", (flat, torch.tensor([1, -1, 32, 0]), 0.5)
     yield "adamw_", (flat, flat.clone(), flat.clone(), flat.abs(), 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
+    eight = [torch.randint(0, 256, (300,), dtype=torch.uint8) for _ in range(2)] + [torch.rand(2), torch.rand(2)]
+    yield "adamw_8bit_", (randn(300), randn(300), *eight, 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
     yield "gemv_4bit", (randn(2, 64), q.packed, q.scales, [6, 64], "nf4", 64, True)
 
 
@@ -283,6 +333,8 @@ def test_wrong_arguments_are_refused():
         lambda: block_ops.cross_entropy_(x, torch.zeros(3, dtype=torch.int64), 1.0),
         lambda: block_ops.adamw_(x, x[:2], x, x, step=1, lr=0.1),
         lambda: block_ops.adamw_(x, x, x, x, step=0, lr=0.1),
+        lambda: block_ops.adamw_8bit_(x, x, x, x, randn(1), randn(1), step=1, lr=0.1),
+        lambda: block_ops.adamw_8bit_(x, x, x.byte(), x.byte(), randn(2), randn(1), step=1, lr=0.1),
         lambda: block_ops.gemv_4bit(randn(1, 63), ops.quantize(randn(4, 64), QuantSpec())),
     ):
         with pytest.raises(KernelError):

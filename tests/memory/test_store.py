@@ -1,6 +1,8 @@
 """A base streamed from its folder: the same bits as in memory, one read a block and pass, errors before the update."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,7 +34,7 @@ def folder(request, tmp_path_factory) -> Path:
     return path
 
 
-def gradients(folder, resident, stream_ends=False, dtype=torch.bfloat16, passes=2):
+def gradients(folder, resident, stream_ends=False, dtype=torch.bfloat16, passes=2, between=None):
     """Loss and adapter gradients of two micro-batches; `resident` None loads the whole base."""
     source = open_source(str(folder))
     linears = quantizable_linears(build_skeleton(source.config))
@@ -51,6 +53,8 @@ def gradients(folder, resident, stream_ends=False, dtype=torch.bfloat16, passes=
         loss = head.loss(states, ids[0], TOKENS)
         loss.backward()
         losses.append(loss.item())
+        if between is not None:
+            between()
     return losses, [p.grad for p in model.parameters() if p.requires_grad], store
 
 
@@ -75,21 +79,24 @@ def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
-def test_a_folder_that_shrinks_stops_the_pass(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("fault", "words"), [("shorten", "ends at byte"), ("fail", "Input/output"), ("lose", "No such")]
+)
+def test_a_folder_that_fails_stops_the_pass_before_there_are_gradients(folder, tmp_path, fault, words):
     copy = tmp_path / "copy"
-    copy.mkdir()
-    for file in folder.iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    source = open_source(str(copy))
-    store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0)
-    store.begin(will_return=True)
-    store.fetch(store.names[0])
+    shutil.copytree(folder, copy)
     weights = copy / "model.safetensors"
-    with weights.open("r+b") as stream:
-        stream.truncate(weights.stat().st_size // 3)
-    with pytest.raises(ModelError, match="ends at byte"):
-        for name in store.names:
-            store.fetch(name)
+
+    def spoil():
+        if fault == "shorten":
+            os.truncate(weights, weights.stat().st_size // 3)
+            return
+        weights.rename(tmp_path / "moved")
+        if fault == "fail":
+            weights.symlink_to("/proc/self/mem")  # nothing lies at the addresses that the file is read at: EIO
+
+    with pytest.raises(ModelError, match=words):
+        gradients(copy, 0, between=spoil)
 
 
 def test_resident_blocks_are_spread():

@@ -116,16 +116,25 @@ def is_signed(format: str) -> bool:
 
 
 @functools.cache
-def dynamic_map(device: torch.device = CPU) -> Tensor:
-    """The signed 8-bit dynamic map, ascending, fp32 `[256]`.
+def dynamic_map(device: torch.device = CPU, signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map, ascending, fp32 `[256]`.
 
     Seven decades, of which decade i = 0..6 has 2^i values: +-10^(i - 6) times the midpoints of
-    linspace(0.1, 1, 2^i + 1); with 0 and 1 that makes 256. (Dettmers 2015, arXiv 1511.04561; as
-    `create_dynamic_map` of bitsandbytes builds it, in the same precisions, so that the bits agree.)
+    linspace(0.1, 1, 2^i + 1); with 0 and 1 that makes 256. Without signs a decade has twice as many, all positive.
+    (Dettmers 2015, arXiv 1511.04561; as `create_dynamic_map` of bitsandbytes builds it, in the same precisions, so
+    that the bits agree.)
     """
     values = [0.0, 1.0]
     for i in range(7):
-        boundaries = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device=CPU)
+        count = 2**i if signed else 2 ** (i + 1)
+        boundaries = torch.linspace(0.1, 1, count + 1, dtype=torch.float32, device=CPU)
         decade = (boundaries[:-1] + boundaries[1:]) / 2 * 10 ** (i - 6)
-        values += decade.tolist() + (-decade).tolist()
+        values += decade.tolist() + ((-decade).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_midpoints(device: torch.device = CPU, signed: bool = True) -> Tensor:
+    """Where rounding passes from one value of the dynamic map to the next, fp32 `[255]`; it rounds to the lower."""
+    values = dynamic_map(CPU, signed)
+    return ((values[:-1] + values[1:]) / 2).to(device)

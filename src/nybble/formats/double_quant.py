@@ -6,13 +6,11 @@ The nearest code is exact, in the arithmetic of bitsandbytes' CUDA kernel. bitsa
 looks the code up in a table of 65,536 bins instead and now and then takes a neighbour.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from nybble.errors import FormatError
-from nybble.formats.codebooks import dynamic_map
+from nybble.formats.codebooks import dynamic_map, dynamic_midpoints
 from nybble.formats.quantized_tensor import NESTED_BLOCK_SIZE
 
 MIN_SCALE = 1e-38  # scales below it count as it when dividing; bitsandbytes' figure
@@ -42,7 +40,7 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             fix="Quantise without double quantisation, or check the weights.",
         )
     scaled = centred * _spread(1.0 / absmax2.clamp(min=MIN_SCALE), len(centred))
-    codes = torch.bucketize(scaled, _midpoints(scaled.device), out_int32=True).to(torch.uint8)
+    codes = torch.bucketize(scaled, dynamic_midpoints(scaled.device), out_int32=True).to(torch.uint8)
     return codes, absmax2, offset
 
 
@@ -56,12 +54,6 @@ def dequantize_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     """
     scaled = dynamic_map(codes.device).index_select(0, codes.int())
     return scaled.mul_(_spread(absmax2, len(codes))).add_(offset)
-
-
-@functools.cache
-def _midpoints(device: torch.device) -> Tensor:
-    values = dynamic_map()
-    return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 def _spread(per_block: Tensor, length: int) -> Tensor:

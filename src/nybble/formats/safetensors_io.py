@@ -19,7 +19,7 @@ import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -393,6 +393,42 @@ class SafetensorsWriter:
             "weight_map": {tensor: names[number] for tensor, number in sorted(self._weight_map.items())},
         }
         (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(
+    path: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """One file of tensors that need not be in memory together: all are described first, then written as they come.
+
+    Wide types come first in the file, so that each tensor begins at a multiple of its element's size.
+
+    Args:
+        layout: name -> type and shape.
+        tensors: each of them once, in any order; used before the next is asked for.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    places, end = {}, 0
+    for name, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):
+        places[name], end = (end, end + prod(shape) * dtype.itemsize), end + prod(shape) * dtype.itemsize
+    described = {
+        name: {"dtype": DTYPE_NAMES[layout[name][0]], "shape": list(layout[name][1]), "data_offsets": list(place)}
+        for name, place in places.items()
+    }
+    header = json.dumps(described, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with open(path, "wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name, tensor in tensors:
+            start, end = places.pop(name)
+            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            assert len(data) == end - start, (name, len(data), end - start)
+            stream.seek(8 + len(header) + start)
+            stream.write(data.numpy().data)
+    assert not places, list(places)
 
 
 @contextmanager

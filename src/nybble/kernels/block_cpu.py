@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats import codebooks
+from nybble.formats.codebooks import dynamic_map, dynamic_midpoints
 from nybble.formats.quantized_tensor import BITS
 from nybble.kernels import registry
 from nybble.kernels.block_ops import check_targets
@@ -23,6 +24,7 @@ _swiglu = function("swiglu", *_ROWS, *_ROWS, INT, INT64, INT64, *_ROWS)
 _swiglu_backward = function("swiglu_backward", *_ROWS * 3, INT, INT64, INT64, *_ROWS * 3)
 _cross_entropy = function("cross_entropy", *_ROWS, INT, POINTER, INT64, INT64, FLOAT, POINTER)
 _adamw = function("adamw", *[POINTER] * 4, INT64, *[FLOAT] * 8)
+_adamw_8bit = function("adamw_8bit", *[POINTER] * 10, INT64, *[FLOAT] * 8)
 _gemv = function("gemv", POINTER, INT, INT64, INT64, INT64, POINTER, *[POINTER] * 6, POINTER, FLOAT, INT64, POINTER)
 
 
@@ -120,9 +122,32 @@ def adamw_(
 ) -> None:
     _adamw(
         pointer(param), pointer(grad), pointer(exp_avg), pointer(exp_avg_sq), param.numel(),
-        1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step), (1 - beta2**step) ** 0.5,
-        eps, grad_scale,
+        *_adamw_numbers(step, lr, beta1, beta2, eps, weight_decay, grad_scale),
     )  # fmt: skip
+
+
+@registry.register("adamw_8bit_", "cpp")
+def adamw_8bit_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_absmax: Tensor,
+    exp_avg_sq_absmax: Tensor,
+    step: int,
+    *numbers: float,
+) -> None:
+    tables = [table(signed=signed) for signed in (True, False) for table in (dynamic_map, dynamic_midpoints)]
+    states = (param, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
+    _adamw_8bit(*map(pointer, (*states, *tables)), param.numel(), *_adamw_numbers(step, *numbers))
+
+
+def _adamw_numbers(
+    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, grad_scale: float
+) -> tuple[float, ...]:
+    """What both kernels take after the number of elements."""
+    corrected, root_correction = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
+    return 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, corrected, root_correction, eps, grad_scale
 
 
 @registry.register("gemv_4bit", "cpp", unsupported=_no_fp16)

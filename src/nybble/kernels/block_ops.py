@@ -4,7 +4,7 @@
     nybble::rope_
     nybble::swiglu_out, swiglu_backward_out
     nybble::cross_entropy_
-    nybble::adamw_
+    nybble::adamw_, adamw_8bit_
     nybble::gemv_4bit
 
 Call the functions below; bodies are in block_reference.py (plain PyTorch) and block_cpu.py (C++). None has an autograd
@@ -22,6 +22,8 @@ from nybble.errors import KernelError
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 from nybble.kernels.ops import FLOAT_DTYPES, _check_packed
+
+ADAMW_BLOCK = 256  # elements of an 8-bit moment that share a scale
 
 _FP32 = (torch.float32,)
 
@@ -166,6 +168,41 @@ def adamw_(
     torch.ops.nybble.adamw_(param, grad, exp_avg, exp_avg_sq, step, lr, beta1, beta2, eps, weight_decay, grad_scale)
 
 
+def adamw_8bit_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_absmax: Tensor,
+    exp_avg_sq_absmax: Tensor,
+    *,
+    step: int,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+) -> None:
+    """`adamw_` with its moments in 8 bits between steps: codes of the dynamic map, a scale for each 256 elements.
+
+    A step reads the moments, updates them and the parameter in fp32, and rounds the moments to the nearest code of
+    their new scale. The parameter's update sees them unrounded. A mean that is negative never rounds to zero. (Dettmers
+    et al. 2022, arXiv 2110.02861; as `kOptimizerStatic8bit2StateBlockwise` in bitsandbytes' csrc/kernels.cu.)
+
+    Args:
+        param, grad: fp32, contiguous, one size; grad is not changed.
+        exp_avg, exp_avg_sq: uint8, contiguous, of that size; the second in the map without signs. Zeros at first.
+        exp_avg_absmax, exp_avg_sq_absmax: fp32 `[ceil(numel / 256)]`; zeros at first.
+        step: 1 for the first.
+        grad_scale: grad is multiplied by it first (clipping).
+    """
+    torch.ops.nybble.adamw_8bit_(
+        param, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax,
+        step, lr, beta1, beta2, eps, weight_decay, grad_scale,
+    )  # fmt: skip
+
+
 def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
     """`x @ W.T` for a few rows x, without ever writing W out; fp32 accumulation.
 
@@ -293,6 +330,27 @@ def _check_adamw(
         _check_tensor(name, tensor, param, param.shape, _FP32)
 
 
+def _check_adamw_8bit(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    exp_avg_absmax: Tensor,
+    exp_avg_sq_absmax: Tensor,
+    step: int,
+    *numbers: float,
+) -> None:
+    if step < 1:
+        raise KernelError(f"AdamW step {step}.", "Steps are counted from 1.")
+    blocks = torch.Size((-(-param.numel() // ADAMW_BLOCK),))
+    for name, tensor in (("param", param), ("grad", grad)):
+        _check_tensor(name, tensor, param, param.shape, _FP32)
+    for name, tensor in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        _check_tensor(name, tensor, param, param.shape, (torch.uint8,))
+    for name, tensor in (("exp_avg_absmax", exp_avg_absmax), ("exp_avg_sq_absmax", exp_avg_sq_absmax)):
+        _check_tensor(name, tensor, param, blocks, _FP32)
+
+
 def _check_gemv(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> None:
@@ -346,6 +404,14 @@ registry.declare(
     "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, int step, float lr, float beta1,"
     " float beta2, float eps, float weight_decay, float grad_scale) -> ()",
     _check_adamw,
+    _nothing,
+)
+registry.declare(
+    "adamw_8bit_",
+    "(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!) exp_avg_absmax,"
+    " Tensor(e!) exp_avg_sq_absmax, int step, float lr, float beta1, float beta2, float eps, float weight_decay,"
+    " float grad_scale) -> ()",
+    _check_adamw_8bit,
     _nothing,
 )
 registry.declare(

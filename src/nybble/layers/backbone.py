@@ -5,7 +5,6 @@ families they know. `GenericBackbone` runs any transformers decoder through its 
 the model's attention keeps documents apart, else padded; `choose_backbone` takes the first that can.
 """
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -57,9 +56,15 @@ class Backbone(Protocol):
 
 
 class KeptTensors(Protocol):
-    """Takes tensors until backward needs them."""
+    """Takes tensors until backward needs them, in reverse: all of the last block, then all of the one before."""
 
-    def begin(self) -> None: ...
+    def begin(self) -> None:
+        """A new micro-batch: what the last one left is forgotten."""
+        ...
+
+    def next_block(self) -> None:
+        """What follows is kept by the next block."""
+        ...
 
     def put(self, tensor: Tensor) -> Any: ...
 
@@ -123,9 +128,15 @@ class BlockBackbone:
         assert cu_seqlens is not None and attention_mask is None, "decoder blocks take packed batches"
         self.weights.begin(will_return=torch.is_grad_enabled())
         x, rows = self.embed(input_ids, position_ids, cu_seqlens)
-        with nullcontext() if self.kept is None else saved_in(self.kept):
+        if self.kept is None:
             for block in self.blocks:
                 x = block(x, rows, self.keep)
+        else:
+            self.kept.begin()
+            with saved_tensors_hooks(self.kept.put, self.kept.get):
+                for block in self.blocks:
+                    self.kept.next_block()
+                    x = block(x, rows, self.keep)
         return self.model.base_model.norm(x[positions])
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Rows]:
@@ -140,12 +151,6 @@ def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBloc
     config = config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return DecoderBlock(layer, head_dim, _window(layer, config), weights)
-
-
-def saved_in(kept: KeptTensors) -> saved_tensors_hooks:
-    """Autograd saves into `kept`, from its beginning."""
-    kept.begin()
-    return saved_tensors_hooks(kept.put, kept.get)
 
 
 def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tensor, Tensor]:

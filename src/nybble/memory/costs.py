@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
 MASTER_BYTES = 4  # fp32 adapters and their gradients
 ADAM_BYTES = 8  # two fp32 moments
+ADAM_8BIT_BYTES = 2 + 8 / 256  # two codes, two fp32 scales for each 256
 FULL_BYTES = 12  # full fine-tuning in 16 bits, a parameter: weight 2, gradient 2, two fp32 moments
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
 TOKEN_MULTIPLE = 64  # packed rows are filled up to it
@@ -154,7 +155,7 @@ class TrainingShape:
     resident_blocks: int | None = None
     stream_ends: bool = False
     panel_bytes: int = 2**26
-    adam_bytes: int = ADAM_BYTES
+    adam_bytes: float = ADAM_BYTES
     page_bytes: int | None = None
     offload: bool = False
     token_counts: int = 1
@@ -269,7 +270,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     )
     masters = training.adapter_parameters * MASTER_BYTES
     copies = 3 * c * training.adapter_parameters // 2 if training.path == "blocks" else 0
-    optimizer = training.adapter_parameters * training.adam_bytes
+    optimizer = int(training.adapter_parameters * training.adam_bytes)
     always = {
         "base weights": resident * block_bytes(shape, training.spec, training.mixed_bits),
         "blocks on their way": buffers,

@@ -1,23 +1,32 @@
 """What blocks keep for their backward pass, in a file: written as each block ends, read back in reverse.
 
-PyTorch hands a file every tensor that a block saves, and asks for it in backward (`saved_tensors_hooks`). The file has
-no name; its pages lie in the system's cache as long as there is room, and on the disk where there is not.
+PyTorch hands a file every tensor that a block saves, and asks for it in backward (`saved_tensors_hooks`). While a
+block's backward pass is computed, a thread reads what the block before it kept. The file's pages lie in the system's
+cache as long as there is room, and on the disk where there is not.
 """
 
-import os
-import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nybble.errors import PlanError
+from nybble.memory.scratch import ScratchFile
 
-Place = tuple[int, torch.Size, torch.dtype]
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor went."""
+
+    block: int
+    at: int
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class ActivationFile:
-    """Takes tensors one after another and gives them back.
+    """Takes tensors block by block and gives them back, the last block's first.
 
     Args:
         folder: on the disk that takes the file.
@@ -28,33 +37,34 @@ class ActivationFile:
     """
 
     def __init__(self, folder: Path, num_bytes: int):
+        self._file = ScratchFile(folder, num_bytes, "What blocks keep", "--offload-activations never")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-kept")
+        self._coming: dict[Place, Future[Tensor]] = {}
+        self._blocks: list[list[Place]] = []
         self._end = 0
-        try:
-            self._file = tempfile.TemporaryFile(dir=folder, prefix=".kept-", buffering=0)  # noqa: SIM115  # closed with us
-            os.posix_fallocate(self._file.fileno(), 0, max(1, num_bytes))
-        except OSError as error:
-            raise _no_room(num_bytes, error) from error
 
     def begin(self) -> None:
-        """A new micro-batch: what the last one left is overwritten."""
+        """A new micro-batch: what the last one left is overwritten, once nothing reads it any more."""
+        for reading in self._coming.values():
+            reading.exception()
+        self._coming.clear()
+        self._blocks.clear()
         self._end = 0
+
+    def next_block(self) -> None:
+        """What follows is kept by the next block."""
+        self._blocks.append([])
 
     def put(self, tensor: Tensor) -> Place:
         """Write a tensor at the end of the file.
 
         Raises:
-            PlanError: the disk is full or fails.
+            OSError: the disk is full or fails.
         """
-        place = (self._end, tensor.shape, tensor.dtype)
-        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
-        at = self._end
-        while len(data):
-            try:
-                count = os.pwrite(self._file.fileno(), data, at)
-            except OSError as error:
-                raise _no_room(at, error) from error
-            data, at = data[count:], at + count
-        self._end = at
+        place = Place(len(self._blocks) - 1, self._end, tensor.shape, tensor.dtype)
+        self._file.write(tensor.contiguous(), self._end)
+        self._end += tensor.nbytes
+        self._blocks[-1].append(place)
         return place
 
     def get(self, place: Place) -> Tensor:
@@ -63,19 +73,15 @@ class ActivationFile:
         Raises:
             OSError: the disk fails, or the file ends too soon.
         """
-        at, shape, dtype = place
-        tensor = torch.empty(shape, dtype=dtype)
-        data = tensor.view(-1).view(torch.uint8).numpy().data
-        while len(data):
-            count = os.preadv(self._file.fileno(), [data], at)
-            if count == 0:
-                raise OSError(f"the file of what blocks keep ends at byte {at}")
-            data, at = data[count:], at + count
+        coming = self._coming.pop(place, None)
+        tensor = self._read(place) if coming is None else coming.result()
+        if not any(other.block == place.block for other in self._coming) and place.block > 0:
+            for ahead in self._blocks[place.block - 1]:
+                if ahead not in self._coming:
+                    self._coming[ahead] = self._reader.submit(self._read, ahead)
         return tensor
 
-
-def _no_room(num_bytes: int, error: OSError) -> PlanError:
-    return PlanError(
-        f"What blocks keep, {num_bytes / 1e9:.2f} GB, cannot be written to the run folder's disk: {error.strerror}.",
-        fix="Make room on that disk, choose another --out, or add --offload-activations never.",
-    )
+    def _read(self, place: Place) -> Tensor:
+        tensor = torch.empty(place.shape, dtype=place.dtype)
+        self._file.read(tensor, place.at)
+        return tensor

@@ -30,7 +30,7 @@ from nybble.memory.costs import (
     work_of,
 )
 from nybble.memory.machine import Machine
-from nybble.memory.pager import PAGE_BYTES
+from nybble.memory.pager import BUFFERS, PAGE_BYTES
 
 if TYPE_CHECKING:
     from nybble.layers.decoder_block import Keep
@@ -40,7 +40,6 @@ BLOCK_S = {"cpu": 5e-3, "cuda": 2e-4}  # a block's small kernels and their calls
 STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
 STREAMING_OVERHEAD = 1.03  # of a step; where two plans take as long, the simpler one is chosen
 MOST_TOKEN_COUNTS = 7  # beyond the first that are planned for
-PAGES_HELD = 3  # of the optimizer: read ahead, updated, written behind
 FULL, LORA16, FOUR, PAGED = "full 16-bit", "LoRA 16-bit", "4-bit", "4-bit, optimizer paged"
 FROM_RAM, FROM_DISK = "4-bit, base from RAM", "4-bit, base from disk"
 STRATEGIES = (FULL, LORA16, FOUR, PAGED, FROM_RAM, FROM_DISK)
@@ -66,6 +65,7 @@ class Ask:
         offloads: whether what blocks keep may go to a file, to choose among.
         barred: strategy -> why this run cannot use it.
         mixed_bits: bits a weight where the layers of the base have several formats.
+        adam_bytes: of optimizer state a parameter.
     """
 
     shape: ModelShape
@@ -86,6 +86,7 @@ class Ask:
     offloads: tuple[bool, ...]
     barred: dict[str, str]
     mixed_bits: float | None = None
+    adam_bytes: float = ADAM_BYTES
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
         resident_blocks=0 if streamed else None,
         stream_ends=stream_ends,
         panel_bytes=ask.panel_bytes,
-        page_bytes=PAGES_HELD * max(PAGE_BYTES, ADAM_BYTES * ask.largest_adapter) if paged else None,
+        adam_bytes=ask.adam_bytes,
+        page_bytes=BUFFERS * max(PAGE_BYTES, int(ask.adam_bytes * ask.largest_adapter)) if paged else None,
         offload=offloaded,
         token_counts=_token_counts(ask.lengths, size) if machine.kind == "cpu" else 0,
         full=strategy == FULL,

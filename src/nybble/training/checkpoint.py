@@ -28,7 +28,7 @@ from nybble.data.sampler import StepSampler
 from nybble.errors import FormatError, RunError
 from nybble.formats.disk import complete_folder, reason_of, remove_folder
 from nybble.formats.manifest import verify_manifest, write_manifest
-from nybble.formats.safetensors_io import SafetensorsFolder
+from nybble.formats.safetensors_io import SafetensorsFolder, write_tensors
 from nybble.layers.peft_format import restore_adapter, write_adapter
 from nybble.training.display import format_bytes
 from nybble.training.optimizer import AdamW
@@ -192,7 +192,7 @@ class Checkpoints:
         try:
             with complete_folder(folder, partial(write_manifest, about={**self._about, "step": step})) as temporary:
                 write_adapter(model, temporary, adapter_config)
-                save_file(optimizer.state(), temporary / OPTIMIZER)
+                write_tensors(temporary / OPTIMIZER, optimizer.layout(), optimizer.tensors())
                 save_file(position.rng.tensors, temporary / RNG)
                 (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
                 (temporary / CONFIG).write_text(self._config, encoding="utf-8")

@@ -14,7 +14,7 @@ from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.errors import TrainingError
+from nybble.errors import PlanError, TrainingError
 from nybble.formats.disk import complete_folder
 from nybble.layers.backbone import Backbone
 from nybble.layers.loss_head import LossHead
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TINY = 1e-30  # a norm of zero is not divided by
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "could not create a memory object")  # torch, C++, oneDNN
 EVALUATIONS_PER_RUN = 5  # when --eval-every is not given
 
 
@@ -83,7 +84,13 @@ def train_loop(
     device = next(model.parameters()).device
     head = LossHead.of(model)
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(adapters, beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay)
+    optimizer = AdamW(
+        adapters,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        weight_decay=config.weight_decay,
+        bits=config.optimizer_bits,
+    )
     if paged:
         optimizer.page_out(run.path)
     num_warmup = warmup_steps(config.warmup, total_steps)
@@ -132,25 +139,21 @@ def train_loop(
             step_loss, out_of_memory = 0.0, False
             for batch in micro_batches:
                 try:
-                    loss = head.loss(*supervised_states(backbone, batch), num_supervised)
-                    step_loss += loss.item()
-                    if not math.isfinite(step_loss):
-                        break
-                    loss.backward()
+                    step_loss += forward_backward(backbone, head, batch, num_supervised)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     out_of_memory = True  # what the step holds is freed once the exception is gone, below
+                    break
+                if not math.isfinite(step_loss):
                     break
 
             if out_of_memory:
                 optimizer.drop_gradients()
                 sampler.load_state(before.sampler)
                 restore_rng(before.rng, device)
-                if (
-                    not optimizer.paged and device.type == "cpu"
-                ):  # room first: the same micro-batches again, with the state in a file
-                    optimizer.page_out(run.path)
+                # Room first: the same micro-batches again, with the state in a file, if the disk has room for it.
+                if not optimizer.paged and device.type == "cpu" and paged_out(optimizer, run, events, display):
                     events.write("out-of-memory", step=step, paged=True)
                     display.note(f"step {step} ran out of memory: again, with the optimizer's state in a file")
                     continue
@@ -225,9 +228,33 @@ def rehearse(
     return memory.peak_bytes
 
 
+def forward_backward(backbone: Backbone, head: LossHead, batch: Batch, num_supervised: int) -> float:
+    """Add a micro-batch's gradients; returns its part of the step's loss. One that is not finite adds none.
+
+    A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
+    """
+    loss = head.loss(*supervised_states(backbone, batch), num_supervised)
+    value = loss.item()
+    if math.isfinite(value):
+        loss.backward()
+    return value
+
+
+def paged_out(optimizer: AdamW, run: RunFolder, events: EventLog, display: Display) -> bool:
+    """Whether the optimizer's state went to a file; where the disk has no room, that is noted."""
+    try:
+        optimizer.page_out(run.path)
+    except PlanError as error:
+        events.write("not-paged", reason=error.got)
+        display.note(error.got)
+        return False
+    return True
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed; torch says so in a class of its own on CUDA, in words on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    words = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in words for each in NO_MEMORY)
 
 
 def collate(rows: Sequence[EncodedExample], packing: bool) -> Batch:

@@ -1,14 +1,18 @@
-"""AdamW over the adapters (Loshchilov & Hutter 2019, arXiv 1711.05101): fp32 masters, fp32 moments."""
+"""AdamW over the adapters (Loshchilov & Hutter 2019, arXiv 1711.05101): fp32 masters, moments in 32 or 8 bits."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from nybble.kernels import block_ops
-from nybble.memory.pager import Moments, PagedMoments
+from nybble.kernels.block_ops import ADAMW_BLOCK
+from nybble.memory.pager import Layout, PagedState, State
+
+Bits = Literal[32, 8]
 
 
 class AdamW:
@@ -19,16 +23,27 @@ class AdamW:
         beta1, beta2: decay of the two moments.
         weight_decay: each step multiplies a parameter by 1 - lr * weight_decay.
         eps: added to the root of the second moment.
+        bits: of a moment between steps; 8 are codes with a scale for each 256 (see `block_ops.adamw_8bit_`).
     """
 
     def __init__(
-        self, parameters: Iterable[Tensor], *, beta1: float, beta2: float, weight_decay: float, eps: float = 1e-8
+        self,
+        parameters: Iterable[Tensor],
+        *,
+        beta1: float,
+        beta2: float,
+        weight_decay: float,
+        eps: float = 1e-8,
+        bits: Bits = 32,
     ):
         self.parameters = list(parameters)
         self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
         self.num_steps = 0
-        self.moments: list[Moments] | PagedMoments = [
-            Moments(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters
+        self._update = block_ops.adamw_ if bits == 32 else block_ops.adamw_8bit_
+        self._layouts = [moments_layout(parameter.shape, bits) for parameter in self.parameters]
+        self._state: list[State] | PagedState = [
+            {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name, (dtype, shape) in layout.items()}
+            for parameter, layout in zip(self.parameters, self._layouts, strict=True)
         ]
 
     def page_out(self, folder: Path) -> None:
@@ -37,51 +52,57 @@ class AdamW:
         Raises:
             PlanError: the disk has no room for them.
         """
-        if isinstance(self.moments, PagedMoments):
-            return
-        paged = PagedMoments([p.shape for p in self.parameters], folder)
-        if self.num_steps:
-            _copy(self.moments, paged)
-        self.moments = paged
-
-    @property
-    def paged(self) -> bool:
-        return isinstance(self.moments, PagedMoments)
-
-    def settle(self) -> None:
-        """Write the zeros that moments begin with, so that they take the memory that they will take."""
-        for moments in self.moments if self.num_steps == 0 else ():
-            moments.exp_avg.zero_()
-            moments.exp_avg_sq.zero_()
+        if not isinstance(self._state, PagedState):
+            paged = PagedState(self._layouts, folder)
+            if self.num_steps:  # else both are zeros
+                _copy(self._state, paged)
+            self._state = paged
 
     def page_in(self) -> None:
         """Move the moments back into memory."""
-        if isinstance(self.moments, PagedMoments):
-            resident = [Moments(torch.empty_like(p), torch.empty_like(p)) for p in self.parameters]
-            _copy(self.moments, resident)
-            self.moments = resident
+        if isinstance(self._state, PagedState):
+            self._state = [{name: t.clone() for name, t in state.items()} for state in self._state.reading()]
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint keeps, by name: the moments of the i-th parameter, and the number of steps taken."""
-        state = {"num_steps": torch.tensor(self.num_steps)}
-        kept = self.moments.views() if isinstance(self.moments, PagedMoments) else self.moments
-        for index, moments in enumerate(kept):
-            state |= {f"{index}.exp_avg": moments.exp_avg, f"{index}.exp_avg_sq": moments.exp_avg_sq}
-        return state
+    @property
+    def paged(self) -> bool:
+        return isinstance(self._state, PagedState)
+
+    def settle(self) -> None:
+        """Write the zeros that moments begin with, so that they take the memory that they will take."""
+        for state in self._state if self.num_steps == 0 else ():
+            for moment in state.values():
+                moment.zero_()
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of all that a checkpoint keeps, by name."""
+        kept = {f"{i}.{name}": place for i, layout in enumerate(self._layouts) for name, place in layout.items()}
+        return {"num_steps": (torch.int64, ()), **kept}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All that a checkpoint keeps: the number of steps taken, and the moments of the i-th parameter by name.
+
+        Each is valid until the next is asked for: where moments are paged, they are never in memory together.
+        """
+        yield "num_steps", torch.tensor(self.num_steps)
+        states = self._state.reading() if isinstance(self._state, PagedState) else self._state
+        for index, state in enumerate(states):
+            for name, moment in state.items():
+                yield f"{index}.{name}", moment
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
-        """Continue from `state()`; `read` gives one of its tensors by name.
+        """Continue from what `tensors` gave; `read` gives one of them by name.
 
         Raises:
-            ValueError: a tensor has another shape than its parameter.
+            ValueError: a tensor has another shape or type than the moment it is for.
         """
         self.num_steps = int(read("num_steps"))
-        for index, moments in enumerate(self.moments):
-            for name, own in vars(moments).items():
+        for index, state in enumerate(self._state):
+            for name, moment in state.items():
                 saved = read(f"{index}.{name}")
-                if saved.shape != own.shape:
-                    raise ValueError(f"{index}.{name} has the shape {tuple(saved.shape)}, here {tuple(own.shape)}")
-                own.copy_(saved)
+                if saved.shape != moment.shape or saved.dtype != moment.dtype:
+                    is_, was = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (moment, saved))
+                    raise ValueError(f"{index}.{name} is {was}, here {is_}")
+                moment.copy_(saved)
 
     def gradient_norm(self) -> float:
         """Euclidean norm of all gradients together, summed in fp64."""
@@ -95,16 +116,19 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with `grad_scale` times the gradients, which it then drops."""
+        """One update with `grad_scale` times the gradients, which it then drops.
+
+        Raises:
+            OSError: the disk that has the moments failed; parameters may be half updated.
+        """
         self.num_steps += 1
-        for parameter, moments in zip(self.parameters, self.moments, strict=True):
+        for parameter, state in zip(self.parameters, self._state, strict=True):
             if parameter.grad is None:
                 continue
-            block_ops.adamw_(
+            self._update(
                 parameter,
                 parameter.grad,
-                moments.exp_avg,
-                moments.exp_avg_sq,
+                **state,
                 step=self.num_steps,
                 lr=lr,
                 beta1=self.beta1,
@@ -117,7 +141,20 @@ class AdamW:
             parameter.grad = None
 
 
-def _copy(source: Iterable[Moments], target: Iterable[Moments]) -> None:
+def moments_layout(shape: tuple[int, ...], bits: Bits) -> Layout:
+    """Type and shape of a parameter's moments, by the names that the kernels give them."""
+    if bits == 32:
+        return {"exp_avg": (torch.float32, shape), "exp_avg_sq": (torch.float32, shape)}
+    scales = (-(-torch.Size(shape).numel() // ADAMW_BLOCK),)
+    return {
+        "exp_avg": (torch.uint8, shape),
+        "exp_avg_sq": (torch.uint8, shape),
+        "exp_avg_absmax": (torch.float32, scales),
+        "exp_avg_sq_absmax": (torch.float32, scales),
+    }
+
+
+def _copy(source: Iterable[State], target: Iterable[State]) -> None:
     for read, written in zip(source, target, strict=True):
-        written.exp_avg.copy_(read.exp_avg)
-        written.exp_avg_sq.copy_(read.exp_avg_sq)
+        for name, moment in read.items():
+            written[name].copy_(moment)

@@ -20,7 +20,7 @@ from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
 from nybble.layers.loss_head import CHUNK_BYTES, PANEL_BYTES
 from nybble.memory import planner
-from nybble.memory.costs import ModelShape, mean_bits
+from nybble.memory.costs import ADAM_8BIT_BYTES, ADAM_BYTES, ModelShape, mean_bits
 from nybble.memory.machine import this_machine
 from nybble.memory.measure import PeakMemory
 from nybble.memory.planner import Ask, Plan, Plans, make_plans
@@ -177,6 +177,7 @@ def ask_for(
         pagings={"auto": (False, True) if on_cpu else (False,), "never": (False,), "always": (True,)}[page],
         offloads=_offloads("auto" if freely else options.offload_activations, path),
         mixed_bits=mean_bits(shape, specs) if isinstance(specs, Mapping) else None,
+        adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         barred=_barred(options, "auto" if freely else options.stream_base, page, why_not_streamed, on_cpu),
     )
 
