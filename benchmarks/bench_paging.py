@@ -23,6 +23,8 @@ from nybble.layers.backbone import BlockBackbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.loss_head import LossHead
 from nybble.layers.precision import resolve_compute_dtype
+from nybble.memory.costs import ModelShape, end_bytes
+from nybble.memory.planner import STREAMED_ENDS_BYTES
 from nybble.memory.store import open_store
 from nybble.models.load import load_model
 from nybble.models.skeleton import build_skeleton
@@ -39,7 +41,8 @@ def micro_batch(folder: Path, tokens: int, streamed: bool) -> Pass:
     dtype = resolve_compute_dtype("auto", torch.device("cpu"))
     store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0) if streamed else None
     names = () if store is None else store.names
-    model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=streamed)
+    ends = streamed and end_bytes(ModelShape.from_config(source.config.to_dict())) >= STREAMED_ENDS_BYTES
+    model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
     backbone, head = BlockBackbone(model, "nothing", store), LossHead.of(model)
     ids, places = torch.arange(tokens).remainder(250)[None] + 3, torch.arange(tokens)

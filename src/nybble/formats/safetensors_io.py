@@ -153,23 +153,31 @@ class MatrixFile:
         return buffer.view(self.dtype)[place]
 
 
-def read_exactly(file: Path, start: int, buffer: memoryview) -> None:
-    """Fill `buffer` with the file's bytes from `start`.
+def read_exactly(file: Path, start: int, *buffers: memoryview) -> None:
+    """Fill the buffers, one after another, with the file's bytes from `start`.
 
     Raises:
-        ModelError: the file cannot be opened or ends too soon.
+        ModelError: the file cannot be opened or read, or ends too soon.
     """
+    left = [buffer for buffer in buffers if len(buffer)]
     try:
-        with open(file, "rb", buffering=0) as stream:
-            stream.seek(start)
-            filled = 0
-            while filled < len(buffer):
-                count = stream.readinto(buffer[filled:])
-                if not count:
-                    raise _damaged(file, f"ends at byte {start + filled} where {len(buffer) - filled} more were due")
-                filled += count
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            while left:
+                count = os.preadv(descriptor, left, start)
+                if count == 0:
+                    raise _damaged(file, f"ends at byte {start} where {sum(map(len, left))} more were due")
+                start += count
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][count:]
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}.", fix="Check its permissions.") from error
+        raise ModelError(
+            f"{file} cannot be read: {error.strerror}.", fix="Check its permissions and its disk."
+        ) from error
 
 
 def sampled_sha256(entries: Iterable[TensorEntry]) -> str:

@@ -10,9 +10,11 @@ needed it, before the optimizer touches anything.
 """
 
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from nybble.formats.safetensors_io import TensorEntry, read_exactly
 from nybble.models.folder_source import FolderSource
 
 ALIGNMENT = 64  # bytes; a cache line
+LARGEST_GAP = 2**16  # bytes between two tensors that are read rather than skipped by another call
+MOST_PARTS = 500  # of one call; the system takes 1,024
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,19 @@ class StoredLinear:
 
     weight: StoredWeight
     entries: Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of a file.
+
+    Args:
+        parts: (place in the block's buffer, bytes) of what follows each other; None for bytes that nobody wants.
+    """
+
+    file: Path
+    start: int
+    parts: list[tuple[int | None, int]]
 
 
 class DiskBlockStore:
@@ -49,6 +66,8 @@ class DiskBlockStore:
         self._blocks = blocks
         self._block_of = {name: i for i, block in enumerate(blocks) for name in block}
         self._places = [_places(block) for block in blocks]  # of each linear, in its block's buffer
+        self._runs = [_runs(block, places) for block, places in zip(blocks, self._places, strict=True)]
+        self._between = memoryview(bytearray(LARGEST_GAP))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-blocks")
         self.block_reads = 0
         self._resident = {i: self._fresh(i) for i in spread(num_resident, len(blocks))}
@@ -130,14 +149,14 @@ class DiskBlockStore:
         return max(end for _, end in self._places[block].values())
 
     def _read(self, block: int, buffer: Tensor) -> None:
+        data = buffer.numpy().data
+        for run in self._runs[block]:
+            parts = [self._between[:length] if at is None else data[at : at + length] for at, length in run.parts]
+            read_exactly(run.file, run.start, *parts)
         for name, linear in self._blocks[block].items():
-            start, _ = self._places[block][name]
-            for part, at in linear.weight.pieces.items():
-                entry = linear.entries[part]
-                read_exactly(entry.file, entry.start, buffer[start + at : start + at + entry.nbytes].numpy().data)
             if linear.weight.offset is not None:
-                at = start + linear.weight.packed_bytes
-                buffer[at : at + 4] = torch.tensor([linear.weight.offset]).view(torch.uint8)
+                at = self._places[block][name][0] + linear.weight.packed_bytes
+                data[at : at + 4] = struct.pack("=f", linear.weight.offset)
         self.block_reads += 1
 
 
@@ -166,6 +185,25 @@ def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:
         places[name] = (at, at + linear.weight.nbytes)
         at += linear.weight.nbytes
     return places
+
+
+def _runs(block: Mapping[str, StoredLinear], places: Mapping[str, tuple[int, int]]) -> list[Run]:
+    """What to read for a block: as few calls as its files allow, since the small tensors between are soon read."""
+    pieces = sorted(
+        (str(linear.entries[part].file), linear.entries[part].start, linear.entries[part].nbytes, places[name][0] + at)
+        for name, linear in block.items()
+        for part, at in linear.weight.pieces.items()
+    )
+    runs: list[Run] = []
+    end = 0
+    for file, start, num_bytes, at in pieces:
+        if not runs or str(runs[-1].file) != file or start - end > LARGEST_GAP or len(runs[-1].parts) > MOST_PARTS:
+            runs.append(Run(Path(file), start, []))
+        elif start > end:
+            runs[-1].parts.append((None, start - end))
+        runs[-1].parts.append((at, num_bytes))
+        end = start + num_bytes
+    return runs
 
 
 def spread(count: int, total: int) -> list[int]:
