@@ -1,11 +1,13 @@
-"""Measures what paging costs where nothing is short: steps with the base streamed, and with the optimizer paged.
+"""Measures what paging costs where nothing is short: steps with the base streamed, with what blocks keep in a file, and
+with the optimizer paged and in 8 bits.
 
-    python benchmarks/bench_paging.py [--shape smollm2-135m] [--tokens 512] [--rounds 7] [--folder DIR]
+    python benchmarks/bench_paging.py [--shape smollm2-135m] [--tokens 512] [--rounds 7] [--folder DIR] [--quick]
 
-One process holds the same model twice, resident and streamed from its folder with no block resident (its files are in
-the page cache after the first round), and takes forward and backward passes of one row in turn; then AdamW updates of
-as many parameters in turn, with its state in memory and in a file. Medians, and the ratio's quartiles over the rounds.
-Both must give the same bits, or nothing is reported.
+One process holds the same model three times: resident, streamed from its folder with no block resident (its files are
+in the page cache after the first round), and with blocks' inputs in a file; it takes forward and backward passes of one
+row in turn. Then AdamW updates of as many parameters in turn, with moments in memory and in a file, of 32 and of 8
+bits. Medians, and each ratio's quartiles over the rounds. What pages must give the bits of what does not, or nothing is
+reported.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import BENCHMARKS, Table, about_machine, report, versions
 from torch import nn
 
 from nybble.formats.quantized_tensor import QuantSpec
@@ -24,18 +27,19 @@ from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_
 from nybble.layers.loss_head import LossHead
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.costs import ModelShape, end_bytes
+from nybble.memory.offload import ActivationFile
 from nybble.memory.planner import STREAMED_ENDS_BYTES
 from nybble.memory.store import open_store
 from nybble.models.load import load_model
 from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
 from nybble.models.synth import synthesize
-from nybble.training.optimizer import AdamW
+from nybble.training.optimizer import AdamW, Bits
 
 Pass = Callable[[], float]
 
 
-def micro_batch(folder: Path, tokens: int, streamed: bool) -> Pass:
+def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: ActivationFile | None = None) -> Pass:
     """A forward and backward pass that returns its loss."""
     source = open_source(str(folder))
     dtype = resolve_compute_dtype("auto", torch.device("cpu"))
@@ -44,24 +48,25 @@ def micro_batch(folder: Path, tokens: int, streamed: bool) -> Pass:
     ends = streamed and end_bytes(ModelShape.from_config(source.config.to_dict())) >= STREAMED_ENDS_BYTES
     model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
-    backbone, head = BlockBackbone(model, "nothing", store), LossHead.of(model)
+    backbone, head = BlockBackbone(model, "nothing", store, kept), LossHead.of(model)
     ids, places = torch.arange(tokens).remainder(250)[None] + 3, torch.arange(tokens)
     borders = torch.tensor([0, tokens], dtype=torch.int32)
 
     def run() -> float:
         loss = head.loss(backbone.states(ids, places[None], places, borders), ids[0], tokens)
         loss.backward()
+        norm = sum(p.grad.double().abs().sum().item() for p in model.parameters() if p.grad is not None)
         model.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss.item() + norm
 
     return run
 
 
-def update(shapes: list[torch.Size], folder: Path, paged: bool) -> Pass:
-    """An optimizer step that returns the first parameter's sum."""
+def update(shapes: list[torch.Size], folder: Path | None, bits: Bits = 32) -> Pass:
+    """An optimizer step that returns the first parameter's sum; its moments are in a file of `folder`, if given."""
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    optimizer = AdamW(parameters, beta1=0.9, beta2=0.999, weight_decay=0.0)
-    if paged:
+    optimizer = AdamW(parameters, beta1=0.9, beta2=0.999, weight_decay=0.0, bits=bits)
+    if folder is not None:
         optimizer.page_out(folder)
 
     def run() -> float:
@@ -73,22 +78,28 @@ def update(shapes: list[torch.Size], folder: Path, paged: bool) -> Pass:
     return run
 
 
-def compare(name: str, plain: Pass, other: Pass, rounds: int) -> tuple[float, float]:
-    """Median seconds of both, after printing them and their ratio; one uncounted round first."""
-    seconds: list[tuple[float, float]] = []
+def compare(passes: dict[str, Pass], rounds: int, same: bool = True) -> dict[str, list[float]]:
+    """Seconds of each round, taken in turn; one uncounted round first. `same`: results must be equal to the bit."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
     for number in range(rounds + 1):
-        taken, results = [], []
-        for run in (plain, other):
+        results = []
+        for name, run in passes.items():
             started = time.perf_counter()
             results.append(run())
-            taken.append(time.perf_counter() - started)
-        assert results[0] == results[1], f"{name}: {results}"
-        if number:
-            seconds.append((taken[0], taken[1]))
-    low, middle, high = statistics.quantiles([b / a for a, b in seconds], n=4)
-    first, second = (statistics.median(column) for column in zip(*seconds, strict=True))
-    print(f"{name}: {first:.4f} s, {second:.4f} s, ratio {middle:.3f} ({low:.3f} to {high:.3f})")
-    return first, second
+            if number:
+                seconds[name].append(time.perf_counter() - started)
+        assert not same or len(set(results)) == 1, results
+    return seconds
+
+
+def rows(seconds: dict[str, list[float]]) -> list[list[str]]:
+    """Median and the ratio to the first, with its quartiles."""
+    first = next(iter(seconds.values()))
+    lines = []
+    for name, taken in seconds.items():
+        low, middle, high = statistics.quantiles([b / a for a, b in zip(first, taken, strict=True)], n=4)
+        lines.append([name, f"{statistics.median(taken):.4f}", f"{middle:.3f} ({low:.3f} to {high:.3f})"])
+    return lines
 
 
 def main() -> None:
@@ -97,19 +108,45 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where the model is kept between calls")
+    parser.add_argument("--quick", action="store_true", help="nothing is saved")
+    parser.add_argument("--results", type=Path, default=BENCHMARKS / "results")
     given = parser.parse_args()
+    about = {"machine": about_machine(torch.get_num_threads()), "versions": versions("torch", "nybble")}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (given.folder or Path(temporary)) / given.shape
+        scratch = Path(temporary)
+        folder = (given.folder or scratch) / given.shape
         if not folder.exists():
             synthesize(given.shape, QuantSpec(), folder)
-        resident, streamed = (micro_batch(folder, given.tokens, streamed) for streamed in (False, True))
-        pass_s, _ = compare("pass, resident and streamed", resident, streamed, given.rounds)
+        passes = {
+            "resident": micro_batch(folder, given.tokens),
+            "base streamed, no block resident": micro_batch(folder, given.tokens, streamed=True),
+            "blocks' inputs in a file": micro_batch(folder, given.tokens, kept=ActivationFile(scratch, 10**8)),
+        }
+        pass_s = compare(passes, given.rounds)
         model = build_skeleton(open_source(str(folder)).config)
         attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
         shapes = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
-        plain, paged = (update(shapes, Path(temporary), paged) for paged in (False, True))
-        plain_s, paged_s = compare("update, in memory and paged", plain, paged, given.rounds)
-        print(f"step of one micro-batch, paged over not: {(pass_s + paged_s) / (pass_s + plain_s):.3f}")
+        wide = compare({"32 bits": update(shapes, None), "32 bits, paged": update(shapes, scratch)}, given.rounds)
+        narrow = compare({"8 bits": update(shapes, None, 8), "8 bits, paged": update(shapes, scratch, 8)}, given.rounds)
+    resident = statistics.median(pass_s["resident"])
+    updates = wide | narrow
+    steps = {
+        name: (resident + statistics.median(taken)) / (resident + statistics.median(wide["32 bits"]))
+        for name, taken in updates.items()
+    }
+    what = f"{given.shape}, {given.tokens} tokens"
+    tables = [
+        Table(f"Forward and backward, {what}", ["", "seconds", "ratio"], rows(pass_s)),
+        Table(
+            f"AdamW over {sum(map(torch.Size.numel, shapes)):,} parameters",
+            ["moments", "seconds", "step of one micro-batch, ratio"],
+            [
+                [name, f"{statistics.median(taken):.4f}", f"{steps[name]:.3f}"]
+                for name, taken in (wide | narrow).items()
+            ],
+        ),
+    ]
+    report(given, "paging", "What paging costs where nothing is short", about, tables, pass_s | updates)
 
 
 if __name__ == "__main__":
