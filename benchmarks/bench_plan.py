@@ -1,12 +1,14 @@
 """Measures how far plans are from the truth: predicted against measured peak memory, over many small runs.
 
-    python benchmarks/bench_plan.py [--part 1/4] [--folder DIR]
+    python benchmarks/bench_plan.py [--part 1/4] [--folder DIR] [--again]     predicted against measured
+    python benchmarks/bench_plan.py --limited [--part 1/4] [--folder DIR]     a spread of them under a hard limit
 
-Each configuration is one `nybble train` of two steps in a process of its own, on a model of a published shape with
+Each configuration is one `nybble train` of three steps in a process of its own, on a model of a published shape with
 random weights (memory does not depend on their values) and rows of text of exactly the planned length. Measured is
 the peak of anonymous memory (RssAnon), sampled every 20 ms by the run itself; the prediction was made before anything
-was loaded. Runs with a budget cannot allocate more than 1.05 times it (RLIMIT_DATA).
-With --part the configurations are dealt over several calls, which add to the same record.
+was loaded. With --limited the budget is what was predicted, and allocations beyond 1.05 times it fail (RLIMIT_DATA).
+What is recorded already is passed over but with --again, so that a call that was cut short can be made once more; with
+--part the configurations are dealt over several calls.
 """
 
 import argparse
@@ -22,8 +24,6 @@ from typing import Any
 
 from common import BENCHMARKS, about_machine
 
-from nybble.options import parse_size
-
 RECORD = BENCHMARKS / "results" / "plan.json"
 LIMIT = 1.05  # runs with a budget may not allocate more than so much of it
 Config = dict[str, Any]
@@ -38,23 +38,26 @@ def configurations() -> list[Config]:
 
     for length, rank, keep in itertools.product((256, 2048), (8, 64), ("everything", "nothing")):
         add("tiny", length=length, rank=rank, keep=keep)
-    for length, keep in itertools.product((128, 512, 1024), ("everything", "attention", "nothing")):
+    for length, keep in itertools.product((128, 256, 512), ("everything", "attention", "nothing")):
         add("smollm2-135m", length=length, keep=keep)
     for rank, keep in itertools.product((4, 64), ("everything", "nothing")):
         add("smollm2-135m", length=256, rank=rank, keep=keep)
     for rows, keep in itertools.product((2, 4), ("everything", "nothing")):
-        add("smollm2-135m", length=256, rows=rows, keep=keep)
+        add("smollm2-135m", length=128, rows=rows, keep=keep)
     for keep in ("everything", "nothing"):
-        add("smollm2-135m", length=512, keep=keep, page_optimizer="always", rank=64)
-        add("smollm2-135m", length=512, keep=keep, stream_base="always", memory="1GB")
-        add("smollm2-135m", length=512, keep=keep, stream_base="always", page_optimizer="always", memory="900MB")
+        add("smollm2-135m", length=256, keep=keep, page_optimizer="always", rank=64)
+        add("smollm2-135m", length=256, keep=keep, stream_base="always", memory="1GB")
+        add("smollm2-135m", length=256, keep=keep, stream_base="always", page_optimizer="always", memory="900MB")
         add("smollm2-135m", length=256, keep=keep, format="none")
+    for keep in ("attention", "nothing"):
+        add("smollm2-135m", length=512, keep=keep, offload_activations="always")
     for rank, keep in itertools.product((8, 64), ("everything", "nothing")):
-        add("smollm2-360m", length=384, rank=rank, keep=keep)
-    add("smollm2-360m", length=384, stream_base="always", keep="nothing", memory="1GB")
-    add("llama-3.2-1b", length=256)
-    add("llama-3.2-1b", length=256, keep="nothing")
-    add("llama-3.2-1b", length=256, keep="nothing", stream_base="always", page_optimizer="always", memory="1.3GB")
+        add("smollm2-360m", length=256, rank=rank, keep=keep)
+    add("smollm2-360m", length=256, stream_base="always", keep="nothing", memory="1GB")
+    add("smollm2-360m", length=256, offload_activations="always", keep="nothing", page_optimizer="always")
+    add("llama-3.2-1b", length=128)
+    add("llama-3.2-1b", length=128, keep="nothing")
+    add("llama-3.2-1b", length=128, keep="nothing", stream_base="always", page_optimizer="always", memory="1.3GB")
     return found
 
 
@@ -69,18 +72,7 @@ def rows_of(length: int, folder: Path) -> Path:
 
 def measure(config: Config, folder: Path) -> Config:
     """Run one configuration; predicted and measured bytes."""
-    model = folder / config["model"]
-    if not model.exists():
-        nybble("synth", "--shape", config["model"], "--out", str(model))
-    out = folder / "run"
-    options = {name: str(value) for name, value in config.items() if name not in ("model", "length", "rows")}
-    length, rows = config["length"], config["rows"]
-    flags = {"model": model, "data": rows_of(length, folder), "out": out, "max_seq_len": length, "validation_rows": 1,
-             "micro_batch_size": rows, "rows_per_step": 2 * rows, "max_steps": 2} | options  # fmt: skip
-    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    budget = config.get("memory")
-    nybble("train", "--overwrite", *words, limit=None if budget is None else int(LIMIT * parse_size(budget)))
-    plan = json.loads((out / "plan.json").read_text())
+    plan = train(config, folder, folder / "run")
     predicted, measured = plan["chosen"]["peak_bytes"], plan["measured"]["peak_bytes"]
     return config | {
         "strategy": plan["chosen"]["strategy"],
@@ -90,6 +82,33 @@ def measure(config: Config, folder: Path) -> Config:
         "error": predicted / measured - 1,
         "components": plan["chosen"]["components"],
     }
+
+
+def measure_limited(result: Config, folder: Path) -> Config:
+    """Run a configuration again with what was predicted as its budget, under a hard limit of 1.05 times that."""
+    config = {name: value for name, value in result.items() if name in OPTIONS} | {"memory": str(result["predicted"])}
+    plan = train(config, folder, folder / "limited", limit=int(LIMIT * result["predicted"]))
+    return {"limited_peak": plan["measured"]["peak_bytes"], "limit": int(LIMIT * result["predicted"])}
+
+
+def train(config: Config, folder: Path, out: Path, limit: int | None = None) -> Config:
+    """The plan.json of a run of three steps.
+
+    Raises:
+        CalledProcessError: the run did not come to its end.
+    """
+    model = folder / config["model"]
+    if not model.exists():
+        nybble("synth", "--shape", config["model"], "--out", str(model))
+    options = {name: str(value) for name, value in config.items() if name not in ("model", "length", "rows")}
+    length, rows = config["length"], config["rows"]
+    flags = {"model": model, "data": rows_of(length, folder), "out": out, "max_seq_len": length, "validation_rows": 1,
+             "micro_batch_size": rows, "rows_per_step": 2 * rows, "max_steps": 3, "eval_every": 3}  # fmt: skip
+    flags |= options
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    nybble("train", "--overwrite", *words, limit=limit)
+    plan: Config = json.loads((out / "plan.json").read_text())
+    return plan
 
 
 def nybble(*words: str, limit: int | None = None) -> None:
@@ -106,37 +125,65 @@ def write(results: list[Config]) -> None:
     lines = [
         f"{len(results)} configurations: median error {statistics.median(errors):.1f} %, worst {errors[-1]:.1f} %, "
         f"worst under-prediction {under:.1f} %.",
+        f"{sum('limited_peak' in r for r in results)} of them ran again with the prediction as their budget, under a "
+        "hard limit of 1.05 times that, and came to their end.",
         "",
-        "| model | tokens | rows | rank | keep | strategy | predicted, MB | measured, MB | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | tokens | rows | rank | keep | strategy | predicted, MB | measured, MB | error | limited, MB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         lines.append(
-            f"| {r['model']} | {r['length']} | {r['rows']} | {r['rank']} | {r['keep']} | {r['strategy']} | "
-            f"{r['predicted'] / 1e6:.0f} | {r['measured'] / 1e6:.0f} | {100 * r['error']:+.1f} % |"
+            f"| {r['model']} | {r['length']} | {r['rows']} | {r['rank']} | {r['keep']} | {ways(r)} | "
+            f"{r['predicted'] / 1e6:.0f} | {r['measured'] / 1e6:.0f} | {100 * r['error']:+.1f} % | "
+            f"{r['limited_peak'] / 1e6:.0f} |"
+            if "limited_peak" in r
+            else " |"
         )
     RECORD.with_suffix(".md").write_text("# Plans against the truth\n\n" + "\n".join(lines) + "\n")
+
+
+def ways(result: Config) -> str:
+    """The strategy in words, with what is moved out of memory beside it."""
+    words = [result["strategy"]]
+    words += ["optimizer paged"] if "page_optimizer" in result and "paged" not in result["strategy"] else []
+    words += ["activations in a file"] if "offload_activations" in result else []
+    return ", ".join(words)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="1/1", help="which share of the configurations, such as 2/4")
     parser.add_argument("--folder", type=Path, help="where models are kept between calls")
+    parser.add_argument("--again", action="store_true", help="measure what is recorded already, too")
+    parser.add_argument("--limited", action="store_true", help="every third configuration under a hard limit")
     given = parser.parse_args()
     part, parts = map(int, given.part.split("/"))
-    before = json.loads(RECORD.read_text())["results"] if RECORD.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        for config in configurations()[part - 1 :: parts]:
-            result = measure(config, folder)
-            before = [r for r in before if any(r.get(key) != config.get(key) for key in {*r, *config} & OPTIONS)]
-            before.append(result)
+        wanted = configurations()[:: 3 if given.limited else 1][part - 1 :: parts]
+        for config in wanted:
+            before = json.loads(RECORD.read_text())["results"] if RECORD.exists() else []
+            known = next((r for r in before if same(r, config)), None)
+            if given.limited:
+                if known is None or ("limited_peak" in known and not given.again):
+                    continue
+                result = known | measure_limited(known, folder)
+            elif known is not None and not given.again:
+                continue
+            else:
+                result = measure(config, folder)
+            write([result if r is known else r for r in before] if known else [*before, result])
             print(f"{config} {100 * result['error']:+.1f} %", flush=True)
-            write(before)
 
 
-OPTIONS = {"model", "length", "rows", "rank", "keep", "page_optimizer", "stream_base", "memory", "format"}
+OPTIONS = {"model", "length", "rows", "rank", "keep", "page_optimizer", "stream_base", "offload_activations", "memory",
+           "format"}  # fmt: skip
+
+
+def same(first: Config, second: Config) -> bool:
+    return all(first.get(name) == second.get(name) for name in OPTIONS)
+
 
 if __name__ == "__main__":
     main()

@@ -124,7 +124,19 @@ class CalibrationOptions(Options):
     )
 
 
-class QualityOptions(CalibrationOptions):
+class MixedOptions(Options):
+    group: ClassVar[str] = "Four bits"
+
+    mixed: float | None = knob(
+        None,
+        "Give each layer 4, 3 or 2 bits (nf4, nf3, nf2) so that this many bits a weight, scales included, lose least.",
+        gt=2,
+        lt=5,
+        elsewhere=("average_bits",),
+    )
+
+
+class QualityOptions(MixedOptions, CalibrationOptions):
     """How weights are put into four bits."""
 
     group: ClassVar[str] = "Four bits"
@@ -135,14 +147,6 @@ class QualityOptions(CalibrationOptions):
         "bitsandbytes. search: by least error of the weights. calibrated: by least error of each layer's output on "
         "text. auto: train calibrates where that takes under a tenth of the training, quantize where --calibrate is "
         "given; else absmax.",
-    )
-
-    mixed: float | None = knob(
-        None,
-        "Give each layer 4, 3 or 2 bits (nf4, nf3, nf2) so that this many bits a weight, scales included, lose least.",
-        gt=2,
-        lt=5,
-        elsewhere=("average_bits",),
     )
 
     @model_validator(mode="after")
@@ -180,11 +184,12 @@ class BaseFormat(Options):
     )
 
 
-class AdapterOptions(Options):
+class AdapterSizes(Options):
+    """What decides which adapters there are and what they cost."""
+
     group: ClassVar[str] = "Adapters"
 
     rank: int = knob(16, "Rank of each adapter.", ge=1, elsewhere=("r", "lora_r", "lora_rank"))
-    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
     dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, elsewhere=("lora_dropout",))
     target_modules: str | tuple[Name, ...] = knob(
         "all-linear",
@@ -197,7 +202,6 @@ class AdapterOptions(Options):
         " layers' outputs on the training rows.",
         elsewhere=("init_lora_weights",),
     )
-    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
 
     @field_validator("target_modules", mode="after")
     @classmethod
@@ -208,6 +212,13 @@ class AdapterOptions(Options):
         if not names or not all(names):
             raise ValueError("no names")
         return names
+
+
+class AdapterOptions(AdapterSizes):
+    group: ClassVar[str] = "Adapters"
+
+    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
+    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
 
 
 class MemoryOptions(Options):
@@ -268,11 +279,16 @@ class MemoryOptions(Options):
         return self
 
 
-class LoopOptions(Options):
+class LengthOptions(Options):
     group: ClassVar[str] = "Training"
 
     max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
     epochs: float = knob(1.0, "Passes over the training rows.", gt=0, elsewhere=("num_train_epochs", "num_epochs"))
+
+
+class LoopOptions(LengthOptions):
+    group: ClassVar[str] = "Training"
+
     lr: float = knob(2e-4, "Peak learning rate.", gt=0, elsewhere=("learning_rate",))
     schedule: Literal["constant", "cosine", "linear"] = knob(
         "cosine", "How the learning rate goes on after the warm-up.", elsewhere=("lr_scheduler_type", "lr_scheduler")
@@ -372,7 +388,17 @@ class PlannedMachine(Options):
     compute_dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "Type of activations and products.")
 
 
-class PlanConfig(PlannedMachine, MemoryOptions, AdapterOptions, FourBitOptions, BaseFormat, RowOptions, ModelOptions):
+class PlanConfig(
+    PlannedMachine,
+    LengthOptions,
+    MemoryOptions,
+    AdapterSizes,
+    MixedOptions,
+    FourBitOptions,
+    BaseFormat,
+    RowOptions,
+    ModelOptions,
+):
     """What `nybble plan` needs to know."""
 
     group: ClassVar[str] = "Data"
@@ -380,6 +406,11 @@ class PlanConfig(PlannedMachine, MemoryOptions, AdapterOptions, FourBitOptions, 
     data: Name | None = knob(
         None, "Examples whose lengths are planned for; without them every row has --max-seq-len tokens."
     )
+
+    @model_validator(mode="after")
+    def _mixed_chooses_formats(self) -> Self:
+        _check_mixed(self.mixed, self.format)
+        return self
 
 
 class SynthConfig(FourBitOptions, OutputFormat):

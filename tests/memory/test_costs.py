@@ -6,7 +6,16 @@ import torch
 
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.memory.costs import ModelShape, TrainingShape, base_bytes, dense_bytes, mean_bits, predict
+from nybble.memory.costs import (
+    MicroBatches,
+    ModelShape,
+    TrainingShape,
+    base_bytes,
+    compiled_products,
+    dense_bytes,
+    mean_bits,
+    predict,
+)
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 
 LLAMA_2_70B = {
@@ -55,9 +64,55 @@ def test_keeping_more_costs_more(path):
     shape = ModelShape.from_config(LLAMA_2_70B)
     peaks = []
     for keep in ("nothing", "attention", "everything"):
-        training = TrainingShape(512, 200, 207_000_000, 16, 2, QuantSpec(), path, keep, 64 * 2**20)
+        batches = MicroBatches(512, 200, 512, 1, 512, 200, 0)
+        training = TrainingShape(batches, 207_000_000, 16, 2, QuantSpec(), path, keep, 64 * 2**20)
         peaks.append(sum(predict(shape, training).values()))
     assert peaks == sorted(peaks) and peaks[0] < peaks[2]
+
+
+def test_products_of_the_same_widths_are_compiled_once():
+    shape = ModelShape.from_config(LLAMA_2_70B | {"num_key_value_heads": 64})
+    forward, backward = compiled_products(shape, 16)
+    grouped = compiled_products(ModelShape.from_config(LLAMA_2_70B), 16)
+    assert forward < grouped[0] and backward < grouped[1], "q, k and v of one width share theirs"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is what compiles them")
+def test_products_are_as_many_as_a_block_multiplies():
+    """Every product that a block's forward and backward pass ask PyTorch for, told apart by widths and strides."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nybble.layers.backbone import BlockBackbone
+    from nybble.layers.convert import attach_adapters, quantizable_linears
+
+    seen = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "addmm_"):
+                out = (keywords or {}).get("out")
+                operands = arguments if name == "mm" else arguments[1:]
+                target = out if out is not None else arguments[0] if name != "mm" else None
+                layouts = [(tuple(t.shape), tuple(t.stride())) for t in operands]
+                seen.add((name == "mm", *layouts, target.stride() if target is not None else None))
+            return function(*arguments, **(keywords or {}))
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=24, vocab_size=128,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    attach_adapters(model, quantizable_linears(model), rank=8, alpha=8, dropout=0, rslora=False, seed=0)
+    backbone = BlockBackbone(model, "nothing")
+    ids, positions = torch.arange(64)[None], torch.arange(64)[None]
+    with Products():
+        states = backbone.states(ids, positions, torch.arange(64), torch.tensor([0, 64], dtype=torch.int32))
+        forward = len(seen)
+        states.float().sum().backward()
+    shape = ModelShape.from_config(config.to_dict())
+    assert compiled_products(shape, 8) == (forward, len(seen) - forward)
 
 
 def test_a_config_without_a_needed_field_names_it():

@@ -8,10 +8,10 @@ from rich.console import Console
 
 from nybble.cli.main import app
 from nybble.config import PlanConfig, load_config
-from nybble.errors import ModelError, PlanError
+from nybble.errors import ConfigError, ModelError, PlanError
 from nybble.memory.planner import require
 from nybble.options import build_options, parse_size
-from nybble.training import loop
+from nybble.training import checkpoint, loop, session
 from nybble.training.foresee import foresee
 from nybble.training.session import train
 
@@ -97,6 +97,42 @@ def test_a_budget_below_the_smallest_plan_says_what_would_change_it(tiny_model, 
     assert not (tmp_path / "run" / "config.yaml").exists(), "refused before anything was made"
 
 
+@pytest.mark.parametrize("bits", [{"quality": "calibrated"}, {"mixed": 3.5}])
+def test_what_never_fits_is_refused_before_its_bits_are_made(tiny_model, data, tmp_path, monkeypatch, bits):
+    def too_late(*arguments):
+        raise AssertionError("spent minutes on a base that does not fit")
+
+    monkeypatch.setattr(session, "make_calibrated_base", too_late)
+    monkeypatch.setattr(session, "measure_mixed", too_late)
+    with pytest.raises(PlanError, match="smallest plan takes"):
+        train(config(tiny_model, data, tmp_path / "run", memory="10MB", **bits), Console(quiet=True))
+
+
+def test_mixed_bits_are_planned_for():
+    four, three = (plans(memory="4GB", **bits)[0].chosen.components["base weights"] for bits in ({}, {"mixed": 3.1}))
+    assert three == pytest.approx(four * 3.1 / 4.127, rel=2e-2)
+
+
+@pytest.mark.parametrize("option", ["alpha", "rslora", "dropuot"])
+def test_a_plan_takes_no_option_that_it_does_not_read(option):
+    with pytest.raises(ConfigError, match=option):
+        build_options(PlanConfig, {"model": "tiny", option: "1"})
+
+
+def test_a_run_and_a_plan_of_its_data_expect_the_same(tiny_model, data, tmp_path):
+    out, given = tmp_path / "run", {"memory": "3GB", "max_steps": 2, "micro_batch_size": 2, "keep": "nothing"}
+    train(config(tiny_model, data, out, **given), Console(quiet=True))
+    run = json.loads((out / "plan.json").read_text())
+    assert {"chosen", "rejected", "measured", "machine"} <= run.keys()
+    assert run["measured"]["peak_bytes"] > run["measured"]["start_bytes"] > 0
+    options = {"model": str(tiny_model), "data": str(data), "rows_per_step": 4, "max_seq_len": 1024}
+    foreseen = plans(**options | given)[0].chosen
+    own = "the process itself"
+    assert {k: v for k, v in foreseen.components.items() if k != own} == {
+        k: v for k, v in run["chosen"]["components"].items() if k != own
+    }
+
+
 def test_a_choice_that_does_not_fit_names_the_nearest_that_does():
     own = plans(memory="4GB")[0].machine.process_bytes
     made, asked, freed = plans(memory=own + 500 * 10**6, micro_batch_size=8, rows_per_step=8, keep="everything")
@@ -106,7 +142,7 @@ def test_a_choice_that_does_not_fit_names_the_nearest_that_does():
 
 def test_a_rehearsal_that_takes_too_much_stops_before_the_first_step(tiny_model, data, tmp_path, monkeypatch):
     options = {"memory": "3GB"}
-    monkeypatch.setattr(loop, "rehearse", lambda *arguments: 4_000_000_000)
+    monkeypatch.setattr(loop.PeakMemory, "__exit__", lambda self, *_: setattr(self, "peak_bytes", 4_000_000_000))
     with pytest.raises(PlanError, match=r"rehearsal .* took 4 GB"):
         train(config(tiny_model, data, tmp_path / "run", **options), Console(quiet=True))
 
@@ -118,6 +154,19 @@ def test_a_rehearsal_changes_nothing(tiny_model, data, tmp_path):
         adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
         torch.manual_seed(123)
     assert adapters[0] == adapters[1]
+
+
+def test_a_rehearsal_evaluates_and_saves_once(tiny_model, data, tmp_path, monkeypatch):
+    out, done = tmp_path / "run", []
+    held_out = loop.held_out_loss
+    monkeypatch.setattr(loop, "held_out_loss", lambda *a: done.append("evaluated") or held_out(*a))
+    write = checkpoint.Checkpoints._write
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", lambda *a, **k: done.append("saved") or write(*a, **k))
+    monkeypatch.setattr(session, "check_peak", lambda *a: done.append("checked"))
+    train(config(tiny_model, data, out, memory="3GB"), Console(quiet=True))
+    assert done[:3] == ["evaluated", "saved", "checked"]
+    assert not list((out / "checkpoints").glob(".tmp-*")), "nothing is left of it"
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-1"]
 
 
 def test_plan_prints_one_json_object_and_draws(tmp_path):

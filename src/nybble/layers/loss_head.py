@@ -8,7 +8,7 @@ is cut into micro-batches and chunks does not change it.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +45,7 @@ class LossHead:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    _room: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # of a chunk's logits
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "LossHead":
@@ -127,15 +128,24 @@ class LossHead:
 
     def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
-        target. The room is the same for all: the pages of a fresh one cost as much as the softmax.
+        target.
         """
         missing = -len(targets) % ROW_MULTIPLE
         rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
         size = self.chunk_rows(hidden.dtype.itemsize)
-        buffer = hidden.new_empty(min(size, len(rows)), self.weight.shape[0])
+        buffer = self._logits_room(min(size, len(rows)), hidden)
         chunks = zip(rows.split(size), filled.split(size), strict=True)
         return [(h, t, buffer[: len(h)]) for h, t in chunks] if len(targets) else []
+
+    def _logits_room(self, rows: int, like: Tensor) -> Tensor:
+        """Room for `rows` rows of logits, kept from chunk to chunk and from call to call: the pages of a fresh one cost
+        as much as the softmax, and taken anew between what blocks keep it leaves holes in the C library's heap.
+        """
+        if not self._room or len(self._room[0]) < rows or self._room[0].dtype != like.dtype:
+            self._room.clear()  # the old room is free before the new one is taken
+            self._room.append(like.new_empty(rows, self.weight.shape[0]))
+        return self._room[0][:rows]
 
     def loss_and_gradient(
         self, hidden: Tensor, targets: Tensor, buffer: Tensor, factor: float

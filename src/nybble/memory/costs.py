@@ -4,12 +4,13 @@ Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
 
 A run's memory has several heights: the loss head on top of all that blocks keep, the backward pass of the last
-block (everything is still kept) and of the first (every gradient exists), the optimizer's update, loading. `predict`
-adds up each and returns the parts of the highest.
+block (everything is still kept) and of the first (every gradient exists), the optimizer's update, an evaluation.
+`predict` adds up each and returns the parts of the highest. Saving copies nothing: tensors are written from where they
+are.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ConfigError, ModelError
@@ -24,11 +25,12 @@ ADAM_BYTES = 8  # two fp32 moments
 ADAM_8BIT_BYTES = 2 + 8 / 256  # two codes, two fp32 scales for each 256
 FULL_BYTES = 12  # full fine-tuning in 16 bits, a parameter: weight 2, gradient 2, two fp32 moments
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
-TOKEN_MULTIPLE = 64  # packed rows are filled up to it
+ROW_MULTIPLE = 64  # of rows of a chunk of logits
 STREAM_BUFFERS = 2  # blocks of a streamed base in memory besides the resident ones: at work, and the next
-COMPILED_BYTES = 28_000_000  # products that oneDNN keeps compiled for one number of tokens, measured
-SLACK = 0.30  # of what comes and goes in a step: gaps in the C library's heap, measured
-MOST_SLACK = 200_000_000  # tensors from 32 MiB on are mapped by themselves and leave no gaps
+PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
+MOST_PRODUCTS = 1024  # what its cache holds
+MAPPED_BYTES = 2**25  # tensors from here on are mapped by themselves and leave no gaps in the C library's heap
+GAPS = 0.22  # of what comes and goes within the heap in a step, measured
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -118,12 +120,42 @@ def _field(config: Mapping[str, Any], *names: str) -> int:
 
 
 @dataclass(frozen=True)
+class MicroBatches:
+    """What the micro-batches of one size come to, over a run.
+
+    Args:
+        tokens: of the largest, padding included.
+        supervised: of those, how many are projected by the head at most.
+        longest_row: tokens of the longest row.
+        token_counts: different numbers of tokens that training meets.
+        held_out_tokens, held_out_supervised: the same of evaluations.
+        held_out_counts: different numbers of tokens that only evaluations meet.
+        heaviest, heaviest_held_out: the rows of the largest micro-batches, by number; empty where there is no data.
+    """
+
+    tokens: int
+    supervised: int
+    longest_row: int
+    token_counts: int
+    held_out_tokens: int
+    held_out_supervised: int
+    held_out_counts: int
+    heaviest: tuple[int, ...] = ()
+    heaviest_held_out: tuple[int, ...] = ()
+
+    def halved(self) -> "MicroBatches":
+        """With rows of half the length."""
+        half = {name: -(-getattr(self, name) // 2) for name in ("tokens", "supervised", "longest_row")}
+        half |= {name: -(-getattr(self, name) // 2) for name in ("held_out_tokens", "held_out_supervised")}
+        return replace(self, **half)
+
+
+@dataclass(frozen=True)
 class TrainingShape:
     """The choices of a run that decide what it costs.
 
     Args:
-        tokens: T, in the largest micro-batch, padding included.
-        supervised_tokens: of those, how many are projected by the head at most.
+        batches: T and the other sizes of micro-batches.
         compute_bytes: c.
         spec: format of the base, or None for 16 bits.
         mixed_bits: bits a weight where the layers of the base have several formats.
@@ -137,12 +169,11 @@ class TrainingShape:
         adam_bytes: of optimizer state a parameter.
         page_bytes: None where optimizer state is resident, else what its largest pages take while they are updated.
         offload: what blocks keep goes to a file.
-        token_counts: different numbers of tokens that micro-batches have on a CPU; 0 on other devices.
+        on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         full: every weight is trained; then rank and adapters are 0.
     """
 
-    tokens: int
-    supervised_tokens: int
+    batches: MicroBatches
     adapter_parameters: int
     rank: int
     compute_bytes: int
@@ -158,7 +189,7 @@ class TrainingShape:
     adam_bytes: float = ADAM_BYTES
     page_bytes: int | None = None
     offload: bool = False
-    token_counts: int = 1
+    on_cpu: bool = True
     full: bool = False
 
 
@@ -196,7 +227,7 @@ def dense_bytes(shape: ModelShape) -> int:
 
 def input_bytes(shape: ModelShape, training: TrainingShape) -> int:
     """A block's input, which it keeps in any case."""
-    return training.tokens * training.compute_bytes * shape.hidden_size
+    return training.batches.tokens * training.compute_bytes * shape.hidden_size
 
 
 def kept_bytes(shape: ModelShape, training: TrainingShape) -> int:
@@ -211,7 +242,7 @@ def kept_bytes(shape: ModelShape, training: TrainingShape) -> int:
         per_token = c * (h + q) + LSE_BYTES * shape.num_heads
     else:
         per_token = c * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * training.rank) + LSE_BYTES * (shape.num_heads + 2)
-    return training.tokens * per_token
+    return training.batches.tokens * per_token
 
 
 def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
@@ -229,26 +260,79 @@ def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
         recomputed = h + q + 2 * kv + 2 * f + 7 * r  # x2, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[training.keep]
-        return training.tokens * c * (at_work + made)
+        return training.batches.tokens * c * (at_work + made)
     norms = 2 * (4 * h + 4 * h)
     attention = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f
-    return training.tokens * (norms + c * (attention + mlp + 14 * r))
+    return training.batches.tokens * (norms + c * (attention + mlp + 14 * r))
+
+
+def logits_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """Room for a chunk of logits, which the loss head keeps."""
+    c = training.compute_bytes
+    fit = max(ROW_MULTIPLE, training.chunk_bytes // (shape.vocab_size * c) // ROW_MULTIPLE * ROW_MULTIPLE)
+    needed = -(-max(training.batches.supervised, training.batches.held_out_supervised) // ROW_MULTIPLE) * ROW_MULTIPLE
+    return min(fit, needed) * shape.vocab_size * c
 
 
 def head_bytes(shape: ModelShape, training: TrainingShape) -> int:
-    """Height of the loss head: a chunk of logits, the states around it, a panel of a large or streamed head.
+    """The states around the loss head, and panels of a streamed one.
 
     States, for each supervised token: gathered, normed, their gradients chunk by chunk and joined; the last norm
     keeps fp32 copies of its input and of what it normalised.
     """
-    c = training.compute_bytes
-    rows = min(training.supervised_tokens, max(TOKEN_MULTIPLE, training.chunk_bytes // (shape.vocab_size * c)))
-    states = training.supervised_tokens * shape.hidden_size * (4 * c + 12)
-    panel = 0
-    if training.stream_ends:
-        panel = 2 * min(training.panel_bytes, DENSE_BYTES * shape.vocab_size * shape.hidden_size)
-    return rows * shape.vocab_size * c + states + panel
+    states = training.batches.supervised * shape.hidden_size * (4 * training.compute_bytes + 12)
+    return states + _panels(shape, training)
+
+
+def held_out_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """Height of an evaluation: one block forward at a time, its input and output; then the states of the head."""
+    c, batches = training.compute_bytes, training.batches
+    h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
+    block = batches.held_out_tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * training.rank)
+    states = batches.held_out_supervised * h * (2 * c + 8) + _panels(shape, training)
+    return max(block, states)
+
+
+def _panels(shape: ModelShape, training: TrainingShape) -> int:
+    if not training.stream_ends:
+        return 0
+    return 2 * min(training.panel_bytes, DENSE_BYTES * shape.vocab_size * shape.hidden_size)
+
+
+def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:
+    """Different matrix products of a decoder block for one number of tokens: those of the forward pass, and those that
+    the backward pass adds. Layers of the same widths, in buffers of the same width, share one.
+
+    Each is named by what tells it apart: its widths, and how far apart the rows of its operands lie.
+    """
+    h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
+    together = ((h, (q, kv, kv)), (q, (h,)), (h, (f, f)), (f, (h,)))  # inputs, and outputs side by side
+    forward: set[tuple[object, ...]] = set()
+    backward: set[tuple[object, ...]] = set()
+    for width, outputs in together:
+        ranks, row = rank * len(outputs), sum(outputs)
+        forward.add(("low rank", width, ranks))
+        backward |= {("adapters", ranks, width, ranks, width), ("add", ranks, width, ranks, width)}
+        for i, out in enumerate(outputs):
+            forward |= {("base", width, out, row, len(outputs)), ("add", rank, out, ranks, row)}
+            backward |= {("low rank back", out, row, ranks), ("adapters", rank, out, ranks, row)}
+            backward.add(("base back", out, width, row, i > 0))
+    return len(forward), len(backward - forward)
+
+
+def compiled_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """What oneDNN keeps compiled: the products of each number of tokens, and of the head's chunks.
+
+    Products in fp32 go to another library, which keeps nothing.
+    """
+    if not training.on_cpu or training.compute_bytes != 2:
+        return 0
+    forward, backward = compiled_products(shape, training.rank)
+    batches = training.batches
+    counts = batches.token_counts * (forward + backward) + batches.held_out_counts * forward
+    head = 2 * min(1 + batches.token_counts, -(-batches.supervised // ROW_MULTIPLE))
+    return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head)
 
 
 def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
@@ -282,7 +366,8 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     inputs = 2 * input_bytes(shape, training) if training.offload else 0  # on their way to and from the file
     gradients = masters if training.micro_batches > 1 else 0  # before the step's last backward pass
     work = working_bytes(shape, training) + inputs
-    dense = 0 if training.spec is None else c * max(i * o for i, o in shape.linears)
+    always["room for logits"] = logits_bytes(shape, training)
+    always["one dense weight"] = 0 if training.spec is None else c * max(i * o for i, o in shape.linears)
     heights = [
         {
             "adapter gradients": gradients,
@@ -296,15 +381,22 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
         },
         {"adapter gradients": masters, "kept by blocks": per_block, "one block at work": work},
         {"adapter gradients": masters, "pages of the optimizer": training.page_bytes or 0},
+        {"an evaluation": held_out_bytes(shape, training)},
     ]
-    for height in heights:
-        height["one dense weight"] = dense
     highest = max(heights, key=lambda height: sum(height.values()))
     parts = always | highest
-    if training.token_counts:
-        parts["compiled products"] = training.token_counts * COMPILED_BYTES
-        parts["gaps in the heap"] = min(MOST_SLACK, int(SLACK * (sum(highest.values()) - dense)))
+    parts["compiled products"] = compiled_bytes(shape, training)
+    parts["gaps in the heap"] = int(GAPS * _in_heap(shape, training, highest)) if training.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
+
+
+def _in_heap(shape: ModelShape, training: TrainingShape, height: Mapping[str, int]) -> int:
+    """Of what a step holds at its highest moment, what lies in the C library's heap among other things."""
+    kept, work = height.get("kept by blocks", 0), height.get("one block at work", 0)
+    gate_up = 2 * training.batches.tokens * training.compute_bytes * shape.intermediate_size
+    if gate_up >= MAPPED_BYTES and training.keep == "everything":
+        kept -= shape.num_layers * gate_up
+    return max(0, kept) + work
 
 
 def _predict_full(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
@@ -338,22 +430,21 @@ class Work:
     block_passes: int
 
 
-def work_of(shape: ModelShape, training: TrainingShape, document_tokens: int) -> Work:
+def work_of(shape: ModelShape, training: TrainingShape) -> Work:
     """Products of one micro-batch: forward, recomputation, input gradients, adapters, attention, head.
 
-    Args:
-        document_tokens: of a row; attention is causal and within rows.
+    Attention is causal and within rows.
     """
-    tokens, layers = training.tokens, shape.num_layers
+    tokens, layers = training.batches.tokens, shape.num_layers
     down = shape.linears[6][0] * shape.linears[6][1]
     forward = 2.0 * tokens * shape.block_elements
     again = 0.0 if training.keep == "everything" else forward - 2.0 * tokens * down
-    attention = 2.0 * tokens * document_tokens * shape.query_width
+    attention = 2.0 * tokens * training.batches.longest_row * shape.query_width
     attention_passes = 3.5 + (1 if training.keep == "nothing" else 0)  # forward 1, backward 2.5
     adapters = 6.0 * tokens * training.adapter_parameters / layers * (1 if training.keep == "everything" else 4 / 3)
     weights = forward * (3 if training.full else 2) + again
     blocks = layers * (weights + adapters + attention * attention_passes)
-    head = 4.0 * training.supervised_tokens * shape.vocab_size * shape.hidden_size
+    head = 4.0 * training.batches.supervised * shape.vocab_size * shape.hidden_size
     passes = 2 + (0 if training.keep == "everything" else 1)
     dense = 0 if training.spec is None else training.compute_bytes * layers * shape.block_elements * passes
     read = 0
@@ -361,6 +452,6 @@ def work_of(shape: ModelShape, training: TrainingShape, document_tokens: int) ->
         read += 2 * (layers - training.resident_blocks) * block_bytes(shape, training.spec, training.mixed_bits)
     if training.stream_ends:
         chunk_rows = max(1, training.chunk_bytes // (shape.vocab_size * training.compute_bytes))
-        chunks = -(-training.supervised_tokens // chunk_rows)
+        chunks = -(-training.batches.supervised // chunk_rows)
         read += 2 * chunks * DENSE_BYTES * shape.vocab_size * shape.hidden_size
     return Work(blocks + head, dense, read, 2 * layers)

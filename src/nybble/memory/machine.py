@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nybble.memory.measure import anonymous_bytes, available_bytes
+from nybble.memory.measure import anonymous_bytes, available_bytes, give_back_free
 
 SAFE_SHARE = 0.8  # of the free memory that a run without a budget may take
 CUDA_CONTEXT_BYTES = 500_000_000
@@ -80,6 +80,7 @@ def this_machine(
         memory: the user's budget; SAFE_SHARE of what is free where there is none. Never more than what is free.
         model_files: sampled for the disk's speed, in the state they are in: cached files are as fast as memory.
     """
+    give_back_free()
     free = available_bytes(device)
     process = anonymous_bytes() if device.type == "cpu" else CUDA_CONTEXT_BYTES
     total = free + (process if device.type == "cpu" else 0)

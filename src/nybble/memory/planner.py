@@ -11,7 +11,7 @@ Bytes come from `costs.predict`. Seconds are the products at the machine's speed
 that of its memory, a constant for each block entered, and reading where it takes longer than what it hides behind.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from nybble.errors import PlanError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.memory.costs import (
     ADAM_BYTES,
-    TOKEN_MULTIPLE,
+    MicroBatches,
     ModelShape,
     TrainingShape,
     base_bytes,
@@ -39,7 +39,6 @@ KEEPS: "tuple[Keep, ...]" = ("everything", "attention", "nothing")
 BLOCK_S = {"cpu": 5e-3, "cuda": 2e-4}  # a block's small kernels and their calls, forward or backward
 STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
 STREAMING_OVERHEAD = 1.03  # of a step; where two plans take as long, the simpler one is chosen
-MOST_TOKEN_COUNTS = 7  # beyond the first that are planned for
 FULL, LORA16, FOUR, PAGED = "full 16-bit", "LoRA 16-bit", "4-bit", "4-bit, optimizer paged"
 FROM_RAM, FROM_DISK = "4-bit, base from RAM", "4-bit, base from disk"
 STRATEGIES = (FULL, LORA16, FOUR, PAGED, FROM_RAM, FROM_DISK)
@@ -51,9 +50,8 @@ class Ask:
 
     Args:
         shape: of the model.
-        lengths, supervised: tokens of the rows, and those of them that are predicted; longest first.
+        batches: rows at once, to choose among -> what micro-batches of so many rows come to.
         rows_per_step: of one optimizer step.
-        micro_batch_sizes: to choose among.
         keeps: to choose among.
         adapter_parameters, rank: P and r.
         largest_adapter: parameters of the largest A or B.
@@ -69,10 +67,8 @@ class Ask:
     """
 
     shape: ModelShape
-    lengths: tuple[int, ...]
-    supervised: tuple[int, ...]
+    batches: Mapping[int, MicroBatches]
     rows_per_step: int
-    micro_batch_sizes: tuple[int, ...]
     keeps: "tuple[Keep, ...]"
     adapter_parameters: int
     largest_adapter: int
@@ -101,6 +97,7 @@ class Plan:
         file_bytes: what blocks keep in a file, 0 where they keep it in memory.
         components: bytes at the highest moment; they add up to `peak_bytes`.
         step_s: seconds an optimizer step.
+        batches: what its micro-batches come to.
         why_not: empty where the plan fits and may be chosen.
     """
 
@@ -113,6 +110,7 @@ class Plan:
     file_bytes: int
     components: dict[str, int]
     step_s: float
+    batches: MicroBatches
     why_not: str = ""
 
     @property
@@ -209,7 +207,7 @@ def make_plans(ask: Ask, machine: Machine) -> Plans:
 
 def _candidates(ask: Ask, machine: Machine) -> Iterable[Plan]:
     for strategy in STRATEGIES:
-        for size in ask.micro_batch_sizes:
+        for size in ask.batches:
             for keep in ask.keeps:
                 for paged in _pagings(ask, strategy):
                     for offloaded in (False,) if keep == "everything" or strategy == FULL else ask.offloads:
@@ -225,10 +223,8 @@ def _pagings(ask: Ask, strategy: str) -> tuple[bool, ...]:
 def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", paged: bool, offloaded: bool) -> Plan:
     streamed = strategy in (FROM_RAM, FROM_DISK)
     stream_ends = streamed and end_bytes(ask.shape) >= STREAMED_ENDS_BYTES
-    tokens = sum(ask.lengths[:size])
     training = TrainingShape(
-        tokens=-(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE if ask.path == "blocks" else tokens,
-        supervised_tokens=sum(ask.supervised[:size]),
+        batches=ask.batches[size],
         adapter_parameters=0 if strategy == FULL else ask.adapter_parameters,
         rank=0 if strategy == FULL else ask.rank,
         compute_bytes=ask.compute_bytes,
@@ -244,7 +240,7 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
         adam_bytes=ask.adam_bytes,
         page_bytes=BUFFERS * max(PAGE_BYTES, int(ask.adam_bytes * ask.largest_adapter)) if paged else None,
         offload=offloaded,
-        token_counts=_token_counts(ask.lengths, size) if machine.kind == "cpu" else 0,
+        on_cpu=machine.kind == "cpu",
         full=strategy == FULL,
     )
     if streamed:
@@ -255,14 +251,11 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
     components = {"the process itself": machine.process_bytes} | predict(ask.shape, training)
     file_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
     step_s = _step_seconds(ask, machine, training, strategy, paged)
-    plan = Plan(strategy, size, keep, training.resident_blocks, stream_ends, paged, file_bytes, components, step_s)
+    plan = Plan(
+        strategy, size, keep, training.resident_blocks, stream_ends, paged, file_bytes, components, step_s,
+        training.batches,
+    )  # fmt: skip
     return replace(plan, why_not=_why_not(ask, machine, plan))
-
-
-def _token_counts(lengths: Sequence[int], size: int) -> int:
-    """Different numbers of tokens, in multiples of TOKEN_MULTIPLE, that micro-batches may be expected to have."""
-    spread = sum(lengths[:size]) - sum(lengths[-size:])
-    return 1 + min(MOST_TOKEN_COUNTS, spread // (2 * TOKEN_MULTIPLE))
 
 
 def _peak(ask: Ask, machine: Machine, training: TrainingShape) -> int:
@@ -271,7 +264,7 @@ def _peak(ask: Ask, machine: Machine, training: TrainingShape) -> int:
 
 def _step_seconds(ask: Ask, machine: Machine, training: TrainingShape, strategy: str, paged: bool) -> float:
     """Seconds an optimizer step: every micro-batch as the largest, then the update."""
-    work = work_of(ask.shape, training, ask.lengths[0])
+    work = work_of(ask.shape, training)
     compute = work.flops / machine.flops + 2 * work.weight_bytes / machine.ram_bytes_per_s
     compute += work.block_passes * BLOCK_S[machine.kind]
     speed = {FROM_RAM: machine.link_bytes_per_s, FROM_DISK: machine.disk_bytes_per_s}.get(strategy, float("inf"))
@@ -338,8 +331,9 @@ def _ways_down(ask: Ask, machine: Machine) -> list[str]:
     def smallest(changed: Ask) -> str:
         return f"{make_plans(changed, machine).smallest.peak_bytes / 1e9:.2f} GB"
 
-    half = replace(ask, lengths=_halved(ask.lengths), supervised=_halved(ask.supervised))
-    ways = [f"--max-seq-len {half.lengths[0]} ({smallest(half)})"]
+    half = replace(ask, batches={size: batches.halved() for size, batches in ask.batches.items()})
+    longest = max(batches.longest_row for batches in half.batches.values())
+    ways = [f"--max-seq-len {longest} ({smallest(half)})"]
     if ask.rank > 4:
         share = replace(
             ask, rank=4, adapter_parameters=ask.adapter_parameters * 4 // ask.rank,
@@ -350,7 +344,3 @@ def _ways_down(ask: Ask, machine: Machine) -> list[str]:
         if strategy in ask.barred and ask.barred[strategy].endswith("."):
             ways.append(ask.barred[strategy].removesuffix("."))
     return ways
-
-
-def _halved(lengths: Sequence[int]) -> tuple[int, ...]:
-    return tuple(max(1, length // 2) for length in lengths)

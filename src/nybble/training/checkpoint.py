@@ -13,6 +13,7 @@ finished first, and after a kill it is computed again, from the same rows and ra
 import json
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.data.sampler import StepSampler
 from nybble.errors import FormatError, RunError
-from nybble.formats.disk import complete_folder, reason_of, remove_folder
+from nybble.formats.disk import TEMPORARY, complete_folder, reason_of, remove_folder
 from nybble.formats.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors_io import SafetensorsFolder, write_tensors
 from nybble.layers.peft_format import restore_adapter, write_adapter
@@ -182,6 +183,40 @@ class Checkpoints:
         folder = self.folder / f"step-{step}"
         if step == self.last_step:
             return folder
+        try:
+            with complete_folder(folder, partial(write_manifest, about={**self._about, "step": step})) as temporary:
+                self._write(temporary, position, model, optimizer, adapter_config, events_bytes)
+            verify_manifest(folder)
+            self._remove_older(step)
+        except (OSError, SafetensorError, FormatError) as error:
+            raise self._not_saved(step, error) from error
+        self.last_step, self._last_time = step, time.monotonic()
+        return folder
+
+    def rehearse(
+        self, position: Position, model: "PreTrainedModel", optimizer: AdamW, adapter_config: dict[str, object]
+    ) -> None:
+        """Write the files of a checkpoint, and remove them again.
+
+        Raises:
+            RunError: they could not be written.
+        """
+        self.folder.mkdir(exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=self.folder, prefix=TEMPORARY) as temporary:
+                self._write(Path(temporary), position, model, optimizer, adapter_config, events_bytes=0)
+        except (OSError, SafetensorError) as error:
+            raise self._not_saved(position.progress.step, error) from error
+
+    def _write(
+        self,
+        folder: Path,
+        position: Position,
+        model: "PreTrainedModel",
+        optimizer: AdamW,
+        adapter_config: dict[str, object],
+        events_bytes: int,
+    ) -> None:
         state = {
             "progress": asdict(position.progress),
             "sampler": position.sampler,
@@ -189,19 +224,11 @@ class Checkpoints:
             "settled": {**self._settled, "micro_batch_size": position.progress.micro_batch_size},
             "events_bytes": events_bytes,
         }
-        try:
-            with complete_folder(folder, partial(write_manifest, about={**self._about, "step": step})) as temporary:
-                write_adapter(model, temporary, adapter_config)
-                write_tensors(temporary / OPTIMIZER, optimizer.layout(), optimizer.tensors())
-                save_file(position.rng.tensors, temporary / RNG)
-                (temporary / STATE).write_text(json.dumps(state), encoding="utf-8")
-                (temporary / CONFIG).write_text(self._config, encoding="utf-8")
-            verify_manifest(folder)
-            self._remove_older(step)
-        except (OSError, SafetensorError, FormatError) as error:
-            raise self._not_saved(step, error) from error
-        self.last_step, self._last_time = step, time.monotonic()
-        return folder
+        write_adapter(model, folder, adapter_config)
+        write_tensors(folder / OPTIMIZER, optimizer.layout(), optimizer.tensors())
+        save_file(position.rng.tensors, folder / RNG)
+        (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+        (folder / CONFIG).write_text(self._config, encoding="utf-8")
 
     def _remove_older(self, step: int) -> None:
         older = [path for number, path in step_folders(self.folder) if number < step]

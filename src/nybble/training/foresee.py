@@ -1,6 +1,7 @@
 """`nybble plan`: a run's plan from the model's config.json alone, for this machine or one that is not here."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,17 @@ from nybble.errors import ModelError
 from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
 from nybble.layers.backbone import why_not_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.costs import ModelShape
+from nybble.memory.costs import MicroBatches, ModelShape
 from nybble.memory.machine import Machine, named_machine, this_machine
 from nybble.memory.planner import Ask, Plans, make_plans
 from nybble.models.hub import fetch_config, looks_like_hub_id
 from nybble.models.shapes import SHAPES
 from nybble.models.source import open_source
+from nybble.training.deal import deal_run, even_run, total_steps
 from nybble.training.plan import ask_for
 from nybble.training.session import prepare_data
 
-PROCESS_BYTES = 340_000_000  # Python, PyTorch and transformers as a training run imports them, measured
+PROCESS_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 
 
 def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
@@ -36,15 +38,15 @@ def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
     machine, dtype, on_cpu = _machine(options)
     knows = on_cpu and options.packing and not options.dropout and why_not_config(_Fields(config)) is None
     path = "blocks" if knows else "generic"
-    lengths, supervised = _rows(options, shape)
+    longest_row, deal = _rows(options, shape)
     spec, layer_specs = spec_from_config(config), layer_specs_from_config(config)
 
     def ask(freely: bool) -> Ask:
         return ask_for(
             options,
             shape,
-            lengths=lengths,
-            supervised=supervised,
+            longest_row=longest_row,
+            deal=deal,
             adapter_parameters=shape.adapter_parameters(options.rank, options.target_modules),
             path=path,
             dtype=dtype,
@@ -108,18 +110,31 @@ def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
     return named_machine(options.device, options.memory, options.host_memory), dtype, False
 
 
-def _rows(options: PlanConfig, shape: ModelShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Tokens of the rows and those supervised, longest first."""
+def _rows(options: PlanConfig, shape: ModelShape) -> tuple[int, Callable[[int], MicroBatches]]:
+    """Tokens of the longest row, and rows at once -> what micro-batches of so many come to."""
+    rows, packed = options.rows_per_step, options.packing
     if options.data is None:
-        lengths = (options.max_seq_len,) * options.rows_per_step
-        return lengths, lengths
+        length = options.max_seq_len
+        return length, lambda size: even_run(length, rows_per_step=rows, size=size, packed=packed)
     source = open_source(options.model, options.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), options.template)
     fields = {name: getattr(options, name) for name in DataConfig.model_fields}
     data = prepare_data(DataConfig(**fields), template, shape.vocab_size)
-    rows = [*data.train, *data.validation]
-    lengths = tuple(sorted((len(row) for row in rows), reverse=True))
-    return lengths, tuple(sorted((row.supervised_tokens for row in rows), reverse=True))
+    steps = total_steps(options, len(data.train), options.rows_per_step)
+    longest = max(len(row) for row in data.train)
+
+    def deal(size: int) -> MicroBatches:
+        return deal_run(
+            data.train,
+            data.validation,
+            rows_per_step=rows,
+            steps=steps,
+            seed=options.seed,
+            size=size,
+            packed=packed,
+        )
+
+    return longest, deal
 
 
 def _why_not_streamed(options: PlanConfig, path: str, in_four_bits: bool) -> str | None:

@@ -47,6 +47,20 @@ class LoopResult:
     interrupted: signal.Signals | None
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is gone through once before the first step, because memory is limited.
+
+    Args:
+        rows, held_out: of the largest micro-batches that training and evaluations will meet.
+        check: given the peak in bytes, raises where it is too much.
+    """
+
+    rows: Sequence[EncodedExample]
+    held_out: Sequence[EncodedExample]
+    check: Callable[[int], None]
+
+
 def train_loop(
     model: "PreTrainedModel",
     train: Sequence[EncodedExample],
@@ -64,7 +78,7 @@ def train_loop(
     checkpoints: Checkpoints,
     resumed: Checkpoint | None = None,
     paged: bool = False,
-    check_peak: Callable[[int], None] | None = None,
+    rehearsal: Rehearsal | None = None,
 ) -> LoopResult:
     """Train the adapters of `model` until `total_steps` optimizer steps are done, or the user interrupts.
 
@@ -73,8 +87,7 @@ def train_loop(
         backbone: runs micro-batches through the model.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
-        check_peak: given the peak in bytes of a rehearsal of the largest micro-batch, raises where it is too much;
-            without it nothing is rehearsed.
+        rehearsal: what to go through once before the first step.
 
     Raises:
         TrainingError: a loss or gradient was not finite, or one row alone does not fit into memory. Adapter and
@@ -122,8 +135,17 @@ def train_loop(
                 write_adapter(model, temporary, adapter_config)
 
     with InterruptOnce() as interrupt:
-        if check_peak is not None:
-            check_peak(rehearse(backbone, head, optimizer, train, validation, progress.micro_batch_size, config))
+        if rehearsal is not None:
+            accumulates = config.rows_per_step > progress.micro_batch_size
+            with PeakMemory(device) as memory:
+                try:
+                    rehearse(backbone, head, optimizer, rehearsal, accumulates)
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise _rehearsal_out_of_memory(rehearsal) from error
+                checkpoints.rehearse(Position.now(progress, sampler, device), model, optimizer, adapter_config)
+            rehearsal.check(memory.peak_bytes)
         evaluate_if_due()
         while progress.step < total_steps and not interrupt.requested:
             started = time.perf_counter()
@@ -199,33 +221,27 @@ def train_loop(
     return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
 
 
-def rehearse(
-    backbone: Backbone,
-    head: LossHead,
-    optimizer: AdamW,
-    train: Sequence[EncodedExample],
-    validation: Sequence[EncodedExample],
-    micro_batch_size: int,
-    config: TrainConfig,
-) -> int:
-    """Peak in bytes of a step's heaviest moments: its longest rows together, every gradient and moment in place.
+def rehearse(backbone: Backbone, head: LossHead, optimizer: AdamW, rehearsal: Rehearsal, accumulates: bool) -> None:
+    """Take the memory of a run's heaviest moments: its largest micro-batch, every gradient and moment in place, and
+    its largest evaluation.
 
     Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
+
+    Args:
+        accumulates: steps have several micro-batches, so that later ones find the gradients of earlier ones.
     """
     device = head.weight.device
-    longest = sorted([*train, *validation], key=len, reverse=True)[:micro_batch_size]
-    batch = collate(longest, backbone.packing).to(device)
+    batch = collate(rehearsal.rows, backbone.packing).to(device)
     rng = capture_rng(device)
     backbone.model.train()
-    with PeakMemory(device) as memory:
-        optimizer.settle()
-        if config.rows_per_step > micro_batch_size:  # later micro-batches find the gradients of earlier ones
-            for parameter in optimizer.parameters:
-                parameter.grad = torch.full_like(parameter, 0.0)
-        head.loss(*supervised_states(backbone, batch), max(1, batch.supervised_tokens)).backward()
+    optimizer.settle()
+    if accumulates:
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.full_like(parameter, 0.0)
+    head.loss(*supervised_states(backbone, batch), max(1, batch.supervised_tokens)).backward()
     optimizer.drop_gradients()
+    held_out_loss(backbone, head, rehearsal.held_out, max(1, len(rehearsal.held_out)))
     restore_rng(rng, device)
-    return memory.peak_bytes
 
 
 def forward_backward(backbone: Backbone, head: LossHead, batch: Batch, num_supervised: int) -> float:
@@ -313,6 +329,15 @@ def _not_finite(what: str, value: float, step: int, rows: Sequence[str], run: Ru
         f"Training needs finite numbers; adapter and checkpoint as they were before this step are in {run.path}.",
         "Look at those rows; or lower --lr, raise --warmup, or use --compute-dtype fp32. "
         f"To go on from there: nybble train --resume --out {run.path} --lr .. --allow-change config",
+    )
+
+
+def _rehearsal_out_of_memory(rehearsal: Rehearsal) -> TrainingError:
+    return TrainingError(
+        f"The rehearsal of the largest micro-batch ran out of memory: {len(rehearsal.rows)} rows, the longest of them "
+        f"{rehearsal.rows[0].origin}.",
+        "Nothing was trained.",
+        "Lower --memory, so that another plan is chosen, or free what other programs hold.",
     )
 
 

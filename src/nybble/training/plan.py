@@ -1,7 +1,7 @@
 """A run's plan: what is asked of the planner, what it chose, shown before and compared with what was measured."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nybble.config import PlanConfig, TrainConfig
-from nybble.data.examples import EncodedExample
+from nybble.data.prepare import PreparedData
 from nybble.errors import PlanError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import why_not_config
@@ -20,13 +20,14 @@ from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
 from nybble.layers.loss_head import CHUNK_BYTES, PANEL_BYTES
 from nybble.memory import planner
-from nybble.memory.costs import ADAM_8BIT_BYTES, ADAM_BYTES, ModelShape, mean_bits
+from nybble.memory.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, mean_bits
 from nybble.memory.machine import this_machine
 from nybble.memory.measure import PeakMemory
 from nybble.memory.planner import Ask, Plan, Plans, make_plans
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
 from nybble.training.base import QualityChoice
+from nybble.training.deal import deal_run
 from nybble.training.display import format_bytes
 
 if TYPE_CHECKING:
@@ -41,16 +42,18 @@ def plan_run(
     source: ModelSource,
     skeleton: "PreTrainedModel",
     specs: QuantSpec | LayerSpecs | None,
-    train: Sequence[EncodedExample],
-    validation: Sequence[EncodedExample],
+    data: PreparedData,
+    total_steps: int,
     dtype: torch.dtype,
     device: torch.device,
+    folder_to_come: bool = False,
 ) -> tuple[Plans, Ask]:
     """Choose how to train before anything is loaded; what the config says is not chosen.
 
     Args:
         skeleton: the model on the meta device.
         specs: what the linears of the blocks are quantised to, where the source is not quantised.
+        folder_to_come: the source will be calibrated into a 4-bit folder first.
 
     Returns:
         the plans, and what would be asked if every choice were the planner's.
@@ -59,31 +62,41 @@ def plan_run(
         PlanError: nothing fits the budget.
         ConfigError: target_modules names no layer.
     """
-    rows = [*train, *validation]
-    lengths = sorted((len(row) for row in rows), reverse=True)
-    supervised = sorted((row.supervised_tokens for row in rows), reverse=True)
     text_config = skeleton.config.get_text_config()
     names = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
     targets = [linear_features(skeleton.get_submodule(name)) for name in resolve_targets(skeleton, names)]
     blocks = config.packing and not config.dropout and device.type == "cpu" and why_not_config(text_config) is None
     path = "blocks" if blocks else "generic"
+    not_streamed = why_not_streamed(None if folder_to_come else source, skeleton, path, config.init)
+
+    def deal(size: int) -> MicroBatches:
+        return deal_run(
+            data.train,
+            data.validation,
+            rows_per_step=config.rows_per_step,
+            steps=total_steps,
+            seed=config.seed,
+            size=size,
+            packed=config.packing,
+        )
 
     def ask(freely: bool) -> Ask:
         return ask_for(
             config,
             ModelShape.from_config(text_config.to_dict()),
-            lengths=tuple(lengths),
-            supervised=tuple(supervised),
+            longest_row=longest,
+            deal=deal,
             adapter_parameters=config.rank * sum(map(sum, targets)),
             path=path,
             dtype=dtype,
             on_cpu=device.type == "cpu",
             spec=source.quant_spec,
             specs=source.layer_specs if isinstance(source, FolderSource) and source.quant_spec else specs,
-            why_not_streamed=why_not_streamed(source, skeleton, path, config.init),
+            why_not_streamed=not_streamed,
             freely=freely,
         )
 
+    longest = max(len(row) for row in data.train)
     files = source.files() if isinstance(source, FolderSource) and source.quant_spec is not None else ()
     machine = this_machine(device, dtype, config.memory, model_files=files)
     asked, freed = ask(freely=False), ask(freely=True)
@@ -113,12 +126,18 @@ def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
     )
 
 
-def why_not_streamed(source: ModelSource, skeleton: "PreTrainedModel", path: str, init: str) -> str | None:
-    """None where the base's blocks can be read from its folder while it trains, else the reason."""
+def why_not_streamed(source: ModelSource | None, skeleton: "PreTrainedModel", path: str, init: str) -> str | None:
+    """None where the base's blocks can be read from its folder while it trains, else the reason.
+
+    Args:
+        source: None where it is a 4-bit folder that is still to be made.
+    """
     if init != "default":
         return f"--init {init} needs the whole base"
     if path != "blocks":
         return "only decoder blocks on a CPU stream"
+    if source is None:
+        return None
     linears = [f"{name}.weight" for name in quantizable_linears(skeleton)]
     stored = set(source.tensor_names())
     if isinstance(source, FolderSource) and all(n in stored and source.is_quantized(n) for n in linears):
@@ -130,8 +149,8 @@ def ask_for(
     options: TrainConfig | PlanConfig,
     shape: ModelShape,
     *,
-    lengths: tuple[int, ...],
-    supervised: tuple[int, ...],
+    longest_row: int,
+    deal: Callable[[int], MicroBatches],
     adapter_parameters: int,
     path: str,
     dtype: torch.dtype,
@@ -144,7 +163,8 @@ def ask_for(
     """What a run with these options asks of the planner.
 
     Args:
-        lengths, supervised: tokens of the rows, and those that are predicted; longest first.
+        longest_row: its tokens.
+        deal: rows at once -> what the run's micro-batches come to.
         path: "blocks" or "generic".
         why_not_streamed: None where blocks of the base can be read from its folder.
         spec: of a model that is already in four bits.
@@ -153,7 +173,7 @@ def ask_for(
     """
     page = "auto" if freely else options.page_optimizer
     keeps = get_args(Keep) if options.keep == "auto" or freely else (options.keep,)
-    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // lengths[0]))]
+    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // longest_row))]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     if options.micro_batch_size and not freely:
@@ -161,10 +181,8 @@ def ask_for(
     format = "nf4" if options.format == "none" else options.format
     return Ask(
         shape=shape,
-        lengths=lengths,
-        supervised=supervised,
+        batches={size: deal(size) for size in sizes},
         rows_per_step=options.rows_per_step,
-        micro_batch_sizes=tuple(sizes),
         keeps=tuple(keeps),
         adapter_parameters=adapter_parameters,
         largest_adapter=options.rank * max(max(linear) for linear in shape.linears),
@@ -176,7 +194,7 @@ def ask_for(
         panel_bytes=PANEL_BYTES,
         pagings={"auto": (False, True) if on_cpu else (False,), "never": (False,), "always": (True,)}[page],
         offloads=_offloads("auto" if freely else options.offload_activations, path),
-        mixed_bits=mean_bits(shape, specs) if isinstance(specs, Mapping) else None,
+        mixed_bits=mean_bits(shape, specs) if isinstance(specs, Mapping) else options.mixed,
         adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         barred=_barred(options, "auto" if freely else options.stream_base, page, why_not_streamed, on_cpu),
     )

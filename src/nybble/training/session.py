@@ -26,9 +26,9 @@ from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.measure import PeakMemory
+from nybble.memory.measure import PeakMemory, give_back_free
 from nybble.memory.offload import ActivationFile
-from nybble.memory.planner import Plan
+from nybble.memory.planner import Ask, Plan, Plans
 from nybble.memory.store import DiskBlockStore, open_store
 from nybble.models.adapter_init import check_initialisable, initialise_adapters
 from nybble.models.folder_source import FolderSource
@@ -49,9 +49,10 @@ from nybble.training.base import (
     run_calibration_text,
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
+from nybble.training.deal import total_steps
 from nybble.training.display import Display
 from nybble.training.events import EventLog, read_events, rewind_events
-from nybble.training.loop import LoopResult, train_loop
+from nybble.training.loop import LoopResult, Rehearsal, train_loop
 from nybble.training.mixed import measure_mixed, read_formats, show_mixed, some_windows, write_formats
 from nybble.training.plan import check_peak, plan_run, show_measured, show_plans, write_plan
 from nybble.training.plots import draw_loss
@@ -122,10 +123,16 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         check_data(resumed, data, digests, config.allow_change)
 
     sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
-    total_steps = config.max_steps or sampler.num_steps(config.epochs)
-    choice = choose_quality(config, source, data, total_steps, dtype)
+    num_steps = total_steps(config, len(data.train), config.rows_per_step)
+    skeleton = build_skeleton(source.config, dtype)
+    choice = choose_quality(config, source, data, num_steps, dtype)
     if choice is not None:
         console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
+    plan_it = partial(plan_run, config, data=data, total_steps=num_steps, dtype=dtype, device=device)
+    calibrated = choice is not None and choice.quality == "calibrated"
+    if config.memory is not None and (calibrated or config.mixed is not None) and not config.resume:
+        # What never fits is refused before minutes are spent on its bits.
+        plan_it(source, skeleton, quant_spec(config), folder_to_come=calibrated)
     text = partial(
         run_calibration_text, config, source, data.train, data.validation, template, field_names(config), config.seed
     )
@@ -137,7 +144,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
 
     with PeakMemory(device) as memory:
         skeleton = build_skeleton(base_source.config, dtype)
-        plans, freed = plan_run(config, base_source, skeleton, specs, data.train, data.validation, dtype, device)
+        plans, freed = plan_it(base_source, skeleton, specs)
         plan = plans.chosen or plans.smallest  # without --memory the smallest is tried in any case
         show_plans(console, plans)
         store = open_blocks(base_source, skeleton, plan)
@@ -161,6 +168,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         kept = ActivationFile(run.path, plan.file_bytes) if plan.offloaded else None
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
         console.print(f"computing through: {backbone.name}", highlight=False)
+        give_back_free()  # what loading took and freed
         options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
         write_complete(run.config, options)  # first: from here on there is a run to go on with
         if mixed is not None:
@@ -172,7 +180,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         events = EventLog(run.events)
         if resumed is not None:
             events.write("resume", step=resumed.step)
-            console.print(f"going on after step {resumed.step} of {total_steps}", highlight=False)
+            console.print(f"going on after step {resumed.step} of {num_steps}", highlight=False)
         checkpoints = Checkpoints(
             run.checkpoints,
             save_every=config.save_every,
@@ -183,14 +191,14 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             last_step=None if resumed is None else resumed.step,
         )
         started = time.perf_counter()
-        with Display(console, total_steps) as display:
+        with Display(console, num_steps) as display:
             result = train_loop(
                 model,
                 data.train,
                 data.validation,
                 config,
                 sampler=sampler,
-                total_steps=total_steps,
+                total_steps=num_steps,
                 micro_batch_size=plan.micro_batch_size,
                 backbone=backbone,
                 run=run,
@@ -200,7 +208,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
                 checkpoints=checkpoints,
                 resumed=resumed,
                 paged=plan.paged,
-                check_peak=None if config.memory is None else partial(check_peak, plans, freed),
+                rehearsal=None if config.memory is None else _rehearsal(data, plans, freed),
             )
         training_s = time.perf_counter() - started
     events.write(
@@ -217,6 +225,17 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
     show_measured(console, plan, memory, step_s)
     return TrainedRun(config, run, source, model, template, data, result, store is not None)
+
+
+def _rehearsal(data: PreparedData, plans: Plans, freed: Ask) -> Rehearsal:
+    """The rows of the largest micro-batches that the run will meet."""
+    assert plans.chosen is not None
+    largest = plans.chosen.batches
+    return Rehearsal(
+        [data.train[row] for row in largest.heaviest],
+        [data.validation[row] for row in largest.heaviest_held_out],
+        partial(check_peak, plans, freed),
+    )
 
 
 def _base_source(
