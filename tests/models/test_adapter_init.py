@@ -26,12 +26,12 @@ def windows() -> Tensor:
     return torch.randint(160, (24, 16), generator=torch.Generator().manual_seed(4))
 
 
-def started(folder: Path, init: str, windows: Tensor) -> nn.Module:
+def started(folder: Path, init: str, windows: Tensor, **options: int) -> nn.Module:
     source = open_source(str(folder))
     model = load_model(source, SPEC, torch.float32)
     attach_adapters(model, quantizable_linears(model), rank=8, alpha=16.0)
     if init != "default":
-        initialise_adapters(model, source, windows if init == "activation" else None)
+        initialise_adapters(model, source, windows if init == "activation" else None, **options)
     return model
 
 
@@ -129,14 +129,11 @@ def test_a_damaged_third_file_is_named(make_folder: Callable, tmp_path: Path, wi
         restore_adapter(copy.deepcopy(model), tmp_path)
 
 
-def test_statistics_of_some_layers_at_a_time_give_the_same(
-    make_folder: Callable, windows: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_of_some_layers_at_a_time_give_the_same(make_folder: Callable, windows: Tensor) -> None:
     """The first block's q, k and v get the same inputs; later layers see the earlier ones begun, and begin too."""
     folder, _ = make_folder("llama")
     whole = adapters_of(started(folder, "activation", windows))
-    monkeypatch.setattr("nybble.models.adapter_init.STATISTICS_BYTES", 1)
-    one_by_one = adapters_of(started(folder, "activation", windows))
+    one_by_one = adapters_of(started(folder, "activation", windows, statistics_bytes=1))
     for number, (name, adapter) in enumerate(one_by_one.items()):
         assert adapter.initial is not None
         assert torch.equal(adapter.delta(), whole[name].delta()) == (number < 3), name

@@ -39,13 +39,16 @@ def check_initialisable(source: ModelSource, quantized: bool) -> None:
 
 
 @torch.no_grad()
-def initialise_adapters(model: "PreTrainedModel", source: ModelSource, windows: Tensor | None) -> None:
+def initialise_adapters(
+    model: "PreTrainedModel", source: ModelSource, windows: Tensor | None, statistics_bytes: int = STATISTICS_BYTES
+) -> None:
     """Give every adapter the value nearest to its layer's error, and let it remember it as its initial one.
 
     Args:
         model: a quantised base with adapters that have not been trained.
         source: the 16-bit model that the base was made from.
         windows: int64 `(windows, tokens)`, the text that the layers' inputs come from; None weighs all errors alike.
+        statistics_bytes: of what is gathered in a pass over the windows, one layer's at least; less makes more passes.
 
     Raises:
         ModelError: as `check_initialisable`.
@@ -54,7 +57,7 @@ def initialise_adapters(model: "PreTrainedModel", source: ModelSource, windows: 
     check_initialisable(source, bool(adapters))
     skeleton = build_skeleton(source.config)
     places = {place.target: place for place in place_tensors(source, skeleton)}
-    for name, adapter, hessian in _with_statistics(model, adapters, windows):
+    for name, adapter, hessian in _with_statistics(model, adapters, windows, statistics_bytes):
         weight = read_placed(source, places[f"{name}.weight"])
         assert isinstance(weight, Tensor)
         if is_transposed(skeleton.get_submodule(name)):
@@ -65,7 +68,7 @@ def initialise_adapters(model: "PreTrainedModel", source: ModelSource, windows: 
 
 
 def _with_statistics(
-    model: "PreTrainedModel", adapters: dict[str, LoraLinear], windows: Tensor | None
+    model: "PreTrainedModel", adapters: dict[str, LoraLinear], windows: Tensor | None, statistics_bytes: int
 ) -> Iterator[tuple[str, LoraLinear, Tensor | None]]:
     """Each adapter with H of its layer's inputs, or None without windows; as many layers a pass as memory allows.
 
@@ -78,7 +81,7 @@ def _with_statistics(
     waiting = list(adapters.items())
     while waiting:
         taken, num_bytes = 0, 0
-        while taken < len(waiting) and (not taken or num_bytes < STATISTICS_BYTES):
+        while taken < len(waiting) and (not taken or num_bytes < statistics_bytes):
             num_bytes += 4 * waiting[taken][1].in_features ** 2
             taken += 1
         now, waiting = waiting[:taken], waiting[taken:]

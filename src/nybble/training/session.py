@@ -26,11 +26,11 @@ from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.measure import PeakMemory, give_back_free
+from nybble.memory.measure import PeakMemory, anonymous_bytes, give_back_free
 from nybble.memory.offload import ActivationFile
 from nybble.memory.planner import Ask, Plan, Plans
 from nybble.memory.store import DiskBlockStore, open_store
-from nybble.models.adapter_init import check_initialisable, initialise_adapters
+from nybble.models.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
@@ -161,7 +161,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         )
         if config.init != "default" and resumed is None:
             windows = some_windows(text().windows, INIT_TOKENS) if config.init == "activation" else None
-            initialise_adapters(model, source, windows)
+            free = (plan.peak_bytes - anonymous_bytes()) // 2  # of what training will take; half for the windows' pass
+            initialise_adapters(model, source, windows, min(free, STATISTICS_BYTES))
         if not config.resume:
             run.create(config.overwrite)
             adopt_base(run)
