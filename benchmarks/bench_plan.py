@@ -70,9 +70,15 @@ def rows_of(length: int, folder: Path) -> Path:
     return path
 
 
-def measure(config: Config, folder: Path) -> Config:
+def recorded() -> list[Config]:
+    """Results so far, of configurations that there still are."""
+    found: list[Config] = json.loads(RECORD.read_text())["results"] if RECORD.exists() else []
+    return [result for result in found if any(same(result, config) for config in configurations())]
+
+
+def measure(config: Config, folder: Path, part: int) -> Config:
     """Run one configuration; predicted and measured bytes."""
-    plan = train(config, folder, folder / "run")
+    plan = train(config, folder, folder / f"run-{part}")
     predicted, measured = plan["chosen"]["peak_bytes"], plan["measured"]["peak_bytes"]
     return config | {
         "strategy": plan["chosen"]["strategy"],
@@ -84,10 +90,10 @@ def measure(config: Config, folder: Path) -> Config:
     }
 
 
-def measure_limited(result: Config, folder: Path) -> Config:
+def measure_limited(result: Config, folder: Path, part: int) -> Config:
     """Run a configuration again with what was predicted as its budget, under a hard limit of 1.05 times that."""
     config = {name: value for name, value in result.items() if name in OPTIONS} | {"memory": str(result["predicted"])}
-    plan = train(config, folder, folder / "limited", limit=int(LIMIT * result["predicted"]))
+    plan = train(config, folder, folder / f"run-{part}", limit=int(LIMIT * result["predicted"]))
     return {"limited_peak": plan["measured"]["peak_bytes"], "limit": int(LIMIT * result["predicted"])}
 
 
@@ -161,19 +167,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        wanted = configurations()[:: 3 if given.limited else 1][part - 1 :: parts]
+        order = configurations()
+        wanted = order[:: 3 if given.limited else 1][part - 1 :: parts]
         for config in wanted:
-            before = json.loads(RECORD.read_text())["results"] if RECORD.exists() else []
-            known = next((r for r in before if same(r, config)), None)
+            known = next((r for r in recorded() if same(r, config)), None)
             if given.limited:
                 if known is None or ("limited_peak" in known and not given.again):
                     continue
-                result = known | measure_limited(known, folder)
+                result = known | measure_limited(known, folder, part)
             elif known is not None and not given.again:
                 continue
             else:
-                result = measure(config, folder)
-            write([result if r is known else r for r in before] if known else [*before, result])
+                result = measure(config, folder, part)
+            others = [r for r in recorded() if not same(r, config)]  # read now: another part may have added to it
+            write(sorted([*others, result], key=lambda r: next(i for i, c in enumerate(order) if same(r, c))))
             print(f"{config} {100 * result['error']:+.1f} %", flush=True)
 
 

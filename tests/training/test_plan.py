@@ -124,7 +124,7 @@ def test_a_run_and_a_plan_of_its_data_expect_the_same(tiny_model, data, tmp_path
     train(config(tiny_model, data, out, **given), Console(quiet=True))
     run = json.loads((out / "plan.json").read_text())
     assert {"chosen", "rejected", "measured", "machine"} <= run.keys()
-    assert run["measured"]["peak_bytes"] > run["measured"]["start_bytes"] > 0
+    assert run["measured"]["peak_bytes"] >= run["measured"]["start_bytes"] > 0
     options = {"model": str(tiny_model), "data": str(data), "rows_per_step": 4, "max_seq_len": 1024}
     foreseen = plans(**options | given)[0].chosen
     own = "the process itself"

@@ -30,7 +30,10 @@ STREAM_BUFFERS = 2  # blocks of a streamed base in memory besides the resident o
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
 MAPPED_BYTES = 2**25  # tensors from here on are mapped by themselves and leave no gaps in the C library's heap
-GAPS = 0.22  # of what comes and goes within the heap in a step, measured
+GAPS_KEPT = 0.30  # in the C library's heap, of what blocks keep
+GAPS_AT_WORK = 1.0  # of what comes and goes around it
+GAPS_PINNED = 0.20  # of gradients and copies of adapters, which lie among both until the step ends; all measured
+ATTENTION_TASKS = 8  # that attention's backward pass is cut into at least
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -249,22 +252,40 @@ def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
     """What one block holds at the height of its backward pass besides what it kept.
 
     Decoder blocks: at SwiGLU's backward the gradients of output and of the MLP's input to down_proj, SwiGLU's
-    output; where it was recomputed also x2, q/k/v, attention's output, gate and up, the low-rank products.
+    output; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was recomputed
+    also x2, q/k/v, attention's output, gate and up, the low-rank products.
     Generic path, per token: fp32 copies inside the two norms (input and normalised), then in the compute
     dtype the inputs of every product and of every elementwise function.
     """
     c, r = training.compute_bytes, training.rank
     h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
     if training.path == "blocks":
-        at_work = h + 2 * f  # gradients of y and of SwiGLU's output, that output
+        swiglu = training.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
+        attention = training.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(shape, training)
         recomputed = h + q + 2 * kv + 2 * f + 7 * r  # x2, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[training.keep]
-        return training.batches.tokens * c * (at_work + made)
+        return max(swiglu, attention) + training.batches.tokens * c * made
     norms = 2 * (4 * h + 4 * h)
-    attention = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
+    inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f
-    return training.batches.tokens * (norms + c * (attention + mlp + 14 * r))
+    return training.batches.tokens * (norms + c * (inputs + mlp + 14 * r))
+
+
+def attention_scratch(shape: ModelShape, training: TrainingShape) -> int:
+    """What the backward kernel of attention takes while it runs, for one thread: the keys and values of a document in
+    three layouts and their gradients in fp32; and the fp32 partial sums of tasks that share a document and a head.
+    """
+    batches = training.batches
+    width = -(-shape.query_width // shape.num_heads // 16) * 16
+    kv_heads = shape.key_value_width * shape.num_heads // shape.query_width
+    documents = max(1, batches.tokens // max(1, batches.longest_row))
+    packed = 3 * training.compute_bytes * width * batches.longest_row + 8 * width * batches.longest_row
+    parts = -(-ATTENTION_TASKS // (documents * kv_heads))
+    if parts == 1:
+        return packed
+    ends = sum((part / parts) ** 0.5 for part in range(1, parts + 1))  # of equal cost, each from the first key on
+    return packed + int(documents * kv_heads * ends * batches.longest_row * 8 * width)
 
 
 def logits_bytes(shape: ModelShape, training: TrainingShape) -> int:
@@ -386,17 +407,25 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     highest = max(heights, key=lambda height: sum(height.values()))
     parts = always | highest
     parts["compiled products"] = compiled_bytes(shape, training)
-    parts["gaps in the heap"] = int(GAPS * _in_heap(shape, training, highest)) if training.on_cpu else 0
+    parts["gaps in the heap"] = _gaps(shape, training, highest, copies) if training.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 
 
-def _in_heap(shape: ModelShape, training: TrainingShape, height: Mapping[str, int]) -> int:
-    """Of what a step holds at its highest moment, what lies in the C library's heap among other things."""
-    kept, work = height.get("kept by blocks", 0), height.get("one block at work", 0)
+def _gaps(shape: ModelShape, training: TrainingShape, height: Mapping[str, int], copies: int) -> int:
+    """Free memory between what the C library's heap holds, once it no longer grows from step to step.
+
+    Args:
+        height: parts of the highest moment.
+        copies: bytes of the adapters' copies in the compute dtype.
+    """
+    kept = height.get("kept by blocks", 0)
     gate_up = 2 * training.batches.tokens * training.compute_bytes * shape.intermediate_size
     if gate_up >= MAPPED_BYTES and training.keep == "everything":
         kept -= shape.num_layers * gate_up
-    return max(0, kept) + work
+    at_work = sum(height.get(name, 0) for name in ("one block at work", "loss head", "an evaluation"))
+    at_work -= _panels(shape, training) if "loss head" in height else 0
+    pinned = height.get("adapter gradients", 0) + copies
+    return int(GAPS_KEPT * max(0, kept) + GAPS_AT_WORK * at_work + GAPS_PINNED * pinned)
 
 
 def _predict_full(shape: ModelShape, training: TrainingShape) -> dict[str, int]:

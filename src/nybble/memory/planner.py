@@ -39,6 +39,7 @@ KEEPS: "tuple[Keep, ...]" = ("everything", "attention", "nothing")
 BLOCK_S = {"cpu": 5e-3, "cuda": 2e-4}  # a block's small kernels and their calls, forward or backward
 STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
 STREAMING_OVERHEAD = 1.03  # of a step; where two plans take as long, the simpler one is chosen
+RUN_BYTES = 6_000_000  # modules, objects and threads that a run adds to its process after it was planned, measured
 FULL, LORA16, FOUR, PAGED = "full 16-bit", "LoRA 16-bit", "4-bit", "4-bit, optimizer paged"
 FROM_RAM, FROM_DISK = "4-bit, base from RAM", "4-bit, base from disk"
 STRATEGIES = (FULL, LORA16, FOUR, PAGED, FROM_RAM, FROM_DISK)
@@ -248,7 +249,7 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
         per_block = block_bytes(ask.shape, ask.spec, ask.mixed_bits)
         resident = min(max(0, room // per_block), ask.shape.num_layers - 1)
         training = replace(training, resident_blocks=int(resident))
-    components = {"the process itself": machine.process_bytes} | predict(ask.shape, training)
+    components = {"the process itself": _process_bytes(machine)} | predict(ask.shape, training)
     file_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
     step_s = _step_seconds(ask, machine, training, strategy, paged)
     plan = Plan(
@@ -259,7 +260,11 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
 
 
 def _peak(ask: Ask, machine: Machine, training: TrainingShape) -> int:
-    return machine.process_bytes + sum(predict(ask.shape, training).values())
+    return _process_bytes(machine) + sum(predict(ask.shape, training).values())
+
+
+def _process_bytes(machine: Machine) -> int:
+    return machine.process_bytes + (RUN_BYTES if machine.kind == "cpu" else 0)
 
 
 def _step_seconds(ask: Ask, machine: Machine, training: TrainingShape, strategy: str, paged: bool) -> float:
