@@ -6,7 +6,7 @@
 Each configuration is one `nybble train` of three steps in a process of its own, on a model of a published shape with
 random weights (memory does not depend on their values) and rows of text of exactly the planned length. Measured is
 the peak of anonymous memory (RssAnon), sampled every 20 ms by the run itself; the prediction was made before anything
-was loaded. With --limited the budget is what was predicted, and allocations beyond 1.05 times it fail (RLIMIT_DATA).
+was loaded. With --limited the budget is what was predicted, and a run that holds more than 1.05 times it is ended.
 What is recorded already is passed over but with --again, so that a call that was cut short can be made once more; with
 --part the configurations are dealt over several calls.
 """
@@ -25,7 +25,7 @@ from typing import Any
 from common import BENCHMARKS, about_machine
 
 RECORD = BENCHMARKS / "results" / "plan.json"
-LIMIT = 1.05  # runs with a budget may not allocate more than so much of it
+LIMIT = 1.05  # of its budget, more than which ends a run
 Config = dict[str, Any]
 
 
@@ -118,7 +118,7 @@ def train(config: Config, folder: Path, out: Path, limit: int | None = None) -> 
 
 
 def nybble(*words: str, limit: int | None = None) -> None:
-    """Run a verb; with `limit`, where allocations beyond so many bytes of anonymous memory fail."""
+    """Run a verb; with `limit`, where more than so many bytes of anonymous memory end it."""
     program = ["-m", "nybble"] if limit is None else [str(BENCHMARKS / "limited.py"), str(limit)]
     subprocess.run([sys.executable, *program, *words], check=True, stdout=subprocess.DEVNULL)
 
@@ -138,12 +138,10 @@ def write(results: list[Config]) -> None:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
+        limited = f"{r['limited_peak'] / 1e6:.0f}" if "limited_peak" in r else ""
         lines.append(
             f"| {r['model']} | {r['length']} | {r['rows']} | {r['rank']} | {r['keep']} | {ways(r)} | "
-            f"{r['predicted'] / 1e6:.0f} | {r['measured'] / 1e6:.0f} | {100 * r['error']:+.1f} % | "
-            f"{r['limited_peak'] / 1e6:.0f} |"
-            if "limited_peak" in r
-            else " |"
+            f"{r['predicted'] / 1e6:.0f} | {r['measured'] / 1e6:.0f} | {100 * r['error']:+.1f} % | {limited} |"
         )
     RECORD.with_suffix(".md").write_text("# Plans against the truth\n\n" + "\n".join(lines) + "\n")
 

@@ -1,30 +1,32 @@
-"""Runs `nybble ARGUMENTS` under a hard limit of memory: python benchmarks/limited.py BYTES ARGUMENTS
+"""Runs `nybble ARGUMENTS` under a hard limit of anonymous memory: python benchmarks/limited.py BYTES ARGUMENTS
 
-RLIMIT_DATA limits what a process may map for writing, resident or not, of which libraries map a good deal and never
-touch it. So the limit is set once they are imported: to what is mapped then, and the bytes that are left of BYTES
-beyond what is resident then. An allocation that goes beyond fails.
+What a budget is about is RssAnon, so that is what is limited: a thread reads it every two milliseconds and ends the
+process with status 137 once it is beyond BYTES, as the system does to a container. RLIMIT_DATA would not do: it counts
+what is mapped and never touched, of which oneDNN's compiled products have some hundreds of MB.
 """
 
-import resource
+import os
 import sys
-from pathlib import Path
+import threading
+import time
 
 from nybble.cli.main import app
+from nybble.memory.measure import anonymous_bytes
+
+INTERVAL_S = 0.002
+KILLED = 137
 
 
-def status(key: str) -> int:
-    """Bytes that Linux reports about this process under `key`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+def watch(limit: int) -> None:
+    """End the process once it holds more than `limit` bytes."""
+    while (held := anonymous_bytes()) <= limit:
+        time.sleep(INTERVAL_S)
+    print(f"limited.py: {held} bytes of anonymous memory, the limit is {limit}", file=sys.stderr, flush=True)
+    os._exit(KILLED)
 
 
 def main() -> None:
-    import transformers.models.llama.modeling_llama  # noqa: F401  # what a run imports, before the limit
-
-    import nybble.evaluation.report  # noqa: F401
-
-    limit = status("VmData") + int(sys.argv[1]) - status("RssAnon")
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    threading.Thread(target=watch, args=(int(sys.argv[1]),), daemon=True).start()
     app(sys.argv[2:], prog_name="nybble")
 
 

@@ -148,3 +148,16 @@ def test_every_cgroup_above_the_process_counts(tmp_path):
     (tmp_path / "memory.max").write_text("70\n")
     (tmp_path / "memory.current").write_text("30\n")
     assert list(_left_in_cgroups(["0::/"], tmp_path)) == [40]
+
+
+@pytest.mark.parametrize(
+    ("stat", "cached"),
+    [
+        ("anon 9\ninactive_file 20\nactive_file 3", 23),
+        ("active_file 1\ntotal_inactive_file 5\ntotal_active_file 6", 11),
+    ],
+)
+def test_files_that_a_cgroup_caches_are_free(tmp_path, stat, cached):
+    for name, content in {"memory.max": "70", "memory.current": "50", "memory.stat": stat}.items():
+        (tmp_path / name).write_text(content + "\n")
+    assert list(_left_in_cgroups(["0::/"], tmp_path)) == [20 + cached]

@@ -68,9 +68,17 @@ def _left_in_cgroups(lines: Iterable[str] | None = None, root: Path = _CGROUPS) 
             for limit_name, used_name in _CGROUP_FILES:
                 limit = folder / limit_name
                 if limit.exists() and (text := limit.read_text().strip()) != "max":
-                    yield int(text) - int((folder / used_name).read_text())
+                    yield int(text) - int((folder / used_name).read_text()) + _cached_files(folder / "memory.stat")
             if folder == top:
                 break
+
+
+def _cached_files(stat: Path) -> int:
+    """Of what a cgroup uses, the cached pages of files, which the system takes back when they are needed."""
+    lines = (line.split() for line in stat.read_text().splitlines()) if stat.exists() else ()
+    found = {name: int(number) for name, number in lines}
+    own = found.get("inactive_file", 0) + found.get("active_file", 0)  # version 2, or version 1 without what is below
+    return max(own, found.get("total_inactive_file", 0) + found.get("total_active_file", 0))
 
 
 class PeakMemory:

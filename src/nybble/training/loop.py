@@ -33,7 +33,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TINY = 1e-30  # a norm of zero is not divided by
-NO_MEMORY = ("can't allocate memory", "bad_alloc", "could not create a memory object")  # torch, C++, oneDNN
+NO_MEMORY = (  # torch, C++, oneDNN
+    "can't allocate memory",
+    "bad_alloc",
+    "could not create a memory object",
+    "could not create a primitive",
+)
 EVALUATIONS_PER_RUN = 5  # when --eval-every is not given
 
 
