@@ -102,7 +102,8 @@ def drill_kill(workplace: Path, runs: int) -> str:
     whole = workplace / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     started = time.monotonic()
-    assert wait(in_fork(lambda: run(configured(workplace, whole)), workplace / "errors")) == 0
+    code = wait(in_fork(lambda: run(configured(workplace, whole)), workplace / "errors"))
+    assert code == 0, (code, (workplace / "errors").read_text())
     duration, expected = time.monotonic() - started, adapter_sha256(whole)
     draw, kills, lost, restarts, wrong = random.Random(SEED), 0, [0], 0, []
     out = workplace / "killed"
@@ -290,7 +291,8 @@ def drill_disk(workplace: Path, runs: int) -> str:
             message = (workplace / "errors").read_text()
             assert code == 2 and "No space left" in message and "Traceback" not in message, (code, message)
             filler.unlink()
-            assert wait(in_fork(lambda: go_on(workplace, out), workplace / "errors")) == 0
+            code = wait(in_fork(lambda: go_on(workplace, out), workplace / "errors"))
+            assert code == 0, (code, (workplace / "errors").read_text())
             assert adapter_sha256(out) == adapter_sha256(workplace / "whole-disk")
     return (
         f"{runs} runs: exit 2 with a message {max(seconds):.1f} s or less after the disk was full; all resumed to the "
