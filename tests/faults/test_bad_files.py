@@ -10,7 +10,8 @@ from nybble.cli.main import app
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from corpus import BadFile, all_cases
+from bad_file import BadFile
+from corpus import all_cases
 
 CASES = all_cases()
 

@@ -23,7 +23,7 @@ from nybble.formats.safetensors_io import SafetensorsFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from corpus import ARRAY, LLAMA, STRING, U32, gguf_bytes, gguf_pair, gguf_string, gguf_tensor
+from bad_gguf import ARRAY, LLAMA, STRING, U32, gguf_bytes, gguf_pair, gguf_string, gguf_tensor
 
 EXAMPLES = int(os.environ.get("NYBBLE_FUZZ", "60"))
 fuzzed = settings(

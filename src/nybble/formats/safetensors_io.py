@@ -410,7 +410,8 @@ def write_tensors(
 ) -> None:
     """One file of tensors that need not be in memory together: all are described first, then written as they come.
 
-    Wide types come first in the file, so that each tensor begins at a multiple of its element's size.
+    Wide types come first in the file, so that each tensor begins at a multiple of its element's size, as
+    the safetensors library orders them; `SafetensorsWriter`, which does not know what is still to come, cannot.
 
     Args:
         layout: name -> type and shape.

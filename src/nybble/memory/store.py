@@ -38,8 +38,8 @@ class StoredLinear:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A stretch of a file.
+class Stretch:
+    """A part of a file that is read by one call.
 
     Args:
         parts: (place in the block's buffer, bytes) of what follows each other; None for bytes that nobody wants.
@@ -66,7 +66,7 @@ class DiskBlockStore:
         self._blocks = blocks
         self._block_of = {name: i for i, block in enumerate(blocks) for name in block}
         self._places = [_places(block) for block in blocks]  # of each linear, in its block's buffer
-        self._runs = [_runs(block, places) for block, places in zip(blocks, self._places, strict=True)]
+        self._stretches = [_stretches_of(block, places) for block, places in zip(blocks, self._places, strict=True)]
         self._between = memoryview(bytearray(LARGEST_GAP))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-blocks")
         self.block_reads = 0
@@ -150,9 +150,9 @@ class DiskBlockStore:
 
     def _read(self, block: int, buffer: Tensor) -> None:
         data = buffer.numpy().data
-        for run in self._runs[block]:
-            parts = [self._between[:length] if at is None else data[at : at + length] for at, length in run.parts]
-            read_exactly(run.file, run.start, *parts)
+        for stretch in self._stretches[block]:
+            parts = [self._between[:length] if at is None else data[at : at + length] for at, length in stretch.parts]
+            read_exactly(stretch.file, stretch.start, *parts)
         for name, linear in self._blocks[block].items():
             if linear.weight.offset is not None:
                 at = self._places[block][name][0] + linear.weight.packed_bytes
@@ -187,23 +187,28 @@ def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _runs(block: Mapping[str, StoredLinear], places: Mapping[str, tuple[int, int]]) -> list[Run]:
+def _stretches_of(block: Mapping[str, StoredLinear], places: Mapping[str, tuple[int, int]]) -> list[Stretch]:
     """What to read for a block: as few calls as its files allow, since the small tensors between are soon read."""
     pieces = sorted(
         (str(linear.entries[part].file), linear.entries[part].start, linear.entries[part].nbytes, places[name][0] + at)
         for name, linear in block.items()
         for part, at in linear.weight.pieces.items()
     )
-    runs: list[Run] = []
+    stretches: list[Stretch] = []
     end = 0
     for file, start, num_bytes, at in pieces:
-        if not runs or str(runs[-1].file) != file or start - end > LARGEST_GAP or len(runs[-1].parts) > MOST_PARTS:
-            runs.append(Run(Path(file), start, []))
+        if (
+            not stretches
+            or str(stretches[-1].file) != file
+            or start - end > LARGEST_GAP
+            or len(stretches[-1].parts) > MOST_PARTS
+        ):
+            stretches.append(Stretch(Path(file), start, []))
         elif start > end:
-            runs[-1].parts.append((None, start - end))
-        runs[-1].parts.append((at, num_bytes))
+            stretches[-1].parts.append((None, start - end))
+        stretches[-1].parts.append((at, num_bytes))
         end = start + num_bytes
-    return runs
+    return stretches
 
 
 def spread(count: int, total: int) -> list[int]:

@@ -1,14 +1,35 @@
 """The micro-batches that a run will meet, known before it starts: rows and their order are."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
-from nybble.config import LengthOptions
+from nybble.config import LengthOptions, PlanConfig, TrainConfig
 from nybble.data.examples import EncodedExample
+from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.layers.backbone import TOKEN_MULTIPLE
 from nybble.memory.costs import MicroBatches
 
 COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later ones add few
+
+
+def dealer(options: TrainConfig | PlanConfig, data: PreparedData) -> Callable[[int], MicroBatches]:
+    """Most rows at once -> what the micro-batches of the run come to; dealt once for each number of rows."""
+    steps = total_steps(options, len(data.train), options.rows_per_step)
+
+    @functools.cache
+    def deal(size: int) -> MicroBatches:
+        return deal_run(
+            data.train,
+            data.validation,
+            rows_per_step=options.rows_per_step,
+            steps=steps,
+            seed=options.seed,
+            size=size,
+            packed=options.packing,
+        )
+
+    return deal
 
 
 def deal_run(

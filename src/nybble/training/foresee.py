@@ -20,7 +20,7 @@ from nybble.memory.planner import Ask, Plans, make_plans
 from nybble.models.hub import fetch_config, looks_like_hub_id
 from nybble.models.shapes import SHAPES
 from nybble.models.source import open_source
-from nybble.training.deal import deal_run, even_run, total_steps
+from nybble.training.deal import dealer, even_run
 from nybble.training.plan import ask_for
 from nybble.training.session import prepare_data
 
@@ -38,14 +38,13 @@ def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
     machine, dtype, on_cpu = _machine(options)
     knows = on_cpu and options.packing and not options.dropout and why_not_config(_Fields(config)) is None
     path = "blocks" if knows else "generic"
-    longest_row, deal = _rows(options, shape)
+    deal = _dealer(options, shape)
     spec, layer_specs = spec_from_config(config), layer_specs_from_config(config)
 
     def ask(freely: bool) -> Ask:
         return ask_for(
             options,
             shape,
-            longest_row=longest_row,
             deal=deal,
             adapter_parameters=shape.adapter_parameters(options.rank, options.target_modules),
             path=path,
@@ -110,31 +109,15 @@ def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
     return named_machine(options.device, options.memory, options.host_memory), dtype, False
 
 
-def _rows(options: PlanConfig, shape: ModelShape) -> tuple[int, Callable[[int], MicroBatches]]:
-    """Tokens of the longest row, and rows at once -> what micro-batches of so many come to."""
-    rows, packed = options.rows_per_step, options.packing
+def _dealer(options: PlanConfig, shape: ModelShape) -> Callable[[int], MicroBatches]:
+    """Most rows at once -> what micro-batches of so many come to."""
     if options.data is None:
-        length = options.max_seq_len
-        return length, lambda size: even_run(length, rows_per_step=rows, size=size, packed=packed)
+        length, rows = options.max_seq_len, options.rows_per_step
+        return lambda size: even_run(length, rows_per_step=rows, size=size, packed=options.packing)
     source = open_source(options.model, options.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), options.template)
     fields = {name: getattr(options, name) for name in DataConfig.model_fields}
-    data = prepare_data(DataConfig(**fields), template, shape.vocab_size)
-    steps = total_steps(options, len(data.train), options.rows_per_step)
-    longest = max(len(row) for row in data.train)
-
-    def deal(size: int) -> MicroBatches:
-        return deal_run(
-            data.train,
-            data.validation,
-            rows_per_step=rows,
-            steps=steps,
-            seed=options.seed,
-            size=size,
-            packed=packed,
-        )
-
-    return longest, deal
+    return dealer(options, prepare_data(DataConfig(**fields), template, shape.vocab_size))
 
 
 def _why_not_streamed(options: PlanConfig, path: str, in_four_bits: bool) -> str | None:

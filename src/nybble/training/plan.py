@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nybble.config import PlanConfig, TrainConfig
-from nybble.data.prepare import PreparedData
 from nybble.errors import PlanError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import why_not_config
@@ -27,7 +26,6 @@ from nybble.memory.planner import Ask, Plan, Plans, make_plans
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
 from nybble.training.base import QualityChoice
-from nybble.training.deal import deal_run
 from nybble.training.display import format_bytes
 
 if TYPE_CHECKING:
@@ -42,8 +40,7 @@ def plan_run(
     source: ModelSource,
     skeleton: "PreTrainedModel",
     specs: QuantSpec | LayerSpecs | None,
-    data: PreparedData,
-    total_steps: int,
+    deal: Callable[[int], MicroBatches],
     dtype: torch.dtype,
     device: torch.device,
     folder_to_come: bool = False,
@@ -53,6 +50,7 @@ def plan_run(
     Args:
         skeleton: the model on the meta device.
         specs: what the linears of the blocks are quantised to, where the source is not quantised.
+        deal: most rows at once -> what the run's micro-batches come to.
         folder_to_come: the source will be calibrated into a 4-bit folder first.
 
     Returns:
@@ -69,22 +67,10 @@ def plan_run(
     path = "blocks" if blocks else "generic"
     not_streamed = why_not_streamed(None if folder_to_come else source, skeleton, path, config.init)
 
-    def deal(size: int) -> MicroBatches:
-        return deal_run(
-            data.train,
-            data.validation,
-            rows_per_step=config.rows_per_step,
-            steps=total_steps,
-            seed=config.seed,
-            size=size,
-            packed=config.packing,
-        )
-
     def ask(freely: bool) -> Ask:
         return ask_for(
             config,
             ModelShape.from_config(text_config.to_dict()),
-            longest_row=longest,
             deal=deal,
             adapter_parameters=config.rank * sum(map(sum, targets)),
             path=path,
@@ -96,7 +82,6 @@ def plan_run(
             freely=freely,
         )
 
-    longest = max(len(row) for row in data.train)
     files = source.files() if isinstance(source, FolderSource) and source.quant_spec is not None else ()
     machine = this_machine(device, dtype, config.memory, model_files=files)
     asked, freed = ask(freely=False), ask(freely=True)
@@ -149,7 +134,6 @@ def ask_for(
     options: TrainConfig | PlanConfig,
     shape: ModelShape,
     *,
-    longest_row: int,
     deal: Callable[[int], MicroBatches],
     adapter_parameters: int,
     path: str,
@@ -163,8 +147,7 @@ def ask_for(
     """What a run with these options asks of the planner.
 
     Args:
-        longest_row: its tokens.
-        deal: rows at once -> what the run's micro-batches come to.
+        deal: most rows at once -> what the run's micro-batches come to.
         path: "blocks" or "generic".
         why_not_streamed: None where blocks of the base can be read from its folder.
         spec: of a model that is already in four bits.
@@ -173,7 +156,7 @@ def ask_for(
     """
     page = "auto" if freely else options.page_optimizer
     keeps = get_args(Keep) if options.keep == "auto" or freely else (options.keep,)
-    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // longest_row))]
+    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // deal(1).longest_row))]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     if options.micro_batch_size and not freely:

@@ -26,7 +26,7 @@ from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.measure import PeakMemory, anonymous_bytes, give_back_free
+from nybble.memory.measure import PeakMemory, give_back_free, used_bytes
 from nybble.memory.offload import ActivationFile
 from nybble.memory.planner import Ask, Plan, Plans
 from nybble.memory.store import DiskBlockStore, open_store
@@ -49,7 +49,7 @@ from nybble.training.base import (
     run_calibration_text,
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
-from nybble.training.deal import total_steps
+from nybble.training.deal import dealer, total_steps
 from nybble.training.display import Display
 from nybble.training.events import EventLog, read_events, rewind_events
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
@@ -124,15 +124,14 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
 
     sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
     num_steps = total_steps(config, len(data.train), config.rows_per_step)
-    skeleton = build_skeleton(source.config, dtype)
     choice = choose_quality(config, source, data, num_steps, dtype)
     if choice is not None:
         console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
-    plan_it = partial(plan_run, config, data=data, total_steps=num_steps, dtype=dtype, device=device)
+    plan_it = partial(plan_run, config, deal=dealer(config, data), dtype=dtype, device=device)
     calibrated = choice is not None and choice.quality == "calibrated"
     if config.memory is not None and (calibrated or config.mixed is not None) and not config.resume:
         # What never fits is refused before minutes are spent on its bits.
-        plan_it(source, skeleton, quant_spec(config), folder_to_come=calibrated)
+        plan_it(source, build_skeleton(source.config, dtype), quant_spec(config), folder_to_come=calibrated)
     text = partial(
         run_calibration_text, config, source, data.train, data.validation, template, field_names(config), config.seed
     )
@@ -161,7 +160,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         )
         if config.init != "default" and resumed is None:
             windows = some_windows(text().windows, INIT_TOKENS) if config.init == "activation" else None
-            free = (plan.peak_bytes - anonymous_bytes()) // 2  # of what training will take; half for the windows' pass
+            free = (plan.peak_bytes - used_bytes(device)) // 2  # of what training will take; half for the windows' pass
             initialise_adapters(model, source, windows, min(free, STATISTICS_BYTES))
         if not config.resume:
             run.create(config.overwrite)
