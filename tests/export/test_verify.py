@@ -267,7 +267,7 @@ def test_existing_output_is_refused_and_kept(make_run: Callable, tmp_path: Path)
         (tmp_path / name / "precious").unlink()
 
 
-@pytest.mark.parametrize("to", ["nf4", *(pytest.param(to, marks=pytest.mark.slow) for to in ("16bit", "gguf"))])
+@pytest.mark.parametrize("to", ["nf4", "16bit", "gguf"])
 def test_a_disk_that_fills_leaves_nothing(make_run: Callable, tmp_path: Path, to: str) -> None:
     """The system refuses to let any file grow beyond 100 KB, in the midst of the weights."""
     run_folder, out = make_run(hidden_size=128, intermediate_size=512), tmp_path / "out"
