@@ -9,13 +9,19 @@ import torch
 from rich.console import Console
 
 from nybble.config import load_config
-from nybble.errors import DataError, FormatError
+from nybble.errors import DataError, FormatError, PlanError
 from nybble.evaluation.load_run import load_run
 from nybble.formats.blockwise import block_scales
+from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.memory.calibration_costs import (
+    AROUND_BYTES,
+    calibration_bytes,
+    calibration_products,
+    training_products,
+)
 from nybble.memory.costs import ModelShape
 from nybble.training import base, session
-from nybble.training.base import calibration_products, training_products
 
 LLAMA = ModelShape(
     2, 64, 4, 64, 32, 128, 259, False, ((64, 64), (64, 32), (64, 32), (64, 64), (64, 128), (64, 128), (128, 64))
@@ -70,6 +76,27 @@ def test_auto_calibrates_where_that_is_a_small_part(tiny_model: Path, data: Path
     monkeypatch.setattr(base, "AFFORDABLE", 1e9)
     train(tiny_model, data, tmp_path / "run", calibration_tokens=2048)
     assert planned(tmp_path / "run")["quality"] == "calibrated"
+
+
+def test_calibration_that_takes_more_than_the_budget(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """It is left out where the plan may choose, refused where it is asked for; nothing is written in either case."""
+    options = {"calibration_tokens": 50_000_000, "memory": "8GB"}  # their states alone take 10 GB in 16 bits
+    with pytest.raises(PlanError, match=r"Calibrating .* takes about .* GB; the budget is 8 GB"):
+        train(tiny_model, data, tmp_path / "run", quality="calibrated", **options)
+    assert not list(tmp_path.glob("*run*"))
+    train(tiny_model, data, tmp_path / "run", **options)
+    quality = planned(tmp_path / "run")
+    assert quality["quality"] == "absmax" and "calibrating would take about" in quality["why"]
+
+
+def test_bytes_of_calibrating_are_those_of_its_largest_group() -> None:
+    """By hand, for blocks of 64 weights and 10 tokens: down_proj's H is the largest."""
+    spec = QuantSpec()
+    elements = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3
+    always = 2 * 259 * 64 + 2 * elements + 15 * 2 * 64
+    packed = sum(spec.bytes(i * o) for i, o in LLAMA.linears)
+    down = 15 * 2 * 128 + max(5 * 4 * 128 * 128, 3 * 4 * 128 * 128 + 6 * 4 * 128 * 64 + 4 * 4 * 64 * 2 * 2)
+    assert calibration_bytes(LLAMA, spec, 10, 2) == always + packed + down + AROUND_BYTES
 
 
 def test_a_calibrated_run_keeps_its_base_and_loads_it(tiny_model: Path, data: Path, tmp_path: Path) -> None:

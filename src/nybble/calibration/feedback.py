@@ -30,7 +30,11 @@ from nybble.kernels.ops import dequantize
 RIDGE = 1e-6  # of the mean diagonal, where the scales of a row are solved for
 TINY = 1e-30
 NO_INPUTS = "its inputs were all zero"
+NOT_FINITE = "its inputs were not finite"
 MAX_DAMPINGS = 8  # tenfold each: beyond that H has no meaning
+PANEL = 256  # rows of a triangular matrix that are inverted at once
+ERROR_ELEMENTS = 2**22  # of a weight whose error is computed at once
+NORMAL_BYTES = 2**26  # of the normal equations for scales that are solved at once
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ def calibrate_weight(
         FormatError: values that are not finite, or a format with zero points.
     """
     check_searchable(spec.format)
-    if not torch.isfinite(inputs.hessian).all() or inputs.note == NO_INPUTS:
+    if inputs.note in (NO_INPUTS, NOT_FINITE):
         return CalibratedWeight(search_weight(weight, spec), float("nan"), "search", inputs.note)
-    if inputs.damped is None:
+    if inputs.factor is None:
         q, method = search_weight(weight, spec, inputs.diagonal), "weighted search"
     else:
         q, method = _Problem(weight, inputs, spec, options or FeedbackOptions()).solve(), "calibrated"
@@ -95,54 +99,61 @@ def calibrate_weight(
 
 def output_error(weight: Tensor, q: QuantizedTensor, hessian: Tensor) -> float:
     """tr(Δ H Δᵀ) / tr(W H Wᵀ), Δ = W - dq(q): the share of the layer's output that is lost, squared."""
-    wide = weight.float()
-    lost = wide - dequantize(q, torch.float32)
-    total = ((wide @ hessian) * wide).sum()
-    return float(((lost @ hessian) * lost).sum() / total) if total > 0 else float("nan")
+    lost = total = 0.0
+    dense = dequantize(q, torch.float32)
+    at_once = max(1, ERROR_ELEMENTS // weight.shape[1])
+    for first in range(0, len(weight), at_once):
+        wide = weight[first : first + at_once].float()
+        total += float(((wide @ hessian) * wide).sum())
+        delta = wide - dense[first : first + at_once]
+        lost += float(((delta @ hessian) * delta).sum())
+    return lost / total if total > 0 else float("nan")
 
 
 class LayerInputs:
-    """What the linears of one group share: H, its damped form, and the factor of its inverse.
+    """What the linears of one group share: H, and the factor of its inverse once it is damped.
 
     Args:
-        statistics: of the group's input.
+        statistics: of the group's input; finished here.
         block_size: columns that share a scale.
 
     Attributes:
         hessian: `(in, in)`, over the number of rows.
-        damped: the same, damped until it is positive definite; None where that does not help, or there are no inputs.
+        diagonal: of the Hessian, `(in,)`.
+        shift: D, `(in, in)`, or None.
+        damping: what is added to the diagonal so that H is positive definite.
         order: of the columns, as `FeedbackOptions.order` says.
-        factor: U of the damped H in that order, H⁻¹ = UᵀU.
+        factor, pivots: U = diag(pivots) · factor of the damped H in that order, H⁻¹ = UᵀU; the factor, which has ones
+            on its diagonal, is None where no damping helps, or there are no inputs.
         note: where more damping than asked for was needed, or why there is no factor.
     """
 
     def __init__(self, statistics: InputStatistics, block_size: int, options: FeedbackOptions):
-        self.hessian, self.shift = statistics.hessian(), statistics.shift()
-        self.diagonal = self.hessian.diagonal().contiguous()
+        self.hessian, self.shift = statistics.finish()
+        self.diagonal = self.hessian.diagonal().clone()
         self.note = ""
-        self.damped: Tensor | None = None
-        self.order = self.factor = torch.empty(0)
+        self.damping = 0.0
+        self.order = self.pivots = torch.empty(0)
+        self.factor: Tensor | None = None
         in_features = len(self.hessian)
         if statistics.rows == 0 or not self.diagonal.any():
             self.note = NO_INPUTS
-        elif not torch.isfinite(self.hessian).all():
-            self.note = "its inputs were not finite"
+        elif not bool(self.hessian.sum().isfinite()):
+            self.note = NOT_FINITE
         elif in_features % block_size:
             self.note = f"in_features {in_features} is no multiple of the block size {block_size}"
         else:
-            self._damp(options.damping)
-        if self.damped is not None:
             self.order = _order(self.diagonal, block_size, options.order)
-            self.factor = inverse_factor(self.damped[self.order][:, self.order])
+            self._factorise(options.damping)
 
-    def _damp(self, damping: float) -> None:
+    def _factorise(self, damping: float) -> None:
         """Add `damping` times the mean diagonal, ten times more as long as H is not positive definite."""
         mean, part = float(self.diagonal.mean()), damping
         for _ in range(MAX_DAMPINGS):
-            damped = self.hessian.clone()
-            damped.diagonal().add_(part * mean)
-            if int(torch.linalg.cholesky_ex(damped).info) == 0:
-                self.damped = damped
+            factor = inverse_factor(self.hessian, self.order, part * mean)
+            if factor is not None:
+                self.damping, self.pivots = part * mean, factor.diagonal().clone()
+                self.factor = factor.div_(self.pivots[:, None])
                 if part != damping:
                     self.note = f"H was not positive definite; damped by {part:g} of its mean diagonal"
                 return
@@ -150,14 +161,31 @@ class LayerInputs:
         self.note = "H stayed indefinite"
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """U, upper triangular, with H⁻¹ = UᵀU.
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | None:
+    """U, upper triangular, with H⁻¹ = UᵀU, H damped and in the order given; None where it is not positive definite.
 
     With P the reversal of order and P H P = L Lᵀ: H⁻¹ = (P L⁻ᵀ P)(P L⁻¹ P), whose right factor is upper triangular.
+    L is inverted where it stands, one panel of rows after the other, from the rows above, which are inverted already.
+
+    Args:
+        hessian: `(in, in)`, symmetric; not changed.
+        order: `(in,)`, int64.
+        damping: added to the diagonal.
     """
-    lower = torch.linalg.cholesky(hessian.flip(0, 1))
-    identity = torch.eye(len(hessian), device=hessian.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+    backwards = order.flip(0)
+    permuted = hessian[backwards[:, None], backwards]
+    permuted.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(permuted)
+    del permuted
+    if int(info) != 0:
+        return None
+    for first in range(0, len(lower), PANEL):
+        rows = slice(first, first + PANEL)
+        own = lower[rows, rows]
+        inverse = torch.linalg.solve_triangular(own, torch.eye(len(own), device=own.device), upper=False)
+        lower[rows, :first] = -inverse @ (lower[rows, :first] @ lower[:first, :first])
+        lower[rows, rows] = inverse
+    return lower.flip(0, 1).contiguous()
 
 
 def _order(diagonal: Tensor, block_size: int, order: str) -> Tensor:
@@ -175,9 +203,10 @@ class _Problem:
     """One weight: minimise tr((T - Q) H (T - Q)ᵀ) over levels and scales, T the weight corrected for drift."""
 
     def __init__(self, weight: Tensor, inputs: LayerInputs, spec: QuantSpec, options: FeedbackOptions):
-        assert inputs.damped is not None
+        assert inputs.factor is not None
         self.spec, self.options, self.dtype = spec, options, weight.dtype
-        self.hessian, self.order, self.factor = inputs.damped, inputs.order, inputs.factor
+        self.hessian, self.diagonal, self.damping = inputs.hessian, inputs.diagonal + inputs.damping, inputs.damping
+        self.order, self.factor, self.pivots = inputs.order, inputs.factor, inputs.pivots
         self.out_features, self.in_features = weight.shape
         self.num_blocks = self.in_features // spec.block_size
         self.values = codebooks.codebook(spec.format, weight.device)
@@ -185,7 +214,8 @@ class _Problem:
         if inputs.shift is not None and options.shift:
             # |X₁₆ Wᵀ - X Qᵀ|² is least around W (H + D) H⁻¹, D = (X₁₆ - X)ᵀX; H⁻¹ = UᵀU in the order of rounding.
             moved = (inputs.shift.T @ self.target)[self.order]
-            self.target[self.order] += options.shift * (self.factor.T @ (self.factor @ moved))
+            scaled = (self.factor @ moved).mul_(self.pivots[:, None] ** 2)
+            self.target[self.order] += options.shift * (self.factor.T @ scaled)
         self.importance = self._importance(inputs.diagonal)
         self.starts = [sign * start for sign in (1, -1) for start in STARTS]
         self.grid = self._choose_grid() if spec.double_quant else None
@@ -205,7 +235,7 @@ class _Problem:
         if self.options.importance == "diagonal":
             return diagonal
         importance = torch.empty_like(diagonal)
-        importance[self.order] = self.factor.diagonal() ** -2
+        importance[self.order] = self.pivots**-2
         return importance
 
     def _choose_grid(self) -> ScaleGrid:
@@ -235,7 +265,6 @@ class _Problem:
         """The levels, and the scales they are searched with, of one block after the other."""
         remaining = self.target[self.order]  # (in, out), in the order of rounding
         importance = self.importance[self.order]
-        factors = self.factor / self.factor.diagonal()[:, None]
         for block, first, end in self._blocks():
             rows = remaining[first:end].T.contiguous()  # (out, block_size)
             weights = importance[first:end].contiguous()
@@ -243,10 +272,10 @@ class _Problem:
             found = search_scales(rows, self.spec.format, self.spec.block_size, self.starts, weights, grid)
             self.scale[block], self.codes[block] = found.scale, found.codes
             for batch in self._batches(first, end):
-                own = factors[batch, batch].contiguous()
+                own = self.factor[batch, batch].contiguous()
                 indices, moved = assign_columns(remaining[batch], found.scale, own, self.spec.format)
                 self.indices[self.order[batch]] = indices
-                remaining[batch.stop :].addmm_(factors[batch, batch.stop :].T, moved, alpha=-1)
+                remaining[batch.stop :].addmm_(self.factor[batch, batch.stop :].T, moved, alpha=-1)
 
     def _dequantized(self) -> Tensor:
         """(in, out)"""
@@ -254,44 +283,58 @@ class _Problem:
         return self.values[self.indices.long()] * scales
 
     def _refit_scales(self) -> None:
+        """The scales of some outputs after those of others, so that their normal equations fit in `NORMAL_BYTES`."""
+        outputs = max(1, NORMAL_BYTES // (4 * self.num_blocks**2))
+        for first in range(0, self.out_features, outputs):
+            self._refit_scales_of(slice(first, min(first + outputs, self.out_features)))
+
+    def _refit_scales_of(self, outputs: slice) -> None:
         """Least squares over all scales s of a row at once, given its levels: A s = b with A_ij = c_iᵀ H_ij c_j and
         b_i = c_iᵀ (H t)_i. The loss is sᵀ A s - 2 bᵀ s and a constant; rows that it does not lower keep theirs."""
         size, blocks = self.spec.block_size, self.num_blocks
-        levels = self.values[self.indices.long()].view(blocks, size, -1)  # (blocks, size, out)
-        normal = self.target.new_empty(blocks, blocks, self.out_features)
+        levels = self.values[self.indices[:, outputs].long()].view(blocks, size, -1)  # (blocks, size, outputs)
+        normal = self.target.new_empty(blocks, blocks, levels.shape[2])
         for block in range(blocks):  # A is symmetric: what lies above its diagonal is copied
             first = block * size
-            product = (self.hessian[first:, first : first + size] @ levels[block]).view(-1, size, self.out_features)
+            product = (self.hessian[first:, first : first + size] @ levels[block]).view(-1, size, levels.shape[2])
+            product[0] += self.damping * levels[block]
             normal[block:, block] = (product * levels[block:]).sum(1)
             normal[block, block:] = normal[block:, block].clone()
-        normal = normal.permute(2, 0, 1).contiguous()  # (out, blocks, blocks)
-        wanted = ((self.hessian @ self.target).view(blocks, size, -1) * levels).sum(1).T  # (out, blocks)
+        normal = normal.permute(2, 0, 1).contiguous()  # (outputs, blocks, blocks)
+        wanted = (self._times_hessian(self.target[:, outputs]).view(blocks, size, -1) * levels).sum(1).T
         ridge = RIDGE * normal.diagonal(dim1=1, dim2=2).mean(1).clamp(min=TINY)
         solved, info = torch.linalg.solve_ex(normal + torch.diag_embed(ridge[:, None].expand(-1, blocks)), wanted)
-        step, offset = (None, None) if self.grid is None else self.grid
-        rounded, codes = round_to_grid(solved.reshape(-1), step, offset)
+        grid = self.grid
+        step = None if grid is None else grid.step.view(-1, blocks)[outputs].reshape(-1)
+        rounded, codes = round_to_grid(solved.reshape(-1), step, None if grid is None else grid.offset)
 
         def loss(scale: Tensor) -> Tensor:
             return ((normal @ scale[:, :, None])[:, :, 0] * scale).sum(1) - 2 * (wanted * scale).sum(1)
 
-        better = (loss(rounded.view(-1, blocks)) < loss(self.scale.T)) & (info == 0)
-        self.scale = torch.where(better, rounded.view(-1, blocks).T, self.scale).contiguous()
-        self.codes = torch.where(better, codes.view(-1, blocks).T, self.codes).contiguous()
+        before = self.scale[:, outputs]  # (blocks, outputs)
+        better = (loss(rounded.view(-1, blocks)) < loss(before.T)) & (info == 0)
+        self.scale[:, outputs] = torch.where(better, rounded.view(-1, blocks).T, before)
+        self.codes[:, outputs] = torch.where(better, codes.view(-1, blocks).T, self.codes[:, outputs])
+
+    def _times_hessian(self, x: Tensor) -> Tensor:
+        """The damped H times x, `(in, outputs)`."""
+        return (self.hessian @ x).add_(x, alpha=self.damping)
 
     def _descend(self) -> None:
         """One pass of coordinate descent: each column in turn takes the level that is best given all others."""
         current = self._dequantized()
-        gradient = self.hessian @ (self.target - current)  # (in, out)
-        diagonal = self.hessian.diagonal()
+        gradient = self._times_hessian(self.target - current)  # (in, out)
         for block, first, end in self._blocks():
             for batch in self._batches(first, end):
                 rows = self.order[batch]
                 own = self.hessian[rows][:, rows]
-                factors = (own / diagonal[rows]).contiguous()
-                wanted = current[rows] + gradient[rows] / diagonal[rows, None]
+                own.diagonal().add_(self.damping)
+                factors = (own / self.diagonal[rows]).contiguous()
+                wanted = current[rows] + gradient[rows] / self.diagonal[rows, None]
                 indices, moved = assign_columns(
                     wanted, self.scale[block], factors, self.spec.format, current[rows].contiguous()
                 )
                 self.indices[rows] = indices
                 gradient.addmm_(self.hessian[:, rows], moved, alpha=-1)
+                gradient[rows] -= self.damping * moved
                 current[rows] += moved

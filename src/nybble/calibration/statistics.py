@@ -44,11 +44,18 @@ class InputStatistics:
             self.drift += (exact - x).T @ x
             self.exact_rows += len(x)
 
-    def hessian(self) -> Tensor:
-        """H over the number of rows, `(in, in)`, symmetric."""
-        upper = self.gram.triu()
-        return (upper + upper.triu(1).T) / max(self.rows, 1)
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        """H over the number of rows, and D over that of the rows that came with exact inputs (None where none did).
 
-    def shift(self) -> Tensor | None:
-        """D over the number of rows that came with exact inputs, `(in, in)`; None where none did."""
-        return None if self.drift is None else self.drift / self.exact_rows
+        Both `(in, in)`. They are the sums themselves, since a second matrix of this size may be more than there is
+        room for: nothing can be added afterwards.
+        """
+        for start in range(0, len(self.gram), PANEL):
+            end = start + PANEL
+            square = self.gram[start:end, start:end].triu()
+            self.gram[start:end, start:end] = square + square.triu(1).T
+            self.gram[end:, start:end] = self.gram[start:end, end:].T
+        self.gram /= max(self.rows, 1)
+        if self.drift is not None:
+            self.drift /= self.exact_rows
+        return self.gram, self.drift

@@ -5,6 +5,7 @@ statistics of one group of linears, and the windows' hidden states.
 """
 
 import copy
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,23 +85,23 @@ class BlockCalibrator:
         weights: dict[str, QuantizedTensor] = {}
         reports: list[LayerReport] = []
 
-        def take(linear: str, inputs: LayerInputs) -> None:
-            weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
-            spec = spec_of(self.specs, f"{name}.{linear}")
-            found = calibrate_weight(weight, inputs, spec, self.options)
-            weights[f"{name}.{linear}.weight"] = found.tensor
-            reports.append(_report(f"{name}.{linear}", weight, found, inputs, spec))
-            _swap(layer, linear, found.tensor, self.dtype)
+        def take(group: Iterable[str], inputs: LayerInputs) -> None:
+            for linear in group:
+                weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
+                spec = spec_of(self.specs, f"{name}.{linear}")
+                found = calibrate_weight(weight, inputs, spec, self.options)
+                weights[f"{name}.{linear}.weight"] = found.tensor
+                reports.append(_report(f"{name}.{linear}", weight, found, inputs, spec))
+                _swap(layer, linear, found.tensor, self.dtype)
 
         for group, statistics in self.walk.groups(index, layer):
-            inputs = LayerInputs(statistics, spec_of(self.specs, f"{name}.{group[0]}").block_size, self.options)
-            for linear in group:
-                take(linear, inputs)
+            block_size = spec_of(self.specs, f"{name}.{group[0]}").block_size
+            take(group, LayerInputs(statistics, block_size, self.options))
         for linear in linears:
             if f"{name}.{linear}.weight" not in weights:  # never called
                 in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
                 block_size = spec_of(self.specs, f"{name}.{linear}").block_size
-                take(linear, LayerInputs(InputStatistics(in_features), block_size, self.options))
+                take([linear], LayerInputs(InputStatistics(in_features), block_size, self.options))
         return weights, reports
 
     def placed_in(self, block: str) -> list[PlacedTensor]:

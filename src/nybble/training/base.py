@@ -22,18 +22,19 @@ from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
 from nybble.data.readers import FieldNames
 from nybble.data.template import ChatTemplate
+from nybble.errors import PlanError
 from nybble.formats.manifest import verify_manifest
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.memory.calibration_costs import calibration_bytes, calibration_products, training_products
 from nybble.memory.costs import ModelShape
+from nybble.memory.measure import anonymous_bytes, available_bytes
 from nybble.models.interface import ModelSource
 from nybble.models.save import CalibrationInput, Quality, quantize_folder
 from nybble.models.source import open_source
+from nybble.training.display import format_bytes
 from nybble.training.run_folder import RunFolder
 
 AFFORDABLE = 0.1  # of the training's time that calibrating may take before it is left out
-FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
-GRAM_SHARE = 0.6  # of XᵀX that is computed: it is symmetric
-WEIGHT_PASSES = 10  # products of H with a weight: feedback, refits, descents, errors
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,28 @@ class QualityChoice:
     why: str
 
 
+def quant_spec(config: TrainConfig) -> QuantSpec | None:
+    """The four-bit format of a run's base, None where it stays in 16 bits."""
+    if config.format == "none":
+        return None
+    return QuantSpec(config.format, config.block_size, config.double_quant)
+
+
 def data_free_quality(config: TrainConfig) -> Literal["absmax", "search"]:
     """What weights that were not calibrated get."""
     return "search" if config.quality == "search" else "absmax"
 
 
 def choose_quality(
-    config: TrainConfig, source: ModelSource, data: PreparedData, total_steps: int, dtype: torch.dtype
+    config: TrainConfig,
+    source: ModelSource,
+    data: PreparedData,
+    total_steps: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> QualityChoice | None:
-    """What the options ask for; of "auto", what the plan says. None where there is nothing to put into four bits.
+    """What the options ask for; of "auto", what time and memory allow. None where there is nothing to put into four
+    bits.
 
     Raises:
         FormatError: search or calibration is asked for in a format with zero points.
@@ -61,13 +75,17 @@ def choose_quality(
         return None
     if config.quality in ("search", "calibrated") or config.calibrate is not None:
         check_searchable(config.format)
-    if config.quality != "auto":
+    if config.quality in ("absmax", "search"):
         return QualityChoice(config.quality, "as asked")
     if config.format in UNSEARCHABLE:
         return QualityChoice("absmax", f"{config.format} has zero points, which are not calibrated")
-    if config.calibrate is not None:
-        return QualityChoice("calibrated", "text to calibrate on was given")
-    shape = ModelShape.from_config(source.config.get_text_config().to_dict())
+    if config.quality == "calibrated" or config.calibrate is not None:
+        return QualityChoice("calibrated", "as asked" if config.calibrate is None else "text to calibrate on was given")
+    needed = calibration_peak(config, source, dtype)
+    room = _budget(config, device) or anonymous_bytes() + available_bytes(torch.device("cpu"))
+    if needed > room:
+        return QualityChoice("absmax", f"calibrating would take about {format_bytes(needed)} of memory")
+    shape = _shape(source)
     tokens_a_row = sum(len(row) for row in data.train) / len(data.train)
     supervised = sum(row.supervised_tokens for row in data.train) / len(data.train)
     rows = total_steps * config.rows_per_step
@@ -79,21 +97,37 @@ def choose_quality(
     return QualityChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
 
 
-def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> float:
-    """Multiply-adds of calibrating, those in fp32 counted by what they take over the compute dtype's."""
-    fp32 = FP32_COST if compute_bytes == 2 else 1.0
-    inputs = [shape.hidden_size, shape.query_width, shape.hidden_size, shape.intermediate_size]
-    gram = sum(width * width for width in inputs)
-    weights = sum(rows * columns for rows, columns in shape.linears)
-    by_weight = sum(rows * rows * columns for rows, columns in shape.linears)
-    forward = 2 * weights * tokens  # of the quantised and of the 16-bit states
-    return shape.num_layers * (forward + tokens * gram * (1 + fp32 * GRAM_SHARE) + fp32 * WEIGHT_PASSES * by_weight)
+def calibration_peak(config: TrainConfig, source: ModelSource, dtype: torch.dtype) -> int:
+    """Bytes that this process will hold at the height of calibrating."""
+    spec = quant_spec(config)
+    assert spec is not None
+    needed = calibration_bytes(_shape(source), spec, config.calibration_tokens, dtype.itemsize)
+    return anonymous_bytes() + needed
 
 
-def training_products(shape: ModelShape, tokens: float, supervised: float) -> float:
-    """Multiply-adds of a run's frozen products: forward, gradient of the input, the head of supervised tokens."""
-    weights = shape.num_layers * sum(rows * columns for rows, columns in shape.linears)
-    return 2 * weights * tokens + 2 * shape.vocab_size * shape.hidden_size * supervised
+def check_calibration_fits(config: TrainConfig, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse to calibrate where that takes more than --memory.
+
+    Raises:
+        PlanError: it does.
+    """
+    budget, needed = _budget(config, device), calibration_peak(config, source, dtype)
+    if budget is not None and needed > budget:
+        raise PlanError(
+            f"Calibrating {source.name} takes about {format_bytes(needed)}; the budget is {format_bytes(budget)}.",
+            "What takes less: --quality absmax; a folder in four bits; fewer --calibration-tokens, where it is their "
+            "states that take the room.",
+            "Calibrate with `nybble quantize` where there is more memory, and give --model its folder.",
+        )
+
+
+def _budget(config: TrainConfig, device: torch.device) -> int | None:
+    """Of memory for the CPU, where calibrating happens."""
+    return config.memory if device.type == "cpu" else None
+
+
+def _shape(source: ModelSource) -> ModelShape:
+    return ModelShape.from_config(source.config.get_text_config().to_dict())
 
 
 def run_calibration_text(

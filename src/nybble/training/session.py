@@ -42,10 +42,12 @@ from nybble.options import config_to_yaml
 from nybble.training.base import (
     QualityChoice,
     adopt_base,
+    check_calibration_fits,
     choose_quality,
     data_free_quality,
     kept_base,
     make_calibrated_base,
+    quant_spec,
     run_calibration_text,
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
@@ -124,7 +126,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
 
     sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
     num_steps = total_steps(config, len(data.train), config.rows_per_step)
-    choice = choose_quality(config, source, data, num_steps, dtype)
+    choice = choose_quality(config, source, data, num_steps, dtype, device)
     if choice is not None:
         console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
     plan_it = partial(plan_run, config, deal=dealer(config, data), dtype=dtype, device=device)
@@ -132,6 +134,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     if config.memory is not None and (calibrated or config.mixed is not None) and not config.resume:
         # What never fits is refused before minutes are spent on its bits.
         plan_it(source, build_skeleton(source.config, dtype), quant_spec(config), folder_to_come=calibrated)
+    if calibrated and not config.resume:
+        check_calibration_fits(config, source, dtype, device)
     text = partial(
         run_calibration_text, config, source, data.train, data.validation, template, field_names(config), config.seed
     )
@@ -291,13 +295,6 @@ def _settled(
         "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
         "device": device.type,
     } | ({} if choice is None else {"quality": choice.quality})
-
-
-def quant_spec(config: TrainConfig) -> QuantSpec | None:
-    """The four-bit format of a run's base, None where it stays in 16 bits."""
-    if config.format == "none":
-        return None
-    return QuantSpec(config.format, config.block_size, config.double_quant)
 
 
 def base_specs(config: TrainConfig, run: RunFolder) -> QuantSpec | LayerSpecs | None:
