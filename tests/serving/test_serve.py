@@ -308,13 +308,13 @@ def test_a_failure_is_told_without_details(trained: Path, monkeypatch: pytest.Mo
         server.stop()
 
 
-def storm(server: Running, right: dict[str, str], clients: int, requests: int) -> None:
+def storm(clients: list[openai.OpenAI], right: dict[str, str], requests: int) -> None:
     """Concurrent clients, one of whom leaves mid-stream each round; every answer must be its model's own."""
 
     def client_rounds(number: int) -> int:
-        client, name = server.client(), list(right)[number % len(right)]
+        client, name = clients[number], list(right)[number % len(right)]
         for round_number in range(requests):
-            if round_number % clients == number:
+            if round_number % len(clients) == number:
                 stream = ask(client, name, stream=True)
                 next(iter(stream))
                 stream.close()
@@ -325,12 +325,12 @@ def storm(server: Running, right: dict[str, str], clients: int, requests: int) -
                 assert "".join(c.choices[0].delta.content or "" for c in chunks) == right[name]
         return requests
 
-    with ThreadPoolExecutor(clients) as pool:
-        assert list(pool.map(client_rounds, range(clients))) == [requests] * clients
+    with ThreadPoolExecutor(len(clients)) as pool:
+        assert list(pool.map(client_rounds, range(len(clients)))) == [requests] * len(clients)
 
 
 def test_concurrent_clients(running: Running, trained: Path, second: Path) -> None:
-    storm(running, {"run": expected(trained), "other": expected(second)}, clients=4, requests=6)
+    storm([running.client() for _ in range(4)], {"run": expected(trained), "other": expected(second)}, requests=6)
 
 
 @pytest.mark.slow
@@ -338,9 +338,10 @@ def test_many_concurrent_clients_leave_memory_flat(running: Running, trained: Pa
     from nybble.memory.measure import anonymous_bytes
 
     right = {"run": expected(trained), "other": expected(second)}
+    clients = [running.client() for _ in range(16)]  # made once: each keeps a megabyte of its own in this process
     started, held = time.perf_counter(), [anonymous_bytes()]
     for _ in range(5):
-        storm(running, right, clients=16, requests=10)
+        storm(clients, right, requests=10)
         held.append(anonymous_bytes())
     seconds, grown = time.perf_counter() - started, [f"{(b - a) / 1e6:+.1f}" for a, b in pairwise(held)]
     print(f"800 requests in {seconds:.0f} s; MB more after each 160: {', '.join(grown)}")
