@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nybble.calibration import feedback
 from nybble.calibration.feedback import (
-    PANEL,
+    INVERTED_ROWS,
     FeedbackOptions,
     LayerInputs,
     calibrate_weight,
@@ -57,15 +57,15 @@ def calibrate(x: Tensor, options: FeedbackOptions, spec: QuantSpec = NF4, w: Ten
 
 
 def test_the_factor_is_that_of_the_inverse() -> None:
-    for width in (1, 70, PANEL, PANEL + 1, 2 * PANEL + 37):
+    for width in (1, 70, INVERTED_ROWS, INVERTED_ROWS + 1, 2 * INVERTED_ROWS + 37):
         x = correlated(1000, width).double()
         hessian = (x.T @ x / len(x)).float()
         before, damping = hessian.clone(), 0.01 * float(hessian.diagonal().mean())
         order = torch.randperm(width, generator=torch.Generator().manual_seed(width))
         u = inverse_factor(hessian, order, damping)
         assert u is not None and torch.equal(u, u.triu()) and torch.equal(hessian, before)
-        damped = (hessian.double() + damping * torch.eye(width))[order][:, order]
-        torch.testing.assert_close(u.double().T @ u.double() @ damped, torch.eye(width).double(), rtol=1e-3, atol=1e-3)
+        h = (hessian.double() + damping * torch.eye(width))[order][:, order]
+        torch.testing.assert_close(u.double().T @ u.double() @ h, torch.eye(width).double(), rtol=1e-3, atol=1e-3)
     assert inverse_factor(-torch.eye(3), torch.arange(3), 0.5) is None
 
 

@@ -92,6 +92,12 @@ BAD_MESSAGES = {
 }
 
 
+def each_of(kind: str, contents: dict[str, tuple[bytes, str]]) -> Iterator[BadFile]:
+    """Files of one kind: name of the case -> what is in the file, and the place that its message names."""
+    for name, (content, place) in contents.items():
+        yield BadFile(f"{kind}: {name}", data_file(f"r.{kind}", content), (place,))
+
+
 def data_cases() -> Iterator[BadFile]:
     for name, line in BAD_LINES.items():
         for number in (1, 5):
@@ -140,8 +146,7 @@ def data_cases() -> Iterator[BadFile]:
         "CRLF": (GOOD_ROWS.replace(b"\n", b"\r\n") + b'{"prompt": "a"}\r\n', "r.jsonl:31"),
         "all answers empty": (b'{"prompt": "a", "completion": " "}\n' * 20, "r.jsonl:1"),
     }
-    for name, (content, place) in whole.items():
-        yield BadFile(f"jsonl: {name}", data_file("r.jsonl", content), (place,))
+    yield from each_of("jsonl", whole)
     rows = [{"prompt": "a", "completion": "b"}] * 3
     documents = {
         "truncated list": (json.dumps(rows)[:-5].encode(), "r.json:1"),
@@ -165,8 +170,7 @@ def data_cases() -> Iterator[BadFile]:
         "lone surrogate": (b'[{"prompt": "\\udfff", "completion": "b"}]', "r.json:1"),
         "10 MB of one object": (b'{"a": "' + b"x" * MEGABYTES_10, "r.json"),
     }
-    for name, (content, place) in documents.items():
-        yield BadFile(f"json: {name}", data_file("r.json", content), (place,))
+    yield from each_of("json", documents)
     tables = {
         "empty": (b"", "r.csv"),
         "heading alone": (b"prompt,completion\n", "r.csv"),
@@ -182,8 +186,7 @@ def data_cases() -> Iterator[BadFile]:
         "10 MB cell": (b"prompt,completion\na," + b"x" * MEGABYTES_10 + b"\n", "r.csv:2"),
         "10 MB of commas": (b"," * MEGABYTES_10, "r.csv:1"),
     }
-    for name, (content, place) in tables.items():
-        yield BadFile(f"csv: {name}", data_file("r.csv", content), (place,))
+    yield from each_of("csv", tables)
     parquet = {
         "empty": b"",
         "text": GOOD_ROWS,
@@ -192,8 +195,7 @@ def data_cases() -> Iterator[BadFile]:
         "garbage footer": b"PAR1" + b"\xff" * 64 + struct.pack("<I", 64) + b"PAR1",
         "truncated": b"PAR1" + bytes(1000),
     }
-    for name, content in parquet.items():
-        yield BadFile(f"parquet: {name}", data_file("r.parquet", content), ("r.parquet",))
+    yield from each_of("parquet", {name: (content, "r.parquet") for name, content in parquet.items()})
     yield BadFile("parquet: no rows", no_rows, ("r.parquet",))
     yield BadFile("data: unknown kind", data_file("r.exe", b"MZ"), ("r.exe", ".jsonl"))
     yield BadFile(

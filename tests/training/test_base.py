@@ -79,7 +79,7 @@ def test_auto_calibrates_where_that_is_a_small_part(tiny_model: Path, data: Path
 
 
 def test_calibration_that_takes_more_than_the_budget(tiny_model: Path, data: Path, tmp_path: Path) -> None:
-    """It is left out where the plan may choose, refused where it is asked for; nothing is written in either case."""
+    """It is left out where the plan may choose, refused where it is asked for, before anything is written."""
     options = {"calibration_tokens": 50_000_000, "memory": "8GB"}  # their states alone take 10 GB in 16 bits
     with pytest.raises(PlanError, match=r"Calibrating .* takes about .* GB; the budget is 8 GB"):
         train(tiny_model, data, tmp_path / "run", quality="calibrated", **options)

@@ -32,7 +32,7 @@ TINY = 1e-30
 NO_INPUTS = "its inputs were all zero"
 NOT_FINITE = "its inputs were not finite"
 MAX_DAMPINGS = 8  # tenfold each: beyond that H has no meaning
-PANEL = 256  # rows of a triangular matrix that are inverted at once
+INVERTED_ROWS = 256  # of a triangular matrix, at once
 ERROR_ELEMENTS = 2**22  # of a weight whose error is computed at once
 NORMAL_BYTES = 2**26  # of the normal equations for scales that are solved at once
 
@@ -138,7 +138,7 @@ class LayerInputs:
         in_features = len(self.hessian)
         if statistics.rows == 0 or not self.diagonal.any():
             self.note = NO_INPUTS
-        elif not bool(self.hessian.sum().isfinite()):
+        elif not torch.isfinite(self.hessian).all():
             self.note = NOT_FINITE
         elif in_features % block_size:
             self.note = f"in_features {in_features} is no multiple of the block size {block_size}"
@@ -179,8 +179,8 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor | N
     del permuted
     if int(info) != 0:
         return None
-    for first in range(0, len(lower), PANEL):
-        rows = slice(first, first + PANEL)
+    for first in range(0, len(lower), INVERTED_ROWS):
+        rows = slice(first, first + INVERTED_ROWS)
         own = lower[rows, rows]
         inverse = torch.linalg.solve_triangular(own, torch.eye(len(own), device=own.device), upper=False)
         lower[rows, :first] = -inverse @ (lower[rows, :first] @ lower[:first, :first])
