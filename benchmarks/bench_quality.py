@@ -3,7 +3,7 @@
     python benchmarks/bench_quality.py --data train.jsonl --validation-data test.jsonl --arms absmax,default,shift=0
 
 An arm is `absmax`, `search`, or `default` with options of FeedbackOptions or of the text changed:
-`shift=0+descents=0`, `tokens=32768`, `mix=0.25`, `seed=1`. Compared on three kinds of text: held-out rows of --data,
+`shift=0+damping=0.1`, `tokens=32768`, `mix=0.25`, `seed=1`. Compared on three kinds of text: held-out rows of --data,
 builtin:pydoc, and --prose, a text file of another kind (licences by default where the system has them). The model is
 dithered where it lies on a lattice. Results are added to quality-ablations.json, arm by arm.
 """

@@ -10,7 +10,7 @@ from nybble.memory.costs import (
     MicroBatches,
     ModelShape,
     TrainingShape,
-    base_bytes,
+    block_bytes,
     compiled_products,
     dense_bytes,
     mean_bits,
@@ -27,6 +27,10 @@ LLAMA_2_70B = {
     "vocab_size": 32000,
     "tie_word_embeddings": False,
 }
+
+
+def base_bytes(shape, spec, mixed_bits=None):
+    return shape.num_layers * block_bytes(shape, spec, mixed_bits)
 
 
 def test_llama_2_70b_takes_the_bytes_that_are_published():
@@ -47,7 +51,9 @@ def test_four_bits_and_double_quantisation_cost_what_the_format_says():
     assert 8 * base_bytes(shape, QuantSpec("nf2")) / elements == pytest.approx(2.127, rel=1e-3)
     assert 8 * base_bytes(shape, QuantSpec(), mixed_bits=2.75) / elements == pytest.approx(2.75, rel=1e-6)
     assert 8 * base_bytes(shape, None) / elements == 16
-    assert base_bytes(shape, None, mixed_bits=2.75) == base_bytes(shape, None), "16 bits whatever was chosen for four"
+    assert base_bytes(shape, None, mixed_bits=2.75) == shape.num_layers * block_bytes(shape, None), (
+        "16 bits whatever was chosen for four"
+    )
 
 
 def test_layers_of_several_formats_take_their_mean_by_size():

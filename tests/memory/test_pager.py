@@ -14,15 +14,15 @@ from nybble.training.optimizer import AdamW, moments_layout
 SHAPES = [(3, 7), (1, 1), (64, 33), (5,)]  # a state of a single number is paged too
 
 
-def train(move, bits=32):
+def train(move, bits=32, device="cpu"):
     """Parameters after 12 steps; `move(optimizer, step)` pages as it likes."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in SHAPES]
     optimizer = AdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.1, bits=bits)
     for step in range(12):
         move(optimizer, step)
         for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
         if step == 5:
             parameters[1].grad = None  # its page is read and written all the same
         optimizer.step(1e-2, grad_scale=0.5)
@@ -43,6 +43,16 @@ def test_paging_changes_no_bit(tmp_path, monkeypatch, page_bytes, bits):
         for a, b in zip(resident, train(move, bits), strict=True):
             assert torch.equal(a, b)
     assert not any(tmp_path.iterdir())  # the file has no name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("page_bytes", [1, 300, pager.PAGE_BYTES])
+def test_paging_a_gpus_state_changes_no_bit(tmp_path, monkeypatch, page_bytes, bits):
+    monkeypatch.setattr(pager, "PAGE_BYTES", page_bytes)
+    resident = train(lambda optimizer, step: None, bits, "cuda")
+    paged = train(lambda optimizer, step: optimizer.page_out(tmp_path), bits, "cuda")
+    assert all(torch.equal(a, b) for a, b in zip(resident, paged, strict=True))
 
 
 @pytest.mark.parametrize("page_bytes", [1, 300, pager.PAGE_BYTES])

@@ -14,9 +14,10 @@ from nybble.config import load_config
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers import loss_head
-from nybble.layers.backbone import BlockBackbone
+from nybble.layers.backbone import BlockBackbone, GenericBackbone
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.loss_head import LossHead
+from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
 from nybble.models.load import load_model
 from nybble.models.save import quantize_folder
@@ -35,22 +36,31 @@ def folder(request, tmp_path_factory) -> Path:
     return path
 
 
-def gradients(folder, resident, stream_ends=False, dtype=torch.bfloat16, passes=2, between=None):
+def gradients(
+    folder, resident, stream_ends=False, dtype=torch.bfloat16, passes=2, between=None,
+    keep="nothing", generic=False, device="cpu", in_ram=False, kept=None,
+):  # fmt: skip
     """Loss and adapter gradients of two micro-batches; `resident` None loads the whole base."""
     source = open_source(str(folder))
     linears = quantizable_linears(build_skeleton(source.config))
-    store = None if resident is None else open_store(source, linears, resident)
+    store = None if resident is None else open_store(source, linears, resident, device, in_ram=in_ram)
     names = () if store is None else store.names
-    model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=stream_ends)
+    model = load_model(source, source.quant_spec, dtype, device, stream_linears_of=names, stream_ends=stream_ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=4, alpha=8, seed=1)
     for adapter in adapters_of(model).values():
         torch.nn.init.normal_(adapter.lora_B, std=0.01, generator=torch.Generator().manual_seed(2))
-    backbone, head = BlockBackbone(model, "nothing", store), LossHead.of(model)
-    ids = torch.arange(TOKENS).remainder(250)[None] + 3
-    positions, borders = torch.arange(TOKENS)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
+    if generic:
+        model.train()
+        checkpointing = keep == "nothing"
+        backbone = GenericBackbone(model, checkpointing=checkpointing, packing=True, why="", store=store, kept=kept)
+    else:
+        backbone = BlockBackbone(model, keep, store, kept)
+    head = LossHead.of(model)
+    ids = torch.arange(TOKENS, device=device).remainder(250)[None] + 3
+    positions, borders = torch.arange(TOKENS, device=device)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
     losses = []
     for _ in range(passes):
-        states = backbone.states(ids, positions, torch.arange(TOKENS), borders)
+        states = backbone.states(ids, positions, positions[0], borders.to(device))
         loss = head.loss(states, ids[0], TOKENS)
         loss.backward()
         losses.append(loss.item())
@@ -68,6 +78,40 @@ def test_streaming_changes_no_bit(folder, resident, dtype):
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
     if resident == 0:  # up 0 1 2 3, down 2 1 0, up 1 2 3, down 2 1 0: ends are still there; 1 may be on its way again
         assert store.block_reads in (13, 14)
+
+
+@pytest.mark.parametrize("keep", ["nothing", "everything"])
+@pytest.mark.parametrize("resident", [0, 3])
+def test_streaming_through_transformers_own_modules_changes_no_bit(folder, tmp_path, resident, keep):
+    """And what is kept goes to a file or to memory beside, with no other result."""
+    expected, expected_grads, _ = gradients(folder, None, generic=True, keep=keep)
+    for kept in (None, ActivationFile(tmp_path, 10), PinnedActivations()):
+        losses, grads, _ = gradients(folder, resident, stream_ends=True, generic=True, keep=keep, kept=kept)
+        assert losses == expected
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_a_store_in_host_memory_reads_its_folder_once(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    expected, _, _ = gradients(folder, None)
+    losses, _, store = gradients(copy, 1, in_ram=True, between=lambda: os.truncate(copy / "model.safetensors", 0))
+    assert losses == expected and store.block_reads > 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", ["nothing", "everything"])
+@pytest.mark.parametrize("in_ram", [False, True])
+@pytest.mark.parametrize("resident", [0, 1, 3])
+def test_streaming_to_a_gpu_changes_no_bit(folder, resident, in_ram, keep):
+    expected, expected_grads, _ = gradients(folder, None, generic=True, keep=keep, device="cuda", passes=4)
+    for kept in (None, PinnedActivations()):
+        losses, grads, _ = gradients(
+            folder, resident, stream_ends=True, generic=True, keep=keep, device="cuda", in_ram=in_ram, kept=kept,
+            passes=4,
+        )  # fmt: skip
+        assert losses == expected
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
 def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, monkeypatch):

@@ -120,4 +120,4 @@ def test_calibrated_mixed_folders_lose_less_than_absmax(make_folder: Callable, t
         model = load_model(open_source(str(tmp_path / quality)), None, torch.float32)
         with torch.no_grad():
             lost[quality] = float((model(held_out).logits - exact(held_out).logits).norm())
-    assert lost["calibrated"] < 0.8 * lost["absmax"], lost
+    assert lost["calibrated"] < 0.9 * lost["absmax"], lost

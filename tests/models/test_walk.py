@@ -19,6 +19,12 @@ from nybble.models.walk import ModuleWalk, PackedWalk, WalkError, start_walk
 WINDOWS = torch.randint(160, (5, 24), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.fixture
+def fp32_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States that nothing is lost of between two blocks, to compare a walk with a model's forward closely."""
+    monkeypatch.setattr("nybble.models.walk.STATES_DTYPE", torch.float32)
+
+
 def inputs_of_linears(model: nn.Module, windows: Tensor) -> dict[str, Tensor]:
     """What each linear of the blocks gets in transformers' own forward, (rows, in)."""
     seen: dict[str, list[Tensor]] = {}
@@ -53,6 +59,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.usefixtures("fp32_states")
 @torch.no_grad()
 def test_statistics_and_states_are_those_of_the_models_own_forward(make_folder, family: str, kind: type) -> None:
     folder, _ = make_folder(family)
@@ -66,18 +73,36 @@ def test_statistics_and_states_are_those_of_the_models_own_forward(make_folder, 
     for index, layer in enumerate(blocks):
         torch.testing.assert_close(walk.states.flatten(0, -2), last[index].flatten(0, 1), rtol=1e-4, atol=1e-4)
         for group, statistics in walk.groups(index, layer):
-            hessian, shift = statistics.finish()
+            hessian = statistics.finish()
+            assert set(statistics.drifts) == set(group)
             for leaf in group:
                 x = expected[f"{prefix}.{index}.{leaf}"]
                 assert statistics.rows == len(x) == WINDOWS.numel()
                 h = x.double().T @ x.double() / len(x)
                 torch.testing.assert_close(hessian.double(), h, rtol=1e-3, atol=1e-3 * float(h.abs().max()))
-                assert float(shift.abs().max()) < 1e-4 * float(h.abs().max())  # nothing was quantised
+                assert float(statistics.drifts[leaf].abs().max()) < 1e-4 * float(h.abs().max())  # nothing is quantised
                 seen.add(f"{prefix}.{index}.{leaf}")
     assert seen == set(expected)
     assert not any("_Observed" in type(module).__name__ for module in model.modules())
 
 
+@torch.no_grad()
+def test_states_between_blocks_take_two_bytes_and_lose_no_more_than_that(make_folder) -> None:
+    folder, _ = make_folder("llama")
+    model = load_model(open_source(str(folder)), None, torch.float32)
+    walk = make_walk(model, PackedWalk, exact=True)
+    for index, layer in enumerate(model.model.layers):
+        for _ in walk.groups(index, layer):
+            pass
+    last = []
+    model.model.norm.register_forward_pre_hook(lambda _, arguments: last.append(arguments[0]))
+    model(WINDOWS)
+    assert walk.states.dtype == walk.exact.dtype == torch.bfloat16
+    lost = (walk.states.float() - last[0].flatten(0, 1)).norm() / last[0].norm()
+    assert 0 < float(lost) < 0.01
+
+
+@pytest.mark.usefixtures("fp32_states")
 @torch.no_grad()
 def test_exact_states_are_carried_for_every_second_chunk(make_folder, monkeypatch) -> None:
     """The statistics of the chunks' inputs stay those of all; the drift is that of the chunks that have it."""
@@ -88,14 +113,30 @@ def test_exact_states_are_carried_for_every_second_chunk(make_folder, monkeypatc
     embedded = model.model.embed_tokens(WINDOWS)
     assert torch.equal(walk.exact, embedded[::2].flatten(0, 1))
     walk.exact += 0.1 * torch.randn(walk.exact.shape, generator=torch.Generator().manual_seed(2))
-    norm = model.model.layers[0].input_layernorm
-    exact, x = norm(walk.exact), norm(embedded.flatten(0, 1))
-    _, statistics = next(walk.groups(0, model.model.layers[0]))
-    assert (statistics.rows, statistics.exact_rows) == (5 * 24, 3 * 24)
-    carried = norm(embedded[::2]).flatten(0, 1)
-    hessian, shift = statistics.finish()
-    torch.testing.assert_close(shift, (exact - carried).T @ carried / 72, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(hessian, x.T @ x / 120, rtol=1e-3, atol=1e-4)
+    layer = model.model.layers[0]
+    exact, x = layer.input_layernorm(walk.exact), layer.input_layernorm(embedded.flatten(0, 1))
+    _, statistics = next(walk.groups(0, layer))
+    carried = layer.input_layernorm(embedded[::2]).flatten(0, 1)
+    torch.testing.assert_close(statistics.finish(), x.T @ x / 120, rtol=1e-3, atol=1e-4)
+    for leaf in ("q_proj", "k_proj", "v_proj"):
+        drift = carried.T @ (exact - carried) @ layer.self_attn.get_submodule(leaf).weight.T / 72
+        torch.testing.assert_close(statistics.drifts[f"self_attn.{leaf}"], drift, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_inputs_that_there_is_no_room_for_are_computed_twice(make_folder, monkeypatch) -> None:
+    """With room for all, for some and for none of them, statistics and states are the same to the bit."""
+    monkeypatch.setattr("nybble.models.walk.CHUNK_TOKENS", 24)
+    folder, _ = make_folder("llama")
+    found = []
+    for room in (1 << 27, 30_000, 0):
+        monkeypatch.setattr("nybble.models.walk.KEPT_BYTES", room)
+        model = load_model(open_source(str(folder)), None, torch.float32)
+        walk = make_walk(model, PackedWalk, exact=True)
+        walk.exact += 0.1
+        grams = [statistics.gram for _, statistics in walk.groups(0, model.model.layers[0])]
+        found.append([*grams, walk.states, walk.exact])
+    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other, strict=True))
 
 
 @torch.no_grad()
@@ -120,6 +161,7 @@ def test_decoder_blocks_are_chosen_where_they_know_the_model(make_folder) -> Non
         assert type(start_walk(model, WINDOWS, False, blocks)) is kind
 
 
+@pytest.mark.usefixtures("fp32_states")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_each_block_sees_the_quantised_ones_before_it(make_folder, family: str) -> None:
     """Block 1's inputs are those of the model whose block 0 is quantised."""
@@ -194,7 +236,7 @@ def test_options_reach_the_feedback(make_folder) -> None:
     folder, _ = make_folder("llama")
     source = open_source(str(folder))
     packed = []
-    for options in (FeedbackOptions(), FeedbackOptions(shift=0.0), FeedbackOptions(descents=0)):
+    for options in (FeedbackOptions(), FeedbackOptions(shift=0.0), FeedbackOptions(damping=0.1)):
         calibrator = BlockCalibrator(source, QuantSpec(), WINDOWS, torch.float32, copy.copy(options))
         assert (calibrator.walk.exact is None) == (options.shift == 0)
         calibrator.run(0)

@@ -12,7 +12,7 @@ _search_scales = function(
     "search_scales", POINTER, INT64, INT64, POINTER, INT64, POINTER, FLOAT, POINTER, POINTER, POINTER, *_LEVELS,
     POINTER, INT, POINTER, POINTER, POINTER,
 )  # fmt: skip
-_assign_columns = function("assign_columns", POINTER, INT64, INT64, *[POINTER] * 3, *_LEVELS, POINTER, POINTER)
+_assign_columns = function("assign_columns", POINTER, INT64, INT64, *[POINTER] * 2, *_LEVELS, POINTER, POINTER)
 
 
 @registry.register("search_scales", "cpp")
@@ -39,15 +39,13 @@ def search_scales(
 
 
 @registry.register("assign_columns", "cpp")
-def assign_columns(
-    target: Tensor, scale: Tensor, factors: Tensor, previous: Tensor | None, format: str
-) -> tuple[Tensor, Tensor]:
-    indices, moved = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+def assign_columns(target: Tensor, scale: Tensor, factors: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    indices, lost = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     _assign_columns(
-        pointer(target), *target.shape, pointer(scale), pointer(factors), pointer(previous), *_levels(format),
-        pointer(indices), pointer(moved),
+        pointer(target), *target.shape, pointer(scale), pointer(factors), *_levels(format),
+        pointer(indices), pointer(lost),
     )  # fmt: skip
-    return indices, moved
+    return indices, lost
 
 
 def _levels(format: str) -> tuple[int | None, ...]:

@@ -1,7 +1,7 @@
 """The inner loops of calibration, declared once: schema, checks, fake.
 
     nybble::search_scales     weights -> scales (and their 8-bit codes), indices
-    nybble::assign_columns    targets, one column after the other -> indices, what each moved
+    nybble::assign_columns    targets, one column after the other -> indices, what each lost
 
 Call the functions below; bodies are in calibration_reference.py (plain PyTorch) and calibration_cpu.py (C++). All
 arithmetic is fp32. Both take formats of any number of levels up to 16 without zero points.
@@ -67,27 +67,23 @@ def search_scales(
     return FoundScales(*torch.ops.nybble.search_scales(weight, weights, step, offset, format, block_size, list(starts)))
 
 
-def assign_columns(
-    target: Tensor, scale: Tensor, factors: Tensor, format: str, previous: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def assign_columns(target: Tensor, scale: Tensor, factors: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Levels for one row of `target` after the other; what a row lost is spread over the rows below it.
 
-        q = codebook[nearest(target[j] / scale)] * scale
-        moved[j] = target[j] - q, or q - previous[j]
-        target[k] -= moved[j] * factors[j, k]    for k > j
+        lost[j] = target[j] - codebook[nearest(target[j] / scale)] * scale
+        target[k] -= lost[j] * factors[j, k]    for k > j
 
-    Error feedback (GPTQ, arXiv 2210.17323) and coordinate descent differ only in `factors` and in what counts as moved.
+    Source: error feedback (GPTQ, arXiv 2210.17323).
 
     Args:
         target: fp32 `[K, n]`, K at most `MAX_ROWS`; not changed.
         scale: fp32 `[n]`.
         factors: fp32 `[K, K]`, of which the part above the diagonal is read.
-        previous: fp32 `[K, n]`, the values that are replaced.
 
     Returns:
-        indices uint8 `[K, n]` and moved fp32 `[K, n]`.
+        indices uint8 `[K, n]` and lost fp32 `[K, n]`.
     """
-    return torch.ops.nybble.assign_columns(target, scale, factors, previous, format)
+    return torch.ops.nybble.assign_columns(target, scale, factors, format)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -132,15 +128,13 @@ def _fake_search(
     return weight.new_empty(blocks), codes, torch.empty_like(weight, dtype=torch.uint8)
 
 
-def _check_assign(target: Tensor, scale: Tensor, factors: Tensor, previous: Tensor | None, format: str) -> None:
+def _check_assign(target: Tensor, scale: Tensor, factors: Tensor, format: str) -> None:
     if target.dim() != 2 or not 0 < target.shape[0] <= MAX_ROWS:
         raise KernelError(f"target has shape {tuple(target.shape)}.", f"Allowed: 1 to {MAX_ROWS} rows.")
     rows, columns = target.shape
     _check("target", target, (rows, columns), target)
     _check("scale", scale, (columns,), target)
     _check("factors", factors, (rows, rows), target)
-    if previous is not None:
-        _check("previous", previous, (rows, columns), target)
 
 
 registry.declare(
@@ -152,7 +146,7 @@ registry.declare(
 )
 registry.declare(
     "assign_columns",
-    "(Tensor target, Tensor scale, Tensor factors, Tensor? previous, str format) -> (Tensor indices, Tensor moved)",
+    "(Tensor target, Tensor scale, Tensor factors, str format) -> (Tensor indices, Tensor lost)",
     _check_assign,
     lambda target, *rest: (torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)),
 )

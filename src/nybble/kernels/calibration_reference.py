@@ -51,18 +51,16 @@ def search_scales(
 
 
 @registry.register("assign_columns", "reference")
-def assign_columns(
-    target: Tensor, scale: Tensor, factors: Tensor, previous: Tensor | None, format: str
-) -> tuple[Tensor, Tensor]:
+def assign_columns(target: Tensor, scale: Tensor, factors: Tensor, format: str) -> tuple[Tensor, Tensor]:
     wanted, inverse = target.clone(), _inverse(scale)
-    indices, moved = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
+    indices, lost = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     values = codebooks.codebook(format, target.device)
     for row in range(len(target)):
         indices[row] = nearest_indices(wanted[row] * inverse, format)
         q = values[indices[row].long()] * scale
-        moved[row] = wanted[row] - q if previous is None else q - previous[row]
-        wanted[row + 1 :] -= moved[row] * factors[row, row + 1 :, None]
-    return indices, moved
+        lost[row] = wanted[row] - q
+        wanted[row + 1 :] -= lost[row] * factors[row, row + 1 :, None]
+    return indices, lost
 
 
 def round_to_grid(scale: Tensor, step: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Keep, Rows
-from nybble.layers.streamed import BlockStore
+from nybble.layers.streamed import BlockStore, attach_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,15 +77,28 @@ class GenericBackbone:
     Args:
         checkpointing: recompute each layer in backward instead of keeping its activations.
         packing: take packed batches, if the model's attention allows it.
+        store: of a streamed base's blocks.
+        kept: takes what is saved for backward; memory does where it is None.
     """
 
-    def __init__(self, model: "PreTrainedModel", *, checkpointing: bool, packing: bool, why: str):
-        self.model = model
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        *,
+        checkpointing: bool,
+        packing: bool,
+        why: str,
+        store: BlockStore | None = None,
+        kept: KeptTensors | None = None,
+    ):
+        self.model, self.store, self.kept = model, store, kept
+        if store is not None:
+            attach_store(model, store)
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.packing = packing and keeps_documents_apart(model)
         padded = "" if self.packing or not packing else "; rows are padded, since its attention mixes packed ones"
-        self.name = f"generic path ({why}){padded}"
+        self.name = f"generic path ({why}){padded}{'' if store is None else ', streamed'}"
 
     def states(
         self,
@@ -95,7 +108,14 @@ class GenericBackbone:
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        return decoder_states(self.model, input_ids, position_ids, attention_mask).flatten(0, 1)[positions]
+        if self.store is not None:
+            self.store.begin(will_return=torch.is_grad_enabled())
+        if self.kept is None:
+            return decoder_states(self.model, input_ids, position_ids, attention_mask).flatten(0, 1)[positions]
+        self.kept.begin()
+        self.kept.next_block()  # what is kept at all lies between blocks
+        with saved_tensors_hooks(self.kept.put, self.kept.get):
+            return decoder_states(self.model, input_ids, position_ids, attention_mask).flatten(0, 1)[positions]
 
 
 class BlockBackbone:
@@ -188,8 +208,7 @@ def choose_backbone(
     why = "rows are not packed" if not packing else why_not_blocks(model)
     if why is None:
         return BlockBackbone(model, keep, store, kept)
-    assert store is None and kept is None, f"only decoder blocks stream and offload: {why}"
-    return GenericBackbone(model, checkpointing=keep != "everything", packing=packing, why=why)
+    return GenericBackbone(model, checkpointing=keep != "everything", packing=packing, why=why, store=store, kept=kept)
 
 
 def why_not_blocks(model: "PreTrainedModel") -> str | None:

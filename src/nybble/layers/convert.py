@@ -51,12 +51,14 @@ def replace_linears(
         )
 
 
-def stream_linears(model: nn.Module, names: Iterable[str], compute_dtype: torch.dtype) -> None:
+def stream_linears(
+    model: nn.Module, names: Iterable[str], compute_dtype: torch.dtype, device: torch.device | str
+) -> None:
     """Swap the named `nn.Linear` for `StreamedLinear`, in place."""
     for name in names:
         linear = model.get_submodule(name)
         has_bias = linear.bias is not None
-        model.set_submodule(name, StreamedLinear(name, *linear_features(linear), has_bias, compute_dtype))
+        model.set_submodule(name, StreamedLinear(name, *linear_features(linear), has_bias, compute_dtype, device))
 
 
 def resolve_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nybble.layers.streamed import StreamedLinear
+
 
 def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """The factor before B·A·x."""
@@ -44,7 +46,7 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = linear_features(base)
         self.rank, self.dropout = rank, dropout
         self.scaling = lora_scaling(alpha, rank, rslora)
-        device = next((p.device for p in base.parameters()), torch.device("cpu"))  # a streamed base has none
+        device = base.device if isinstance(base, StreamedLinear) else next(base.parameters()).device
         bound = 1 / math.sqrt(self.in_features)
         a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(a.to(device))

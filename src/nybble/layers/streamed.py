@@ -1,18 +1,21 @@
 """Layers whose weights are not in memory: they know where the bytes come from, and what they would be.
 
 `StreamedLinear` stands for a four-bit linear layer of a block; its bytes come from a block store (`memory/store.py`)
-when a decoder block asks for them. Embedding and head read rows and panels of their 16-bit matrices themselves.
+when a decoder block, or its own forward and backward, asks for them. Embedding and head read rows and panels of their
+16-bit matrices themselves.
 """
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors_io import MatrixFile
+from nybble.kernels import ops
 
 
 class BlockStore(Protocol):
@@ -27,21 +30,65 @@ class BlockStore(Protocol):
         ...
 
 
+class _StreamedProduct(torch.autograd.Function):
+    """y = x · dq(W)ᵀ and dx = dy · dq(W), W fetched for each; it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: "StreamedLinear") -> Tensor:
+        ctx.linear = linear
+        return F.linear(x, linear.dense(x.dtype))  # (..., in) -> (..., out)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
+        (grad_y,) = grad_outputs
+        return (grad_y @ ctx.linear.dense(grad_y.dtype) if ctx.needs_input_grad[0] else None), None
+
+
 class StreamedLinear(nn.Module):
-    """A frozen four-bit linear layer without its weight; only decoder blocks compute with it.
+    """A frozen four-bit linear layer without its weight.
 
     Args:
         name: in the model, which the block store knows it by.
         bias: stays in memory, None without one.
+        device: where the weight is computed with.
+
+    Attributes:
+        store: that has the weight; set by the backbone whose modules compute through `forward`.
     """
 
     bias: nn.Parameter | None
 
-    def __init__(self, name: str, in_features: int, out_features: int, bias: bool, dtype: torch.dtype):
+    def __init__(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ):
         super().__init__()
         self.name, self.in_features, self.out_features = name, in_features, out_features
+        self.device = torch.device(device)
+        self.store: BlockStore | None = None
         empty = torch.empty(out_features, dtype=dtype, device="meta")
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight, `[out_features, in_features]`."""
+        assert self.store is not None, f"{self.name} is streamed, and there is no block store"
+        return ops.dequantize(self.store.fetch(self.name), dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _StreamedProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+def attach_store(model: nn.Module, store: BlockStore) -> None:
+    """Let the model's streamed linears compute by themselves."""
+    for module in model.modules():
+        if isinstance(module, StreamedLinear):
+            module.store = store
 
 
 class StreamedEmbedding(nn.Module):
@@ -57,17 +104,19 @@ class StreamedEmbedding(nn.Module):
         self.matrix, self.compute_dtype = matrix, compute_dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.matrix.gather(input.flatten())
+        rows = self.matrix.gather(input.flatten().cpu()).to(input.device)
         return rows.view(*input.shape, -1).to(self.compute_dtype)
 
 
 class HeadMatrix:
-    """The output head's matrix on disk, handed out in panels of rows; the next is read while one is used."""
+    """The output head's matrix on disk, handed out in panels of rows; the next is read while one is used.
 
-    device = torch.device("cpu")
+    Args:
+        device: where panels go.
+    """
 
-    def __init__(self, matrix: MatrixFile):
-        self.matrix, self.dtype = matrix, matrix.dtype
+    def __init__(self, matrix: MatrixFile, device: torch.device | str = "cpu"):
+        self.matrix, self.dtype, self.device = matrix, matrix.dtype, torch.device(device)
         self.shape = torch.Size((matrix.num_rows, matrix.num_columns))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-head")
 
@@ -88,12 +137,12 @@ class HeadMatrix:
             panel = coming.result()
             if i + 1 < len(starts):
                 coming = self._reader.submit(read, i + 1)
-            yield panel
+            yield panel.to(self.device)
 
 
 class StreamedHead(nn.Module):
     """Stands in a model's head; the loss head reads its matrix in panels."""
 
-    def __init__(self, matrix: MatrixFile):
+    def __init__(self, matrix: MatrixFile, device: torch.device | str = "cpu"):
         super().__init__()
-        self.weight = HeadMatrix(matrix)
+        self.weight = HeadMatrix(matrix, device)

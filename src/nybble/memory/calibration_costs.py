@@ -1,18 +1,16 @@
 """What calibrating costs in bytes and in work, beside the training that it is for: arithmetic only."""
 
-from nybble.calibration.feedback import NORMAL_BYTES
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.memory.costs import DENSE_BYTES, LINEARS, ModelShape, block_bytes
+from nybble.memory.costs import DENSE_BYTES, ModelShape, block_bytes
+from nybble.models.walk import CHUNK_TOKENS, KEPT_BYTES, STATES_DTYPE
 
 FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
 GRAM_SHARE = 0.6  # of XᵀX that is computed: it is symmetric
-WEIGHT_PASSES = 10  # products of H with a weight: feedback, refits, descents, errors
-MATRICES_INVERTED = 5  # of the size of H while it is inverted: H, D and three that come and go
-MATRICES_KEPT = 3  # H, D and the factor of the inverse
-WEIGHTS_AT_WORK = 6  # fp32 copies of a weight while its levels are chosen
-NORMALS_AT_WORK = 4  # of the normal equations of its scales
+WEIGHT_PASSES = 5  # products of H with a weight: correction for drift, feedback, errors
+DRIFT_SHARE = 1.0  # two products, for every second token
+WEIGHTS_AT_WORK = 3  # fp32 copies of a weight while its levels are chosen, and when its errors are measured
 WIDE = 4  # bytes of fp32
-AROUND_BYTES = 120_000_000  # a chunk of text at work, gaps in the heap, compiled products; measured: 88 to 115 MB
+AROUND_BYTES = 120_000_000  # gaps in the heap, compiled products; fitted to what was measured
 
 
 def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> float:
@@ -22,8 +20,8 @@ def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> 
     gram = sum(width * width for width in inputs)
     weights = sum(rows * columns for rows, columns in shape.linears)
     by_weight = sum(rows * rows * columns for rows, columns in shape.linears)
-    forward = 2 * weights * tokens  # of the quantised and of the 16-bit states
-    return shape.num_layers * (forward + tokens * gram * (1 + fp32 * GRAM_SHARE) + fp32 * WEIGHT_PASSES * by_weight)
+    by_tokens = weights * (2 + DRIFT_SHARE) + fp32 * GRAM_SHARE * gram  # forward of quantised and of 16-bit states
+    return shape.num_layers * (tokens * by_tokens + fp32 * WEIGHT_PASSES * by_weight)
 
 
 def training_products(shape: ModelShape, tokens: float, supervised: float) -> float:
@@ -35,18 +33,20 @@ def training_products(shape: ModelShape, tokens: float, supervised: float) -> fl
 def calibration_bytes(shape: ModelShape, spec: QuantSpec, tokens: int, compute_bytes: int) -> int:
     """Height of calibrating, above what the process itself takes (nybble.models.calibrate).
 
-    Always there: the embedding, a block in 16 bits and in four, the states of all tokens and, for every second one,
-    of the 16-bit model. For each linear: the inputs of all tokens where they are not the states, and either H and what
-    inverting it takes, or what it takes to choose the weight's levels.
+    Always there: a block in 16 bits and in four, one dense weight, the states of all tokens and, for every second one,
+    of the 16-bit model. For each group of linears that share an input: H, the drifts, inputs that are needed twice, and
+    either a chunk of inputs on its way into H, or the weight whose levels are chosen. Before the first block: the
+    embedding.
     """
-    a_feature = compute_bytes * tokens * 3 // 2
-    embedding = DENSE_BYTES * shape.vocab_size * shape.hidden_size
-    block = compute_bytes * shape.block_elements + block_bytes(shape, spec)
-    heights = []
-    for name, (width, out) in zip(LINEARS, shape.linears, strict=True):
-        inputs = a_feature * (shape.intermediate_size if name == "down_proj" else shape.query_width)
-        matrix, weight = WIDE * width**2, WIDE * width * out
-        normals = NORMALS_AT_WORK * min(NORMAL_BYTES, WIDE * out * (width // spec.block_size) ** 2)
-        choosing = MATRICES_KEPT * matrix + WEIGHTS_AT_WORK * weight + normals
-        heights.append(inputs + max(MATRICES_INVERTED * matrix, choosing))
-    return embedding + block + a_feature * shape.hidden_size + max(heights) + AROUND_BYTES
+    a_feature = tokens * 3 // 2  # of all tokens and half of them again, elements
+    block = compute_bytes * (shape.block_elements + max(i * o for i, o in shape.linears)) + block_bytes(shape, spec)
+    q, k, v, o, gate, up, down = shape.linears
+    chunk_tokens = min(CHUNK_TOKENS, tokens)
+    heights = [DENSE_BYTES * shape.vocab_size * shape.hidden_size]
+    for group, is_kept in (((q, k, v), False), ((o,), True), ((gate, up), False), ((down,), True)):
+        width, outs = group[0][0], [out for _, out in group]
+        kept = min(KEPT_BYTES, compute_bytes * a_feature * width) if is_kept else 0
+        chunk = chunk_tokens * ((WIDE + 3 * compute_bytes) * width + 2 * compute_bytes * shape.intermediate_size)
+        held = block + kept + WIDE * width * (width + sum(outs))
+        heights.append(held + max(chunk, (WEIGHTS_AT_WORK - 1) * WIDE * width * max(outs)))
+    return STATES_DTYPE.itemsize * a_feature * shape.hidden_size + max(heights) + AROUND_BYTES

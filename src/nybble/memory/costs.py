@@ -213,11 +213,6 @@ def mean_bits(shape: ModelShape, specs: LayerSpecs) -> float:
     return 8 * stored / total
 
 
-def base_bytes(shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None = None) -> int:
-    """The linear layers of all blocks."""
-    return shape.num_layers * block_bytes(shape, spec, mixed_bits)
-
-
 def end_bytes(shape: ModelShape) -> int:
     """Embeddings and head."""
     return DENSE_BYTES * shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)

@@ -1,8 +1,9 @@
-"""What blocks keep for their backward pass, in a file: written as each block ends, read back in reverse.
+"""What blocks keep for their backward pass, out of the memory that is computed in: PyTorch hands over every tensor that
+a block saves, and asks for it in backward (`saved_tensors_hooks`).
 
-PyTorch hands a file every tensor that a block saves, and asks for it in backward (`saved_tensors_hooks`). While a
-block's backward pass is computed, a thread reads what the block before it kept. The file's pages lie in the system's
-cache as long as there is room, and on the disk where there is not.
+On a CPU they go to a file: written as each block ends, read back in reverse. While a block's backward pass is computed,
+a thread reads what the block before it kept. The file's pages lie in the system's cache as long as there is room, and
+on the disk where there is not. A GPU's go to pinned memory of the host.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,3 +86,26 @@ class ActivationFile:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         self._file.read(tensor, place.at)
         return tensor
+
+
+class PinnedActivations:
+    """Takes tensors of a GPU into host memory, and gives them back.
+
+    The copies are queued behind what the GPU computes, so that neither side waits; pinned memory is PyTorch's, which
+    keeps it from step to step.
+    """
+
+    def begin(self) -> None:
+        """Nothing is left from one micro-batch to the next: a place is all there is of a tensor."""
+
+    def next_block(self) -> None:
+        """Blocks need not be told apart: each tensor is fetched when it is asked for."""
+
+    def put(self, tensor: Tensor) -> tuple[torch.device, Tensor]:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        host.copy_(tensor, non_blocking=True)
+        return tensor.device, host
+
+    def get(self, place: tuple[torch.device, Tensor]) -> Tensor:
+        device, host = place
+        return host.to(device, non_blocking=True)

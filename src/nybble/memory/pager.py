@@ -3,7 +3,8 @@
 QLoRA's paged optimizers (Dettmers et al. 2023, arXiv 2305.14314, section 3) let CUDA's unified memory move pages
 under pressure. Here the order of visits is known, so a thread reads one page ahead of the update and writes one behind
 it, in three buffers; and state of any size is paged, for there is no threshold. The thread does one thing after the
-other, in the order asked for: a buffer that is read into again has been written before.
+other, in the order asked for: a buffer that is read into again has been written before. Buffers lie where the
+parameters do; a GPU's are filled and emptied through one pinned page of host memory.
 
 A disk that fails is an exception in the step that met it: parameters are then half updated, and the run ends without
 saving them.
@@ -36,17 +37,22 @@ class PagedState:
     Args:
         layouts: of each parameter's state.
         folder: on the disk that takes the file.
+        device: where the state is updated.
 
     Raises:
         PlanError: the disk has no room for the state.
         OSError: while iterating, the disk fails.
     """
 
-    def __init__(self, layouts: Sequence[Layout], folder: Path):
-        self._layouts = list(layouts)
+    def __init__(self, layouts: Sequence[Layout], folder: Path, device: torch.device | str = "cpu"):
+        self._layouts, self._device = list(layouts), torch.device(device)
         sizes = [_bytes(layout) for layout in self._layouts]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
         self._pages = _pages(sizes)
+        self._largest = max(map(self._bytes, self._pages), default=0)
+        on_gpu = self._device.type == "cuda"
+        self._copies = torch.cuda.Stream(self._device) if on_gpu else None
+        self._host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True) if on_gpu else None
         self._file = ScratchFile(folder, self.num_bytes, "The optimizer's state", "--page-optimizer never")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nybble-pages")
 
@@ -65,9 +71,8 @@ class PagedState:
         return self._pass(write=False)
 
     def _pass(self, write: bool) -> Iterator[State]:
-        largest = max((self._bytes(page) for page in self._pages), default=0)
         # All of the memory before the first update: where there is none, nothing has happened yet.
-        buffers = [torch.empty(largest, dtype=torch.uint8) for _ in self._pages[:BUFFERS]]
+        buffers = [self._room() for _ in self._pages[:BUFFERS]]
         coming = [self._worker.submit(self._read, page, buffers[0]) for page in self._pages[:1]]
         written: Future[None] | None = None
         for number, page in enumerate(self._pages):
@@ -79,7 +84,7 @@ class PagedState:
                 yield self._state(buffer, i, page)
             if written is not None:
                 written.result()
-            written = self._worker.submit(self._write, page, buffer) if write else None
+            written = self._worker.submit(self._write, page, buffer, self._done()) if write else None
         if written is not None:
             written.result()
 
@@ -95,11 +100,39 @@ class PagedState:
     def _bytes(self, page: range) -> int:
         return self._starts[page.stop] - self._starts[page.start]
 
-    def _read(self, page: range, buffer: Tensor) -> None:
-        self._file.read(buffer[: self._bytes(page)], self._starts[page.start])
+    def _room(self) -> Tensor:
+        return torch.empty(self._largest, dtype=torch.uint8, device=self._device)
 
-    def _write(self, page: range, buffer: Tensor) -> None:
-        self._file.write(buffer[: self._bytes(page)], self._starts[page.start])
+    def _done(self) -> torch.cuda.Event | None:
+        """When a GPU has made the updates that it was given so far."""
+        return None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
+
+    def _read(self, page: range, buffer: Tensor) -> None:
+        used, start = buffer[: self._bytes(page)], self._starts[page.start]
+        if self._host is None:
+            self._file.read(used, start)
+            return
+        host = self._host[: len(used)]
+        self._file.read(host, start)
+        self._copy(host, used, None)
+
+    def _write(self, page: range, buffer: Tensor, updated: torch.cuda.Event | None) -> None:
+        used, start = buffer[: self._bytes(page)], self._starts[page.start]
+        if self._host is None:
+            self._file.write(used, start)
+            return
+        host = self._host[: len(used)]
+        self._copy(used, host, updated)
+        self._file.write(host, start)
+
+    def _copy(self, source: Tensor, target: Tensor, after: torch.cuda.Event | None) -> None:
+        """Between host and device, on the worker's own stream; it has arrived when this returns."""
+        assert self._copies is not None
+        with torch.cuda.stream(self._copies):
+            if after is not None:
+                self._copies.wait_event(after)
+            target.copy_(source, non_blocking=True)
+        self._copies.synchronize()
 
 
 def _bytes(layout: Layout) -> int:

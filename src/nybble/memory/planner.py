@@ -4,7 +4,8 @@
     LoRA 16-bit              adapters on the 16-bit base
     4-bit                    QLoRA, all of it in memory
     4-bit, optimizer paged   its state in a file
-    4-bit, base from RAM     blocks of the base read where they are used, from memory beside the budget
+    4-bit, base from RAM     blocks of the base read where they are used, from memory beside the budget: the file cache,
+                             or a GPU's pinned memory
     4-bit, base from disk    the same from a folder that no memory holds
 
 Bytes come from `costs.predict`. Seconds are the products at the machine's speed, dequantisation and the optimizer at
@@ -22,7 +23,6 @@ from nybble.memory.costs import (
     MicroBatches,
     ModelShape,
     TrainingShape,
-    base_bytes,
     block_bytes,
     end_bytes,
     kept_bytes,
@@ -95,7 +95,7 @@ class Plan:
         resident_blocks: of a streamed base, else None.
         stream_ends: embedding and head are read where they are used.
         paged: the optimizer's state is in a file.
-        file_bytes: what blocks keep in a file, 0 where they keep it in memory.
+        offloaded_bytes: what blocks keep in a file, or beside a GPU; 0 where they keep it in the memory planned.
         components: bytes at the highest moment; they add up to `peak_bytes`.
         step_s: seconds an optimizer step.
         batches: what its micro-batches come to.
@@ -108,7 +108,7 @@ class Plan:
     resident_blocks: int | None
     stream_ends: bool
     paged: bool
-    file_bytes: int
+    offloaded_bytes: int
     components: dict[str, int]
     step_s: float
     batches: MicroBatches
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def offloaded(self) -> bool:
-        return self.file_bytes > 0
+        return self.offloaded_bytes > 0
 
     @property
     def peak_bytes(self) -> int:
@@ -126,7 +126,7 @@ class Plan:
         """In a few words: what is chosen."""
         rows = "row" if self.micro_batch_size == 1 else "rows"
         words = [self.strategy, f"{self.micro_batch_size} {rows} at once", f"blocks keep {self.keep}"]
-        words += ["in a file"] if self.offloaded else []
+        words += ["offloaded"] if self.offloaded else []
         if self.resident_blocks is not None:
             words.append(f"{self.resident_blocks} blocks resident")
             words += ["embedding and head streamed"] if self.stream_ends else []
@@ -250,10 +250,10 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
         resident = min(max(0, room // per_block), ask.shape.num_layers - 1)
         training = replace(training, resident_blocks=int(resident))
     components = {"the process itself": _process_bytes(machine)} | predict(ask.shape, training)
-    file_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
+    offloaded_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
     step_s = _step_seconds(ask, machine, training, strategy, paged)
     plan = Plan(
-        strategy, size, keep, training.resident_blocks, stream_ends, paged, file_bytes, components, step_s,
+        strategy, size, keep, training.resident_blocks, stream_ends, paged, offloaded_bytes, components, step_s,
         training.batches,
     )  # fmt: skip
     return replace(plan, why_not=_why_not(ask, machine, plan))
@@ -274,9 +274,9 @@ def _step_seconds(ask: Ask, machine: Machine, training: TrainingShape, strategy:
     compute += work.block_passes * BLOCK_S[machine.kind]
     speed = {FROM_RAM: machine.link_bytes_per_s, FROM_DISK: machine.disk_bytes_per_s}.get(strategy, float("inf"))
     if training.offload:
-        compute += 2 * ask.shape.num_layers * kept_bytes(ask.shape, training) / machine.ram_bytes_per_s
+        compute += 2 * ask.shape.num_layers * kept_bytes(ask.shape, training) / machine.link_bytes_per_s
     trained = ask.shape.parameters if training.full else ask.adapter_parameters
-    update = (28 + (16 if paged else 0)) * trained / machine.ram_bytes_per_s
+    update = 28 * trained / machine.ram_bytes_per_s + (16 * trained / machine.link_bytes_per_s if paged else 0)
     micro_batch = compute if speed == float("inf") else STREAMING_OVERHEAD * max(compute, work.read_bytes / speed)
     return training.micro_batches * micro_batch + update
 
@@ -286,17 +286,21 @@ def _why_not(ask: Ask, machine: Machine, plan: Plan) -> str:
         return ask.barred[plan.strategy]
     if plan.peak_bytes > machine.budget_bytes:
         return f"needs {plan.peak_bytes / 1e9:.2f} GB, {(plan.peak_bytes - machine.budget_bytes) / 1e9:.2f} GB too many"
-    if plan.strategy == FROM_RAM:
-        assert plan.resident_blocks is not None
-        resident = plan.resident_blocks * block_bytes(ask.shape, ask.spec, ask.mixed_bits)
-        kept = (
-            base_bytes(ask.shape, ask.spec, ask.mixed_bits)
-            - resident
-            + (end_bytes(ask.shape) if plan.stream_ends else 0)
-        )
-        if kept > machine.host_bytes:
-            return f"needs {kept / 1e9:.2f} GB of memory beside the budget; there are {machine.host_bytes / 1e9:.2f} GB"
+    beside = _bytes_beside(ask, machine, plan)
+    if beside > machine.host_bytes:
+        return f"needs {beside / 1e9:.2f} GB of memory beside the budget; there are {machine.host_bytes / 1e9:.2f} GB"
     return ""
+
+
+def _bytes_beside(ask: Ask, machine: Machine, plan: Plan) -> int:
+    """What the plan needs of the host's memory: blocks and ends that are streamed from there, what a GPU offloads."""
+    offloaded = plan.offloaded_bytes if machine.kind == "cuda" else 0
+    if plan.strategy != FROM_RAM:
+        return offloaded
+    assert plan.resident_blocks is not None
+    streamed = ask.shape.num_layers - plan.resident_blocks
+    ends = end_bytes(ask.shape) if plan.stream_ends else 0
+    return offloaded + streamed * block_bytes(ask.shape, ask.spec, ask.mixed_bits) + ends
 
 
 def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:

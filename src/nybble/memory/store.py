@@ -3,7 +3,8 @@
 A run visits blocks 0, 1, .. L-1 and in backward L-1, .. 0. Least-recently-used caching keeps nothing useful on such a
 scan, so a fixed set of blocks, spread evenly, stays resident, and the others pass through two buffers: one is computed
 with while a thread reads the next in the direction of travel into the other. A block's recomputation and backward
-share one fetch. Where pages of the folder fit into memory beside the run, the system's file cache keeps them.
+share one fetch. Where pages of the folder fit into memory beside the run, the system's file cache keeps them; a GPU's
+blocks are kept in pinned memory there, or pass through one pinned buffer on their way from the disk.
 
 Reads are plain `pread`s, not mapped pages: a disk that fails or a file that shrank is an exception in the step that
 needed it, before the optimizer touches anything.
@@ -50,34 +51,51 @@ class Stretch:
     parts: list[tuple[int | None, int]]
 
 
-class DiskBlockStore:
+class FolderBlockStore:
     """Blocks of a base in a 4-bit folder.
 
     Args:
         blocks: for each block in order, linear layer's name -> where it is stored.
-        num_resident: blocks that stay in memory.
+        num_resident: blocks that stay on the device.
+        device: where blocks are computed with.
+        in_ram: keep the others in host memory of their own, pinned for a GPU.
 
     Raises:
         ModelError: reading fails, or a file ends too soon.
     """
 
-    def __init__(self, blocks: Sequence[Mapping[str, StoredLinear]], num_resident: int):
+    def __init__(
+        self,
+        blocks: Sequence[Mapping[str, StoredLinear]],
+        num_resident: int,
+        device: torch.device | str = "cpu",
+        *,
+        in_ram: bool = False,
+    ):
         assert 0 <= num_resident <= len(blocks), (num_resident, len(blocks))
-        self._blocks = blocks
+        self._blocks, self.device = blocks, torch.device(device)
         self._block_of = {name: i for i, block in enumerate(blocks) for name in block}
         self._places = [_places(block) for block in blocks]  # of each linear, in its block's buffer
         self._stretches = [_stretches_of(block, places) for block, places in zip(blocks, self._places, strict=True)]
         self._between = memoryview(bytearray(LARGEST_GAP))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-blocks")
         self.block_reads = 0
-        self._resident = {i: self._fresh(i) for i in spread(num_resident, len(blocks))}
+        self._on_gpu = self.device.type == "cuda"
+        self._copies = torch.cuda.Stream(self.device) if self._on_gpu else None
+        self._staging = self._host(max(map(self._bytes, range(len(blocks))))) if self._on_gpu else None
+        self._in_ram: dict[int, Tensor] = {}
+        resident = spread(num_resident, len(blocks))
+        streamed = [i for i in range(len(blocks)) if i not in resident]
+        self._resident = {i: self._room(self._bytes(i)) for i in resident}
         for i, buffer in self._resident.items():
-            self._read(i, buffer)
-        streamed = [i for i in range(len(blocks)) if i not in self._resident]
-        largest = max((self._bytes(i) for i in streamed), default=0)
-        self._free = [torch.empty(largest, dtype=torch.uint8) for _ in streamed[:2]]
-        self._current: tuple[int, Tensor] | None = None
-        self._coming: tuple[int, Tensor, Future[None]] | None = None
+            self._bring(i, _Room(buffer))
+        for i in streamed if in_ram else ():
+            self._in_ram[i] = self._host(self._bytes(i))
+            self._read(i, self._in_ram[i])
+        largest = max(map(self._bytes, streamed), default=0)
+        self._free = [_Room(self._room(largest)) for _ in streamed[:2]]
+        self._current: tuple[int, _Room] | None = None
+        self._coming: tuple[int, _Room, Future[None]] | None = None
         self._at, self._forward, self._will_return = 0, True, False
 
     @property
@@ -103,22 +121,26 @@ class DiskBlockStore:
     def _stream(self, block: int) -> Tensor:
         """The block's bytes in one of the two buffers."""
         if self._current is not None and self._current[0] == block:
-            return self._current[1]
+            return self._current[1].buffer
         if self._coming is None or self._coming[0] != block:
             self._start(block)
         assert self._coming is not None
-        _, buffer, reading = self._coming
+        _, room, reading = self._coming
         self._coming = None
         if self._current is not None:
-            self._free.append(self._current[1])
+            self._free.append(self._left(self._current[1]))
             self._current = None
         try:
             reading.result()
         except BaseException:
-            self._free.append(buffer)
+            self._free.append(room)
             raise
-        self._current = (block, buffer)
-        return buffer
+        self._current = (block, room)
+        return room.buffer
+
+    def _left(self, room: "_Room") -> "_Room":
+        """A buffer that nothing more will be asked of; a GPU may still be computing with it."""
+        return _Room(room.buffer, torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None)
 
     def _prefetch(self) -> None:
         coming = self._next()
@@ -127,12 +149,12 @@ class DiskBlockStore:
 
     def _start(self, block: int) -> None:
         if self._coming is not None:  # the guess was wrong: let it finish, its buffer is needed
-            _, buffer, reading = self._coming
+            _, room, reading = self._coming
             reading.exception()
             self._coming = None
-            self._free.append(buffer)
-        buffer = self._free.pop()
-        self._coming = (block, buffer, self._reader.submit(self._read, block, buffer))
+            self._free.append(room)
+        room = self._free.pop()
+        self._coming = (block, room, self._reader.submit(self._bring, block, room))
 
     def _next(self) -> int | None:
         """The next block on the way that has to be read; None when there is only the one at work."""
@@ -142,13 +164,36 @@ class DiskBlockStore:
         held = self._current[0] if self._current is not None else None
         return next((i for way in (onward, back) for i in way if i not in self._resident and i != held), None)
 
-    def _fresh(self, block: int) -> Tensor:
-        return torch.empty(self._bytes(block), dtype=torch.uint8)
+    def _room(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+
+    def _host(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
 
     def _bytes(self, block: int) -> int:
         return max(end for _, end in self._places[block].values())
 
+    def _bring(self, block: int, room: "_Room") -> None:
+        """A block's bytes into a buffer on the device."""
+        num_bytes = self._bytes(block)
+        host = self._in_ram.get(block)
+        if host is None:
+            host = room.buffer if self._staging is None else self._staging[:num_bytes]
+            self._read(block, host)
+        self.block_reads += 1
+        if host is room.buffer:
+            return
+        if self._copies is None:
+            room.buffer[:num_bytes].copy_(host)
+            return
+        with torch.cuda.stream(self._copies):
+            if room.in_use is not None:
+                self._copies.wait_event(room.in_use)
+            room.buffer[:num_bytes].copy_(host, non_blocking=True)
+        self._copies.synchronize()  # on this thread, so that nobody computes with half a block
+
     def _read(self, block: int, buffer: Tensor) -> None:
+        """A block's bytes from its files into host memory."""
         data = buffer.numpy().data
         for stretch in self._stretches[block]:
             parts = [self._between[:length] if at is None else data[at : at + length] for at, length in stretch.parts]
@@ -157,14 +202,33 @@ class DiskBlockStore:
             if linear.weight.offset is not None:
                 at = self._places[block][name][0] + linear.weight.packed_bytes
                 data[at : at + 4] = struct.pack("=f", linear.weight.offset)
-        self.block_reads += 1
 
 
-def open_store(source: FolderSource, linears: Sequence[str], num_resident: int) -> DiskBlockStore:
+@dataclass(frozen=True)
+class _Room:
+    """A buffer that blocks pass through.
+
+    Args:
+        in_use: until this event a GPU computes with what is in it.
+    """
+
+    buffer: Tensor
+    in_use: torch.cuda.Event | None = None
+
+
+def open_store(
+    source: FolderSource,
+    linears: Sequence[str],
+    num_resident: int,
+    device: torch.device | str = "cpu",
+    *,
+    in_ram: bool = False,
+) -> FolderBlockStore:
     """The store of a model's blocks.
 
     Args:
         linears: names of all linear layers of the blocks, block after block, each stored in four bits.
+        num_resident, device, in_ram: as `FolderBlockStore` takes them.
 
     Raises:
         FormatError, ModelError: a weight is not stored as it is computed with, or cannot be read.
@@ -174,7 +238,7 @@ def open_store(source: FolderSource, linears: Sequence[str], num_resident: int) 
         block = re.match(r".*?\.\d+\.", name)
         assert block is not None, name
         blocks.setdefault(block.group(), {})[name] = StoredLinear(*source.stored(f"{name}.weight"))
-    return DiskBlockStore(list(blocks.values()), num_resident)
+    return FolderBlockStore(list(blocks.values()), num_resident, device, in_ram=in_ram)
 
 
 def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:

@@ -86,7 +86,7 @@ def _with_statistics(
             taken += 1
         now, waiting = waiting[:taken], waiting[taken:]
         statistics = _input_statistics(model, dict(now), windows)
-        yield from ((name, adapter, statistics.pop(name).finish()[0]) for name, adapter in now)
+        yield from ((name, adapter, statistics.pop(name).finish()) for name, adapter in now)
 
 
 def _input_statistics(

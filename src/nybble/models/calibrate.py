@@ -1,7 +1,7 @@
 """Calibrated four-bit weights of a source, block after block; the 16-bit model never exists in memory.
 
-In memory at a time: everything outside the blocks, one block in the compute dtype, one weight as the source has it, the
-statistics of one group of linears, and the windows' hidden states.
+In memory at a time: one block in the compute dtype, one weight as the source has it, the statistics of one group of
+linears, and the windows' hidden states; before the first block, the embedding.
 """
 
 import copy
@@ -11,19 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.feedback import (
-    CalibratedWeight,
-    FeedbackOptions,
-    LayerInputs,
-    calibrate_weight,
-    output_error,
-)
+from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, LayerInputs, calibrate_weight
 from nybble.calibration.statistics import InputStatistics
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.memory.measure import give_back_free
 from nybble.models.interface import ModelSource
 from nybble.models.load import fill_computed_buffers, load_one
 from nybble.models.partial import LayerReport
@@ -70,6 +65,7 @@ class BlockCalibrator:
         layers: Any = self.model.get_submodule(owner.pop())
         with torch.no_grad():
             self.walk: Walk = start_walk(self.model, windows, self.options.shift > 0, layers)
+        _forget_ends(self.model)
 
     @torch.no_grad()
     def run(self, index: int) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
@@ -89,14 +85,16 @@ class BlockCalibrator:
             for linear in group:
                 weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
                 spec = spec_of(self.specs, f"{name}.{linear}")
-                found = calibrate_weight(weight, inputs, spec, self.options)
+                found = calibrate_weight(weight, inputs, spec, self.options, linear)
                 weights[f"{name}.{linear}.weight"] = found.tensor
-                reports.append(_report(f"{name}.{linear}", weight, found, inputs, spec))
+                reports.append(_report(f"{name}.{linear}", weight, found))
                 _swap(layer, linear, found.tensor, self.dtype)
 
         for group, statistics in self.walk.groups(index, layer):
+            give_back_free()  # what the text left behind in pieces
             block_size = spec_of(self.specs, f"{name}.{group[0]}").block_size
             take(group, LayerInputs(statistics, block_size, self.options))
+            del statistics  # before the text goes on
         for linear in linears:
             if f"{name}.{linear}.weight" not in weights:  # never called
                 in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
@@ -124,23 +122,18 @@ def block_names(model: nn.Module) -> list[str]:
 
 def weight_report(name: str, method: str, weight: Tensor, q: QuantizedTensor, note: str = "") -> LayerReport:
     """The report of a layer without statistics: errors of the weight itself."""
-    identity = torch.eye(1)
+    wide = weight.float()
 
     def error(tensor: QuantizedTensor) -> float:
-        return output_error(weight.reshape(-1, 1), _flat(tensor), identity)
+        return float((wide - dequantize(tensor, torch.float32)).square().sum() / wide.square().sum())
 
     return LayerReport(name, method, error(quantize(weight, q.spec)), error(q), note)
 
 
-def _flat(q: QuantizedTensor) -> QuantizedTensor:
-    return QuantizedTensor(q.packed.reshape(-1), q.scales, q.spec, (q.numel, 1), q.dtype)
-
-
-def _report(name: str, weight: Tensor, found: CalibratedWeight, inputs: LayerInputs, spec: QuantSpec) -> LayerReport:
+def _report(name: str, weight: Tensor, found: CalibratedWeight) -> LayerReport:
     if found.method == "search":
         return weight_report(name, found.method, weight, found.tensor, found.note)
-    absmax = output_error(weight, quantize(weight, spec), inputs.hessian)
-    return LayerReport(name, found.method, absmax, found.error, found.note)
+    return LayerReport(name, found.method, found.absmax_error, found.error, found.note)
 
 
 def _load_outside(
@@ -160,6 +153,13 @@ def _load_outside(
     model.tie_weights()
     fill_computed_buffers(model, "cpu")
     model.requires_grad_(False).eval()
+
+
+def _forget_ends(model: "PreTrainedModel") -> None:
+    """Free the embedding, and a head that is tied to it: hidden states are past the one and do not reach the other."""
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            end.to("meta")
 
 
 def _swap(layer: nn.Module, name: str, q: QuantizedTensor, dtype: torch.dtype) -> None:

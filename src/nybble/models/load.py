@@ -71,7 +71,7 @@ def load_model(
         transposed = {f"{name}.weight" for name in linears if is_transposed(model.get_submodule(name))}
         streamed = set(stream_linears_of)
         replace_linears(model, [n for n in linears if n not in streamed], source.quant_spec or spec, compute_dtype)
-        stream_linears(model, streamed, compute_dtype)
+        stream_linears(model, streamed, compute_dtype, device)
         not_loaded = {f"{name}.weight" for name in streamed} | (ends if stream_ends else set())
         placed = [place for place in placed if place.target not in not_loaded]
 
@@ -82,14 +82,16 @@ def load_model(
     fill_computed_buffers(model, device)
     if stream_ends:
         assert isinstance(source, FolderSource), source
-        _stream_ends(model, source, compute_dtype)
+        _stream_ends(model, source, compute_dtype, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
     model.generation_config = source.load_generation_config()
     return model.requires_grad_(False).eval()
 
 
-def _stream_ends(model: "PreTrainedModel", source: FolderSource, compute_dtype: torch.dtype) -> None:
+def _stream_ends(
+    model: "PreTrainedModel", source: FolderSource, compute_dtype: torch.dtype, device: torch.device | str
+) -> None:
     """Swap embedding and head for ones that read their matrices in the source's files."""
     places = {place.target: place.name for place in place_tensors(source, build_skeleton(source.config))}
     names = {id(module): name for name, module in model.named_modules()}
@@ -98,7 +100,7 @@ def _stream_ends(model: "PreTrainedModel", source: FolderSource, compute_dtype: 
     matrix = source.matrix(places[f"{embedding}.weight"])
     model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype))
     own = places.get(f"{head}.weight")  # absent where tied
-    model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own)))
+    model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own), device))
 
 
 def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: list[PlacedTensor]) -> list[str]:

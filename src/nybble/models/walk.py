@@ -13,7 +13,7 @@ Where `exact` is asked for, the states of the 16-bit model are carried beside fo
 statistics know how far the inputs have moved; that costs a third of the time, and the other half would add little.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,11 +26,14 @@ from nybble.kernels import block_ops
 from nybble.layers.backbone import decoder_block, rotary_angles, why_not_forward
 from nybble.layers.convert import is_linear
 from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Rows
+from nybble.models.skeleton import is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_TOKENS = 2048  # computed at once
+CHUNK_TOKENS = 512  # computed at once
+KEPT_BYTES = 1 << 25  # of inputs that are needed twice
+STATES_DTYPE = torch.bfloat16  # of hidden states between two blocks, whatever is computed in
 EXACT_EVERY = 2  # of so many chunks, or windows, the 16-bit model's states are carried for the first
 
 Group = tuple[tuple[str, ...], InputStatistics]  # names of linears within the block, statistics of their input
@@ -40,7 +43,7 @@ class Walk(Protocol):
     """What both walks offer.
 
     Attributes:
-        states: hidden states before the next block, in the compute dtype.
+        states: hidden states before the next block.
         exact: those of the 16-bit model for a part of the text, or None.
     """
 
@@ -78,7 +81,9 @@ class WalkError(Exception):
 
 
 class PackedWalk:
-    """Through nybble's decoder blocks, some windows side by side at a time. States are `(tokens of all, hidden)`."""
+    """Through nybble's decoder blocks, some windows side by side at a time. States are `(tokens of all, hidden)`, in 16
+    bits.
+    """
 
     def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool):
         self._config = model.config
@@ -96,69 +101,62 @@ class PackedWalk:
                 carried = slice(exact_tokens, exact_tokens + positions.shape[1])
                 exact_tokens = carried.stop
             self._chunks.append(_Chunk(tokens, Rows(*rotary_angles(model, positions), borders), carried))
-        self.states = model.base_model.embed_tokens(windows.reshape(-1))
+        ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
+        self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
+        for chunk in self._chunks:
+            self.states[chunk.tokens] = embedding(ids[chunk.tokens]).to(STATES_DTYPE)
         parts = [self.states[chunk.tokens] for chunk in self._chunks if chunk.exact is not None]
         self.exact = torch.cat(parts) if parts else None
 
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
-        dense = self._block(layer) if self.exact is not None else None  # keeps the 16-bit linears
-        inner, exact_inner = self._make_inner(self._block(layer).o.in_features)
-        yield self._group(layer, ("q_proj", "k_proj", "v_proj"), "self_attn", _attention_input)
-        self._apply(_attend, self._block(layer), inner)
-        self._apply_exact(_attend, dense, exact_inner)
-        yield self._group(layer, ("o_proj",), "self_attn", _inner, inner, exact_inner)
-        self._apply(_add_attention, self._block(layer), inner)
-        self._apply_exact(_add_attention, dense, exact_inner)
-        yield self._group(layer, ("gate_proj", "up_proj"), "mlp", _mlp_input)
-        inner, exact_inner = self._make_inner(self._block(layer).down.in_features)
-        self._apply(_gate, self._block(layer), inner)
-        self._apply_exact(_gate, dense, exact_inner)
-        yield self._group(layer, ("down_proj",), "mlp", _inner, inner, exact_inner)
-        self._apply(_add_mlp, self._block(layer), inner)
-        self._apply_exact(_add_mlp, dense, exact_inner)
+        exact = None if self.exact is None else self._block(layer)  # keeps the 16-bit linears
+        yield self._group(layer, exact, "self_attn", ("q_proj", "k_proj", "v_proj"), _attention_input)
+        yield from self._group_and_step(layer, exact, "self_attn", "o_proj", _mix, _add_attention)
+        yield self._group(layer, exact, "mlp", ("gate_proj", "up_proj"), _mlp_input)
+        yield from self._group_and_step(layer, exact, "mlp", "down_proj", _gate, _add_mlp)
 
     def _block(self, layer: nn.Module) -> DecoderBlock:
         return decoder_block(layer, self._config, self._weights)
 
-    def _make_inner(self, width: int) -> tuple[Tensor, Tensor | None]:
-        """Room for what lies between two groups, a row for each of the states and for each of the exact ones."""
-        exact = None if self.exact is None else self.exact.new_empty(len(self.exact), width)
-        return self.states.new_empty(len(self.states), width), exact
-
     def _group(
-        self,
-        layer: nn.Module,
-        leaves: tuple[str, ...],
-        parent: str,
-        of: Any,
-        inner: Tensor | None = None,
-        exact_inner: Tensor | None = None,
+        self, layer: nn.Module, exact: DecoderBlock | None, parent: str, leaves: Sequence[str], inputs: "Inputs"
     ) -> Group:
-        """Statistics of what `of(block, states, inner)` gives, chunk by chunk."""
+        """Statistics of what `inputs` gives, chunk by chunk."""
         block = self._block(layer)
+        weights = {f"{parent}.{leaf}": _weight(layer.get_submodule(f"{parent}.{leaf}")) for leaf in leaves}
         statistics: InputStatistics | None = None
         for chunk in self._chunks:
-            x = of(block, self.states[chunk.tokens], None if inner is None else inner[chunk.tokens])
-            exact = None
-            if self.exact is not None and chunk.exact is not None:
-                exact = of(block, self.exact[chunk.exact], None if exact_inner is None else exact_inner[chunk.exact])
+            x = inputs(block, chunk.rows, self.states[chunk.tokens])
             statistics = statistics or InputStatistics(x.shape[1])
-            statistics.add(x, exact)
+            statistics.add(x)
+            if exact is not None and self.exact is not None and chunk.exact is not None:
+                undisturbed = inputs(exact, chunk.rows, self.exact[chunk.exact])
+                for name, weight in weights.items():
+                    statistics.add_drift(name, weight, x, undisturbed)
         assert statistics is not None
-        return tuple(f"{parent}.{leaf}" for leaf in leaves), statistics
+        return tuple(weights), statistics
 
-    def _apply(self, step: Any, block: DecoderBlock, inner: Tensor) -> None:
-        """One step of the block over all chunks: from states to inner, or back."""
-        for chunk in self._chunks:
-            step(block, chunk.rows, self.states[chunk.tokens], inner[chunk.tokens])
+    def _group_and_step(
+        self, layer: nn.Module, exact: DecoderBlock | None, parent: str, leaf: str, inputs: "Inputs", step: "Step"
+    ) -> Iterator[Group]:
+        """A group of one linear, and once it is quantised the step from its inputs to the next states.
 
-    def _apply_exact(self, step: Any, block: DecoderBlock | None, inner: Tensor | None) -> None:
-        """The same for the 16-bit model, where it is carried."""
-        if block is None or self.exact is None or inner is None:
-            return
+        The inputs of all tokens may be far larger than their states: those that `KEPT_BYTES` has no room for are
+        computed twice.
+        """
+        kept = _Kept(inputs)
+        yield self._group(layer, exact, parent, (leaf,), kept.make)
+        block = self._block(layer)
         for chunk in self._chunks:
-            if chunk.exact is not None:
-                step(block, chunk.rows, self.exact[chunk.exact], inner[chunk.exact])
+            states = self.states[chunk.tokens]
+            step(block, kept.take(block, chunk.rows, states), states)
+            if exact is not None and self.exact is not None and chunk.exact is not None:
+                states = self.exact[chunk.exact]
+                step(exact, kept.take(exact, chunk.rows, states), states)
+
+
+Inputs = Callable[[DecoderBlock, Rows, Tensor], Tensor]  # (block, rows, states) -> inputs of a linear, (tokens, in)
+Step = Callable[[DecoderBlock, Tensor, Tensor], None]  # (block, inputs, states): the states move on, in place
 
 
 @dataclass(frozen=True)
@@ -170,36 +168,60 @@ class _Chunk:
     exact: slice | None
 
 
-def _attention_input(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
-    norm = block.input_norm
-    return block_ops.rms_norm(states, norm.weight.detach(), norm.variance_epsilon)[0]
+class _Kept:
+    """Inputs of a linear that are needed twice, as many of them as `KEPT_BYTES` holds."""
+
+    def __init__(self, inputs: Inputs):
+        self._inputs = inputs
+        self._made: dict[int, Tensor] = {}  # by where the chunk's states lie
+        self._room = KEPT_BYTES
+
+    def make(self, block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+        made = self._inputs(block, rows, states)
+        if made.nbytes <= self._room:
+            self._room -= made.nbytes
+            self._made[states.data_ptr()] = made
+        return made
+
+    def take(self, block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+        made = self._made.pop(states.data_ptr(), None)
+        return self._inputs(block, rows, states) if made is None else made
 
 
-def _mlp_input(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
-    norm = block.mlp_norm
-    return block_ops.rms_norm(states, norm.weight.detach(), norm.variance_epsilon)[0]
+def _weight(linear: nn.Module) -> Tensor:
+    """`(out, in)`"""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_transposed(linear) else weight.detach()
 
 
-def _inner(block: DecoderBlock, states: Tensor, inner: Tensor | None) -> Tensor:
-    assert inner is not None
-    return inner
+def _attention_input(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    return _normed(block.input_norm, states)
 
 
-def _attend(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
-    inner.copy_(block.mix(block.attend(states, rows).qkv, rows)[0])
+def _mlp_input(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    return _normed(block.mlp_norm, states)
 
 
-def _add_attention(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
-    states.copy_(block.o.forward(inner, None, residual=states))
+def _normed(norm: Any, states: Tensor) -> Tensor:
+    return block_ops.rms_norm(states.to(norm.weight.dtype), norm.weight.detach(), norm.variance_epsilon)[0]
 
 
-def _gate(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
-    gate, up = block.gate_up.forward(_mlp_input(block, states, None), None).chunk(2, dim=1)
-    block_ops.swiglu(gate, up, out=inner)
+def _mix(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    return block.mix(block.attend(states.to(block.input_norm.weight.dtype), rows).qkv, rows)[0]
 
 
-def _add_mlp(block: DecoderBlock, rows: Rows, states: Tensor, inner: Tensor) -> None:
-    states.copy_(block.down.forward(inner, None, residual=states))
+def _add_attention(block: DecoderBlock, mixed: Tensor, states: Tensor) -> None:
+    states.copy_(block.o.forward(mixed, None, residual=states.to(mixed.dtype)))
+
+
+def _gate(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    gate, up = block.gate_up.forward(_mlp_input(block, rows, states), None).chunk(2, dim=1)
+    return block_ops.swiglu(gate, up)
+
+
+def _add_mlp(block: DecoderBlock, gated: Tensor, states: Tensor) -> None:
+    states.copy_(block.down.forward(gated, None, residual=states.to(gated.dtype)))
 
 
 class ModuleWalk:
@@ -250,17 +272,18 @@ class _Recorder:
         yield
         self._takes_exact = False
 
-    def see(self, name: str, x: Tensor) -> None:
+    def see(self, name: str, linear: nn.Module, x: Tensor) -> None:
         if self._takes_exact:
             self._exact[name] = x
             return
-        if self._last is not None and self._last[0] is x:
-            self._statistics.setdefault(name, self._last[1])
-            return
-        statistics = self._statistics.setdefault(name, InputStatistics(x.shape[-1], x.device))
+        if self._last is None or self._last[0] is not x:
+            statistics = self._statistics.get(name) or InputStatistics(x.shape[-1], x.device)
+            statistics.add(x.flatten(0, -2))
+            self._last = (x, statistics)
+        statistics = self._statistics.setdefault(name, self._last[1])
         exact = self._exact.pop(name, None)
-        statistics.add(x.flatten(0, -2), None if exact is None else exact.flatten(0, -2))
-        self._last = (x, statistics)
+        if exact is not None:
+            statistics.add_drift(name, _weight(linear), x.flatten(0, -2), exact.flatten(0, -2))
 
     def groups(self) -> list[Group]:
         names: dict[int, list[str]] = {}
@@ -278,7 +301,7 @@ class _Observed(nn.Module):
         self._recorder = [recorder]  # in a list: it is no module of this one
 
     def forward(self, x: Tensor) -> Tensor:
-        self._recorder[0].see(self.name, x)
+        self._recorder[0].see(self.name, self.linear, x)
         return self.linear(x)
 
 

@@ -50,7 +50,7 @@ def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
             path=path,
             dtype=dtype,
             on_cpu=on_cpu,
-            why_not_streamed=_why_not_streamed(options, path, spec is not None),
+            why_not_streamed=_why_not_streamed(options, spec is not None),
             spec=spec,
             specs=layer_specs,
             freely=freely,
@@ -120,9 +120,7 @@ def _dealer(options: PlanConfig, shape: ModelShape) -> Callable[[int], MicroBatc
     return dealer(options, prepare_data(DataConfig(**fields), template, shape.vocab_size))
 
 
-def _why_not_streamed(options: PlanConfig, path: str, in_four_bits: bool) -> str | None:
-    if path != "blocks":
-        return "nybble streams decoder blocks on a CPU only"
+def _why_not_streamed(options: PlanConfig, in_four_bits: bool) -> str | None:
     if options.init != "default":
         return f"--init {options.init} needs the whole base"
     if in_four_bits or options.model in SHAPES:

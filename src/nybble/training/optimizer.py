@@ -53,7 +53,7 @@ class AdamW:
             PlanError: the disk has no room for them.
         """
         if not isinstance(self._state, PagedState):
-            paged = PagedState(self._layouts, folder)
+            paged = PagedState(self._layouts, folder, self.parameters[0].device if self.parameters else "cpu")
             if self.num_steps:  # else both are zeros
                 _copy(self._state, paged)
             self._state = paged

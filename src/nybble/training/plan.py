@@ -65,7 +65,7 @@ def plan_run(
     targets = [linear_features(skeleton.get_submodule(name)) for name in resolve_targets(skeleton, names)]
     blocks = config.packing and not config.dropout and device.type == "cpu" and why_not_config(text_config) is None
     path = "blocks" if blocks else "generic"
-    not_streamed = why_not_streamed(None if folder_to_come else source, skeleton, path, config.init)
+    not_streamed = why_not_streamed(None if folder_to_come else source, skeleton, config.init)
 
     def ask(freely: bool) -> Ask:
         return ask_for(
@@ -111,7 +111,7 @@ def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
     )
 
 
-def why_not_streamed(source: ModelSource | None, skeleton: "PreTrainedModel", path: str, init: str) -> str | None:
+def why_not_streamed(source: ModelSource | None, skeleton: "PreTrainedModel", init: str) -> str | None:
     """None where the base's blocks can be read from its folder while it trains, else the reason.
 
     Args:
@@ -119,8 +119,6 @@ def why_not_streamed(source: ModelSource | None, skeleton: "PreTrainedModel", pa
     """
     if init != "default":
         return f"--init {init} needs the whole base"
-    if path != "blocks":
-        return "only decoder blocks on a CPU stream"
     if source is None:
         return None
     linears = [f"{name}.weight" for name in quantizable_linears(skeleton)]
@@ -175,23 +173,21 @@ def ask_for(
         path=path,
         chunk_bytes=CHUNK_BYTES,
         panel_bytes=PANEL_BYTES,
-        pagings={"auto": (False, True) if on_cpu else (False,), "never": (False,), "always": (True,)}[page],
-        offloads=_offloads("auto" if freely else options.offload_activations, path),
+        pagings={"auto": (False, True), "never": (False,), "always": (True,)}[page],
+        offloads=_offloads("auto" if freely else options.offload_activations, path, on_cpu),
         mixed_bits=mean_bits(shape, specs) if isinstance(specs, Mapping) else options.mixed,
         adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
-        barred=_barred(options, "auto" if freely else options.stream_base, page, why_not_streamed, on_cpu),
+        barred=_barred(options, "auto" if freely else options.stream_base, page, why_not_streamed),
     )
 
 
-def _offloads(wanted: str, path: str) -> tuple[bool, ...]:
-    if path != "blocks" or wanted == "never":
+def _offloads(wanted: str, path: str, on_cpu: bool) -> tuple[bool, ...]:
+    if wanted == "never" or (on_cpu and path != "blocks"):
         return (False,)
     return (True,) if wanted == "always" else (False, True)
 
 
-def _barred(
-    options: TrainConfig | PlanConfig, stream: str, page: str, why_not_streamed: str | None, on_cpu: bool
-) -> dict[str, str]:
+def _barred(options: TrainConfig | PlanConfig, stream: str, page: str, why_not_streamed: str | None) -> dict[str, str]:
     """Strategy -> why these options do not allow it."""
     barred = {planner.FULL: "nybble trains adapters; for comparison"}
     if options.format == "none":
@@ -203,8 +199,6 @@ def _barred(
         barred = {planner.FROM_RAM: reason, planner.FROM_DISK: reason} | barred
     if stream == "always":
         barred = dict.fromkeys((planner.FOUR, planner.PAGED), "--stream-base always") | barred
-    if not on_cpu:
-        barred = {planner.PAGED: "nybble pages on a CPU only"} | barred
     if page != "auto":
         barred = {planner.PAGED if page == "never" else planner.FOUR: f"--page-optimizer {page}"} | barred
     return barred

@@ -22,14 +22,14 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
 from nybble.formats.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.backbone import KeptTensors, choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory, give_back_free, used_bytes
-from nybble.memory.offload import ActivationFile
-from nybble.memory.planner import Ask, Plan, Plans
-from nybble.memory.store import DiskBlockStore, open_store
+from nybble.memory.offload import ActivationFile, PinnedActivations
+from nybble.memory.planner import FROM_RAM, Ask, Plan, Plans
+from nybble.memory.store import FolderBlockStore, open_store
 from nybble.models.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
@@ -150,7 +150,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         plans, freed = plan_it(base_source, skeleton, specs)
         plan = plans.chosen or plans.smallest  # without --memory the smallest is tried in any case
         show_plans(console, plans)
-        store = open_blocks(base_source, skeleton, plan)
+        store = open_blocks(base_source, skeleton, plan, device)
         del skeleton
         model = load_base(config, base_source, specs, dtype, device, console, store, stream_ends=plan.stream_ends)
         attach_adapters(
@@ -169,7 +169,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         if not config.resume:
             run.create(config.overwrite)
             adopt_base(run)
-        kept = ActivationFile(run.path, plan.file_bytes) if plan.offloaded else None
+        kept = _place_for_kept(plan, run, device)
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
         console.print(f"computing through: {backbone.name}", highlight=False)
         give_back_free()  # what loading took and freed
@@ -310,7 +310,7 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     console: Console,
-    store: DiskBlockStore | None = None,
+    store: FolderBlockStore | None = None,
     stream_ends: bool = False,
 ) -> "PreTrainedModel":
     """The frozen base of a run, but what is streamed, with a progress bar. A source in four bits keeps its own."""
@@ -328,12 +328,22 @@ def load_base(
     )
 
 
-def open_blocks(source: ModelSource, skeleton: "PreTrainedModel", plan: Plan) -> DiskBlockStore | None:
+def open_blocks(
+    source: ModelSource, skeleton: "PreTrainedModel", plan: Plan, device: torch.device
+) -> FolderBlockStore | None:
     """The store of a base that the plan streams, else None."""
     if plan.resident_blocks is None:
         return None
     assert isinstance(source, FolderSource), source
-    return open_store(source, quantizable_linears(skeleton), plan.resident_blocks)
+    in_ram = device.type == "cuda" and plan.strategy == FROM_RAM  # beside a CPU the file cache has them
+    return open_store(source, quantizable_linears(skeleton), plan.resident_blocks, device, in_ram=in_ram)
+
+
+def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTensors | None:
+    """Where blocks keep what their backward passes need; None where that is the memory they compute in."""
+    if not plan.offloaded:
+        return None
+    return PinnedActivations() if device.type == "cuda" else ActivationFile(run.path, plan.offloaded_bytes)
 
 
 def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -> PreparedData:

@@ -141,13 +141,13 @@ void search_scales(const float* weight, int64_t numel, int64_t block_size, const
     }
 }
 
-// For each of `columns` weights' rows side by side: take a level for target[0], spread what that moved over the targets
+// For each of `columns` weights' rows side by side: take a level for target[0], spread what that lost over the targets
 // below it, go on with target[1] and so forth.
-//     q = the level nearest to target[j], times the scale;   moved[j] = previous ? q - previous[j] : target[j] - q
-//     target[k] -= moved[j] * factors[j][k]   for k > j
+//     lost[j] = target[j] - the level nearest to it, times the scale
+//     target[k] -= lost[j] * factors[j][k]   for k > j
 void assign_columns(const float* target, int64_t rows, int64_t columns, const float* scales, const float* factors,
-                    const float* previous, const float* values, const float* midpoints, const uint8_t* order,
-                    int num_levels, uint8_t* indices, float* moved) {
+                    const float* values, const float* midpoints, const uint8_t* order, int num_levels,
+                    uint8_t* indices, float* lost) {
     const Levels levels(midpoints, order, num_levels);
     float sorted[16] = {};
     for (int i = 0; i < num_levels; ++i) sorted[i] = values[order[i]];
@@ -160,13 +160,12 @@ void assign_columns(const float* target, int64_t rows, int64_t columns, const fl
         const F32 inverse = scale != zero ? 1.0f / scale : zero;
         for (int64_t row = 0; row < rows; ++row) {
             const I32 position = levels.position(wanted[row] * inverse), index = pick(levels.stored, position);
-            const F32 value = pick(sorted, position) * scale;
+            const F32 error = wanted[row] - pick(sorted, position) * scale;
             const int64_t at = row * columns + column;
-            const F32 move = previous ? value - load_up_to(previous + at, left) : wanted[row] - value;
-            store_up_to(moved + at, move, left);
+            store_up_to(lost + at, error, left);
             for (int64_t lane = 0; lane < kLanes && lane < left; ++lane) indices[at + lane] = uint8_t(index[lane]);
             for (int64_t below = row + 1; below < rows; ++below)
-                wanted[below] = wanted[below] - move * factors[row * rows + below];
+                wanted[below] = wanted[below] - error * factors[row * rows + below];
         }
     }
 }
@@ -183,6 +182,6 @@ NYBBLE_ENTRY(search_scales,
 
 NYBBLE_ENTRY(assign_columns,
              (const float* target, int64_t rows, int64_t columns, const float* scales, const float* factors,
-              const float* previous, const float* values, const float* midpoints, const uint8_t* order,
-              int num_levels, uint8_t* indices, float* moved),
-             (target, rows, columns, scales, factors, previous, values, midpoints, order, num_levels, indices, moved))
+              const float* values, const float* midpoints, const uint8_t* order, int num_levels, uint8_t* indices,
+              float* lost),
+             (target, rows, columns, scales, factors, values, midpoints, order, num_levels, indices, lost))
