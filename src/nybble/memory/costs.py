@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ConfigError, ModelError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.layers.loss_head import LARGE_HEAD_BYTES, PANEL_ROWS
 
 if TYPE_CHECKING:
     from nybble.layers.decoder_block import Keep
@@ -292,7 +293,7 @@ def logits_bytes(shape: ModelShape, training: TrainingShape) -> int:
 
 
 def head_bytes(shape: ModelShape, training: TrainingShape) -> int:
-    """The states around the loss head, and panels of a streamed one.
+    """The states around the loss head, panels of a streamed one, a widened one where products are in fp32.
 
     States, for each supervised token: gathered, normed, their gradients chunk by chunk and joined; the last norm
     keeps fp32 copies of its input and of what it normalised.
@@ -311,9 +312,10 @@ def held_out_bytes(shape: ModelShape, training: TrainingShape) -> int:
 
 
 def _panels(shape: ModelShape, training: TrainingShape) -> int:
-    if not training.stream_ends:
-        return 0
-    return 2 * min(training.panel_bytes, DENSE_BYTES * shape.vocab_size * shape.hidden_size)
+    head = DENSE_BYTES * shape.vocab_size * shape.hidden_size
+    rows = shape.vocab_size if head < LARGE_HEAD_BYTES else training.panel_bytes // (DENSE_BYTES * shape.hidden_size)
+    widened = min(rows, PANEL_ROWS) * shape.hidden_size * training.compute_bytes if training.compute_bytes > 2 else 0
+    return widened + (2 * min(training.panel_bytes, head) if training.stream_ends else 0)
 
 
 def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:

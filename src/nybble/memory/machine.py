@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from nybble.memory.measure import anonymous_bytes, available_bytes, give_back_free
+from nybble.kernels.heap import give_back_free
+from nybble.memory.measure import anonymous_bytes, available_bytes
 
 SAFE_SHARE = 0.8  # of the free memory that a run without a budget may take
 CUDA_CONTEXT_BYTES = 500_000_000

@@ -1,6 +1,5 @@
 """How much memory this process holds now, and the most it held: the figures that a budget is about."""
 
-import ctypes
 import resource
 import sys
 import threading
@@ -24,13 +23,6 @@ def anonymous_bytes() -> int:
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def give_back_free() -> None:
-    """Return what the C library's heap holds free to the system, where the library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def used_bytes(device: torch.device) -> int:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, LayerInputs, calibrate_weight
 from nybble.calibration.statistics import InputStatistics
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
+from nybble.kernels.heap import give_back_free
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.memory.measure import give_back_free
 from nybble.models.interface import ModelSource
 from nybble.models.load import fill_computed_buffers, load_one
 from nybble.models.partial import LayerReport

@@ -22,11 +22,12 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
 from nybble.formats.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.kernels.heap import give_back_free
 from nybble.layers.backbone import KeptTensors, choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.measure import PeakMemory, give_back_free, used_bytes
+from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.planner import FROM_RAM, Ask, Plan, Plans
 from nybble.memory.store import FolderBlockStore, open_store
