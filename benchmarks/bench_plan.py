@@ -34,7 +34,8 @@ def configurations() -> list[Config]:
     found: list[Config] = []
 
     def add(model: str, **options: Any) -> None:
-        found.append({"model": model, "rows": 1, "rank": 16, "keep": "everything"} | options)
+        common = {"model": model, "rows": 1, "rank": 16, "keep": "everything", "compute_dtype": "bf16"}
+        found.append(common | options)
 
     for length, rank, keep in itertools.product((256, 2048), (8, 64), ("everything", "nothing")):
         add("tiny", length=length, rank=rank, keep=keep)
@@ -58,6 +59,26 @@ def configurations() -> list[Config]:
     add("llama-3.2-1b", length=128)
     add("llama-3.2-1b", length=128, keep="nothing")
     add("llama-3.2-1b", length=128, keep="nothing", stream_base="always", page_optimizer="always", memory="1.3GB")
+    for length, rank, keep in itertools.product((256, 2048), (8, 64), ("everything", "nothing")):
+        add("tiny", length=length, rank=rank, keep=keep, compute_dtype="fp32")
+    for length, keep in itertools.product((128, 256, 512), ("everything", "attention", "nothing")):
+        add("smollm2-135m", length=length, keep=keep, compute_dtype="fp32")
+    for keep in ("everything", "nothing"):
+        add("smollm2-135m", length=256, keep=keep, rank=64, compute_dtype="fp32")
+        add("smollm2-135m", length=128, rows=4, keep=keep, compute_dtype="fp32")
+    add("smollm2-135m", length=256, keep="nothing", page_optimizer="always", rank=64, compute_dtype="fp32")
+    add("smollm2-135m", length=256, keep="nothing", stream_base="always", memory="1GB", compute_dtype="fp32")
+    add("smollm2-135m", length=512, keep="nothing", offload_activations="always", compute_dtype="fp32")
+    for model, length, keep in (
+        ("tiny", 256, "nothing"),
+        ("tiny", 2048, "nothing"),
+        ("tiny", 2048, "everything"),
+        ("smollm2-135m", 256, "nothing"),
+        ("smollm2-135m", 1024, "nothing"),
+        ("smollm2-135m", 256, "everything"),
+    ):  # dropout on the adapters' inputs leads through transformers' modules
+        add(model, length=length, keep=keep, dropout=0.05, compute_dtype="fp32")
+    add("smollm2-135m", length=256, rank=64, keep="nothing", dropout=0.05, compute_dtype="fp32")
     return found
 
 
@@ -183,7 +204,7 @@ def main() -> None:
 
 
 OPTIONS = {"model", "length", "rows", "rank", "keep", "page_optimizer", "stream_base", "offload_activations", "memory",
-           "format"}  # fmt: skip
+           "format", "compute_dtype", "dropout"}  # fmt: skip
 
 
 def same(first: Config, second: Config) -> bool:

@@ -177,6 +177,8 @@ class BlockBackbone:
         assert cu_seqlens is not None and attention_mask is None, "decoder blocks take packed batches"
         self.weights.begin(will_return=torch.is_grad_enabled())
         x, rows = self.embed(input_ids, position_ids, cu_seqlens)
+        for block in self.blocks:  # together, not among what the blocks free
+            block.refresh_adapters(x.dtype)
         if self.kept is None:
             for block in self.blocks:
                 x = block(x, rows, self.keep)

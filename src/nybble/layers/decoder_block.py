@@ -109,6 +109,11 @@ class Projection:
         """A and B of each adapter, in order: what `backward_adapters` returns gradients of."""
         return [p for adapter in self.adapters if adapter for p in (adapter.lora_A, adapter.lora_B)]
 
+    def refresh_adapters(self, dtype: torch.dtype) -> None:
+        """Bring the adapters' copies up to date, where there are any that are used."""
+        if any(adapter and adapter.enabled for adapter in self.adapters):
+            self._adapter_copies(dtype)
+
     def low_rank(self, x: Tensor) -> Tensor | None:
         """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
         enabled = any(adapter and adapter.enabled for adapter in self.adapters)
@@ -172,34 +177,42 @@ class Projection:
     def _adapter_copies(self, dtype: torch.dtype) -> "AdapterCopies":
         """The adapters in `dtype`, made anew when an optimizer step has changed the masters."""
         versions = (dtype, *(parameter._version for parameter in self.parameters()))
-        if self._copies is None or self._copies.versions != versions:
-            self._copies = AdapterCopies.of(self.adapters, dtype, versions)
+        if self._copies is None or self._copies.a.dtype != dtype:
+            self._copies = AdapterCopies(self.adapters, dtype)
+        if self._copies.versions != versions:
+            self._copies.refresh(self.adapters, versions)
         return self._copies
 
 
-@dataclass(frozen=True)
 class AdapterCopies:
-    """The adapters of a projection as its products want them, in the compute dtype.
+    """The adapters of a projection as its products want them, in the compute dtype; memory that is written anew.
 
-    Args:
-        versions: dtype, and how often each fp32 master had been written to.
-        a: `(Σ ranks, in)`, stacked.
-        b: scaling · B, `(out, r)`, of each layer that has an adapter, by its place.
-        b_transposed: the same, `(r, out)` and contiguous, which oneDNN adds twice as fast.
+    a: `(Σ ranks, in)`, stacked. b: scaling · B, `(out, r)`, of each layer that has an adapter, by its place.
+    b_transposed: the same, `(r, out)` and contiguous, which oneDNN adds twice as fast.
+    versions: dtype, and how often each fp32 master had been written to when it was copied.
     """
 
-    versions: tuple[object, ...]
-    a: Tensor
-    b: dict[int, Tensor]
-    b_transposed: dict[int, Tensor]
+    def __init__(self, adapters: Sequence[LoraLinear | None], dtype: torch.dtype):
+        adapted = {i: adapter for i, adapter in enumerate(adapters) if adapter}
+        first = next(iter(adapted.values())).lora_A
+        ranks = sum(adapter.rank for adapter in adapted.values())
+        self.versions: tuple[object, ...] = ()
+        self.a = torch.empty(ranks, first.shape[1], dtype=dtype, device=first.device)
+        self.b = {i: torch.empty_like(adapter.lora_B, dtype=dtype) for i, adapter in adapted.items()}
+        self.b_transposed = {i: b.new_empty(b.shape[::-1]) for i, b in self.b.items()}
 
-    @classmethod
-    def of(
-        cls, adapters: Sequence[LoraLinear | None], dtype: torch.dtype, versions: tuple[object, ...]
-    ) -> "AdapterCopies":
-        a = torch.cat([adapter.lora_A.detach() for adapter in adapters if adapter]).to(dtype)
-        b = {i: (each.lora_B.detach() * each.scaling).to(dtype) for i, each in enumerate(adapters) if each}
-        return cls(versions, a, b, {i: scaled.T.contiguous() for i, scaled in b.items()})
+    @torch.no_grad()
+    def refresh(self, adapters: Sequence[LoraLinear | None], versions: tuple[object, ...]) -> None:
+        """Copy the masters as they are now."""
+        row = 0
+        for i, b in self.b.items():
+            adapter = adapters[i]
+            assert adapter is not None
+            self.a[row : row + adapter.rank].copy_(adapter.lora_A)
+            torch.mul(adapter.lora_B, adapter.scaling, out=b)
+            self.b_transposed[i].copy_(b.T)
+            row += adapter.rank
+        self.versions = versions
 
 
 def _slices(widths: Sequence[int]) -> list[slice]:
@@ -238,6 +251,11 @@ class DecoderBlock:
     def parameters(self) -> list[Tensor]:
         """The adapters' parameters, in the order in which `backward` returns their gradients."""
         return [p for projection in (self.qkv, self.o, self.gate_up, self.down) for p in projection.parameters()]
+
+    def refresh_adapters(self, dtype: torch.dtype) -> None:
+        """Bring the copies of the block's adapters up to date."""
+        for projection in (self.qkv, self.o, self.gate_up, self.down):
+            projection.refresh_adapters(dtype)
 
     # ---- forward ---------------------------------------------------------------------------------
 

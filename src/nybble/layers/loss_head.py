@@ -7,7 +7,7 @@ divided by a denominator that the caller gives, the supervised tokens of the who
 is cut into micro-batches and chunks does not change it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ class LossHead:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    _room: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)  # of a chunk's logits
+    _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: "PreTrainedModel") -> "LossHead":
@@ -92,7 +92,7 @@ class LossHead:
         product = hidden.new_empty(len(hidden), self.weight.shape[0]) if out is None else out
         parts = product.split(self.panel_rows(hidden.dtype), dim=1)
         for panel, columns in zip(self._panels(hidden.dtype), parts, strict=True):
-            torch.mm(hidden, panel.to(hidden.dtype).T, out=columns)
+            torch.mm(hidden, panel.T, out=columns)
         return self.finish(product)
 
     def finish(self, product: Tensor) -> Tensor:
@@ -110,8 +110,9 @@ class LossHead:
         return self.bias is None and self.scale == 1.0 and self.softcap is None
 
     def _panels(self, dtype: torch.dtype) -> Iterable[Tensor]:
-        """The weight in panels of `panel_rows`, each used before the next is asked for."""
-        return self.weight.split(self.panel_rows(dtype))
+        """The weight in `dtype`, in panels of `panel_rows`, each used before the next is asked for."""
+        for panel in self.weight.split(self.panel_rows(dtype)):
+            yield panel if panel.dtype == dtype else self._room("panel", panel.shape, dtype, panel.device).copy_(panel)
 
     def panel_rows(self, dtype: torch.dtype) -> int:
         """Rows of a panel: all, unless the head is large or is widened to another dtype while it is used."""
@@ -134,18 +135,20 @@ class LossHead:
         rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
         size = self.chunk_rows(hidden.dtype.itemsize)
-        buffer = self._logits_room(min(size, len(rows)), hidden)
+        buffer = self._room("logits", (min(size, len(rows)), self.weight.shape[0]), hidden.dtype, hidden.device)
         chunks = zip(rows.split(size), filled.split(size), strict=True)
         return [(h, t, buffer[: len(h)]) for h, t in chunks] if len(targets) else []
 
-    def _logits_room(self, rows: int, like: Tensor) -> Tensor:
-        """Room for `rows` rows of logits, kept from chunk to chunk and from call to call: the pages of a fresh one cost
-        as much as the softmax, and taken anew between what blocks keep it leaves holes in the C library's heap.
+    def _room(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory of that shape, kept from chunk to chunk and from call to call: the pages of a fresh one cost as much
+        as the softmax, and taken anew between what blocks keep it leaves holes in the C library's heap.
         """
-        if not self._room or len(self._room[0]) < rows or self._room[0].dtype != like.dtype:
-            self._room.clear()  # the old room is free before the new one is taken
-            self._room.append(like.new_empty(rows, self.weight.shape[0]))
-        return self._room[0][:rows]
+        room = self._rooms.get(name)
+        if room is None or len(room) < shape[0] or room.dtype != dtype:
+            del room
+            self._rooms.pop(name, None)  # the old room is free before the new one is taken
+            room = self._rooms[name] = torch.empty(tuple(shape), dtype=dtype, device=device)
+        return room[: shape[0]]
 
     def loss_and_gradient(
         self, hidden: Tensor, targets: Tensor, buffer: Tensor, factor: float
@@ -160,10 +163,10 @@ class LossHead:
         columns = grad.split(self.panel_rows(hidden.dtype), dim=1)
         if len(columns) == 1:
             (panel,) = self._panels(hidden.dtype)
-            return losses, grad @ panel.to(hidden.dtype)  # widened where the vocabulary is smaller than a panel
+            return losses, grad @ panel
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # partial sums stay unrounded
         for column, panel in zip(columns, self._panels(hidden.dtype), strict=True):
-            total += column @ panel.to(hidden.dtype)
+            total += column @ panel
         return losses, total.to(hidden.dtype)
 
 

@@ -11,7 +11,7 @@ are.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nybble.errors import ConfigError, ModelError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
@@ -31,10 +31,26 @@ STREAM_BUFFERS = 2  # blocks of a streamed base in memory besides the resident o
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
 MAPPED_BYTES = 2**25  # tensors from here on are mapped by themselves and leave no gaps in the C library's heap
-GAPS_KEPT = 0.30  # in the C library's heap, of what blocks keep
-GAPS_AT_WORK = 1.0  # of what comes and goes around it
-GAPS_PINNED = 0.20  # of gradients and copies of adapters, which lie among both until the step ends; all measured
+MATRIX_BUFFERS = 10_000_000  # that the library for products in fp32 keeps; measured
 ATTENTION_TASKS = 8  # that attention's backward pass is cut into at least
+
+
+class Gaps(NamedTuple):
+    """Free memory in the C library's heap between what it holds, as shares of what lies around it; measured.
+
+    Args:
+        inputs: of the inputs of all blocks, which are there from block to block.
+        kept: of all that blocks keep.
+        at_work: of what comes and goes.
+    """
+
+    inputs: float
+    kept: float
+    at_work: float
+
+
+GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
+GAPS_GENERIC = Gaps(1.6, 0.20, 0.5)  # transformers' modules, the heap trimmed between them
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -173,6 +189,7 @@ class TrainingShape:
         adam_bytes: of optimizer state a parameter.
         page_bytes: None where optimizer state is resident, else what its largest pages take while they are updated.
         offload: what blocks keep goes to a file.
+        dropout: on the adapters' inputs, on the generic path.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         full: every weight is trained; then rank and adapters are 0.
     """
@@ -193,6 +210,7 @@ class TrainingShape:
     adam_bytes: float = ADAM_BYTES
     page_bytes: int | None = None
     offload: bool = False
+    dropout: bool = False
     on_cpu: bool = True
     full: bool = False
 
@@ -251,7 +269,7 @@ def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
     output; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was recomputed
     also x2, q/k/v, attention's output, gate and up, the low-rank products.
     Generic path, per token: fp32 copies inside the two norms (input and normalised), then in the compute
-    dtype the inputs of every product and of every elementwise function.
+    dtype the inputs of every product and of every elementwise function; with dropout each adapter's input once more.
     """
     c, r = training.compute_bytes, training.rank
     h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
@@ -265,7 +283,8 @@ def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
     norms = 2 * (4 * h + 4 * h)
     inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f
-    return training.batches.tokens * (norms + c * (inputs + mlp + 14 * r))
+    dropped = (c + 1) * sum(width for width, _ in shape.linears) if training.dropout else 0  # inputs again, and masks
+    return training.batches.tokens * (norms + c * (inputs + mlp + 14 * r) + dropped)
 
 
 def attention_scratch(shape: ModelShape, training: TrainingShape) -> int:
@@ -293,7 +312,7 @@ def logits_bytes(shape: ModelShape, training: TrainingShape) -> int:
 
 
 def head_bytes(shape: ModelShape, training: TrainingShape) -> int:
-    """The states around the loss head, panels of a streamed one, a widened one where products are in fp32.
+    """The states around the loss head, and panels of a streamed one.
 
     States, for each supervised token: gathered, normed, their gradients chunk by chunk and joined; the last norm
     keeps fp32 copies of its input and of what it normalised.
@@ -311,11 +330,18 @@ def held_out_bytes(shape: ModelShape, training: TrainingShape) -> int:
     return max(block, states)
 
 
+def widened_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """Room for a panel of the 16-bit head in the compute dtype, where that is wider; the loss head keeps it."""
+    if training.compute_bytes == DENSE_BYTES:
+        return 0
+    head = DENSE_BYTES * shape.vocab_size * shape.hidden_size
+    rows = PANEL_ROWS if head < LARGE_HEAD_BYTES else training.panel_bytes // (DENSE_BYTES * shape.hidden_size)
+    return min(rows, shape.vocab_size) * shape.hidden_size * training.compute_bytes
+
+
 def _panels(shape: ModelShape, training: TrainingShape) -> int:
     head = DENSE_BYTES * shape.vocab_size * shape.hidden_size
-    rows = shape.vocab_size if head < LARGE_HEAD_BYTES else training.panel_bytes // (DENSE_BYTES * shape.hidden_size)
-    widened = min(rows, PANEL_ROWS) * shape.hidden_size * training.compute_bytes if training.compute_bytes > 2 else 0
-    return widened + (2 * min(training.panel_bytes, head) if training.stream_ends else 0)
+    return 2 * min(training.panel_bytes, head) if training.stream_ends else 0
 
 
 def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:
@@ -340,12 +366,11 @@ def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:
 
 
 def compiled_bytes(shape: ModelShape, training: TrainingShape) -> int:
-    """What oneDNN keeps compiled: the products of each number of tokens, and of the head's chunks.
-
-    Products in fp32 go to another library, which keeps nothing.
+    """What libraries of matrix products keep: oneDNN the compiled ones of each number of tokens and of the head's
+    chunks; the other, where products in fp32 go, its buffers.
     """
     if not training.on_cpu or training.compute_bytes != 2:
-        return 0
+        return MATRIX_BUFFERS if training.on_cpu else 0
     forward, backward = compiled_products(shape, training.rank)
     batches = training.batches
     counts = batches.token_counts * (forward + backward) + batches.held_out_counts * forward
@@ -382,9 +407,11 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     }
     per_block = 0 if training.offload else kept_bytes(shape, training)
     inputs = 2 * input_bytes(shape, training) if training.offload else 0  # on their way to and from the file
-    gradients = masters if training.micro_batches > 1 else 0  # before the step's last backward pass
+    stay = training.on_cpu or training.micro_batches > 1  # from step to step, or from micro-batch to micro-batch
+    gradients = masters if stay else 0  # before the step's last backward pass
     work = working_bytes(shape, training) + inputs
     always["room for logits"] = logits_bytes(shape, training)
+    always["a panel of the head, widened"] = widened_bytes(shape, training)
     always["one dense weight"] = 0 if training.spec is None else c * max(i * o for i, o in shape.linears)
     heights = [
         {
@@ -399,30 +426,26 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
         },
         {"adapter gradients": masters, "kept by blocks": per_block, "one block at work": work},
         {"adapter gradients": masters, "pages of the optimizer": training.page_bytes or 0},
-        {"an evaluation": held_out_bytes(shape, training)},
+        {"adapter gradients": masters if training.on_cpu else 0, "an evaluation": held_out_bytes(shape, training)},
     ]
     highest = max(heights, key=lambda height: sum(height.values()))
     parts = always | highest
     parts["compiled products"] = compiled_bytes(shape, training)
-    parts["gaps in the heap"] = _gaps(shape, training, highest, copies) if training.on_cpu else 0
+    parts["gaps in the heap"] = _gaps(shape, training, highest) if training.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 
 
-def _gaps(shape: ModelShape, training: TrainingShape, height: Mapping[str, int], copies: int) -> int:
-    """Free memory between what the C library's heap holds, once it no longer grows from step to step.
-
-    Args:
-        height: parts of the highest moment.
-        copies: bytes of the adapters' copies in the compute dtype.
-    """
+def _gaps(shape: ModelShape, training: TrainingShape, height: Mapping[str, int]) -> int:
+    """Bytes of gaps in the C library's heap at a moment of these parts, once it no longer grows from step to step."""
+    shares = GAPS_GENERIC if training.path == "generic" else GAPS_BF16 if training.compute_bytes == 2 else GAPS_FP32
     kept = height.get("kept by blocks", 0)
     gate_up = 2 * training.batches.tokens * training.compute_bytes * shape.intermediate_size
     if gate_up >= MAPPED_BYTES and training.keep == "everything":
         kept -= shape.num_layers * gate_up
     at_work = sum(height.get(name, 0) for name in ("one block at work", "loss head", "an evaluation"))
     at_work -= _panels(shape, training) if "loss head" in height else 0
-    pinned = height.get("adapter gradients", 0) + copies
-    return int(GAPS_KEPT * max(0, kept) + GAPS_AT_WORK * at_work + GAPS_PINNED * pinned)
+    inputs = shape.num_layers * input_bytes(shape, training)
+    return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 
 
 def _predict_full(shape: ModelShape, training: TrainingShape) -> dict[str, int]:

@@ -59,6 +59,7 @@ class Ask:
         compute_bytes: of an activation.
         spec: the 4-bit format; what strategies in 16 bits ignore.
         path: "blocks" or "generic".
+        dropout: on the adapters' inputs.
         chunk_bytes, panel_bytes: of the loss head.
         pagings: whether the optimizer's state may be paged, to choose among.
         offloads: whether what blocks keep may go to a file, to choose among.
@@ -77,6 +78,7 @@ class Ask:
     compute_bytes: int
     spec: QuantSpec
     path: str
+    dropout: bool
     chunk_bytes: int
     panel_bytes: int
     pagings: tuple[bool, ...]
@@ -241,6 +243,7 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
         adam_bytes=ask.adam_bytes,
         page_bytes=BUFFERS * max(PAGE_BYTES, int(ask.adam_bytes * ask.largest_adapter)) if paged else None,
         offload=offloaded,
+        dropout=ask.dropout,
         on_cpu=machine.kind == "cpu",
         full=strategy == FULL,
     )

@@ -141,10 +141,9 @@ def train_loop(
 
     with InterruptOnce() as interrupt:
         if rehearsal is not None:
-            accumulates = config.rows_per_step > progress.micro_batch_size
             with PeakMemory(device) as memory:
                 try:
-                    rehearse(backbone, head, optimizer, rehearsal, accumulates)
+                    rehearse(backbone, head, optimizer, rehearsal)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -226,23 +225,17 @@ def train_loop(
     return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
 
 
-def rehearse(backbone: Backbone, head: LossHead, optimizer: AdamW, rehearsal: Rehearsal, accumulates: bool) -> None:
+def rehearse(backbone: Backbone, head: LossHead, optimizer: AdamW, rehearsal: Rehearsal) -> None:
     """Take the memory of a run's heaviest moments: its largest micro-batch, every gradient and moment in place, and
     its largest evaluation.
 
     Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
-
-    Args:
-        accumulates: steps have several micro-batches, so that later ones find the gradients of earlier ones.
     """
     device = head.weight.device
     batch = collate(rehearsal.rows, backbone.packing).to(device)
     rng = capture_rng(device)
     backbone.model.train()
     optimizer.settle()
-    if accumulates:
-        for parameter in optimizer.parameters:
-            parameter.grad = torch.full_like(parameter, 0.0)
     head.loss(*supervised_states(backbone, batch), max(1, batch.supervised_tokens)).backward()
     optimizer.drop_gradients()
     held_out_loss(backbone, head, rehearsal.held_out, max(1, len(rehearsal.held_out)))

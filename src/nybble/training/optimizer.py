@@ -45,6 +45,11 @@ class AdamW:
             {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name, (dtype, shape) in layout.items()}
             for parameter, layout in zip(self.parameters, self._layouts, strict=True)
         ]
+        # Made by backward passes, gradients would lie in the C library's heap among what those free, and pin gaps.
+        self._on_cpu = all(parameter.device.type == "cpu" for parameter in self.parameters)
+        if self._on_cpu:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
 
     def page_out(self, folder: Path) -> None:
         """Move the moments to a file on the disk of `folder`, from where each step pages them through memory.
@@ -68,7 +73,9 @@ class AdamW:
         return isinstance(self._state, PagedState)
 
     def settle(self) -> None:
-        """Write the zeros that moments begin with, so that they take the memory that they will take."""
+        """Write the zeros that gradients and moments begin with, so that they take the memory that they will take."""
+        for parameter in self.parameters:
+            parameter.grad = torch.full_like(parameter, 0.0) if parameter.grad is None else parameter.grad.zero_()
         for state in self._state if self.num_steps == 0 else ():
             for moment in state.values():
                 moment.zero_()
@@ -112,6 +119,12 @@ class AdamW:
     def drop_gradients(self) -> None:
         """Forget what was accumulated."""
         for parameter in self.parameters:
+            self._drop(parameter)
+
+    def _drop(self, parameter: Tensor) -> None:
+        if self._on_cpu and parameter.grad is not None:
+            parameter.grad.zero_()
+        else:
             parameter.grad = None
 
     @torch.no_grad()
@@ -138,7 +151,7 @@ class AdamW:
                 grad_scale=grad_scale,
             )
             increment_version(parameter)  # the kernel writes past autograd, and copies of the masters must notice
-            parameter.grad = None
+            self._drop(parameter)
 
 
 def moments_layout(shape: tuple[int, ...], bits: Bits) -> Layout:

@@ -171,6 +171,7 @@ def ask_for(
         compute_bytes=dtype.itemsize,
         spec=spec or QuantSpec(format, options.block_size, options.double_quant),
         path=path,
+        dropout=options.dropout > 0,
         chunk_bytes=CHUNK_BYTES,
         panel_bytes=PANEL_BYTES,
         pagings={"auto": (False, True), "never": (False,), "always": (True,)}[page],
