@@ -80,6 +80,9 @@ def configurations() -> list[Config]:
         add(model, length=length, keep=keep, dropout=0.05, compute_dtype="fp32")
     add("smollm2-135m", length=256, rank=64, keep="nothing", dropout=0.05, compute_dtype="fp32")
     add("smollm2-135m", length=512, keep="everything", dropout=0.05, compute_dtype="fp32")
+    for length, keep in ((256, "everything"), (256, "nothing"), (1024, "nothing")):
+        add("smollm2-135m", length=length, keep=keep, dropout=0.05)
+    add("smollm2-360m", length=256, keep="nothing", dropout=0.05)
     for keep in ("everything", "nothing"):
         add("smollm2-360m", length=256, rank=8, keep=keep, compute_dtype="fp32")
     add("smollm2-360m", length=256, keep="nothing", stream_base="always", memory="1.2GB", compute_dtype="fp32")

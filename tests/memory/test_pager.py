@@ -14,11 +14,11 @@ from nybble.training.optimizer import AdamW, moments_layout
 SHAPES = [(3, 7), (1, 1), (64, 33), (5,)]  # a state of a single number is paged too
 
 
-def train(move, bits=32, device="cpu"):
+def train(move, bits=32, device="cpu", paged_in=None):
     """Parameters after 12 steps; `move(optimizer, step)` pages as it likes."""
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.randn(shape, generator=generator).to(device)) for shape in SHAPES]
-    optimizer = AdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.1, bits=bits)
+    optimizer = AdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.1, bits=bits, paged_in=paged_in)
     for step in range(12):
         move(optimizer, step)
         for parameter in parameters:
@@ -42,7 +42,16 @@ def test_paging_changes_no_bit(tmp_path, monkeypatch, page_bytes, bits):
     for move in (lambda optimizer, step: optimizer.page_out(tmp_path), at_random):
         for a, b in zip(resident, train(move, bits), strict=True):
             assert torch.equal(a, b)
+    from_the_start = train(lambda optimizer, step: None, bits, paged_in=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(resident, from_the_start, strict=True))
     assert not any(tmp_path.iterdir())  # the file has no name
+
+
+def test_moments_paged_from_the_start_are_never_made_in_memory(tmp_path, monkeypatch):
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    monkeypatch.setattr(AdamW, "_zeros", lambda self: pytest.fail("made in memory"))
+    optimizer = AdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.1, paged_in=tmp_path)
+    assert optimizer.paged
 
 
 @pytest.mark.gpu

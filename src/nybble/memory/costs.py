@@ -4,9 +4,9 @@ Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
 
 A run's memory has several heights: the loss head on top of all that blocks keep, the backward pass of the last
-block (everything is still kept) and of the first (every gradient exists), the optimizer's update, an evaluation.
-`predict` adds up each and returns the parts of the highest. Saving copies nothing: tensors are written from where they
-are.
+block (everything is still kept) and of the first (every gradient exists), an evaluation. `predict` adds up each and
+returns the parts of the highest. The optimizer's update adds nothing to what is there always, and saving copies
+nothing: tensors are written from where they are.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,7 +50,7 @@ class Gaps(NamedTuple):
 
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
-GAPS_GENERIC = Gaps(1.6, 0.20, 0.5)  # transformers' modules, the heap trimmed between them
+GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -187,7 +187,7 @@ class TrainingShape:
         stream_ends: the embedding's rows and the head's panels are read where they are used.
         panel_bytes: of the head, where it is streamed or larger than a panel.
         adam_bytes: of optimizer state a parameter.
-        page_bytes: None where optimizer state is resident, else what its largest pages take while they are updated.
+        page_bytes: None where optimizer state is resident, else what the buffers of its pages take.
         offload: what blocks keep goes to a file.
         dropout: on the adapters' inputs, on the generic path.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
@@ -254,7 +254,7 @@ def kept_bytes(shape: ModelShape, training: TrainingShape) -> int:
     if training.keep == "nothing" or (training.path == "generic" and training.keep == "attention"):
         per_token = c * h
     elif training.path == "generic":
-        return working_bytes(shape, training)
+        per_token = module_bytes(shape, training)
     elif training.keep == "attention":
         per_token = c * (h + q) + LSE_BYTES * shape.num_heads
     else:
@@ -268,8 +268,7 @@ def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
     Decoder blocks: at SwiGLU's backward the gradients of output and of the MLP's input to down_proj, SwiGLU's
     output; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was recomputed
     also x2, q/k/v, attention's output, gate and up, the low-rank products.
-    Generic path, per token: fp32 copies inside the two norms (input and normalised), then in the compute
-    dtype the inputs of every product and of every elementwise function; with dropout each adapter's input once more.
+    Transformers' modules: what they keep within a block, where that was recomputed; else gradients.
     """
     c, r = training.compute_bytes, training.rank
     h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
@@ -280,11 +279,23 @@ def working_bytes(shape: ModelShape, training: TrainingShape) -> int:
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[training.keep]
         return max(swiglu, attention) + training.batches.tokens * c * made
+    if training.keep == "everything":
+        return training.batches.tokens * c * (2 * h + 3 * f)  # gradients around SwiGLU
+    return training.batches.tokens * module_bytes(shape, training)
+
+
+def module_bytes(shape: ModelShape, training: TrainingShape) -> int:
+    """What transformers' modules of one block hold for their backward pass, per token: fp32 copies inside the two norms
+    (input and normalised), then in the compute dtype the inputs of every product and of every elementwise function;
+    with dropout each adapter's input once more, and its mask.
+    """
+    c, r = training.compute_bytes, training.rank
+    h, q, kv, f = shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size
     norms = 2 * (4 * h + 4 * h)
     inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f
     dropped = (c + 1) * sum(width for width, _ in shape.linears) if training.dropout else 0  # inputs again, and masks
-    return training.batches.tokens * (norms + c * (inputs + mlp + 14 * r) + dropped)
+    return norms + c * (inputs + mlp + 14 * r) + dropped
 
 
 def attention_scratch(shape: ModelShape, training: TrainingShape) -> int:
@@ -404,6 +415,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
         "embeddings, head, norms": dense_bytes(shape) - (end_bytes(shape) if training.stream_ends else 0),
         "adapters": masters + copies,
         "optimizer state": optimizer if training.page_bytes is None else 0,
+        "pages of the optimizer": training.page_bytes or 0,
     }
     per_block = 0 if training.offload else kept_bytes(shape, training)
     inputs = 2 * input_bytes(shape, training) if training.offload else 0  # on their way to and from the file
@@ -425,7 +437,6 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
             "one block at work": work,
         },
         {"adapter gradients": masters, "kept by blocks": per_block, "one block at work": work},
-        {"adapter gradients": masters, "pages of the optimizer": training.page_bytes or 0},
         {"adapter gradients": masters if training.on_cpu else 0, "an evaluation": held_out_bytes(shape, training)},
     ]
     highest = max(heights, key=lambda height: sum(height.values()))

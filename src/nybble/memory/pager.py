@@ -53,6 +53,8 @@ class PagedState:
         on_gpu = self._device.type == "cuda"
         self._copies = torch.cuda.Stream(self._device) if on_gpu else None
         self._host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True) if on_gpu else None
+        # Kept from step to step: freed, they would leave gaps that what a forward pass keeps begins to fill.
+        self._buffers = [self._room() for _ in self._pages[:BUFFERS]]
         self._file = ScratchFile(folder, self.num_bytes, "The optimizer's state", "--page-optimizer never")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nybble-pages")
 
@@ -71,8 +73,7 @@ class PagedState:
         return self._pass(write=False)
 
     def _pass(self, write: bool) -> Iterator[State]:
-        # All of the memory before the first update: where there is none, nothing has happened yet.
-        buffers = [self._room() for _ in self._pages[:BUFFERS]]
+        buffers = self._buffers
         coming = [self._worker.submit(self._read, page, buffers[0]) for page in self._pages[:1]]
         written: Future[None] | None = None
         for number, page in enumerate(self._pages):

@@ -108,9 +108,8 @@ def train_loop(
         beta2=config.beta2,
         weight_decay=config.weight_decay,
         bits=config.optimizer_bits,
+        paged_in=run.path if paged else None,
     )
-    if paged:
-        optimizer.page_out(run.path)
     num_warmup = warmup_steps(config.warmup, total_steps)
     eval_every = config.eval_every or max(1, total_steps // EVALUATIONS_PER_RUN)
     lengths = [len(example) for example in train]

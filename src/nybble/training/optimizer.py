@@ -24,6 +24,10 @@ class AdamW:
         weight_decay: each step multiplies a parameter by 1 - lr * weight_decay.
         eps: added to the root of the second moment.
         bits: of a moment between steps; 8 are codes with a scale for each 256 (see `block_ops.adamw_8bit_`).
+        paged_in: the folder that the moments are paged in from the start (see `page_out`); None keeps them in memory.
+
+    Raises:
+        PlanError: the disk of `paged_in` has no room for them.
     """
 
     def __init__(
@@ -35,21 +39,29 @@ class AdamW:
         weight_decay: float,
         eps: float = 1e-8,
         bits: Bits = 32,
+        paged_in: Path | None = None,
     ):
         self.parameters = list(parameters)
         self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
         self.num_steps = 0
         self._update = block_ops.adamw_ if bits == 32 else block_ops.adamw_8bit_
+        self._device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._layouts = [moments_layout(parameter.shape, bits) for parameter in self.parameters]
-        self._state: list[State] | PagedState = [
-            {name: torch.zeros(shape, dtype=dtype, device=parameter.device) for name, (dtype, shape) in layout.items()}
-            for parameter, layout in zip(self.parameters, self._layouts, strict=True)
-        ]
+        self._state: list[State] | PagedState = (
+            self._zeros() if paged_in is None else PagedState(self._layouts, paged_in, self._device)
+        )
         # Made by backward passes, gradients would lie in the C library's heap among what those free, and pin gaps.
-        self._on_cpu = all(parameter.device.type == "cpu" for parameter in self.parameters)
+        self._on_cpu = self._device.type == "cpu"
         if self._on_cpu:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
+
+    def _zeros(self) -> list[State]:
+        """The moments that a first step begins with."""
+        return [
+            {name: torch.zeros(shape, dtype=dtype, device=self._device) for name, (dtype, shape) in layout.items()}
+            for layout in self._layouts
+        ]
 
     def page_out(self, folder: Path) -> None:
         """Move the moments to a file on the disk of `folder`, from where each step pages them through memory.
@@ -58,7 +70,7 @@ class AdamW:
             PlanError: the disk has no room for them.
         """
         if not isinstance(self._state, PagedState):
-            paged = PagedState(self._layouts, folder, self.parameters[0].device if self.parameters else "cpu")
+            paged = PagedState(self._layouts, folder, self._device)
             if self.num_steps:  # else both are zeros
                 _copy(self._state, paged)
             self._state = paged
