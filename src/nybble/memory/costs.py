@@ -51,6 +51,7 @@ class Gaps(NamedTuple):
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them
+MARGIN, LEAST_MARGIN = 0.04, 10_000_000  # of what is counted; no measured plan lacked more, the libraries' own included
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -443,6 +444,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     parts = always | highest
     parts["compiled products"] = compiled_bytes(shape, training)
     parts["gaps in the heap"] = _gaps(shape, training, highest) if training.on_cpu else 0
+    parts["margin"] = max(LEAST_MARGIN, int(MARGIN * sum(parts.values()))) if training.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 
 

@@ -20,6 +20,7 @@ from nybble.errors import PlanError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.memory.costs import (
     ADAM_BYTES,
+    MARGIN,
     MicroBatches,
     ModelShape,
     TrainingShape,
@@ -249,9 +250,9 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
     )
     if streamed:
         room = machine.budget_bytes - _peak(ask, machine, training)
-        per_block = block_bytes(ask.shape, ask.spec, ask.mixed_bits)
-        resident = min(max(0, room // per_block), ask.shape.num_layers - 1)
-        training = replace(training, resident_blocks=int(resident))
+        per_block = (1 + (MARGIN if training.on_cpu else 0)) * block_bytes(ask.shape, ask.spec, ask.mixed_bits)
+        resident = min(max(0, int(room / per_block)), ask.shape.num_layers - 1)
+        training = replace(training, resident_blocks=resident)
     components = {"the process itself": _process_bytes(machine)} | predict(ask.shape, training)
     offloaded_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
     step_s = _step_seconds(ask, machine, training, strategy, paged)

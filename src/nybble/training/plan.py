@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
-SPREAD = 0.03  # of a budget; plans are off by so much without being wrong, see docs/memory.md
 FOUR_BIT = (planner.FOUR, planner.PAGED, planner.FROM_RAM, planner.FROM_DISK)
 
 
@@ -93,14 +92,14 @@ def plan_run(
 
 
 def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
-    """Refuse a plan whose rehearsal took clearly more than the budget, and name the nearest that should not.
+    """Refuse a plan whose rehearsal took more than the budget, and name the nearest that should not.
 
     Raises:
         PlanError: it did.
     """
     assert plans.chosen is not None
     budget, excess = plans.machine.budget_bytes, peak_bytes - plans.chosen.peak_bytes
-    if peak_bytes <= (1 + SPREAD) * budget:
+    if peak_bytes <= budget:
         return
     nearest = make_plans(freed, replace(plans.machine, budget_bytes=budget - excess)).chosen
     raise PlanError(
