@@ -5,6 +5,9 @@ prints the message without a traceback and exits with the exception's `exit_code
 Broken invariants inside nybble are `assert`s, not these.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class NybbleError(ValueError):
     """Base of every error a user can cause or mend.
@@ -56,3 +59,22 @@ class ExportError(NybbleError):
 
 class PlanError(NybbleError):
     """No plan fits the memory budget, or a run outgrew the plan it was given."""
+
+
+@contextmanager
+def foreign_errors(explain: Callable[[Exception], NybbleError]) -> Iterator[None]:
+    """Around a call into another library that raises whatever it meets: `explain` says what that means for the user.
+
+    A failed allocation is about this machine and not about what was read, so it stays what it is.
+    """
+    try:
+        yield
+    except (NybbleError, MemoryError):
+        raise
+    except Exception as error:
+        raise explain(error) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says."""
+    return str(error).strip().partition("\n")[0]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.feedback import FeedbackOptions
+from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.convert import quantizable_linears
 from nybble.models.calibrate import BlockCalibrator
@@ -201,20 +202,73 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
     assert lost["calibrated"] < lost["search"] < lost["absmax"]
 
 
-def test_a_model_that_cannot_be_walked_gets_absmax_and_says_so(make_folder, tmp_path: Path, monkeypatch) -> None:
+def calibrated(folder: Path, out: Path) -> None:
+    calibration = CalibrationInput(WINDOWS, torch.float32)
+    quantize_folder(open_source(str(folder)), QuantSpec(), out, quality="calibrated", calibration=calibration)
+
+
+def test_a_model_that_cannot_be_walked_is_not_put_into_four_bits_in_another_way(
+    make_folder, tmp_path: Path, monkeypatch
+) -> None:
     def refuse(*arguments: object) -> None:
         raise WalkError("its layers are a maze")
 
     folder, _ = make_folder("llama")
     monkeypatch.setattr("nybble.models.calibrate.start_walk", refuse)
-    calibration = CalibrationInput(WINDOWS, torch.float32)
-    done = quantize_folder(
-        open_source(str(folder)), QuantSpec(), tmp_path / "out", quality="calibrated", calibration=calibration
-    )
-    assert done.notes == ("Put into four bits by absmax, not calibrated: its layers are a maze.",)
-    quantize_folder(open_source(str(folder)), QuantSpec(), tmp_path / "plain", quality="absmax")
-    made, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "plain"))
-    assert made == plain
+    with pytest.raises(ModelError, match=r"(?s)cannot be calibrated: its layers are a maze.*--quality absmax"):
+        calibrated(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate"), MemoryError()])
+def test_a_failed_allocation_is_no_reason_to_leave_calibrating_out(
+    make_folder, tmp_path: Path, monkeypatch, error: Exception
+) -> None:
+    def fail(*arguments: object, **keywords: object) -> None:
+        raise error
+
+    folder, _ = make_folder("gpt2")
+    monkeypatch.setattr("transformers.models.gpt2.modeling_gpt2.GPT2Model.forward", fail)
+    with pytest.raises(type(error)) as raised:
+        calibrated(folder, tmp_path / "out")
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("output", ["tensor", "tuple", "pair", "changed between"])
+@torch.no_grad()
+def test_layers_are_entered_whatever_form_their_output_has(output: str) -> None:
+    """A model of each kind; one that changes the states between its layers cannot be walked."""
+
+    class Layer(nn.Module):
+        special = "of the layer"
+
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return (x + 1,) if output == "tuple" else x + 1
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.base_model = nn.ModuleList([Layer(), Layer()]), self.run
+
+        def run(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            x = input_ids.float()[..., None].expand(*input_ids.shape, 2)
+            for layer in self.layers:
+                assert layer.special == "of the layer"
+                y = layer(x)
+                if output == "pair":
+                    y, _ = y
+                x = y[0] if output == "tuple" else y * 2 if output == "changed between" else y
+            return x
+
+    model = Model()
+    layers = list(model.layers)
+    if output in ("pair", "changed between"):
+        with pytest.raises(WalkError, match="do not hand hidden states"):
+            ModuleWalk(model, WINDOWS, False, model.layers)
+    else:
+        walk = ModuleWalk(model, WINDOWS, False, model.layers)
+        assert torch.equal(walk.states[..., 0], WINDOWS.float())
+    assert list(model.layers) == layers, "the layers are back in their places"
 
 
 def test_dead_inputs_fall_back_to_search_and_are_listed(make_folder, tmp_path: Path) -> None:

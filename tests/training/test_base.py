@@ -21,6 +21,7 @@ from nybble.memory.calibration_costs import (
     training_products,
 )
 from nybble.memory.costs import ModelShape
+from nybble.models.walk import WalkError
 from nybble.training import base, session
 
 LLAMA = ModelShape(
@@ -103,7 +104,7 @@ def test_bytes_of_calibrating_are_those_of_its_largest_group() -> None:
 def test_a_calibrated_run_keeps_its_base_and_loads_it(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     options = {"quality": "calibrated", "calibration_tokens": 2048}
     trained = train(tiny_model, data, tmp_path / "run", **options)
-    assert planned(tmp_path / "run") == {"quality": "calibrated", "why": "as asked"}
+    assert planned(tmp_path / "run") == {"quality": "calibrated", "why": "as asked", "asked": True}
     data.unlink()  # nothing is calibrated again
     assert_same_bits(trained.model, load_run(tmp_path / "run", Console(quiet=True), compute_dtype="fp32").model)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
@@ -121,6 +122,27 @@ def test_the_same_seed_gives_the_same_base(tiny_model: Path, data: Path, tmp_pat
     other = train(tiny_model, data, tmp_path / "c", **options, seed=1)
     with pytest.raises(AssertionError):
         assert_same_bits(first.model, other.model)
+
+
+def test_what_cannot_be_calibrated_is_refused_where_that_was_asked_for(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """nybble's own choice gives way and says why; the user's does not."""
+
+    def refuse(*arguments: object) -> None:
+        raise WalkError("its layers are a maze")
+
+    monkeypatch.setattr("nybble.models.calibrate.start_walk", refuse)
+    monkeypatch.setattr(base, "AFFORDABLE", 1e9)
+    asked = [{"quality": "calibrated"}, {"calibrate": str(data.with_name("text.txt"))}]
+    data.with_name("text.txt").write_text("Something long enough to calibrate on. " * 200)
+    for options in asked:
+        with pytest.raises(WalkError, match=r"(?s)its layers are a maze.*--quality absmax"):
+            train(tiny_model, data, tmp_path / "run", calibration_tokens=2048, **options)
+        assert not list(tmp_path.glob("*run*"))
+    train(tiny_model, data, tmp_path / "run", calibration_tokens=2048)
+    quality = planned(tmp_path / "run")
+    assert quality["quality"] == "absmax" and "cannot be calibrated: its layers are a maze" in quality["why"]
 
 
 def test_a_resumed_run_goes_on_with_its_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -159,10 +159,8 @@ def _measure(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "arm"
         started = time.perf_counter()
-        done = quantize_folder(source, spec, out, progress, quality=arm.quality, calibration=calibration)
+        quantize_folder(source, spec, out, progress, quality=arm.quality, calibration=calibration)
         seconds = time.perf_counter() - started
-        for note in done.notes:
-            console.print(f"{arm.name}: {note}", highlight=False)
         model = load_model(open_source(str(out)), spec, dtype)
     return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.seed))
 

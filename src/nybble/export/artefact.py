@@ -138,9 +138,7 @@ def write(
     if artefact.kind == "16bit":
         save_dense_folder(merged, out, progress)
         return None
-    done = quantize_folder(merged, merged_spec(opened), out, progress, quality=quality, calibration=calibration)
-    for note in done.notes:
-        console.print(note, highlight=False, markup=False)
+    quantize_folder(merged, merged_spec(opened), out, progress, quality=quality, calibration=calibration)
     survival = merged.survival(open_source(str(out)))
     console.print(f"{survival:.1%} of ΔW survived the rounding to four bits.", highlight=False)
     return survival

@@ -60,7 +60,7 @@ class BlockCalibrator:
         self.blocks = block_names(self.model)
         owner = {name.rpartition(".")[0] for name in self.blocks}
         if len(owner) != 1:
-            raise WalkError(f"{type(self.model).__name__} has {len(owner)} lists of blocks")
+            raise WalkError(f"{type(self.model).__name__} has its layers in {len(owner)} lists")
         _load_outside(source, self.model, self.placed, self.blocks, compute_dtype)
         layers: Any = self.model.get_submodule(owner.pop())
         with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nybble.errors import FormatError, ModelError
+from nybble.errors import FormatError, ModelError, first_line, foreign_errors
 from nybble.formats.bnb import (
     StoredWeight,
     from_bnb,
@@ -169,18 +169,18 @@ def _check_layers(folder: Path, config: dict[str, Any], num_tensors: int) -> Non
 def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    try:
+    def not_taken(error: Exception) -> ModelError:
+        return ModelError(
+            f"transformers does not take {folder / 'config.json'}: {first_line(error)}",
+            "Allowed: architectures of the installed transformers; a model's own code is never run.",
+            "Choose another model, or update transformers.",
+        )
+
+    with foreign_errors(not_taken):
         if (config_json.get("quantization_config") or {}).get("quant_method") == "nybble":  # refused by its folder
             config = AutoConfig.for_model(**config_json)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # a config's values reach deep into transformers, which raises whatever it meets
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"transformers does not take {folder / 'config.json'}: {reason}",
-            "Allowed: architectures of the installed transformers; a model's own code is never run.",
-            "Choose another model, or update transformers.",
-        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the tensors say it; left in, it would mark what is loaded as quantised
     return config

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, foreign_errors
 from nybble.formats.disk import disk_errors
 from nybble.formats.gguf_io import LATTICES, GgufFile
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
@@ -138,17 +138,18 @@ def _derived_folder(file: GgufFile) -> Path:
 def _derive(file: GgufFile, out: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
+    def cannot_be_taken(error: Exception) -> ModelError:
+        return ModelError(
+            f"transformers cannot take config and tokenizer from {file.path}: {error}",
+            fix="Use the model's safetensors folder.",
+        )
+
     # alone in a folder: other files beside the model would be taken for its tokenizer's
     with tempfile.TemporaryDirectory() as folder:
         os.symlink(file.path.absolute(), Path(folder) / "model.gguf")
-        try:
+        with foreign_errors(cannot_be_taken):
             config = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        except Exception as error:  # metadata reach deep into transformers, which raises whatever it meets
-            raise ModelError(
-                f"transformers cannot take config and tokenizer from {file.path}: {error}",
-                fix="Use the model's safetensors folder.",
-            ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # "gguf", which would block saving
     file.complete_config(config)

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, foreign_errors
 from nybble.models.bundled import BUNDLED
 
 WANTED = ["*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt"]
@@ -24,14 +24,15 @@ def fetch_config(repo_id: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    try:
-        return Path(hf_hub_download(repo_id, "config.json"))
-    except Exception as error:  # of the hub's client or its transport, whose classes have no common base
-        raise ModelError(
+    def not_fetched(error: Exception) -> ModelError:  # classes of the hub's client and its transport have no common base
+        return ModelError(
             f"config.json of {repo_id} cannot be fetched: {type(error).__name__}.",
             "Allowed: a folder, a hub id that can be reached, a .gguf file, or a shape that `nybble synth` knows.",
             "Check the spelling and the network.",
-        ) from error
+        )
+
+    with foreign_errors(not_fetched):
+        return Path(hf_hub_download(repo_id, "config.json"))
 
 
 def fetch_from_hub(repo_id: str) -> Path:
@@ -44,31 +45,24 @@ def fetch_from_hub(repo_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     allowed = f"Allowed: a folder, a .gguf file, a hub id, or {', '.join(BUNDLED)} (which needs no hub)."
-    try:
+
+    def not_fetched(error: Exception) -> ModelError:
+        match error:
+            case GatedRepoError():
+                got = f"The hub gives {repo_id} only to those who accepted its terms."
+                fix = "Accept them on the hub and log in (hf auth login)."
+            case RepositoryNotFoundError():
+                got = f"There is no folder {repo_id} here, and the hub has no model of that name"
+                got, fix = f"{got} (or only for those logged in).", "Check the spelling."
+            case LocalEntryNotFoundError():
+                got = f"There is no folder {repo_id} here, and the hub cannot be reached to fetch a model of that name."
+                fix = "Connect to the network, or give a model that is on this machine."
+            case HfHubHTTPError():
+                got, fix = f"The hub refused {repo_id}: {error}.", "Try again later."
+            case _:  # of the transport, whose class depends on the HTTP library that the hub's client uses
+                got = f"Fetching {repo_id} from the hub failed: {type(error).__name__}: {error}."
+                fix = "Check the network and the free space in the hub's cache, then run the same command again."
+        return ModelError(got, allowed, fix)
+
+    with foreign_errors(not_fetched):
         return Path(snapshot_download(repo_id, allow_patterns=WANTED, ignore_patterns=UNWANTED))
-    except GatedRepoError as error:
-        raise ModelError(
-            f"The hub gives {repo_id} only to those who accepted its terms.",
-            allowed,
-            "Accept them on the hub and log in (hf auth login).",
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(
-            f"There is no folder {repo_id} here, and the hub has no model of that name (or only for those logged in).",
-            allowed,
-            "Check the spelling.",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise ModelError(
-            f"There is no folder {repo_id} here, and the hub cannot be reached to fetch a model of that name.",
-            allowed,
-            "Connect to the network, or give a model that is on this machine.",
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(f"The hub refused {repo_id}: {error}.", allowed, "Try again later.") from error
-    except Exception as error:  # of the transport: the class depends on the HTTP library that the hub's client uses
-        raise ModelError(
-            f"Fetching {repo_id} from the hub failed: {type(error).__name__}: {error}.",
-            allowed,
-            "Check the network and the free space in the hub's cache, then run the same command again.",
-        ) from error

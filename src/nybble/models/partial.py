@@ -68,7 +68,7 @@ class PartialFolder:
     def _read_journal(self) -> dict[str, Any] | None:
         try:
             journal = json.loads((self.path / JOURNAL).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # none yet, or its writing was cut off by a crash: begin anew
+        except (FileNotFoundError, ValueError):  # none yet, or its writing was cut off by a crash: begin anew
             return None
         return journal if isinstance(journal, dict) and journal.keys() == self._journal.keys() else None
 

@@ -36,7 +36,6 @@ from nybble.models.partial import LayerReport, PartialFolder, digest_of
 from nybble.models.placement import PlacedTensor, place_tensors, read_placed
 from nybble.models.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.models.tokenizer import save_tokenizer
-from nybble.models.walk import WalkError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +97,7 @@ def quantize_folder(
     Raises:
         ModelError: `out` is taken or cannot be written, or the source is damaged or already in four bits.
         FormatError: a format whose scales cannot be searched.
+        WalkError: calibrated weights of a model whose layers cannot be run one by one.
     """
     if source.quant_spec is not None:
         raise ModelError(
@@ -110,18 +110,21 @@ def quantize_folder(
     check_output_free(out)
     model = build_skeleton(source.config)
     placed = place_tensors(source, model)
-    notes: tuple[str, ...] = ()
+    calibrator = None
+    if quality == "calibrated":
+        assert calibration is not None
+        windows, dtype = calibration.windows, calibration.compute_dtype
+        calibrator = BlockCalibrator(source, specs, windows, dtype, calibration.options)
     with disk_errors(out):
         partial = PartialFolder(out, _work(source, specs, quality, calibration))
-        if quality == "calibrated":
-            assert calibration is not None
-            notes = _make_calibrated(source, specs, calibration, model, placed, partial, progress)
+        if calibrator is not None:
+            _make_calibrated(calibrator, partial, progress)
         else:
             _make_blocks(source, specs, quality, model, placed, partial, progress)
         _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
         reports = [report for block in block_names(model) for report in partial.reports(block)]
         partial.remove()
-    return QuantizedFolder(reports, notes)
+    return QuantizedFolder(reports)
 
 
 def _work(
@@ -173,21 +176,8 @@ def _make_blocks(
         partial.save(block, stored, reports)
 
 
-def _make_calibrated(
-    source: ModelSource,
-    specs: QuantSpec | LayerSpecs,
-    calibration: CalibrationInput,
-    model: "PreTrainedModel",
-    placed: list[PlacedTensor],
-    partial: PartialFolder,
-    progress: Progress | None,
-) -> tuple[str, ...]:
-    """Every block from the last hidden states that were kept; by absmax where the layers cannot be run one by one."""
-    try:
-        calibrator = BlockCalibrator(source, specs, calibration.windows, calibration.compute_dtype, calibration.options)
-    except WalkError as error:
-        _make_blocks(source, specs, "absmax", model, placed, partial, progress)
-        return (f"Put into four bits by absmax, not calibrated: {error}.",)
+def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, progress: Progress | None) -> None:
+    """Every block from the last hidden states that were kept."""
     kept = partial.load_states()
     first = 0 if kept is None else kept[0]
     if kept is not None:
@@ -204,7 +194,6 @@ def _make_calibrated(
             exact = {} if walk.exact is None else {"exact": walk.exact}
             partial.save_states(index + 1, {"states": walk.states} | exact)
             last_kept = time.monotonic()
-    return ()
 
 
 def _assemble(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line, foreign_errors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -21,15 +21,15 @@ def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat
     """
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:  # a config's values reach deep into a model's code, which raises whatever it meets
-        raise ModelError(
-            f"The model type {config.model_type!r} cannot be built as a causal language model: {_first_line(error)}",
+    def cannot_be_built(error: Exception) -> ModelError:
+        return ModelError(
+            f"The model type {config.model_type!r} cannot be built as a causal language model: {first_line(error)}",
             "Allowed: the decoder architectures of the installed transformers; a model's own code is never run.",
             "Choose another model, or update transformers.",
-        ) from error
+        )
+
+    with foreign_errors(cannot_be_built), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def dense_end_weights(model: "PreTrainedModel") -> set[str]:
@@ -48,7 +48,3 @@ def is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line, foreign_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,15 +17,15 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"No tokenizer could be loaded from {name}: {reason}",
+    def none_loaded(error: Exception) -> ModelError:  # the tokenizers library raises bare Exception for a damaged file
+        return ModelError(
+            f"No tokenizer could be loaded from {name}: {first_line(error)}",
             "Allowed: a folder or hub id with tokenizer files that the installed transformers reads.",
             "Name one with --tokenizer.",
-        ) from error
+        )
+
+    with foreign_errors(none_loaded):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
 
 
 def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.statistics import InputStatistics
+from nybble.errors import ModelError
 from nybble.kernels import block_ops
 from nybble.layers.backbone import decoder_block, rotary_angles, why_not_forward
 from nybble.layers.convert import is_linear
@@ -76,8 +77,20 @@ def start_walk(model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: n
     return ModuleWalk(model, windows, exact, blocks)
 
 
-class WalkError(Exception):
-    """A model's layers cannot be run one by one; the caller falls back and says so."""
+class WalkError(ModelError):
+    """A model's layers cannot be run one by one. Who was asked to calibrate says so; who chose to does without.
+
+    Args:
+        reason: half a sentence.
+    """
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"The model cannot be calibrated: {reason}.",
+            "Calibrating passes text through one layer after the other.",
+            "Take --quality search or --quality absmax, which look at the weights alone.",
+        )
 
 
 class PackedWalk:
@@ -305,17 +318,34 @@ class _Observed(nn.Module):
         return self.linear(x)
 
 
-class _Catcher(nn.Module):
-    """Stands for a decoder layer: notes what it is called with, and hands the hidden states on."""
+class _OtherOutputError(Exception):
+    """The model read something else off a layer's output than hidden states: it expects the other form."""
 
-    def __init__(self, layer: nn.Module, as_tuple: bool):
+
+class _Catcher(nn.Module):
+    """Stands for a decoder layer: notes what it is called with, and hands the hidden states on.
+
+    Args:
+        layer: whose attributes the model may ask for, such as those by which it chooses among its masks.
+        before: the layer before it, whose hidden states it must be given.
+    """
+
+    def __init__(self, layer: nn.Module, as_tuple: bool, before: "_Catcher | None"):
         super().__init__()
         self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
         self.as_tuple = as_tuple
-        if hasattr(layer, "attention_type"):  # by which models choose among their masks
-            self.attention_type = layer.attention_type
+        self._layer, self._before = [layer], [before]  # in lists: they are no modules of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        before = self._before[0]
+        if before is not None and not (before.calls and hidden_states is before.calls[-1][0]):
+            raise _OtherOutputError
         self.calls.append((hidden_states, arguments, keywords))
         return (hidden_states,) if self.as_tuple else hidden_states
 
@@ -324,25 +354,41 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def _enter(model: "PreTrainedModel", windows: Tensor, blocks: nn.ModuleList) -> tuple[list[Tensor], Arguments]:
-    """Each window's states before the first block, and what else every block is called with (all windows alike)."""
+    """Each window's states before the first block, and what else every block is called with (all windows alike).
+
+    Raises:
+        WalkError: the model does something else with its layers than to hand hidden states on.
+    """
     failure: Exception | None = None
     for as_tuple in (False, True):
-        catchers = [_Catcher(layer, as_tuple) for layer in blocks]
-        layers = list(blocks)
+        catchers: list[_Catcher] = []
+        for layer in blocks:
+            catchers.append(_Catcher(layer, as_tuple, catchers[-1] if catchers else None))
         try:
-            for i, catcher in enumerate(catchers):
-                blocks[i] = catcher
-            for window in windows:
-                model.base_model(input_ids=window[None], use_cache=False)
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError, KeyError) as error:
-            failure = error  # it may want the other form of output; the last failure goes with the WalkError
+            with _standing_in(blocks, catchers):
+                for window in windows:
+                    model.base_model(input_ids=window[None], use_cache=False)
+        except _OtherOutputError as error:
+            failure = error
             continue
-        finally:
-            for i, layer in enumerate(layers):
-                blocks[i] = layer
-        if all(len(catcher.calls) == len(windows) for catcher in catchers) and all(
-            catcher.calls[i][0] is catchers[0].calls[i][0] for catcher in catchers for i in range(len(windows))
-        ):
+        except (TypeError, ValueError, IndexError, AttributeError) as error:  # an output that could not be taken apart
+            if not catchers[0].calls:
+                raise  # the model failed by itself
+            failure = error
+            continue
+        if all(len(catcher.calls) == len(windows) for catcher in catchers):
             first = catchers[0].calls
             return [states for states, _, _ in first], [catcher.calls[0][1:] for catcher in catchers]
     raise WalkError(f"the layers of {type(model).__name__} do not hand hidden states from one to the next") from failure
+
+
+@contextmanager
+def _standing_in(blocks: nn.ModuleList, catchers: Sequence[_Catcher]) -> Iterator[None]:
+    layers = list(blocks)
+    for i, catcher in enumerate(catchers):
+        blocks[i] = catcher
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(layers):
+            blocks[i] = layer

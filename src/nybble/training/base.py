@@ -31,6 +31,7 @@ from nybble.memory.measure import anonymous_bytes, available_bytes
 from nybble.models.interface import ModelSource
 from nybble.models.save import CalibrationInput, Quality, quantize_folder
 from nybble.models.source import open_source
+from nybble.models.walk import WalkError
 from nybble.training.display import format_bytes
 from nybble.training.run_folder import RunFolder
 
@@ -39,10 +40,15 @@ AFFORDABLE = 0.1  # of the training's time that calibrating may take before it i
 
 @dataclass(frozen=True)
 class QualityChoice:
-    """How a run's weights are put into four bits, and why so."""
+    """How a run's weights are put into four bits, and why so.
+
+    Args:
+        asked: the user did; what was asked for is done, or the run refused.
+    """
 
     quality: Quality
     why: str
+    asked: bool = False
 
 
 def quant_spec(config: TrainConfig) -> QuantSpec | None:
@@ -76,11 +82,12 @@ def choose_quality(
     if config.quality in ("search", "calibrated") or config.calibrate is not None:
         check_searchable(config.format)
     if config.quality in ("absmax", "search"):
-        return QualityChoice(config.quality, "as asked")
+        return QualityChoice(config.quality, "as asked", asked=True)
     if config.format in UNSEARCHABLE:
         return QualityChoice("absmax", f"{config.format} has zero points, which are not calibrated")
     if config.quality == "calibrated" or config.calibrate is not None:
-        return QualityChoice("calibrated", "as asked" if config.calibrate is None else "text to calibrate on was given")
+        why = "as asked" if config.calibrate is None else "text to calibrate on was given"
+        return QualityChoice("calibrated", why, asked=True)
     needed = calibration_peak(config, source, dtype)
     room = _budget(config, device) or anonymous_bytes() + available_bytes(torch.device("cpu"))
     if needed > room:
@@ -168,10 +175,19 @@ def make_calibrated_base(
     console.print(f"calibrating on {text.description}", highlight=False)
     progress = partial(track, description="calibrating", console=console, transient=True)
     calibration = CalibrationInput(text.windows, dtype)
-    done = quantize_folder(source, specs, folder, progress, quality="calibrated", calibration=calibration)
-    for note in done.notes:
-        console.print(note, highlight=False)
+    quantize_folder(source, specs, folder, progress, quality="calibrated", calibration=calibration)
     return open_source(str(folder))
+
+
+def without_calibration(choice: QualityChoice, error: WalkError) -> QualityChoice:
+    """What is done instead, where calibrating was nybble's own choice.
+
+    Raises:
+        WalkError: it was the user's.
+    """
+    if choice.asked:
+        raise error
+    return QualityChoice("absmax", f"it cannot be calibrated: {error.reason}")
 
 
 def adopt_base(run: RunFolder) -> None:

@@ -38,6 +38,7 @@ from nybble.models.load import load_model
 from nybble.models.mixed import MixedFormats
 from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
+from nybble.models.walk import WalkError
 from nybble.models.tokenizer import save_tokenizer
 from nybble.options import config_to_yaml
 from nybble.training.base import (
@@ -50,6 +51,7 @@ from nybble.training.base import (
     make_calibrated_base,
     quant_spec,
     run_calibration_text,
+    without_calibration,
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.deal import dealer, total_steps
@@ -128,8 +130,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
     num_steps = total_steps(config, len(data.train), config.rows_per_step)
     choice = choose_quality(config, source, data, num_steps, dtype, device)
-    if choice is not None:
-        console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
+    show_quality(console, choice)
     plan_it = partial(plan_run, config, deal=dealer(config, data), dtype=dtype, device=device)
     calibrated = choice is not None and choice.quality == "calibrated"
     if config.memory is not None and (calibrated or config.mixed is not None) and not config.resume:
@@ -144,7 +145,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     if mixed is not None:
         show_mixed(console, mixed)
     specs = base_specs(config, run) if mixed is None else mixed.specs
-    base_source = _base_source(config, run, source, specs, text, choice, dtype, console)
+    base_source, choice = _base_source(config, run, source, specs, text, choice, dtype, console)
 
     with PeakMemory(device) as memory:
         skeleton = build_skeleton(base_source.config, dtype)
@@ -252,15 +253,26 @@ def _base_source(
     choice: QualityChoice | None,
     dtype: torch.dtype,
     console: Console,
-) -> ModelSource:
-    """What the frozen base is loaded from: the source, or the calibrated folder made from it."""
+) -> tuple[ModelSource, QualityChoice | None]:
+    """What the frozen base is loaded from: the source, or the calibrated folder made from it; and how it came to be."""
     if choice is None or choice.quality != "calibrated":
-        return source
+        return source, choice
     kept = kept_base(run) if config.resume else None
     if kept is not None:
-        return kept
+        return kept, choice
     assert specs is not None
-    return make_calibrated_base(run, source, specs, text(), dtype, console)
+    try:
+        return make_calibrated_base(run, source, specs, text(), dtype, console), choice
+    except WalkError as error:
+        instead = without_calibration(choice, error)
+        show_quality(console, instead)
+        return source, instead
+
+
+def show_quality(console: Console, choice: QualityChoice | None) -> None:
+    """How the weights are put into four bits, where they are."""
+    if choice is not None:
+        console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
 
 
 def _measure_mixed(
