@@ -45,7 +45,7 @@ def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: Activat
     dtype = resolve_compute_dtype("auto", torch.device("cpu"))
     store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0) if streamed else None
     names = () if store is None else store.names
-    ends = streamed and end_bytes(ModelShape.from_config(source.config.to_dict())) >= STREAMED_ENDS_BYTES
+    ends = streamed and end_bytes(ModelShape.of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
     model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
     backbone, head = BlockBackbone(model, "nothing", store, kept), LossHead.of(model)

@@ -30,6 +30,8 @@ from nybble.options import (
     split_names,
 )
 
+DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits where it is called four-bit
+
 
 class ModelOptions(Options):
     group: ClassVar[str] = "Model"
@@ -105,6 +107,17 @@ class FourBitOptions(Options):
         True,
         "Store the scales in 8 bits too: 4.13 instead of 4.5 bits a weight.",
         elsewhere=("bnb_4bit_use_double_quant",),
+    )
+
+
+class DenseShareOptions(Options):
+    group: ClassVar[str] = "Four bits"
+
+    max_dense_share: float = knob(
+        DENSE_SHARE,
+        "Most of the blocks' weights that may stay in 16 bits, such as stacked experts; more is refused.",
+        ge=0,
+        le=1,
     )
 
 
@@ -362,6 +375,7 @@ class TrainConfig(
     MemoryOptions,
     AdapterOptions,
     QualityOptions,
+    DenseShareOptions,
     FourBitOptions,
     BaseFormat,
     RunOptions,
@@ -394,6 +408,7 @@ class PlanConfig(
     MemoryOptions,
     AdapterSizes,
     MixedOptions,
+    DenseShareOptions,
     FourBitOptions,
     BaseFormat,
     RowOptions,
@@ -425,7 +440,7 @@ class SynthConfig(FourBitOptions, OutputFormat):
     seed: int = knob(0, "Seed of the weights.", ge=0, le=2**32 - 1)
 
 
-class QuantizeConfig(ComputeOptions, QualityOptions, FourBitOptions, OutputFormat, ModelOptions):
+class QuantizeConfig(ComputeOptions, QualityOptions, DenseShareOptions, FourBitOptions, OutputFormat, ModelOptions):
     """What `nybble quantize` needs to know."""
 
     group: ClassVar[str] = "Output"
@@ -449,7 +464,13 @@ class ComparisonOptions(Options):
 
 
 class EvalQualityConfig(
-    ComputeOptions, ComparisonOptions, CalibrationOptions, FourBitOptions, DataOptions, ModelOptions
+    ComputeOptions,
+    ComparisonOptions,
+    CalibrationOptions,
+    DenseShareOptions,
+    FourBitOptions,
+    DataOptions,
+    ModelOptions,
 ):
     """What `nybble eval quality` needs to know."""
 

@@ -1,6 +1,9 @@
 """A run's plan: a budget that holds, refusals that say what would fit, `nybble plan` from a config alone."""
 
+import io
 import json
+import shlex
+import shutil
 
 import pytest
 import torch
@@ -9,10 +12,12 @@ from rich.console import Console
 from nybble.cli.main import app
 from nybble.config import PlanConfig, load_config
 from nybble.errors import ConfigError, ModelError, PlanError
-from nybble.memory.planner import require
+from nybble.memory.planner import Cause, require
+from nybble.models.shapes import SHAPES
 from nybble.options import build_options, parse_size
 from nybble.training import checkpoint, loop, session
 from nybble.training.foresee import foresee
+from nybble.training.plan import describe_left, plans_json, show_plans
 from nybble.training.session import train
 
 
@@ -23,6 +28,21 @@ def plans(**options):
 def config(tiny_model, data, out, **options):
     given = {"model": str(tiny_model), "data": str(data), "out": str(out), "max_steps": 1, "rows_per_step": 4}
     return load_config(None, given | options)
+
+
+@pytest.fixture
+def tiny_mixture(tmp_path, tiny_model):
+    """A Mixtral with the tokenizer of the tiny Llama."""
+    from safetensors.torch import save_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mixture = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **sizes)
+    mixture.save_pretrained(folder)
+    save_model(MixtralForCausalLM(mixture).bfloat16(), str(folder / "model.safetensors"))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -46,14 +66,14 @@ def test_the_fastest_that_fits_is_chosen_and_each_other_strategy_has_a_reason():
     assert chosen.strategy == "4-bit" and chosen.keep == "everything"
     assert chosen.peak_bytes == sum(chosen.components.values()) <= made.machine.budget_bytes
     assert {plan.strategy for plan in made.rejected} == {plan.strategy for plan in made.best} - {"4-bit"}
-    assert all(plan.why_not for plan in made.rejected)
+    assert all(made.reason(plan).sentence for plan in made.rejected)
 
 
 def test_less_memory_leaves_fewer_plans_and_none_that_takes_more_than_there_is():
     own = plans(memory="4GB")[0].machine.process_bytes
     fitting = []
     for megabytes in (4000, 1000, 700, 500, 400, 300):
-        made, _, _ = plans(memory=own + megabytes * 10**6)
+        made, _, _ = plans(memory=own + megabytes * 10**6, compute_dtype="bf16")
         assert made.chosen.peak_bytes <= made.machine.budget_bytes
         fitting.append(sum(not plan.why_not for plan in made.candidates))
     assert fitting == sorted(fitting, reverse=True) and fitting[0] > fitting[-1]
@@ -68,13 +88,101 @@ def test_70b_streams_in_a_budget_that_its_weights_exceed():
 def test_a_base_that_adapters_start_from_is_not_streamed():
     made, _, _ = plans(model="llama-2-70b", memory="20GB", rows_per_step=1, init="loftq")
     assert made.chosen is None
-    assert {p.why_not for p in made.best if "base from" in p.strategy} == {"--init loftq needs the whole base"}
+    streamed = [p.barred for p in made.best if "base from" in p.strategy]
+    assert {(bar.sentence, bar.way) for bar in streamed} == {("--init loftq needs the whole base", "--init default")}
+
+
+def test_what_would_fit_from_a_four_bit_folder_names_the_command_that_makes_one(tmp_path):
+    """Llama-3-70B in 16 bits on a card of 24 GB."""
+    config = SHAPES["llama-3-8b"] | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    folder = tmp_path / "Llama 3 70B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 28672}))
+    options = {"model": str(folder), "device": "24GB-gpu", "host_memory": "64GB", "rows_per_step": 1, "block_size": 128}
+    made, asked, freed = plans(**options)
+    assert made.chosen is None
+    way = f"nybble quantize --model '{folder}' --out 'Llama 3 70B-nf4' --block-size 128, then --model 'Llama 3 70B-nf4'"
+    with pytest.raises(PlanError) as refused:
+        require(made, asked, freed)
+    assert "4-bit, base from" in refused.value.allowed and way in refused.value.fix
+    shown = io.StringIO()
+    show_plans(Console(file=shown, width=300), made, asked)
+    assert f"not 4-bit, base from disk: read from a 4-bit folder only; it would fit: {way}" in shown.getvalue()
+    fixed, asked, freed = plans(**options | {"stream_base": "never", "keep": "everything"})
+    with pytest.raises(PlanError, match="nybble quantize"):
+        require(fixed, asked, freed)
+
+
+def test_the_command_that_a_refusal_names_opens_what_it_says(tiny_model, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    options = {"model": str(tiny_model), "memory": "4GB", "stream_base": "always", "double_quant": False}
+    made, asked, freed = plans(**options)
+    with pytest.raises(PlanError) as refused:
+        require(made, asked, freed)
+    command, then = refused.value.fix.rstrip(".").partition("4-bit folder: ")[2].split(", then ")
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert "In 16 bits: embedding and head" in result.output
+    flag, folder = shlex.split(then)
+    assert flag == "--model" and plans(**options | {"model": folder})[0].chosen.resident_blocks is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({"format": "none"}, "--format nf4"),
+        ({"stream_base": "never"}, "--stream-base auto"),
+        ({"init": "loftq"}, "--init default"),
+        ({"page_optimizer": "always"}, "--page-optimizer auto"),
+        ({"stream_base": "always"}, "--stream-base auto"),
+    ],
+)
+def test_every_option_that_bars_a_plan_says_what_opens_it(options, way):
+    made, _, _ = plans(memory="40GB", **options)
+    assert way in {plan.way for plan in made.candidates}
+
+
+def test_every_reason_is_a_value():
+    made, _, _ = plans(memory="700MB", init="loftq")
+    causes = {made.reason(plan).cause for plan in made.rejected}
+    assert causes <= set(Cause) and Cause.COMPARISON in causes
+    record = plans_json(made)
+    assert all(each["cause"] in {cause.name.lower() for cause in Cause} for each in record["rejected"])
+
+
+def test_a_mixture_of_experts_is_not_planned_as_four_bit(tmp_path):
+    config = {"model_type": "mixtral", "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made, asked, freed = plans(model=str(tmp_path), memory="80GB")
+    with pytest.raises(PlanError, match=r"(?s)weights stay in 16 bits.*--format none.*--max-dense-share"):
+        require(made, asked, freed)
+    experts = "model.layers.*.mlp.experts.gate_up_proj"
+    assert any(experts in line and "without an adapter, not in four bits" in line for line in describe_left(asked))
+    accepted = plans(model=str(tmp_path), memory="80GB", max_dense_share=1)[0]
+    assert accepted.chosen.strategy == "4-bit"
+    assert accepted.chosen.components["weights not in four bits"] >= 2 * 2 * 8 * 3 * 4096 * 14336
+
+
+def test_a_run_of_a_mixture_is_refused_before_anything_is_loaded(tiny_mixture, data, tmp_path):
+    with pytest.raises(ModelError, match="cannot be put into four bits"):
+        train(config(tiny_mixture, data, tmp_path / "run"), Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "mpt", "xglm", "opt", "falcon", "gemma2"])
+def test_every_architecture_that_transformers_builds_is_planned(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    made, asked, _ = plans(model=str(tmp_path), memory="400GB")
+    assert made.chosen.components["base weights"] == pytest.approx(
+        asked.shape.parts.linear_elements * 4.127 / 8, rel=1e-2
+    )
 
 
 def test_a_mixed_folder_is_planned_with_the_bits_of_its_layers(tmp_path):
     from nybble.formats.bnb import quantization_config
     from nybble.formats.quantized_tensor import QuantSpec
-    from nybble.models.shapes import SHAPES
 
     base = {}
     for second in ("nf4", "nf2"):
@@ -85,10 +193,11 @@ def test_a_mixed_folder_is_planned_with_the_bits_of_its_layers(tmp_path):
     assert base["nf2"] == pytest.approx(base["nf4"] * (4.127 + 2.127) / 2 / 4.127, rel=2e-2)
 
 
-def test_a_config_without_a_field_that_is_needed_names_it(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
-    with pytest.raises(ModelError, match="num_attention_heads"):
-        plans(model=str(tmp_path))
+def test_a_config_that_transformers_cannot_build_is_refused(tmp_path):
+    for written, said in (({"model_type": "nonsense"}, "nonsense"), ({"hidden_size": 64}, "no model_type")):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        with pytest.raises(ModelError, match=said):
+            plans(model=str(tmp_path))
 
 
 def test_a_budget_below_the_smallest_plan_says_what_would_change_it(tiny_model, data, tmp_path):

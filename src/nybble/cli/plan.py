@@ -30,7 +30,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plans_json(plans), indent=2))
     else:
-        show_plans(Console(), plans)
+        show_plans(Console(), plans, ask)
     from nybble.memory.planner import require
 
     require(plans, ask, freed)

@@ -12,6 +12,7 @@ from nybble.options import build_options
 
 if TYPE_CHECKING:
     from nybble.models.interface import ModelSource
+    from nybble.models.inventory import Inventory
     from nybble.models.partial import LayerReport
     from nybble.models.save import CalibrationInput, Quality
 
@@ -42,16 +43,33 @@ def quantize(given: dict[str, Any]) -> int:
         show_mixed(console, mixed)
         specs = mixed.specs
     progress = partial(track, description="quantizing", console=console, transient=True)
-    done = quantize_folder(source, specs, config.out, progress, quality=quality, calibration=calibration)
+    done = quantize_folder(
+        source,
+        specs,
+        config.out,
+        progress,
+        quality=quality,
+        calibration=calibration,
+        max_dense_share=config.max_dense_share,
+    )
     if done.reports:
         console.print(_table(done.reports, quality == "calibrated"))
-    for note in done.notes:
-        console.print(note, highlight=False)
     if config.mixed is not None or config.format not in BITSANDBYTES_FORMATS:
         console.print(f"Only nybble loads it: bitsandbytes has {' and '.join(BITSANDBYTES_FORMATS)}.", highlight=False)
     formats = config.format if config.mixed is None else "mixed formats"
     console.print(f"{config.out} holds {config.model} in {formats}, {quality}.", highlight=False, markup=False)
+    console.print(f"In 16 bits: {_in_16_bits(done.inventory)}.", highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _in_16_bits(inventory: "Inventory") -> str:
+    """What is not in four bits, with its bytes; where it is more than embedding and head, how much of the blocks."""
+    from nybble.memory.costs import DENSE_BYTES
+    from nybble.training.display import format_bytes
+
+    parts = [("embedding and head", inventory.end_elements), *inventory.dense, *inventory.around]
+    listed = ", ".join(f"{name} {format_bytes(DENSE_BYTES * numel)}" for name, numel in parts)
+    return listed + (f" ({inventory.dense_share:.1%} of the blocks' weights)" if inventory.dense else "")
 
 
 def _quality(config: QuantizeConfig) -> "Quality":

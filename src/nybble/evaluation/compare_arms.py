@@ -159,7 +159,15 @@ def _measure(
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "arm"
         started = time.perf_counter()
-        quantize_folder(source, spec, out, progress, quality=arm.quality, calibration=calibration)
+        quantize_folder(
+            source,
+            spec,
+            out,
+            progress,
+            quality=arm.quality,
+            calibration=calibration,
+            max_dense_share=config.max_dense_share,
+        )
         seconds = time.perf_counter() - started
         model = load_model(open_source(str(out)), spec, dtype)
     return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.seed))

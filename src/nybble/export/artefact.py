@@ -138,7 +138,15 @@ def write(
     if artefact.kind == "16bit":
         save_dense_folder(merged, out, progress)
         return None
-    quantize_folder(merged, merged_spec(opened), out, progress, quality=quality, calibration=calibration)
+    quantize_folder(
+        merged,
+        merged_spec(opened),
+        out,
+        progress,
+        quality=quality,
+        calibration=calibration,
+        max_dense_share=opened.config.max_dense_share,
+    )
     survival = merged.survival(open_source(str(out)))
     console.print(f"{survival:.1%} of ΔW survived the rounding to four bits.", highlight=False)
     return survival

@@ -61,7 +61,8 @@ def load_rounded(
         return load_model(merged, spec, dtype, quality=quality)
     with tempfile.TemporaryDirectory(prefix=".tmp-rounded-", dir=merged.opened.run.path) as folder:
         out = Path(folder) / "model"
-        quantize_folder(merged, spec, out, quality=quality, calibration=calibration)
+        share = merged.opened.config.max_dense_share
+        quantize_folder(merged, spec, out, quality=quality, calibration=calibration, max_dense_share=share)
         return load_model(open_source(str(out)), spec, dtype)
 
 

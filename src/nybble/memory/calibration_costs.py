@@ -1,7 +1,8 @@
 """What calibrating costs in bytes and in work, beside the training that it is for: arithmetic only."""
 
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.memory.costs import DENSE_BYTES, ModelShape, block_bytes
+from nybble.memory.costs import DENSE_BYTES, SHARED_INPUTS, ModelShape, block_bytes
+from nybble.models.inventory import BlockParts
 from nybble.models.walk import CHUNK_TOKENS, KEPT_BYTES, STATES_DTYPE
 
 FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
@@ -16,17 +17,19 @@ AROUND_BYTES = 120_000_000  # gaps in the heap, compiled products; fitted to wha
 def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> float:
     """Multiply-adds of calibrating, those in fp32 counted by what they take over the compute dtype's."""
     fp32 = FP32_COST if compute_bytes == 2 else 1.0
-    inputs = [shape.hidden_size, shape.query_width, shape.hidden_size, shape.intermediate_size]
-    gram = sum(width * width for width in inputs)
-    weights = sum(rows * columns for rows, columns in shape.linears)
-    by_weight = sum(rows * rows * columns for rows, columns in shape.linears)
-    by_tokens = weights * (2 + DRIFT_SHARE) + fp32 * GRAM_SHARE * gram  # forward of quantised and of 16-bit states
-    return shape.num_layers * (tokens * by_tokens + fp32 * WEIGHT_PASSES * by_weight)
+    products = 0.0
+    for block, count in shape.parts.blocks:
+        gram = sum(width * width for width, _ in _groups(block))
+        by_weight = sum(rows * rows * columns for _, rows, columns in block.linears)
+        # forward of quantised and of 16-bit states
+        by_tokens = block.linear_elements * (2 + DRIFT_SHARE) + fp32 * GRAM_SHARE * gram
+        products += count * (tokens * by_tokens + fp32 * WEIGHT_PASSES * by_weight)
+    return products
 
 
 def training_products(shape: ModelShape, tokens: float, supervised: float) -> float:
     """Multiply-adds of a run's frozen products: forward, gradient of the input, the head of supervised tokens."""
-    weights = shape.num_layers * sum(rows * columns for rows, columns in shape.linears)
+    weights = shape.multiplied_elements
     return 2 * weights * tokens + 2 * shape.vocab_size * shape.hidden_size * supervised
 
 
@@ -39,14 +42,24 @@ def calibration_bytes(shape: ModelShape, spec: QuantSpec, tokens: int, compute_b
     embedding.
     """
     a_feature = tokens * 3 // 2  # of all tokens and half of them again, elements
-    block = compute_bytes * (shape.block_elements + max(i * o for i, o in shape.linears)) + block_bytes(shape, spec)
-    q, k, v, o, gate, up, down = shape.linears
     chunk_tokens = min(CHUNK_TOKENS, tokens)
     heights = [DENSE_BYTES * shape.vocab_size * shape.hidden_size]
-    for group, is_kept in (((q, k, v), False), ((o,), True), ((gate, up), False), ((down,), True)):
-        width, outs = group[0][0], [out for _, out in group]
-        kept = min(KEPT_BYTES, compute_bytes * a_feature * width) if is_kept else 0
-        chunk = chunk_tokens * ((WIDE + 3 * compute_bytes) * width + 2 * compute_bytes * shape.intermediate_size)
-        held = block + kept + WIDE * width * (width + sum(outs))
-        heights.append(held + max(chunk, (WEIGHTS_AT_WORK - 1) * WIDE * width * max(outs)))
+    for block, _ in shape.parts.blocks:
+        elements = block.linear_elements + block.matrix_elements + max((i * o for _, i, o in block.linears), default=0)
+        in_both = compute_bytes * elements + block_bytes(block, spec)
+        for width, outs in _groups(block):
+            kept = min(KEPT_BYTES, compute_bytes * a_feature * width) if len(outs) == 1 else 0
+            chunk = chunk_tokens * ((WIDE + 3 * compute_bytes) * width + 2 * compute_bytes * shape.intermediate_size)
+            held = in_both + kept + WIDE * width * (width + sum(outs))
+            heights.append(held + max(chunk, (WEIGHTS_AT_WORK - 1) * WIDE * width * max(outs)))
     return STATES_DTYPE.itemsize * a_feature * shape.hidden_size + max(heights) + AROUND_BYTES
+
+
+def _groups(block: BlockParts) -> list[tuple[int, list[int]]]:
+    """Linears that share an input: its width, and their out_features."""
+    groups: dict[tuple[str, str], tuple[int, list[int]]] = {}
+    for name, width, out in block.linears:
+        parent, _, leaf = name.rpartition(".")
+        first = next((names[0] for names in SHARED_INPUTS if leaf in names), leaf)
+        groups.setdefault((parent, first), (width, []))[1].append(out)
+    return list(groups.values())

@@ -1,4 +1,4 @@
-"""What each part of a training run costs in bytes and in work: arithmetic only, nothing is loaded.
+"""What each part of a training run costs in bytes and in work: arithmetic on the sizes of a model's own parameters.
 
 Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L blocks, V vocabulary,
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
@@ -9,15 +9,19 @@ returns the parts of the highest. The optimizer's update adds nothing to what is
 nothing: tensors are written from where they are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from nybble.errors import ConfigError, ModelError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.loss_head import LARGE_HEAD_BYTES, PANEL_ROWS
+from nybble.models.inventory import BlockParts, Inventory, take_inventory
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import PreTrainedModel
+
     from nybble.layers.decoder_block import Keep
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
@@ -52,7 +56,7 @@ class Gaps(NamedTuple):
 GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them
 MARGIN, LEAST_MARGIN = 0.04, 10_000_000  # of what is counted; no measured plan lacked more, the libraries' own included
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that are given the same tensor
 
 
 @dataclass(frozen=True)
@@ -60,84 +64,116 @@ class ModelShape:
     """The widths of a decoder that decide what it costs.
 
     Args:
-        linears: (in_features, out_features) of each linear layer of one block, in the order of `LINEARS`.
+        parts: its parameters, as they are.
+        hidden_size: h, of the states between blocks.
+        num_heads: of attention; it matters to decoder blocks, whose families all have them.
+        query_width, key_value_width: of all heads together; h where no layer is called so.
+        intermediate_size: of the widest MLP that a token passes, with all of its experts.
     """
 
-    num_layers: int
+    parts: Inventory
     hidden_size: int
     num_heads: int
     query_width: int
     key_value_width: int
     intermediate_size: int
-    vocab_size: int
-    tied: bool
-    linears: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "ModelShape":
-        """From the fields of a config.json with Llama's names.
+    def of(cls, model: "PreTrainedModel", in_four_bits: "Collection[str] | None" = None) -> "ModelShape":
+        """Read off the model's own parameters; it may be on the meta device.
 
-        Raises:
-            ModelError: a field that the arithmetic needs is missing; the message names it.
+        Args:
+            in_four_bits: the linear layers that are or will be; all of the blocks' if not given.
         """
-        hidden = _field(config, "hidden_size", "n_embd")
-        heads = _field(config, "num_attention_heads", "n_head")
-        kv_heads = config.get("num_key_value_heads") or heads
-        head_dim = config.get("head_dim") or hidden // heads
-        width = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
-        q, kv = heads * head_dim, kv_heads * head_dim
-        attention = ((hidden, q), (hidden, kv), (hidden, kv), (q, hidden))
-        mlp = ((hidden, width), (hidden, width), (width, hidden))
+        parts = take_inventory(model, in_four_bits)
+        sizes = [_linears(block) for block, _ in parts.blocks]
+        hidden = _hidden_size(parts)
+        query = max((found["q_proj"][1] for found in sizes if "q_proj" in found), default=hidden)
+        key_value = max((found["k_proj"][1] for found in sizes if "k_proj" in found), default=query)
+        heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
         return cls(
-            _field(config, "num_hidden_layers", "n_layer"),
+            parts,
             hidden,
-            heads,
-            q,
-            kv,
-            width,
-            _field(config, "vocab_size"),
-            bool(config.get("tie_word_embeddings", False)),
-            attention + mlp,
+            heads if isinstance(heads, int) else 1,
+            query,
+            key_value,
+            max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
         )
 
     @property
-    def block_elements(self) -> int:
-        """Weights of the linear layers of one block."""
-        return sum(rows * columns for rows, columns in self.linears)
+    def num_layers(self) -> int:
+        return self.parts.num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        return self.parts.head[0]
 
     @property
     def parameters(self) -> int:
         """All of the model's."""
-        return self.num_layers * self.block_elements + dense_bytes(self) // DENSE_BYTES
+        return self.parts.elements
 
-    def adapter_parameters(self, rank: int, target_modules: str | Sequence[str]) -> int:
-        """P: r · (in + out) of every adapted layer.
+    @property
+    def largest_linear(self) -> int:
+        """Elements of the largest linear layer of a block."""
+        return max((i * o for block, _ in self.parts.blocks for _, i, o in block.linears), default=0)
 
-        Raises:
-            ConfigError: a name is none of `LINEARS`.
-        """
-        wanted: Sequence[str] = LINEARS[:4] if target_modules == "attention" else target_modules
-        if target_modules == "all-linear":
-            wanted = LINEARS
-        for name in wanted:
-            if name.rpartition(".")[2] not in LINEARS:
-                raise ConfigError(
-                    f"target_modules names {name!r}, which the arithmetic does not know.",
-                    f"Allowed: all-linear, attention, or names among {', '.join(LINEARS)}.",
-                )
-        leaves = {name.rpartition(".")[2] for name in wanted}
-        sizes = [sum(linear) for name, linear in zip(LINEARS, self.linears, strict=True) if name in leaves]
-        return self.num_layers * rank * sum(sizes)
+    @property
+    def multiplied_elements(self) -> int:
+        """Of the matrices of all blocks, those that a token is multiplied with."""
+        return sum(count * (block.linear_elements + _active_elements(block)) for block, count in self.parts.blocks)
+
+    @property
+    def last_products(self) -> int:
+        """Elements of the linears that a block ends with, whose products are never computed again."""
+        return sum(
+            count * rows * columns
+            for block, count in self.parts.blocks
+            for name, rows, columns in block.linears
+            if name.rpartition(".")[2] == "down_proj"
+        )
 
 
-def _field(config: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        if isinstance(config.get(name), int):
-            return int(config[name])
-    raise ModelError(
-        f"The model's config has no whole number under {' or '.join(names)}.",
-        "Memory is predicted from config.json alone, so the field is needed.",
-    )
+def _linears(block: BlockParts) -> dict[str, tuple[int, int]]:
+    """Last part of the name -> (in, out)."""
+    return {name.rpartition(".")[2]: (rows, columns) for name, rows, columns in block.linears}
+
+
+def _hidden_size(parts: Inventory) -> int:
+    """What the head reads; where blocks are wider than their ends, what most of their linears take."""
+    widths = [i for block, count in parts.blocks for _, i, _ in block.linears for _ in range(count)]
+    width = parts.head[1]
+    return width if not widths or width in widths else max(set(widths), key=widths.count)
+
+
+def _mlp_width(block: BlockParts, hidden: int) -> int:
+    """Of the MLP: what its last layer takes; where none is called as in Llama, the widest there is. Experts: those that
+    a token passes.
+    """
+    linears = _linears(block)
+    dense = linears["down_proj"][0] if "down_proj" in linears else 0
+    inner = [size for shape in _experts(block) for size in shape[1:] if size != hidden]
+    experts = _active(block) * min(inner, default=hidden)
+    if not dense and not experts:
+        return max((max(i, o) for _, i, o in block.linears), default=hidden)
+    return dense + experts
+
+
+def _experts(block: BlockParts) -> list[tuple[int, ...]]:
+    """Shapes of stacks of matrices, one for each expert."""
+    return [shape for _, shape in block.matrices if len(shape) == 3 and min(shape[1:]) > 1]
+
+
+def _active(block: BlockParts) -> int:
+    """Experts that a token passes; all of them where the model does not say."""
+    stacked = max((shape[0] for shape in _experts(block)), default=0)
+    return stacked if block.active_experts is None else min(stacked, block.active_experts)
+
+
+def _active_elements(block: BlockParts) -> int:
+    """Elements of the matrices not in four bits that a token is multiplied with."""
+    experts = sum(_active(block) * rows * columns for _, rows, columns in _experts(block))
+    return experts + sum(shape[0] * shape[1] for _, shape in block.matrices if len(shape) == 2)
 
 
 @dataclass(frozen=True)
@@ -216,31 +252,62 @@ class TrainingShape:
     full: bool = False
 
 
-def block_bytes(shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None = None) -> int:
-    """The linear layers of one block; where layers have several formats, of a mean one."""
-    if spec is not None and mixed_bits is not None:
-        return round(shape.block_elements * mixed_bits / 8)
-    return sum(DENSE_BYTES * i * o if spec is None else spec.bytes(i * o) for i, o in shape.linears)
+def block_bytes(
+    block: BlockParts, spec: QuantSpec | None, mixed_bits: float | None = None, dense: int = DENSE_BYTES
+) -> int:
+    """The linear layers of one block; where layers have several formats, of a mean one.
+
+    Args:
+        dense: bytes of a weight that is not in four bits.
+    """
+    if spec is None:
+        return dense * block.linear_elements
+    if mixed_bits is not None:
+        return round(block.linear_elements * mixed_bits / 8)
+    return sum(spec.bytes(i * o) for _, i, o in block.linears)
+
+
+def base_bytes(
+    shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None = None, dense: int = DENSE_BYTES
+) -> int:
+    """The linear layers of all blocks."""
+    return resident_bytes(shape, spec, mixed_bits, dense, shape.num_layers)
+
+
+def resident_bytes(
+    shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None, dense: int, num_blocks: int
+) -> int:
+    """The linear layers of so many blocks, where they differ of the largest."""
+    sizes = [(block_bytes(block, spec, mixed_bits, dense), count) for block, count in shape.parts.blocks]
+    total = 0
+    for size, count in sorted(sizes, reverse=True):
+        total += min(count, num_blocks) * size
+        num_blocks -= min(count, num_blocks)
+    return total
 
 
 def mean_bits(shape: ModelShape, specs: LayerSpecs) -> float:
     """Bits a weight, scales included, of a base whose layers have several formats."""
-    sizes = {name: i * o for name, (i, o) in zip(LINEARS, shape.linears, strict=True)}
+    sizes = {name: i * o for block, _ in shape.parts.blocks for name, (i, o) in _linears(block).items()}
     total = stored = 0
     for layer, spec in specs.items():
-        numel = sizes.get(layer.rpartition(".")[2], shape.block_elements // len(LINEARS))
+        numel = sizes.get(layer.rpartition(".")[2], shape.largest_linear)
         total, stored = total + numel, stored + spec.bytes(numel)
     return 8 * stored / total
 
 
 def end_bytes(shape: ModelShape) -> int:
     """Embeddings and head."""
-    return DENSE_BYTES * shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    return DENSE_BYTES * shape.parts.end_elements
 
 
-def dense_bytes(shape: ModelShape) -> int:
-    """Embeddings, head and norms."""
-    return end_bytes(shape) + DENSE_BYTES * (2 * shape.num_layers + 1) * shape.hidden_size
+def dense_bytes(shape: ModelShape, dense: int = DENSE_BYTES) -> int:
+    """Embeddings, head, norms, and what else lies around the blocks.
+
+    Args:
+        dense: bytes of a weight that is neither in four bits nor in embedding and head.
+    """
+    return end_bytes(shape) + dense * (shape.parts.vector_elements + shape.parts.around_elements)
 
 
 def input_bytes(shape: ModelShape, training: TrainingShape) -> int:
@@ -295,7 +362,8 @@ def module_bytes(shape: ModelShape, training: TrainingShape) -> int:
     norms = 2 * (4 * h + 4 * h)
     inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f
-    dropped = (c + 1) * sum(width for width, _ in shape.linears) if training.dropout else 0  # inputs again, and masks
+    inputs_again = max(sum(width for _, width, _ in block.linears) for block, _ in shape.parts.blocks)
+    dropped = (c + 1) * inputs_again if training.dropout else 0  # inputs again, and masks
     return norms + c * (inputs + mlp + 14 * r) + dropped
 
 
@@ -402,18 +470,16 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     streamed = training.resident_blocks is not None
     resident = layers if training.resident_blocks is None else training.resident_blocks
     assert resident <= layers, (resident, layers)
-    buffers = (
-        min(STREAM_BUFFERS, layers - resident) * block_bytes(shape, training.spec, training.mixed_bits)
-        if streamed
-        else 0
-    )
+    stored = (training.spec, training.mixed_bits, c)  # how a linear's weight is
+    buffers = resident_bytes(shape, *stored, min(STREAM_BUFFERS, layers - resident)) if streamed else 0
     masters = training.adapter_parameters * MASTER_BYTES
     copies = 3 * c * training.adapter_parameters // 2 if training.path == "blocks" else 0
     optimizer = int(training.adapter_parameters * training.adam_bytes)
     always = {
-        "base weights": resident * block_bytes(shape, training.spec, training.mixed_bits),
+        "base weights": resident_bytes(shape, *stored, resident),
+        "weights not in four bits": c * shape.parts.matrix_elements,
         "blocks on their way": buffers,
-        "embeddings, head, norms": dense_bytes(shape) - (end_bytes(shape) if training.stream_ends else 0),
+        "embeddings, head, norms": dense_bytes(shape, c) - (end_bytes(shape) if training.stream_ends else 0),
         "adapters": masters + copies,
         "optimizer state": optimizer if training.page_bytes is None else 0,
         "pages of the optimizer": training.page_bytes or 0,
@@ -425,7 +491,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
     work = working_bytes(shape, training) + inputs
     always["room for logits"] = logits_bytes(shape, training)
     always["a panel of the head, widened"] = widened_bytes(shape, training)
-    always["one dense weight"] = 0 if training.spec is None else c * max(i * o for i, o in shape.linears)
+    always["one dense weight"] = 0 if training.spec is None else c * shape.largest_linear
     heights = [
         {
             "adapter gradients": gradients,
@@ -498,20 +564,20 @@ def work_of(shape: ModelShape, training: TrainingShape) -> Work:
     Attention is causal and within rows.
     """
     tokens, layers = training.batches.tokens, shape.num_layers
-    down = shape.linears[6][0] * shape.linears[6][1]
-    forward = 2.0 * tokens * shape.block_elements
-    again = 0.0 if training.keep == "everything" else forward - 2.0 * tokens * down
+    forward = 2.0 * tokens * shape.multiplied_elements
+    again = 0.0 if training.keep == "everything" else forward - 2.0 * tokens * shape.last_products
     attention = 2.0 * tokens * training.batches.longest_row * shape.query_width
     attention_passes = 3.5 + (1 if training.keep == "nothing" else 0)  # forward 1, backward 2.5
-    adapters = 6.0 * tokens * training.adapter_parameters / layers * (1 if training.keep == "everything" else 4 / 3)
+    adapters = 6.0 * tokens * training.adapter_parameters * (1 if training.keep == "everything" else 4 / 3)
     weights = forward * (3 if training.full else 2) + again
-    blocks = layers * (weights + adapters + attention * attention_passes)
+    blocks = weights + adapters + layers * attention * attention_passes
     head = 4.0 * training.batches.supervised * shape.vocab_size * shape.hidden_size
     passes = 2 + (0 if training.keep == "everything" else 1)
-    dense = 0 if training.spec is None else training.compute_bytes * layers * shape.block_elements * passes
+    dense = 0 if training.spec is None else training.compute_bytes * shape.parts.linear_elements * passes
     read = 0
     if training.resident_blocks is not None:
-        read += 2 * (layers - training.resident_blocks) * block_bytes(shape, training.spec, training.mixed_bits)
+        stored = (training.spec, training.mixed_bits, training.compute_bytes)
+        read += 2 * (base_bytes(shape, *stored) - resident_bytes(shape, *stored, training.resident_blocks))
     if training.stream_ends:
         chunk_rows = max(1, training.chunk_bytes // (shape.vocab_size * training.compute_bytes))
         chunks = -(-training.batches.supervised // chunk_rows)

@@ -14,6 +14,7 @@ that of its memory, a constant for each block entered, and reading where it take
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import PlanError
@@ -24,10 +25,12 @@ from nybble.memory.costs import (
     MicroBatches,
     ModelShape,
     TrainingShape,
+    base_bytes,
     block_bytes,
     end_bytes,
     kept_bytes,
     predict,
+    resident_bytes,
     work_of,
 )
 from nybble.memory.machine import Machine
@@ -46,6 +49,32 @@ FROM_RAM, FROM_DISK = "4-bit, base from RAM", "4-bit, base from disk"
 STRATEGIES = (FULL, LORA16, FOUR, PAGED, FROM_RAM, FROM_DISK)
 
 
+class Cause(Enum):
+    """What a plan is not taken for."""
+
+    COMPARISON = auto()  # nybble has no such way to train
+    OPTION = auto()  # the user's options say otherwise
+    NEEDS_FOLDER = auto()  # blocks are read from a four-bit folder, and this base is none
+    MOSTLY_DENSE = auto()  # the model would not be four-bit
+    BUDGET = auto()  # it takes more memory than it may
+    BESIDE = auto()  # it takes more memory beside the budget than there is
+    SLOWER = auto()  # it fits, and another is faster
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a plan is not taken.
+
+    Args:
+        sentence: for the user.
+        way: options or commands that open it; empty where nothing does.
+    """
+
+    cause: Cause
+    sentence: str
+    way: str = ""
+
+
 @dataclass(frozen=True)
 class Ask:
     """What a run wants.
@@ -56,6 +85,7 @@ class Ask:
         rows_per_step: of one optimizer step.
         keeps: to choose among.
         adapter_parameters, rank: P and r.
+        adapted: names of the layers that get an adapter.
         largest_adapter: parameters of the largest A or B.
         compute_bytes: of an activation.
         spec: the 4-bit format; what strategies in 16 bits ignore.
@@ -84,7 +114,8 @@ class Ask:
     panel_bytes: int
     pagings: tuple[bool, ...]
     offloads: tuple[bool, ...]
-    barred: dict[str, str]
+    barred: dict[str, Reason]
+    adapted: tuple[str, ...] = ()
     mixed_bits: float | None = None
     adam_bytes: float = ADAM_BYTES
 
@@ -102,7 +133,8 @@ class Plan:
         components: bytes at the highest moment; they add up to `peak_bytes`.
         step_s: seconds an optimizer step.
         batches: what its micro-batches come to.
-        why_not: empty where the plan fits and may be chosen.
+        barred: why this run may not take it, whatever it needs; None where it may.
+        too_large: why it does not fit; None where it does.
     """
 
     strategy: str
@@ -115,7 +147,18 @@ class Plan:
     components: dict[str, int]
     step_s: float
     batches: MicroBatches
-    why_not: str = ""
+    barred: Reason | None = None
+    too_large: Reason | None = None
+
+    @property
+    def why_not(self) -> Reason | None:
+        """None where it may be chosen."""
+        return self.barred or self.too_large
+
+    @property
+    def way(self) -> str:
+        """What opens a plan that would fit and may not be taken as things are; empty where nothing does."""
+        return self.barred.way if self.barred is not None and self.too_large is None else ""
 
     @property
     def offloaded(self) -> bool:
@@ -143,7 +186,8 @@ class Plan:
         words += ["--offload-activations always"] if self.offloaded else []
         return " ".join(words + (["--page-optimizer always"] if self.paged else []))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, reason: Reason | None = None) -> dict[str, Any]:
+        """Its values, and why it was not chosen."""
         fields = (
             "strategy",
             "micro_batch_size",
@@ -156,7 +200,9 @@ class Plan:
         )
         record = {name: getattr(self, name) for name in fields}
         record |= {"step_s": round(self.step_s, 4), "components": self.components}
-        return record | ({"why_not": self.why_not} if self.why_not else {})
+        if reason is not None:
+            record |= {"why_not": reason.sentence, "cause": reason.cause.name.lower()}
+        return record | ({"way": self.way} if self.way else {})
 
 
 @dataclass(frozen=True)
@@ -176,20 +222,32 @@ class Plans:
     @property
     def smallest(self) -> Plan:
         """Of those that are allowed."""
-        allowed = [plan for plan in self.candidates if not plan.why_not or plan.why_not.startswith("needs")]
+        allowed = [plan for plan in self.candidates if plan.barred is None]
         return min(allowed or self.candidates, key=lambda plan: plan.peak_bytes)
 
     @property
     def rejected(self) -> tuple[Plan, ...]:
-        """The best of each strategy that was not chosen, each with its reason."""
-        if self.chosen is None:
-            return self.best
-        others = []
-        for plan in self.best:
-            if plan.strategy != self.chosen.strategy:
-                slower = f"fits, but a step takes {plan.step_s / self.chosen.step_s:.2f} times as long"
-                others.append(replace(plan, why_not=plan.why_not or slower))
-        return tuple(others)
+        """The best of each strategy that was not chosen."""
+        return tuple(plan for plan in self.best if self.chosen is None or plan.strategy != self.chosen.strategy)
+
+    def reason(self, plan: Plan) -> Reason:
+        """Why this one was not chosen."""
+        if plan.barred is not None and plan.too_large is not None and plan.barred.cause is not Cause.COMPARISON:
+            return replace(plan.barred, sentence=f"{plan.barred.sentence}, and {plan.too_large.sentence}")
+        if plan.why_not is not None:
+            return plan.why_not
+        assert self.chosen is not None, "a plan that fits and may be taken is"
+        times = plan.step_s / self.chosen.step_s
+        return Reason(Cause.SLOWER, f"fits, but a step takes {times:.2f} times as long")
+
+    @property
+    def openings(self) -> tuple[Plan, ...]:
+        """What would fit and may not be taken as things are: of each way to open it the fastest."""
+        found: dict[str, Plan] = {}
+        for plan in sorted(self.candidates, key=lambda plan: (plan.step_s, plan.peak_bytes)):
+            if plan.way:
+                found.setdefault(plan.way, plan)
+        return tuple(found.values())
 
 
 def make_plans(ask: Ask, machine: Machine) -> Plans:
@@ -250,7 +308,8 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
     )
     if streamed:
         room = machine.budget_bytes - _peak(ask, machine, training)
-        per_block = (1 + (MARGIN if training.on_cpu else 0)) * block_bytes(ask.shape, ask.spec, ask.mixed_bits)
+        largest = max(block_bytes(block, ask.spec, ask.mixed_bits) for block, _ in ask.shape.parts.blocks)
+        per_block = (1 + (MARGIN if training.on_cpu else 0)) * max(1, largest)
         resident = min(max(0, int(room / per_block)), ask.shape.num_layers - 1)
         training = replace(training, resident_blocks=resident)
     components = {"the process itself": _process_bytes(machine)} | predict(ask.shape, training)
@@ -260,7 +319,7 @@ def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", pa
         strategy, size, keep, training.resident_blocks, stream_ends, paged, offloaded_bytes, components, step_s,
         training.batches,
     )  # fmt: skip
-    return replace(plan, why_not=_why_not(ask, machine, plan))
+    return replace(plan, barred=ask.barred.get(strategy), too_large=_too_large(ask, machine, plan))
 
 
 def _peak(ask: Ask, machine: Machine, training: TrainingShape) -> int:
@@ -285,15 +344,14 @@ def _step_seconds(ask: Ask, machine: Machine, training: TrainingShape, strategy:
     return training.micro_batches * micro_batch + update
 
 
-def _why_not(ask: Ask, machine: Machine, plan: Plan) -> str:
-    if plan.strategy in ask.barred:
-        return ask.barred[plan.strategy]
-    if plan.peak_bytes > machine.budget_bytes:
-        return f"needs {plan.peak_bytes / 1e9:.2f} GB, {(plan.peak_bytes - machine.budget_bytes) / 1e9:.2f} GB too many"
+def _too_large(ask: Ask, machine: Machine, plan: Plan) -> Reason | None:
+    if (excess := plan.peak_bytes - machine.budget_bytes) > 0:
+        return Reason(Cause.BUDGET, f"needs {plan.peak_bytes / 1e9:.2f} GB, {excess / 1e9:.2f} GB too many")
     beside = _bytes_beside(ask, machine, plan)
     if beside > machine.host_bytes:
-        return f"needs {beside / 1e9:.2f} GB of memory beside the budget; there are {machine.host_bytes / 1e9:.2f} GB"
-    return ""
+        there = f"there are {machine.host_bytes / 1e9:.2f} GB"
+        return Reason(Cause.BESIDE, f"needs {beside / 1e9:.2f} GB of memory beside the budget; {there}")
+    return None
 
 
 def _bytes_beside(ask: Ask, machine: Machine, plan: Plan) -> int:
@@ -302,9 +360,10 @@ def _bytes_beside(ask: Ask, machine: Machine, plan: Plan) -> int:
     if plan.strategy != FROM_RAM:
         return offloaded
     assert plan.resident_blocks is not None
-    streamed = ask.shape.num_layers - plan.resident_blocks
+    stored = (ask.spec, ask.mixed_bits, ask.compute_bytes)
+    streamed = base_bytes(ask.shape, *stored) - resident_bytes(ask.shape, *stored, plan.resident_blocks)
     ends = end_bytes(ask.shape) if plan.stream_ends else 0
-    return offloaded + streamed * block_bytes(ask.shape, ask.spec, ask.mixed_bits) + ends
+    return offloaded + streamed + ends
 
 
 def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
@@ -314,7 +373,8 @@ def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
         freed: the same run with every choice left to the planner, where the user fixed some.
 
     Raises:
-        PlanError: nothing fits; the message names the nearest plan that does, or the smallest and what would change it.
+        PlanError: nothing fits; the message names what would, with the options or commands that ask for it, else the
+            smallest plan and what would change it.
     """
     if plans.chosen is not None:
         return plans.chosen
@@ -323,13 +383,25 @@ def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
         f"The smallest plan takes {smallest.peak_bytes / 1e9:.2f} GB ({smallest.describe()}); "
         f"the budget is {machine.budget_bytes / 1e9:.2f} GB."
     )
-    nearest = make_plans(freed, machine).chosen if freed is not None else None
-    if nearest is not None:
+    if smallest.barred is not None:
+        got = f"No strategy is left. Not {smallest.strategy}: {plans.reason(smallest).sentence}."
+    elsewise = make_plans(freed, machine) if freed is not None else plans
+    if elsewise.chosen is not None:
+        folder = next(
+            (plan.way for plan in plans.openings if plan.barred and plan.barred.cause is Cause.NEEDS_FOLDER), None
+        )
+        as_they_are = "" if folder is None else f" As they are, they need a 4-bit folder: {folder}."
         raise PlanError(
             got,
-            f"What fits: {nearest.describe()}, with {nearest.peak_bytes / 1e9:.2f} GB.",
-            f"Leave these options to nybble, or take {nearest.flags()}.",
+            f"What fits: {elsewise.chosen.describe()}, with {elsewise.chosen.peak_bytes / 1e9:.2f} GB.",
+            f"Leave these options to nybble, or take {elsewise.chosen.flags()}.{as_they_are}",
         )
+    openings = plans.openings or elsewise.openings
+    if openings:
+        described = [f"{plan.describe()}, with {plan.peak_bytes / 1e9:.2f} GB" for plan in openings]
+        fixed = "" if plans.openings else " Leave the other options to nybble."
+        ways = "; or ".join(plan.way for plan in openings)
+        raise PlanError(got, f"What would fit: {'; or '.join(described)}.", f"Way out: {ways}.{fixed}")
     raise PlanError(got, _largest_parts(smallest), f"What would change it: {'; '.join(_ways_down(ask, machine))}.")
 
 
@@ -353,7 +425,4 @@ def _ways_down(ask: Ask, machine: Machine) -> list[str]:
             largest_adapter=ask.largest_adapter * 4 // ask.rank,
         )  # fmt: skip
         ways.append(f"--rank 4 ({smallest(share)})")
-    for strategy in (FROM_DISK, PAGED):
-        if strategy in ask.barred and ask.barred[strategy].endswith("."):
-            ways.append(ask.barred[strategy].removesuffix("."))
     return ways

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, search_weight
+from nybble.config import DENSE_SHARE
 from nybble.errors import ModelError
 from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
 from nybble.formats.disk import disk_errors
@@ -31,6 +32,7 @@ from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
 from nybble.models.calibrate import BlockCalibrator, block_names, weight_report
 from nybble.models.interface import ModelSource
+from nybble.models.inventory import Inventory, check_dense_share, take_inventory
 from nybble.models.load import Progress
 from nybble.models.partial import LayerReport, PartialFolder, digest_of
 from nybble.models.placement import PlacedTensor, place_tensors, read_placed
@@ -65,11 +67,11 @@ class QuantizedFolder:
 
     Args:
         reports: of the linears, block by block; none for absmax, which there is nothing to compare with.
-        notes: sentences the user should see.
+        inventory: what is in four bits, and what is not.
     """
 
     reports: list[LayerReport]
-    notes: tuple[str, ...] = ()
+    inventory: Inventory
 
 
 def quantize_folder(
@@ -81,6 +83,7 @@ def quantize_folder(
     *,
     quality: Quality = "absmax",
     calibration: CalibrationInput | None = None,
+    max_dense_share: float = DENSE_SHARE,
 ) -> QuantizedFolder:
     """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
 
@@ -93,9 +96,11 @@ def quantize_folder(
         out: a new or empty folder.
         progress: wraps the list of blocks to make, called with `total=`.
         calibration: for quality "calibrated".
+        max_dense_share: of the weights of the blocks, what may stay in 16 bits.
 
     Raises:
-        ModelError: `out` is taken or cannot be written, or the source is damaged or already in four bits.
+        ModelError: `out` is taken or cannot be written, the source is damaged or already in four bits, or too much of
+            it is in no linear layer.
         FormatError: a format whose scales cannot be searched.
         WalkError: calibrated weights of a model whose layers cannot be run one by one.
     """
@@ -109,6 +114,8 @@ def quantize_folder(
         check_searchable(specs.format)
     check_output_free(out)
     model = build_skeleton(source.config)
+    inventory = take_inventory(model)
+    check_dense_share(inventory, source.name, max_dense_share)
     placed = place_tensors(source, model)
     calibrator = None
     if quality == "calibrated":
@@ -124,7 +131,7 @@ def quantize_folder(
         _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
         reports = [report for block in block_names(model) for report in partial.reports(block)]
         partial.remove()
-    return QuantizedFolder(reports)
+    return QuantizedFolder(reports, inventory)
 
 
 def _work(

@@ -4,6 +4,7 @@ Calibrated weights depend on text, so they cannot be made again from the model a
 a folder as `nybble quantize` writes it, with a manifest. Searched and absmax weights are made anew at each loading.
 """
 
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nybble.calibration.search import UNSEARCHABLE, check_searchable
-from nybble.config import CalibrationOptions, TrainConfig
+from nybble.config import DENSE_SHARE, CalibrationOptions, PlanConfig, TrainConfig
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
@@ -30,11 +31,15 @@ from nybble.memory.costs import ModelShape
 from nybble.memory.measure import anonymous_bytes, available_bytes
 from nybble.models.interface import ModelSource
 from nybble.models.save import CalibrationInput, Quality, quantize_folder
+from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
 from nybble.models.walk import WalkError
+from nybble.options import yaml_key
 from nybble.training.display import format_bytes
 from nybble.training.run_folder import RunFolder
 
+# options of a run that `nybble quantize` has too and that decide what its folder is
+QUANTIZE_FLAGS = ("tokenizer", "format", "block_size", "double_quant", "mixed", "max_dense_share")
 AFFORDABLE = 0.1  # of the training's time that calibrating may take before it is left out
 
 
@@ -120,12 +125,26 @@ def check_calibration_fits(config: TrainConfig, source: ModelSource, dtype: torc
     """
     budget, needed = _budget(config, device), calibration_peak(config, source, dtype)
     if budget is not None and needed > budget:
+        command, folder = quantize_command(config)
         raise PlanError(
             f"Calibrating {source.name} takes about {format_bytes(needed)}; the budget is {format_bytes(budget)}.",
             "What takes less: --quality absmax; a folder in four bits; fewer --calibration-tokens, where it is their "
             "states that take the room.",
-            "Calibrate with `nybble quantize` where there is more memory, and give --model its folder.",
+            f"Or where there is more memory: {command} --quality calibrated, then --model {shlex.quote(folder)}",
         )
+
+
+def quantize_command(options: TrainConfig | PlanConfig) -> tuple[str, str]:
+    """The command that makes a four-bit folder as these options want one, and the folder's name."""
+    format = "nf4" if options.format == "none" else options.format
+    folder = f"{Path(options.model).expanduser().absolute().name.removesuffix('.gguf')}-{format}"
+    words = ["nybble", "quantize", "--model", options.model, "--out", folder]
+    for name in QUANTIZE_FLAGS:
+        value = getattr(options, name)
+        if value not in (type(options).model_fields[name].default, "none"):
+            flag = f"--{'no-' if value is False else ''}{yaml_key(name)}"
+            words += [flag] if isinstance(value, bool) else [flag, str(value)]
+    return shlex.join(words), folder
 
 
 def _budget(config: TrainConfig, device: torch.device) -> int | None:
@@ -134,7 +153,7 @@ def _budget(config: TrainConfig, device: torch.device) -> int | None:
 
 
 def _shape(source: ModelSource) -> ModelShape:
-    return ModelShape.from_config(source.config.get_text_config().to_dict())
+    return ModelShape.of(build_skeleton(source.config))
 
 
 def run_calibration_text(
@@ -167,6 +186,7 @@ def make_calibrated_base(
     text: CalibrationText,
     dtype: torch.dtype,
     console: Console,
+    max_dense_share: float = DENSE_SHARE,
 ) -> ModelSource:
     """Calibrate beside the run's folder; `adopt_base` moves the result in. Interrupted, it goes on where it stopped."""
     folder = staged_base(run)
@@ -175,7 +195,15 @@ def make_calibrated_base(
     console.print(f"calibrating on {text.description}", highlight=False)
     progress = partial(track, description="calibrating", console=console, transient=True)
     calibration = CalibrationInput(text.windows, dtype)
-    quantize_folder(source, specs, folder, progress, quality="calibrated", calibration=calibration)
+    quantize_folder(
+        source,
+        specs,
+        folder,
+        progress,
+        quality="calibrated",
+        calibration=calibration,
+        max_dense_share=max_dense_share,
+    )
     return open_source(str(folder))
 
 

@@ -4,26 +4,30 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nybble.config import DataConfig, PlanConfig
 from nybble.data.template import ChatTemplate
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
-from nybble.layers.backbone import why_not_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.costs import MicroBatches, ModelShape
+from nybble.memory.costs import MicroBatches
 from nybble.memory.machine import Machine, named_machine, this_machine
 from nybble.memory.planner import Ask, Plans, make_plans
 from nybble.models.hub import fetch_config, looks_like_hub_id
 from nybble.models.shapes import SHAPES
+from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
 from nybble.training.deal import dealer, even_run
-from nybble.training.plan import ask_for
+from nybble.training.plan import asks, needs_folder
 from nybble.training.session import prepare_data
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+QUANTIZATION = "quantization_config"  # which the tensors' own names and sizes say
 PROCESS_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 
 
@@ -31,37 +35,27 @@ def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
     """The plans for these options, what was asked, and the same with every choice left to the planner.
 
     Raises:
-        ModelError: the config cannot be found or lacks a field that the arithmetic needs.
+        ModelError: the config cannot be found, or transformers cannot build its model.
     """
-    config = read_config(options.model)
-    shape = ModelShape.from_config(config)
+    written = read_config(options.model)
     machine, dtype, on_cpu = _machine(options)
-    knows = on_cpu and options.packing and not options.dropout and why_not_config(_Fields(config)) is None
-    path = "blocks" if knows else "generic"
-    deal = _dealer(options, shape)
-    spec, layer_specs = spec_from_config(config), layer_specs_from_config(config)
-
-    def ask(freely: bool) -> Ask:
-        return ask_for(
-            options,
-            shape,
-            deal=deal,
-            adapter_parameters=shape.adapter_parameters(options.rank, options.target_modules),
-            path=path,
-            dtype=dtype,
-            on_cpu=on_cpu,
-            why_not_streamed=_why_not_streamed(options, spec is not None),
-            spec=spec,
-            specs=layer_specs,
-            freely=freely,
-        )
-
-    asked = ask(freely=False)
-    return make_plans(asked, machine), asked, ask(freely=True)
+    skeleton = build_skeleton(transformers_config(written))
+    spec = spec_from_config(written)
+    asked, freed = asks(
+        options,
+        skeleton,
+        deal=_dealer(options, skeleton.config.get_text_config().vocab_size),
+        dtype=dtype,
+        on_cpu=on_cpu,
+        not_streamed=None if spec is not None or options.model in SHAPES else needs_folder(options),
+        spec=spec,
+        specs=layer_specs_from_config(written),
+    )
+    return make_plans(asked, machine), asked, freed
 
 
 def read_config(model: str) -> dict[str, Any]:
-    """A model's config.json (that of its text part) as it is written, without its weights.
+    """A model's config.json as it is written, without its weights.
 
     Args:
         model: one of SHAPES, a folder, a hub id, a .gguf file or an alias.
@@ -82,16 +76,30 @@ def read_config(model: str) -> dict[str, Any]:
             raise ModelError(f"{file} is not readable JSON: {error}.", fix="Check the path.") from error
         if not isinstance(config, dict):
             raise ModelError(f"{file} holds no object.", "Allowed: a config.json written by transformers.")
-    config = true_config(config)
-    text: dict[str, Any] = config.get("text_config") or config
+    return true_config(config)
+
+
+def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
+    """What transformers makes of a config.json: of the text part, where there are others.
+
+    Raises:
+        ModelError: it does not know the architecture, or cannot take a value.
+    """
+    from transformers import AutoConfig
+
+    def not_taken(error: Exception) -> ModelError:
+        return ModelError(
+            f"transformers does not take this config ({written.get('model_type')!r}): {first_line(error)}",
+            "Allowed: architectures of the installed transformers; a model's own code is never run.",
+            "Choose another model, or update transformers.",
+        )
+
+    if not isinstance(written.get("model_type"), str):
+        raise ModelError("The model's config has no model_type.", "Allowed: a config.json written by transformers.")
+    with foreign_errors(not_taken):
+        config = AutoConfig.for_model(**{name: value for name, value in written.items() if name != QUANTIZATION})
+    text: PretrainedConfig = config.get_text_config()
     return text
-
-
-class _Fields:
-    """A config.json's fields as attributes, as transformers' config objects have them."""
-
-    def __init__(self, config: dict[str, Any]):
-        self.model_type, self.hidden_act = config.get("model_type"), config.get("hidden_act", "silu")
 
 
 def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
@@ -109,7 +117,7 @@ def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
     return named_machine(options.device, options.memory, options.host_memory), dtype, False
 
 
-def _dealer(options: PlanConfig, shape: ModelShape) -> Callable[[int], MicroBatches]:
+def _dealer(options: PlanConfig, vocab_size: int) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
     if options.data is None:
         length, rows = options.max_seq_len, options.rows_per_step
@@ -117,12 +125,4 @@ def _dealer(options: PlanConfig, shape: ModelShape) -> Callable[[int], MicroBatc
     source = open_source(options.model, options.tokenizer)
     template = ChatTemplate(source.load_tokenizer(), options.template)
     fields = {name: getattr(options, name) for name in DataConfig.model_fields}
-    return dealer(options, prepare_data(DataConfig(**fields), template, shape.vocab_size))
-
-
-def _why_not_streamed(options: PlanConfig, in_four_bits: bool) -> str | None:
-    if options.init != "default":
-        return f"--init {options.init} needs the whole base"
-    if in_four_bits or options.model in SHAPES:
-        return None
-    return "read from a 4-bit folder only, which `nybble quantize` makes"
+    return dealer(options, prepare_data(DataConfig(**fields), template, vocab_size))

@@ -1,7 +1,8 @@
 """A run's plan: what is asked of the planner, what it chose, shown before and compared with what was measured."""
 
 import json
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -19,20 +20,23 @@ from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
 from nybble.layers.loss_head import CHUNK_BYTES, PANEL_BYTES
 from nybble.memory import planner
-from nybble.memory.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, mean_bits
+from nybble.memory.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, end_bytes, mean_bits
 from nybble.memory.machine import this_machine
 from nybble.memory.measure import PeakMemory
-from nybble.memory.planner import Ask, Plan, Plans, make_plans
+from nybble.memory.planner import Ask, Cause, Plan, Plans, Reason, make_plans
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
-from nybble.training.base import QualityChoice
+from nybble.models.inventory import accepting, check_dense_share, partly_dense, without_numbers
+from nybble.models.placement import place_tensors
+from nybble.training.base import QualityChoice, quantize_command
 from nybble.training.display import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
-FOUR_BIT = (planner.FOUR, planner.PAGED, planner.FROM_RAM, planner.FROM_DISK)
+STREAMED = (planner.FROM_RAM, planner.FROM_DISK)
+FOUR_BIT = (planner.FOUR, planner.PAGED, *STREAMED)
 
 
 def plan_run(
@@ -58,37 +62,36 @@ def plan_run(
 
     Raises:
         PlanError: nothing fits the budget.
+        ModelError: most of the model would not be in four bits.
         ConfigError: target_modules names no layer.
     """
-    text_config = skeleton.config.get_text_config()
-    names = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    targets = [linear_features(skeleton.get_submodule(name)) for name in resolve_targets(skeleton, names)]
-    blocks = config.packing and not config.dropout and device.type == "cpu" and why_not_config(text_config) is None
-    path = "blocks" if blocks else "generic"
-    not_streamed = why_not_streamed(None if folder_to_come else source, skeleton, config.init)
-
-    def ask(freely: bool) -> Ask:
-        return ask_for(
-            config,
-            ModelShape.from_config(text_config.to_dict()),
-            deal=deal,
-            adapter_parameters=config.rank * sum(map(sum, targets)),
-            path=path,
-            dtype=dtype,
-            on_cpu=device.type == "cpu",
-            spec=source.quant_spec,
-            specs=source.layer_specs if isinstance(source, FolderSource) and source.quant_spec else specs,
-            why_not_streamed=not_streamed,
-            freely=freely,
-        )
-
+    not_streamed = why_not_streamed(config, None if folder_to_come else source, skeleton)
     files = source.files() if isinstance(source, FolderSource) and source.quant_spec is not None else ()
-    machine = this_machine(device, dtype, config.memory, model_files=files)
-    asked, freed = ask(freely=False), ask(freely=True)
-    plans = make_plans(asked, machine)
+    asked, freed = asks(
+        config,
+        skeleton,
+        deal=deal,
+        dtype=dtype,
+        on_cpu=device.type == "cpu",
+        not_streamed=not_streamed,
+        spec=source.quant_spec,
+        specs=source.layer_specs if isinstance(source, FolderSource) and source.quant_spec else specs,
+        in_four_bits=stored_in_four_bits(source, skeleton),
+    )
+    if config.format != "none":
+        check_dense_share(asked.shape.parts, source.name, config.max_dense_share)
+    plans = make_plans(asked, this_machine(device, dtype, config.memory, model_files=files))
     if config.memory is not None:
         planner.require(plans, asked, freed)
     return plans, freed
+
+
+def stored_in_four_bits(source: ModelSource, skeleton: "PreTrainedModel") -> set[str] | None:
+    """The linear layers that a source in four bits has in four bits; None of any other source."""
+    if source.quant_spec is None:
+        return None
+    placed = place_tensors(source, skeleton)
+    return {place.target.removesuffix(".weight") for place in placed if source.is_quantized(place.name)}
 
 
 def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
@@ -111,21 +114,76 @@ def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
     )
 
 
-def why_not_streamed(source: ModelSource | None, skeleton: "PreTrainedModel", init: str) -> str | None:
+def why_not_streamed(
+    options: TrainConfig | PlanConfig, source: ModelSource | None, skeleton: "PreTrainedModel"
+) -> Reason | None:
     """None where the base's blocks can be read from its folder while it trains, else the reason.
 
     Args:
         source: None where it is a 4-bit folder that is still to be made.
     """
-    if init != "default":
-        return f"--init {init} needs the whole base"
     if source is None:
         return None
     linears = [f"{name}.weight" for name in quantizable_linears(skeleton)]
     stored = set(source.tensor_names())
     if isinstance(source, FolderSource) and all(n in stored and source.is_quantized(n) for n in linears):
         return None
-    return "read from a 4-bit folder only, which `nybble quantize` makes"
+    return needs_folder(options)
+
+
+def needs_folder(options: TrainConfig | PlanConfig) -> Reason:
+    """Blocks are read from a four-bit folder only; the way there is the command that makes one of this model."""
+    command, folder = quantize_command(options)
+    return Reason(Cause.NEEDS_FOLDER, "read from a 4-bit folder only", f"{command}, then --model {shlex.quote(folder)}")
+
+
+def asks(
+    options: TrainConfig | PlanConfig,
+    skeleton: "PreTrainedModel",
+    *,
+    deal: Callable[[int], MicroBatches],
+    dtype: torch.dtype,
+    on_cpu: bool,
+    not_streamed: Reason | None,
+    spec: QuantSpec | None,
+    specs: QuantSpec | LayerSpecs | None,
+    in_four_bits: set[str] | None = None,
+) -> tuple[Ask, Ask]:
+    """What a run with these options asks of the planner, and the same with every choice left to it.
+
+    Args:
+        skeleton: the model on the meta device.
+        deal: most rows at once -> what the run's micro-batches come to.
+        not_streamed: None where blocks of the base can be read from its folder.
+        spec: of a model that is already in four bits.
+        specs: of each layer where they differ; anything else is told by `spec` or the options.
+        in_four_bits: names of the linear layers that a source in four bits has so; None where all will be.
+
+    Raises:
+        ConfigError: target_modules names no layer.
+    """
+    names = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
+    targets = resolve_targets(skeleton, names)
+    config = skeleton.config.get_text_config()
+    blocks = options.packing and not options.dropout and on_cpu and why_not_config(config) is None
+    shape = ModelShape.of(skeleton, in_four_bits)
+
+    def ask(freely: bool) -> Ask:
+        return ask_for(
+            options,
+            shape,
+            deal=deal,
+            targets={name: linear_features(skeleton.get_submodule(name)) for name in targets},
+            path="blocks" if blocks else "generic",
+            dtype=dtype,
+            on_cpu=on_cpu,
+            not_streamed=not_streamed,
+            spec=spec,
+            specs=specs,
+            freely=freely,
+        )
+
+    return ask(freely=False), ask(freely=True)
 
 
 def ask_for(
@@ -133,24 +191,23 @@ def ask_for(
     shape: ModelShape,
     *,
     deal: Callable[[int], MicroBatches],
-    adapter_parameters: int,
+    targets: Mapping[str, tuple[int, int]],
     path: str,
     dtype: torch.dtype,
     on_cpu: bool,
-    why_not_streamed: str | None,
-    spec: QuantSpec | None = None,
-    specs: QuantSpec | LayerSpecs | None = None,
-    freely: bool = False,
+    not_streamed: Reason | None,
+    spec: QuantSpec | None,
+    specs: QuantSpec | LayerSpecs | None,
+    freely: bool,
 ) -> Ask:
-    """What a run with these options asks of the planner.
+    """What a run asks of the planner.
 
     Args:
-        deal: most rows at once -> what the run's micro-batches come to.
+        targets: the layers that get an adapter: name -> (in_features, out_features).
         path: "blocks" or "generic".
-        why_not_streamed: None where blocks of the base can be read from its folder.
-        spec: of a model that is already in four bits.
-        specs: of each layer where they differ; anything else is told by `spec` or the options.
         freely: leave every choice to the planner, whatever the options say.
+
+    The others as in `asks`.
     """
     page = "auto" if freely else options.page_optimizer
     keeps = get_args(Keep) if options.keep == "auto" or freely else (options.keep,)
@@ -165,8 +222,9 @@ def ask_for(
         batches={size: deal(size) for size in sizes},
         rows_per_step=options.rows_per_step,
         keeps=tuple(keeps),
-        adapter_parameters=adapter_parameters,
-        largest_adapter=options.rank * max(max(linear) for linear in shape.linears),
+        adapter_parameters=options.rank * sum(map(sum, targets.values())),
+        largest_adapter=options.rank * max(max(sizes) for sizes in targets.values()),
+        adapted=tuple(targets),
         rank=options.rank,
         compute_bytes=dtype.itemsize,
         spec=spec or QuantSpec(format, options.block_size, options.double_quant),
@@ -178,7 +236,7 @@ def ask_for(
         offloads=_offloads("auto" if freely else options.offload_activations, path, on_cpu),
         mixed_bits=mean_bits(shape, specs) if isinstance(specs, Mapping) else options.mixed,
         adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
-        barred=_barred(options, "auto" if freely else options.stream_base, page, why_not_streamed),
+        barred=_barred(options, shape, "auto" if freely else options.stream_base, page, not_streamed),
     )
 
 
@@ -188,25 +246,46 @@ def _offloads(wanted: str, path: str, on_cpu: bool) -> tuple[bool, ...]:
     return (True,) if wanted == "always" else (False, True)
 
 
-def _barred(options: TrainConfig | PlanConfig, stream: str, page: str, why_not_streamed: str | None) -> dict[str, str]:
+def _barred(
+    options: TrainConfig | PlanConfig, shape: ModelShape, stream: str, page: str, not_streamed: Reason | None
+) -> dict[str, Reason]:
     """Strategy -> why these options do not allow it."""
-    barred = {planner.FULL: "nybble trains adapters; for comparison"}
+    bars: dict[str, list[Reason]] = {}
+
+    def bar(strategies: Iterable[str], reason: Reason) -> None:
+        for strategy in strategies:
+            bars.setdefault(strategy, []).append(reason)
+
+    bar([planner.FULL], Reason(Cause.COMPARISON, "nybble trains adapters; for comparison"))
     if options.format == "none":
-        barred |= dict.fromkeys(FOUR_BIT, "--format none keeps 16 bits")
+        bar(FOUR_BIT, Reason(Cause.OPTION, "--format none keeps 16 bits", "--format nf4"))
     else:
-        barred[planner.LORA16] = "asked for with --format none"
-    if stream == "never" or why_not_streamed is not None:
-        reason = why_not_streamed or "--stream-base never"
-        barred = {planner.FROM_RAM: reason, planner.FROM_DISK: reason} | barred
-    if stream == "always":
-        barred = dict.fromkeys((planner.FOUR, planner.PAGED), "--stream-base always") | barred
+        bar([planner.LORA16], Reason(Cause.OPTION, "not asked for", "--format none"))
+    if shape.parts.dense_share > options.max_dense_share:
+        bar(FOUR_BIT, Reason(Cause.MOSTLY_DENSE, partly_dense(shape.parts), accepting(shape.parts)))
     if page != "auto":
-        barred = {planner.PAGED if page == "never" else planner.FOUR: f"--page-optimizer {page}"} | barred
-    return barred
+        paged = planner.PAGED if page == "never" else planner.FOUR
+        bar([paged], Reason(Cause.OPTION, f"--page-optimizer {page}", "--page-optimizer auto"))
+    if stream == "always":
+        reason = Reason(Cause.OPTION, "--stream-base always", "--stream-base auto")
+        bar((planner.FOUR, planner.PAGED), reason)
+    if options.init != "default":
+        bar(STREAMED, Reason(Cause.OPTION, f"--init {options.init} needs the whole base", "--init default"))
+    if not_streamed is not None:
+        bar(STREAMED, not_streamed)
+    if stream == "never":
+        bar(STREAMED, Reason(Cause.OPTION, "--stream-base never", "--stream-base auto"))
+    return {strategy: _together(reasons) for strategy, reasons in bars.items()}
 
 
-def show_plans(console: Console, plans: Plans) -> None:
-    """A line for each strategy, then the chosen plan by component."""
+def _together(reasons: list[Reason]) -> Reason:
+    """The first, and what takes away all of them."""
+    ways = [reason.way for reason in reasons]
+    return replace(reasons[0], way=", and ".join(ways) if all(ways) else "")
+
+
+def show_plans(console: Console, plans: Plans, ask: Ask) -> None:
+    """A line for each strategy, then the chosen plan by component, and what is neither in four bits nor trained."""
     machine = plans.machine
     title = f"{machine.name}, {format_bytes(machine.budget_bytes)} to plan for"
     table = Table(title=title, title_justify="left")
@@ -228,9 +307,33 @@ def show_plans(console: Console, plans: Plans) -> None:
         )
     console.print(table)
     for plan in plans.rejected:
-        console.print(f"not {plan.strategy}: {plan.why_not}", highlight=False)
+        said = f"{plans.reason(plan).sentence}{f'; it would fit: {plan.way}' if plan.way else ''}"
+        console.print(f"not {plan.strategy}: {said}", highlight=False, markup=False, soft_wrap=True)
     if plans.chosen is not None:
         show_components(console, plans.chosen)
+    for line in describe_left(ask):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_left(ask: Ask) -> list[str]:
+    """What stays as wide as it is computed with, and what gets no adapter, each with its bytes in the run."""
+    parts, spec = ask.shape.parts, None if planner.LORA16 not in ask.barred else ask.spec
+    adapted = {without_numbers(name) for name in ask.adapted}
+    dense = [(name, ask.compute_bytes * numel) for name, numel in (*parts.dense, *parts.around)]
+    fixed = [(name, size) for name, size in dense if name.removesuffix(".weight") not in adapted]
+    others = [(name, numel) for name, numel in parts.linears if name not in adapted]
+    left = [(name, ask.compute_bytes * numel if spec is None else spec.bytes(numel)) for name, numel in others]
+    said = {
+        "without an adapter, not in four bits": [("embedding and head", end_bytes(ask.shape)), *fixed],
+        "with an adapter, not in four bits": [part for part in dense if part not in fixed],
+        "without an adapter": left,
+    }
+    lines = []
+    for what, found in said.items():
+        if found:
+            listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in found if size)
+            lines.append(f"{what}: {listed}")
+    return lines
 
 
 def show_components(console: Console, plan: Plan) -> None:
@@ -261,7 +364,7 @@ def plans_json(plans: Plans, **about: Any) -> dict[str, Any]:
     return {
         "machine": {"name": plans.machine.name, "budget_bytes": plans.machine.budget_bytes},
         "chosen": chosen,
-        "rejected": [plan.to_json() for plan in plans.rejected],
+        "rejected": [plan.to_json(plans.reason(plan)) for plan in plans.rejected],
     }
 
 

@@ -38,8 +38,8 @@ from nybble.models.load import load_model
 from nybble.models.mixed import MixedFormats
 from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
-from nybble.models.walk import WalkError
 from nybble.models.tokenizer import save_tokenizer
+from nybble.models.walk import WalkError
 from nybble.options import config_to_yaml
 from nybble.training.base import (
     QualityChoice,
@@ -151,7 +151,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         skeleton = build_skeleton(base_source.config, dtype)
         plans, freed = plan_it(base_source, skeleton, specs)
         plan = plans.chosen or plans.smallest  # without --memory the smallest is tried in any case
-        show_plans(console, plans)
+        show_plans(console, plans, freed)
         store = open_blocks(base_source, skeleton, plan, device)
         del skeleton
         model = load_base(config, base_source, specs, dtype, device, console, store, stream_ends=plan.stream_ends)
@@ -262,7 +262,8 @@ def _base_source(
         return kept, choice
     assert specs is not None
     try:
-        return make_calibrated_base(run, source, specs, text(), dtype, console), choice
+        base = make_calibrated_base(run, source, specs, text(), dtype, console, config.max_dense_share)
+        return base, choice
     except WalkError as error:
         instead = without_calibration(choice, error)
         show_quality(console, instead)
