@@ -108,9 +108,8 @@ def test_published_mixtures_take_what_they_take() -> None:
 @pytest.mark.parametrize("family", MIXTURES)
 def test_a_model_that_mostly_stays_in_16_bits_is_not_called_four_bit(family: str, tmp_path: Path) -> None:
     source = saved(family, tmp_path / "model")
-    with pytest.raises(
-        ModelError, match=r"(?s)% of its blocks' weights stay.*experts.*--format none.*--max-dense-share"
-    ) as e:
+    said = r"(?s)% of its blocks' weights stay.*experts.*--format none.*--max-dense-share"
+    with pytest.raises(ModelError, match=said) as refused:
         quantize_folder(source, QuantSpec(), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
     accepted = float(refused.value.fix.rpartition("--max-dense-share ")[2].rstrip("."))

@@ -387,10 +387,8 @@ def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
         got = f"No strategy is left. Not {smallest.strategy}: {plans.reason(smallest).sentence}."
     elsewise = make_plans(freed, machine) if freed is not None else plans
     if elsewise.chosen is not None:
-        folder = next(
-            (plan.way for plan in plans.openings if plan.barred and plan.barred.cause is Cause.NEEDS_FOLDER), None
-        )
-        as_they_are = "" if folder is None else f" As they are, they need a 4-bit folder: {folder}."
+        ways = [plan.way for plan in plans.openings if plan.barred and plan.barred.cause is Cause.NEEDS_FOLDER]
+        as_they_are = f" As they are, they need a 4-bit folder: {ways[0]}." if ways else ""
         raise PlanError(
             got,
             f"What fits: {elsewise.chosen.describe()}, with {elsewise.chosen.peak_bytes / 1e9:.2f} GB.",
