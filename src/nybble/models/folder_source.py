@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +29,9 @@ from nybble.formats.safetensors_io import (
     object_without_duplicates,
     sampled_sha256,
 )
+from nybble.models.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.models.interface import Kind
+from nybble.models.skeleton import build_skeleton, build_whole, text_config
 from nybble.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -55,13 +59,48 @@ class FolderSource:
         _check_layers(path, self._config_json, len(self._stored.entries))
         self._parts = _group_by_weight(list(self._stored.entries))
         self.layer_specs = _layer_specs(path, self._config_json)
+        _refuse_codes(path, self._parts, self._stored.entries)
         self.quant_spec = self._first_spec()
-        self.config = _load_config(path, self._config_json)
+        self._whole_config = _load_config(path, self._config_json)
+        self.config = _text_config(self._whole_config, self._config_json)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
-        self.notes: tuple[str, ...] = ()
+
+    @cached_property
+    def _names(self) -> CheckpointNames:
+        shapes = {name: self._stored.entries[name].shape for name in self._parts}
+        names = checkpoint_names(shapes, build_skeleton(self.config), build_whole(self._whole_config))
+        for target, recipe in names.recipes.items():
+            if recipe.plain_name is None and any(self._is_quantized(name) for name, _ in recipe.sources):
+                raise ModelError(
+                    f"{self.name} holds {target} in {len(recipe.sources)} four-bit parts.",
+                    "Parts are joined from 16- or 32-bit tensors.",
+                    "Start from the 16-bit model.",
+                )
+        return names
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        notes = []
         if self.quant_spec is not None:
-            self.notes = (f"{name} is already quantised ({self._stored_formats()}); its own bits are kept.",)
+            notes.append(f"{self.name} is already quantised ({self._stored_formats()}); its own bits are kept.")
+        if wrapper := self._names.wrapper:
+            notes.append(f"Its tensors' names begin with {wrapper!r}, which was taken off.")
+        if left_out := self._names.left_out:
+            parts = ", ".join(self._sizes_by_part(left_out))
+            notes.append(f"Only {self.config.model_type} is used of it; left out: {parts}.")
+        return tuple(notes)
+
+    def _sizes_by_part(self, names: Sequence[str]) -> list[str]:
+        """`vision_tower.* (434 tensors, 0.86 GB)` by the first part of the names that no used tensor has."""
+        used = {source for recipe in self._names.recipes.values() for source, _ in recipe.sources}
+        sizes: dict[str, list[int]] = {}
+        for name in names:
+            parts = name.split(".")
+            starts = (".".join(parts[: i + 1]) + "." for i in range(len(parts) - 1))
+            start = next((start for start in starts if not any(other.startswith(start) for other in used)), name)
+            sizes.setdefault(start, []).append(sum(self._stored.entries[part].nbytes for part in self._parts[name]))
+        return [f"{start}* ({len(each)} tensors, {sum(each) / 1e6:,.1f} MB)" for start, each in sizes.items()]
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._tokenizer or str(self.path))
@@ -80,25 +119,44 @@ class FolderSource:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_names(self) -> list[str]:
-        return list(self._parts)
+        return list(self._names.recipes)
 
     def is_quantized(self, name: str) -> bool:
-        return is_quantized(name, self._stored.entries)
+        stored = self._names.recipes[name].plain_name
+        return stored is not None and self._is_quantized(stored)
+
+    def _is_quantized(self, stored: str) -> bool:
+        return is_quantized(stored, self._stored.entries)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
+        recipe = self._names.recipes[name]
         if not self.is_quantized(name):
-            return self._stored.read(name)
-        return from_bnb(name, {part: self._stored.read(part) for part in self._parts[name]})
+            return recipe.make(self._stored.read)
+        return self._read_quantized(recipe.sources[0][0])
+
+    def _read_quantized(self, stored: str) -> QuantizedTensor:
+        return from_bnb(stored, {part: self._stored.read(part) for part in self._parts[stored]})
 
     def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]]:
         """Where the bytes of a four-bit weight lie, and the stored tensors it consists of."""
-        entries = {part: self._stored.entries[part] for part in self._parts[name]}
+        stored = self._names.recipes[name].sources[0][0]
+        entries = {part: self._stored.entries[part] for part in self._parts[stored]}
         sizes = {part: entry.nbytes for part, entry in entries.items()}
-        return stored_weight(name, sizes, self._stored.read), entries
+        return stored_weight(stored, sizes, self._stored.read), entries
 
     def matrix(self, name: str) -> MatrixFile:
-        """A 16-bit matrix, to be read row by row."""
-        return MatrixFile(self._stored.entries[name])
+        """A 16-bit matrix, to be read row by row.
+
+        Raises:
+            ModelError: it is not stored as it is computed with.
+        """
+        stored = self._names.recipes[name].plain_name
+        if stored is None:
+            raise ModelError(
+                f"{self.name} does not store {name} as it is used, so that its rows cannot be read one by one.",
+                fix="Make a folder of it with `nybble quantize`, and train on that.",
+            )
+        return MatrixFile(self._stored.entries[stored])
 
     def files(self) -> tuple[Path, ...]:
         """The safetensors files."""
@@ -109,11 +167,8 @@ class FolderSource:
         return ", ".join(sorted({key.rpartition("__")[2] for key in keys}))
 
     def _first_spec(self) -> QuantSpec | None:
-        for name in self._parts:
-            tensor = self.read(name) if self.is_quantized(name) else None
-            if isinstance(tensor, QuantizedTensor):
-                return tensor.spec
-        return None
+        first = next(filter(self._is_quantized, self._parts), None)
+        return None if first is None else self._read_quantized(first).spec
 
 
 def _group_by_weight(names: list[str]) -> dict[str, list[str]]:
@@ -184,6 +239,28 @@ def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the tensors say it; left in, it would mark what is loaded as quantised
     return config
+
+
+def _text_config(config: "PretrainedConfig", config_json: dict[str, Any]) -> "PretrainedConfig":
+    """The text model's config; whether head and embedding are one may be said by that of the larger model alone."""
+    text = text_config(config)
+    if text is not config and "tie_word_embeddings" not in (config_json.get("text_config") or {}):
+        text.tie_word_embeddings = config_json.get("tie_word_embeddings", text.tie_word_embeddings)
+    return text
+
+
+def _refuse_codes(folder: Path, parts: Mapping[str, list[str]], entries: Mapping[str, TensorEntry]) -> None:
+    """fp8 and integers stand for weights by a scale that only their own format knows: never widen them without it."""
+    for name in parts:
+        dtype = entries[name].dtype
+        is_fp8 = dtype.startswith("F8_")
+        is_code = dtype[0] in "IU" and name.endswith(".weight") and not is_quantized(name, entries)
+        if is_fp8 or is_code:
+            raise FormatError(
+                f"{folder} stores {name} as {'fp8' if is_fp8 else 'integers'} ({dtype}).",
+                "Readable: 16- or 32-bit models, and four bits of bitsandbytes or nybble.",
+                "Start from the 16-bit model.",
+            )
 
 
 def _refuse_pickles(folder: Path) -> None:

@@ -30,7 +30,9 @@ class ModelSource(Protocol):
     config: "PretrainedConfig"
     quant_spec: QuantSpec | None
     dense_dtype: torch.dtype
-    notes: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer, or the one that was named instead."""

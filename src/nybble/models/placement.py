@@ -1,7 +1,6 @@
 """Which stored tensor belongs to which parameter of a model, checked before any of them is read."""
 
 import hashlib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +9,12 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.models.checkpoint_names import COMPUTED
 from nybble.models.interface import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# stored by old versions of transformers, computed by new ones
-HARMLESS = (r"rotary_emb\.inv_freq$", r"\battn\.(masked_)?bias$", r"\battention\.(masked_)?bias$", r"\bposition_ids$")
 SHOWN = 5
 
 
@@ -48,13 +46,12 @@ def place_tensors(source: ModelSource, model: "PreTrainedModel") -> list[PlacedT
     tied = model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
-    ignored = re.compile("|".join((*HARMLESS, *(model._keys_to_ignore_on_load_unexpected or ()))))
     placed: dict[str, PlacedTensor] = {}  # by target
     unused = []
     for name in source.tensor_names():
         found = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in shapes), None)
         if found is None:
-            if not ignored.search(name):
+            if not COMPUTED.search(name):
                 unused.append(name)
             continue
         target = tied.get(found, found)
@@ -70,7 +67,8 @@ def place_tensors(source: ModelSource, model: "PreTrainedModel") -> list[PlacedT
         raise ModelError(
             " ".join(what),
             "Every stored tensor must be used and every parameter must be stored.",
-            "Check that config.json and the weights belong together and that no file is missing.",
+            "Check that config.json and the weights belong together and that no file is missing."
+            + _tie_hint(model, missing),
         )
     return list(placed.values())
 
@@ -93,6 +91,14 @@ def read_placed(source: ModelSource, place: PlacedTensor) -> Tensor | QuantizedT
     if isinstance(tensor, Tensor):
         _check_finite(source, place.name, tensor)
     return tensor
+
+
+def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:
+    """What to do about a model whose head is its embedding, but whose config does not say so."""
+    only_head = all(model.get_submodule(name.rpartition(".")[0]) is model.get_output_embeddings() for name in missing)
+    if not missing or not only_head:
+        return ""
+    return ' If its head is its embedding: set "tie_word_embeddings" to true in its config.json.'
 
 
 def _check_same(source: ModelSource, first: str, second: str) -> None:

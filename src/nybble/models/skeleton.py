@@ -1,5 +1,7 @@
 """A model without weights: its modules and names on the meta device, where a tensor takes no memory."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +23,12 @@ def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat
     """
     from transformers import AutoModelForCausalLM
 
+    return _build(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config, dtype)
+
+
+def _build(
+    make: Callable[..., "PreTrainedModel"], config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat16
+) -> "PreTrainedModel":
     def cannot_be_built(error: Exception) -> ModelError:
         return ModelError(
             f"The model type {config.model_type!r} cannot be built as a causal language model: {first_line(error)}",
@@ -29,7 +37,29 @@ def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat
         )
 
     with foreign_errors(cannot_be_built), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return make(config, dtype=dtype)
+
+
+def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
+    """The config of the text model within a larger one, such as a vision-language model; of others their own."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = getattr(config, "text_config", None)
+    return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
+
+
+def build_whole(config: "PretrainedConfig") -> "PreTrainedModel | None":
+    """The larger model that a text model is part of, every parameter on the meta device; None where there is none.
+
+    Raises:
+        ModelError: transformers cannot build it.
+    """
+    from transformers import MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    if text_config(config) is config or type(config) not in MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return None
+    make = MODEL_FOR_MULTIMODAL_LM_MAPPING[type(config)]._from_config
+    return _build(make, config)
 
 
 def dense_end_weights(model: "PreTrainedModel") -> set[str]:
