@@ -7,6 +7,7 @@ and the YAML key `rows-per-step` (underscores are accepted there too).
 Options that belong together are one small class; a verb's options are the classes it inherits from.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -206,7 +207,8 @@ class AdapterSizes(Options):
     dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, elsewhere=("lora_dropout",))
     target_modules: str | tuple[Name, ...] = knob(
         "all-linear",
-        "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj.",
+        "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj,lm_head,embed_tokens; or"
+        " patterns: layers.1*.q_proj, or a regular expression for whole names.",
         elsewhere=("lora_target_modules", "targets"),
     )
     init: Literal["default", "loftq", "activation"] = knob(
@@ -221,7 +223,9 @@ class AdapterSizes(Options):
     def _split_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if value in ("all-linear", "attention"):
             return value
-        names = tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else value
+        # a comma in brackets belongs to a pattern
+        names = re.split(r",(?![^([{]*[)\]}])", value) if isinstance(value, str) else value
+        names = tuple(name.strip() for name in names)
         if not names or not all(names):
             raise ValueError("no names")
         return names
@@ -232,6 +236,21 @@ class AdapterOptions(AdapterSizes):
 
     alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
     rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
+    adapter: Name | None = knob(
+        None,
+        "Adapter folder, nybble's or PEFT's, to train on from; its rank, alpha and layers are taken.",
+        elsewhere=("adapter_name_or_path", "lora_model_dir", "peft_model_id"),
+    )
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.adapter is not None and self.init != "default":
+            raise ConfigError(
+                f"init is {self.init}, and adapter is {self.adapter!r}.",
+                "Adapters begin either with what quantising lost or with an adapter that exists.",
+                "Leave --init or --adapter out.",
+            )
+        return self
 
 
 class MemoryOptions(Options):
@@ -355,7 +374,7 @@ class RunOptions(Options):
         False, "Go on with the run in --out from its newest whole checkpoint.", elsewhere=("resume_from_checkpoint",)
     )
     allow_change: Annotated[tuple[Literal["base", "data", "config"], ...], BeforeValidator(split_names)] = knob(
-        (), "With --resume: what may differ from what the run began with."
+        (), "With --resume or --adapter: what may differ from what the run, or the adapter, began with."
     )
 
 

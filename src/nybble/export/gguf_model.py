@@ -19,6 +19,7 @@ from nybble.errors import ExportError
 from nybble.export.gguf_vocabulary import add_vocabulary
 from nybble.export.merged_source import MergedSource
 from nybble.formats.disk import fsync
+from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
 from nybble.layers.peft_format import StoredAdapter
 from nybble.models.load import Progress
@@ -118,6 +119,12 @@ def write_gguf_adapter(adapter: StoredAdapter, config: "PretrainedConfig", file:
 
     check_family(config)
     names, skeleton = _names(config), build_skeleton(config)
+    if ends := set(adapter.names) & set(end_modules(skeleton)):
+        raise ExportError(
+            f"The adapter changes {sorted(ends)[0]}.",
+            "Allowed in llama.cpp's adapters: linear layers of the blocks.",
+            "Merge it (`nybble merge`, or export --to gguf).",
+        )
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

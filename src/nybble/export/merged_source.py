@@ -14,10 +14,11 @@ import hashlib
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.calibration.search import search_weight
 from nybble.data.template import ChatTemplate
+from nybble.errors import RunError
 from nybble.evaluation.load_run import OpenRun
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, spec_of
 from nybble.kernels.ops import dequantize, quantize
@@ -31,7 +32,7 @@ from nybble.training.base import data_free_quality
 from nybble.training.session import base_specs
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Onto = Literal["original", "dequantized"]
 
@@ -54,6 +55,7 @@ class MergedSource:
         self.adapter = StoredAdapter(opened.run.adapter)
         self._skeleton = build_skeleton(base.config)
         self.adapter.check_layers(self._skeleton)
+        _refuse_tied(self.adapter, self._skeleton)
         self._places = {place.name: place for place in place_tensors(base, self._skeleton)}
         self._specs = base_specs(opened.config, opened.run)
         self._base = opened.source if onto == "original" else opened.base
@@ -88,8 +90,8 @@ class MergedSource:
         return False
 
     def read(self, name: str) -> Tensor:
-        """W + ΔW in fp32 where a block's linear layer asks for it, any other tensor as it is stored."""
-        if self._places[name].target not in self._linears:
+        """W + ΔW in fp32 of a block's linear layer or what else has an adapter, any other tensor as it is stored."""
+        if self._places[name].target not in self._linears and self._layer(name) not in self._adapted:
             tensor = read_placed(self.opened.source, self._places[name])
             assert isinstance(tensor, Tensor)
             return tensor
@@ -97,10 +99,12 @@ class MergedSource:
         return weight if delta is None else weight.add_(delta)
 
     def read_base(self, name: str) -> Tensor:
-        """The weight of a block's linear layer that ΔW goes onto, in fp32, as the module stores it."""
+        """The weight that ΔW goes onto, in fp32, as the module stores it."""
         weight = read_placed(self._base, self._base_places[self.target(name)])
         transposed = is_transposed(self._skeleton.get_submodule(self._layer(name)))
-        if isinstance(weight, Tensor) and self.onto == "dequantized" and self._specs is not None:
+        is_put = self._specs is not None and self.target(name) in self._linears
+        if isinstance(weight, Tensor) and self.onto == "dequantized" and is_put:
+            assert self._specs is not None
             spec = spec_of(self._specs, self._layer(name))
             put = quantize if data_free_quality(self.opened.config) == "absmax" else search_weight
             weight = put(weight.T if transposed else weight, spec)
@@ -119,7 +123,8 @@ class MergedSource:
         begun = self.adapter.initial(layer, *linear_features(self._skeleton.get_submodule(layer)))
         if self.onto == "original" and begun is not None:
             delta -= (begun[1] * self.adapter.scaling) @ begun[0]
-        return delta.T.contiguous() if is_transposed(self._skeleton.get_submodule(layer)) else delta
+        module = self._skeleton.get_submodule(layer)
+        return delta.T.contiguous() if is_transposed(module) or isinstance(module, nn.Embedding) else delta
 
     def survival(self, written: ModelSource) -> float:
         """How much of ΔW lies in the merged model as it was stored: <W' − W, ΔW> / <ΔW, ΔW> over all layers.
@@ -148,6 +153,17 @@ class MergedSource:
 
     def _matrices(self, layer: str) -> tuple[Tensor, Tensor]:
         return self.adapter.matrices(layer, *linear_features(self._skeleton.get_submodule(layer)))
+
+
+def _refuse_tied(adapter: StoredAdapter, skeleton: "PreTrainedModel") -> None:
+    """An adapter on one of two layers that share their weight cannot go into it without changing the other."""
+    tied = skeleton.all_tied_weights_keys
+    if shared := [name for name in adapter.names if f"{name}.weight" in {*tied, *tied.values()}]:
+        raise RunError(
+            f"The adapter changes {shared[0]}, whose weight is embedding and head in one.",
+            "Merged are adapters on weights that no other layer uses.",
+            "Use the adapter beside the base (`nybble chat --run`, PEFT), or train without it among --target-modules.",
+        )
 
 
 def tokenizer_with_template(template: ChatTemplate) -> "PreTrainedTokenizerBase":

@@ -1,7 +1,9 @@
 """Swap modules in a transformers model: linears into four bits, adapters onto linears."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -9,10 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec, spec_of
-from nybble.layers.lora import LoraLinear, linear_features
+from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
 
+PATTERN_SIGNS = set("*?[]()|^$+\\{}")
 ATTENTION_PARENTS = ("attn", "attention")
 
 
@@ -36,6 +39,13 @@ def quantizable_linears(model: nn.Module) -> list[str]:
         and any(name.startswith(outer + ".") for outer in lists)
         and not isinstance(model.get_submodule(name.rpartition(".")[0]), LoraLinear)
     ]
+
+
+def end_modules(model: nn.Module) -> list[str]:
+    """Names of the input embedding and of the output head, as far as adapters can go onto them."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
+    plain = [end for end in ends if isinstance(end, nn.Embedding | nn.Linear)]
+    return [name for name, module in model.named_modules() if any(module is end for end in plain)]
 
 
 def replace_linears(
@@ -66,32 +76,49 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str]) -> list[s
 
     Args:
         target_modules: "all-linear" (every linear layer of the blocks), "attention" (those inside
-            attention modules), or names: the last part of a module's name, or any dotted suffix of it.
+            attention modules), or names: the last part of a module's name, any dotted suffix of it, or a pattern.
+            The embedding and the head are among those that can be named. A pattern is a regular expression for a
+            whole name, as in PEFT, or a wildcard (`layers.1*.q_proj`) for a dotted suffix.
 
     Raises:
-        ConfigError: a name matches no linear layer; the message lists the names there are.
+        ConfigError: a name matches no layer; the message lists the names there are.
     """
     linears = quantizable_linears(model)
     if target_modules == "all-linear":
         return linears
     if target_modules == "attention":
         return [name for name in linears if any(word in name.rpartition(".")[0] for word in ATTENTION_PARENTS)]
+    layers = [*linears, *end_modules(model)]
     wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
     wanted = [name.strip() for name in wanted]
-    leaves = sorted({name.rpartition(".")[2] for name in linears})
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
     for name in wanted:
-        if not any(_has_suffix(linear, name) for linear in linears):
+        if not any(_matches(layer, name) for layer in layers):
             near = difflib.get_close_matches(name, leaves, n=1)
             raise ConfigError(
-                f"target_modules names {name!r}, which is no linear layer of this model's blocks.",
-                f"Allowed: all-linear, attention, or names among {', '.join(leaves)}.",
+                f"target_modules names {name!r}, which is no linear layer of this model's blocks, embedding or head.",
+                f"Allowed: all-linear, attention, names among {', '.join(leaves)}, or a pattern of whole names such as "
+                f"{layers[0]}.",
                 f"Did you mean {near[0]!r}?" if near else "",
             )
-    return [linear for linear in linears if any(_has_suffix(linear, name) for name in wanted)]
+    return [layer for layer in layers if any(_matches(layer, name) for name in wanted)]
 
 
-def _has_suffix(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith("." + suffix)
+def _matches(layer: str, wanted: str) -> bool:
+    if layer == wanted or layer.endswith("." + wanted):
+        return True
+    if not PATTERN_SIGNS & set(wanted):
+        return False
+    wildcard = fnmatchcase(layer, wanted) or fnmatchcase(layer, f"*.{wanted}")
+    return wildcard or (_is_expression(wanted) and re.fullmatch(wanted, layer) is not None)
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def attach_adapters(
@@ -109,7 +136,9 @@ def attach_adapters(
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name in names:
-        adapter = LoraLinear(model.get_submodule(name), rank, alpha, dropout, rslora, generator)
+        base = model.get_submodule(name)
+        kind = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
+        adapter = kind(base, rank, alpha, dropout, rslora, generator)
         adapter.train(model.training)
         model.set_submodule(name, adapter)
         adapters[name] = adapter

@@ -47,12 +47,16 @@ class LoraLinear(nn.Module):
         self.rank, self.dropout = rank, dropout
         self.scaling = lora_scaling(alpha, rank, rslora)
         device = base.device if isinstance(base, StreamedLinear) else next(base.parameters()).device
-        bound = 1 / math.sqrt(self.in_features)
-        a = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        a, b = self._drawn(generator)
         self.lora_A = nn.Parameter(a.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_B = nn.Parameter(b.to(device))
         self.initial: tuple[Tensor, Tensor] | None = None  # A and B that training began with, where B was not zero
         self.enabled = True
+
+    def _drawn(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        bound = 1 / math.sqrt(self.in_features)
+        a = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
+        return a, torch.zeros(self.out_features, self.rank)
 
     def start_from(self, a: Tensor, b: Tensor) -> None:
         """Begin with these A `(r, in)` and B `(out, r)` instead of with B = 0, and remember them."""
@@ -65,9 +69,12 @@ class LoraLinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
+        return y + F.linear(self.low_rank(x), self.lora_B.to(x.dtype))  # (..., r) -> (..., out)
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """scaling · A·x, (..., in) -> (..., r); parts of x are dropped while training."""
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low_rank = F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling  # (..., in) -> (..., r)
-        return y + F.linear(low_rank, self.lora_B.to(x.dtype))  # (..., r) -> (..., out)
+        return F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
 
     def delta(self) -> Tensor:
         """ΔW = scaling · B·A in fp32, `[out_features, in_features]`: what is added to the quantised base."""
@@ -87,9 +94,35 @@ class LoraLinear(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
 
 
+class LoraEmbedding(LoraLinear):
+    """A frozen embedding and its adapter: a token's row gets scaling · B · (its column of A).
+
+    As in PEFT: A `[r, vocabulary]` begins with zeros, B `[width, r]` ~ N(0, 1), and dropout has no part in it. Where
+    the embedding scales its rows (Gemma), the correction is scaled alike.
+    """
+
+    base: nn.Embedding
+
+    def _drawn(self, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        b = torch.empty(self.out_features, self.rank).normal_(generator=generator)
+        return torch.zeros(self.rank, self.in_features), b
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not self.enabled:
+            return y
+        low_rank = F.embedding(x, self.lora_A.T, self.base.padding_idx) * self.scaling  # (...) -> (..., r)
+        added = F.linear(low_rank, self.lora_B)  # (..., r) -> (..., width)
+        return y + (added * getattr(self.base, "embed_scale", 1.0)).to(y.dtype)
+
+
 def linear_features(module: Any) -> tuple[int, int]:
-    """(in_features, out_features) of a linear layer, transformers' transposed `Conv1D` included."""
+    """(in_features, out_features) of a linear layer, transformers' transposed `Conv1D` included, or of an embedding."""
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)
-    rows, columns = module.weight.shape  # Conv1D keeps [in, out]
+    rows, columns = module.weight.shape  # Conv1D keeps [in, out], an embedding [vocabulary, width]
     return int(rows), int(columns)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.kernels import block_ops
+from nybble.layers.lora import LoraLinear
 from nybble.layers.streamed import HeadMatrix
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ class LossHead:
         bias: `[vocabulary]` or None.
         scale: factor on the logits (Cohere multiplies, Granite divides by its `logits_scaling`).
         softcap: c in c · tanh(logits / c) (Gemma 2), or None.
+        adapter: beside the weight, or None; its A and B get gradients.
     """
 
     weight: Tensor | HeadMatrix
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    adapter: LoraLinear | None = None
     _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -59,9 +62,10 @@ class LossHead:
         scale = getattr(config, "logit_scale", None) or 1.0
         if scaling := getattr(config, "logits_scaling", None):
             scale = 1 / scaling
-        return cls(
-            head.weight, getattr(head, "bias", None), float(scale), getattr(config, "final_logit_softcapping", None)
-        )
+        cap = getattr(config, "final_logit_softcapping", None)
+        adapter = head if isinstance(head, LoraLinear) else None
+        linear: Any = head if adapter is None else adapter.base
+        return cls(linear.weight, getattr(linear, "bias", None), float(scale), cap, adapter)
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
         """Sum of −log p(target) over the rows, divided by `denominator`.
@@ -72,9 +76,15 @@ class LossHead:
             denominator: supervised tokens of the whole step.
 
         Returns:
-            A scalar in fp32 (nats) whose backward gives the gradient of `hidden`.
+            A scalar in fp32 (nats) whose backward gives the gradient of `hidden`, and of the adapter.
         """
-        return _LossFunction.apply(hidden, self, targets, denominator)
+        return _LossFunction.apply(hidden, self, targets, denominator, *self._low_rank(hidden))
+
+    def _low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """scaling · x · Aᵀ `(N, r)` and B `[vocabulary, r]` in the dtype of x; None without an adapter."""
+        if self.adapter is None or not self.adapter.enabled:
+            return None, None
+        return self.adapter.low_rank(hidden), self.adapter.lora_B.to(hidden.dtype)
 
     @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -89,10 +99,15 @@ class LossHead:
         Args:
             out: where the product goes, `(N, vocabulary)` in the dtype of `hidden`; a fresh tensor where None.
         """
+        return self._logits(hidden, out, *self._low_rank(hidden))
+
+    def _logits(self, hidden: Tensor, out: Tensor | None, low: Tensor | None, b: Tensor | None) -> Tensor:
         product = hidden.new_empty(len(hidden), self.weight.shape[0]) if out is None else out
         parts = product.split(self.panel_rows(hidden.dtype), dim=1)
         for panel, columns in zip(self._panels(hidden.dtype), parts, strict=True):
             torch.mm(hidden, panel.T, out=columns)
+        if low is not None and b is not None:
+            product.addmm_(low, b.T)
         return self.finish(product)
 
     def finish(self, product: Tensor) -> Tensor:
@@ -151,10 +166,18 @@ class LossHead:
         return room[: shape[0]]
 
     def loss_and_gradient(
-        self, hidden: Tensor, targets: Tensor, buffer: Tensor, factor: float
-    ) -> tuple[Tensor, Tensor]:
-        """Losses of a chunk `(C,)` fp32, and factor · d(their sum)/d(hidden) `(C, hidden)`; overwrites `buffer`."""
-        logits = self.logits(hidden, buffer)
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        buffer: Tensor,
+        factor: float,
+        low: Tensor | None = None,
+        b: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of a chunk `(C,)` fp32, and factor · d(their sum)/d(hidden) `(C, hidden)`, and /d(product)
+        `(C, vocabulary)`, which lies in `buffer` or beside it.
+        """
+        logits = self._logits(hidden, buffer, low, b)
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
         losses = block_ops.cross_entropy_(logits, targets, factor * self.scale)  # logits now holds the gradient
         if slope is not None:
@@ -163,28 +186,45 @@ class LossHead:
         columns = grad.split(self.panel_rows(hidden.dtype), dim=1)
         if len(columns) == 1:
             (panel,) = self._panels(hidden.dtype)
-            return losses, grad @ panel
+            return losses, grad @ panel, grad
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # partial sums stay unrounded
         for column, panel in zip(columns, self._panels(hidden.dtype), strict=True):
             total += column @ panel
-        return losses, total.to(hidden.dtype)
+        return losses, total.to(hidden.dtype), grad
 
 
 class _LossFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: LossHead, targets: Tensor, denominator: float) -> Tensor:
-        if not hidden.requires_grad:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: LossHead,
+        targets: Tensor,
+        denominator: float,
+        low: Tensor | None = None,
+        b: Tensor | None = None,
+    ) -> Tensor:
+        if not hidden.requires_grad and (low is None or not low.requires_grad):
             return (head.token_losses(hidden, targets).double().sum() / denominator).float()
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        grads = [hidden[:0]]
+        grads, grads_low = [hidden[:0]], []
+        grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
+        left = None if low is None else F.pad(low, (0, 0, 0, -len(low) % ROW_MULTIPLE))  # as the chunks are filled up
         for h, t, buffer in head._chunks(hidden, targets):
-            losses, grad = head.loss_and_gradient(h, t, buffer, 1 / denominator)
+            part, left = (None, None) if left is None else (left[: len(h)], left[len(h) :])
+            losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, 1 / denominator, part, b)
             total += losses.double().sum()
             grads.append(grad)
-        ctx.save_for_backward(torch.cat(grads)[: len(targets)])
+            if part is not None and b is not None and grad_b is not None:
+                grads_low.append(grad_product @ b)  # (C, vocabulary) -> (C, r)
+                grad_b += grad_product.T @ part
+        grad_b = None if b is None or grad_b is None else grad_b.to(b.dtype)
+        grad_low = None if low is None else torch.cat([low[:0], *grads_low])[: len(targets)]
+        ctx.save_for_backward(torch.cat(grads)[: len(targets)], grad_low, grad_b)
         return (total / denominator).float()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_outputs[0].to(grad_hidden.dtype), None, None, None
+        scaled = [None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        grad_hidden, grad_low, grad_b = scaled
+        return grad_hidden, None, None, None, grad_low, grad_b

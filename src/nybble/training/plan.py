@@ -15,7 +15,7 @@ from nybble.config import PlanConfig, TrainConfig
 from nybble.errors import PlanError
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.layers.backbone import why_not_config
-from nybble.layers.convert import quantizable_linears, resolve_targets
+from nybble.layers.convert import end_modules, quantizable_linears, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
 from nybble.layers.loss_head import CHUNK_BYTES, PANEL_BYTES
@@ -164,6 +164,9 @@ def asks(
     """
     names = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
     targets = resolve_targets(skeleton, names)
+    if ends := [name for name in end_modules(skeleton) if name in targets]:
+        sentence = f"the adapter on {ends[0]} needs it in memory"
+        not_streamed = Reason(Cause.OPTION, sentence, "--target-modules without it")
     config = skeleton.config.get_text_config()
     blocks = options.packing and not options.dropout and on_cpu and why_not_config(config) is None
     shape = ModelShape.of(skeleton, in_four_bits)

@@ -25,7 +25,7 @@ from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.kernels.heap import give_back_free
 from nybble.layers.backbone import KeptTensors, choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
-from nybble.layers.peft_format import adapter_config
+from nybble.layers.peft_format import adapter_config, restore_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.memory.offload import ActivationFile, PinnedActivations
@@ -54,6 +54,7 @@ from nybble.training.base import (
     without_calibration,
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
+from nybble.training.continued import check_base_of, open_adapter, take_options
 from nybble.training.deal import dealer, total_steps
 from nybble.training.display import Display
 from nybble.training.events import EventLog, read_events, rewind_events
@@ -118,6 +119,13 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     source = open_source(config.model, config.tokenizer)
     if config.init != "default":
         check_initialisable(source, config.format != "none")
+    started_from = None
+    if config.adapter is not None and resumed is None:
+        started_from = open_adapter(config.adapter)
+        config = take_options(config, started_from, build_skeleton(source.config, dtype))
+        given = config
+        for note in check_base_of(started_from, source, config.allow_change):
+            console.print(note, style="yellow", markup=False, highlight=False)
     template = ChatTemplate(source.load_tokenizer(), config.template)
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     show_found(console, source, data)
@@ -168,6 +176,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             windows = some_windows(text().windows, INIT_TOKENS) if config.init == "activation" else None
             free = (plan.peak_bytes - used_bytes(device)) // 2  # of what training will take; half for the windows' pass
             initialise_adapters(model, source, windows, min(free, STATISTICS_BYTES))
+        if started_from is not None:
+            restore_adapter(model, started_from.folder)
         if not config.resume:
             run.create(config.overwrite)
             adopt_base(run)
@@ -184,6 +194,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         digests.write(run.data_rows)
         rewind_events(run.events, 0 if resumed is None else resumed.state["events_bytes"])
         events = EventLog(run.events)
+        if started_from is not None:
+            events.write("adapter", path=str(started_from.folder), sha256=started_from.fingerprint())
         if resumed is not None:
             events.write("resume", step=resumed.step)
             console.print(f"going on after step {resumed.step} of {num_steps}", highlight=False)
