@@ -168,5 +168,5 @@ def test_an_adapter_beside_another_embedding_is_refused(tmp_path: Path) -> None:
     theirs = in_peft(base, adapted(copy.deepcopy(base)), tmp_path / "a")
     theirs.save_pretrained(tmp_path / "b")
     base.model.embed_tokens.weight.data[3] += 1
-    with pytest.raises(RunError, match="another model.embed_tokens.weight"):
+    with pytest.raises(RunError, match=r"another model\.embed_tokens\.weight"):
         read_adapter(base, tmp_path / "b")
