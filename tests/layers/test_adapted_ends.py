@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from nybble.errors import ConfigError, RunError
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
+from nybble.layers.decoding import CachedDecoder
 from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import StoredAdapter, adapter_config, read_adapter, write_adapter
 
@@ -114,6 +115,18 @@ def test_dropout_on_the_head_drops_inputs_of_its_adapter_alone() -> None:
     torch.nn.functional.cross_entropy(head(states), targets).backward()
     for mine, autograd in zip(ours, (states.grad, head.lora_A.grad, head.lora_B.grad), strict=True):
         torch.testing.assert_close(mine, autograd, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_generating_computes_with_them() -> None:
+    model = llama().requires_grad_(False)
+    adapted(model)
+    decoder = CachedDecoder(model)
+    first = decoder.start([[3, 5, 7], [4, 9, 2]], 4)
+    torch.testing.assert_close(first, model(torch.tensor([[3, 5, 7], [4, 9, 2]])).logits[:, -1], rtol=1e-4, atol=1e-5)
+    second = decoder.step(torch.tensor([11, 12]))
+    ids = torch.tensor([[3, 5, 7, 11], [4, 9, 2, 12]])
+    torch.testing.assert_close(second, model(ids).logits[:, -1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -268,6 +268,8 @@ def _many_rows_product(projection: Projection, x: Tensor) -> Tensor:
 def _kernel(layers: Sequence[DecoderLayer], norm: Any, head: LossHead) -> DecoderKernel | None:
     """The kernel for few rows, where it knows how to multiply every weight."""
     assert isinstance(head.weight, Tensor), "a streamed model does not generate"
+    if head.adapter is not None:  # the kernel's head has none
+        return None
     dtype = norm.weight.dtype  # of keys and values
     every = [linear.weight for layer in layers for linear in (*layer.qkv, *layer.o, *layer.gate_up, *layer.down)]
     kinds = {each.spec if isinstance(each, QuantizedTensor) else each.dtype: each for each in (head.weight, *every)}
