@@ -31,7 +31,7 @@ from nybble.formats.safetensors_io import (
 )
 from nybble.models.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.models.interface import Kind
-from nybble.models.skeleton import build_skeleton, build_whole, text_config
+from nybble.models.skeleton import build_skeleton, build_whole, is_taken_alone, text_config
 from nybble.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -89,6 +89,11 @@ class FolderSource:
         if left_out := self._names.left_out:
             parts = ", ".join(self._sizes_by_part(left_out))
             notes.append(f"Only {self.config.model_type} is used of it; left out: {parts}.")
+        if not is_taken_alone(self._whole_config):
+            notes.append(
+                f"transformers loads it as {self._whole_config.model_type} with all its parts: the adapter of its text "
+                "alone does not fit that. `nybble merge` writes the tuned text model."
+            )
         return tuple(notes)
 
     def _sizes_by_part(self, names: Sequence[str]) -> list[str]:

@@ -48,6 +48,14 @@ def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
     return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
 
 
+def is_taken_alone(config: "PretrainedConfig") -> bool:
+    """Whether transformers' AutoModelForCausalLM takes the same model of this config as is trained here."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = text_config(config)
+    return text is config or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config)) is MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+
+
 def build_whole(config: "PretrainedConfig") -> "PreTrainedModel | None":
     """The larger model that a text model is part of, every parameter on the meta device; None where there is none.
 
