@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     Gemma3Config,
@@ -16,13 +16,17 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MixtralConfig,
+    PreTrainedTokenizerFast,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
 )
 
 from nybble.errors import FormatError, ModelError
+from nybble.formats.manifest import MANIFEST_NAME
+from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.convert import quantizable_linears
 from nybble.models.load import load_model
+from nybble.models.save import quantize_folder, save_dense_folder
 from nybble.models.source import open_source
 
 TEXT = {
@@ -161,7 +165,7 @@ def test_an_absent_head_is_named_with_what_to_set(make_folder) -> None:
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32])
 def test_codes_without_their_scales_are_never_widened(make_folder, dtype: torch.dtype) -> None:
     folder, _ = make_folder("llama")
-    tensors: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -176,3 +180,28 @@ def test_other_quantisation_is_refused_by_name(make_folder, method: str) -> None
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(FormatError, match=method):
         open_source(str(folder))
+
+
+@pytest.mark.parametrize("make", [gemma3, qwen3_5, llava])
+def test_the_text_written_alone_is_a_model_to_transformers(tmp_path: Path, make: Callable) -> None:
+    torch.manual_seed(0)
+    whole = bf16(make())
+    whole.save_pretrained(tmp_path / "whole")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(160)}, unk_token="w2"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w2").save_pretrained(tmp_path / "whole")
+    save_dense_folder(open_source(str(tmp_path / "whole")), tmp_path / "text")
+    text, info = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_same_logits(text.eval(), whole)
+
+
+def test_four_bit_tensors_under_a_prefix_keep_their_bits(make_folder, tmp_path: Path) -> None:
+    folder, _ = make_folder("llama")
+    quantize_folder(open_source(str(folder)), QuantSpec(), tmp_path / "four")
+    expected = loaded(tmp_path / "four")
+    (tmp_path / "four" / MANIFEST_NAME).unlink()
+    renamed(tmp_path / "four", lambda name: f"module.{name}")
+    source = open_source(str(tmp_path / "four"))
+    entries = source.stored("model.layers.0.mlp.up_proj.weight")[1]
+    assert all(name.startswith("module.model.layers.0.mlp.up_proj.weight") for name in entries)
+    assert_same_logits(loaded(tmp_path / "four"), expected)

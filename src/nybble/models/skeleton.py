@@ -53,7 +53,8 @@ def is_taken_alone(config: "PretrainedConfig") -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     text = text_config(config)
-    return text is config or MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config)) is MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+    taken = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return text is config or taken is MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
 
 
 def build_whole(config: "PretrainedConfig") -> "PreTrainedModel | None":
