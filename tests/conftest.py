@@ -25,6 +25,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that asks for `kernels` runs under each backend that has bodies for a CPU here: it names none of them."""
+    if "kernels" not in metafunc.fixturenames:
+        return
+    from nybble.kernels import registry
+
+    rows = [row for row in registry.available() if row.available and row.device in ("cpu", "any")]
+    metafunc.parametrize("kernels", list(dict.fromkeys(row.backend for row in rows)), indirect=True)
+
+
+@pytest.fixture
+def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend whose bodies run; plain PyTorch's where it has none."""
+    from nybble.kernels import registry
+
+    with registry.use(request.param, "reference"):
+        yield request.param
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

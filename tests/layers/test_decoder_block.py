@@ -1,6 +1,10 @@
-"""Decoder blocks against transformers' own layers and autograd: states, gradients, packing, every `keep`."""
+"""Decoder blocks against transformers' own layers and autograd: states, gradients, packing, every `keep`, whole steps.
+
+Under each backend of the kernels that runs here.
+"""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -113,18 +117,22 @@ def generic(model: nn.Module) -> GenericBackbone:
     return GenericBackbone(model, checkpointing=False, packing=True, why="test")
 
 
+@functools.cache  # backends and what is kept share it
+def transformers_own(name: str):
+    """A model, its states, loss and gradients through transformers' layers, and the gradients in fp64."""
+    model, batch = tuned_model(name), packed_batch(DOCUMENTS)
+    twin = exact_twin(model)
+    return model, *loss_and_gradients(model, generic(model), batch), loss_and_gradients(twin, generic(twin), batch)[2]
+
+
 @pytest.mark.parametrize("keep", ["nothing", "attention", "everything"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_states_loss_and_gradients_equal_transformers_in_fp32(name, keep):
-    model = tuned_model(name)
-    batch = packed_batch(DOCUMENTS)
-    expected_states, expected_loss, expected = loss_and_gradients(model, generic(model), batch)
-    states, loss, gradients = loss_and_gradients(model, BlockBackbone(model, keep), batch)
+def test_states_loss_and_gradients_equal_transformers_in_fp32(kernels, name, keep):
+    model, expected_states, expected_loss, expected, exact = transformers_own(name)
+    states, loss, gradients = loss_and_gradients(model, BlockBackbone(model, keep), packed_batch(DOCUMENTS))
     assert relative_error(states, expected_states) <= 1e-5
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys() and len(gradients) == 2 * 2 * 7
-    twin = exact_twin(model)
-    _, _, exact = loss_and_gradients(twin, generic(twin), batch)
     assert relative_error(flat(gradients), flat(expected)) <= 1e-5
     for parameter, gradient in gradients.items():
         # A gradient of near-zero norm is noise to 1e-5 in transformers' own fp32 too: then compare with the exact one.
@@ -138,7 +146,7 @@ def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("targets", ["attention", "o_proj,up_proj", "k_proj", "down_proj"])
-def test_blocks_with_few_adapters(targets):
+def test_blocks_with_few_adapters(kernels, targets):
     model = tuned_model("llama", targets)
     batch = packed_batch((9, 4))
     _, _, expected = loss_and_gradients(model, generic(model), batch)
@@ -148,7 +156,7 @@ def test_blocks_with_few_adapters(targets):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_packed_loss_and_gradients_equal_unpacked_ones(name):
+def test_packed_loss_and_gradients_equal_unpacked_ones(kernels, name):
     model = tuned_model(name)
     backbone = BlockBackbone(model, "nothing")
     batch = packed_batch(DOCUMENTS)
@@ -173,25 +181,33 @@ def test_packed_loss_and_gradients_equal_unpacked_ones(name):
         assert relative_error(model.get_parameter(parameter).grad, gradient) <= 1e-5, parameter
 
 
+@functools.cache
+def bf16_case(name: str, seed: int):
+    """A model in bf16, its exact gradients, and how far transformers' own in bf16 are from them."""
+    narrow = tuned_model(name)
+    torch.manual_seed(100 + seed)
+    for parameter in narrow.parameters():
+        if parameter.is_floating_point():
+            parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    wide = copy.deepcopy(narrow)
+    for parameter in wide.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    batch = packed_batch(DOCUMENTS)
+    _, _, expected = loss_and_gradients(wide, generic(wide), batch)
+    return narrow, expected, total_error(loss_and_gradients(narrow, generic(narrow), batch)[2], expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_bf16_is_no_worse_than_transformers_own_bf16(name):
+def test_bf16_is_no_worse_than_transformers_own_bf16(kernels, name):
     ours = theirs = 0.0
     for seed in range(4):  # one draw of so small a model says little
-        narrow = tuned_model(name)
-        torch.manual_seed(100 + seed)
-        for parameter in narrow.parameters():
-            if parameter.is_floating_point():
-                parameter.data *= 1 + 0.3 * torch.randn_like(parameter)
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.bfloat16()
-        wide = copy.deepcopy(narrow)
-        for parameter in wide.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.float()
-        batch = packed_batch(DOCUMENTS)
-        _, _, expected = loss_and_gradients(wide, generic(wide), batch)
-        theirs += total_error(loss_and_gradients(narrow, generic(narrow), batch)[2], expected)
-        ours += total_error(loss_and_gradients(narrow, BlockBackbone(narrow, "nothing"), batch)[2], expected)
+        narrow, expected, error = bf16_case(name, seed)
+        theirs += error
+        block = BlockBackbone(narrow, "nothing")
+        ours += total_error(loss_and_gradients(narrow, block, packed_batch(DOCUMENTS))[2], expected)
     assert ours <= 1.05 * theirs  # four draws of so small a model scatter by a few per cent
 
 

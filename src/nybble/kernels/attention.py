@@ -76,7 +76,8 @@ def attention_backward(
         dout: [tokens, heads, head_dim].
         q, k, v, cu_seqlens, scale, window: as given to `attention_forward`.
         out, lse: as it returned them.
-        grads: where to write dq, dk and dv, shaped as q, k and v; None allocates them.
+        grads: where to write dq, dk and dv, shaped as q, k and v, in memory of their own: they are written while
+            what they are made of is still read. None allocates them.
 
     Returns:
         dq, dk, dv: `grads`, if given.
@@ -169,6 +170,10 @@ def _check_backward(
             f"lse is {lse.dtype}, shape {tuple(lse.shape)}.",
             f"It must be contiguous {_lse_dtype(q)}, shape {(q.shape[1], q.shape[0])}: what the forward returned.",
         )
+    read = {x.untyped_storage()._cdata for x in (dout, q, k, v, out, lse)}
+    for name, x in (("dq", dq), ("dk", dk), ("dv", dv)):
+        if x.untyped_storage()._cdata in read:
+            raise FormatError(f"{name} lies in memory that it is made of.", "A gradient needs memory of its own.")
 
 
 def _check_like(name: str, x: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

@@ -55,12 +55,12 @@ def swiglu_out(gate: Tensor, up: Tensor, out: Tensor) -> None:
 def swiglu_backward_out(
     grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, act: Tensor | None
 ) -> None:
-    d, g, u = grad.float(), gate.float(), up.float()
+    d, g, u = grad.float(), gate.float(), up.float()  # in fp32 the inputs themselves, not copies
     s = g.sigmoid()
-    grad_gate.copy_(d * u * s * (1 + g * (1 - s)))
-    grad_up.copy_(d * g * s)
-    if act is not None:
-        act.copy_(g * s * u)
+    results = d * u * s * (1 + g * (1 - s)), d * g * s, g * s * u  # all before any overwrites what it is made of
+    for out, result in zip((grad_gate, grad_up, act), results, strict=True):
+        if out is not None:
+            out.copy_(result)
 
 
 @registry.register("cross_entropy_", "reference")
