@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import pack
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import ops
 from nybble.layers.backbone import BlockBackbone, GenericBackbone, choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
 from nybble.layers.loss_head import LossHead
+from nybble.training.loop import forward_backward
+from nybble.training.optimizer import AdamW
 
 SMALL = {
     "vocab_size": 96,
@@ -213,6 +217,100 @@ def test_bf16_is_no_worse_than_transformers_own_bf16(kernels, name):
 
 def total_error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     return sum(relative_error(gradients[name], expected[name]) for name in expected) / len(expected)
+
+
+NUM_STEPS, LEARNING_RATE = 4, 5e-3
+SETTINGS = {"weight_decay": 0.1, "eps": 1e-4}  # so large an eps that no sign of a gradient near zero decides a step
+
+
+def step_documents(step: int) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(step)
+    return [
+        EncodedExample(
+            torch.randint(96, (length,), generator=generator, dtype=torch.int32),
+            torch.rand(length, generator=generator) < 0.6,
+            f"{step}:{length}",
+        )
+        for length in DOCUMENTS
+    ]
+
+
+def trained_by_nybble(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Adapters after some steps of two micro-batches, each through packed decoder blocks."""
+    backbone, head = BlockBackbone(model, "attention"), LossHead.of(model)
+    names, adapters = zip(*trainable(model).items(), strict=True)
+    optimizer = AdamW(adapters, beta1=0.9, beta2=0.99, **SETTINGS)
+    for step in range(NUM_STEPS):
+        documents = step_documents(step)
+        batches = [pack(documents[:2]), pack(documents[2:])]
+        for batch in batches:
+            forward_backward(backbone, head, batch, sum(batch.supervised_tokens for batch in batches))
+        optimizer.step(LEARNING_RATE, grad_scale=min(1.0, 1.0 / optimizer.gradient_norm()))
+    return {name: adapter.detach().clone() for name, adapter in zip(names, adapters, strict=True)}
+
+
+def trained_by_transformers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same steps through transformers' own forward, one document after the other, with torch's AdamW."""
+    adapters = trainable(model)
+    optimizer = torch.optim.AdamW(adapters.values(), LEARNING_RATE, betas=(0.9, 0.99), **SETTINGS)
+    for step in range(NUM_STEPS):
+        documents = step_documents(step)
+        supervised = sum(int(document.supervised[1:].sum()) for document in documents)
+        for document in documents:
+            logits = model(input_ids=document.input_ids.long()[None]).logits[0, :-1]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            losses = F.cross_entropy(logits, document.input_ids[1:].long(), reduction="none")
+            (losses[document.supervised[1:]].sum() / supervised).backward()
+        nn.utils.clip_grad_norm_(adapters.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: adapter.detach() for name, adapter in adapters.items()}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@functools.cache
+def trained_exactly(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Adapters before and after the steps, in fp64."""
+    twin = exact_twin(tuned_model(name))
+    before = {name: adapter.detach().clone() for name, adapter in trainable(twin).items()}
+    return before, trained_by_transformers(twin)
+
+
+def in_bf16(model: nn.Module) -> nn.Module:
+    """The model with its frozen parameters in bf16."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def moved(after: dict[str, torch.Tensor], before: dict[str, torch.Tensor]) -> torch.Tensor:
+    return flat({name: adapter.double() - before[name] for name, adapter in after.items()})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_whole_steps_move_the_adapters_as_transformers_and_torchs_adamw_do(kernels, name):
+    before, exact = trained_exactly(name)
+    after = trained_by_nybble(tuned_model(name))
+    assert relative_error(moved(after, before), moved(exact, before)) <= 3e-5
+
+
+@functools.cache
+def bf16_error_of_transformers(name: str) -> float:
+    before, exact = trained_exactly(name)
+    return relative_error(moved(trained_by_transformers(in_bf16(tuned_model(name))), before), moved(exact, before))
+
+
+def test_whole_steps_in_bf16_are_no_further_from_exact_ones_than_transformers_own(kernels):
+    ours = theirs = 0.0
+    for name in ("llama", "qwen3"):
+        before, exact = trained_exactly(name)
+        ours += relative_error(moved(trained_by_nybble(in_bf16(tuned_model(name))), before), moved(exact, before))
+        theirs += bf16_error_of_transformers(name)
+    assert ours <= 1.1 * theirs
 
 
 def test_train_eval_train_gives_the_same_gradients_bit_for_bit():
