@@ -4,7 +4,8 @@ QLoRA's paged optimizers (Dettmers et al. 2023, arXiv 2305.14314, section 3) let
 under pressure. Here the order of visits is known, so a thread reads one page ahead of the update and writes one behind
 it, in three buffers; and state of any size is paged, for there is no threshold. The thread does one thing after the
 other, in the order asked for: a buffer that is read into again has been written before. Buffers lie where the
-parameters do; a GPU's are filled and emptied through one pinned page of host memory.
+parameters do; a GPU's are filled and emptied through one pinned page of host memory, each after what the GPU was given
+to do with it (memory/lane.py).
 
 A disk that fails is an exception in the step that met it: parameters are then half updated, and the run ends without
 saving them.
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nybble.memory.lane import Lane, lane_to
 from nybble.memory.scratch import ScratchFile
 
 PAGE_BYTES = 2**22  # smaller pages cost a step more in handing over than in copying
@@ -38,21 +40,28 @@ class PagedState:
         layouts: of each parameter's state.
         folder: on the disk that takes the file.
         device: where the state is updated.
+        lane: of the copies between the device and its host; the device's own where None.
 
     Raises:
         PlanError: the disk has no room for the state.
         OSError: while iterating, the disk fails.
     """
 
-    def __init__(self, layouts: Sequence[Layout], folder: Path, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        folder: Path,
+        device: torch.device | str = "cpu",
+        *,
+        lane: Lane | None = None,
+    ):
         self._layouts, self._device = list(layouts), torch.device(device)
         sizes = [_bytes(layout) for layout in self._layouts]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
         self._pages = _pages(sizes)
         self._largest = max(map(self._bytes, self._pages), default=0)
-        on_gpu = self._device.type == "cuda"
-        self._copies = torch.cuda.Stream(self._device) if on_gpu else None
-        self._host = torch.empty(self._largest, dtype=torch.uint8, pin_memory=True) if on_gpu else None
+        self._lane = lane_to(self._device) if lane is None else lane
+        self._host = None if self._lane is None else self._lane.host_memory(self._largest)
         # Kept from step to step: freed, they would leave gaps that what a forward pass keeps begins to fill.
         self._buffers = [self._room() for _ in self._pages[:BUFFERS]]
         self._file = ScratchFile(folder, self.num_bytes, "The optimizer's state", "--page-optimizer never")
@@ -74,18 +83,21 @@ class PagedState:
 
     def _pass(self, write: bool) -> Iterator[State]:
         buffers = self._buffers
-        coming = [self._worker.submit(self._read, page, buffers[0]) for page in self._pages[:1]]
+        in_use = [self._mark() for _ in buffers]  # until then a GPU may compute with what is in each
+        coming = [self._worker.submit(self._read, page, buffers[0], in_use[0]) for page in self._pages[:1]]
         written: Future[None] | None = None
         for number, page in enumerate(self._pages):
-            buffer = buffers[number % BUFFERS]
             coming.pop().result()
             for following in self._pages[number + 1 : number + 2]:
-                coming.append(self._worker.submit(self._read, following, buffers[(number + 1) % BUFFERS]))
+                there = (number + 1) % BUFFERS
+                coming.append(self._worker.submit(self._read, following, buffers[there], in_use[there]))
+            here = number % BUFFERS
             for i in page:
-                yield self._state(buffer, i, page)
+                yield self._state(buffers[here], i, page)
+            in_use[here] = self._mark()
             if written is not None:
                 written.result()
-            written = self._worker.submit(self._write, page, buffer, self._done()) if write else None
+            written = self._worker.submit(self._write, page, buffers[here], in_use[here]) if write else None
         if written is not None:
             written.result()
 
@@ -102,38 +114,32 @@ class PagedState:
         return self._starts[page.stop] - self._starts[page.start]
 
     def _room(self) -> Tensor:
+        if self._lane is not None:
+            return self._lane.device_memory(self._largest)
         return torch.empty(self._largest, dtype=torch.uint8, device=self._device)
 
-    def _done(self) -> torch.cuda.Event | None:
-        """When a GPU has made the updates that it was given so far."""
-        return None if self._copies is None else torch.cuda.current_stream(self._device).record_event()
+    def _mark(self) -> torch.cuda.Event | None:
+        return None if self._lane is None else self._lane.mark()
 
-    def _read(self, page: range, buffer: Tensor) -> None:
+    def _read(self, page: range, buffer: Tensor, in_use: torch.cuda.Event | None) -> None:
         used, start = buffer[: self._bytes(page)], self._starts[page.start]
-        if self._host is None:
+        if self._lane is None:
             self._file.read(used, start)
             return
+        assert self._host is not None and in_use is not None
         host = self._host[: len(used)]
         self._file.read(host, start)
-        self._copy(host, used, None)
+        self._lane.copy(host, used, in_use)
 
     def _write(self, page: range, buffer: Tensor, updated: torch.cuda.Event | None) -> None:
         used, start = buffer[: self._bytes(page)], self._starts[page.start]
-        if self._host is None:
+        if self._lane is None:
             self._file.write(used, start)
             return
+        assert self._host is not None and updated is not None
         host = self._host[: len(used)]
-        self._copy(used, host, updated)
+        self._lane.copy(used, host, updated)
         self._file.write(host, start)
-
-    def _copy(self, source: Tensor, target: Tensor, after: torch.cuda.Event | None) -> None:
-        """Between host and device, on the worker's own stream; it has arrived when this returns."""
-        assert self._copies is not None
-        with torch.cuda.stream(self._copies):
-            if after is not None:
-                self._copies.wait_event(after)
-            target.copy_(source, non_blocking=True)
-        self._copies.synchronize()
 
 
 def _bytes(layout: Layout) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from nybble.formats.bnb import StoredWeight
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors_io import TensorEntry, read_exactly
+from nybble.memory.lane import Lane, lane_to
 from nybble.models.folder_source import FolderSource
 
 ALIGNMENT = 64  # bytes; a cache line
@@ -59,6 +60,7 @@ class FolderBlockStore:
         num_resident: blocks that stay on the device.
         device: where blocks are computed with.
         in_ram: keep the others in host memory of their own, pinned for a GPU.
+        lane: of the copies between the device and its host; the device's own where None.
 
     Raises:
         ModelError: reading fails, or a file ends too soon.
@@ -71,6 +73,7 @@ class FolderBlockStore:
         device: torch.device | str = "cpu",
         *,
         in_ram: bool = False,
+        lane: Lane | None = None,
     ):
         assert 0 <= num_resident <= len(blocks), (num_resident, len(blocks))
         self._blocks, self.device = blocks, torch.device(device)
@@ -80,20 +83,21 @@ class FolderBlockStore:
         self._between = memoryview(bytearray(LARGEST_GAP))
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-blocks")
         self.block_reads = 0
-        self._on_gpu = self.device.type == "cuda"
-        self._copies = torch.cuda.Stream(self.device) if self._on_gpu else None
-        self._staging = self._host(max(map(self._bytes, range(len(blocks))))) if self._on_gpu else None
+        self._lane = lane_to(self.device) if lane is None else lane
+        self._staging = None if self._lane is None else self._host(max(map(self._bytes, range(len(blocks)))))
         self._in_ram: dict[int, Tensor] = {}
         resident = spread(num_resident, len(blocks))
         streamed = [i for i in range(len(blocks)) if i not in resident]
-        self._resident = {i: self._room(self._bytes(i)) for i in resident}
-        for i, buffer in self._resident.items():
-            self._bring(i, _Room(buffer))
+        self._resident: dict[int, Tensor] = {}
+        for i in resident:
+            room = self._room(self._bytes(i))
+            self._bring(i, room)
+            self._resident[i] = room.buffer
         for i in streamed if in_ram else ():
             self._in_ram[i] = self._host(self._bytes(i))
             self._read(i, self._in_ram[i])
         largest = max(map(self._bytes, streamed), default=0)
-        self._free = [_Room(self._room(largest)) for _ in streamed[:2]]
+        self._free = [self._room(largest) for _ in streamed[:2]]
         self._current: tuple[int, _Room] | None = None
         self._coming: tuple[int, _Room, Future[None]] | None = None
         self._at, self._forward, self._will_return = 0, True, False
@@ -140,7 +144,7 @@ class FolderBlockStore:
 
     def _left(self, room: "_Room") -> "_Room":
         """A buffer that nothing more will be asked of; a GPU may still be computing with it."""
-        return _Room(room.buffer, torch.cuda.current_stream(self.device).record_event() if self._on_gpu else None)
+        return _Room(room.buffer, self._mark())
 
     def _prefetch(self) -> None:
         coming = self._next()
@@ -164,11 +168,18 @@ class FolderBlockStore:
         held = self._current[0] if self._current is not None else None
         return next((i for way in (onward, back) for i in way if i not in self._resident and i != held), None)
 
-    def _room(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+    def _room(self, num_bytes: int) -> "_Room":
+        if self._lane is not None:
+            return _Room(self._lane.device_memory(num_bytes), self._mark())
+        return _Room(torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
 
     def _host(self, num_bytes: int) -> Tensor:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._on_gpu)
+        if self._lane is not None:
+            return self._lane.host_memory(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        return None if self._lane is None else self._lane.mark()
 
     def _bytes(self, block: int) -> int:
         return max(end for _, end in self._places[block].values())
@@ -183,14 +194,11 @@ class FolderBlockStore:
         self.block_reads += 1
         if host is room.buffer:
             return
-        if self._copies is None:
+        if self._lane is None:
             room.buffer[:num_bytes].copy_(host)
             return
-        with torch.cuda.stream(self._copies):
-            if room.in_use is not None:
-                self._copies.wait_event(room.in_use)
-            room.buffer[:num_bytes].copy_(host, non_blocking=True)
-        self._copies.synchronize()  # on this thread, so that nobody computes with half a block
+        assert room.in_use is not None
+        self._lane.copy(host, room.buffer[:num_bytes], room.in_use)  # arrived: nobody computes with half a block
 
     def _read(self, block: int, buffer: Tensor) -> None:
         """A block's bytes from its files into host memory."""
@@ -209,7 +217,7 @@ class _Room:
     """A buffer that blocks pass through.
 
     Args:
-        in_use: until this event a GPU computes with what is in it.
+        in_use: until this event a GPU may compute with what is in it, or with what its former owner left there.
     """
 
     buffer: Tensor
@@ -223,12 +231,13 @@ def open_store(
     device: torch.device | str = "cpu",
     *,
     in_ram: bool = False,
+    lane: Lane | None = None,
 ) -> FolderBlockStore:
     """The store of a model's blocks.
 
     Args:
         linears: names of all linear layers of the blocks, block after block, each stored in four bits.
-        num_resident, device, in_ram: as `FolderBlockStore` takes them.
+        num_resident, device, in_ram, lane: as `FolderBlockStore` takes them.
 
     Raises:
         FormatError, ModelError: a weight is not stored as it is computed with, or cannot be read.
@@ -238,7 +247,7 @@ def open_store(
         block = re.match(r".*?\.\d+\.", name)
         assert block is not None, name
         blocks.setdefault(block.group(), {})[name] = StoredLinear(*source.stored(f"{name}.weight"))
-    return FolderBlockStore(list(blocks.values()), num_resident, device, in_ram=in_ram)
+    return FolderBlockStore(list(blocks.values()), num_resident, device, in_ram=in_ram, lane=lane)
 
 
 def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:
