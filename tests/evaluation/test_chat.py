@@ -16,7 +16,7 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
 from nybble.evaluation import chat as chat_module
 from nybble.evaluation.chat import TextPieces, chat, converse
-from nybble.evaluation.generate import choose_tokens, generate
+from nybble.evaluation.generate import Sampling, choose_tokens, generate
 from nybble.evaluation.load_run import LoadedModel
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
 from nybble.options import build_options
@@ -242,5 +242,5 @@ def test_a_run_or_a_model_is_given(given):
 
 def test_few_likeliest_tokens():
     logits = torch.tensor([[0.0, 3.0, 2.0, 2.5]]).repeat(200, 1)
-    assert set(choose_tokens(logits, 1.0, top_k=2).tolist()) == {1, 3}
-    assert set(choose_tokens(logits, 5.0).tolist()) == {0, 1, 2, 3}
+    assert set(choose_tokens(logits, Sampling(1.0, top_k=2)).tolist()) == {1, 3}
+    assert set(choose_tokens(logits, Sampling(5.0)).tolist()) == {0, 1, 2, 3}

@@ -6,10 +6,15 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-from transformers.generation.logits_process import TopPLogitsWarper
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from nybble.errors import ConfigError, DataError
-from nybble.evaluation.generate import choose_tokens, generate
+from nybble.evaluation.generate import RepetitionPenalty, Sampling, choose_tokens, generate
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import cpu, ops, registry
 from nybble.layers import decoding
@@ -100,7 +105,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
     return twin
 
 
-def by_transformers(model: nn.Module, prompt: list[int], max_new_tokens: int) -> list[int]:
+def by_transformers(model: nn.Module, prompt: list[int], max_new_tokens: int, penalty: float = 1.0) -> list[int]:
     ids = torch.tensor([prompt])
     out = model.generate(
         ids,
@@ -109,12 +114,23 @@ def by_transformers(model: nn.Module, prompt: list[int], max_new_tokens: int) ->
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        repetition_penalty=penalty,
     )
     return out[0, len(prompt) :].tolist()
 
 
-def answers(model: nn.Module, prompts=PROMPTS, max_new_tokens: int = 24, **options) -> list[list[int]]:
-    return generate(model, prompts, **{"stop_ids": (), **options}, max_new_tokens=max_new_tokens)
+def answers(
+    model: nn.Module, prompts=PROMPTS, max_new_tokens: int = 24, stop_ids=(), on_token=None, **sampling
+) -> list[list[int]]:
+    """Continuations; `sampling` as `Sampling` takes it."""
+    return generate(
+        model,
+        prompts,
+        stop_ids=stop_ids,
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(**sampling),
+        on_token=on_token,
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -304,11 +320,27 @@ class TestBothWays:
         model = four_bit_model(config)
         assert answers(model, temperature=1.0, top_p=1e-6) == answers(model)
 
+    def test_tokens_less_likely_than_a_share_of_the_likeliest_are_left_out(self, config):
+        model = four_bit_model(config)
+        assert answers(model, temperature=1.0, min_p=0.99999) == answers(model)
+        assert answers(model, temperature=1.5, min_p=0.3, seed=3) != answers(model, temperature=1.5, seed=3)
+
+    def test_a_penalty_on_repetition_is_transformers_own(self, config):
+        """Prompts of several lengths: what they are padded with is no part of the text."""
+        model = four_bit_model(config)
+        for penalty in (1.7, 1e4):
+            expected = [by_transformers(dense_twin(model), prompt, 24, penalty) for prompt in PROMPTS]
+            assert answers(model, repetition_penalty=penalty) == expected != answers(model)
+            stop = expected[1][7]  # a text that ends early leaves the others theirs
+            stopped = [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
+            assert answers(model, repetition_penalty=penalty, stop_ids=(stop,)) == stopped
+
     def test_the_models_own_penalties_and_sampling_do_not_apply(self, config):
         model = four_bit_model(config)
         expected = answers(model)
         model.generation_config.repetition_penalty = 5.0
         model.generation_config.top_k = 1
+        model.generation_config.min_p = 0.9999
         assert answers(model) == expected
         assert answers(model, temperature=2.0, seed=1) != expected
 
@@ -330,19 +362,44 @@ class TestBothWays:
         assert answers(four_bit_model(config), []) == []
 
 
-@pytest.mark.parametrize("option", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}),
+        *({"min_p": 1.0}, {"min_p": -0.1}, {"repetition_penalty": 0.0}),
+    ],
+    ids=str,
+)
 def test_arguments_out_of_range_are_refused(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         answers(four_bit_model(CONFIGS["llama"]), **option)
 
 
-def test_sampled_frequencies_are_the_nucleus():
-    """Against transformers' own warper, on a distribution whose nucleus at 0.8 has three of five tokens."""
-    logits = torch.tensor([0.1, 0.35, 0.05, 0.3, 0.2]).log()[None]
-    temperature = 1.25
-    expected = TopPLogitsWarper(0.8)(None, logits / temperature).softmax(-1)[0]
-    assert 0 < int((expected == 0).sum()) < 4
-    draws = choose_tokens(logits.expand(40000, -1), temperature, 0.8, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"top_p": 0.8}, 3),
+        ({"top_k": 2}, 2),
+        ({"min_p": 0.5}, 3),
+        ({"top_k": 4, "top_p": 0.85}, 3),
+        ({"top_p": 0.9, "min_p": 0.6}, 3),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.97}, 1),
+    ],
+    ids=str,
+)
+def test_sampled_frequencies_are_those_of_transformers_warpers(options, left):
+    """Of five tokens so many are left; what is in the text already counts less."""
+    logits = torch.tensor([0.1, 0.35, 0.05, 0.3, 0.2]).log()[None] + 2.0
+    text, temperature, penalty = torch.tensor([[1, 1, 4]]), 1.25, 1.3
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(text, logits) / temperature
+    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in options:
+            expected = warper(options[name])(text, expected)
+    expected = expected.softmax(-1)[0]
+    assert int((expected > 0).sum()) == left
+    sampling = Sampling(temperature, repetition_penalty=penalty, **options)
+    penalised = RepetitionPenalty(text.tolist(), penalty)(logits)
+    draws = choose_tokens(penalised.expand(40000, -1), sampling, torch.Generator().manual_seed(0))
     frequencies = torch.bincount(draws, minlength=5) / len(draws)
     assert torch.equal(frequencies == 0, expected == 0)
     torch.testing.assert_close(frequencies, expected, atol=0.01, rtol=0)

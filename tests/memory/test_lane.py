@@ -99,7 +99,8 @@ def test_a_pass_that_broke_off_is_computed_before_the_next_begins(paged):
     found: list[Tensor] = []
     broken_off = state.reading()
     for _ in range(len(SHAPES) // 2):
-        card.compute(lambda moment=next(broken_off)["moment"]: found.append(moment.clone()))
+        moments = next(broken_off)
+        card.compute(lambda moment=moments["moment"]: found.append(moment.clone()))
     broken_off.close()
     read(state, card, [])
     card.wait()

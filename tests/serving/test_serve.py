@@ -20,13 +20,14 @@ from rich.console import Console
 from nybble.config import ServeConfig
 from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
-from nybble.evaluation.generate import generate
+from nybble.evaluation.generate import Sampling, generate
 from nybble.evaluation.load_run import load_run
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.options import build_options
 from nybble.serving import engine as engine_module
 from nybble.serving.app import Api, make_app
 from nybble.serving.engine import Engine, load_models
+from nybble.serving.requests import ChatRequest, TextRequest
 from nybble.serving.server import allowed_hosts, choose_token
 
 QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]
@@ -164,13 +165,17 @@ def test_sampling_follows_its_seed(running: Running) -> None:
     [
         ({"model": "absent"}, "no model 'absent'"),
         ({"temperature": 9}, "temperature"),
-        ({"max_tokens": 65}, "at most 64"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"n": 2}, "n is not supported"),
         ({"logprobs": True}, "logprobs is not supported"),
         ({"stop": [""]}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "context"),
+        ({"messages": [{"role": "user", "content": None}]}, "content is missing"),
+        ({"extra_body": {"min_p": 1}}, "min_p"),
+        ({"extra_body": {"top_k": -2}}, "top_k"),
+        ({"extra_body": {"repetition_penalty": 0}}, "repetition_penalty"),
     ],
 )
 def test_what_is_refused(running: Running, options: dict[str, Any], words: str) -> None:
@@ -182,6 +187,145 @@ def test_what_is_refused(running: Running, options: dict[str, Any], words: str) 
     for stream in (True,):  # before a stream begins, and as an error rather than an event
         with pytest.raises(openai.APIStatusError):
             running.client().chat.completions.create(**request, stream=stream)
+
+
+PLAIN = {"model": "run", "messages": QUESTION, "max_tokens": 24}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("sent", "name"),
+    [
+        ({"guided_choice": ["yes", "no"]}, "guided_choice"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"logit_bias": {"3": 5}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"no_such_key": 1}, "no_such_key"),
+        ({"stream_options": {"no_such_key": 1}}, "stream_options: no_such_key"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "tool_calls"),
+        ({"messages": [QUESTION[0] | {"weight": 0}]}, "messages.0: weight"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "lang": "en"}]}]}, "lang"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(running: Running, sent: dict[str, Any], name: str) -> None:
+    status, answer = raw(running, json.dumps(PLAIN | sent).encode())
+    assert status == 400 and answer["error"]["code"] == "unsupported_parameter"
+    assert f"{name} is not supported here" in answer["error"]["message"]
+    assert "Honoured: " in answer["error"]["message"]
+
+
+def test_every_honoured_key_changes_an_answer_or_how_it_is_given() -> None:
+    """A key that joins the honoured ones joins these tests."""
+    tested = {"model", "messages", "max_tokens", "max_completion_tokens", "max_new_tokens", "stream", "stream_options"}
+    tested |= {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stop_token_ids"}
+    assert set(ChatRequest.model_fields) == tested
+    assert set(TextRequest.model_fields) == tested - {"messages"} | {"prompt"}
+
+
+def test_what_asks_for_nothing_is_answered(running: Running, trained: Path) -> None:
+    """Nulls, defaults, and what clients send for the server's book-keeping."""
+    expected_text = expected(trained)
+    everything = {key for kind in (ChatRequest,) for key in (*kind.model_fields, *kind.neutral, *kind.harmless)}
+    nulls = dict.fromkeys(everything - set(PLAIN))
+    neutral = {key: values[0] for key, values in ChatRequest.neutral.items()}
+    harmless = {"user": "me", "metadata": {"a": "b"}, "store": True, "parallel_tool_calls": True}
+    turn = {"role": "user", "content": [{"type": "text", "text": QUESTION[0]["content"], "cache_control": {}}]}
+    named = {"messages": [turn | {"name": "me", "tool_calls": None, "refusal": None}]}
+    for sent in ({}, nulls, neutral, harmless, named, {"no_such_key": None}, {"top_k": -1}):
+        status, answer = raw(running, json.dumps(PLAIN | sent).encode())
+        assert status == 200, answer
+        assert answer["choices"][0]["message"]["content"] == expected_text
+
+
+def test_an_assistants_turn_may_be_empty(running: Running) -> None:
+    answers = []
+    for turn in ({"content": ""}, {"content": None}, {}, {"content": None, "refusal": None, "tool_calls": []}):
+        messages = [*QUESTION, {"role": "assistant"} | turn, *QUESTION]
+        status, answer = raw(running, json.dumps(PLAIN | {"messages": messages}).encode())
+        assert status == 200, answer
+        answers.append(answer["choices"][0]["message"]["content"])
+    assert len(set(answers)) == 1
+
+
+def test_sampling_options_are_honoured(running: Running, trained: Path) -> None:
+    """As the model answers them alone; each changes the answer that it is tried on."""
+    loaded = load_run(trained, Console(quiet=True), "cpu", "fp32")
+    prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
+    hot = {"temperature": 2.0, "seed": 1}
+    for changed, beside in (
+        ({"top_k": 2}, hot),
+        ({"min_p": 0.9}, hot),
+        ({"top_p": 0.3}, hot),
+        ({"seed": 5}, hot),
+        ({"temperature": 0.3}, hot),
+        ({"repetition_penalty": 50.0}, {}),
+    ):
+        found = []
+        for options in (beside | changed, beside):
+            ids = generate(
+                loaded.model,
+                [prompt],
+                stop_ids=loaded.template.stop_ids,
+                max_new_tokens=24,
+                sampling=Sampling(**options),  # type: ignore[arg-type]
+            )[0]
+            status, answer = raw(running, json.dumps(PLAIN | options).encode())
+            assert status == 200, answer
+            found.append(answer["choices"][0]["message"]["content"])
+            assert found[-1] == loaded.template.tokenizer.decode(ids, skip_special_tokens=True)
+        assert found[0] != found[1], changed
+
+
+def test_stop_tokens_end_an_answer(running: Running, trained: Path) -> None:
+    loaded = load_run(trained, Console(quiet=True), "cpu", "fp32")
+    prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
+    ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=24)[0]
+    status, answer = raw(running, json.dumps(PLAIN | {"stop_token_ids": [ids[2]]}).encode())
+    assert status == 200 and answer["choices"][0]["finish_reason"] == "stop"
+    text = loaded.template.tokenizer.decode(ids[: ids.index(ids[2])], skip_special_tokens=True)
+    assert answer["choices"][0]["message"]["content"] == text
+    assert answer["usage"]["completion_tokens"] == ids.index(ids[2])
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "max_new_tokens"])
+def test_an_answers_length_has_three_names(running: Running, name: str) -> None:
+    body = {key: value for key, value in PLAIN.items() if key != "max_tokens"} | {name: 2}
+    status, answer = raw(running, json.dumps(body).encode())
+    assert status == 200 and answer["usage"]["completion_tokens"] == 2
+    status, answer = raw(running, json.dumps(body | {"max_tokens": 1, "max_new_tokens": 3}).encode())
+    assert status == 200 and answer["usage"]["completion_tokens"] == 1
+
+
+def test_a_limit_above_the_servers_is_taken_down_to_it_and_said(running: Running) -> None:
+    client = running.client()
+    base = next(model.id for model in client.models.list() if model.id.endswith("(base)"))
+    body = {"model": base, "temperature": 2.0, "seed": 3}
+    long = client.completions.create(**body, prompt="1", max_tokens=65)
+    assert long.warnings == ["65 new tokens were asked for; this answer may have 64."]
+    assert long.usage.completion_tokens <= 64
+    served = running.engine.models["run"]
+    context = served.model.config.max_position_embeddings
+    near_full = [served.template.encoder.encode("a")[0]] * (context - 3)
+    answer = client.completions.create(**body, prompt=near_full, max_tokens=10)
+    assert answer.warnings == ["10 new tokens were asked for; this answer may have 3."]
+    assert answer.usage.completion_tokens <= 3
+    *_, last = ask(client, "run", stream=True, max_tokens=100)
+    assert last.warnings == ["100 new tokens were asked for; this answer may have 64."]
+    assert not hasattr(ask(client, "run", max_tokens=64), "warnings")
+
+
+def test_a_model_by_its_name(running: Running) -> None:
+    client = running.client()
+    for model in client.models.list():
+        assert client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("absent")
 
 
 def raw(running: Running, body: bytes, **headers: str) -> tuple[int, dict[str, Any]]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from nybble.config import ChatConfig
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
-from nybble.evaluation.generate import context_length, generate
+from nybble.evaluation.generate import Sampling, context_length, generate
 from nybble.evaluation.load_run import LoadedModel, load_plain, load_run
 from nybble.layers.convert import adapters_of, enable_adapters
 
@@ -113,9 +113,7 @@ def answer(
         [prompt],
         stop_ids=loaded.template.stop_ids,
         max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
+        sampling=Sampling(config.temperature, config.top_p, config.top_k),
         on_token=lambda _, token: console.out(pieces.add(token), end="", highlight=False),
     )
     console.out(pieces.rest(), highlight=False)

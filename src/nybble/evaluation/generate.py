@@ -5,8 +5,10 @@ other devices, through transformers' generation. What the model's own generation
 penalties is not applied on either way: the arguments say all.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,16 +24,56 @@ if TYPE_CHECKING:
 OnToken = Callable[[int, int], None]  # index of the prompt, token
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits, in this order.
+
+    Args:
+        repetition_penalty: logits of tokens that the text has, its prompt included, are divided by it where they are
+            above zero and multiplied where they are below (CTRL, Keskar et al. 2019, arXiv 1909.05858).
+        temperature: 0 takes the likeliest token, else samples from softmax(logits / temperature).
+        top_k: samples among so many likeliest tokens; 0 among all.
+        top_p: samples among the likeliest tokens whose probabilities reach this sum, in (0, 1] (the nucleus: Holtzman
+            et al. 2020, arXiv 1904.09751).
+        min_p: samples among tokens at least so likely as a share of the likeliest one, in [0, 1) (arXiv 2407.01082).
+        seed: None draws from torch's global generator.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            0 <= self.temperature < math.inf
+            and 0 < self.top_p <= 1
+            and self.top_k >= 0
+            and 0 <= self.min_p < 1
+            and 0 < self.repetition_penalty < math.inf
+        ):
+            raise ConfigError(
+                f"{self}.",
+                "Allowed: temperature and top_k of at least 0, top_p above 0 and up to 1, min_p from 0 to below 1, "
+                "repetition_penalty above 0.",
+            )
+
+
+GREEDY = Sampling()
+
+
 def generate(
     model: "PreTrainedModel",
     prompts: Sequence[Sequence[int]],
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int | None = None,
+    sampling: Sampling = GREEDY,
     on_token: OnToken | None = None,
 ) -> list[list[int]]:
     """Continue each prompt until a stop token, `max_new_tokens`, or the end of the model's context.
@@ -40,29 +82,23 @@ def generate(
         prompts: token ids; of different lengths, if need be.
         stop_ids: tokens that end an answer; they are not part of it.
         max_new_tokens: most tokens in an answer, at least 1.
-        temperature: 0 takes the likeliest token, else samples from softmax(logits / temperature).
-        top_p: samples among the likeliest tokens whose probabilities reach this sum, in (0, 1].
-        top_k: samples among so many likeliest tokens; 0 among all.
-        seed: of the sampling; None draws from torch's global generator.
+        sampling: how each token is chosen; the likeliest one if not given.
         on_token: called with (index of the prompt, token) as soon as a token of an answer is known.
 
     Returns:
         The new token ids of each prompt.
 
     Raises:
-        ConfigError: an argument is out of range.
+        ConfigError: max_new_tokens is below 1.
         DataError: a prompt is empty, or leaves no room in the model's context.
     """
-    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ConfigError(
-            f"max_new_tokens is {max_new_tokens}, temperature {temperature}, top_p {top_p}, top_k {top_k}.",
-            "Allowed: max_new_tokens of at least 1, temperature and top_k of at least 0, top_p above 0 and up to 1.",
-        )
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}.", "Allowed: at least 1.")
     if not prompts:
         return []
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
     through = _through_blocks if why_not_forward(model) is None else _through_transformers
-    return through(model, prompts, frozenset(stop_ids), room, temperature, top_p, top_k, seed, on_token or _ignore)
+    return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or _ignore)
 
 
 def context_length(model: "PreTrainedModel") -> int | None:
@@ -94,55 +130,83 @@ def _through_blocks(
     prompts: Sequence[Sequence[int]],
     stop_ids: frozenset[int],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
+    sampling: Sampling,
     on_token: OnToken,
 ) -> list[list[int]]:
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))  # which prompt each row of the decoder answers
     decoder = CachedDecoder(model)
     logits = decoder.start(prompts, max_new_tokens)
+    penalty = RepetitionPenalty(prompts, sampling.repetition_penalty)
     while True:
-        tokens = choose_tokens(logits, temperature, top_p, generator, top_k)
+        tokens = choose_tokens(penalty(logits), sampling, generator)
         open_rows = [row for row, token in enumerate(tokens.tolist()) if token not in stop_ids]
         if len(open_rows) < len(going):
             decoder.keep(open_rows)
+            penalty.keep(open_rows)
             going, tokens = [going[row] for row in open_rows], tokens[open_rows]
         for prompt, token in zip(going, tokens.tolist(), strict=True):
             answers[prompt].append(token)
             on_token(prompt, token)
         if not going or len(answers[going[0]]) == max_new_tokens:
             return answers
+        penalty.add(tokens)
         logits = decoder.step(tokens)
 
 
-def choose_tokens(
-    logits: Tensor,
-    temperature: float,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-    top_k: int = 0,
-) -> Tensor:
-    """The next token of each row of logits, `(N, vocabulary)` -> int64 `(N)`.
+class RepetitionPenalty:
+    """What a penalty makes of logits: those of tokens that a text already has move towards, and below, zero.
 
-    With 0 < top_p < 1 only the nucleus is sampled from: the likeliest tokens, down to the one with which their
-    probabilities reach top_p (Holtzman et al. 2020, arXiv 1904.09751).
+    Args:
+        prompts: what the texts begin with.
+        penalty: as `Sampling.repetition_penalty`; 1 changes nothing.
     """
-    if temperature == 0:
+
+    def __init__(self, prompts: Sequence[Sequence[int]], penalty: float):
+        self._prompts, self._penalty = prompts, penalty
+        self._seen: Tensor | None = None  # bool (texts, vocabulary), from the first logits on
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """`(texts, vocabulary)`; the logits themselves where the penalty is 1."""
+        if self._penalty == 1:
+            return logits
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in zip(self._seen, self._prompts, strict=True):
+                row[torch.tensor(list(prompt), device=row.device)] = True
+        penalised = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
+        return torch.where(self._seen, penalised, logits)
+
+    def add(self, tokens: Tensor) -> None:
+        """The next token of each text, `(texts)`."""
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+
+    def keep(self, texts: Sequence[int]) -> None:
+        """Only these go on."""
+        if self._seen is not None:
+            self._seen = self._seen[list(texts)]
+
+
+def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """The next token of each row of logits, `(N, vocabulary)` -> int64 `(N)`; penalties have been taken off them."""
+    if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, float("-inf"))
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
-    if top_p == 1:
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-    descending, tokens = probabilities.sort(dim=-1, descending=True)
-    likelier = descending.cumsum(dim=-1) - descending  # probability of all tokens before this one
-    nucleus = descending.masked_fill(likelier >= top_p, 0.0)
-    return tokens.gather(1, torch.multinomial(nucleus, 1, generator=generator)).squeeze(1)
+    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
+    tokens = None
+    if sampling.top_p < 1:
+        descending, tokens = probabilities.sort(dim=-1, descending=True)
+        likelier = descending.cumsum(dim=-1) - descending  # probability of all tokens before this one
+        probabilities = descending.masked_fill(likelier >= sampling.top_p, 0.0)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
 
 
 # ---- transformers --------------------------------------------------------------------------------
@@ -154,10 +218,7 @@ def _through_transformers(
     prompts: Sequence[Sequence[int]],
     stop_ids: frozenset[int],
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    seed: int | None,
+    sampling: Sampling,
     on_token: OnToken,
 ) -> list[list[int]]:
     """Prompts padded on the left and masked."""
@@ -166,25 +227,34 @@ def _through_transformers(
     pad_id = min(stop_ids, default=0)
     ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+        options |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
+    penalty = RepetitionPenalty(prompts, sampling.repetition_penalty)
+
+    def penalised(texts: Tensor, scores: Tensor) -> Tensor:
+        penalty.add(texts[:, -1])  # nothing at the first call: it ends in a token of the prompt
+        return penalty(scores)
+
     answers = _Answers(len(prompts), stop_ids, on_token)
     was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with torch.random.fork_rng(enabled=sampling.seed is not None):
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
             model.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(stop_ids) or None,
                 pad_token_id=pad_id,
-                top_k=top_k,
-                repetition_penalty=1.0,
+                repetition_penalty=1.0,  # its own would count padding as text
                 no_repeat_ngram_size=0,
+                logits_processor=[penalised],
                 streamer=answers,
-                **sampling,
+                **options,
             )
     finally:
         model.train(was_training)

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -25,10 +25,11 @@ from nybble.data.examples import Message
 from nybble.errors import NybbleError
 from nybble.evaluation.chat import TextPieces
 from nybble.evaluation.generate import context_length
-from nybble.serving.engine import Engine, QueueFull, Sampling, ServedModel, as_error
+from nybble.serving.engine import Engine, QueueFull, ServedModel, as_error
 from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse
 
 RETRY_AFTER_S = 1
+NOTHING: Mapping[str, Any] = {}
 LOG = logging.getLogger(__name__)
 
 
@@ -49,11 +50,15 @@ class Api:
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
         self._check_token(request)
-        entries = [
-            {"id": name, "object": "model", "created": self.started, "owned_by": "nybble"}
-            for name in self.engine.models
-        ]
-        return JSONResponse({"object": "list", "data": entries})
+        return JSONResponse({"object": "list", "data": [self._entry(name) for name in self.engine.models]})
+
+    async def one_model(self, request: Request) -> Response:
+        """GET /v1/models/{name}."""
+        self._check_token(request)
+        return JSONResponse(self._entry(self._model(request.path_params["name"]).name))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "nybble"}
 
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
@@ -76,10 +81,12 @@ class Api:
         prompt: list[int],
         form: "type[_Form]",
     ) -> Response:
-        limit = self._limit(asked, served, prompt)
-        sampling = Sampling(limit, asked.temperature, asked.top_p, asked.seed)
-        answer = Answer(self.engine.answer(served, prompt, sampling), served, asked.stop, limit)
-        shown = form(asked.model, len(prompt), answer)
+        limit = self._limit(served, prompt)
+        wanted = asked.limit() or limit
+        tokens = self.engine.answer(served, prompt, min(limit, wanted), asked.sampling(), asked.stop_token_ids)
+        answer = Answer(tokens, served, asked.stop, min(limit, wanted))
+        warnings = [f"{wanted} new tokens were asked for; this answer may have {limit}."] if wanted > limit else []
+        shown = form(asked.model, len(prompt), answer, warnings)
         pieces = answer.pieces()
         first = await anext(pieces, None)  # what can be refused is refused before a stream begins
         if asked.stream:
@@ -93,19 +100,16 @@ class Api:
                     raise ClientDisconnect
         return JSONResponse(shown.whole(text))
 
-    def _limit(self, asked: CompletionFields, served: ServedModel, prompt: Sequence[int]) -> int:
-        """Tokens that the answer may have."""
-        wanted, context = asked.limit(), context_length(served.model)
-        if wanted is not None and wanted > self.max_new_tokens:
-            raise RequestError(f"max_tokens is {wanted}; this server answers with at most {self.max_new_tokens}.")
-        room = self.max_new_tokens if context is None else context - len(prompt)
-        if not prompt or room < (wanted or 1):
+    def _limit(self, served: ServedModel, prompt: Sequence[int]) -> int:
+        """Most tokens that an answer to the prompt may have."""
+        context = context_length(served.model)
+        room = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(prompt))
+        if not prompt or room < 1:
             raise RequestError(
-                f"The prompt has {len(prompt)} tokens and the answer may have {wanted or 1}; "
-                f"the model's context holds {context}.",
+                f"The prompt has {len(prompt)} tokens; with an answer it must fit into the model's context, {context}.",
                 code="context_length_exceeded",
             )
-        return min(room, wanted or self.max_new_tokens)
+        return room
 
     def _model(self, name: str) -> ServedModel:
         if name not in self.engine.models:
@@ -181,14 +185,19 @@ def _possible_stop(text: str, stops: Sequence[str]) -> int:
 
 
 class _Form:
-    """How an answer is put into OpenAI's objects."""
+    """How an answer is put into OpenAI's objects.
+
+    Args:
+        warnings: what was done otherwise than asked for; a key of its own, where there are any.
+    """
 
     prefix: str
     kind: str
     chunk_kind: str
 
-    def __init__(self, model: str, prompt_tokens: int, answer: Answer):
+    def __init__(self, model: str, prompt_tokens: int, answer: Answer, warnings: Sequence[str]):
         self.answer, self.prompt_tokens = answer, prompt_tokens
+        self.warnings: dict[str, Any] = {"warnings": list(warnings)} if warnings else {}
         self.common = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def usage(self) -> dict[str, int]:
@@ -201,7 +210,7 @@ class _Form:
 
     def whole(self, text: str) -> dict[str, Any]:
         choice = {"index": 0, "finish_reason": self.answer.finish_reason, "logprobs": None} | self.content(text)
-        return {"object": self.kind, **self.common, "choices": [choice], "usage": self.usage()}
+        return {"object": self.kind, **self.common, "choices": [choice], "usage": self.usage(), **self.warnings}
 
     async def stream(
         self, first: str | None, pieces: AsyncGenerator[str, None], with_usage: bool
@@ -220,14 +229,14 @@ class _Form:
                 LOG.exception("an answer broke off")  # the response has begun: nothing else would say so
             yield _line({"error": {"message": as_error(error), "type": "server_error"}})
             return
-        yield self._event(self.delta(""), self.answer.finish_reason)
+        yield self._event(self.delta(""), self.answer.finish_reason, self.warnings)
         if with_usage:
             yield _line({"object": self.chunk_kind, **self.common, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
 
-    def _event(self, content: dict[str, Any], finish_reason: str | None) -> str:
+    def _event(self, content: dict[str, Any], finish_reason: str | None, more: Mapping[str, Any] = NOTHING) -> str:
         choice = {"index": 0, "finish_reason": finish_reason, "logprobs": None} | content
-        return _line({"object": self.chunk_kind, **self.common, "choices": [choice]})
+        return _line({"object": self.chunk_kind, **self.common, "choices": [choice], **more})
 
     def content(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -282,6 +291,7 @@ def make_app(api: Api, hosts: Sequence[str]) -> Starlette:
     """The application; `hosts` are the names that clients may reach it by."""
     routes = [
         Route("/v1/models", api.models, methods=["GET"]),
+        Route("/v1/models/{name:path}", api.one_model, methods=["GET"]),
         Route("/v1/chat/completions", api.chat, methods=["POST"]),
         Route("/v1/completions", api.text, methods=["POST"]),
     ]

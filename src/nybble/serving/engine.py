@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError, RunError
-from nybble.evaluation.generate import generate
+from nybble.evaluation.generate import Sampling, generate
 from nybble.evaluation.load_run import OpenRun, load_frozen, open_run
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -48,23 +48,15 @@ class ServedModel:
     template: ChatTemplate
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn; as `generate` takes them."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-
-
 @dataclass
 class Job:
     """A request: what to answer, and where its tokens go. None ends them, an exception says why there are no more."""
 
     served: ServedModel
     prompt: Sequence[int]
+    max_new_tokens: int
     sampling: Sampling
+    stop_ids: Sequence[int]
     loop: asyncio.AbstractEventLoop
     tokens: "asyncio.Queue[int | Exception | None]" = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -90,8 +82,18 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def answer(self, served: ServedModel, prompt: Sequence[int], sampling: Sampling) -> AsyncGenerator[int, None]:
+    async def answer(
+        self,
+        served: ServedModel,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: Sequence[int] = (),
+    ) -> AsyncGenerator[int, None]:
         """The tokens of an answer as they come. Leaving the iterator early ends the computation.
+
+        Args:
+            stop_ids: tokens that end it, beside those of the model's template.
 
         Raises:
             QueueFull: before the first token.
@@ -99,7 +101,7 @@ class Engine:
         """
         if not self._room.acquire(blocking=False):
             raise QueueFull
-        job = Job(served, prompt, sampling, asyncio.get_running_loop())
+        job = Job(served, prompt, max_new_tokens, sampling, stop_ids, asyncio.get_running_loop())
         self._jobs.put(job)
         try:
             while (token := await job.tokens.get()) is not None:
@@ -131,16 +133,13 @@ def _compute(job: Job) -> None:
             raise _Cancelled
         job.give(token)
 
-    sampling = job.sampling
     try:
         generate(
             job.served.model,
             [job.prompt],
-            stop_ids=job.served.template.stop_ids,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
+            stop_ids=[*job.served.template.stop_ids, *job.stop_ids],
+            max_new_tokens=job.max_new_tokens,
+            sampling=job.sampling,
             on_token=hand_over,
         )
         job.give(None)

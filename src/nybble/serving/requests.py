@@ -1,18 +1,22 @@
 """What clients may ask: the bodies of OpenAI's two completion endpoints, checked.
 
-Source: https://platform.openai.com/docs/api-reference. Fields that ask for what is not done here are refused; a
-client that sets them to what they are by default is not troubled.
+Source: https://platform.openai.com/docs/api-reference, and for what it does not have, vLLM's. A key is honoured, or it
+cannot change an answer, or it has the value that asks for nothing; every other one is refused by name. A null stands
+for the default wherever it is sent.
 """
 
 import json
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
+from nybble.evaluation.generate import Sampling
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
+UNSUPPORTED = "unsupported_parameter"  # OpenAI's name for such a mistake
 
 
 class RequestError(NybbleError):
@@ -28,67 +32,148 @@ class RequestError(NybbleError):
         self.status, self.code = status, code
 
 
-class StreamOptions(BaseModel):
+class RequestObject(BaseModel):
+    """An object of a request; its fields are the keys that are honoured.
+
+    harmless: keys that change no answer, whatever they hold.
+    neutral: keys that are not honoured, with the values under which nobody expects them to be.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    harmless: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_asked_for(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        asked = {
+            key: value
+            for key, value in given.items()
+            if value is not None and key not in cls.harmless and value not in cls.neutral.get(key, ())
+        }
+        refused = [f"{key} is not supported here{cls._values(key)}" for key in asked if key not in cls.model_fields]
+        if refused:
+            context = {"refused": "; ".join(refused), "honoured": ", ".join(cls.model_fields)}
+            raise PydanticCustomError(UNSUPPORTED, "{refused}. Honoured: {honoured}.", context)
+        return asked
+
+    @classmethod
+    def _values(cls, key: str) -> str:
+        values = cls.neutral.get(key, ())
+        return f", except as {' or '.join(map(json.dumps, values))}" if values else ""
+
+
+class StreamOptions(RequestObject):
+    harmless = frozenset({"include_obfuscation"})
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
+
     include_usage: bool = False
 
 
-class CompletionFields(BaseModel):
+class CompletionFields(RequestObject):
     """What both endpoints take."""
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    harmless = frozenset(
+        {
+            *("user", "metadata", "store", "service_tier", "safety_identifier", "request_id", "priority"),
+            *("prompt_cache_key", "prompt_cache_retention", "cache_prompt", "prediction", "parallel_tool_calls"),
+        }
+    )
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
         "best_of": (1,),
-        "logprobs": (None, False, 0),
-        "top_logprobs": (None, 0),
+        "logprobs": (False, 0),
+        "top_logprobs": (0,),
+        "prompt_logprobs": (0,),
         "echo": (False,),
-        "suffix": (None, ""),
-        "presence_penalty": (None, 0),
-        "frequency_penalty": (None, 0),
-        "logit_bias": (None, {}),
-        "tools": (None, []),
-        "functions": (None, []),
-        "response_format": (None, {"type": "text"}),
+        "suffix": ("",),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "length_penalty": (1,),
+        "logit_bias": ({},),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "use_beam_search": (False,),
+        "min_tokens": (0,),
+        "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "chat_template_kwargs": ({},),
     }
 
     model: str
     max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1)  # 0 and -1: among all
+    min_p: float = Field(0.0, ge=0, lt=1)
+    repetition_penalty: float = Field(1.0, gt=0)
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
+    stop_token_ids: list[int] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
 
     @field_validator("stop", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        stops = [] if value is None else [value] if isinstance(value, str) else value
+        stops = [value] if isinstance(value, str) else value
         if isinstance(stops, list) and any(not stop or len(stop) > MAX_STOP_CHARACTERS for stop in stops):
             raise ValueError(f"each has 1 to {MAX_STOP_CHARACTERS} characters")
         return stops
 
-    @field_validator("temperature", "top_p", "stream", "stream_options", mode="before")
-    @classmethod
-    def _null_is_default(cls, value: Any, info: Any) -> Any:
-        return cls.model_fields[info.field_name].get_default(call_default_factory=True) if value is None else value
-
     def limit(self) -> int | None:
-        """Most tokens the client wants."""
-        return self.max_tokens
+        """Most tokens the client wants: the least, where it says so under several names."""
+        given = (self.max_tokens, self.max_completion_tokens, self.max_new_tokens)
+        return min((limit for limit in given if limit is not None), default=None)
+
+    def sampling(self) -> Sampling:
+        return Sampling(
+            self.temperature, self.top_p, max(0, self.top_k), self.min_p, self.repetition_penalty, self.seed
+        )
 
 
-class TextPart(BaseModel):
+class TextPart(RequestObject):
+    harmless = frozenset({"cache_control"})
+
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(RequestObject):
+    """A turn. An assistant's may have no content, as one that only called tools; no other turn may."""
+
+    harmless = frozenset({"name", "id", "cache_control"})
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": ([],),
+        "annotations": ([],),
+        "refusal": ("",),
+        "reasoning_content": ("",),
+    }
+
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is missing")
+        return self
 
     def message(self) -> Message:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content or ""
+        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
         return Message("system" if self.role == "developer" else self.role, text)
 
 
@@ -96,10 +181,6 @@ class ChatRequest(CompletionFields):
     """/v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
 
 class TextRequest(CompletionFields):
@@ -129,14 +210,12 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     try:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
-        request = kind.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as error:
-        detail = error.errors()[0]
+        details = error.errors()
+        detail = next((each for each in details if each["type"] == UNSUPPORTED), details[0])
         place = ".".join(map(str, detail["loc"]))
-        raise RequestError(f"{place}: {detail['msg']}") from None
+        code = UNSUPPORTED if detail["type"] == UNSUPPORTED else None
+        raise RequestError(f"{place}: {detail['msg']}" if place else f"{detail['msg']}", code=code) from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from None
-    for name, value in (request.model_extra or {}).items():
-        if name in CompletionFields.neutral and value not in CompletionFields.neutral[name]:
-            raise RequestError(f"{name} is not supported here.", code="unsupported_parameter")
-    return request
