@@ -9,14 +9,12 @@ import json
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
 from nybble.evaluation.generate import Sampling
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
-UNSUPPORTED = "unsupported_parameter"  # OpenAI's name for such a mistake
 
 
 class RequestError(NybbleError):
@@ -30,6 +28,10 @@ class RequestError(NybbleError):
     def __init__(self, message: str, status: int = 400, code: str | None = None):
         super().__init__(message)
         self.status, self.code = status, code
+
+
+class _Unsupported(ValueError):
+    """A key asks for what is not done here."""
 
 
 class RequestObject(BaseModel):
@@ -55,8 +57,7 @@ class RequestObject(BaseModel):
         }
         refused = [f"{key} is not supported here{cls._values(key)}" for key in asked if key not in cls.model_fields]
         if refused:
-            context = {"refused": "; ".join(refused), "honoured": ", ".join(cls.model_fields)}
-            raise PydanticCustomError(UNSUPPORTED, "{refused}. Honoured: {honoured}.", context)
+            raise _Unsupported(f"{'; '.join(refused)}. Honoured: {', '.join(cls.model_fields)}.")
         return asked
 
     @classmethod
@@ -212,10 +213,16 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair is no text
         return kind.model_validate(content)
     except ValidationError as error:
-        details = error.errors()
-        detail = next((each for each in details if each["type"] == UNSUPPORTED), details[0])
-        place = ".".join(map(str, detail["loc"]))
-        code = UNSUPPORTED if detail["type"] == UNSUPPORTED else None
-        raise RequestError(f"{place}: {detail['msg']}" if place else f"{detail['msg']}", code=code) from None
+        raise _refusal(error) from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.") from None
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """The first mistake in words; first of all a key that asks for what is not done here."""
+    found = [(detail, detail.get("ctx", {}).get("error")) for detail in error.errors()]
+    detail, cause = next((each for each in found if isinstance(each[1], _Unsupported)), found[0])
+    place = ".".join(str(part) for part in detail["loc"] if "[" not in str(part))  # without the names of types
+    words = str(cause) if isinstance(cause, ValueError) else detail["msg"]
+    code = "unsupported_parameter" if isinstance(cause, _Unsupported) else None
+    return RequestError(f"{place}: {words}" if place else words, code=code)
