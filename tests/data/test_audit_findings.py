@@ -87,15 +87,38 @@ def test_one_answer_for_most_rows_is_a_warning(audit_of):
     )
 
 
-def test_mostly_empty_answers_are_an_error_that_can_be_accepted(audit_of):
-    rows = [{"prompt": f"Say {n}.", "completion": "" if n % 3 else f"{n}!"} for n in range(30)]
+EMPTY = {"prompt": "Say nothing.", "completion": " "}
+LONG = {"prompt": "word " * 1000, "completion": "b"}
+NO_ANSWER = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@pytest.mark.parametrize("lost, id", [(EMPTY, "empty-answer"), (LONG, "too-long")])
+@pytest.mark.parametrize("count, stops", [(3, False), (4, True)])
+def test_more_than_a_tenth_of_the_rows_is_not_lost_unasked_whatever_loses_them(audit_of, lost, id, count, stops):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(30 - count)] + [lost] * count
     audit = audit_of(rows)
-    with pytest.raises(DataError, match=r"(?s)most-answers-empty: 20 x .*--allow most-answers-empty"):
+    assert found(audit)[id].num_rows == count
+    if not stops:
+        return audit.check()
+    with pytest.raises(DataError, match=rf"(?s)many-dropped: 4 x .*of 30: 4 by {id}.*--allow many-dropped$") as error:
         audit.check()
-    audit = audit_of(rows, allow=("most-answers-empty",))
-    audit.check()
-    assert audit.num_train + audit.num_validation == 10
-    assert audit.to_json()["allowed"] == ["most-answers-empty"]
+    assert f"{id}: {found(audit)[id].fix}" in str(error.value), "what took them out is said too"
+    audit_of(rows, allow=("many-dropped",)).check()
+    return None
+
+
+def test_rows_lost_to_several_things_are_counted_together(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(26)]
+    audit = audit_of([*rows, EMPTY, EMPTY, LONG, LONG])
+    assert found(audit)["many-dropped"].detail == "of 30: 2 by empty-answer, 2 by too-long"
+    assert audit.num_dropped == 4
+
+
+def test_nothing_is_offered_that_cannot_help(audit_of):
+    """With all rows lost, accepting what took them out would leave nothing to train on."""
+    with pytest.raises(DataError, match="no-rows") as error:
+        audit_of([NO_ANSWER] * 12).check()
+    assert "no-assistant-turn" in str(error.value) and "--allow" not in str(error.value)
 
 
 def test_a_leak_can_be_accepted_and_other_errors_still_stop(audit_of):

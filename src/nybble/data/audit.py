@@ -7,7 +7,7 @@ It runs before every training. Findings have ids that stay the same from version
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,8 +19,10 @@ from nybble.errors import ConfigError, DataError
 Level = Literal["error", "warning"]
 ROWS_NAMED = 5
 MAX_ROW_CHARACTERS = 1_000_000
+ABOUT_LOST_ROWS = ("no-rows", "many-dropped")
 NEVER_ALLOWED = ("no-rows", "ids-beyond-vocabulary")  # training could not go on
 MOST_OF_AT_LEAST = 10  # rows, below which "most rows" says nothing
+MOST_DROPPED = 0.1  # of the rows; losing more changes what is learnt
 
 # id: (level, what it means, what to do)
 FINDINGS: dict[str, tuple[Level, str, str]] = {
@@ -75,10 +77,10 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         f"rows of more than {MAX_ROW_CHARACTERS:,} characters, of which training would see a small part at most",
         "split them, or remove them",
     ),
-    "most-answers-empty": (
+    "many-dropped": (
         "error",
-        "most rows have an empty answer",
-        "check which column holds the answer: --completion-field",
+        f"rows, more than {MOST_DROPPED:.0%} of all, would be left out",
+        "see the other findings for what takes them out",
     ),
     "near-leak": (
         "warning",
@@ -95,7 +97,11 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "rows that the chat template refuses were dropped",
         "check the order of their roles",
     ),
-    "empty-answer": ("warning", "rows with an empty answer were dropped", "remove them, or fill in the answer"),
+    "empty-answer": (
+        "warning",
+        "rows with an empty answer were dropped",
+        "remove them, or check which column holds the answer: --completion-field",
+    ),
     "no-token-border": (
         "warning",
         "rows in which the tokenizer has no border where an answer begins or ends were dropped",
@@ -223,13 +229,18 @@ class Audit:
         """
         if not self.errors:
             return
-        # Where nothing is left, what dropped the rows belongs in the message too.
-        shown = self.findings if any(finding.id == "no-rows" for finding in self.errors) else self.errors
+        # Where rows are missing, what dropped them belongs in the message too.
+        shown = self.findings if any(finding.id in ABOUT_LOST_ROWS for finding in self.errors) else self.errors
         got = "\n".join(str(finding) for finding in shown if finding.id != "no-validation")
-        fix = "\n".join(f"{f.id}: {f.fix}" for f in shown if f.id not in ("no-rows", "no-validation"))
-        ids = ",".join(finding.id for finding in self.errors if finding.id not in NEVER_ALLOWED)
-        accept = f"\nTo train all the same: --allow {ids}" if ids else ""
-        raise DataError(f"{self.source} cannot be trained on.\n{got}", fix=fix + accept)
+        fix = "\n".join(f"{f.id}: {f.fix}" for f in shown if f.id not in (*ABOUT_LOST_ROWS, "no-validation"))
+        raise DataError(f"{self.source} cannot be trained on.\n{got}", fix=fix + self._way_out())
+
+    def _way_out(self) -> str:
+        """How to accept the errors, where that leads on: nothing is offered beside an error that cannot be accepted."""
+        ids = [finding.id for finding in self.errors]
+        if not set(ids).isdisjoint(NEVER_ALLOWED):
+            return ""
+        return f"\nTo train all the same, on the rows that can be used: --allow {','.join(ids)}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -299,10 +310,17 @@ def find_same_answer(examples: Sequence[Example]) -> list[Finding]:
     return find("same-answer", (origin for answer, origin in answers if answer == commonest), repr(commonest[:60]))
 
 
-def find_most_empty(findings: Iterable[Finding], num_rows: int) -> list[Finding]:
-    """An error where the rows that were dropped for an empty answer are most of them."""
-    empty = [f for f in findings if f.id == "empty-answer" and 2 * f.num_rows > num_rows >= MOST_OF_AT_LEAST]
-    return [replace(finding, id="most-answers-empty") for finding in empty]
+def find_many_dropped(dropped: Counter[str], num_rows: int) -> list[Finding]:
+    """An error where more than `MOST_DROPPED` of the rows are lost, whatever they are lost to.
+
+    Args:
+        dropped: id of a finding -> rows of which nothing is left because of it.
+    """
+    lost = dropped.total()
+    if lost <= MOST_DROPPED * num_rows:
+        return []
+    causes = ", ".join(f"{count} by {id}" for id, count in dropped.most_common())
+    return [Finding("many-dropped", lost, (), f"of {num_rows}: {causes}")]
 
 
 def find_near_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[Finding]:

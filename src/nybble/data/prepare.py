@@ -1,6 +1,6 @@
 """From a data source to training and validation sequences, with the audit."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +75,6 @@ def prepare(
         kept = [row.example for row in rows]
         numbers, held_out = split_validation(kept, validation_fraction, validation_rows, seed)
         train, validation = [rows[number] for number in numbers], [rows[number] for number in held_out]
-    findings += checks.find_most_empty(findings, len(own.examples) + len(extra))
     findings += _find_in_rows(train, validation, template, vocab_size)
 
     train_sequences, validation_sequences = _sequences(train), _sequences(validation)
@@ -123,12 +122,14 @@ def _encode_rows(
     rows: list[EncodedRow] = []
     refused: dict[str, list[RowError]] = defaultdict(list)
     concerned: dict[str, list[str]] = defaultdict(list)  # finding id: origins
+    dropped: Counter[str] = Counter()  # finding id: rows that it takes out
     for number, example in enumerate(examples):
         try:
             _check_size(example)
             whole = template.encode_example(example)
         except RowError as error:
             refused[error.finding].append(error)
+            dropped[error.finding] += 1
             continue
         supervised = [sequence for sequence in whole if sequence.supervised_tokens]
         kept = [cut for sequence in supervised if (cut := sequence.truncate(max_seq_len)).supervised_tokens]
@@ -142,10 +143,12 @@ def _encode_rows(
                 concerned[finding].append(example.origin)
         if kept:
             rows.append(EncodedRow(number, example, kept))
+        else:
+            dropped["too-long" if supervised else "no-supervised-tokens"] += 1
     findings = [f for id, origins in concerned.items() for f in checks.find(id, origins)]
     for id, errors in refused.items():
         findings += checks.find(id, (error.origin for error in errors), errors[0].detail)
-    return rows, findings
+    return rows, findings + checks.find_many_dropped(dropped, len(examples))
 
 
 def _check_size(example: Example) -> None:
