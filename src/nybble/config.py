@@ -70,8 +70,14 @@ class RowOptions(Options):
     )
     template: Literal["auto", "none"] = knob(
         "auto",
-        "auto: the tokenizer's chat template. none: prompt and completion strings stay bare.",
-        elsewhere=("chat_template",),
+        "auto: a chat template, the tokenizer's own unless --chat-template names another. none: prompt and completion "
+        "strings stay bare.",
+    )
+    chat_template: Name | None = knob(
+        None,
+        "Chat template in place of the tokenizer's own: a Jinja file, or plain, chatml, llama3, gemma, phi, deepseek. "
+        "The run keeps it, and chat, serve and export use it.",
+        elsewhere=("jinja_template", "chat_template_jinja"),
     )
     max_seq_len: int = knob(
         1024,
@@ -80,6 +86,16 @@ class RowOptions(Options):
         elsewhere=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
     )
     seed: int = knob(0, "Seed of the split, the order of rows, the adapters and dropout.", ge=0, le=2**32 - 1)
+
+    @model_validator(mode="after")
+    def _one_template_or_none(self) -> Self:
+        if self.chat_template is not None and self.template == "none":
+            raise ConfigError(
+                f"chat-template is {self.chat_template!r}, template is none.",
+                "With --template none no chat template is used.",
+                "Leave one of the two out.",
+            )
+        return self
 
 
 class ExampleOptions(Options):

@@ -222,12 +222,12 @@ def test_messages_without_a_template(write, template):
 
 
 def test_rows_that_the_template_refuses_are_dropped_and_named(write, tokenizer_of):
-    gemma = ChatTemplate(tokenizer_of("bytes", "gemma"))
+    llama2 = ChatTemplate(tokenizer_of("bytes", "llama2"))
     good = [{"messages": [{**USER, "content": str(n)}, ASSISTANT]} for n in range(10)]
-    refused = {"messages": [{"role": "system", "content": "s"}, USER, ASSISTANT]}
-    data = load_dataset_for_training(write([*good, refused]), gemma, max_seq_len=64)
+    refused = {"messages": [USER, USER, ASSISTANT]}
+    data = load_dataset_for_training(write([*good, refused]), llama2, max_seq_len=64)
     found = finding(data, "template-refuses")
-    assert found.rows == ("a.jsonl:11",) and "System role not supported" in found.detail
+    assert found.rows == ("a.jsonl:11",) and "roles must alternate" in found.detail
     assert data.audit.num_dropped == 1 and data.audit.num_train + data.audit.num_validation == 10
 
 

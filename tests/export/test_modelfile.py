@@ -57,10 +57,25 @@ def test_the_go_template_of_chatml(tiny_model: Path) -> None:
     )
 
 
-def test_templates_without_a_system_turn(tiny_model: Path) -> None:
-    layout = find_layout(template(tiny_model, NO_SYSTEM))
-    assert layout is not None and layout.system is None
-    assert layout.user == ("[INST] ", " [/INST]")
+def test_a_system_turn_that_the_template_refuses_opens_the_users(tiny_model: Path) -> None:
+    made = template(tiny_model, NO_SYSTEM)
+    layout = find_layout(made)
+    assert layout is not None and layout.folded
+    assert layout.system == ("[INST] ", "\n\n") and layout.user == ("[INST] ", " [/INST]")
+    assert made.render([Message("system", "s"), Message("user", "u")], True) == "[INST] s\n\nu [/INST]"
+    assert layout.go_template() == (
+        "{{ $opened := false }}{{ range .Messages }}"
+        '{{ if eq .Role "system" }}[INST] {{ .Content }}\n\n{{ $opened = true }}{{ end }}'
+        '{{ if eq .Role "user" }}{{ if not $opened }}[INST] {{ end }}{{ $opened = false }}'
+        "{{ .Content }} [/INST]{{ end }}"
+        '{{ if eq .Role "assistant" }} {{ .Content }}<|im_end|>{{ end }}{{ end }}'
+    )
+
+
+def test_a_system_turn_that_the_template_leaves_out_stays_out(tiny_model: Path) -> None:
+    silent = NO_SYSTEM.replace("for m in messages", "for m in messages if m.role != 'system'")
+    layout = find_layout(template(tiny_model, silent))
+    assert layout is not None and layout.system is None and layout.user == ("[INST] ", " [/INST]")
 
 
 def test_templates_that_fixed_pieces_cannot_say(tiny_model: Path) -> None:

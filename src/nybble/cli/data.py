@@ -24,12 +24,12 @@ def check(
     config = build_options(DataConfig, given)
     from nybble.data.plots import draw_lengths
     from nybble.data.show import render_audit, render_example
-    from nybble.data.template import ChatTemplate
+    from nybble.data.template import open_template
     from nybble.models.source import open_source
     from nybble.training.session import prepare_data
 
     source = open_source(config.model, config.tokenizer)
-    template = ChatTemplate(source.load_tokenizer(), config.template)
+    template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))

@@ -40,22 +40,43 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
     "no-supervised-tokens": (
         "error",
         "rows in which not one token is supervised",
-        "check the chat template's {% generation %} blocks, or remove the rows",
+        "check the chat template's {% generation %} blocks, choose another with --chat-template, or remove the rows",
+    ),
+    "nothing-to-learn": (
+        "warning",
+        "rows in which every assistant's turn is marked as not to be learnt were dropped",
+        "nothing, if the marks (weight, train, loss) are meant so",
     ),
     "no-end-of-turn": (
         "error",
-        "the chat template ends no answer with a special token, so the model would never learn to stop",
-        "use a tokenizer whose template ends answers in one, or --template none, which ends them in eos",
+        "rows have answers that do not end in a supervised end-of-turn token, so the model would not learn to stop",
+        "choose a template that ends answers in a special token: --chat-template FILE|NAME, or --template none, which "
+        "ends them in eos",
     ),
     "template-loses-content": (
         "error",
         "the chat template leaves out part of what the rows say",
-        "move that content to a role the template renders, or use another tokenizer's template",
+        "choose a template that renders it: --chat-template FILE|NAME, or move that content to a role that is rendered",
     ),
     "template-rewrites-prompt": (
         "error",
         "the chat template renders answers so that they do not follow the prompt that chat would send",
-        "use another tokenizer's template, or --template none",
+        "choose a template that does not: --chat-template FILE|NAME (a Jinja file, or one of nybble's own)",
+    ),
+    "unread-message-keys": (
+        "error",
+        "rows have turns with keys that nybble does not read, and that may change what is to be learnt",
+        "remove these keys, or put what they say into the content",
+    ),
+    "marked-prompt": (
+        "error",
+        "rows mark turns as to be learnt that are not the assistant's; only the assistant's are",
+        "remove the mark, or give the text to learn as a `text` column",
+    ),
+    "system-folded": (
+        "warning",
+        "rows have system turns, which the chat template refuses: their words go before the next user's",
+        "nothing: chat, serve and export do the same; to have it otherwise, choose another --chat-template",
     ),
     "needs-template": (
         "error",
@@ -126,6 +147,11 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "warning",
         "rows spell special tokens in their own text",
         "remove them: the model reads them as control tokens",
+    ),
+    "special-token-in-text": (
+        "warning",
+        "text rows spell special tokens; no begin or end is added where one stands, and all of the text is trained on",
+        "nothing, if that is meant; to train on the answers of conversations alone, give them as `messages`",
     ),
     "duplicates": (
         "warning",
@@ -279,20 +305,48 @@ def find_ids_beyond(sequences: Sequence[EncodedExample], vocab_size: int) -> lis
 
 
 def find_without_end_of_turn(sequences: Sequence[EncodedExample], stop_ids: Sequence[int]) -> list[Finding]:
-    """An error only where *no* whole sequence has a supervised token that ends a turn."""
-    whole = [s for s in sequences if not s.num_truncated]
+    """Sequences in which a run of supervised tokens, not cut off by truncation, ends in none of `stop_ids`."""
     stops = torch.tensor(stop_ids, dtype=torch.int32)
-    if any(bool(torch.isin(s.input_ids[s.supervised], stops).any()) for s in whole):
-        return []
-    return find("no-end-of-turn", (s.origin for s in whole))
+    return find("no-end-of-turn", (s.origin for s in sequences if not _each_run_ends(s, stops)))
+
+
+def _each_run_ends(sequence: EncodedExample, stops: torch.Tensor) -> bool:
+    supervised = sequence.supervised
+    last = supervised.clone()
+    last[:-1] &= ~supervised[1:]
+    last[-1] &= sequence.num_truncated == 0
+    return bool(torch.isin(sequence.input_ids[last], stops).all())
 
 
 def find_special_tokens(examples: Sequence[Example], special_tokens: Sequence[str]) -> list[Finding]:
     if not special_tokens:
         return []
     pattern = re.compile("|".join(map(re.escape, special_tokens)))
-    spelled = [(example.origin, match[0]) for example in examples if (match := pattern.search(example.full_text()))]
-    return find("special-token-in-content", (origin for origin, _ in spelled), repr(spelled[0][1]) if spelled else "")
+    spelled = [(example, match[0]) for example in examples if (match := pattern.search(example.full_text()))]
+    findings = []
+    for id, is_text in (("special-token-in-content", False), ("special-token-in-text", True)):
+        concerned = [(e.origin, token) for e, token in spelled if (e.text is not None) == is_text]
+        findings += find(id, (origin for origin, _ in concerned), repr(concerned[0][1]) if concerned else "")
+    return findings
+
+
+def find_unread_keys(examples: Sequence[Example]) -> list[Finding]:
+    """Rows with keys inside messages that nothing reads."""
+    unread = {example.origin: {key for turn in example.turns() for key in turn.unread} for example in examples}
+    counts = Counter(key for keys in unread.values() for key in keys)
+    detail = ", ".join(f"{key!r} in {count} rows" for key, count in counts.most_common())
+    return find("unread-message-keys", (origin for origin, keys in unread.items() if keys), detail)
+
+
+def find_marked_prompts(examples: Sequence[Example]) -> list[Finding]:
+    """Rows with a turn that is marked as to be learnt and is not the assistant's."""
+    marked = [e.origin for e in examples if any(turn.learnt and turn.role != "assistant" for turn in e.turns())]
+    return find("marked-prompt", marked)
+
+
+def find_folded_system(examples: Sequence[Example]) -> list[Finding]:
+    """Rows with a system turn, for a template that refuses them."""
+    return find("system-folded", (e.origin for e in examples if any(turn.role == "system" for turn in e.turns())))
 
 
 def find_duplicates(examples: Sequence[Example]) -> list[Finding]:

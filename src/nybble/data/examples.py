@@ -1,9 +1,10 @@
 """What a training row is, before and after it has been turned into tokens. No reading, no tokenizer here."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,15 +12,35 @@ from torch import Tensor
 Role = Literal["system", "user", "assistant"]
 
 
+# What templates call the thinking that stands apart from the answer: DeepSeek and Qwen, gpt-oss, newer ones.
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Args:
+        reasoning: thinking that its owner keeps apart from the content; "" where there is none.
+        learnt: whether its owner marked the turn as to be learnt; None where it bears no mark.
+        unread: keys that say something which nybble does not read.
+    """
 
     role: Role
     content: str
+    reasoning: str = ""
+    learnt: bool | None = None
+    unread: tuple[str, ...] = ()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether the model learns to write this turn."""
+        return self.role == "assistant" and self.learnt is not False
 
     def as_dict(self) -> dict[str, str]:
-        return {"role": self.role, "content": self.content}
+        """What a chat template sees. Thinking bears every name that templates have for it."""
+        named = dict.fromkeys(REASONING_KEYS, self.reasoning) if self.reasoning else {}
+        return {"role": self.role, "content": self.content, **named}
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,7 @@ class Example:
 
     Args:
         origin: where the row stands, "train.jsonl:17" (1-based line, or row where a format has no lines).
+        tools: JSON schemas of the tools that the row's conversation was held with, for the template to describe.
     """
 
     origin: str
@@ -38,6 +60,7 @@ class Example:
     prompt: str | None = None
     completion: str | None = None
     text: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         assert (self.prompt is None) == (self.completion is None), self.origin
@@ -51,23 +74,36 @@ class Example:
         assert self.prompt is not None and self.completion is not None, "a text row has no turns"
         return (Message("user", self.prompt), Message("assistant", self.completion))
 
+    def turns(self) -> tuple[Message, ...]:
+        """The row as turns; none where it is bare text."""
+        return () if self.text is not None else self.conversation()
+
     def full_text(self) -> str:
         """All that the row says, a line a turn."""
-        return self.text if self.text is not None else "\n".join(turn.content for turn in self.conversation())
+        if self.text is not None:
+            return self.text
+        return "\n".join(part for turn in self.conversation() for part in (turn.reasoning, turn.content) if part)
 
     def last_answer(self) -> str | None:
         """The last turn of the assistant; None where there is none."""
-        turns = () if self.text is not None else self.conversation()
-        return next((turn.content for turn in reversed(turns) if turn.role == "assistant"), None)
+        return next((turn.content for turn in reversed(self.turns()) if turn.role == "assistant"), None)
 
     @cached_property
     def content_key(self) -> str:
         """A hash that two rows share when they say the same, whatever their white space and format."""
-        turns = [("text", self.text)] if self.text is not None else [(m.role, m.content) for m in self.conversation()]
+        turns = [("text", self.text)] if self.text is not None else self._said()
         digest = hashlib.sha256()
         for role, content in turns:
             digest.update(f"{role}\0{' '.join(content.split())}\0".encode())
         return digest.hexdigest()
+
+    def _said(self) -> list[tuple[str, str]]:
+        """(what it is, its text) of all that a conversation says."""
+        said = [("tools", json.dumps(self.tools, sort_keys=True))] if self.tools else []
+        for turn in self.conversation():
+            said += [("reasoning", turn.reasoning)] if turn.reasoning else []
+            said.append((turn.role, turn.content))
+        return said
 
 
 @dataclass(frozen=True, eq=False)

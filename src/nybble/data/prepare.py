@@ -166,6 +166,10 @@ def _find_in_rows(
     if vocab_size is not None:
         findings += checks.find_ids_beyond(sequences, vocab_size)
     findings += checks.find_special_tokens(train_examples + validation_examples, template.encoder.special_tokens)
+    findings += checks.find_unread_keys(train_examples + validation_examples)
+    findings += checks.find_marked_prompts(train_examples + validation_examples)
+    if template.folds_system:
+        findings += checks.find_folded_system(train_examples + validation_examples)
     findings += checks.find_duplicates(train_examples)
     findings += checks.find_leaks(train_examples, validation_examples)
     findings += checks.find_near_leaks(train_examples, validation_examples)

@@ -11,11 +11,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nybble.data.examples import Example, Message, Role
+from nybble.data.examples import REASONING_KEYS, Example, Message, Role
 from nybble.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -51,8 +51,19 @@ ROLES: dict[str, Role] = {
     "chatgpt": "assistant",
     "bot": "assistant",
 }
-# Parts of a message that change what is trained: refused rather than silently left out.
-UNSUPPORTED_MESSAGE_KEYS = ("tool_calls", "function_call", "tool_call_id", "reasoning_content", "thinking")
+# Keys of a message by what becomes of them; any other that says something is a finding of the audit.
+REFUSED_KEYS = ("tool_calls", "function_call", "tool_call_id")
+MARKS = ("weight", "train", "training", "loss")  # OpenAI and Mistral; Axolotl; AgentInstruct: 0 or 1, false or true
+# Where a turn comes from and what it cost: names, numbers, times and counts, none of which a model is to read or write.
+HARMLESS_KEYS = frozenset(
+    (
+        *("id", "uuid", "message_id", "parent_id", "turn_id", "turn_identifier", "index", "idx", "turn", "num"),
+        *("name", "author", "model", "source", "lang", "language", "country", "state"),
+        *("timestamp", "time", "date", "create_time", "created_at", "update_time", "updated_at"),
+        *("tokens", "num_tokens", "token_count", "token_counter", "temperature", "top_p"),
+        *("score", "rating", "toxic", "redacted", "hashed_ip", "openai_id", "system_fingerprint"),
+    )
+)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 OWN_COLUMNS = "name your columns with --prompt-field and --completion-field, --messages-field or --text-field"
@@ -87,6 +98,7 @@ class Layout(NamedTuple):
     name: str
     columns: tuple[str, ...]
     build: Callable[[Row, str], Example]
+    is_text: bool = False
 
 
 class ReadResult(NamedTuple):
@@ -122,7 +134,8 @@ def read_examples(source: str, fields: FieldNames | None = None) -> ReadResult:
 
 def _describe_layout(layout: Layout, row: Row) -> str:
     """The layout's name, and the columns that nothing reads."""
-    read = (*layout.columns, *SYSTEM_COLUMNS, *(SUBJECT_COLUMNS if "instruction" in layout.columns else ()))
+    tools = () if layout.is_text else ("tools",)
+    read = (*layout.columns, *tools, *SYSTEM_COLUMNS, *(SUBJECT_COLUMNS if "instruction" in layout.columns else ()))
     unread = [column if column.isprintable() else ascii(column) for column in row if column not in read]
     return layout.name + (f", not read: {', '.join(unread)}" if unread else "")
 
@@ -158,7 +171,7 @@ def _text_layout(column: str) -> Layout:
     def build(row: Row, origin: str) -> Example:
         return Example(origin, text=_string(row, column, origin))
 
-    return Layout(column, (column,), build)
+    return Layout(column, (column,), build, is_text=True)
 
 
 def _pair_layout(prompt: str, completion: str) -> Layout:
@@ -194,19 +207,62 @@ def _messages_layout(column: str) -> Layout:
 def _message(turn: Any, where: str) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {_describe(turn)}", "needed: an object with role and content, or from and value")
-    unsupported = [key for key in UNSUPPORTED_MESSAGE_KEYS if turn.get(key)]
-    if unsupported:
-        raise DataError(f"{where} has {', '.join(unsupported)}", "supported: role and content, as text")
+    refused = [key for key in REFUSED_KEYS if turn.get(key)]
+    if refused:
+        raise DataError(f"{where} has {', '.join(refused)}", "supported: role, content and thinking, as text")
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
         keys = ", ".join(map(repr, turn))
         got = f"{where}: {role_key} is {role!r}" if role_key in turn else f"{where} has keys {keys}"
         raise DataError(got, f"needed: role (or from), one of {', '.join(ROLES)}, and content (or value)")
-    content = turn.get(content_key)
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(_string(part, "text", where) for part in content)
-    return Message(ROLES[role], _string({content_key: content}, content_key, where))
+    read = (role_key, content_key, *REASONING_KEYS, *MARKS, *REFUSED_KEYS)
+    unread = tuple(key for key, value in turn.items() if key not in (*read, *HARMLESS_KEYS) and not _is_nothing(value))
+    content = _string({content_key: _joined(turn.get(content_key), where)}, content_key, where)
+    return Message(ROLES[role], content, _reasoning(turn, where), _mark(turn, where), unread)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a key with this value says as much as no key. False and 0 may be marks."""
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def _joined(content: Any, where: str) -> Any:
+    """Content in parts as one text, where all of them are text."""
+    if not isinstance(content, list):
+        return content
+    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+    others = sorted({"a part without a type" if kind is None else repr(kind) for kind in kinds if kind != "text"})
+    if others:
+        raise DataError(
+            f"{where}: its content has parts that are no text: {', '.join(others)}",
+            'needed: text, or a list of {"type": "text", "text": ".."}',
+            "nybble trains on text alone: remove the rows with other parts",
+        )
+    return "".join(_string(part, "text", where) for part in content)
+
+
+def _reasoning(turn: Row, where: str) -> str:
+    """The thinking that stands in a key of its own."""
+    given = {key: _string({key: _joined(turn[key], where)}, key, where) for key in REASONING_KEYS if turn.get(key)}
+    if len(set(given.values())) > 1:
+        raise DataError(f"{where}: {' and '.join(given)} differ", "needed: the thinking once", "keep one of them")
+    return next(iter(given.values()), "")
+
+
+def _mark(turn: Row, where: str) -> bool | None:
+    """Whether the turn is marked as to be learnt (1, true) or not (0, false); None where it bears no mark."""
+    given = {key: turn[key] for key in MARKS if turn.get(key) is not None}
+    odd = [f"{key} {value!r}" for key, value in given.items() if value not in (0, 1)]
+    if odd:
+        raise DataError(
+            f"{where} has {', '.join(odd)}",
+            f"supported for {', '.join(MARKS)}: 0 or false, a turn that is not learnt; 1 or true, one that is",
+            "round the weights to 0 or 1, or remove them",
+        )
+    if len({bool(value) for value in given.values()}) > 1:
+        raise DataError(f"{where}: {' and '.join(given)} contradict each other", "needed: one mark", "keep one of them")
+    return next((bool(value) for value in given.values()), None)
 
 
 def _system(row: Row, origin: str) -> tuple[Message, ...]:
@@ -232,7 +288,18 @@ def _build(layout: Layout, located: LocatedRow) -> Example:
     if missing:
         got = f"{origin}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row)) or 'none'}"
         raise DataError(got, f"needed in every row: {', '.join(layout.columns)}", OWN_COLUMNS)
-    return layout.build(row, origin)
+    example = layout.build(row, origin)
+    return example if example.text is not None else replace(example, tools=_tools(row, origin))
+
+
+def _tools(row: Row, origin: str) -> tuple[Row, ...]:
+    """The JSON schemas in a column of that name, as a list or as JSON text."""
+    tools = row.get("tools") or []
+    if isinstance(tools, str):
+        tools = _parse(tools, f"{origin}: column 'tools'") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(f"{origin}: 'tools' is {_describe(tools)}", "needed: a list of JSON schemas, one a tool")
+    return tuple(tools)
 
 
 def _object(located: LocatedRow) -> Row:

@@ -7,31 +7,47 @@ so the ids before an answer in training are, by construction, the ids chat sends
 
 import re
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from nybble.config import RowOptions
+from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES, find_template
 from nybble.data.examples import EncodedExample, Example, Message
 from nybble.data.limits import TimeIsUpError, limited
-from nybble.data.supervision import Turn, Turns, locate_turns, supervised_start
+from nybble.data.supervision import PROBES, Rendered, Turn, closing_of, find_turns
 from nybble.data.text_encoder import RowError, TextEncoder
 from nybble.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# For tokenizers without a chat template (base models). Plain headings that any vocabulary can spell; the only
-# special tokens are the ones every such tokenizer has: bos where it puts one itself, and eos at the end of a turn.
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-    "{{ eos_token + '\\n' if message['role'] == 'assistant' else '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}"
-)
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RENDER_SECONDS, RENDER_BYTES = 2.0, 200_000_000  # of processor time, for one conversation
-Span = tuple[int, int]
+Tools = Sequence[dict[str, Any]]
+
+
+def open_template(
+    options: RowOptions, tokenizer: "PreTrainedTokenizerBase", recorded: Path | None = None
+) -> "ChatTemplate":
+    """The template that the options choose.
+
+    Args:
+        recorded: file of the template that a run was trained with; where it exists, it is the one.
+
+    Raises:
+        ConfigError: --chat-template names none.
+        DataError: as `ChatTemplate`.
+    """
+    chosen = options.chat_template
+    if recorded is not None and recorded.is_file():
+        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"))
+    if chosen is None:
+        return ChatTemplate(tokenizer, options.template)
+    notice = f"Chat template: {chosen}, in place of the tokenizer's own."
+    return ChatTemplate(tokenizer, options.template, find_template(chosen, TextEncoder(tokenizer)), (notice,))
 
 
 class ChatTemplate:
@@ -39,29 +55,42 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer; it is read, never changed.
-        mode: "auto" uses the tokenizer's chat template, or `FALLBACK_TEMPLATE` where it has none. "none" uses no
-            template: prompt and completion are bare strings, with bos before (where the tokenizer puts one) and
-            eos behind.
+        mode: "auto" uses `chat_template`. "none" uses no template: prompt and completion are bare strings, with bos
+            before (where the tokenizer puts one) and eos behind.
+        chat_template: Jinja text; the tokenizer's own by default, or the one named plain where it has none.
+        notices: what is to be said of `chat_template`.
 
     Attributes:
         chat_template: the Jinja text in use, to be kept with the adapter and exported; None in mode "none".
         notices: sentences a user should see.
         stop_ids: the ids that end an answer: the template's end-of-turn token and eos.
+        folds_system: whether the template refuses system turns, so that their words go before the next user's.
 
     Raises:
-        ConfigError: the mode is unknown.
+        ConfigError: the mode is unknown, or `chat_template` renders no conversation.
         DataError: the tokenizer has no end-of-sequence token where one is needed.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", mode: Literal["auto", "none"] = "auto"):
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        mode: Literal["auto", "none"] = "auto",
+        chat_template: str | None = None,
+        notices: tuple[str, ...] = (),
+    ):
         if mode not in ("auto", "none"):
             raise ConfigError(f"template: {mode!r}", "allowed: auto, none")
         self.tokenizer = tokenizer
         self.mode = mode
         self.encoder = TextEncoder(tokenizer)
-        self.chat_template, self.notices = self._choose_template()
+        own = chat_template is None
+        self.chat_template, self.notices = self._choose_template() if own else (chat_template, notices)
         self._has_generation_blocks = bool(self.chat_template and GENERATION_BLOCK.search(self.chat_template))
-        self.stop_ids = self._find_stop_ids()
+        self.folds_system = self._refuses_system_turns()
+        if self.folds_system:
+            self.chat_template = f"{FOLD_SYSTEM}{self.chat_template}"
+        probe, self._closing = self._find_closing(required=not own)
+        self.stop_ids = self._find_stop_ids(probe)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation. In mode "none": its contents, one after the other.
@@ -71,7 +100,7 @@ class ChatTemplate:
         """
         if self.chat_template is None:
             return "".join(message.content for message in messages)
-        return self._render(messages, add_generation_prompt)[0]
+        return self._render(messages, add_generation_prompt).text
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The ids that chat and serving send for a conversation that ends in a user's turn.
@@ -83,12 +112,16 @@ class ChatTemplate:
 
         try:
             if self.chat_template is None:
-                return [*self._bos(), *self.encoder.encode(self.render(messages, True))]
-            text, generated = self._render(messages, True)
-            cuts = _cuts(self._locate(messages, text).found, generated)
+                return self.encode_text(self.render(messages, True))
+            text, generated = whole = self._render(messages, True)
+            cuts = _cuts([turn for turn in self._find_turns(messages, whole) if turn.stands_in(text)], generated)
         except TemplateError as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from error
         return _flatten(self.encoder.encode_pieces(text, cuts))
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of bare text to go on with: bos before it where the tokenizer puts one, and never a second."""
+        return self._after_bos(self.encoder.encode(text))
 
     def encode_example(self, example: Example) -> list[EncodedExample]:
         """The training sequences of a row, untruncated.
@@ -105,60 +138,74 @@ class ChatTemplate:
             if example.text is not None:
                 return [self._encode_bare(example.origin, "", example.text)]
             if self.chat_template is None and example.prompt is not None and example.completion is not None:
+                if example.tools:
+                    raise RowError("template-loses-content", example.origin, "bare strings have no place for its tools")
                 return [self._encode_bare(example.origin, example.prompt, example.completion)]
-            return self._encode_conversation(example.origin, example.conversation())
+            return self._encode_conversation(example.origin, example.conversation(), example.tools)
         except TemplateError as error:
             raise RowError("template-refuses", example.origin, f"the chat template refuses it: {error}") from error
         except RowError as error:
             raise RowError(error.finding, example.origin, error.detail) from error
 
     def _encode_bare(self, origin: str, context: str, answer: str) -> EncodedExample:
-        """bos + context + answer + eos, the answer and eos supervised."""
+        """bos + context + answer + eos, the answer and eos supervised. A begin or an end that the row spells itself
+        gets no second one, and what follows its end is not supervised."""
         eos_id = self._required_eos()
         if not answer.strip():
             raise RowError("empty-answer", origin, "the text to train on is empty")
-        before, after = self.encoder.encode_pieces(context + answer, [len(context)])
-        return _encoded(origin, [([*self._bos(), *before], False), ([*after, eos_id], True)])
+        said = answer.rstrip()
+        closed = said.endswith(tuple(self.tokenizer.convert_ids_to_tokens(list(self.stop_ids))))
+        end = len(context) + len(said if closed else answer)
+        before, after, rest = self.encoder.encode_pieces(context + answer, [len(context), end])
+        if before:
+            before = self._after_bos(before)
+        elif after[:1] != self._bos():
+            before = self._bos()
+        eos = [] if closed else [eos_id]
+        return _encoded(origin, [(before, False), ([*after, *eos], True), (rest, False)])
 
-    def _encode_conversation(self, origin: str, messages: Sequence[Message]) -> list[EncodedExample]:
+    def _encode_conversation(self, origin: str, messages: Sequence[Message], tools: Tools) -> list[EncodedExample]:
         _check_turns(origin, messages)
         if self.chat_template is None:
             raise RowError("needs-template", origin, "a row of messages needs a chat template")
-        text, generated = self._render(messages, False)
-        turns = self._locate(messages, text)
-        if turns.unprompted:
-            detail = f"the template words message {turns.unprompted[0] + 1} so that it does not follow chat's prompt"
+        whole = self._render(messages, False, tools)
+        if tools and whole == self._render(messages, False):
+            raise RowError("template-loses-content", origin, "the chat template has no place for the row's tools")
+        turns = self._find_turns(messages, whole, tools)
+        learnt = [turn for turn in turns if messages[turn.index].supervised]
+        unprompted = [turn.index + 1 for turn in learnt if not turn.prompted]
+        if unprompted:
+            detail = f"the template words message {unprompted[0]} so that it does not follow chat's prompt"
             raise RowError("template-rewrites-prompt", origin, detail)
-        sequences = []
-        for index in turns.rewritten:
-            sequences += self._encode_last_turn(origin, messages[: index + 1])
-        if turns.found:
-            _check_content(origin, messages, text, {turn.index for turn in turns.found})
-            sequences.append(self._encode_turns(origin, text, turns.found, generated, turns.found))
+        standing = [turn for turn in learnt if turn.stands_in(whole.text)]
+        sequences = [
+            self._encode_turns(origin, messages[: turn.index + 1], turn.rendered, turns, [turn])
+            for turn in learnt
+            if turn not in standing
+        ]
+        if standing:
+            sequences.append(self._encode_turns(origin, messages, whole, turns, standing))
         return sequences
 
-    def _encode_last_turn(self, origin: str, messages: Sequence[Message]) -> list[EncodedExample]:
-        text, generated = self._render(messages, False)
-        turns = self._locate(messages, text).found
-        _check_content(origin, messages, text, {turns[-1].index})
-        return [self._encode_turns(origin, text, turns, generated, turns[-1:])]
-
     def _encode_turns(
-        self, origin: str, text: str, turns: list[Turn], generated: list[Span] | None, supervised: list[Turn]
+        self, origin: str, messages: Sequence[Message], rendered: Rendered, turns: list[Turn], supervised: list[Turn]
     ) -> EncodedExample:
-        """Tokens of a rendered text, cut at all its `turns`, of which only `supervised` are trained on."""
-        spans = [(start, t.end) for t in supervised if (start := supervised_start(t, generated)) is not None]
-        cuts = _cuts(turns, generated)
+        """Tokens of rendered messages, cut at all `turns` that stand in them, of which only `supervised` are trained
+        on."""
+        text, generated = rendered
+        _check_content(origin, messages, text, {turn.index for turn in supervised})
+        spans = [(start, t.end) for t in supervised if (start := t.supervised_start(generated)) is not None]
+        cuts = _cuts([turn for turn in turns if turn.index < len(messages) and turn.stands_in(text)], generated)
         pieces = self.encoder.encode_pieces(text, cuts)
         trained = [any(start <= cut < end for start, end in spans) for cut in (0, *cuts)]
         return _encoded(origin, list(zip(pieces, trained, strict=True)))
 
-    def _locate(self, messages: Sequence[Message], text: str) -> Turns:
-        return locate_turns(messages, text, self.render, self.encoder.special_tokens)
+    def _find_turns(self, messages: Sequence[Message], whole: Rendered, tools: Tools = ()) -> list[Turn]:
+        render = partial(self._render, tools=tools)
+        return find_turns(messages, whole, render, self._closing, self.encoder.special_tokens)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span] | None]:
-        """The text, and the character spans of its {% generation %} blocks where the template has them.
-
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
+        """
         Raises:
             jinja2.TemplateError: the template refuses the conversation, or does something wrong.
             DataError: it takes too long or too much.
@@ -171,6 +218,7 @@ class ChatTemplate:
             with limited(RENDER_SECONDS, RENDER_BYTES):
                 texts, spans = render(
                     conversations=[[message.as_dict() for message in messages]],
+                    tools=list(tools) or None,
                     chat_template=self.chat_template,
                     add_generation_prompt=add_generation_prompt,
                     return_assistant_tokens_mask=self._has_generation_blocks,
@@ -185,11 +233,15 @@ class ChatTemplate:
             raise DataError(
                 f"The chat template takes more than {what} for one conversation.",
                 "A template writes a conversation down, which takes milliseconds.",
-                "Use a tokenizer from a source you trust, or --template none.",
+                "Use a tokenizer from a source you trust, another --chat-template, or --template none.",
             ) from error
         except Exception as error:  # a template is code: what it does wrong can raise anything
             raise TemplateError(f"{type(error).__name__}: {error}") from error
-        return texts[0], spans[0] if self._has_generation_blocks else None
+        return Rendered(texts[0], tuple(spans[0]) if self._has_generation_blocks else None)
+
+    def _after_bos(self, ids: list[int]) -> list[int]:
+        bos = self._bos()
+        return ids if ids[:1] == bos else [*bos, *ids]
 
     def _bos(self) -> list[int]:
         """The ids before a bare text. (Rendered text spells its own bos, or has none.)"""
@@ -202,9 +254,10 @@ class ChatTemplate:
             self._required_eos()
             notice = (
                 "The tokenizer has no chat template; nybble's own is used: '### User:' and '### Assistant:' headings, "
-                f"answers ending in {self.tokenizer.eos_token}. Use --template none for bare text."
+                f"answers ending in {self.tokenizer.eos_token}. Choose another with --chat-template, or use "
+                "--template none for bare text."
             )
-            return ("{{ bos_token }}" if self.encoder.leading_bos is not None else "") + FALLBACK_TEMPLATE, (notice,)
+            return TEMPLATES["plain"].jinja(bos=self.encoder.leading_bos is not None), (notice,)
         try:
             template = self.tokenizer.get_chat_template()
         except ValueError as error:  # several, none of them the default
@@ -218,19 +271,51 @@ class ChatTemplate:
             raise DataError(got, fix='set "eos_token" in its tokenizer_config.json')
         return self.encoder.eos_id
 
-    def _find_stop_ids(self) -> tuple[int, ...]:
-        """eos, and the last supervised token of a conversation of two words."""
+    def _refuses_system_turns(self) -> bool:
+        """Whether the template renders a conversation, and refuses it as soon as a system turn stands before it."""
+        without, with_system = PROBES
+        return (
+            self.chat_template is not None and self._refusal(without) is None and self._refusal(with_system) is not None
+        )
+
+    def _refusal(self, messages: Sequence[Message]) -> Exception | None:
+        """What the template says to a conversation that it does not take."""
         from jinja2 import TemplateError
 
-        stops = [] if self.encoder.eos_id is None else [self.encoder.eos_id]
-        probe = (Message("user", "a"), Message("assistant", "b"))
         try:
-            text = self.render(probe, False)
-            turns = self._locate(probe, text).found
-        except TemplateError:  # a template that wants another kind of conversation: only eos is known to end a turn
+            self._render(messages, False)
+        except TemplateError as error:
+            return error
+        return None
+
+    def _find_closing(self, required: bool) -> tuple[tuple[Message, ...] | None, str | None]:
+        """A conversation that the template takes, and what it adds behind the answer; nothing where it takes none of
+        the probes. (It may want another kind of conversation.)
+
+        Raises:
+            ConfigError: there is none, and `required`.
+        """
+        for probe in PROBES if self.chat_template is not None else ():
+            if self._refusal(probe) is None and (closing := closing_of(self._render, probe)) is not None:
+                return probe, closing
+        if required and self.chat_template is not None:
+            why = self._refusal(PROBES[0]) or "its words are missing"
+            raise ConfigError(
+                f"chat-template: it renders no answer to a user: {why}.",
+                "Needed: a Jinja template that writes down `messages`, each with `role` and `content`.",
+                "Mend the template, or name another with --chat-template.",
+            )
+        return None, None
+
+    def _find_stop_ids(self, probe: tuple[Message, ...] | None) -> tuple[int, ...]:
+        """The last supervised token of an answer to a conversation of one word, and eos."""
+        stops = [] if self.encoder.eos_id is None else [self.encoder.eos_id]
+        if probe is None:
             return tuple(stops)
-        if self.chat_template is not None and turns and turns[0].closed:
-            token = self.encoder.encode_pieces(text, [turns[0].start, turns[0].end])[1][-1]
+        text, _ = whole = self._render(probe, False)
+        [turn] = self._find_turns(probe, whole)
+        if turn.closed:
+            token = self.encoder.encode_pieces(text, [turn.start, turn.end])[1][-1]
             stops = [token, *(stop for stop in stops if stop != token)]
         return tuple(stops)
 
@@ -241,26 +326,34 @@ def _check_turns(origin: str, messages: Sequence[Message]) -> None:
         raise RowError("no-assistant-turn", origin, "no assistant turn, so nothing to train on")
     if "user" not in roles[: len(roles) - roles[::-1].index("assistant")]:
         raise RowError("no-user-turn", origin, "only an assistant turn: no user turn before it to answer")
-    if not any(message.content.strip() for message in messages if message.role == "assistant"):
+    learnt = [message for message in messages if message.supervised]
+    if not learnt:
+        raise RowError("nothing-to-learn", origin, "each of its assistant turns is marked as not to be learnt")
+    if not any(message.content.strip() for message in learnt):
         raise RowError("empty-answer", origin, "the assistant's turn is empty")
 
 
 def _check_content(origin: str, messages: Sequence[Message], text: str, trained: set[int]) -> None:
-    """Every message must stand in the text, white space aside; earlier answers that are not trained on here may
-    have been shortened by the template."""
-    squeezed = "".join(text.split())
+    """Every message must stand in the text, white space aside; answers that are not trained on here may have been
+    shortened by the template."""
+    squeezed = _squeeze(text)
     for index, message in enumerate(messages):
         if message.role == "assistant" and index not in trained:
             continue
-        if "".join(message.content.split()) not in squeezed:
-            detail = f"the template leaves out (part of) message {index + 1}, by {message.role}"
-            raise RowError("template-loses-content", origin, detail)
+        for what, words in (("message", message.content), ("the thinking of message", message.reasoning)):
+            if _squeeze(words) not in squeezed:
+                detail = f"the template leaves out (part of) {what} {index + 1}, by {message.role}"
+                raise RowError("template-loses-content", origin, detail)
 
 
-def _cuts(turns: list[Turn], generated: list[Span] | None) -> list[int]:
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _cuts(turns: list[Turn], generated: Sequence[tuple[int, int]] | None) -> list[int]:
     """Where a rendered text is cut: every place that may be a border between supervised and other tokens. Chat cuts
     its history at the same places as training does, so both get the same tokens."""
-    starts = {start for turn in turns if (start := supervised_start(turn, generated)) is not None}
+    starts = {start for turn in turns if (start := turn.supervised_start(generated)) is not None}
     return sorted(starts.union(*({turn.start, turn.end} for turn in turns)))
 
 

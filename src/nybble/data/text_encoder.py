@@ -7,6 +7,7 @@ So a text is encoded piece by piece, each piece in the light of what stands befo
 tokenisation has a border at the same place, the result is the whole tokenisation.
 """
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,9 @@ class TextEncoder:
             sorted({t.content for t in added if t.special and t.content.strip()}, key=lambda s: (-len(s), s))
         )
         # Text is split at these before anything else, so what stands before one cannot change what follows.
-        self._barriers = tuple(t.content for t in added if t.special and not t.normalized and not t.single_word)
-        self._continue = lru_cache(maxsize=256)(self._encode_continuation)  # headers and ends of turns recur
+        barriers = {t.content for t in added if t.special and not t.normalized and not t.single_word}
+        self._barriers = re.compile("|".join(re.escape(t) for t in self.special_tokens if t in barriers) or r"(?!)")
+        self._continue = lru_cache(maxsize=4096)(self._encode_continuation)  # turns recur, headers and ends do always
         self.eos_id: int | None = tokenizer.eos_token_id
         bos: int | None = tokenizer.bos_token_id
         self.leading_bos = bos if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else None
@@ -62,14 +64,13 @@ class TextEncoder:
         """The tokens of a text on its own, special tokens only where the text spells them."""
         return self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
 
-    def encode_after(self, before: str, piece: str) -> list[int]:
+    def _encode_after(self, before: str, piece: str) -> list[int]:
         """The tokens of `piece` where it follows `before`.
 
         Raises:
             RowError: the tokenizer merges the piece's beginning with whatever stands before it.
         """
-        barrier = max((before.rfind(token) for token in self._barriers), default=-1)
-        for context in (before[max(barrier, 0) :], *self.STAND_INS):
+        for context in (before, *self.STAND_INS):
             tokens = self._continue(context, piece)
             if tokens is not None:
                 return tokens
@@ -88,9 +89,11 @@ class TextEncoder:
         exactly the ids that chat sends.
         """
         assert cuts == sorted(cuts), cuts
-        pieces, start = [], 0
+        pieces, start, barrier, scanned = [], 0, 0, 0
         for end in (*cuts, len(text)):
-            before, piece = text[:start], text[start:end]
-            pieces.append(self.encode_after(before, piece) if before and piece else self.encode(piece))
+            for match in self._barriers.finditer(text, scanned, start):  # never a look behind the cut
+                barrier, scanned = match.span()
+            before, piece = text[barrier:start], text[start:end]
+            pieces.append(self._encode_after(before, piece) if before and piece else self.encode(piece))
             start = end
         return pieces

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nybble.config import EvalQualityConfig
 from nybble.data.examples import EncodedExample
-from nybble.data.template import ChatTemplate
+from nybble.data.template import open_template
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
 from nybble.evaluation.quality import Quality as Lost
@@ -84,7 +84,7 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
-    template = ChatTemplate(source.load_tokenizer(), config.template)
+    template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     data.audit.check()
     documents = _documents(data.validation, config.eval_tokens)

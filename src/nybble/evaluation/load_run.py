@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nybble.config import TrainConfig, load_config
-from nybble.data.template import ChatTemplate
+from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import RunError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.peft_format import read_adapter
@@ -67,9 +67,8 @@ def open_run(path: Path) -> OpenRun:
     config = load_config(run.config, {})
     source = open_source(config.model, config.tokenizer)
     _check_base(run, source)
-    return OpenRun(
-        run, config, source, kept_base(run) or source, ChatTemplate(source.load_tokenizer(), config.template)
-    )
+    template = open_template(config, source.load_tokenizer(), run.chat_template)
+    return OpenRun(run, config, source, kept_base(run) or source, template)
 
 
 def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:

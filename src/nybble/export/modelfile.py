@@ -30,35 +30,45 @@ class Layout:
         system: (before, after) a system message's content; None where the template has no such role.
         user: (before, after) a user's message; `after` leads over to the answer.
         assistant: (before, after) an earlier answer.
+        folded: whether a system message opens the user's turn behind it, which then has no `before` of its own.
     """
 
     default_head: str
     system: tuple[str, str] | None
     user: tuple[str, str]
     assistant: tuple[str, str]
+    folded: bool = False
 
     def render(self, messages: Sequence[Message]) -> str:
         text = "" if messages[0].role == "system" else self.default_head
+        opened = False
         for message in messages:
             if message.role == "system":
                 assert self.system is not None
                 text += self.system[0] + message.content + self.system[1]
+                opened = self.folded
             elif message.role == "user":
-                text += self.user[0] + message.content + self.user[1]
+                text += ("" if opened else self.user[0]) + message.content + self.user[1]
+                opened = False
             else:
                 text += self.assistant[0] + message.content + self.assistant[1]
         return text
 
     def go_template(self) -> str:
         """The same in Go's text/template, over Ollama's `.Messages`."""
-        head, system = self.default_head, ""
+        head, system, before_user = self.default_head, "", self.user[0]
+        declared, opens = "", ""
+        if self.folded:
+            declared, opens = "{{ $opened := false }}", "{{ $opened = true }}"
+            before_user = f"{{{{ if not $opened }}}}{before_user}{{{{ end }}}}{{{{ $opened = false }}}}"
         if self.system is not None:
-            system = f'{{{{ if eq .Role "system" }}}}{self.system[0]}{{{{ .Content }}}}{self.system[1]}{{{{ end }}}}'
+            after = self.system[1] + opens
+            system = f'{{{{ if eq .Role "system" }}}}{self.system[0]}{{{{ .Content }}}}{after}{{{{ end }}}}'
             if head:
                 head = '{{ if ne (index .Messages 0).Role "system" }}' + head + "{{ end }}"
         return (
-            f"{head}{{{{ range .Messages }}}}{system}"
-            f'{{{{ if eq .Role "user" }}}}{self.user[0]}{{{{ .Content }}}}{self.user[1]}{{{{ end }}}}'
+            f"{declared}{head}{{{{ range .Messages }}}}{system}"
+            f'{{{{ if eq .Role "user" }}}}{before_user}{{{{ .Content }}}}{self.user[1]}{{{{ end }}}}'
             f'{{{{ if eq .Role "assistant" }}}}{self.assistant[0]}{{{{ .Content }}}}{self.assistant[1]}{{{{ end }}}}'
             "{{ end }}"
         )
@@ -120,7 +130,7 @@ def _probe(template: ChatTemplate) -> Layout | None:
     except (TemplateError, ValueError):  # a template without system messages, or one that puts them elsewhere
         return Layout(default_head, None, (before_user, lead), (after_user[len(lead) :], end))
     if not after.endswith(before_user):
-        return None
+        return Layout(default_head, (before, after), (before_user, lead), (after_user[len(lead) :], end), folded=True)
     after = after.removesuffix(before_user) if before_user else after
     return Layout(default_head, (before, after), (before_user, lead), (after_user[len(lead) :], end))
 

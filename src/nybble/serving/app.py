@@ -278,8 +278,7 @@ def _line(content: dict[str, Any]) -> str:
 def _bare_prompt(served: ServedModel, prompt: str | list[int] | list[str]) -> list[int]:
     """Token ids of a text without a template, with the beginning-of-sequence token where the tokenizer puts one."""
     if isinstance(prompt, str):
-        bos = served.template.encoder.leading_bos
-        return ([] if bos is None else [bos]) + served.template.encoder.encode(prompt)
+        return served.template.encode_text(prompt)
     ids = [token for token in prompt if isinstance(token, int)]
     rows = served.model.get_input_embeddings().num_embeddings
     if any(not 0 <= token < rows for token in ids):

@@ -182,6 +182,8 @@ def _with_shared_tensors(model: "PreTrainedModel") -> "PreTrainedModel":
 
 def _check_same_base(first: OpenRun, other: OpenRun) -> None:
     differing = [name for name in SAME if getattr(first.config, name) != getattr(other.config, name)]
+    if first.template.chat_template != other.template.chat_template:
+        differing.append("chat_template")
     other_bits = not differing and base_specs(first.config, first.run) != base_specs(other.config, other.run)
     if first.base.fingerprint() != other.base.fingerprint() or differing or other_bits:
         what = f"other options: {', '.join(differing)}" if differing else f"the base {other.source.name}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nybble.config import DataConfig, PlanConfig
-from nybble.data.template import ChatTemplate
+from nybble.data.template import open_template
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -123,6 +123,6 @@ def _dealer(options: PlanConfig, vocab_size: int) -> Callable[[int], MicroBatche
         length, rows = options.max_seq_len, options.rows_per_step
         return lambda size: even_run(length, rows_per_step=rows, size=size, packed=options.packing)
     source = open_source(options.model, options.tokenizer)
-    template = ChatTemplate(source.load_tokenizer(), options.template)
+    template = open_template(options, source.load_tokenizer())
     fields = {name: getattr(options, name) for name in DataConfig.model_fields}
     return dealer(options, prepare_data(DataConfig(**fields), template, vocab_size))

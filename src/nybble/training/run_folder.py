@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
-config.yaml  base.json  formats.json  data_audit.json  data_rows.safetensors  plan.json  events.jsonl  loss.png
-lengths.png  base/  checkpoints/step-N/  adapter/  report/
+config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
+events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/  report/
 
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
@@ -28,6 +28,7 @@ class RunFolder:
         self.path = path
         self.config = path / "config.yaml"
         self.base_record = path / "base.json"
+        self.chat_template = path / "chat_template.jinja"
         self.audit = path / "data_audit.json"
         self.plan = path / "plan.json"
         self.formats = path / "formats.json"

@@ -18,7 +18,7 @@ from nybble.data.prepare import PreparedData, prepare
 from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
-from nybble.data.template import ChatTemplate
+from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import RunError
 from nybble.formats.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
@@ -126,7 +126,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         given = config
         for note in check_base_of(started_from, source, config.allow_change):
             console.print(note, style="yellow", markup=False, highlight=False)
-    template = ChatTemplate(source.load_tokenizer(), config.template)
+    same = resumed is not None and "config" not in config.allow_change
+    template = open_template(config, source.load_tokenizer(), run.chat_template if same else None)
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     show_found(console, source, data)
     data.audit.check()
@@ -190,6 +191,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         if mixed is not None:
             write_formats(run.formats, mixed)
         write_complete(run.base_record, json.dumps({"model": source.name, "fingerprint": base}, indent=2) + "\n")
+        if template.chat_template is not None:
+            write_complete(run.chat_template, template.chat_template)
         write_complete(run.audit, json.dumps(data.audit.to_json(), indent=2) + "\n")
         digests.write(run.data_rows)
         rewind_events(run.events, 0 if resumed is None else resumed.state["events_bytes"])
