@@ -30,7 +30,7 @@ def check(
 
     source = open_source(config.model, config.tokenizer)
     template = open_template(config, source.load_tokenizer())
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size)
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size, source)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:

@@ -86,7 +86,14 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
     "ids-beyond-vocabulary": (
         "error",
         "the tokenizer gives ids that the model's embedding does not have",
-        "use the tokenizer that belongs to the model",
+        "use the tokenizer that belongs to the model; where tokens were added to it, spell them as ordinary text, or "
+        "resize and train the base's embedding first",
+    ),
+    "untrained-tokens": (
+        "warning",
+        "rows use tokens that were added to the tokenizer and that nothing shows to be trained; embeddings are frozen, "
+        "so the model reads and writes them as noise",
+        "spell them as ordinary text, or train them into the base's embedding first; nothing, if they are trained",
     ),
     "validation-leak": (
         "error",

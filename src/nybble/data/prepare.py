@@ -8,6 +8,7 @@ from typing import Any
 from nybble.data import audit as checks
 from nybble.data.audit import Audit, Finding
 from nybble.data.examples import EncodedExample, Example
+from nybble.data.new_tokens import ReadRows, find_new_tokens
 from nybble.data.readers import FieldNames, read_examples
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
@@ -48,6 +49,7 @@ def prepare(
     validation_rows: int = 512,
     seed: int = 0,
     vocab_size: int | None = None,
+    embedding_rows: ReadRows | None = None,
     allow: Sequence[str] = (),
 ) -> PreparedData:
     """Read, encode, split and audit. Findings are in the audit, errors too, and not raised: see
@@ -58,6 +60,7 @@ def prepare(
         validation_source: rows to validate on; by default they are split off the source's own.
         validation_fraction, validation_rows: see `split_validation`.
         vocab_size: rows of the model's embedding matrix, to check the ids against.
+        embedding_rows: reads rows of it, to find tokens that were never trained.
         allow: ids of findings that need not stop training.
 
     Raises:
@@ -76,6 +79,11 @@ def prepare(
         numbers, held_out = split_validation(kept, validation_fraction, validation_rows, seed)
         train, validation = [rows[number] for number in numbers], [rows[number] for number in held_out]
     findings += _find_in_rows(train, validation, template, vocab_size)
+    if vocab_size is not None and embedding_rows is not None:
+        kept_sequences = _sequences([*train, *validation])
+        findings += find_new_tokens(
+            kept_sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows
+        )
 
     train_sequences, validation_sequences = _sequences(train), _sequences(validation)
     sequences = train_sequences + validation_sequences

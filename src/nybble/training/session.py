@@ -32,6 +32,7 @@ from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.planner import FROM_RAM, Ask, Plan, Plans
 from nybble.memory.store import FolderBlockStore, open_store
 from nybble.models.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
+from nybble.models.embedding import embedding_rows
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
@@ -128,7 +129,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             console.print(note, style="yellow", markup=False, highlight=False)
     same = resumed is not None and "config" not in config.allow_change
     template = open_template(config, source.load_tokenizer(), run.chat_template if same else None)
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size)
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size, source)
     show_found(console, source, data)
     data.audit.check()
     base, digests = source.fingerprint(), DataDigests.of(data)
@@ -375,8 +376,14 @@ def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTen
     return PinnedActivations() if device.type == "cuda" else ActivationFile(run.path, plan.offloaded_bytes)
 
 
-def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -> PreparedData:
-    """Read, encode, split and audit the examples that the options name; findings are in the audit, not raised."""
+def prepare_data(
+    config: DataOptions, template: ChatTemplate, vocab_size: int, source: ModelSource | None = None
+) -> PreparedData:
+    """Read, encode, split and audit the examples that the options name; findings are in the audit, not raised.
+
+    Args:
+        source: the model, to look for tokens in its embedding that were never trained.
+    """
     return prepare(
         config.data,
         template,
@@ -387,6 +394,7 @@ def prepare_data(config: DataOptions, template: ChatTemplate, vocab_size: int) -
         validation_fraction=config.validation_fraction,
         validation_rows=config.validation_rows,
         vocab_size=vocab_size,
+        embedding_rows=None if source is None else partial(embedding_rows, source),
         allow=config.allow,
     )
 
