@@ -92,9 +92,10 @@ def find_turns(
             continue
         prompt = render(messages[:index], True).text
         upto = render(messages[: index + 1], False)
-        if closing is None or not upto.text.endswith(closing):  # it depends on what was said before
-            closing = closing_of(render, [*messages[:index], Message("assistant", MARK)])
-        end, closed = _turn_end(upto.text, closing, special_tokens)
+        added = closing
+        if added is None or not upto.text.endswith(added):  # it depends on what was said before
+            added = closing_of(render, [*messages[:index], Message("assistant", MARK)])
+        end, closed = _turn_end(upto.text, added, special_tokens)
         end = max(end, len(prompt))
         rendered = whole if whole.text.startswith(upto.text[:end]) else upto  # no second copy is kept in memory
         turns.append(Turn(index, rendered, len(prompt), end, closed, upto.text.startswith(prompt)))

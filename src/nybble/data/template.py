@@ -86,9 +86,9 @@ class ChatTemplate:
         own = chat_template is None
         self.chat_template, self.notices = self._choose_template() if own else (chat_template, notices)
         self._has_generation_blocks = bool(self.chat_template and GENERATION_BLOCK.search(self.chat_template))
-        self.folds_system = self._refuses_system_turns()
-        if self.folds_system:
+        if self._refuses_system_turns():
             self.chat_template = f"{FOLD_SYSTEM}{self.chat_template}"
+        self.folds_system = self.chat_template is not None and self.chat_template.startswith(FOLD_SYSTEM)
         probe, self._closing = self._find_closing(required=not own)
         self.stop_ids = self._find_stop_ids(probe)
 
