@@ -23,6 +23,7 @@ from nybble.options import (
     MomentBits,
     Name,
     Options,
+    Sources,
     build_options,
     config_to_yaml,
     knob,
@@ -47,14 +48,24 @@ class ModelOptions(Options):
     )
 
 
-class RowOptions(Options):
+class AcceptOptions(Options):
+    """What may be wrong with examples."""
+
+    group: ClassVar[str] = "Data"
+
+    allow: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        (), "Findings of the audit to accept, by id, such as validation-leak; what they say then stops nothing."
+    )
+
+
+class RowOptions(AcceptOptions):
     """How examples are read."""
 
     group: ClassVar[str] = "Data"
 
-    validation_data: Name | None = knob(
+    validation_data: Sources | None = knob(
         None,
-        "Held-out examples; a part of --data if not given.",
+        "Held-out examples; a part of --data if not given. Given again: further ones.",
         elsewhere=("eval_file", "validation_file", "eval_data"),
     )
     validation_fraction: float = knob(
@@ -65,9 +76,6 @@ class RowOptions(Options):
     completion_field: Name | None = knob(None, "Column that holds the answer.", elsewhere=("response_field",))
     messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
     text_field: Name | None = knob(None, "Column that holds plain text to continue.", elsewhere=("dataset_text_field",))
-    allow: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
-        (), "Findings of the audit to accept, by id, such as validation-leak; what they say then stops nothing."
-    )
     template: Literal["auto", "none"] = knob(
         "auto",
         "auto: a chat template, the tokenizer's own unless --chat-template names another. none: prompt and completion "
@@ -101,9 +109,10 @@ class RowOptions(Options):
 class ExampleOptions(Options):
     group: ClassVar[str] = "Data"
 
-    data: Name = knob(
+    data: Sources = knob(
         ...,
-        "Examples: a JSONL, JSON, CSV or Parquet file, a hub id, or builtin:pydoc.",
+        "Examples: a JSONL, JSON, CSV, Parquet or text file (packed too), a folder, a pattern, a hub id, or "
+        "builtin:pydoc. Given again: further ones.",
         elsewhere=("dataset", "train_file", "dataset_name", "training_data"),
     )
 
@@ -453,7 +462,7 @@ class PlanConfig(
 
     group: ClassVar[str] = "Data"
 
-    data: Name | None = knob(
+    data: Sources | None = knob(
         None, "Examples whose lengths are planned for; without them every row has --max-seq-len tokens."
     )
 
@@ -514,11 +523,11 @@ class DataConfig(DataOptions, ModelOptions):
     """What `nybble data check` needs to know."""
 
 
-class EvaluationOptions(Options):
+class EvaluationOptions(AcceptOptions):
     group: ClassVar[str] = "Evaluation"
 
     run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
-    data: Name | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
+    data: Sources | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
     metric: Literal["auto", "exact", "f1", "number", "none"] = knob(
         "auto", "How answers are compared with their references. auto: as the references allow. none: no answers."
     )
@@ -590,7 +599,7 @@ class RoundingOptions(CalibrationOptions):
     )
 
 
-class MergedRun(Options):
+class MergedRun(AcceptOptions):
     group: ClassVar[str] = "Run"
 
     run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
@@ -599,7 +608,7 @@ class MergedRun(Options):
         "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "
         "auto: the latter, except where the result is in four bits.",
     )
-    data: Name | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
+    data: Sources | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
     verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
 
 

@@ -49,7 +49,15 @@ def _not_empty(value: Any) -> Any:
 
 
 def split_names(value: Any) -> Any:
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
+    """Names separated by commas, in one text or in several: a flag may be given again."""
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        return value
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
+
+
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
 
 
 def _interval(value: Any) -> str:
@@ -90,6 +98,7 @@ BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeVa
 MomentBits = Annotated[Literal[32, 8], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
+Sources = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_one_or_more)]  # may hold commas: not split
 MAX_YAML_BYTES = 1_000_000
 Interval = Annotated[str, BeforeValidator(_interval)]
 

@@ -6,6 +6,7 @@ checks them, which gives one set of messages for flags and YAML files.
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -78,7 +79,7 @@ def printable(text: str) -> str:
 def _flag(name: str, field: FieldInfo, group: str) -> Any:
     """The annotation from which typer makes the flag of one option."""
     is_switch = alternatives(field)[0] is bool
-    kind: Any = bool if is_switch else list[str] if _holds_paths(field) else str
+    kind: Any = bool if is_switch else list[str] if _is_list(field) else str
     option = typer.Option(
         f"--{yaml_key(name)}/--no-{yaml_key(name)}" if is_switch else f"--{yaml_key(name)}",
         help=f"{field.description} {_default(field)}".rstrip(),
@@ -102,22 +103,35 @@ def _metavar(field: FieldInfo) -> str:
     if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
         return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        return "PATH" if _holds_paths(field) else "NAMES"
+        return "PATH" if get_args(get_args(kind)[0])[:1] == (Path,) else "NAMES"
     return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")
 
 
-def _holds_paths(field: FieldInfo) -> bool:
-    """Whether an option holds several paths: its flag is then given once for each, as commas may be part of them."""
-    kind = alternatives(field)[0]
-    return get_origin(kind) is tuple and get_args(get_args(kind)[0])[:1] == (Path,)
+def _is_list(field: FieldInfo) -> bool:
+    """Whether an option holds several values: its flag may then be given again."""
+    return get_origin(alternatives(field)[0]) is tuple
+
+
+def _given_again(command: Any, ctx: Any, args: list[str]) -> str | None:
+    """A flag that stands in `args` more than once and holds one value, of which the parser would keep the last."""
+    _, _, order = command.make_parser(ctx).parse_args(args=list(args))
+    counts = Counter(id(parameter) for parameter in order)
+    options = (parameter for parameter in command.params if parameter.param_type_name == "option")
+    again = [option.opts[0] for option in options if counts[id(option)] > 1 and not option.multiple]
+    return again[0] if again else None
 
 
 def _with_nearest_flag(kind: Any, options: type[Options]) -> Any:
     class Verb(kind):
-        """A command or group that always names the nearest flag, where click's own suggestion needs a close one."""
+        """A command or group that refuses a flag given twice, where click would keep the last value in silence, and
+        always names the nearest flag, where click's own suggestion needs a close one."""
 
         def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
             try:
+                again = _given_again(self, ctx, args)
+                if again is not None:
+                    problem = ConfigError(f"{again} is given twice.", "Each option is given once.", "Remove one.")
+                    raise typer.Exit(report(problem))
                 parsed: list[str] = super().parse_args(ctx, args)
                 return parsed
             except typer.TyperException as error:

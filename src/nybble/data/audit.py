@@ -5,7 +5,7 @@ It runs before every training. Findings have ids that stay the same from version
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,6 +14,8 @@ import torch
 
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.near_duplicates import NEAR_SIMILARITY, near_duplicates
+from nybble.data.readers import COLUMNS_NAMED, ReadResult
+from nybble.data.text_encoder import RowError
 from nybble.errors import ConfigError, DataError
 
 Level = Literal["error", "warning"]
@@ -27,6 +29,31 @@ MOST_DROPPED = 0.1  # of the rows; losing more changes what is learnt
 # id: (level, what it means, what to do)
 FINDINGS: dict[str, tuple[Level, str, str]] = {
     "no-rows": ("error", "no row is left to train on", "see the other findings for what became of the rows"),
+    "unreadable-row": (
+        "error",
+        "rows cannot be read",
+        "mend or remove them",
+    ),
+    "missing-column": (
+        "error",
+        "rows lack a column that the others have",
+        "add it, or remove them",
+    ),
+    "not-text": (
+        "error",
+        "rows hold something else where text is needed",
+        "put text there, or remove them",
+    ),
+    "odd-turn": (
+        "error",
+        "rows hold conversations that nybble cannot read",
+        "mend them, or remove them",
+    ),
+    "unread-lesson": (
+        "error",
+        "rows have columns that nybble does not read, though they are part of what is to be learnt",
+        "remove the rows or the columns, or put what they say into the text",
+    ),
     "no-assistant-turn": (
         "error",
         "rows without an assistant's turn train on nothing",
@@ -109,6 +136,12 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "error",
         f"rows, more than {MOST_DROPPED:.0%} of all, would be left out",
         "see the other findings for what takes them out",
+    ),
+    "unread-columns": ("warning", "rows have columns that nothing reads", "nothing, if they are not to be learnt"),
+    "number-as-text": (
+        "warning",
+        "rows have numbers, true or false where text is needed; they are read as JSON writes them",
+        "nothing, unless you want them written otherwise: then make them text",
     ),
     "near-leak": (
         "warning",
@@ -254,8 +287,8 @@ class Audit:
         """What must stop training."""
         return tuple(f for f in self.findings if f.level == "error" and f.id not in self.allowed)
 
-    def check(self) -> None:
-        """Let pass what can be trained on.
+    def check(self, use: str = "trained on") -> None:
+        """Let pass what can be trained on, or put to the `use` that the message names.
 
         Raises:
             DataError: a finding must stop training; all such findings are in the message.
@@ -266,14 +299,14 @@ class Audit:
         shown = self.findings if any(finding.id in ABOUT_LOST_ROWS for finding in self.errors) else self.errors
         got = "\n".join(str(finding) for finding in shown if finding.id != "no-validation")
         fix = "\n".join(f"{f.id}: {f.fix}" for f in shown if f.id not in (*ABOUT_LOST_ROWS, "no-validation"))
-        raise DataError(f"{self.source} cannot be trained on.\n{got}", fix=fix + self._way_out())
+        raise DataError(f"{self.source} cannot be {use}.\n{got}", fix=fix + self._way_out())
 
     def _way_out(self) -> str:
         """How to accept the errors, where that leads on: nothing is offered beside an error that cannot be accepted."""
         ids = [finding.id for finding in self.errors]
         if not set(ids).isdisjoint(NEVER_ALLOWED):
             return ""
-        return f"\nTo train all the same, on the rows that can be used: --allow {','.join(ids)}"
+        return f"\nTo go on all the same, with the rows that can be used: --allow {','.join(ids)}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers."""
@@ -302,6 +335,28 @@ def find(finding: str, rows: Iterable[str], detail: str = "") -> list[Finding]:
     """A list of one finding, or of none where no rows are concerned."""
     named = list(dict.fromkeys(rows))
     return [Finding(finding, len(named), tuple(named[:ROWS_NAMED]), detail)] if named else []
+
+
+def find_in_reading(reads: Sequence[ReadResult]) -> list[Finding]:
+    """What was noticed while rows were read: those that could not be, and what of the others is not learnt from."""
+    kinds: dict[str, list[RowError]] = defaultdict(list)
+    for error in (error for read in reads for error in read.odd):
+        kinds[error.finding].append(error)
+    findings = [f for id, errors in kinds.items() for f in find(id, (e.origin for e in errors), errors[0].detail)]
+    as_text = [change for read in reads for change in read.as_text]
+    left_out = [column for read in reads for column in read.left_out]
+    unread = sum((read.unread for read in reads), Counter[str]())
+    findings += find("number-as-text", (origin for origin, _ in as_text), as_text[0][1] if as_text else "")
+    columns = Counter(column for _, column in left_out)
+    findings += find("unread-lesson", (origin for origin, _ in left_out), _count_columns(columns))
+    if others := unread - columns:
+        findings.append(Finding("unread-columns", max(others.values()), (), _count_columns(others)))
+    return findings
+
+
+def _count_columns(rows: Counter[str]) -> str:
+    named = [f"{column!a} in {count}" for column, count in rows.most_common(COLUMNS_NAMED)]
+    return ", ".join(named) + (f" and {len(rows) - len(named)} more" if len(rows) > len(named) else "")
 
 
 def find_ids_beyond(sequences: Sequence[EncodedExample], vocab_size: int) -> list[Finding]:

@@ -127,7 +127,9 @@ def read_calibration_file(
         return [torch.tensor(template.encoder.encode(text), dtype=torch.int32)]
     encoded: list[EncodedExample] = []
     found = 0
-    examples = read_examples(source, fields).examples
+    read = read_examples(source, fields)
+    read.check_whole()
+    examples = read.examples
     random.Random(seed).shuffle(examples)
     for example in examples:
         if num_tokens is not None and not validation and found >= num_tokens:

@@ -9,7 +9,7 @@ from nybble.data import audit as checks
 from nybble.data.audit import Audit, Finding
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.new_tokens import ReadRows, find_new_tokens
-from nybble.data.readers import FieldNames, read_examples
+from nybble.data.readers import FieldNames, ReadResult, read_examples
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
@@ -39,12 +39,12 @@ class EncodedRow:
 
 
 def prepare(
-    source: str,
+    source: str | Sequence[str],
     template: ChatTemplate,
     *,
     max_seq_len: int,
     fields: FieldNames | None = None,
-    validation_source: str | None = None,
+    validation_source: str | Sequence[str] | None = None,
     validation_fraction: float = 0.05,
     validation_rows: int = 512,
     seed: int = 0,
@@ -57,7 +57,7 @@ def prepare(
 
     Args:
         source: what `read_examples` takes.
-        validation_source: rows to validate on; by default they are split off the source's own.
+        validation_source: as `source`: rows to validate on; by default they are split off the source's own.
         validation_fraction, validation_rows: see `split_validation`.
         vocab_size: rows of the model's embedding matrix, to check the ids against.
         embedding_rows: reads rows of it, to find tokens that were never trained.
@@ -65,12 +65,15 @@ def prepare(
 
     Raises:
         ConfigError: there is no such finding to allow.
-        DataError: the source cannot be read, or a row of it has another form than its file.
+        DataError: the source cannot be read, or no row of it.
     """
     checks.check_allowed(allow)
     own = read_examples(source, fields)
-    extra = read_examples(validation_source, fields).examples if validation_source else []
-    rows, findings = _encode_rows([*own.examples, *extra], template, max_seq_len)
+    extra = read_examples(validation_source, fields) if validation_source else ReadResult()
+    reads, num_rows = (own, extra), own.num_rows + extra.num_rows
+    rows, findings, dropped = _encode_rows([*own.examples, *extra.examples], template, max_seq_len)
+    dropped += Counter(error.finding for read in reads for error in read.odd)
+    findings += [*checks.find_in_reading(reads), *checks.find_many_dropped(dropped, num_rows)]
     if validation_source:
         train = [row for row in rows if row.number < len(own.examples)]
         validation = [row for row in rows if row.number >= len(own.examples)]
@@ -89,12 +92,12 @@ def prepare(
     sequences = train_sequences + validation_sequences
     lengths = [len(sequence) + sequence.num_truncated for sequence in sequences]
     audit = Audit(
-        source=source,
-        validation_source=validation_source,
+        source=_join(source),
+        validation_source=_join(validation_source) if validation_source else None,
         layout=own.layout,
         max_seq_len=max_seq_len,
-        num_rows=len(own.examples) + len(extra),
-        num_dropped=len(own.examples) + len(extra) - len(rows),
+        num_rows=num_rows,
+        num_dropped=num_rows - len(rows),
         num_truncated=sum(sequence.num_truncated > 0 for sequence in sequences),
         num_train=len(train_sequences),
         num_validation=len(validation_sequences),
@@ -105,14 +108,16 @@ def prepare(
         truncated_tokens=sum(sequence.num_truncated for sequence in sequences),
         longest=max(lengths, default=0),
         length_percentiles=checks.percentiles(lengths),
-        notices=template.notices,
+        notices=(*template.notices, *own.notices, *extra.notices),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
         allowed=tuple(allow),
     )
     return PreparedData(train_sequences, validation_sequences, audit)
 
 
-def load_dataset_for_training(source: str, template: ChatTemplate, *, max_seq_len: int, **options: Any) -> PreparedData:
+def load_dataset_for_training(
+    source: str | Sequence[str], template: ChatTemplate, *, max_seq_len: int, **options: Any
+) -> PreparedData:
     """`prepare` (same arguments), then `audit.check()`.
 
     Raises:
@@ -123,10 +128,14 @@ def load_dataset_for_training(source: str, template: ChatTemplate, *, max_seq_le
     return data
 
 
+def _join(sources: str | Sequence[str]) -> str:
+    return sources if isinstance(sources, str) else ", ".join(sources)
+
+
 def _encode_rows(
     examples: Sequence[Example], template: ChatTemplate, max_seq_len: int
-) -> tuple[list[EncodedRow], list[Finding]]:
-    """The rows that can be trained on, and what became of the others."""
+) -> tuple[list[EncodedRow], list[Finding], Counter[str]]:
+    """The rows that can be trained on, what became of the others, and how many of them each finding took out."""
     rows: list[EncodedRow] = []
     refused: dict[str, list[RowError]] = defaultdict(list)
     concerned: dict[str, list[str]] = defaultdict(list)  # finding id: origins
@@ -156,7 +165,7 @@ def _encode_rows(
     findings = [f for id, origins in concerned.items() for f in checks.find(id, origins)]
     for id, errors in refused.items():
         findings += checks.find(id, (error.origin for error in errors), errors[0].detail)
-    return rows, findings + checks.find_many_dropped(dropped, len(examples))
+    return rows, findings, dropped
 
 
 def _check_size(example: Example) -> None:

@@ -1,25 +1,20 @@
-"""Read rows from files, the hub or a built-in source, and make an Example of each.
+"""Make an Example of each row of a source. Where rows come from is in row_files.py.
 
-JSON Lines, JSON and CSV are read with the standard library, so that every complaint can name file:line;
-Parquet and hub data sets through `datasets`. The layout (which columns mean what) is detected from the first
-row of a file and then demanded of every row.
+The layout (which columns mean what) is that of a file's first row of a known form, and then demanded of every row. Rows
+that do not fit are kept apart with what is wrong with them, and reading goes on: the audit tells all of them at once.
 """
 
-import csv
-import io
 import json
-import re
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 from nybble.data.examples import REASONING_KEYS, Example, Message, Role
+from nybble.data.row_files import LocatedRow, Row, open_sources, parse_json
+from nybble.data.text_encoder import RowError
 from nybble.errors import ConfigError, DataError
-
-Row = dict[str, Any]
-LocatedRow = tuple[str, Any]  # origin, row as parsed
 
 # (prompt, completion) columns, the first pair that a row has wins.
 PAIRS = (
@@ -35,6 +30,7 @@ PAIRS = (
 )
 SUBJECT_COLUMNS = ("input", "context")
 SYSTEM_COLUMNS = ("system", "system_prompt")
+TOOLS = "tools"
 KNOWN_LAYOUTS = (
     "messages [{role, content}]; conversations [{from, value}]; "
     + "; ".join(f"{prompt}/{completion}" for prompt, completion in PAIRS)
@@ -64,8 +60,25 @@ HARMLESS_KEYS = frozenset(
         *("score", "rating", "toxic", "redacted", "hashed_ip", "openai_id", "system_fingerprint"),
     )
 )
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
-WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+# Columns that leave out part of what is to be learnt where nothing reads them: which rows count and how much, tools,
+# pictures, thinking; beside a prompt, what it is about.
+TEACHING_COLUMNS = frozenset(
+    (
+        *("weight", "weights", "loss", "train", "loss_weight", "sample_weight"),
+        *(TOOLS, "functions", "chat_template_kwargs", "response_format"),
+        *("image", "images", "audio", "audios", "video", "videos"),
+        *("reasoning", "reasoning_content", "thinking", "chain_of_thought", "rationale"),
+    )
+)
+BESIDE_A_PROMPT = frozenset((*SUBJECT_COLUMNS, "passage", "document", "documents", "history"))
+KNOWN_COLUMNS = frozenset(
+    (
+        *(column for pair in PAIRS for column in pair),
+        *(*SYSTEM_COLUMNS, *TEACHING_COLUMNS, *BESIDE_A_PROMPT),
+        *("messages", "conversations", "text", "label", "chosen", "rejected", "input_ids"),
+    )
+)
+COLUMNS_NAMED = 20
 OWN_COLUMNS = "name your columns with --prompt-field and --completion-field, --messages-field or --text-field"
 
 
@@ -93,68 +106,245 @@ class FieldNames:
 
 
 class Layout(NamedTuple):
-    """Which columns hold what; `name` is for people. A system prompt may stand in a column of its own."""
+    """Which columns hold what; `name` is for people, `optional` columns are read where a row has them."""
 
+    kind: Literal["turns", "pair", "text"]
     name: str
     columns: tuple[str, ...]
+    optional: tuple[str, ...]
     build: Callable[[Row, str], Example]
-    is_text: bool = False
 
 
-class ReadResult(NamedTuple):
-    """The rows, and in words which columns were read and which were not."""
-
-    examples: list[Example]
-    layout: str
-
-
-def read_examples(source: str, fields: FieldNames | None = None) -> ReadResult:
-    """Read every row of a source.
+@dataclass
+class ReadResult:
+    """The rows of a source.
 
     Args:
-        source: a .jsonl, .json, .csv, .tsv or .parquet file, a hub id "owner/name" or "owner/name:config" (its
-            split "train"), or "builtin:pydoc".
+        examples: those that could be read.
+        layout: in words which columns were read.
+        odd: the others; each error's `finding` is the kind.
+        as_text: (origin, what became what) of rows with numbers or true or false where text is needed.
+        unread: column -> rows in which nothing reads it, though it says something.
+        left_out: (origin, column) of rows where such a column is part of what is to be learnt.
+        notices: what a user should know of how the files are read.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    layout: str = ""
+    odd: list[RowError] = field(default_factory=list)
+    as_text: list[tuple[str, str]] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.examples) + len(self.odd)
+
+    def check_whole(self) -> None:
+        """Let pass what could be read to its last row, for those who have no audit to tell of the others.
+
+        Raises:
+            DataError: rows could not be read; the first is named.
+        """
+        if self.odd:
+            more = f" (and {len(self.odd) - 1} more rows that cannot be read)" if len(self.odd) > 1 else ""
+            raise DataError(f"{self.odd[0]}{more}", "needed: rows that can be read", "mend or remove them")
+
+
+def read_examples(source: str | Sequence[str], fields: FieldNames | None = None) -> ReadResult:
+    """Read every row of a source, or of several.
+
+    Args:
+        source: files, folders of them and patterns such as "parts/*.jsonl" (JSON Lines, JSON, CSV, TSV, Parquet, text;
+            packed by gzip, bzip2, xz or Zstandard too), hub ids "owner/name" or "owner/name:config" (the split
+            "train"), or "builtin:pydoc".
         fields: the user's own column names.
 
     Raises:
-        DataError: the source is missing, empty, unreadable or in no known layout, or a row does not fit; the
+        DataError: a source is missing, empty, unreadable or in no known layout, or no row of it can be read; the
             message names file:line.
     """
-    if source.startswith("builtin:"):
-        return _read_builtin(source)
-    rows = _read_rows(source)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{source}: no rows in it", "needed: at least one row")
-    layout = detect_layout(_object(first), first[0], fields or FieldNames())
-    examples = [_build(layout, first)]
-    examples += [_build(layout, row) for row in rows]
-    return ReadResult(examples, _describe_layout(layout, first[1]))
+    fields = fields or FieldNames()
+    sources = [source] if isinstance(source, str) else list(source)
+    result = ReadResult()
+    layouts = []
+    for name in (name for name in sources if name.startswith("builtin:")):
+        layouts.append(_read_builtin(name, result))
+    files = [name for name in sources if not name.startswith("builtin:")]
+    for file in open_sources(files, lambda row: _is_row(_known_names(row, fields), fields)):
+        layouts.append(_read_file(file.name, file.rows, fields, result))
+        result.notices += file.notices
+    result.layout = ", ".join(dict.fromkeys(layouts))
+    return result
 
 
-def _describe_layout(layout: Layout, row: Row) -> str:
-    """The layout's name, and the columns that nothing reads."""
-    tools = () if layout.is_text else ("tools",)
-    read = (*layout.columns, *tools, *SYSTEM_COLUMNS, *(SUBJECT_COLUMNS if "instruction" in layout.columns else ()))
-    unread = [column if column.isprintable() else ascii(column) for column in row if column not in read]
-    return layout.name + (f", not read: {', '.join(unread)}" if unread else "")
+def _read_builtin(source: str, result: ReadResult) -> str:
+    from nybble.data.pydoc_source import read_pydoc
+
+    if source != "builtin:pydoc":
+        raise DataError(f"{source}: no such built-in source", "allowed: builtin:pydoc")
+    result.examples += read_pydoc()
+    return "function/docstring"
 
 
-def detect_layout(row: Row, origin: str, fields: FieldNames) -> Layout:
-    """The layout of a file, from its first row."""
+def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNames, result: ReadResult) -> str:
+    """Add the rows of one file to `result`; returns the name of their layout."""
+    layout: Layout | None = None
+    before = len(result.examples)
+    waiting: list[tuple[str, Row]] = []  # rows before the first of a known form
+    odd: list[RowError] = []
+    for located in rows:
+        try:
+            origin, row = _object(located)
+        except RowError as error:
+            odd.append(error)
+            continue
+        row = _known_names(row, fields)
+        layout = layout or _find_layout(row, fields)
+        waiting.append((origin, row))
+        if layout is not None:
+            odd += _add(waiting, layout, result)
+            waiting = []
+    if waiting:
+        raise _unknown_format(*waiting[0])
+    if layout is None and not odd:
+        raise DataError(f"{name}: no rows in it", "needed: at least one row")
+    if len(result.examples) == before:
+        ReadResult(odd=odd).check_whole()
+    result.odd += odd
+    assert layout is not None, name
+    return layout.name
+
+
+def _add(rows: Iterable[tuple[str, Row]], layout: Layout, result: ReadResult) -> list[RowError]:
+    """Make examples of rows; returns what is wrong with those of which none can be made."""
+    odd = []
+    for origin, row in rows:
+        try:
+            _check_columns(layout, row, origin)
+            row, changes = _with_numbers_as_text(row, layout)
+            example = layout.build(row, origin)
+            if TOOLS in layout.optional:
+                example = replace(example, tools=_tools(row, origin))
+        except RowError as error:
+            odd.append(RowError(error.finding, origin, error.detail))
+            continue
+        except DataError as error:
+            cause = "; ".join(filter(None, (error.got.removeprefix(f"{origin}: "), error.allowed)))
+            odd.append(RowError("odd-turn", origin, cause))
+            continue
+        result.examples.append(example)
+        result.as_text += [(origin, change) for change in changes[:1]]
+        _note_unread(row, origin, layout, result)
+    return odd
+
+
+def _note_unread(row: Row, origin: str, layout: Layout, result: ReadResult) -> None:
+    for column, value in row.items():
+        if column in layout.columns or column in layout.optional or _says_nothing(value):
+            continue
+        result.unread[column] += 1
+        if _is_part_of_the_lesson(column, value, layout):
+            result.left_out.append((origin, column))
+
+
+def _is_part_of_the_lesson(column: str, value: Any, layout: Layout) -> bool:
+    if column == "label":  # what texts are to be told apart by, or whether an answer is one to follow
+        return layout.kind == "text" or value is False
+    if column in BESIDE_A_PROMPT:
+        return layout.kind == "pair"
+    return column in TEACHING_COLUMNS and value != 1  # a weight of 1, or true, changes nothing
+
+
+def _says_nothing(value: Any) -> bool:
+    """Whether a column with this value says as much as no column; NaN is how tables mark an empty cell."""
+    return value is None or (isinstance(value, (str, list, dict)) and not value) or _is_nan(value)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _known_names(row: Row, fields: FieldNames) -> Row:
+    """The row with columns such as "Prompt" or " prompt" under the names by which they are known."""
+    own = (fields.prompt, fields.completion, fields.messages, fields.text)
+    named: Row = {}
+    for column, value in row.items():
+        name = column.strip().lower()
+        renamed = name in KNOWN_COLUMNS and name not in row and name not in named and column not in own
+        named[name if renamed else column] = value
+    return named
+
+
+def _with_numbers_as_text(row: Row, layout: Layout) -> tuple[Row, list[str]]:
+    """The row with numbers, true and false in the columns that are read as JSON writes them, and what was changed."""
+    read = [column for column in (*layout.columns, *layout.optional) if column in row and column != TOOLS]
+    texts = {column: _as_text(row[column]) for column in read}
+    changes = [f"{column!r}: {_short(row[column], texts[column])}" for column in read if texts[column] != row[column]]
+    return ({**row, **texts} if changes else row), changes
+
+
+def _as_text(value: Any) -> Any:
+    """A number, or the content of turns that is one, as JSON writes it; all else as it is."""
+    if isinstance(value, list):
+        return [_turn_as_text(turn) if isinstance(turn, dict) else turn for turn in value]
+    return _scalar_as_text(value)
+
+
+def _turn_as_text(turn: Row) -> Row:
+    return {key: _scalar_as_text(said) if key in ("content", "value") else said for key, said in turn.items()}
+
+
+def _scalar_as_text(value: Any) -> Any:
+    finite = isinstance(value, float) and math.isfinite(value)
+    return json.dumps(value) if finite or isinstance(value, (bool, int)) else value
+
+
+def _find_layout(row: Row, fields: FieldNames) -> Layout | None:
+    """The layout that a row is of, by its columns; None where it is of no known one."""
     own = _own_layout(fields)
     if own is not None:
         return own
     for column in ("messages", "conversations"):
-        if column in row:
+        if column in row and _may_be_turns(row[column]):
             return _messages_layout(column)
     for prompt, completion in PAIRS:
         if prompt in row and completion in row:
             return _pair_layout(prompt, completion)
-    if "text" in row:
-        return _text_layout("text")
-    got = f"{origin}: unknown format, columns {', '.join(map(repr, row)) or '(none)'}"
-    raise DataError(got, f"known formats: {KNOWN_LAYOUTS}", OWN_COLUMNS)
+    return _text_layout("text") if "text" in row else None
+
+
+def _is_row(row: Row, fields: FieldNames) -> bool:
+    """Whether an object, or a table's heading, is of a known form."""
+    layout = _find_layout(row, fields)
+    return layout is not None and all(column in row for column in layout.columns)
+
+
+def _may_be_turns(value: Any) -> bool:
+    """False for rows that stand under the name of turns: {"conversations": [{"conversations": [..]}, ..]}."""
+    first = value[0] if isinstance(value, list) and value else None
+    return not isinstance(first, dict) or not {"messages", "conversations"} & first.keys()
+
+
+def _unknown_format(origin: str, row: Row) -> DataError:
+    """What a file is that has no row of a known form, and what can be done with it."""
+    if "chosen" in row and "rejected" in row:
+        column = "--messages-field chosen" if isinstance(row["chosen"], list) else "--completion-field chosen"
+        return DataError(
+            f"{origin}: rows of preferences (chosen, rejected)",
+            "nybble trains on examples to follow, not on comparisons",
+            f"to train on the answers that were chosen: {column}",
+        )
+    if "input_ids" in row:
+        return DataError(
+            f"{origin}: rows that are token ids already (input_ids)",
+            f"known formats: {KNOWN_LAYOUTS}",
+            "give the text that they were made from: the model's own tokenizer and chat template make the tokens",
+        )
+    more = f" and {len(row) - COLUMNS_NAMED} more" if len(row) > COLUMNS_NAMED else ""
+    got = f"{origin}: unknown format, columns {', '.join(map(repr, list(row)[:COLUMNS_NAMED])) or '(none)'}{more}"
+    return DataError(got, f"known formats: {KNOWN_LAYOUTS}", OWN_COLUMNS)
 
 
 def _own_layout(fields: FieldNames) -> Layout | None:
@@ -171,37 +361,63 @@ def _text_layout(column: str) -> Layout:
     def build(row: Row, origin: str) -> Example:
         return Example(origin, text=_string(row, column, origin))
 
-    return Layout(column, (column,), build, is_text=True)
+    return Layout("text", column, (column,), (), build)
 
 
 def _pair_layout(prompt: str, completion: str) -> Layout:
     """Rows with an `instruction` may carry what it is about in a column of its own (Alpaca's `input`, Dolly's
     `context`); it follows the instruction after an empty line."""
 
+    subjects = SUBJECT_COLUMNS if prompt == "instruction" else ()
+
     def build(row: Row, origin: str) -> Example:
+        if isinstance(row[prompt], list) or isinstance(row[completion], list):
+            return Example(origin, messages=(*_system(row, origin), *_joined_turns(row, prompt, completion, origin)))
         asked, answer = _string(row, prompt, origin), _string(row, completion, origin)
-        subjects = [column for column in SUBJECT_COLUMNS if prompt == "instruction" and row.get(column)]
-        asked = "\n\n".join([asked, *(_string(row, column, origin) for column in subjects)])
+        about = [column for column in subjects if not _says_nothing(row.get(column))]
+        asked = "\n\n".join([asked, *(_string(row, column, origin) for column in about)])
         system = _system(row, origin)
         if system:
             return Example(origin, messages=(*system, Message("user", asked), Message("assistant", answer)))
         return Example(origin, prompt=asked, completion=answer)
 
-    return Layout(f"{prompt}/{completion}", (prompt, completion), build)
+    return Layout("pair", f"{prompt}/{completion}", (prompt, completion), (*SYSTEM_COLUMNS, *subjects, TOOLS), build)
+
+
+def _joined_turns(row: Row, prompt: str, completion: str, origin: str) -> tuple[Message, ...]:
+    """A prompt and a completion of which at least one is a list of turns; only the completion is to be learnt."""
+    roles: tuple[tuple[str, Role], ...] = ((prompt, "user"), (completion, "assistant"))
+    turns = {
+        column: _turns(row[column], column, origin)
+        if isinstance(row[column], list)
+        else (Message(role, _string(row, column, origin)),)
+        for column, role in roles
+    }
+    context = (replace(turn, learnt=False) if turn.role == "assistant" else turn for turn in turns[prompt])
+    return (*context, *turns[completion])
 
 
 def _messages_layout(column: str) -> Layout:
     def build(row: Row, origin: str) -> Example:
-        turns = row[column]
-        if isinstance(turns, str):  # CSV and Parquet often hold the list as JSON text
-            turns = _parse(turns, f"{origin}: column {column!r}")
-        if not isinstance(turns, list) or not turns:
-            got = f"{origin}: {column!r} is {_describe(turns)}"
-            raise DataError(got, "needed: a list of turns, [{role, content}] or [{from, value}]")
-        messages = tuple(_message(turn, f"{origin}: turn {number}") for number, turn in enumerate(turns, 1))
-        return Example(origin, messages=(*_system(row, origin), *messages))
+        return Example(origin, messages=(*_system(row, origin), *_turns(row[column], column, origin)))
 
-    return Layout(column, (column,), build)
+    return Layout("turns", column, (column,), (*SYSTEM_COLUMNS, TOOLS), build)
+
+
+def _turns(turns: Any, column: str, origin: str) -> tuple[Message, ...]:
+    if isinstance(turns, str):  # CSV and Parquet often hold the list as JSON text
+        turns = _as_text(_parse_column(turns, column, origin))
+    if not isinstance(turns, list) or not turns:
+        got = f"{origin}: {column!r} is {_describe(turns)}"
+        raise DataError(got, "needed: a list of turns, [{role, content}] or [{from, value}]")
+    return tuple(_message(turn, f"{origin}: turn {number}") for number, turn in enumerate(turns, 1))
+
+
+def _parse_column(text: str, column: str, origin: str) -> Any:
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise DataError(f"{origin}: column {column!r}: {error}") from error
 
 
 def _message(turn: Any, where: str) -> Message:
@@ -217,14 +433,11 @@ def _message(turn: Any, where: str) -> Message:
         got = f"{where}: {role_key} is {role!r}" if role_key in turn else f"{where} has keys {keys}"
         raise DataError(got, f"needed: role (or from), one of {', '.join(ROLES)}, and content (or value)")
     read = (role_key, content_key, *REASONING_KEYS, *MARKS, *REFUSED_KEYS)
-    unread = tuple(key for key, value in turn.items() if key not in (*read, *HARMLESS_KEYS) and not _is_nothing(value))
+    unread = tuple(
+        key for key, value in turn.items() if key not in (*read, *HARMLESS_KEYS) and not _says_nothing(value)
+    )
     content = _string({content_key: _joined(turn.get(content_key), where)}, content_key, where)
     return Message(ROLES[role], content, _reasoning(turn, where), _mark(turn, where), unread)
-
-
-def _is_nothing(value: Any) -> bool:
-    """Whether a key with this value says as much as no key. False and 0 may be marks."""
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _joined(content: Any, where: str) -> Any:
@@ -267,242 +480,60 @@ def _mark(turn: Row, where: str) -> bool | None:
 
 def _system(row: Row, origin: str) -> tuple[Message, ...]:
     """A system prompt in a column of its own, as the first turn."""
-    columns = [column for column in SYSTEM_COLUMNS if row.get(column)]
+    columns = [column for column in SYSTEM_COLUMNS if not _says_nothing(row.get(column))]
+    if len({_string(row, column, origin) for column in columns}) > 1:
+        raise DataError(f"{origin}: {' and '.join(columns)} differ", "needed: one system prompt")
     return tuple(Message("system", _string(row, column, origin)) for column in columns[:1])
 
 
 def _string(row: Row, column: str, where: str) -> str:
     value = row[column]
+    origin, _, turn = where.partition(": ")
+    name = f"{turn}: {column!r}" if turn else repr(column)
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {_describe(value)}", "needed: text")
+        raise RowError("not-text", origin, f"{name} is {_describe(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {column!r} has half a surrogate pair at character {error.start}") from error
+        raise RowError(
+            "unreadable-row", origin, f"{name} has half a surrogate pair at character {error.start}"
+        ) from error
     return value
 
 
-def _build(layout: Layout, located: LocatedRow) -> Example:
-    origin, row = located[0], _object(located)
+def _check_columns(layout: Layout, row: Row, origin: str) -> None:
     missing = [column for column in layout.columns if column not in row]
     if missing:
-        got = f"{origin}: no column {', '.join(map(repr, missing))}; it has {', '.join(map(repr, row)) or 'none'}"
-        raise DataError(got, f"needed in every row: {', '.join(layout.columns)}", OWN_COLUMNS)
-    example = layout.build(row, origin)
-    return example if example.text is not None else replace(example, tools=_tools(row, origin))
+        has = ", ".join(map(repr, list(row)[:COLUMNS_NAMED])) or "none"
+        raise RowError("missing-column", origin, f"no column {', '.join(map(repr, missing))}; it has {has}")
 
 
 def _tools(row: Row, origin: str) -> tuple[Row, ...]:
     """The JSON schemas in a column of that name, as a list or as JSON text."""
     tools = row.get("tools") or []
     if isinstance(tools, str):
-        tools = _parse(tools, f"{origin}: column 'tools'") or []
+        tools = _parse_column(tools, "tools", origin) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(f"{origin}: 'tools' is {_describe(tools)}", "needed: a list of JSON schemas, one a tool")
     return tuple(tools)
 
 
-def _object(located: LocatedRow) -> Row:
+def _object(located: LocatedRow | RowError) -> tuple[str, Row]:
+    if isinstance(located, RowError):
+        raise located
     origin, row = located
     if not isinstance(row, dict):
-        allowed = 'needed: an object, like {"prompt": "..", "completion": ".."}'
-        raise DataError(f"{origin}: the row is {_describe(row)}", allowed)
-    return row
+        raise RowError("unreadable-row", origin, f"the row is {_describe(row)}, not an object")
+    return origin, row
+
+
+def _short(value: Any, text: str) -> str:
+    return "in a turn" if isinstance(value, list) else f"{value!r} is read as {text!r}"
 
 
 def _describe(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
+    if isinstance(value, float) and not math.isfinite(value):
+        kind = f"{value}, no number that can be written"
     return f"an empty {kind.split()[-1]}" if value in ([], {}) else kind
-
-
-# ---- where rows come from
-
-
-def _read_rows(source: str) -> Iterator[LocatedRow]:
-    path = Path(source).expanduser()
-    reader = FILE_READERS.get(path.suffix.lower())
-    if path.is_file() and reader:
-        return reader(path)
-    if path.exists():
-        kind = "a folder" if path.is_dir() else f"a file ending in {path.suffix!r}"
-        raise DataError(f"{source}: {kind}", f"allowed: one file ending in {', '.join(FILE_READERS)}")
-    if reader is None and HUB_ID.fullmatch(source):
-        return _read_hub(source)
-    raise DataError(
-        f"{source}: no such file",
-        f"allowed: a file ending in {', '.join(FILE_READERS)}, a hub id owner/name, or builtin:pydoc",
-        f"looked in {path.parent.resolve()}",
-    )
-
-
-def _read_builtin(source: str) -> ReadResult:
-    from nybble.data.pydoc_source import read_pydoc
-
-    if source != "builtin:pydoc":
-        raise DataError(f"{source}: no such built-in source", "allowed: builtin:pydoc")
-    return ReadResult(read_pydoc(), "function/docstring")
-
-
-def _read_json_lines(path: Path) -> Iterator[LocatedRow]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            origin = f"{path.name}:{number}"
-            text = _decode(line, origin)
-            if text.strip():
-                yield origin, _parse(text, origin)
-
-
-def _read_json(path: Path) -> Iterator[LocatedRow]:
-    """A list of rows, an object that holds one list, or JSON Lines under the wrong name."""
-    text = _decode(path.read_bytes(), path.name)
-    if not text.strip():
-        return
-    if _is_json_lines(text):
-        yield from _read_json_lines(path)
-        return
-    whole = _parse(text, path.name)
-    lists = [(key, value) for key, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
-    if isinstance(whole, list):
-        rows, position = whole, text.index("[")
-    elif len(lists) == 1:
-        rows, position = lists[0][1], _value_position(text, lists[0][0])
-    else:
-        got = f"{path.name}: {_describe(whole)}" + (f" holding {len(lists)} lists" if isinstance(whole, dict) else "")
-        raise DataError(got, "needed: a list of rows, or an object that holds one list of rows")
-    for line, row in zip(_element_lines(text, position), rows, strict=True):
-        yield f"{path.name}:{line}", row
-
-
-def _is_json_lines(text: str) -> bool:
-    lines = text.lstrip().split("\n", 1)
-    try:
-        return isinstance(json.loads(lines[0]), dict) and bool("".join(lines[1:]).strip())
-    except (ValueError, RecursionError):
-        return False
-
-
-def _value_position(text: str, wanted: str) -> int:
-    """Where the value of a key of the outermost object begins, in valid JSON."""
-    decoder = json.JSONDecoder()
-    position = _skip(text, text.index("{") + 1)
-    while True:
-        key, position = decoder.raw_decode(text, position)
-        position = _skip(text, _skip(text, position) + 1)  # behind ':'
-        if key == wanted:
-            return position
-        _, position = decoder.raw_decode(text, position)
-        position = _skip(text, _skip(text, position) + 1)  # behind ','
-
-
-def _element_lines(text: str, start: int) -> Iterator[int]:
-    """The line on which each element of the list at text[start] begins, in valid JSON."""
-    decoder = json.JSONDecoder()
-    line, counted, position = 1, 0, _skip(text, start + 1)
-    while text[position] != "]":
-        line += text.count("\n", counted, position)
-        counted = position
-        yield line
-        _, position = decoder.raw_decode(text, position)
-        position = _skip(text, position)
-        if text[position] == ",":
-            position = _skip(text, position + 1)
-
-
-def _skip(text: str, position: int) -> int:
-    match = WHITE_SPACE.match(text, position)
-    assert match is not None
-    return match.end()
-
-
-def _read_csv(path: Path) -> Iterator[LocatedRow]:
-    lines = io.StringIO(_decode(path.read_bytes(), path.name), newline="")
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    csv.field_size_limit(2**31 - 1)
-    start = 2
-    try:
-        columns = reader.fieldnames or []
-        repeated = sorted(column for column, count in Counter(columns).items() if count > 1)
-        if repeated:
-            raise DataError(f"{path.name}:1: column {repeated[0]!r} stands in the heading twice")
-        for row in reader:
-            origin, start = f"{path.name}:{start}", reader.line_num + 1
-            if None in row or None in row.values():
-                got = len(row) + len(row.get(None) or ()) - (None in row) - sum(value is None for value in row.values())
-                raise DataError(f"{origin}: {got} columns", f"needed: {len(columns)}, as in the heading")
-            yield origin, row
-    except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.reader.line_num}: not CSV: {error}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[LocatedRow]:
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs below that, it raises too
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from ((f"{path.name}:{number}", row) for number, row in enumerate(rows, 1))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{path.name}: not readable as Parquet: {error}") from error
-
-
-def _read_hub(source: str) -> Iterator[LocatedRow]:
-    """The split "train" of a hub data set, streamed."""
-    import datasets
-
-    name, _, config = source.partition(":")
-    try:
-        rows: Iterable[Row] = datasets.load_dataset(name, config or None, split="train", streaming=True)
-        yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
-    except ConnectionError as error:
-        raise DataError(
-            f"{source}: the hub cannot be reached ({error})",
-            "a hub id needs a network; without one: a file ending in " + ", ".join(FILE_READERS),
-        ) from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: the hub's data set cannot be read: {error}") from error
-
-
-FILE_READERS: dict[str, Callable[[Path], Iterator[LocatedRow]]] = {
-    ".jsonl": _read_json_lines,
-    ".ndjson": _read_json_lines,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _decode(data: bytes, where: str) -> str:
-    """UTF-8 with or without a byte order mark."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{where}: UTF-16 text", "needed: UTF-8", "save the file as UTF-8")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        place = where if ":" in where else f"{where}:{line}"
-        raise DataError(f"{place}: byte {data[error.start]:#04x} is not UTF-8", "needed: UTF-8") from error
-
-
-def _parse(text: str, where: str) -> Any:
-    """JSON in which no object has the same key twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise DataError(f"{where}: JSON nested too deeply") from error
-    except json.JSONDecodeError as error:
-        place = where if ":" in where else f"{where}:{error.lineno}"
-        got = f"{place}: not JSON: {error.msg} at column {error.colno}"
-        raise DataError(got, "needed: one JSON object a row") from error
-    except ValueError as error:
-        raise DataError(f"{where}: {error}") from error
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return row

@@ -174,7 +174,7 @@ def evaluate(config: EvalConfig, console: Console) -> int:
 
 def run_evaluation(opened: OpenRun, config: EvalConfig, console: Console) -> Evaluation:
     """Ask the three models."""
-    rows = held_out_rows(opened, config.data)
+    rows = held_out_rows(opened, config.data, config.allow)
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     tokenizer = opened.template.tokenizer

@@ -1,5 +1,7 @@
 """Rows to judge a run by: its own validation rows, or a file's."""
 
+from collections.abc import Sequence
+
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import prepare
 from nybble.data.readers import FieldNames
@@ -8,11 +10,16 @@ from nybble.evaluation.load_run import OpenRun
 from nybble.training.session import prepare_data
 
 
-def held_out_rows(opened: OpenRun, data: str | None = None) -> list[EncodedExample]:
+def held_out_rows(
+    opened: OpenRun, data: Sequence[str] | None = None, allow: Sequence[str] = ()
+) -> list[EncodedExample]:
     """The rows that the run did not train on, or all rows of `data`, encoded as the run encodes its own.
 
+    Args:
+        allow: ids of findings of the audit that may be in `data`.
+
     Raises:
-        DataError: they cannot be read, or there are none.
+        DataError: they cannot be read, there are none, or the audit finds an error in them.
     """
     config = opened.config
     if data is None:
@@ -20,11 +27,20 @@ def held_out_rows(opened: OpenRun, data: str | None = None) -> list[EncodedExamp
         rows = prepare_data(config, opened.template, vocab_size).validation
     else:
         fields = FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
-        rows = prepare(
-            data, opened.template, max_seq_len=config.max_seq_len, fields=fields, validation_fraction=0
-        ).train
+        prepared = prepare(
+            data,
+            opened.template,
+            max_seq_len=config.max_seq_len,
+            fields=fields,
+            validation_fraction=0,
+            allow=allow,
+        )
+        prepared.audit.check("used to judge a run")
+        rows = prepared.train
     if not rows:
         raise DataError(
-            f"{data or config.data} gives no held-out rows.", "At least one is needed.", "Give others with --data."
+            f"{', '.join(data or config.data)} gives no held-out rows.",
+            "At least one is needed.",
+            "Give others with --data.",
         )
     return rows

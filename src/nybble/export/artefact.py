@@ -83,7 +83,7 @@ def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, cons
         _check_free(path)
     opened = open_run(config.run)
     artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
-    held_out = held_out_rows(opened, config.data)  # before long work that would be in vain without them
+    held_out = held_out_rows(opened, config.data, config.allow)  # before long work that would be in vain without them
     calibration = rounding_input(opened, config, held_out, console) if kind == "nf4" else None
     with disk_errors(out, ExportError):
         survival = write(opened, artefact, unverified, console, quality=config.quality, calibration=calibration)

@@ -31,7 +31,7 @@ MICRO_BATCH = 8  # rows computed at once
 def compare_merges(config: MergeConfig, console: Console) -> int:
     """Print the held-out loss of base, kept-separate and each merge; returns the process's exit code."""
     opened = open_run(config.run)
-    rows = held_out_rows(opened, config.data)
+    rows = held_out_rows(opened, config.data, config.allow)
     calibration = rounding_input(opened, config, rows, console)
     dtype = resolve_compute_dtype("auto", CPU)
     original, dequantized = MergedSource(opened, "original"), MergedSource(opened, "dequantized")
