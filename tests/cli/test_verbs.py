@@ -18,6 +18,7 @@ from nybble.cli.main import app
 from nybble.cli.verbs import add_verb
 from nybble.config import TrainConfig, load_config
 from nybble.errors import NybbleError, TrainingError
+from nybble.options import build_options
 
 VERBS = ("train", "chat", "quantize", "eval", "merge", "export", "serve", "doctor")
 REQUIRED = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
@@ -177,6 +178,49 @@ def test_a_bug_is_not_dressed_up_as_the_users_mistake() -> None:
         raise KeyError("bug")
 
     assert isinstance(CliRunner().invoke(one_verb(body), []).exception, KeyError)
+
+
+def verbs() -> list[tuple[str, Any]]:
+    """Every verb of the command line, with its name."""
+    found = []
+    waiting = [("nybble", typer.main.get_command(app))]
+    while waiting:
+        name, command = waiting.pop()
+        found.append((name, command))
+        waiting += [(f"{name} {part}", inner) for part, inner in getattr(command, "commands", {}).items()]
+    return [(name, command) for name, command in found if name not in ("nybble", "nybble data")]
+
+
+@pytest.mark.parametrize("name, command", verbs(), ids=lambda value: value if isinstance(value, str) else "")
+def test_no_option_of_any_verb_forgets_a_value_that_was_given(name: str, command: Any, capsys: Any) -> None:
+    """Given twice, an option is refused, or both values arrive."""
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    for option in options:
+        values = [[], []] if option.is_flag else [["1"], ["2"]]
+        arguments = [part for value in values for part in (option.opts[0], *value)]
+        if option.multiple:
+            assert list(command.make_context(name, arguments).params[option.name]) == ["1", "2"], option.opts
+            continue
+        with pytest.raises(typer.Exit) as stopped:
+            command.make_context(name, arguments)
+        assert stopped.value.exit_code == 2 and f"{option.opts[0]} is given twice" in capsys.readouterr().err
+        if option.secondary_opts:
+            with pytest.raises(typer.Exit):
+                command.make_context(name, [option.opts[0], option.secondary_opts[0]])
+            assert f"{option.opts[0]} is given twice" in capsys.readouterr().err
+
+
+def test_lists_take_what_is_given_again() -> None:
+    seen = []
+
+    def body(given: dict[str, Any]) -> int:
+        config = build_options(TrainConfig, given)
+        seen.append((config.data, config.allow))
+        return 0
+
+    again = ["--data", "e,f.jsonl", "--allow", "validation-leak", "--allow", "too-long,truncated"]
+    assert CliRunner().invoke(one_verb(body), [*REQUIRED, *again]).exit_code == 0
+    assert seen == [(("d.jsonl", "e,f.jsonl"), ("validation-leak", "too-long", "truncated"))]
 
 
 def one_verb(body: Any) -> typer.Typer:

@@ -114,6 +114,45 @@ def test_rows_lost_to_several_things_are_counted_together(audit_of):
     assert audit.num_dropped == 4
 
 
+def test_odd_rows_stop_training_told_all_at_once_and_one_option_takes_them_out(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(60)]
+    rows[7]["completion"] = rows[30]["completion"] = None
+    del rows[50]["completion"]
+    with pytest.raises(DataError) as error:
+        audit_of(rows).check()
+    message = str(error.value)
+    assert "not-text: 2 x" in message and "train.jsonl:8, train.jsonl:31 ('completion' is null)" in message
+    assert "missing-column: 1 x" in message and "train.jsonl:51" in message
+    ids = message.rpartition("--allow ")[2].split(",")
+    audit = audit_of(rows, allow=ids)
+    audit.check()
+    assert (audit.num_rows, audit.num_dropped, audit.num_train + audit.num_validation) == (60, 3, 57)
+
+
+def test_too_many_odd_rows_need_a_word_of_their_own(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!" if n % 3 else None} for n in range(30)]
+    audit = audit_of(rows, allow=("not-text",))
+    with pytest.raises(DataError, match=r"(?s)many-dropped: 10 x .*10 by not-text.*--allow many-dropped$"):
+        audit.check()
+
+
+def test_columns_that_nothing_reads_are_counted_and_stop_where_they_teach(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!", "id": n, "weight": n % 2} for n in range(20)]
+    audit = audit_of(rows)
+    assert found(audit)["unread-columns"].level == "warning" and "'id' in 20" in found(audit)["unread-columns"].detail
+    assert (found(audit)["unread-lesson"].level, found(audit)["unread-lesson"].num_rows) == ("error", 10)
+    with pytest.raises(DataError, match=r"(?s)unread-lesson: 10 x .*'weight' in 10.*--allow unread-lesson"):
+        audit.check()
+    audit_of(rows, allow=("unread-lesson",)).check()
+
+
+def test_numbers_that_became_text_are_counted_and_shown(audit_of):
+    audit = audit_of([{"prompt": f"Say {n}.", "completion": n} for n in range(20)])
+    audit.check()
+    assert found(audit)["number-as-text"].num_rows == 20
+    assert found(audit)["number-as-text"].detail == "'completion': 0 is read as '0'"
+
+
 def test_nothing_is_offered_that_cannot_help(audit_of):
     """With all rows lost, accepting what took them out would leave nothing to train on."""
     with pytest.raises(DataError, match="no-rows") as error:

@@ -1,6 +1,8 @@
 """Bad examples and bad files of options."""
 
+import gzip
 import json
+import lzma
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,12 +58,9 @@ BAD_LINES = {
     "surrogates the wrong way round": b'{"prompt": "a", "completion": "\\udc00\\ud800"}',
     "missing completion": b'{"prompt": "a"}',
     "null completion": b'{"prompt": "a", "completion": null}',
-    "number completion": b'{"prompt": "a", "completion": 4}',
     "list completion": b'{"prompt": "a", "completion": ["b"]}',
     "object completion": b'{"prompt": "a", "completion": {"text": "b"}}',
-    "true prompt": b'{"prompt": true, "completion": "b"}',
     "infinite prompt": b'{"prompt": 1e999, "completion": "b"}',
-    "endless number": b'{"prompt": ' + b"9" * 10_000 + b', "completion": "b"}',
     "deep lists": b"[" * 100_000,
     "deep objects": b'{"a":' * 100_000,
     "deep and closed": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b', "completion": "b"}',
@@ -77,7 +76,6 @@ BAD_MESSAGES = {
     "list as a role": message_row(USER, {"role": ["assistant"], "content": "b"}),
     "no content": message_row(USER, {"role": "assistant"}),
     "null content": message_row(USER, {"role": "assistant", "content": None}),
-    "number content": message_row(USER, {"role": "assistant", "content": 3}),
     "image": message_row({"role": "user", "content": [{"type": "image", "url": "file:///etc/passwd"}]}, ANSWER),
     "tool call": message_row(USER, {"role": "assistant", "content": "b", "tool_calls": [{"id": 1}]}),
     "no turns": b'{"messages": []}',
@@ -116,10 +114,12 @@ def data_cases() -> Iterator[BadFile]:
         "empty": (b"", "r.jsonl"),
         "white space": (b" \n\t\n\r\n", "r.jsonl"),
         "byte order mark alone": (b"\xef\xbb\xbf", "r.jsonl"),
-        "UTF-16": (GOOD_ROWS.decode().encode("utf-16"), "r.jsonl:1"),
-        "UTF-32": (GOOD_ROWS.decode().encode("utf-32"), "r.jsonl:1"),
-        "gzip": (b"\x1f\x8b\x08\x00" + bytes(64), "r.jsonl:1"),
-        "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(64), "r.jsonl:1"),
+        "UTF-16 without its end": (GOOD_ROWS.decode().encode("utf-16")[:-1], "r.jsonl"),
+        "gzip": (b"\x1f\x8b\x08\x00" + bytes(64), "r.jsonl"),
+        "gzip without its end": (gzip.compress(GOOD_ROWS)[:-20], "r.jsonl"),
+        "xz without its end": (lzma.compress(GOOD_ROWS)[:-20], "r.jsonl"),
+        "Zstandard's mark alone": (b"\x28\xb5\x2f\xfd", "r.jsonl"),
+        "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(64), "r.jsonl"),
         "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x8c\x05posix\x94", "r.jsonl:1"),
         "10 MB without an end": (b"x" * MEGABYTES_10, "r.jsonl:1"),
         "10 MB of brackets": (b"[" * MEGABYTES_10, "r.jsonl:1"),
@@ -163,7 +163,7 @@ def data_cases() -> Iterator[BadFile]:
         "trailing garbage": (json.dumps(rows).encode() + b"]", "r.json:1"),
         "deep lists": (b"[" * 200_000, "r.json"),
         "not UTF-8": (b'[\n{"prompt": "\xff", "completion": "b"}]', "r.json:2"),
-        "UTF-16": (json.dumps(rows).encode("utf-16"), "r.json"),
+        "lists of rows": (json.dumps({"train": rows, "test": rows}).encode(), "r.json"),
         "endless number": (b"[" + b"9" * 10_000 + b"]", "r.json"),
         "empty": (b"", "r.json"),
         "Infinity": (b"-Infinity", "r.json"),
@@ -182,7 +182,6 @@ def data_cases() -> Iterator[BadFile]:
         "text behind a quote": (b'prompt,completion\na,"b"c\n', "r.csv:2"),
         "not UTF-8": (b"prompt,completion\na,\xff\n", "r.csv:2"),
         "byte order mark and CRLF": (b"\xef\xbb\xbfprompt,completion\r\na,b\r\na\r\n", "r.csv:3"),
-        "UTF-16": ("prompt,completion\na,b\n".encode("utf-16"), "r.csv"),
         "10 MB cell": (b"prompt,completion\na," + b"x" * MEGABYTES_10 + b"\n", "r.csv:2"),
         "10 MB of commas": (b"," * MEGABYTES_10, "r.csv:1"),
     }

@@ -47,8 +47,8 @@ ENCODING_MARKS = {  # longest first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-# What is beyond ASCII in text that really is cp1252: letters, alone among ASCII ones, and the marks of typography.
-WESTERN = re.compile("[À-ÖØ-öø-ÿŠŒŽšœžŸ‘’“”„–—…«»]")
+# What is beyond ASCII in text that really is cp1252: letters beside ASCII ones, and the marks of typography.
+WESTERN = re.compile("(?<=[A-Za-z])[À-ÖØ-öø-ÿŠŒŽšœžŸ]|[À-ÖØ-öø-ÿŠŒŽšœžŸ](?=[A-Za-z])|[‘’“”„–—…«»]")
 NOT_WESTERN = re.compile("[À-ÖØ-öø-ÿŠŒŽšœžŸ]{3,}|[a-z][¡-¬®-³µ¶¸-¿×÷€‚†‡ˆ‰‹•˜™›][a-z]")
 OTHER_KINDS = {
     b"PAR1": "Parquet",
@@ -344,7 +344,7 @@ def _json_lines(file: TextFile) -> Rows:
 
 def _document(name: str, text: str, whole: Any, is_row: IsRow) -> Rows:
     """The rows of one JSON value."""
-    lists = [(key, value) for key, value in whole.items() if isinstance(value, list)] if isinstance(whole, dict) else []
+    lists = [(key, value) for key, value in whole.items() if _may_be_rows(value)] if isinstance(whole, dict) else []
     if isinstance(whole, list):
         rows, position = whole, text.index("[")
     elif not lists or is_row(whole):
@@ -361,6 +361,10 @@ def _document(name: str, text: str, whole: Any, is_row: IsRow) -> Rows:
         )
     for line, row in zip(_element_lines(text, position), rows, strict=True):
         yield f"{name}:{line}", row
+
+
+def _may_be_rows(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(row, dict) for row in value[:1])
 
 
 def _documents(name: str, text: str) -> Rows:
