@@ -232,7 +232,9 @@ def _describe_type(kind: Any) -> str:
         choices = ", ".join(map(str, get_args(kind)))
         return f"one of {choices}" if len(get_args(kind)) > 1 else choices
     if get_origin(kind) is tuple:
-        return "a name or a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"
+        return (
+            "a name or a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"
+        )
     names = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
     return {**names, Size: "a size such as 8GB, 8GiB or 1.5G"}[kind]
 

@@ -96,8 +96,10 @@ def test_numbers_and_booleans_are_read_as_json_writes_them(write, said, text):
     result = read_examples(write("a.jsonl", f'{{"prompt": "p", "completion": {said}}}'))
     assert result.examples[0].completion == text
     assert result.as_text[0][0] == "a.jsonl:1" and repr(text) in result.as_text[0][1]
-    [turns] = read(write("b.jsonl", f'{{"messages": [{{"role": "user", "content": {said}}}]}}'))
-    assert turns.messages == (Message("user", text),)
+    in_turn = f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", "content": {said}}}]}}'
+    result = read_examples(write("b.jsonl", in_turn))
+    assert result.examples[0].messages == (Message("user", "q"), Message("assistant", text))
+    assert "turn 2: " in result.as_text[0][1] and repr(text) in result.as_text[0][1]
 
 
 def test_prompts_and_completions_that_are_conversations(write):

@@ -349,7 +349,7 @@ def find_in_reading(reads: Sequence[ReadResult]) -> list[Finding]:
     findings += find("number-as-text", (origin for origin, _ in as_text), as_text[0][1] if as_text else "")
     columns = Counter(column for _, column in left_out)
     findings += find("unread-lesson", (origin for origin, _ in left_out), _count_columns(columns))
-    if others := unread - columns:
+    if others := Counter({column: count for column, count in unread.items() if column not in columns}):
         findings.append(Finding("unread-columns", max(others.values()), (), _count_columns(others)))
     return findings
 

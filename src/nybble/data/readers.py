@@ -527,8 +527,12 @@ def _object(located: LocatedRow | RowError) -> tuple[str, Row]:
     return origin, row
 
 
-def _short(value: Any, text: str) -> str:
-    return "in a turn" if isinstance(value, list) else f"{value!r} is read as {text!r}"
+def _short(value: Any, text: Any) -> str:
+    if not isinstance(value, list):
+        return f"{value!r} is read as {text!r}"
+    number = next(number for number, (old, new) in enumerate(zip(value, text, strict=True)) if old != new)
+    key = next(key for key in value[number] if value[number][key] != text[number][key])
+    return f"turn {number + 1}: {_short(value[number][key], text[number][key])}"
 
 
 def _describe(value: Any) -> str:
