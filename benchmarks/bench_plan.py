@@ -153,13 +153,12 @@ def nybble(*words: str, limit: int | None = None) -> None:
 
 def write(results: list[Config]) -> None:
     """The record, and its table beside it."""
-    RECORD.write_text(json.dumps({"machine": about_machine(1), "results": results}, indent=1) + "\n")
-    errors = sorted(100 * abs(result["error"]) for result in results)
-    under = max(0.0, -min(100 * result["error"] for result in results))
+    short = summary(results)
+    RECORD.write_text(json.dumps({"about": about_machine(1), "summary": short, "results": results}, indent=1) + "\n")
     lines = [
-        f"{len(results)} configurations: median error {statistics.median(errors):.1f} %, worst {errors[-1]:.1f} %, "
-        f"worst under-prediction {under:.1f} %.",
-        f"{sum('limited_peak' in r for r in results)} of them ran again with the prediction as their budget, under a "
+        f"{short['configurations']} configurations: median error {short['median error, %']:.1f} %, "
+        f"worst {short['worst error, %']:.1f} %, worst under-prediction {short['worst under-prediction, %']:.1f} %.",
+        f"{short['limited']} of them ran again with the prediction as their budget, under a "
         "hard limit of 1.05 times that, and came to their end.",
         "",
         "| model | tokens | rows | rank | keep | products | strategy "
@@ -174,6 +173,18 @@ def write(results: list[Config]) -> None:
             f"| {limited} |"
         )
     RECORD.with_suffix(".md").write_text("# Plans against the truth\n\n" + "\n".join(lines) + "\n")
+
+
+def summary(results: list[Config]) -> dict[str, float]:
+    """How far the plans were from the truth."""
+    errors = sorted(100 * abs(result["error"]) for result in results)
+    return {
+        "configurations": len(results),
+        "median error, %": statistics.median(errors),
+        "worst error, %": errors[-1],
+        "worst under-prediction, %": max(0.0, -min(100 * result["error"] for result in results)),
+        "limited": sum("limited_peak" in result for result in results),
+    }
 
 
 def ways(result: Config) -> str:

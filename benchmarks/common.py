@@ -252,11 +252,25 @@ def about_machine(threads: int) -> dict[str, Any]:
     names = [line.split(":", 1)[1].strip() for line in info if line.startswith("model name")]
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "OMP_NUM_THREADS": threads,
         "load_average_before": os.getloadavg()[0],
     }
+
+
+def commit() -> str | None:
+    """Of the code that is measured, and whether the sources differ from it; None where they are not in git."""
+
+    def git(*words: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head.returncode:
+        return None
+    changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py").stdout.strip()
+    return head.stdout.strip() + (" with changes" if changed else "")
 
 
 def versions(*modules: str) -> dict[str, str]:
