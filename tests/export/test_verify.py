@@ -103,16 +103,38 @@ def test_what_cannot_be_loaded_is_not_verified(trained: Path, tmp_path: Path) ->
 
 def test_what_is_not_verified_keeps_that_name(trained: Path, tmp_path: Path) -> None:
     """A small ΔW rounded back onto the lattice it was trained on is swallowed, and so is what it gained."""
-    small = tmp_path / "small"
-    subprocess.run(["cp", "-r", trained, small], check=True)
-    tensors = load_file(small / "adapter" / WEIGHTS_NAME)
-    save_file({k: v * (0.02 if "lora_B" in k else 1) for k, v in tensors.items()}, small / "adapter" / WEIGHTS_NAME)
-    out = tmp_path / "out"
+    small, out = scaled(trained, tmp_path / "small", 0.02), tmp_path / "out"
     flags = ("--to", "nf4", "--onto", "dequantized", "--quality", "absmax")
     code, shown = run("merge", "--run", small, *flags, "--out", out)
     assert code == 3 and "Not verified" in shown
     assert not out.exists()
     assert json.loads((tmp_path / "out.unverified" / "verification.json").read_text())["passed"] is False
+
+
+def scaled(trained: Path, folder: Path, factor: float) -> Path:
+    """The run with B, and so ΔW, times `factor`."""
+    shutil.copytree(trained, folder)
+    tensors = load_file(folder / "adapter" / WEIGHTS_NAME)
+    save_file({k: v * (factor if "lora_B" in k else 1) for k, v in tensors.items()}, folder / "adapter" / WEIGHTS_NAME)
+    return folder
+
+
+@pytest.mark.parametrize("to", ["16bit", "nf4"])
+def test_a_run_that_changed_too_little_to_tell_is_undecided(trained: Path, tmp_path: Path, to: str) -> None:
+    """Not "failed": ΔW is smaller than the rounding to 16 bits."""
+    small = scaled(trained, tmp_path / "small", 1e-6)
+    code, shown = run("export", "--run", small, "--to", to, "--quality", "absmax", "--out", tmp_path / "out")
+    assert code == 4, shown
+    assert "changed too little to tell" in shown and "--verify-positions" in shown and "failed" not in shown
+    report = json.loads((tmp_path / "out.unverified" / "verification.json").read_text())
+    assert report["outcome"] == "undecided" and not report["passed"] and report["too_little"] in shown
+
+
+def test_a_broken_artefact_of_such_a_run_has_failed(trained: Path, tmp_path: Path) -> None:
+    small = scaled(trained, tmp_path / "small", 1e-6)
+    write(open_run(small), FAITHFUL, tmp_path / "out", QUIET)
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert check(small, tmp_path / "out").outcome == "failed"
 
 
 def test_lumping_never_raises_the_divergence() -> None:

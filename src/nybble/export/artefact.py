@@ -44,7 +44,7 @@ from nybble.models.skeleton import build_skeleton
 from nybble.models.source import open_source
 from nybble.models.tokenizer import save_tokenizer
 
-UNVERIFIED_EXIT_CODE = 3
+UNVERIFIED_EXIT_CODE, UNDECIDED_EXIT_CODE = 3, 4
 REPORT, CARD = "verification.json", "README.md"
 SPARE_BYTES = 50_000_000  # tokenizer and configs
 
@@ -94,6 +94,9 @@ def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, cons
     with disk_errors(out, ExportError):
         (unverified / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         fsync(unverified / REPORT)
+        if verification.outcome == "undecided":
+            console.print(_undecided(unverified, verification), highlight=False, markup=False)
+            return UNDECIDED_EXIT_CODE
         if not verification.passed:
             console.print(f"Not verified: {unverified} is kept for you to look at.", highlight=False)
             return UNVERIFIED_EXIT_CODE
@@ -173,6 +176,15 @@ def verify(
         return compare(reference, consumer, artefact.faithfulness)
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(artefact.kind, error)
+
+
+def _undecided(folder: Path, verification: Verification) -> str:
+    return (
+        f"Undecided: the run changed too little to tell its artefact from its base ({verification.too_little}). "
+        f"Nothing else speaks against it; {folder} is kept and can be used.\n"
+        "Train for more steps or with a higher --lr and export again, or measure on more tokens: --verify-positions, "
+        "and --data with rows that the run was not trained on."
+    )
 
 
 def _choose_base(onto: str, kind: str, gguf_type: str) -> Onto:

@@ -6,12 +6,15 @@ Of the run's distributions only the likeliest tokens are kept (evaluation/diverg
 What must hold depends on what the artefact promises. Faithful kinds (PEFT, 16 bits from the dequantised base, GGUF in
 16 or 8 bits) must choose the tuned model's tokens. Kinds that round the weights anew, or put ΔW on another base, must
 keep at least KEPT_GAIN of what fine-tuning gained on the held-out rows.
+
+Both are measured against what the run changed. Where that is too little (the base itself makes the tuned model's
+choices, or its loss differs by no more than chance), a right artefact cannot be told from a wrong one: "undecided".
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.console import Console
@@ -29,6 +32,7 @@ from nybble.layers.convert import enable_adapters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Outcome = Literal["verified", "undecided", "failed"]
 NUM_PROMPTS = 3
 ANSWER_TOKENS = 96
 FAITHFUL_TOP1 = {"peft": 0.995, "16bit": 0.995, "gguf-lora": 0.995, "f16": 0.99, "bf16": 0.98, "q8_0": 0.97}
@@ -80,29 +84,45 @@ class Check:
     Args:
         name, found, needed: for the user.
         passed: whether it does.
+        against_change: whether it is measured against what the run changed.
     """
 
     name: str
     found: str
     needed: str
     passed: bool
+    against_change: bool = False
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What verifying found; `figures` are those the checks were made from."""
+    """What verifying found; `figures` are those the checks were made from.
+
+    Args:
+        too_little: in words, how the run changed too little to measure against; None where it changed enough.
+    """
 
     consumer: str
     figures: dict[str, Any]
     checks: list[Check]
+    too_little: str | None = None
 
     @property
     def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
+        return self.outcome == "verified"
+
+    @property
+    def outcome(self) -> Outcome:
+        """Undecided where nothing speaks against the artefact but checks that the run gave no measure for."""
+        failed = [check for check in self.checks if not check.passed]
+        if not failed:
+            return "verified"
+        return "undecided" if self.too_little and all(check.against_change for check in failed) else "failed"
 
     def to_json(self) -> dict[str, Any]:
         checks = [vars(check) for check in self.checks]
-        return {"passed": self.passed, "consumer": self.consumer, "figures": self.figures, "checks": checks}
+        outcome = {"passed": self.passed, "outcome": self.outcome, "too_little": self.too_little}
+        return {**outcome, "consumer": self.consumer, "figures": self.figures, "checks": checks}
 
 
 @dataclass(frozen=True)
@@ -176,8 +196,9 @@ def compare(reference: Reference, consumer: Consumer, kind: str) -> Verification
     """
     found = ask(consumer, reference.rows, reference.prompts, reference.tuned)
     figures = _figures(reference, found)
-    checks = [*_check_tokens(reference, consumer), *_check_numbers(reference, figures, kind)]
-    return Verification(consumer.name, figures, checks)
+    too_little = _too_little(reference, figures, kind)
+    checks = [*_check_tokens(reference, consumer), *_check_numbers(figures, kind, too_little)]
+    return Verification(consumer.name, figures, checks, too_little)
 
 
 def not_loaded(kind: str, error: Exception) -> Verification:
@@ -252,26 +273,52 @@ def _check_tokens(reference: Reference, consumer: Consumer) -> list[Check]:
     ]
 
 
-def _check_numbers(reference: Reference, figures: dict[str, Any], kind: str) -> list[Check]:
+def _too_little(reference: Reference, figures: dict[str, Any], kind: str) -> str | None:
+    """How the run changed too little for a check to be measured against it: the base itself would pass as the tuned
+    model, or what was gained lies within twice its standard error.
+    """
+    least = FAITHFUL_TOP1.get(kind)
+    if least is not None:
+        differing = _differing(figures["top1_agreement_of_base"], figures)
+        if differing > _allowed(least, figures):
+            return None
+        return f"the base differs from the tuned model in {differing} of {figures['positions']} choices of a token"
+    gains = (reference.base.losses - reference.tuned.losses).double()  # (N,)
+    chance = 2 * gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
+    gain = gains.mean().item()
+    if gain > chance:
+        return None
+    return f"it gained {gain:.2g} nats a token on {len(gains)} held-out positions, give or take {chance:.2g}"
+
+
+def _differing(agreement: float, figures: dict[str, Any]) -> int:
+    return round((1 - agreement) * figures["positions"])
+
+
+def _allowed(least: float, figures: dict[str, Any]) -> int:
+    """Choices that may differ: one more than the share, since few rows may not hang on one token."""
+    return math.floor((1 - least) * figures["positions"]) + 1
+
+
+def _check_numbers(figures: dict[str, Any], kind: str, too_little: str | None) -> list[Check]:
     checks = []
     least = FAITHFUL_TOP1.get(kind)
     top1, kl, kl_base = figures["top1_agreement"], figures["kl_mean"], figures["kl_mean_of_base"]
     if least is not None:
-        differing = round((1 - top1) * figures["positions"])
-        allowed = (
-            math.floor((1 - least) * figures["positions"]) + 1
-        )  # that one more: few rows may not hang on one token
+        differing, allowed = _differing(top1, figures), _allowed(least, figures)
         found = f"{top1:.2%}, {differing} of {figures['positions']} differ"
         needed = f"{least:.1%}, at most {allowed} differ"
         checks.append(Check("same choice as the tuned model", found, needed, differing <= allowed))
         nearer = kl < NEARER * kl_base
         found = f"KL {kl:.2g} to the tuned model, the base's {kl_base:.2g}"
-        checks.append(Check("differs from the base", found, f"less than {NEARER:.0%} of the base's", nearer))
+        needed = f"less than {NEARER:.0%} of the base's"
+        checks.append(Check("differs from the base", found, needed, nearer, against_change=True))
     else:
         kept = figures["gain_kept"]
         gained = figures["loss_base"] > figures["loss_tuned"]
         found = f"{kept:.0%} kept" if gained else "fine-tuning gained nothing on these rows"
-        checks.append(Check("gain on held-out rows", found, f"at least {KEPT_GAIN:.0%}", gained and kept >= KEPT_GAIN))
+        passed = gained and kept >= KEPT_GAIN and too_little is None  # else it would pass by chance
+        checks.append(Check("gain on held-out rows", found, f"at least {KEPT_GAIN:.0%}", passed, against_change=True))
     ends, kept_ends = figures["ends_of_turn"], figures["ends_of_turn_kept"]
     checks.append(
         Check(
@@ -293,7 +340,8 @@ def show_verification(console: Console, verification: Verification) -> None:
     for column in ("check", "found", "needed", ""):
         table.add_column(column)
     for check in verification.checks:
-        table.add_row(check.name, check.found, check.needed, "passed" if check.passed else "[red]failed[/red]")
+        failed = "too little to tell" if verification.outcome == "undecided" else "[red]failed[/red]"
+        table.add_row(check.name, check.found, check.needed, "passed" if check.passed else failed)
     console.print(table)
     if not (f := verification.figures):
         return
