@@ -13,7 +13,7 @@ help:
 	@echo "make bench      measure the kernels, and whole steps against other stacks (in .venv-peers); an hour or two"
 	@echo "make drills     kill, starve, fill and damage runs; writes docs/reliability.md; half an hour, Linux, strace"
 	@echo "make setup      make .venv and install nybble into it"
-	@echo "make clean      remove .venv, .venv-peers and what was built (runs/ stays)"
+	@echo "make clean      remove .venv, .venv-* and what was built (runs/ stays)"
 
 setup: .venv/.installed
 
@@ -29,7 +29,9 @@ lint: .venv/.installed-test
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
 
+# Folders that nybble writes are opened by transformers 4 too; those tests are skipped where this cannot be made.
 test-slow: lint
+	-$(MAKE) .venv-transformers4/.installed
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
 
 # BENCH: options for all programs, such as --quick. BENCH_DATA: questions and answers, as for `nybble train --data`.
@@ -45,12 +47,13 @@ bench: .venv/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/bench_generate.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_paging.py
+	$(BIN)/python benchmarks/figures.py
 
 drills: .venv/.installed-test
 	$(BIN)/python tests/faults/drills.py
 
 clean:
-	rm -rf .venv .venv-peers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-transformers4 build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -72,4 +75,12 @@ clean:
 	@echo "Installing the stacks that nybble is measured against into .venv-peers..."
 	$(BIN)/python -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --requirement $<
+	@touch $@
+
+# transformers 4 before what .venv has; PyTorch and the rest are .venv's.
+.venv-transformers4/.installed: tests/export/transformers4.txt | .venv/bin/python
+	$(BIN)/python -m venv .venv-transformers4
+	.venv-transformers4/bin/python -m pip install --quiet --no-deps --requirement $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$(.venv-transformers4/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@touch $@

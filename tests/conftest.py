@@ -48,6 +48,10 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+INST = (  # Mistral's
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
 ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
 
 
@@ -169,6 +173,37 @@ def save_tokenizer(folder: Path) -> Any:
     return fast
 
 
+def save_sentencepiece(folder: Path, first_only: bool = False) -> Any:
+    """SentencePiece's BPE as Llama 2 and Mistral have it: byte fallback, and a space before the text; after special
+    tokens too, or where the text itself begins only.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    draft = Tokenizer(models.BPE())
+    draft.normalizer = spaces
+    corpus = [row["prompt"] + row["completion"] for row in ROWS]
+    draft.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=120, show_progress=False))
+    learned = json.loads(draft.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *sorted(learned["vocab"])]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if first_only:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    else:
+        tokenizer.normalizer = spaces
+    strip = decoders.Strip(" ", 1, 0)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in pieces[:3]])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=INST, **names)
+    fast.save_pretrained(folder)
+    return fast
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that learnt its rows well enough to be told from its base."""
@@ -197,6 +232,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def sentencepiece() -> Callable[..., Any]:
+    return save_sentencepiece
+
+
+@pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes a tiny model of a family and a run on it whose adapter is random, ‖ΔW‖ about `size` of ‖W‖."""
     import torch
@@ -209,11 +249,17 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     from nybble.models.source import open_source
     from nybble.options import build_options, config_to_yaml
 
-    def make(family: str = "llama", size: float = 0.3, rslora: bool = False, **overrides: object) -> Path:
+    def make(
+        family: str = "llama",
+        size: float = 0.3,
+        rslora: bool = False,
+        tokenizer: Callable[[Path], Any] = save_tokenizer,
+        **overrides: object,
+    ) -> Path:
         torch.manual_seed(0)
         folder = tmp_path / family
-        tokenizer = save_tokenizer(folder / "base")
-        vocabulary = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        words = tokenizer(folder / "base")
+        vocabulary = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
         if family == "gpt2":
             config = transformers.GPT2Config(
                 n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, **vocabulary

@@ -1,8 +1,10 @@
 """What is written, compared with an independent merge, in the libraries that it is written for."""
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,42 @@ def test_gguf_in_transformers(
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == opened.template.encoder.encode(text)
     assert tokenizer.chat_template == opened.template.chat_template
     assert (out / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_a_sentencepiece_gguf_has_the_run_s_tokens(
+    make_run: Callable, sentencepiece: Callable, tmp_path: Path, first_only: bool
+) -> None:
+    """Spaces before the text and after special tokens, several, and bytes; llama.cpp's way is in test_llama_cpp.py."""
+    opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
+    write(opened, Artefact("gguf", "f16", "original"), tmp_path / "out", QUIET)
+    read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
+    for text in sentencepiece_texts():
+        assert read_back(text, add_special_tokens=False)["input_ids"] == opened.template.encoder.encode(text), text
+    assert read_back("x")["input_ids"][0] == opened.template.tokenizer.bos_token_id
+    assert read_back.chat_template == opened.template.chat_template
+
+
+def sentencepiece_texts() -> list[str]:
+    """Conversations as the template renders them, and others that begin with bos."""
+    rng = random.Random(0)
+    pieces = [
+        "What",
+        " is",
+        "  12",
+        " plus",
+        "\n",
+        "\n\n ",
+        "naïve",
+        "東京 🙂",
+        "</s>",
+        " [/INST]",
+        "\t",
+        "I'm",
+        " ",
+        "▁",
+    ]
+    return ["<s>" + "".join(rng.choices(pieces, k=rng.randint(0, 12))) for _ in range(200)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

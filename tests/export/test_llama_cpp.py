@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from nybble.export.consumers import LlamaCppConsumer
 from nybble.export.merged_source import MergedSource
 from nybble.layers.peft_format import WEIGHTS_NAME
 from nybble.models.load import load_model
+from nybble.models.source import open_source
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("llama_cpp")
@@ -51,6 +53,18 @@ def test_models(make_run: Callable, tmp_path: Path, family: str, kind: str, tole
     run = make_run(family, tie_word_embeddings=family == "qwen2")
     write(open_run(run), Artefact("gguf", kind, "dequantized"), tmp_path / "out", QUIET)
     check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_sentencepiece(make_run: Callable, sentencepiece: Callable, tmp_path: Path, first_only: bool) -> None:
+    opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
+    write(opened, Artefact("gguf", "f16", "original"), tmp_path / "out", QUIET)
+    found = consumer(tmp_path / "out" / "model.gguf")
+    read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
+    for text in ("<s>[INST] hello  there [/INST] yes</s>", "<s>\n naïve 東京\t</s> x"):
+        assert found.encode(text) == opened.template.encoder.encode(text)
+    for text in ("no bos", " a space", "</s>after", "  two"):
+        assert found.encode(text) == read_back(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize(

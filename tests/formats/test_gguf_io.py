@@ -92,6 +92,39 @@ def test_one_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
         GgufFile(write_gguf(tmp_path / "m.gguf", {}, split__count=3))
 
 
+def test_a_big_endian_file_is_called_that(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match=r"is big-endian(.|\n)*gguf-convert-endian .*big.gguf little"):
+        GgufFile(tmp_path / "big.gguf")
+
+
+@pytest.mark.parametrize("version", [1, 4])
+def test_another_version_is_called_that(tmp_path: Path, version: int) -> None:
+    file = write_gguf(tmp_path / "m.gguf", {})
+    file.write_bytes(b"GGUF" + version.to_bytes(4, "little") + file.read_bytes()[8:])
+    with pytest.raises(ModelError, match=rf"of version {version}(.|\n)*version 2 or 3") as caught:
+        GgufFile(file)
+    assert "complete" not in str(caught.value)
+
+
+def test_arrays_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    file = GgufFile(write_gguf(tmp_path / "m.gguf", {}))
+    assert file.array("tokenizer.ggml.tokens") == ["a", "bc", "ü" * 50]
+    assert file.array("some.numbers") == [1, 2, 3] and file.array("others") == []
+
+
+def test_a_block_type_that_is_not_known_is_named(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", {"w": (np.zeros((2, 4), np.float32), "F32")})
+    content = file.read_bytes()
+    at = content.index(b"w\x02\x00\x00\x00") + 1 + 4 + 16  # behind the name: dimensions, their lengths, the type
+    file.write_bytes(content[:at] + (99).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(ModelError, match=r"the block type 99, which(.|\n)*Readable: F32"):
+        GgufFile(file)
+
+
 def test_a_type_that_cannot_be_widened_is_refused(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "i.gguf", "llama")
     writer.add_tensor("w", np.zeros((2, 4), np.int32))
@@ -99,7 +132,7 @@ def test_a_type_that_cannot_be_widened_is_refused(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="stored as I32"):
+    with pytest.raises(ModelError, match=r"stores the tensor .w. in I32(.|\n)*Readable: F32"):
         GgufFile(tmp_path / "i.gguf")
 
 

@@ -1,5 +1,6 @@
 """GGUF files as sources: tiny models written as llama.cpp writes them, against transformers' own numbers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nybble.errors import ModelError
+from nybble.formats.gguf_io import GgufFile
 from nybble.formats.quantized_tensor import QuantSpec
+from nybble.models.gguf_source import _tokenizer_of
 from nybble.models.load import load_model
 from nybble.models.source import open_source
 
@@ -28,7 +31,9 @@ def interleave(weight: Tensor, num_heads: int) -> Tensor:
     return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_model(file: Path, model: PreTrainedModel, arch: str, block_type: str = "F32", pre: str = "smollm") -> Path:
+def write_model(
+    file: Path, model: PreTrainedModel, arch: str, block_type: str = "F32", pre: str | None = "smollm"
+) -> Path:
     config = model.config
     writer = gguf.GGUFWriter(file, arch)
     writer.add_name("tiny")
@@ -67,13 +72,25 @@ def write_model(file: Path, model: PreTrainedModel, arch: str, block_type: str =
     return file
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, pre: str) -> None:
+def write_tokenizer(file: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
+    """A file with a tokenizer and no tensors."""
+    writer = gguf.GGUFWriter(file, "llama")
+    add(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, pre: str | None) -> None:
     printable = [chr(code) for code in range(33, 127)]
     special = ["<s>", "</s>"]
     tokens = [*special, *printable, "Ġ", "Ċ", "ĠĠ", "ab", "Ġa"]
     tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
     writer.add_token_merges(["Ġ Ġ", "a b", "Ġ a"])
@@ -140,6 +157,83 @@ def test_digits_are_split_as_smollm_was_trained(make_folder: Callable, tmp_path:
     (tmp_path / "tokenizer.json").unlink()
     plain = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     assert plain.tokenize("ab  12 a") == ["ab", "Ġ", "Ġ", "1", "2", "Ġa"]  # the reason for setting it
+
+
+TEXTS = ["ab  12 a", " ab", "ab\n\n\tab", "<s>ab</s> a 123 4567", "don't AB'S", "naïve 東京"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pattern"),
+    [
+        (
+            "llama-bpe",
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+",
+        ),
+        ("qwen2", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"),
+    ],
+)
+def test_words_are_split_by_the_rule_that_the_file_names(tmp_path: Path, pre: str, pattern: str) -> None:
+    """Against transformers' own reader, which knows these two. (It ends the pattern with three kinds of spaces.)"""
+    file = write_tokenizer(tmp_path / "m.gguf", lambda writer: add_tokenizer(writer, pre))
+    ours = _tokenizer_of(GgufFile(file))
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in TEXTS:
+        assert ours(text, add_special_tokens=False).input_ids == theirs(text, add_special_tokens=False).input_ids, text
+    state = json.loads(ours.backend_tokenizer.to_str())
+    assert state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"].startswith(pattern.removesuffix(r"|\s+"))
+    assert bool(state["model"]["ignore_merges"]) == (pre == "llama-bpe")  # as llama.cpp does
+
+
+@pytest.mark.parametrize("pre", ["cats", "default", None])
+def test_an_unknown_splitting_rule_is_refused_by_name(make_folder: Callable, tmp_path: Path, pre: str | None) -> None:
+    folder, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama", pre=pre)
+    with pytest.raises(ModelError, match=rf"{pre or 'does not name'}(.|\n)*gpt-2, smollm(.|\n)*--tokenizer"):
+        open_source(str(file)).load_tokenizer()
+    assert open_source(str(file), str(folder)).load_tokenizer().eos_token == "w1"  # the way out
+
+
+def test_a_file_without_a_tokenizer_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "none.gguf", lambda writer: None)
+    with pytest.raises(ModelError, match=r"is missing(.|\n)*--tokenizer"):
+        _tokenizer_of(GgufFile(file))
+    file = write_tokenizer(tmp_path / "t5.gguf", lambda writer: writer.add_tokenizer_model("t5"))
+    with pytest.raises(ModelError, match=r"of the kind 't5'"):
+        _tokenizer_of(GgufFile(file))
+
+
+def add_sentencepiece(writer: gguf.GGUFWriter, **keys: bool) -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab", "▁▁"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * 259 + [-9.0, -9.0, -9.0, -3.0, -1.0, -2.0, -4.0])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 7])
+    for key, value in keys.items():
+        getattr(writer, f"add_{key}")(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "with_prefix", "without"),
+    [  # by hand, from llama.cpp's rules
+        ("ab", ["▁ab"], ["ab"]),
+        (" ab", ["▁", "▁ab"], ["▁ab"]),  # the prefix comes on top of a space that is there
+        ("ab</s>ab", ["▁ab", "</s>", "▁ab"], ["ab", "</s>", "ab"]),  # and after special tokens
+        ("a\n", ["▁a", "<0x0A>"], ["a", "<0x0A>"]),
+        ("aé", ["▁a", "<0xC3>", "<0xA9>"], ["a", "<0xC3>", "<0xA9>"]),
+    ],
+)
+def test_sentencepiece_is_read_as_llama_cpp_reads_it(
+    tmp_path: Path, text: str, with_prefix: list[str], without: list[str]
+) -> None:
+    default = _tokenizer_of(GgufFile(write_tokenizer(tmp_path / "a.gguf", add_sentencepiece)))
+    bare = write_tokenizer(
+        tmp_path / "b.gguf", lambda w: add_sentencepiece(w, add_space_prefix=False, add_bos_token=False)
+    )
+    assert default.tokenize(text) == with_prefix
+    assert default(text).input_ids[0] == 1 and default.bos_token == "<s>"  # llama.cpp's, where the file does not say
+    assert _tokenizer_of(GgufFile(bare)).tokenize(text) == without
+    assert _tokenizer_of(GgufFile(bare))(text).input_ids[0] != 1
+    assert default.decode(default(text, add_special_tokens=False).input_ids) == text.replace("</s>", "</s> ")
 
 
 def test_the_fingerprint_covers_header_and_weights(make_folder: Callable, tmp_path: Path) -> None:

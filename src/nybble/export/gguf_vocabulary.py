@@ -1,67 +1,36 @@
-"""A transformers tokenizer as llama.cpp stores one in GGUF.
+"""A transformers tokenizer as llama.cpp stores one in GGUF (formats/gguf_vocabulary.py says what the kinds mean).
 
-    gpt2    byte-level BPE: tokens, types, merges, and the name of the rule by which text is split first (`pre`)
-    llama   SentencePiece's BPE with byte fallback: tokens, types and scores; pieces join by descending score, so
-            the score of a token is minus the rank of the merge that makes it
-
-llama.cpp knows splitting rules by name; `_RULES` names those of the families that nybble exports.
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer".
+SentencePiece's pieces join by descending score, so the score of a token is minus the rank of the merge that makes it.
 """
 
 import json
-import re
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
 from nybble.errors import ExportError
+from nybble.formats.gguf_vocabulary import (
+    BYTE,
+    BYTE_TOKEN,
+    CONTROL,
+    NORMAL,
+    SPACE,
+    SPLITTING_RULES,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+)
 
 if TYPE_CHECKING:
     import gguf
 
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_TAIL = r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# what the tokenizer's pre-tokenizers are -> llama.cpp's name
-_RULES = {
-    ("bytes",): "gpt-2",
-    ("digits", "bytes"): "smollm",
-    (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?{_TAIL}", "raw bytes"): "llama-bpe",
-    (rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?{_TAIL}", "raw bytes"): "qwen2",
-    (_TEKKEN, "raw bytes"): "tekken",
-}
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What the keys `tokenizer.ggml.*` hold.
+def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
+    """The vocabulary of a fast tokenizer, filled up to `size` tokens.
 
     Args:
-        model: "gpt2" or "llama".
-        pre: name of the splitting rule, for gpt2.
-        tokens: by id, filled up to the rows of the embedding matrix.
-        types: `gguf.TokenType` of each.
-        merges: of gpt2, by rank, "left right".
-        scores: of llama.
-        space_prefix: whether llama.cpp should put a space before a text, for llama.
-    """
-
-    model: str
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    merges: list[str] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    space_prefix: bool = False
-
-
-def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
-    """The vocabulary of a fast tokenizer, filled up to `size` tokens.
+        opening: the special token that texts begin with, where they do.
 
     Raises:
         ExportError: llama.cpp has no counterpart for this tokenizer.
@@ -73,24 +42,26 @@ def vocabulary_of(tokenizer: Any, size: int) -> Vocabulary:
     ids: dict[str, int] = tokenizer.get_vocab()
     if len(ids) > size or max(ids.values()) >= size:
         raise ExportError(f"The tokenizer has {len(ids)} tokens, the model's embedding {size} rows.")
+    byte_fallback = bool(model.get("byte_fallback"))
     tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [int(_type("UNUSED"))] * size
+    types = [UNUSED] * size
     for token, number in ids.items():
-        tokens[number], types[number] = token, int(_type("BYTE" if _BYTE.fullmatch(token) else "NORMAL"))
+        tokens[number], types[number] = token, BYTE if byte_fallback and BYTE_TOKEN.fullmatch(token) else NORMAL
     for number, added in tokenizer.added_tokens_decoder.items():
         tokens[number] = added.content
-        types[number] = int(_type("CONTROL" if added.special else "USER_DEFINED"))
+        types[number] = CONTROL if added.special else USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    if not model.get("byte_fallback"):
-        return Vocabulary("gpt2", _splitting_rule(description.get("pre_tokenizer")), tokens, types, merges)
+    if not byte_fallback:
+        return Vocabulary("gpt2", _splitting_rule(description), tokens, types, merges)
     if tokenizer.unk_token_id is not None:
-        types[tokenizer.unk_token_id] = int(_type("UNKNOWN"))
+        types[tokenizer.unk_token_id] = UNKNOWN
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair) if not isinstance(pair, str) else pair.replace(" ", "", 1), rank)
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
-    first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]
-    return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=first.startswith("▁"))
+    # llama.cpp puts a space after every special token or nowhere; some tokenizers only where the text itself begins
+    begun = tokenizer.tokenize(f"{opening}a", add_special_tokens=False)[bool(opening)]
+    return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=begun.startswith(SPACE))
 
 
 def add_vocabulary(writer: "gguf.GGUFWriter", template: ChatTemplate, size: int) -> None:
@@ -100,7 +71,7 @@ def add_vocabulary(writer: "gguf.GGUFWriter", template: ChatTemplate, size: int)
         ExportError: llama.cpp has no counterpart for this tokenizer.
     """
     tokenizer = template.tokenizer
-    vocabulary = vocabulary_of(tokenizer, size)
+    vocabulary = vocabulary_of(tokenizer, size, _opening(template))
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -126,12 +97,24 @@ def add_vocabulary(writer: "gguf.GGUFWriter", template: ChatTemplate, size: int)
         writer.add_chat_template(template.chat_template)
 
 
-def _splitting_rule(pre_tokenizer: dict[str, Any] | None) -> str:
-    parts = pre_tokenizer["pretokenizers"] if pre_tokenizer and pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+def _opening(template: ChatTemplate) -> str:
+    """The bos that conversations spell at their beginning, else nothing."""
+    bos = template.tokenizer.bos_token or ""
+    if template.chat_template is None:
+        return ""
+    return bos if bos and template.render([Message("user", "a")], True).startswith(bos) else ""
+
+
+def _splitting_rule(description: dict[str, Any]) -> str:
+    """llama.cpp's name for the rule that a tokenizer, described as JSON, splits text by."""
+    whole = description.get("pre_tokenizer")
+    parts = whole["pretokenizers"] if whole and whole["type"] == "Sequence" else [whole]
     key = tuple(_describe(part) for part in parts if part)
-    if key not in _RULES:
+    names = [name for name, rule in SPLITTING_RULES.items() if rule.parts == key]
+    if not names:
         raise _no_counterpart(f"splits text by a rule of its own ({', '.join(key) or 'none'})")
-    return _RULES[key]
+    whole_words = bool(description["model"].get("ignore_merges"))
+    return next((name for name in names if SPLITTING_RULES[name].whole_words == whole_words), names[0])
 
 
 def _describe(part: dict[str, Any]) -> str:
@@ -144,15 +127,9 @@ def _describe(part: dict[str, Any]) -> str:
     return str(part["type"])
 
 
-def _type(name: str) -> int:
-    import gguf
-
-    return int(gguf.TokenType[name])
-
-
 def _no_counterpart(what: str) -> ExportError:
     return ExportError(
         f"The model's tokenizer {what}, which GGUF has no name for here.",
-        f"Supported: byte-level BPE split as by {', '.join(_RULES.values())}; SentencePiece BPE with byte fallback.",
+        f"Supported: byte-level BPE split as by {', '.join(SPLITTING_RULES)}; SentencePiece BPE with byte fallback.",
         "Export with --to 16bit and use llama.cpp's own converter.",
     )

@@ -13,6 +13,8 @@ import hashlib
 import math
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a blo
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+VERSIONS = (2, 3)
 
 
 class GgufFile:
@@ -44,40 +47,57 @@ class GgufFile:
         path: of the file.
 
     Attributes:
-        metadata: key -> number, bool or string; for an array its length.
+        metadata: key -> number, bool or string; for an array its length (`array` reads it).
         architecture: as llama.cpp names it. Mistral and SmolLM2 files say "llama".
         entries: tensor name -> where it lies; `dtype` is the block type, such as "Q4_1".
 
     Raises:
-        ModelError: not a GGUF file, truncated, malformed, or of an architecture that is not supported.
+        ModelError: not a GGUF file, truncated, malformed, or of a version, byte order, block type or architecture that
+            is not supported.
     """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
         self.metadata: dict[str, Any] = {}
+        self._arrays: dict[str, int] = {}  # where each begins
+        with self._cursor() as cursor:
+            self._parse(cursor)
+
+    @contextmanager
+    def _cursor(self) -> Iterator["_Cursor"]:
         try:
             with open(self.path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                self._parse(_Cursor(data))
+                yield _Cursor(data)
         except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}.", fix="Check the path.") from error
+            raise ModelError(f"{self.path} cannot be read: {error.strerror}.", fix="Check the path.") from error
         except (ValueError, struct.error) as error:
             if isinstance(error, ModelError):
                 raise
             raise ModelError(
-                f"{path} is not a complete GGUF file: {error}.", "Allowed: GGUF version 2 or 3.", "Fetch it again."
+                f"{self.path} is not a complete GGUF file: {error}.", "Allowed: GGUF version 2 or 3.", "Fetch it again."
             ) from error
+
+    def array(self, key: str) -> list[Any]:
+        """The array under a key of `metadata`; empty where the file has none."""
+        if key not in self._arrays:
+            return []
+        with self._cursor() as cursor:
+            cursor.position = self._arrays[key]
+            return cursor.array()
 
     def _parse(self, cursor: "_Cursor") -> None:
         if cursor.take(4) != b"GGUF":
             raise ValueError("it does not start with GGUF")
-        version, num_tensors, num_pairs = cursor.scalar("<I"), cursor.scalar("<Q"), cursor.scalar("<Q")
-        if version not in (2, 3):
-            raise ValueError(f"its version is {version}")
+        self._check_version(cursor.scalar("<I"))
+        num_tensors, num_pairs = cursor.scalar("<Q"), cursor.scalar("<Q")
         for _ in range(num_pairs):
             key = cursor.string()
             if key in self.metadata:
                 raise ValueError(f"it has the key {key!r} twice")
-            self.metadata[key] = cursor.value(cursor.scalar("<I"))
+            type_id, position = cursor.scalar("<I"), cursor.position
+            if type_id == _ARRAY:
+                self._arrays[key] = position
+            self.metadata[key] = cursor.value(type_id)
         self.architecture = self.metadata.get("general.architecture")
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
@@ -105,10 +125,42 @@ class GgufFile:
             if name in self.entries:
                 raise ValueError(f"the tensor {name!r} is there twice")
             start = data_start + offset
-            dtype, nbytes = _type_and_bytes(name, shape, type_id)
+            dtype, nbytes = self._type_and_bytes(name, shape, type_id)
             if start + nbytes > len(cursor.data):
                 raise ValueError(f"it ends at byte {len(cursor.data)}, within the tensor {name!r}")
             self.entries[name] = TensorEntry(name, dtype, shape, self.path, start, start + nbytes)
+
+    def _check_version(self, version: int) -> None:
+        if version in VERSIONS:
+            return
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+            raise ModelError(
+                f"{self.path} is big-endian: its byte order is that of another kind of machine.",
+                "Allowed: little-endian GGUF files.",
+                f"Convert it in place, with the gguf package: gguf-convert-endian {self.path} little",
+            )
+        raise ModelError(
+            f"{self.path} is a GGUF file of version {version}.",
+            f"Allowed: version {' or '.join(map(str, VERSIONS))}.",
+            "Fetch the model in a newer conversion, or use its safetensors folder.",
+        )
+
+    def _type_and_bytes(self, name: str, shape: tuple[int, ...], type_id: int) -> tuple[str, int]:
+        """A tensor's block type and its bytes."""
+        import gguf
+
+        block_type = next((known for known in gguf.GGMLQuantizationType if known == type_id), None)
+        if block_type is None or not _can_widen(block_type):
+            unknown = f"the block type {type_id}, which the installed gguf package does not know"
+            raise ModelError(
+                f"{self.path} stores the tensor {name!r} in {unknown if block_type is None else block_type.name}.",
+                f"Readable: {', '.join(known.name for known in gguf.GGMLQuantizationType if _can_widen(known))}.",
+                "Use the model in another quantisation, or its safetensors folder.",
+            )
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
+        if shape[-1] % block_size:
+            raise ValueError(f"the tensor {name!r} has rows of {shape[-1]}, which {block_type.name} cannot have")
+        return block_type.name, math.prod(shape) // block_size * block_bytes
 
     @cached_property
     def block_types(self) -> dict[str, int]:
@@ -284,6 +336,14 @@ class _Cursor:
             raise ValueError(f"it has an array of the unknown type {element_type}")
         return length
 
+    def array(self) -> list[Any]:
+        """The strings or numbers of the array that begins here."""
+        element_type, length = self.scalar("<I"), self.scalar("<Q")
+        if element_type == _STRING:
+            return [self.string() for _ in range(length)]
+        format = f"<{length}{_SCALARS[element_type][1:]}"
+        return list(struct.unpack(format, self.take(struct.calcsize(format))))
+
     def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape (outermost first; the file has it the other way round), type, offset in the data section."""
         name, num_dims = self.string(), self.scalar("<I")
@@ -293,18 +353,6 @@ class _Cursor:
         if 0 in shape:
             raise ValueError(f"the tensor {name!r} has the shape {shape}")
         return name, shape, self.scalar("<I"), self.scalar("<Q")
-
-
-def _type_and_bytes(name: str, shape: tuple[int, ...], type_id: int) -> tuple[str, int]:
-    import gguf
-
-    block_type = gguf.GGMLQuantizationType(type_id)  # ValueError for an unknown one
-    if not _can_widen(block_type):
-        raise ValueError(f"the tensor {name!r} is stored as {block_type.name}, which cannot be read")
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
-    if shape[-1] % block_size:
-        raise ValueError(f"the tensor {name!r} has rows of {shape[-1]}, which {block_type.name} cannot have")
-    return block_type.name, math.prod(shape) // block_size * block_bytes
 
 
 @cache

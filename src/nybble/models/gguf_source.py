@@ -1,4 +1,4 @@
-"""A base model from a GGUF file. Its config and tokenizer are derived once and kept as a transformers folder."""
+"""A base model from a GGUF file. Its config is derived once and kept as a transformers folder."""
 
 import hashlib
 import os
@@ -14,18 +14,26 @@ from torch import Tensor
 from nybble.errors import ModelError, foreign_errors
 from nybble.formats.disk import disk_errors
 from nybble.formats.gguf_io import LATTICES, GgufFile
+from nybble.formats.gguf_vocabulary import (
+    KNOWN_MODELS,
+    NORMAL,
+    SPLITTING_RULES,
+    Vocabulary,
+    splitting_rule,
+    tokenizer_of,
+)
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.formats.safetensors_io import sampled_sha256, staged_folder
 from nybble.models.bundled import CACHE_FIX, cache_folder
 from nybble.models.interface import Kind
 from nybble.models.skeleton import build_skeleton
-from nybble.models.tokenizer import load_tokenizer, save_tokenizer
+from nybble.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 
-DERIVED_VERSION = 1  # raise it when what is derived from a file changes
+DERIVED_VERSION = 2  # raise it when what is derived from a file changes
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # kept in 16 bits: widened straight to bf16
 
 
@@ -56,7 +64,7 @@ class GgufSource:
         return {hf_name: gguf_name for gguf_name, hf_name in names.items()}
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        return load_tokenizer(self._tokenizer or str(self._derived))
+        return load_tokenizer(self._tokenizer) if self._tokenizer else _tokenizer_of(self._file)
 
     def load_generation_config(self) -> "GenerationConfig":
         from transformers import GenerationConfig
@@ -116,10 +124,10 @@ class DitheredSource(GgufSource):
 
 
 def _derived_folder(file: GgufFile) -> Path:
-    """Config and tokenizer of the file as transformers saves them, in nybble's cache.
+    """Config of the file as transformers saves it, in nybble's cache.
 
-    transformers parses the whole vocabulary several times to get them from the file, some 10 s for the
-    smallest; the cache is keyed by the file's header and transformers' version.
+    transformers parses the whole vocabulary to get it from the file, which takes seconds; the cache is keyed by the
+    file's header and transformers' version.
     """
     import transformers
 
@@ -136,37 +144,97 @@ def _derived_folder(file: GgufFile) -> Path:
 
 
 def _derive(file: GgufFile, out: Path) -> None:
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     def cannot_be_taken(error: Exception) -> ModelError:
         return ModelError(
-            f"transformers cannot take config and tokenizer from {file.path}: {error}",
+            f"transformers cannot take a config from {file.path}: {error}",
             fix="Use the model's safetensors folder.",
         )
 
-    # alone in a folder: other files beside the model would be taken for its tokenizer's
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:  # alone there: no config beside the model is taken for its own
         os.symlink(file.path.absolute(), Path(folder) / "model.gguf")
         with foreign_errors(cannot_be_taken):
             config = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
-            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # "gguf", which would block saving
     file.complete_config(config)
     config.architectures = [type(build_skeleton(config)).__name__]
-    _set_splitting(tokenizer, file)
     config.save_pretrained(out)
-    save_tokenizer(tokenizer, out)
 
 
-def _set_splitting(tokenizer: "PreTrainedTokenizerBase", file: GgufFile) -> None:
-    """Split text as SmolLM's tokenizer was trained to: digits one by one. transformers' reader does not know it."""
-    from tokenizers import pre_tokenizers
+def _tokenizer_of(file: GgufFile) -> "PreTrainedTokenizerBase":
+    """The file's tokenizer: the tokens that llama.cpp gives, bos put before a text where llama.cpp puts it.
 
-    if file.metadata.get("tokenizer.ggml.pre") == "smollm":
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
+    Raises:
+        ModelError: none, of an unknown kind, with an unknown splitting rule, or damaged.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = _vocabulary_of(file)
+    with foreign_errors(lambda error: _no_tokenizer(file, f"is damaged: {error}")):
+        backend = tokenizer_of(vocabulary)
+    special = {name: _special_token(file, vocabulary, name) for name in ("bos", "eos", "unknown", "padding")}
+    if special["bos"] is not None and file.metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(vocabulary)):
+        number = vocabulary.tokens.index(special["bos"])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{special['bos']} $A",
+            pair=f"{special['bos']} $A {special['bos']} $B",
+            special_tokens=[(special["bos"], number)],
+        )
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    tokens = {names[name]: token for name, token in special.items() if token is not None}
+    template = file.metadata.get("tokenizer.chat_template")
+    if template is not None:
+        tokens["chat_template"] = template
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **tokens,
+    )
+
+
+def _vocabulary_of(file: GgufFile) -> Vocabulary:
+    metadata = file.metadata
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model not in KNOWN_MODELS:
+        raise _no_tokenizer(file, f"is of the kind {model!r}" if model else "is missing")
+    if model == "gpt2" and (pre is None or splitting_rule(pre) is None):
+        raise _no_tokenizer(file, f"splits text by {f'the rule {pre!r}' if pre else 'a rule that it does not name'}")
+    tokens = file.array("tokenizer.ggml.tokens")
+    return Vocabulary(
+        model=model,
+        pre=pre or "default",
+        tokens=[token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)],  # as llama.cpp names them
+        types=file.array("tokenizer.ggml.token_type") or [NORMAL] * len(tokens),
+        merges=file.array("tokenizer.ggml.merges"),
+        scores=file.array("tokenizer.ggml.scores"),
+        space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", model == "llama")),
+    )
+
+
+def _special_token(file: GgufFile, vocabulary: Vocabulary, name: str) -> str | None:
+    """The bos, eos, unknown or padding token; SentencePiece files may leave out the first three."""
+    default = {"unknown": 0, "bos": 1, "eos": 2}.get(name) if vocabulary.model == "llama" else None
+    number = file.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+    return None if number is None or not 0 <= number < len(vocabulary.tokens) else vocabulary.tokens[number]
+
+
+def _adds_bos(vocabulary: Vocabulary) -> bool:
+    """Whether llama.cpp puts bos before a text where the file does not say."""
+    if vocabulary.model == "llama":
+        return True
+    rule = splitting_rule(vocabulary.pre)
+    return rule is not None and rule.adds_bos
+
+
+def _no_tokenizer(file: GgufFile, what: str) -> ModelError:
+    return ModelError(
+        f"The tokenizer in {file.path} {what}.",
+        f"Readable: byte-level BPE (gpt2) split as by {', '.join(SPLITTING_RULES)}; SentencePiece BPE (llama).",
+        "Name the model's own tokenizer, a folder or hub id, with --tokenizer.",
+    )
 
 
 def _notes(file: GgufFile, name: str) -> tuple[str, ...]:

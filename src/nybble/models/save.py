@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 Quality = Literal["absmax", "search", "calibrated"]
+# what transformers 4 has beside `rope_scaling`, the last of them in it too
+_OWN_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 STATES_EVERY_S = 30.0  # hidden states are kept no more often: they are large, and blocks since then are quickly redone
 
 
@@ -265,11 +267,36 @@ def save_dense_folder(
 
 
 def save_config(config: "PretrainedConfig", folder: Path) -> None:
-    """Write config.json; transformers refuses the folder where only nybble reads its weights."""
+    """Write config.json as transformers 4 and 5 both read it; they refuse the folder where only nybble reads its
+    weights.
+    """
     config.save_pretrained(folder)
     file = folder / "config.json"
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = _for_transformers_4(json.loads(file.read_text(encoding="utf-8")))
     file.write_text(json.dumps(refused_by_transformers(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with transformers 4's keys beside those that transformers 5 has in their place, its parts too.
+
+    Where the attention of layers differs, `rope_parameters` holds one entry for each kind of it; transformers 4 has
+    Gemma 3's keys for that.
+    """
+    config = {key: _for_transformers_4(part) if isinstance(part, dict) else part for key, part in config.items()}
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters")
+    if not rope:
+        return config
+    if "sliding_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    config |= {key: rope[key] for key in _OWN_ROPE_KEYS if key in rope}
+    if rope.get("rope_type") == "longrope":  # of which it takes these three and no others
+        config["rope_scaling"] = {"type": "longrope", **{key: rope[key] for key in ("short_factor", "long_factor")}}
+    elif rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key not in _OWN_ROPE_KEYS[:2]}
+    return config
 
 
 def _save_settings(

@@ -1,7 +1,8 @@
-"""Loading a tokenizer from a folder or the hub, and saving it."""
+"""Loading a tokenizer from a folder or the hub, and saving it as transformers 4 and 5 both read it."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ModelError, first_line, foreign_errors
 
@@ -40,3 +41,18 @@ def save_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
         if type(error) is not Exception:
             raise
         raise OSError(None, str(error), str(folder)) from error  # the tokenizers library raises nothing more precise
+    file = folder / "tokenizer_config.json"
+    settings = _for_transformers_4(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _for_transformers_4(settings: dict[str, Any]) -> dict[str, Any]:
+    """Under the names that transformers 4 has too: it knows no TokenizersBackend, and takes no list for
+    `extra_special_tokens`. What speaks of this machine is left out.
+    """
+    settings = {key: value for key, value in settings.items() if key not in ("is_local", "local_files_only")}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
