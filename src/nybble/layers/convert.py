@@ -1,11 +1,14 @@
 """Swap modules in a transformers model: linears into four bits, adapters onto linears."""
 
 import difflib
+import functools
 import re
+from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,17 +17,39 @@ from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec, spec_of
 from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
+from nybble.layers.weight_reads import weights_read
 
 PATTERN_SIGNS = set("*?[]()|^$+\\{}")
 ATTENTION_PARENTS = ("attn", "attention")
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | QuantizedLinear | StreamedLinear | LoraLinear)
+    """Whether it computes x · Wᵀ + b and nothing else: transformers has routers and grouped products that inherit from
+    `nn.Linear`.
+    """
+    if isinstance(module, QuantizedLinear | StreamedLinear | LoraLinear | Conv1D):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    return type(module).forward is nn.Linear.forward or _multiplies(type(module))
 
 
-def quantizable_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the model's blocks: what goes into four bits.
+@functools.cache
+def _multiplies(own_class: type[nn.Linear]) -> bool:
+    """Whether a class that has a forward of its own gives what `nn.Linear` gives, tried on a small matrix."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    small = own_class.__new__(own_class)
+    nn.Linear.__init__(small, 4, 3, bias=False)
+    small.weight = nn.Parameter(weight, requires_grad=False)
+    try:
+        return torch.equal(own_class.forward(small, x), F.linear(x, weight))
+    except (AttributeError, RuntimeError, TypeError):  # it needs what a plain linear layer does not have
+        return False
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of all linear layers inside the model's blocks.
 
     A block is an element of an outermost `nn.ModuleList`; the head and the embeddings lie outside.
     """
@@ -46,6 +71,29 @@ def end_modules(model: nn.Module) -> list[str]:
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     plain = [end for end in ends if isinstance(end, nn.Embedding | nn.Linear)]
     return [name for name, module in model.named_modules() if any(module is end for end in plain)]
+
+
+def quantizable_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers that go into four bits and can have an adapter: those of the blocks that the model
+    does nothing with but call.
+    """
+    read = weights_read(model)
+    return [name for name in block_linears(model) if name not in read]
+
+
+def untouched_linears(model: nn.Module) -> dict[str, str]:
+    """Linear layers of the blocks that stay as they are, without adapter -> the method that reads their weights."""
+    read = weights_read(model)
+    return {name: read[name] for name in block_linears(model) if name in read}
+
+
+def describe_untouched(model: nn.Module) -> list[str]:
+    """A sentence for each kind of untouched layer."""
+    kinds = Counter((name.rpartition(".")[2], where) for name, where in untouched_linears(model).items())
+    return [
+        f"{count} x {leaf} stays in 16 bits, without adapter: {where} reads its weight instead of calling it"
+        for (leaf, where), count in kinds.items()
+    ]
 
 
 def replace_linears(
@@ -94,6 +142,7 @@ def resolve_targets(model: nn.Module, target_modules: str | list[str]) -> list[s
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     for name in wanted:
         if not any(_matches(layer, name) for layer in layers):
+            _refuse_untouched(model, name)
             near = difflib.get_close_matches(name, leaves, n=1)
             raise ConfigError(
                 f"target_modules names {name!r}, which is no linear layer of this model's blocks, embedding or head.",
@@ -119,6 +168,16 @@ def _is_expression(text: str) -> bool:
     except re.error:
         return False
     return True
+
+
+def _refuse_untouched(model: nn.Module, wanted: str) -> None:
+    for name, where in untouched_linears(model).items():
+        if _matches(name, wanted):
+            raise ConfigError(
+                f"target_modules names {wanted!r}, whose weight {where} reads instead of calling the layer.",
+                "An adapter there would have no effect.",
+                "Leave it out.",
+            )
 
 
 def attach_adapters(

@@ -4,6 +4,8 @@ They are the largest dense parts of a four-bit model: widening them to fp32 on m
 products would double what they take, so the few rows that are needed are widened instead.
 """
 
+import copy
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,18 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.layers.loss_head import PANEL_ROWS
+from nybble.layers.streamed import embed_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class CastEmbedding(nn.Embedding):
-    """`nn.Embedding` that returns its rows in `compute_dtype`."""
+    """Mixed in before an embedding's own class: its rows are widened to `compute_dtype`, then its own forward runs.
+
+    What that does to rows (Gemma scales them) so happens in the dtype that the rest of the model computes in.
+    """
 
     compute_dtype: torch.dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input).to(self.compute_dtype)
+        rows = F.embedding(input.flatten(), self.weight).to(self.compute_dtype)  # (N, hidden)
+        own_class = type(self).__mro__[2]
+        return embed_rows(own_class, self, rows, input.shape)
+
+
+@functools.cache
+def _casting(own_class: type[nn.Embedding]) -> type[CastEmbedding]:
+    return type(f"Cast{own_class.__name__}", (CastEmbedding, own_class), {})
 
 
 class CastLinear(nn.Linear):
@@ -36,19 +49,31 @@ class CastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> None:
-    """Swap the input embeddings and the output head of a transformers model for casting ones, in place."""
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
+def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> set[str]:
+    """Swap the input embeddings and the output head of a transformers model for casting ones, in place.
+
+    Returns:
+        names of their weights, which may now stay in 16 bits; none where an end is neither an embedding nor an
+        `nn.Linear`, since what such a module does with its weight is not known.
+    """
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    if not all(isinstance(end, nn.Embedding) or type(end) is nn.Linear for end in ends):
+        return set()
+    kept = set()
     for name, module in list(model.named_modules()):
-        if module is embedding and type(module) is nn.Embedding:
-            cast = CastEmbedding(
-                module.num_embeddings, module.embedding_dim, module.padding_idx, _weight=module.weight, _freeze=True
-            )
-            cast.weight = module.weight
-            cast.compute_dtype = compute_dtype
-            model.set_submodule(name, cast)
-        elif module is head and type(module) is nn.Linear:
-            linear = CastLinear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            linear.weight, linear.bias = module.weight, module.bias
-            model.set_submodule(name, linear)
+        if any(module is end for end in ends):
+            model.set_submodule(name, _cast(module, compute_dtype))
+            kept.add(f"{name}.weight")
+    return kept
+
+
+def _cast(end: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+    if isinstance(end, nn.Embedding):
+        embedding = copy.copy(end)
+        embedding.__class__ = _casting(type(end))
+        embedding.compute_dtype = compute_dtype
+        return embedding
+    assert isinstance(end, nn.Linear)
+    linear = CastLinear(end.in_features, end.out_features, end.bias is not None, device="meta")
+    linear.weight, linear.bias = end.weight, end.bias
+    return linear

@@ -5,6 +5,7 @@ when a decoder block, or its own forward and backward, asks for them. Embedding 
 16-bit matrices themselves.
 """
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -91,21 +92,39 @@ def attach_store(model: nn.Module, store: BlockStore) -> None:
             module.store = store
 
 
+def embed_rows(own_class: type[nn.Embedding], embedding: nn.Embedding, rows: Tensor, shape: torch.Size) -> Tensor:
+    """What an embedding of `own_class` makes of rows that were looked up elsewhere: its own forward over just these.
+
+    Args:
+        rows: `(N, hidden)`, one for each place of `shape` in order.
+
+    Returns:
+        `(*shape, hidden)`.
+    """
+    few = copy.copy(embedding)  # shares all but the table
+    few._parameters = {**embedding._parameters, "weight": nn.Parameter(rows, requires_grad=False)}
+    few.padding_idx = None  # a row of the whole table, and of interest to gradients alone
+    return own_class.forward(few, torch.arange(len(rows), device=rows.device).view(shape))
+
+
 class StreamedEmbedding(nn.Module):
     """An embedding that reads the rows it is asked for.
 
     Args:
         matrix: `[vocabulary, hidden]` on disk.
         compute_dtype: of the result.
+        own: the embedding that it stands for, which says what is done to rows; its table is dropped.
     """
 
-    def __init__(self, matrix: MatrixFile, compute_dtype: torch.dtype):
+    def __init__(self, matrix: MatrixFile, compute_dtype: torch.dtype, own: nn.Embedding):
         super().__init__()
         self.matrix, self.compute_dtype = matrix, compute_dtype
+        own.weight = nn.Parameter(torch.empty(0, matrix.num_columns, dtype=compute_dtype), requires_grad=False)
+        self.own = own
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = self.matrix.gather(input.flatten().cpu()).to(input.device)
-        return rows.view(*input.shape, -1).to(self.compute_dtype)
+        rows = self.matrix.gather(input.flatten().cpu()).to(input.device, self.compute_dtype)
+        return embed_rows(type(self.own), self.own, rows, input.shape)
 
 
 class HeadMatrix:

@@ -140,18 +140,18 @@ def _load_outside(
     source: ModelSource, model: "PreTrainedModel", placed: list[PlacedTensor], blocks: list[str], dtype: torch.dtype
 ) -> None:
     """Load what hidden states meet before the first block; the head stays on the meta device unless it is tied."""
+    fill_computed_buffers(model, "cpu")
     ends = dense_end_weights(model)
     head = model.get_output_embeddings()
     unneeded = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     if source.dense_dtype != dtype:
-        replace_dense_ends(model, dtype)
+        ends = replace_dense_ends(model, dtype)
     for place in placed:
         if place.target in unneeded or any(_is_in(place.target, block) for block in blocks):
             continue
         kept = source.dense_dtype if place.target in ends else dtype
         load_one(model, place.target, read_placed(source, place), kept, "cpu", transposed=False)
     model.tie_weights()
-    fill_computed_buffers(model, "cpu")
     model.requires_grad_(False).eval()
 
 

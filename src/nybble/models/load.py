@@ -61,10 +61,11 @@ def load_model(
         ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
     """
     model = build_skeleton(source.config, compute_dtype)
+    fill_computed_buffers(model, device)  # now, while the model's own code finds the modules that it made
     placed = place_tensors(source, model)
     ends = dense_end_weights(model)
-    if source.dense_dtype != compute_dtype:
-        replace_dense_ends(model, compute_dtype)
+    if source.dense_dtype != compute_dtype and not stream_ends:
+        ends = replace_dense_ends(model, compute_dtype)
     transposed: set[str] = set()
     if spec is not None:
         linears = _linears_to_quantize(model, source, placed)
@@ -79,7 +80,6 @@ def load_model(
         dtype = source.dense_dtype if place.target in ends else compute_dtype
         load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed, quality)
     model.tie_weights()
-    fill_computed_buffers(model, device)
     if stream_ends:
         assert isinstance(source, FolderSource), source
         _stream_ends(model, source, compute_dtype, device)
@@ -98,7 +98,7 @@ def _stream_ends(
     embedding = names[id(model.get_input_embeddings())]
     head = names[id(model.get_output_embeddings())]
     matrix = source.matrix(places[f"{embedding}.weight"])
-    model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype))
+    model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype, model.get_submodule(embedding)))
     own = places.get(f"{head}.weight")  # absent where tied
     model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own), device))
 
@@ -148,13 +148,9 @@ def _moved(q: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
 def fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str) -> None:
     """Compute the buffers that checkpoints do not hold, such as rotary frequencies, by the model's own code.
 
-    As `from_pretrained` does it: what was loaded is marked, and initialising the model then fills the rest.
+    As `from_pretrained` does it, by initialising the model; whatever else that fills is still on the meta device.
     """
-    computed = dict(model.named_non_persistent_buffers())
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name not in computed:
-            tensor._is_hf_initialized = True
-    for name, buffer in computed.items():
+    for name, buffer in model.named_non_persistent_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device=device))
     model.initialize_weights()

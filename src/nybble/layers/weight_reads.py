@@ -1,0 +1,108 @@
+"""Linear layers whose weight or bias the model's own code reads, beside or instead of calling the layer.
+
+A module that computes `self.dt_proj.weight @ x` (Mamba), or hands `self.out_proj.weight` to a fused kernel, goes past
+whatever stands in that layer's place: packed bytes are no matrix, and an adapter would have no effect, in PEFT neither.
+Such layers stay as they are. They are found in the source of the model's classes, since which of them a pass reads
+depends on the device and on kernels that are installed.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+READ = ("weight", "bias")
+
+
+@dataclass(frozen=True)
+class WeightRead:
+    """A place in a class that reads the weight of a module.
+
+    Args:
+        path: of that module, from the one that reads; from anywhere below it where `below`.
+        where: "class.method".
+        conditions: (test, holds): what must be true of the reading module, as far as its own attributes say.
+    """
+
+    path: str
+    below: bool
+    where: str
+    conditions: tuple[tuple[str, bool], ...]
+
+
+def weights_read(model: nn.Module) -> dict[str, str]:
+    """Names of the modules whose weight or bias is read -> the method that does."""
+    names = [name for name, _ in model.named_modules()]
+    found: dict[str, str] = {}
+    for owner, module in model.named_modules():
+        prefix = f"{owner}." if owner else ""
+        for read in reads_of(type(module)):
+            if not all(_holds(test, module) is holds for test, holds in read.conditions):
+                continue
+            if read.below:
+                hits = [n for n in names if n.startswith(prefix) and n.endswith(f".{read.path}")]
+            else:
+                hits = [prefix + read.path]
+            found |= dict.fromkeys(hits, read.where)
+    return found
+
+
+@functools.cache
+def reads_of(own_class: type[nn.Module]) -> tuple[WeightRead, ...]:
+    """The reads in the methods of a class that is no part of torch."""
+    if own_class.__module__.partition(".")[0] in ("torch", "nybble"):
+        return ()
+    methods = dict(inspect.getmembers(own_class, inspect.isfunction))
+    reads = []
+    for name, method in methods.items():
+        if "init" in name or method.__module__ != own_class.__module__:
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(inspect.unwrap(method)))
+        except OSError:  # made at run time: no source to read
+            continue
+        reads += list(_reads_in(ast.parse(source), f"{own_class.__name__}.{name}", ()))
+    return tuple(dict.fromkeys(reads))
+
+
+def _reads_in(node: ast.AST, where: str, conditions: tuple[tuple[str, bool], ...]) -> Iterator[WeightRead]:
+    if isinstance(node, ast.If):
+        yield from _reads_in(node.test, where, conditions)
+        own = [(ast.unparse(node.test), True)] if _is_about_self(node.test) else []
+        for statement in node.body:
+            yield from _reads_in(statement, where, (*conditions, *own))
+        for statement in node.orelse:
+            yield from _reads_in(statement, where, (*conditions, *((test, False) for test, _ in own)))
+        return
+    if isinstance(node, ast.Attribute) and node.attr in READ:
+        root, *path = _chain(node.value)
+        if path and root:
+            yield WeightRead(".".join(path), root != "self", where, conditions)
+    for child in ast.iter_child_nodes(node):
+        yield from _reads_in(child, where, conditions)
+
+
+def _chain(node: ast.AST) -> list[str]:
+    """["self", "mixer", "out_proj"] of `self.mixer.out_proj`; [""] of what is no plain name."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    return [*_chain(node.value), node.attr] if isinstance(node, ast.Attribute) else [""]
+
+
+def _is_about_self(test: ast.expr) -> bool:
+    """Whether a condition compares nothing but attributes of the module itself with constants."""
+    allowed = ast.Attribute | ast.Constant | ast.BoolOp | ast.UnaryOp | ast.Compare | ast.Name | ast.operator
+    quiet = ast.boolop | ast.unaryop | ast.cmpop | ast.expr_context
+    nodes = list(ast.walk(test))
+    return all(isinstance(n, allowed | quiet) and (not isinstance(n, ast.Name) or n.id == "self") for n in nodes) and not (
+        any(isinstance(n, ast.Attribute) and n.attr == "training" for n in nodes)
+    )
+
+
+def _holds(test: str, module: nn.Module) -> bool:
+    """A condition of `_is_about_self`: names, comparisons and constants, nothing is called."""
+    return bool(eval(test, {"__builtins__": {}}, {"self": module}))  # noqa: S307

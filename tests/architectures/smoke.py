@@ -1,0 +1,169 @@
+"""One tiny model of a type through everything that training does, judged by transformers and PEFT.
+
+Saved as transformers saves it, loaded in four bits, trained for five steps on rows packed and padded, written as an
+adapter, read by PEFT on the same weights. What is compared: the loss and the adapters' gradients with those of the
+model's own forward on each row alone, and the logits with PEFT's.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nybble.data.examples import EncodedExample
+from nybble.errors import NybbleError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.backbone import choose_backbone
+from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.layers.lora import LoraLinear
+from nybble.layers.loss_head import LossHead
+from nybble.layers.peft_format import adapter_config, write_adapter
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.models.folder_source import FolderSource
+from nybble.models.load import load_model
+from nybble.training.loop import collate, forward_backward
+from nybble.training.optimizer import AdamW
+
+RANK, ALPHA, STEPS, LR = 4, 8.0, 5, 1e-2
+LENGTHS = (9, 5, 12)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Of the loss, of the gradients' norm, of the logits' largest: roundings of two layers and a head.
+TOLERANCES = {torch.float32: (1e-4, 2e-3, 1e-3), torch.bfloat16: (2e-2, 0.15, 0.1)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a model of a type trained in one dtype."""
+
+    path: str
+    packed: bool
+    padded: bool
+    untouched: tuple[str, ...]
+
+
+class Wrong(AssertionError):
+    """It trained, but not what the model is."""
+
+
+def train_in(folder: Path, dtype: torch.dtype, out: Path) -> Trained:
+    """Train the model in `folder` on packed and on padded rows.
+
+    Raises:
+        NybbleError: refused.
+        Wrong: another loss, other gradients or other logits than the model's own.
+    """
+    source = FolderSource(folder, folder.name, "folder", None)
+    model = load_model(source, QuantSpec("nf4"), dtype)
+    targets = resolve_targets(model, "all-linear")
+    attach_adapters(model, targets, rank=RANK, alpha=ALPHA)
+    paths = {}
+    for packing in (True, False):
+        _fill_adapters(model)
+        paths[packing] = _train(model, dtype, packing)
+    write_adapter(model, out, adapter_config(model, str(folder), alpha=ALPHA, rslora=False))
+    _compare_with_peft(model, folder, out, dtype)
+    return Trained(paths[True][0], paths[True][1], not paths[False][1], ())
+
+
+def rows_for(model: PreTrainedModel) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(1)
+    least = model.config.get_text_config().vocab_size
+    ids = [torch.randint(5, min(least, 250), (n,), generator=generator, dtype=torch.int32) for n in LENGTHS]
+    supervised = [torch.arange(n) >= n // 3 for n in LENGTHS]
+    return [EncodedExample(i, s, f"rows:{n}") for n, (i, s) in enumerate(zip(ids, supervised, strict=True))]
+
+
+def _train(model: PreTrainedModel, dtype: torch.dtype, packing: bool) -> tuple[str, bool]:
+    backbone, head = choose_backbone(model, keep="nothing", packing=packing), LossHead.of(model)
+    rows = rows_for(model)
+    num_supervised = sum(row.supervised_tokens for row in rows)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    own_loss = _own_loss(model, rows) / num_supervised
+    own_gradients = torch.autograd.grad(own_loss, parameters, allow_unused=True)
+    optimizer = AdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = collate(rows, backbone.packing)
+        model.train(step > 0)
+        losses.append(forward_backward(backbone, head, batch, num_supervised))
+        if step == 0:
+            _compare_with_own(losses[0], parameters, own_loss.item(), own_gradients, TOLERANCES[dtype])
+        optimizer.gradient_norm()
+        optimizer.step(LR, grad_scale=1.0)
+    if not all(torch.tensor(losses).isfinite()):
+        raise Wrong(f"losses {losses}")
+    if not losses[-1] < losses[0]:
+        raise Wrong(f"the loss does not fall: {losses}")
+    return backbone.name, backbone.packing
+
+
+def _own_loss(model: PreTrainedModel, rows: list[EncodedExample]) -> Tensor:
+    """Sum over the supervised tokens, each row alone through the model's own forward."""
+    total = torch.zeros(())
+    for row in rows:
+        logits = model(input_ids=row.input_ids[None].long(), use_cache=False).logits[0, :-1].float()
+        targets = row.input_ids[1:].long()
+        total = total + F.cross_entropy(logits, targets, reduction="none")[row.supervised[1:]].sum()
+    return total
+
+
+def _compare_with_own(
+    loss: float,
+    parameters: list[Tensor],
+    own_loss: float,
+    own_gradients: tuple[Tensor | None, ...],
+    tolerances: tuple[float, float, float],
+) -> None:
+    if not abs(loss - own_loss) <= tolerances[0] * max(1.0, abs(own_loss)):
+        raise Wrong(f"loss {loss:.5f} for the model's {own_loss:.5f}")
+    ours = torch.cat([p.grad.flatten() for p in parameters])
+    own = torch.cat([
+        torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, own_gradients, strict=True)
+    ])
+    error = float((ours - own).norm() / own.norm().clamp_min(1e-30))
+    if not error <= tolerances[1]:
+        raise Wrong(f"gradients differ by {error:.1%}")
+
+
+def _fill_adapters(model: PreTrainedModel) -> None:
+    """A as drawn and random B: A has no gradient while B is 0."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for adapter in adapters_of(model).values():
+            adapter.lora_B.normal_(0, 0.02, generator=generator)
+
+
+@torch.no_grad()
+def _compare_with_peft(model: PreTrainedModel, folder: Path, adapter: Path, dtype: torch.dtype) -> None:
+    peft = PeftModel.from_pretrained(dequantized(model, folder), adapter).eval()
+    model.eval()
+    for row in rows_for(model):
+        ids = row.input_ids[None].long()
+        ours = model(input_ids=ids, use_cache=False).logits.float()
+        theirs = peft(input_ids=ids, use_cache=False).logits.float()
+        error = float((ours - theirs).abs().max() / theirs.abs().max())
+        if not error <= TOLERANCES[dtype][2]:
+            raise Wrong(f"logits differ from PEFT's by {error:.1%}")
+
+
+@torch.no_grad()
+def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model in transformers, fp32, with the weights that the four bits stand for and ends rounded to 16 bits."""
+    base = type(model).from_pretrained(folder, dtype=torch.float32)
+    ends = {id(end): end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None}
+    for end in ends.values():
+        end.weight.copy_(end.weight.bfloat16().float())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = base.get_submodule(name.removesuffix(".base")).weight
+            dense = module.dequantize(torch.float32)
+            weight.copy_(dense.T if type(base.get_submodule(name.removesuffix(".base"))).__name__ == "Conv1D" else dense)
+    return base
