@@ -79,7 +79,7 @@ class Checkpoint:
     """A checkpoint whose bytes were verified.
 
     Args:
-        about: "base" and "data", the hashes of what it belongs to.
+        about: "base" and "data", the hashes of what it belongs to, and "evaluated_rows", how many.
         state: the content of its state.json.
     """
 
@@ -122,7 +122,7 @@ class Checkpoints:
         save_every: steps between them, or minutes with an "m" behind.
         keep: how many of them stay.
         config: text of the options in effect.
-        about: "base" and "data", the hashes of what they belong to.
+        about: "base" and "data", the hashes of what they belong to, and "evaluated_rows", how many.
         settled: names of options -> what was chosen for those that choose for themselves.
         last_step: of the checkpoint that the run goes on from.
     """
@@ -134,7 +134,7 @@ class Checkpoints:
         save_every: str,
         keep: int,
         config: str,
-        about: Mapping[str, str],
+        about: Mapping[str, Any],
         settled: Mapping[str, Any],
         last_step: int | None = None,
     ):

@@ -22,6 +22,7 @@ from nybble.layers.peft_format import write_adapter
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.display import Display
+from nybble.training.evaluations import PER_RUN
 from nybble.training.events import EventLog
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.optimizer import AdamW
@@ -39,12 +40,13 @@ NO_MEMORY = (  # torch, C++, oneDNN
     "could not create a memory object",
     "could not create a primitive",
 )
-EVALUATIONS_PER_RUN = 5  # when --eval-every is not given
 
 
 @dataclass(frozen=True)
 class LoopResult:
-    """What a finished or interrupted loop leaves behind; a loss is None where no evaluation came to its end."""
+    """What a finished or interrupted loop leaves behind; a loss is None where no evaluation came to its end, or no row
+    is held out.
+    """
 
     steps: int
     loss_before: float | None
@@ -90,6 +92,7 @@ def train_loop(
     Args:
         model: frozen base with adapters attached; only they require gradients.
         backbone: runs micro-batches through the model.
+        validation: rows to evaluate on; without any there are no evaluations.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
         rehearsal: what to go through once before the first step.
@@ -111,7 +114,7 @@ def train_loop(
         paged_in=run.path if paged else None,
     )
     num_warmup = warmup_steps(config.warmup, total_steps)
-    eval_every = config.eval_every or max(1, total_steps // EVALUATIONS_PER_RUN)
+    eval_every = config.eval_every or max(1, total_steps // PER_RUN)
     lengths = [len(example) for example in train]
     torch.manual_seed(config.seed)  # dropout
     progress = Progress(0, micro_batch_size)
@@ -121,7 +124,7 @@ def train_loop(
 
     def evaluate_if_due() -> None:
         step = progress.step
-        if step == progress.evaluated_step or not (step % eval_every == 0 or step == total_steps):
+        if step == progress.evaluated_step or not (step % eval_every == 0 or step == total_steps) or not validation:
             return
         loss, num_tokens = held_out_loss(backbone, head, validation, micro_batch_size, interrupt)
         if interrupt.requested:
@@ -237,7 +240,8 @@ def rehearse(backbone: Backbone, head: LossHead, optimizer: AdamW, rehearsal: Re
     optimizer.settle()
     head.loss(*supervised_states(backbone, batch), max(1, batch.supervised_tokens)).backward()
     optimizer.drop_gradients()
-    held_out_loss(backbone, head, rehearsal.held_out, max(1, len(rehearsal.held_out)))
+    if rehearsal.held_out:
+        held_out_loss(backbone, head, rehearsal.held_out, len(rehearsal.held_out))
     restore_rng(rng, device)
 
 
@@ -290,7 +294,7 @@ def held_out_loss(
     micro_batch_size: int,
     interrupt: InterruptOnce | None = None,
 ) -> tuple[float, int]:
-    """Mean loss in nats per supervised token over `rows`, and the number of those tokens.
+    """Mean loss in nats per supervised token over `rows`, of which there are some, and the number of those tokens.
 
     Once `interrupt` is requested it stops early; what it returns then is over the rows it came to.
     """

@@ -24,7 +24,7 @@ from nybble.formats.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.kernels.heap import give_back_free
 from nybble.layers.backbone import KeptTensors, choose_backbone
-from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
+from nybble.layers.convert import attach_adapters, describe_untouched, quantizable_linears, resolve_targets
 from nybble.layers.peft_format import adapter_config, restore_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory, used_bytes
@@ -58,6 +58,7 @@ from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.continued import check_base_of, open_adapter, take_options
 from nybble.training.deal import dealer, total_steps
 from nybble.training.display import Display
+from nybble.training.evaluations import plan_evaluations
 from nybble.training.events import EventLog, read_events, rewind_events
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
 from nybble.training.mixed import measure_mixed, read_formats, show_mixed, some_windows, write_formats
@@ -139,6 +140,10 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
 
     sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
     num_steps = total_steps(config, len(data.train), config.rows_per_step)
+    begun_with = None if resumed is None else resumed.about.get("evaluated_rows")
+    evaluations = plan_evaluations(config, data.train, data.validation, num_steps, begun_with)
+    if evaluations.note:
+        console.print(evaluations.note, highlight=False)
     choice = choose_quality(config, source, data, num_steps, dtype, device)
     show_quality(console, choice)
     plan_it = partial(plan_run, config, deal=dealer(config, data), dtype=dtype, device=device)
@@ -186,6 +191,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         kept = _place_for_kept(plan, run, device)
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
         console.print(f"computing through: {backbone.name}", highlight=False)
+        for note in describe_untouched(model):
+            console.print(note, highlight=False)
         give_back_free()  # what loading took and freed
         options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
         write_complete(run.config, options)  # first: from here on there is a run to go on with
@@ -208,7 +215,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             save_every=config.save_every,
             keep=config.keep_checkpoints,
             config=options,
-            about={"base": base, "data": digests.fingerprint},
+            about={"base": base, "data": digests.fingerprint, "evaluated_rows": len(evaluations.rows)},
             settled=_settled(config, plan, choice, dtype, device),
             last_step=None if resumed is None else resumed.step,
         )
@@ -217,8 +224,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             result = train_loop(
                 model,
                 data.train,
-                data.validation,
-                config,
+                evaluations.rows,
+                config.model_copy(update={"eval_every": evaluations.every}),
                 sampler=sampler,
                 total_steps=num_steps,
                 micro_batch_size=plan.micro_batch_size,

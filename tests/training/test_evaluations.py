@@ -1,0 +1,66 @@
+"""What a run evaluates: about a tenth of its tokens at most, the same rows each time, given flags as they were given."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.config import TrainConfig
+from nybble.data.examples import EncodedExample
+from nybble.training.evaluations import ALWAYS_AFFORDABLE, plan_evaluations
+
+
+def rows(count: int, name: str) -> list[EncodedExample]:
+    lengths = [20 + n % 7 for n in range(count)]
+    return [
+        EncodedExample(torch.zeros(n, dtype=torch.int32), torch.ones(n, dtype=torch.bool), f"{name}:{i}")
+        for i, n in enumerate(lengths)
+    ]
+
+
+def config(**options: Any) -> TrainConfig:
+    return TrainConfig(model="m", data="d", out="r", **options)
+
+
+TRAIN, HELD_OUT = rows(7000, "train"), rows(373, "held-out")
+
+
+def spent(found: Any, steps: int) -> float:
+    times = 1 + -(-steps // found.every)
+    mean = sum(map(len, TRAIN)) / len(TRAIN)
+    return times * sum(map(len, found.rows)) / (steps * 16 * mean)
+
+
+@pytest.mark.parametrize("steps", [12, 100, 437, 3000])
+def test_evaluations_take_about_a_tenth_of_the_tokens_at_most(steps: int) -> None:
+    found = plan_evaluations(config(), TRAIN, HELD_OUT, steps)
+    assert spent(found, steps) < 0.105
+    assert len(found.rows) >= ALWAYS_AFFORDABLE
+    assert (len(found.rows) < 373 or found.every > steps // 5) == bool(found.note)
+
+
+def test_where_there_is_room_all_rows_are_evaluated_five_times() -> None:
+    found = plan_evaluations(config(), TRAIN, HELD_OUT, 3000)
+    assert (found.rows, found.every, found.note) == (HELD_OUT, 600, "")
+
+
+def test_rows_are_drawn_by_the_seed_and_stand_in_their_order() -> None:
+    first, again = (plan_evaluations(config(), TRAIN, HELD_OUT, 12).rows for _ in range(2))
+    other = plan_evaluations(config(seed=1), TRAIN, HELD_OUT, 12).rows
+    numbers = [int(row.origin.split(":")[1]) for row in first]
+    assert [r.origin for r in first] == [r.origin for r in again] != [r.origin for r in other]
+    assert numbers == sorted(numbers)
+
+
+def test_what_is_given_stands() -> None:
+    assert plan_evaluations(config(eval_every=1), TRAIN, HELD_OUT, 12).every == 1
+    given = plan_evaluations(config(validation_rows=373, eval_every=2), TRAIN, HELD_OUT, 12)
+    assert (given.rows, given.every, given.note) == (HELD_OUT, 2, "")
+
+
+def test_a_run_that_goes_on_keeps_its_rows() -> None:
+    begun = plan_evaluations(config(), TRAIN, HELD_OUT, 12).rows
+    longer = plan_evaluations(config(eval_every=3), TRAIN, HELD_OUT, 3000, begun_with=len(begun)).rows
+    assert [row.origin for row in longer] == [row.origin for row in begun]
+    few = plan_evaluations(config(), TRAIN, HELD_OUT[:5], 12)
+    assert (few.rows, few.every) == (HELD_OUT[:5], 2)
