@@ -5,9 +5,6 @@ adapter, read by PEFT on the same weights. What is compared: the loss and the ad
 model's own forward on each row alone, and the logits with PEFT's.
 """
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nybble.data.examples import EncodedExample
-from nybble.errors import NybbleError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
-from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import adapter_config, write_adapter
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -125,9 +120,12 @@ def _compare_with_own(
     if not abs(loss - own_loss) <= tolerances[0] * max(1.0, abs(own_loss)):
         raise Wrong(f"loss {loss:.5f} for the model's {own_loss:.5f}")
     ours = torch.cat([p.grad.flatten() for p in parameters])
-    own = torch.cat([
-        torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(parameters, own_gradients, strict=True)
-    ])
+    own = torch.cat(
+        [
+            torch.zeros_like(p).flatten() if g is None else g.flatten()
+            for p, g in zip(parameters, own_gradients, strict=True)
+        ]
+    )
     error = float((ours - own).norm() / own.norm().clamp_min(1e-30))
     if not error <= tolerances[1]:
         raise Wrong(f"gradients differ by {error:.1%}")
@@ -165,5 +163,7 @@ def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         if isinstance(module, QuantizedLinear):
             weight = base.get_submodule(name.removesuffix(".base")).weight
             dense = module.dequantize(torch.float32)
-            weight.copy_(dense.T if type(base.get_submodule(name.removesuffix(".base"))).__name__ == "Conv1D" else dense)
+            weight.copy_(
+                dense.T if type(base.get_submodule(name.removesuffix(".base"))).__name__ == "Conv1D" else dense
+            )
     return base

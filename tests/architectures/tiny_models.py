@@ -30,12 +30,24 @@ RULES: list[tuple[str, int | None]] = [
     (r"(num|n)_.*experts$|^num_experts$|^n_experts$|^moe_num_experts$", 4),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|num_kv_shared_layers|num_nextn", 0),
     (r"(q_lora_rank|kv_lora_rank)", 16),
-    (r"(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|index_head_dim|.*head_dim$|d_kv$|attention_head_size|d_head$|kv_channels)", 16),
+    (
+        r"(qk_rope_head_dim|qk_nope_head_dim|v_head_dim|index_head_dim|.*head_dim$|d_kv$|attention_head_size|d_head$|kv_channels)",
+        16,
+    ),
     (r"(state_size|d_state|ssm_state_size|mamba_d_state)", 8),
-    (r"num_(key_value|kv|kv_attention)_heads|n_kv_heads?|num_key_value_groups|attention_kv_heads|linear_num_key_heads", 2),
+    (
+        r"num_(key_value|kv|kv_attention)_heads|n_kv_heads?|num_key_value_groups|attention_kv_heads|linear_num_key_heads",
+        2,
+    ),
     (r"num_.*heads$|n_heads?$|.*attention_heads$|linear_num_value_heads", 4),
-    (r"(intermediate_size|ffn_dim|n_inner|d_ff|inner_dim|feed_forward_proj_dim|ffn_hidden_size|conv_dim$|.*_ffn_dim)$", 96),
-    (r"(hidden_size|d_model|n_embd|embed_dim|embedding_size|lru_width|dim|width)$|word_embed_proj_dim|hidden_size_(per_layer_input|global)", 64),
+    (
+        r"(intermediate_size|ffn_dim|n_inner|d_ff|inner_dim|feed_forward_proj_dim|ffn_hidden_size|conv_dim$|.*_ffn_dim)$",
+        96,
+    ),
+    (
+        r"(hidden_size|d_model|n_embd|embed_dim|embedding_size|lru_width|dim|width)$|word_embed_proj_dim|hidden_size_(per_layer_input|global)",
+        64,
+    ),
     (r"(num_.*layers|n_layers?|num_layers|.*_layers|depth)$", 2),
 ]
 
@@ -56,7 +68,9 @@ def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
         if isinstance(inner, PretrainedConfig):
             values[name] = _shrunk(inner)
         elif name == "per_layer_config":
-            values[name] = {kept.index(int(layer)): _small_all(own) for layer, own in value.items() if int(layer) in kept}
+            values[name] = {
+                kept.index(int(layer)): _small_all(own) for layer, own in value.items() if int(layer) in kept
+            }
         elif name == "head_dim" and value is None:
             values[name] = 16
         elif isinstance(value, list) and len(value) == count:

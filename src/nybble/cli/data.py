@@ -26,11 +26,14 @@ def check(
     from nybble.data.show import render_audit, render_example
     from nybble.data.template import open_template
     from nybble.models.source import open_source
+    from nybble.training.context import note_context, within_context
     from nybble.training.session import prepare_data
 
     source = open_source(config.model, config.tokenizer)
+    config = within_context(config, source.config)
     template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size, source)
+    data = note_context(data, config, source.config)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:

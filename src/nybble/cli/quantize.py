@@ -84,13 +84,14 @@ def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console
 
     from nybble.data.calibration_text import calibration_text, read_calibration_file
     from nybble.data.template import ChatTemplate
+    from nybble.layers.context import context_length
     from nybble.layers.precision import resolve_compute_dtype
     from nybble.models.save import CalibrationInput
 
     template = ChatTemplate(source.load_tokenizer())
     num_tokens = config.calibration_tokens
     own = [] if config.calibrate is None else read_calibration_file(config.calibrate, template, num_tokens=num_tokens)
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(source.config)
     name = config.calibrate or "general text"
     text = calibration_text(own, name, template, num_tokens=num_tokens, context=context)
     console.print(f"calibrating on {text.description}", highlight=False)

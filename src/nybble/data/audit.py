@@ -178,6 +178,11 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "rows longer than max_seq_len lost their end",
         "raise --max-seq-len to train on all of them",
     ),
+    "beyond-context": (
+        "warning",
+        "rows are longer than the context that the model was made for, where it computes less well",
+        "lower --max-seq-len to that context, unless the model is meant to learn longer ones",
+    ),
     "template-rewrites-history": (
         "warning",
         "the chat template words earlier answers differently once a conversation goes on; rows were split",

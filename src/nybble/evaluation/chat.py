@@ -9,8 +9,9 @@ from rich.console import Console
 from nybble.config import ChatConfig
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
-from nybble.evaluation.generate import Sampling, context_length, generate
+from nybble.evaluation.generate import Sampling, generate
 from nybble.evaluation.load_run import LoadedModel, load_plain, load_run
+from nybble.layers.context import context_length
 from nybble.layers.convert import adapters_of, enable_adapters
 
 HELP = (
@@ -117,7 +118,7 @@ def answer(
         on_token=lambda _, token: console.out(pieces.add(token), end="", highlight=False),
     )
     console.out(pieces.rest(), highlight=False)
-    if len(prompt) + len(pieces.ids) == context_length(loaded.model):
+    if len(prompt) + len(pieces.ids) == context_length(loaded.model.config):
         console.print("The answer ends where the model's context does.", highlight=False)
 
 

@@ -31,6 +31,7 @@ from nybble.models.load import load_model
 from nybble.models.save import CalibrationInput, Quality, quantize_folder
 from nybble.models.source import open_source
 from nybble.training.base import run_calibration_text
+from nybble.training.context import within_context
 from nybble.training.session import field_names, prepare_data
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
+    config = within_context(config, source.config)
     template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     data.audit.check()

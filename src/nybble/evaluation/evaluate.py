@@ -20,7 +20,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.general_text import read_general_text
 from nybble.errors import RunError
 from nybble.evaluation.divergence import Distributions, text_logits
-from nybble.evaluation.generate import context_length, generate
+from nybble.evaluation.generate import generate
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.held_out import held_out_rows
 from nybble.evaluation.html_report import write_html
@@ -37,6 +37,7 @@ from nybble.evaluation.scores import (
 )
 from nybble.formats.disk import disk_errors
 from nybble.layers.backbone import choose_backbone
+from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
 from nybble.layers.loss_head import LossHead
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -228,7 +229,7 @@ class _Asked:
         """Greedy answers to the first rows, in batches; up to twice as long as the longest reference."""
         rows, answers = self.rows[: self.num_answers], []
         limit = min(MAX_ANSWER_TOKENS, 2 * max((len(row.answer_ids) for row in rows), default=1))
-        context = context_length(model) or math.inf
+        context = context_length(model.config) or math.inf
         for start in range(0, len(rows), ANSWER_BATCH):
             prompts = [row.prompt_ids for row in rows[start : start + ANSWER_BATCH]]
             open_prompts = [prompt for prompt in prompts if 0 < len(prompt) < context]
@@ -239,12 +240,12 @@ class _Asked:
 
 
 def general_windows(opened: OpenRun) -> list[list[int]]:
-    """General text in windows of at most GENERAL_WINDOW tokens, each from one text."""
-    windows = []
+    """General text in windows of at most GENERAL_WINDOW tokens, and of the model's context, each from one text."""
+    windows, size = [], min(GENERAL_WINDOW, context_length(opened.source.config) or GENERAL_WINDOW)
     for text in read_general_text(GENERAL_WINDOW * GENERAL_WINDOWS * CHARACTERS_PER_TOKEN):
         ids = opened.template.encoder.encode(text)
-        windows += [ids[start : start + GENERAL_WINDOW] for start in range(0, len(ids), GENERAL_WINDOW)]
-    return [window for window in windows if len(window) > GENERAL_WINDOW // 2][:GENERAL_WINDOWS]
+        windows += [ids[start : start + size] for start in range(0, len(ids), size)]
+    return [window for window in windows if len(window) > size // 2][:GENERAL_WINDOWS]
 
 
 def show_table(console: Console, evaluation: Evaluation) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nybble.errors import ConfigError, DataError
 from nybble.layers.backbone import why_not_forward
+from nybble.layers.context import context_length
 from nybble.layers.decoding import CachedDecoder
 
 if TYPE_CHECKING:
@@ -101,13 +102,8 @@ def generate(
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or _ignore)
 
 
-def context_length(model: "PreTrainedModel") -> int | None:
-    """Tokens that the model was made for, prompt and answer together; None where its config does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-
 def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
-    context = context_length(model) or sys.maxsize
+    context = context_length(model.config) or sys.maxsize
     if not 0 < len(prompt) < context:
         raise DataError(
             f"The prompt has {len(prompt)} tokens.",

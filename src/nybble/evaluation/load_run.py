@@ -20,6 +20,7 @@ from nybble.models.interface import ModelSource
 from nybble.models.load import load_model
 from nybble.models.source import open_source
 from nybble.training.base import kept_base
+from nybble.training.context import within_context
 from nybble.training.run_folder import RunFolder
 from nybble.training.session import base_specs, load_base
 
@@ -66,6 +67,7 @@ def open_run(path: Path) -> OpenRun:
         )
     config = load_config(run.config, {})
     source = open_source(config.model, config.tokenizer)
+    config = within_context(config, source.config)
     _check_base(run, source)
     template = open_template(config, source.load_tokenizer(), run.chat_template)
     return OpenRun(run, config, source, kept_base(run) or source, template)

@@ -11,7 +11,8 @@ from rich.text import Text
 
 from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
-from nybble.evaluation.generate import context_length, generate
+from nybble.evaluation.generate import generate
+from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def compare_answers(
 
     Rows without a prompt, or whose prompt fills the model's context, are left out.
     """
-    context = context_length(model) or sys.maxsize
+    context = context_length(model.config) or sys.maxsize
     rows = [row for row in rows if 0 < len(row.prompt_ids) < context]
     decode = template.tokenizer.decode
     prompts = [row.prompt_ids for row in rows]

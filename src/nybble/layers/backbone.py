@@ -98,7 +98,7 @@ class GenericBackbone:
         self._trims = checkpointing and kept is None and next(model.parameters()).device.type == "cpu"
         if store is not None:
             attach_store(model, store)
-        if checkpointing:
+        if checkpointing and model.supports_gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         self.packing = packing and keeps_documents_apart(model)
         padded = "" if self.packing or not packing else "; rows are padded, since its attention mixes packed ones"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nybble.layers.loss_head import PANEL_ROWS
 from nybble.layers.streamed import embed_rows
+from nybble.layers.weight_reads import weights_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,17 +55,16 @@ def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> 
 
     Returns:
         names of their weights, which may now stay in 16 bits; none where an end is neither an embedding nor an
-        `nn.Linear`, since what such a module does with its weight is not known.
+        `nn.Linear`, or its weight is read elsewhere: there the model's own code would meet two dtypes.
     """
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    if not all(isinstance(end, nn.Embedding) or type(end) is nn.Linear for end in ends):
+    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    ends = {name: module for name, module in model.named_modules() if any(module is end for end in whole)}
+    known = all(isinstance(end, nn.Embedding) or type(end) is nn.Linear for end in ends.values())
+    if not known or ends.keys() & weights_read(model).keys():
         return set()
-    kept = set()
-    for name, module in list(model.named_modules()):
-        if any(module is end for end in ends):
-            model.set_submodule(name, _cast(module, compute_dtype))
-            kept.add(f"{name}.weight")
-    return kept
+    for name, end in ends.items():
+        model.set_submodule(name, _cast(end, compute_dtype))
+    return {f"{name}.weight" for name in ends}
 
 
 def _cast(end: nn.Module, compute_dtype: torch.dtype) -> nn.Module:

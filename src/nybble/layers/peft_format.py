@@ -82,9 +82,9 @@ def adapter_config(model: nn.Module, base_name: str, *, alpha: float, rslora: bo
 
 
 def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Leaf names where they match exactly the adapted layers, else the full names."""
+    """Leaf names where, among all modules, they match exactly the adapted layers, else the full names."""
     leaves = sorted({name.rpartition(".")[2] for name in names})
-    same_leaf = [name for name in _adaptable(model) if name.rpartition(".")[2] in leaves]
+    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
     return leaves if sorted(same_leaf) == sorted(names) else sorted(names)
 
 

@@ -98,11 +98,11 @@ def _is_about_self(test: ast.expr) -> bool:
     allowed = ast.Attribute | ast.Constant | ast.BoolOp | ast.UnaryOp | ast.Compare | ast.Name | ast.operator
     quiet = ast.boolop | ast.unaryop | ast.cmpop | ast.expr_context
     nodes = list(ast.walk(test))
-    return all(isinstance(n, allowed | quiet) and (not isinstance(n, ast.Name) or n.id == "self") for n in nodes) and not (
-        any(isinstance(n, ast.Attribute) and n.attr == "training" for n in nodes)
-    )
+    return all(
+        isinstance(n, allowed | quiet) and (not isinstance(n, ast.Name) or n.id == "self") for n in nodes
+    ) and not (any(isinstance(n, ast.Attribute) and n.attr == "training" for n in nodes))
 
 
 def _holds(test: str, module: nn.Module) -> bool:
     """A condition of `_is_about_self`: names, comparisons and constants, nothing is called."""
-    return bool(eval(test, {"__builtins__": {}}, {"self": module}))  # noqa: S307
+    return bool(eval(test, {"__builtins__": {}}, {"self": module}))

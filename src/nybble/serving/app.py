@@ -24,7 +24,7 @@ from starlette.routing import Route
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
 from nybble.evaluation.chat import TextPieces
-from nybble.evaluation.generate import context_length
+from nybble.layers.context import context_length
 from nybble.serving.engine import Engine, QueueFull, ServedModel, as_error
 from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse
 
@@ -102,7 +102,7 @@ class Api:
 
     def _limit(self, served: ServedModel, prompt: Sequence[int]) -> int:
         """Most tokens that an answer to the prompt may have."""
-        context = context_length(served.model)
+        context = context_length(served.model.config)
         room = self.max_new_tokens if context is None else min(self.max_new_tokens, context - len(prompt))
         if not prompt or room < 1:
             raise RequestError(

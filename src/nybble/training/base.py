@@ -26,6 +26,7 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import PlanError
 from nybble.formats.manifest import verify_manifest
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.layers.context import context_length
 from nybble.memory.calibration_costs import calibration_bytes, calibration_products, training_products
 from nybble.memory.costs import ModelShape
 from nybble.memory.measure import anonymous_bytes, available_bytes
@@ -170,7 +171,7 @@ def run_calibration_text(
         own, name = read_calibration_file(config.calibrate, template, fields, validation), config.calibrate
     else:
         own, name = [row.input_ids for row in train], "the training rows"
-    context = getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(source.config)
     return calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context, seed=seed)
 
 

@@ -55,6 +55,7 @@ from nybble.training.base import (
     without_calibration,
 )
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
+from nybble.training.context import note_context, within_context
 from nybble.training.continued import check_base_of, open_adapter, take_options
 from nybble.training.deal import dealer, total_steps
 from nybble.training.display import Display
@@ -119,6 +120,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     dtype = resolve_compute_dtype(config.compute_dtype, device)
 
     source = open_source(config.model, config.tokenizer)
+    config = within_context(config, source.config)
     if config.init != "default":
         check_initialisable(source, config.format != "none")
     started_from = None
@@ -131,6 +133,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     same = resumed is not None and "config" not in config.allow_change
     template = open_template(config, source.load_tokenizer(), run.chat_template if same else None)
     data = prepare_data(config, template, source.config.get_text_config().vocab_size, source)
+    data = note_context(data, config, source.config)
     show_found(console, source, data)
     data.audit.check()
     base, digests = source.fingerprint(), DataDigests.of(data)

@@ -1,0 +1,40 @@
+"""Which models end where their context ends, asked of tiny ones of several kinds."""
+
+import pytest
+from transformers import AutoConfig
+
+from nybble.config import DataConfig
+from nybble.errors import ConfigError
+from nybble.layers.context import context_length, fixed_context
+from nybble.models.skeleton import build_skeleton
+from nybble.training.context import within_context
+
+SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+GPT = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2}
+CONFIGS = {
+    "gpt2": (GPT | {"n_positions": 48}, 48),
+    "gptj": (GPT | {"n_positions": 48, "rotary_dim": 8}, 48),  # rotary, from a table
+    "opt": (SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 48}, 48),
+    "mpt": ({"vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 48}, 48),
+    "llama": (SIZES | {"intermediate_size": 32, "max_position_embeddings": 48}, None),
+    "bloom": ({"vocab_size": 300, "hidden_size": 32, "n_layer": 1, "n_head": 2}, None),
+    "mamba": ({"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}, None),
+}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_positions_that_end(model_type: str) -> None:
+    values, fixed = CONFIGS[model_type]
+    config = AutoConfig.for_model(model_type, **values)
+    assert fixed_context(build_skeleton(config), config) == fixed
+    assert context_length(config) == (None if model_type in ("bloom", "mamba") else 48)
+
+
+def test_the_default_length_is_lowered_and_another_is_refused() -> None:
+    learned = AutoConfig.for_model("gpt2", **CONFIGS["gpt2"][0])
+    rotary = AutoConfig.for_model("llama", **CONFIGS["llama"][0])
+    default, asked = DataConfig(model="m", data="d"), DataConfig(model="m", data="d", max_seq_len=512)
+    assert within_context(default, learned).max_seq_len == 48
+    assert within_context(default, rotary) is default and within_context(asked, rotary) is asked
+    with pytest.raises(ConfigError, match="positions for 48 tokens"):
+        within_context(asked, learned)
