@@ -1,4 +1,4 @@
-"""A tiny random causal language model of any `model_type` that transformers knows: its default config, made small by rule."""
+"""A tiny random causal language model of any `model_type` of transformers: its default config, made small by rule."""
 
 import re
 from typing import Any
@@ -87,8 +87,8 @@ def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
 def _kept_layers(values: dict[str, Any], count: int) -> list[int]:
     """One layer of each kind, at least two and four at most."""
     kinds = [value for value in values.values() if isinstance(value, list) and len(value) == count]
-    seen = list(dict.fromkeys(zip(*map(str_all, kinds), strict=True))) if kinds else []
-    of_layer = list(zip(*map(str_all, kinds), strict=True))
+    seen = list(dict.fromkeys(zip(*map(_texts, kinds), strict=True))) if kinds else []
+    of_layer = list(zip(*map(_texts, kinds), strict=True))
     first = [of_layer.index(kind) for kind in seen][:4]
     return sorted(set(first) | {0, 1}) if len(first) < 2 else first
 
@@ -97,7 +97,7 @@ def _small_all(values: dict[str, Any]) -> dict[str, Any]:
     return {name: _small(name, value) for name, value in values.items()}
 
 
-def str_all(values: list[Any]) -> list[str]:
+def _texts(values: list[Any]) -> list[str]:
     return [str(value) for value in values]
 
 

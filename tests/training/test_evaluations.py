@@ -1,4 +1,4 @@
-"""What a run evaluates: about a tenth of its tokens at most, the same rows each time, given flags as they were given."""
+"""What a run evaluates: a tenth of its tokens at most, the same rows each time, given flags as they were given."""
 
 from typing import Any
 

@@ -98,9 +98,9 @@ def _is_about_self(test: ast.expr) -> bool:
     allowed = ast.Attribute | ast.Constant | ast.BoolOp | ast.UnaryOp | ast.Compare | ast.Name | ast.operator
     quiet = ast.boolop | ast.unaryop | ast.cmpop | ast.expr_context
     nodes = list(ast.walk(test))
-    return all(
-        isinstance(n, allowed | quiet) and (not isinstance(n, ast.Name) or n.id == "self") for n in nodes
-    ) and not (any(isinstance(n, ast.Attribute) and n.attr == "training" for n in nodes))
+    names = {n.id for n in nodes if isinstance(n, ast.Name)}
+    changing = any(isinstance(n, ast.Attribute) and n.attr == "training" for n in nodes)
+    return names == {"self"} and not changing and all(isinstance(n, allowed | quiet) for n in nodes)
 
 
 def _holds(test: str, module: nn.Module) -> bool:

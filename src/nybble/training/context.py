@@ -1,4 +1,4 @@
-"""Rows and the model's context: never longer than what it can compute, and said where longer than what it was made for."""
+"""Rows and the context: never longer than what the model computes, and said where longer than it was made for."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar

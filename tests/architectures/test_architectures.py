@@ -1,0 +1,96 @@
+"""Every causal architecture of transformers: trained as the model is, or refused in words.
+
+docs/architectures.md says what became of each. `python tests/architectures/test_architectures.py` writes it anew, and
+with names of types behind it only their lines.
+"""
+
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from smoke import DTYPES, Wrong, train_in
+from tiny_models import all_types, tiny_model
+from transformers import logging
+
+from nybble.errors import NybbleError
+
+PROJECT = Path(__file__).parents[2]
+TABLE = PROJECT / "docs" / "architectures.md"
+SAMPLE = ("llama", "gemma3_text", "mamba")
+HEAD = "| model_type | path | rows | fp32 | bf16 | in PEFT |\n|---|---|---|---|---|---|\n"
+BAD = ("crash", "wrong")
+
+
+def outcome(model_type: str) -> list[str]:
+    """Path, rows, what became of it in each dtype, and in PEFT: the cells of a line of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tiny_model(model_type).save_pretrained(folder, save_original_format=False)
+        except Exception as error:  # whatever a class of transformers raises for its own default config
+            return ["", "", f"cannot be built small: {_words(error)}", "", ""]
+        path, rows, peft, said = "", "", "", []
+        for name, dtype in DTYPES.items():
+            out = Path(folder) / name
+            out.mkdir()
+            try:
+                trained = train_in(Path(folder), dtype, out)
+            except NybbleError as error:
+                said.append(f"refused: {_words(error)}".replace(folder, "it"))
+            except Wrong as error:
+                said.append(f"wrong: {error}")
+            except Exception as error:  # the table shows it, and the test fails on it
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                said.append(f"crash: {type(error).__name__}: {_words(error)} ({Path(last.filename).name})")
+            else:
+                path, rows, peft = trained.path, trained.rows, trained.peft
+                said.append("trains")
+        return [path, rows, *said, peft]
+
+
+def _words(error: Exception) -> str:
+    first = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+    return first.strip().replace("|", "/")[:140]
+
+
+def table() -> dict[str, list[str]]:
+    """The committed table: model type -> cells."""
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    return {name.strip("`"): rest for name, *rest in cells}
+
+
+def write_table(found: dict[str, list[str]]) -> None:
+    before = TABLE.read_text(encoding="utf-8").partition("| model_type")[0]
+    lines = [f"| `{name}` | {' | '.join(cells)} |\n" for name, cells in sorted(found.items())]
+    TABLE.write_text(before + HEAD + "".join(lines), encoding="utf-8")
+
+
+def test_the_table_has_every_type_and_nothing_bad() -> None:
+    assert sorted(table()) == all_types(), "run: python tests/architectures/test_architectures.py"
+
+
+@pytest.mark.parametrize("model_type", SAMPLE)
+def test_a_sample_trains_as_the_model_is(model_type: str) -> None:
+    assert outcome(model_type)[2:4] == ["trains", "trains"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", all_types())
+def test_every_type_is_as_the_table_says(model_type: str) -> None:
+    found = outcome(model_type)
+    assert not any(cell.startswith(BAD) for cell in found), found
+    assert found == table()[model_type]
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for each in sys.argv[1:] or all_types():
+        lines = outcome(each)
+        print(each, *lines, sep=" | ", flush=True)
+        write_table((table() if TABLE.exists() else {}) | {each: lines})
