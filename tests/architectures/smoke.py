@@ -77,7 +77,8 @@ def rows_for(model: PreTrainedModel) -> list[EncodedExample]:
 
 
 def _train(model: PreTrainedModel, dtype: torch.dtype, packing: bool) -> tuple[str, bool]:
-    backbone, head = choose_backbone(model, keep="nothing", packing=packing), LossHead.of(model)
+    backbone = choose_backbone(model, keep="nothing", packing=packing)
+    head = getattr(backbone, "head", None) or LossHead.of(model)
     rows = rows_for(model)
     num_supervised = sum(row.supervised_tokens for row in rows)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -161,11 +162,14 @@ def _compare_with_peft(model: PreTrainedModel, folder: Path, adapter: Path, dtyp
 
 @torch.no_grad()
 def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in transformers, fp32, with the weights that the four bits stand for and ends rounded to 16 bits."""
+    """The model in transformers, fp32, with the weights that the four bits stand for and the ends that ours has."""
     base = type(model).from_pretrained(folder, dtype=torch.float32)
-    ends = {id(end): end for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end is not None}
-    for end in ends.values():
-        end.weight.copy_(end.weight.bfloat16().float())
+    for theirs, ours in (
+        (base.get_input_embeddings(), model.get_input_embeddings()),
+        (base.get_output_embeddings(), model.get_output_embeddings()),
+    ):
+        if theirs is not None:
+            theirs.weight.copy_(ours.weight)
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             linear, dense = base.get_submodule(name.removesuffix(".base")), module.dequantize(torch.float32)
