@@ -1,10 +1,13 @@
 """What a run evaluates: a tenth of its tokens at most, the same rows each time, given flags as they were given."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from nybble.cli.main import app
 from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.training.evaluations import ALWAYS_AFFORDABLE, plan_evaluations
@@ -64,3 +67,12 @@ def test_a_run_that_goes_on_keeps_its_rows() -> None:
     assert [row.origin for row in longer] == [row.origin for row in begun]
     few = plan_evaluations(config(), TRAIN, HELD_OUT[:5], 12)
     assert (few.rows, few.every) == (HELD_OUT[:5], 2)
+
+
+def test_runs_without_held_out_rows_end_well(tiny_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "one.jsonl"
+    data.write_text('{"prompt": "What is 2 plus 2?", "completion": "It is 4."}\n')
+    command = ["train", "--model", str(tiny_model), "--data", str(data), "--out", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, [*command, "--max-steps", "2", "--memory", "8GB"], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "no row is held out" in result.output and "nybble eval" not in result.output
