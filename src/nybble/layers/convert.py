@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ def is_linear(module: nn.Module) -> bool:
         return True
     if not isinstance(module, nn.Linear):
         return False
-    return type(module).forward is nn.Linear.forward or _multiplies(type(module))
+    own_class: Any = type(module)
+    return own_class.forward is nn.Linear.forward or _multiplies(own_class)
 
 
 @functools.cache

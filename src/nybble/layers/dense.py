@@ -6,7 +6,7 @@ products would double what they take, so the few rows that are needed are widene
 
 import copy
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +67,11 @@ def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> 
     return {f"{name}.weight" for name in ends}
 
 
-def _cast(end: nn.Module, compute_dtype: torch.dtype) -> nn.Module:
+def _cast(end: nn.Module, compute_dtype: torch.dtype) -> Any:
     if isinstance(end, nn.Embedding):
-        embedding = copy.copy(end)
-        embedding.__class__ = _casting(type(end))
+        own_class: Any = type(end)
+        embedding: Any = copy.copy(end)
+        embedding.__class__ = _casting(own_class)
         embedding.compute_dtype = compute_dtype
         return embedding
     assert isinstance(end, nn.Linear)

@@ -12,6 +12,7 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -40,7 +41,8 @@ def weights_read(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner, module in model.named_modules():
         prefix = f"{owner}." if owner else ""
-        for read in reads_of(type(module)):
+        own_class: Any = type(module)
+        for read in reads_of(own_class):
             if not all(_holds(test, module) is holds for test, holds in read.conditions):
                 continue
             if read.below:
