@@ -30,7 +30,7 @@ from nybble.kernels import cpu
 from nybble.layers.backbone import Backbone, choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.decoder_block import Keep
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import loss_head
 from nybble.models.load import load_model
 from nybble.models.skeleton import build_skeleton
 from nybble.training.loop import supervised_states
@@ -94,7 +94,7 @@ class Step:
     """What `train_loop` does between collating a batch and reporting the step."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.head = model, LossHead.of(model)
+        self.model, self.head = model, loss_head(model)
         self.optimizer = AdamW(
             [p for p in model.parameters() if p.requires_grad], beta1=0.9, beta2=0.999, weight_decay=0.0
         )

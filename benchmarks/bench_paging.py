@@ -24,7 +24,7 @@ from torch import nn
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import BlockBackbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.costs import ModelShape, end_bytes
 from nybble.memory.offload import ActivationFile
@@ -48,7 +48,7 @@ def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: Activat
     ends = streamed and end_bytes(ModelShape.of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
     model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
-    backbone, head = BlockBackbone(model, "nothing", store, kept), LossHead.of(model)
+    backbone, head = BlockBackbone(model, "nothing", store, kept), loss_head(model)
     ids, places = torch.arange(tokens).remainder(250)[None] + 3, torch.arange(tokens)
     borders = torch.tensor([0, tokens], dtype=torch.int32)
 

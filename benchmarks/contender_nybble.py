@@ -27,7 +27,7 @@ from nybble.evaluation.generate import generate
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import Backbone, choose_backbone
 from nybble.layers.convert import adapters_of
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import loss_head
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.models.load import load_model
@@ -118,7 +118,7 @@ def first_step(backbone: Backbone, rows: list[EncodedExample], gradients: str | 
         return {}
     backbone.model.train()
     batch = collate(rows, backbone.packing)
-    loss = LossHead.of(backbone.model).loss(*supervised_states(backbone, batch), batch.supervised_tokens)
+    loss = loss_head(backbone.model).loss(*supervised_states(backbone, batch), batch.supervised_tokens)
     loss.backward()
     adapters = adapters_of(backbone.model)
     save_file({name: adapter.lora_B.grad for name, adapter in adapters.items()}, gradients)

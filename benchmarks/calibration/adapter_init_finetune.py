@@ -22,7 +22,7 @@ from nybble.data.template import ChatTemplate
 from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.models.adapter_init import initialise_adapters
 from nybble.models.load import load_model
@@ -34,7 +34,7 @@ MAX_GRAD_NORM = 0.3
 
 
 def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, float]:
-    backbone, head = choose_backbone(model, keep="everything", packing=True), LossHead.of(model)
+    backbone, head = choose_backbone(model, keep="everything", packing=True), loss_head(model)
     validation = data.validation[: options.validation_rows]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(parameters, beta1=0.9, beta2=0.999, weight_decay=0.0)

@@ -24,7 +24,7 @@ from nybble.data.template import ChatTemplate
 from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import quantizable_linears, replace_linears
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.models.calibrate import BlockCalibrator
 from nybble.models.gguf_source import DitheredSource, GgufSource
@@ -92,12 +92,12 @@ class Exact:
     """The 16-bit model's states over some windows, and how far other models lie from them."""
 
     def __init__(self, model: Any, windows: Tensor):
-        self.windows, self.head = windows, LossHead.of(model)
+        self.windows, self.head = windows, loss_head(model)
         self.states = [states.clone() for states in self._states(model)]
 
     def compare(self, model: Any) -> tuple[float, float]:
         """Mean KL(16-bit | model) and loss of the model, nats a token."""
-        kl, loss, head = [], [], LossHead.of(model)
+        kl, loss, head = [], [], loss_head(model)
         for states, exact, window in zip(self._states(model), self.states, self.windows, strict=True):
             p, q = (h.logits(x).float().log_softmax(1) for h, x in ((self.head, exact), (head, states)))
             kl.append((p.exp() * (p - q)).sum(1).mean())

@@ -22,7 +22,6 @@ from nybble.layers.backbone import BlockBackbone, choose_backbone, why_not_forwa
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, quantizable_linears, resolve_targets
 from nybble.layers.decoding import CachedDecoder
 from nybble.layers.lora import LoraLinear
-from nybble.layers.loss_head import LossHead
 from nybble.layers.quantized_linear import QuantizedLinear
 
 VOCABULARY = 101
@@ -229,7 +228,7 @@ def adapter_gradients(model: nn.Module) -> list[torch.Tensor]:
     backbone = choose_backbone(model, keep="nothing", packing=True)
     assert isinstance(backbone, BlockBackbone)
     states = backbone.states(ids, positions, torch.arange(ids.shape[1] - 1), borders)
-    LossHead.of(model).loss(states, ids[0, 1:], ids.shape[1]).backward()
+    backbone.head.loss(states, ids[0, 1:], ids.shape[1]).backward()
     return [parameter.grad.clone() for parameter in trained(model)]
 
 

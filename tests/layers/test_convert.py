@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import ops
-from nybble.layers.backbone import decoder_states, keeps_documents_apart
+from nybble.layers.backbone import choose_backbone, decoder_states
 from nybble.layers.convert import (
     adapters_of,
     attach_adapters,
@@ -169,16 +169,15 @@ def test_packed_documents_give_the_states_that_each_gives_alone(family):
     positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])[None]
     packed = decoder_states(model, torch.cat(documents, dim=1), positions)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
-    assert keeps_documents_apart(model)
+    assert choose_backbone(model, keep="nothing", packing=True).verdict.layout == "packed"
 
 
 def test_a_model_that_mixes_packed_documents_is_noticed():
-    model = dense_model("llama")
-    model.config._attn_implementation = "eager"
-    original = model.model.forward
+    model = dense_model("gpt2")
+    original = model.transformer.forward
 
-    def forget_positions(input_ids, position_ids, **kwargs):  # a model that numbers every row from 0
+    def forget_positions(input_ids, position_ids=None, **kwargs):  # a model that numbers every row from 0
         return original(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
 
-    model.model.forward = forget_positions
-    assert not keeps_documents_apart(model)
+    model.transformer.forward = forget_positions
+    assert choose_backbone(model, keep="nothing", packing=True).verdict.layout == "padded"

@@ -16,9 +16,8 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import ops
-from nybble.layers.backbone import BlockBackbone, GenericBackbone, choose_backbone
+from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict, choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
-from nybble.layers.loss_head import LossHead
 from nybble.training.loop import forward_backward
 from nybble.training.optimizer import AdamW
 
@@ -118,7 +117,7 @@ def exact_twin(model: nn.Module) -> nn.Module:
 
 
 def generic(model: nn.Module) -> GenericBackbone:
-    return GenericBackbone(model, checkpointing=False, packing=True, why="test")
+    return GenericBackbone(model, checkpointing=False, verdict=Verdict("generic", "packed"))
 
 
 @functools.cache  # backends and what is kept share it
@@ -177,7 +176,7 @@ def test_packed_loss_and_gradients_equal_unpacked_ones(kernels, name):
             batch["positions"][inside] - start,
             torch.tensor([0, length], dtype=torch.int32),
         )
-        part = LossHead.of(model).loss(states, targets[inside], len(targets))
+        part = backbone.head.loss(states, targets[inside], len(targets))
         part.backward()
         total, start = total + part.item(), start + length
     assert total == pytest.approx(loss, rel=1e-5)

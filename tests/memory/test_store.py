@@ -14,9 +14,8 @@ from nybble.config import load_config
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers import loss_head
-from nybble.layers.backbone import BlockBackbone, GenericBackbone
+from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
-from nybble.layers.loss_head import LossHead
 from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
 from nybble.models.load import load_model
@@ -52,10 +51,12 @@ def gradients(
     if generic:
         model.train()
         checkpointing = keep == "nothing"
-        backbone = GenericBackbone(model, checkpointing=checkpointing, packing=True, why="", store=store, kept=kept)
+        backbone = GenericBackbone(
+            model, checkpointing=checkpointing, verdict=Verdict("generic", "packed"), store=store, kept=kept
+        )
     else:
         backbone = BlockBackbone(model, keep, store, kept)
-    head = LossHead.of(model)
+    head = backbone.head
     ids = torch.arange(TOKENS, device=device).remainder(250)[None] + 3
     positions, borders = torch.arange(TOKENS, device=device)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
     losses = []

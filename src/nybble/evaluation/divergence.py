@@ -13,7 +13,7 @@ from torch import Tensor
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack
 from nybble.layers.backbone import Backbone
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import Head
 
 TOP = 256
 TINY = 1e-12  # a probability of zero is not divided by
@@ -43,9 +43,9 @@ class Distributions:
 
 
 @torch.no_grad()
-def text_logits(backbone: Backbone, head: LossHead, ids: Sequence[int], positions: Tensor) -> Tensor:
+def text_logits(backbone: Backbone, head: Head, ids: Sequence[int], positions: Tensor) -> Tensor:
     """Logits after the tokens at `positions` of one text, fp32 `(N, vocabulary)` on the CPU."""
-    device = head.weight.device
+    device = head.device
     row = EncodedExample(torch.tensor(ids, dtype=torch.int32), torch.ones(len(ids), dtype=torch.bool), "text")
     batch = pack([row]).to(device)
     states = backbone.states(batch.input_ids, batch.position_ids, positions.to(device), batch.cu_seqlens)

@@ -39,7 +39,6 @@ from nybble.formats.disk import disk_errors
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
-from nybble.layers.loss_head import LossHead
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.models.load import load_model
 
@@ -211,16 +210,16 @@ class _Asked:
 
     def ask(self, model: "PreTrainedModel", kept: list[Distributions], first: bool) -> Arm:
         """One model's answers; `kept` are the 16-bit base's distributions, filled when it is asked, first."""
-        backbone, head = choose_backbone(model, keep="nothing", packing=True), LossHead.of(model)
+        backbone = choose_backbone(model, keep="nothing", packing=True)
         divergences = []
         for index, window in enumerate(self.windows):
-            log_p = text_logits(backbone, head, window, torch.arange(len(window))).log_softmax(dim=-1)
+            log_p = text_logits(backbone, backbone.head, window, torch.arange(len(window))).log_softmax(dim=-1)
             if first:
                 kept.append(Distributions.of(log_p))
             else:
                 divergences.append(kept[index].kl(log_p).mean().item())
         return Arm(
-            row_losses(backbone, head, self.rows, MICRO_BATCH),
+            row_losses(backbone, backbone.head, self.rows, MICRO_BATCH),
             float(np.mean(divergences)) if divergences else 0.0,
             self._answers(model),
         )

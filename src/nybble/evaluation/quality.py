@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nybble.layers.backbone import Backbone, choose_backbone
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import Head, loss_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,12 +59,12 @@ class Comparison:
 
     def __init__(self, base: "PreTrainedModel", documents: Sequence[Tensor]):
         self.documents = documents
-        self._head = LossHead.of(base)
+        self._head = loss_head(base)
         self._states = [states.clone() for states in _states(base, documents)]
 
     def compare(self, arm: "PreTrainedModel", seed: int = 0) -> Quality:
         """Measure one arm; `seed` draws the bootstrap."""
-        head = LossHead.of(arm)
+        head = loss_head(arm)
         kl, difference, losses, agree, lengths = [], [], [], [], []
         for tokens, exact, states in zip(self.documents, self._states, _states(arm, self.documents), strict=True):
             targets = tokens[1:]
@@ -105,7 +105,7 @@ def bootstrap_interval(values: Tensor, lengths: Sequence[int], seed: int) -> tup
 
 
 @torch.no_grad()
-def _log_probabilities(head: LossHead, states: Tensor) -> Tensor:
+def _log_probabilities(head: Head, states: Tensor) -> Tensor:
     """(positions, hidden) -> fp32 (positions, vocabulary)"""
     return torch.log_softmax(head.logits(states).float(), dim=-1)
 

@@ -16,7 +16,6 @@ from nybble.export.merged_source import MergedSource
 from nybble.export.rounding import load_rounded, rounding_input
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, enable_adapters
-from nybble.layers.loss_head import LossHead
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.models.load import load_model
 from nybble.training.loop import held_out_loss
@@ -49,7 +48,7 @@ def compare_merges(config: MergeConfig, console: Console) -> int:
     for name, load in arms.items():
         model = load()
         backbone = choose_backbone(model, keep="nothing", packing=True)
-        losses[name], num_tokens = held_out_loss(backbone, LossHead.of(model), rows, MICRO_BATCH)
+        losses[name], num_tokens = held_out_loss(backbone, backbone.head, rows, MICRO_BATCH)
         del model, backbone
         gc.collect()  # modules refer to each other, and the next model needs the room
     show_losses(console, losses, len(rows), num_tokens)

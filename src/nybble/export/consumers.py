@@ -28,7 +28,6 @@ from nybble.evaluation.load_run import OpenRun, load_frozen
 from nybble.export.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters
-from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import read_adapter
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.models.folder_source import FolderSource
@@ -75,10 +74,10 @@ class NybbleConsumer:
     def __init__(self, name: str, model: "PreTrainedModel", template: ChatTemplate):
         self.name, self.model, self.template = name, model, template
         self.chat_template, self.stop_ids = template.chat_template, frozenset(template.stop_ids)
-        self._backbone, self._head = choose_backbone(model, keep="nothing", packing=True), LossHead.of(model)
+        self._backbone = choose_backbone(model, keep="nothing", packing=True)
 
     def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
-        return text_logits(self._backbone, self._head, ids, positions)
+        return text_logits(self._backbone, self._backbone.head, ids, positions)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         stops = sorted(self.stop_ids)

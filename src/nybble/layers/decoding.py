@@ -130,8 +130,9 @@ class CachedDecoder:
     """
 
     def __init__(self, model: "PreTrainedModel"):
-        self.model, self.head = model, LossHead.of(model)
-        self.backbone = BlockBackbone(model, "nothing")
+        self.model, self.backbone = model, BlockBackbone(model, "nothing")
+        assert isinstance(self.backbone.head, LossHead), self.backbone.head
+        self.head = self.backbone.head
         described = [_describe(block) for block in self.backbone.blocks]
         self.layers = [_Layer(*pair) for pair in zip(self.backbone.blocks, described, strict=True)]
         self.kernel = _kernel(described, model.base_model.norm, self.head)
@@ -163,7 +164,7 @@ class CachedDecoder:
         """Append a token to each text, int64 `(texts)`; the logits of the next ones, `(texts, vocabulary)`."""
         self.cache.open_column()
         x = self.model.base_model.embed_tokens(tokens)  # (texts, hidden)
-        cos, sin = rotary_angles(self.model, self.cache.positions()[None])
+        cos, sin = rotary_angles(self.model, self.cache.positions()[:, None])
         if self.kernel and len(tokens) <= FEW_ROWS:
             return self.head.finish(self.kernel.step(x, cos, sin, self.cache.data, *self.cache.last_places()))
         return self._logits(self._through_layers(x, cos, sin, self._attend_to_cache()))

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.layers.loss_head import PANEL_ROWS
-from nybble.layers.streamed import embed_rows
+from nybble.layers.streamed import embed_rows, panel_product
 from nybble.layers.weight_reads import weights_read
 
 if TYPE_CHECKING:
@@ -45,8 +44,7 @@ class CastLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype == self.weight.dtype:
             return super().forward(input)
-        panels = [F.linear(input, panel.to(input.dtype)) for panel in self.weight.split(PANEL_ROWS)]
-        y = torch.cat(panels, dim=-1)  # (..., out)
+        y = panel_product(input, self.weight.detach())  # (..., out)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -5,20 +5,27 @@ states is made in the same pass (the idea of Liger's fused linear cross-entropy,
 Cut Cross-Entropy, arXiv 2411.09009). The head is frozen: it has no gradient. The sum of the losses is
 divided by a denominator that the caller gives, the supervised tokens of the whole step, so that how a step
 is cut into micro-batches and chunks does not change it.
+
+What a model does between its last states and its logits is not read from its config but asked of its own forward, its
+decoder set aside: where that is c · tanh(s · (W·x + b) / c), `LossHead` computes it, else the own forward does, a
+chunk at a time (`OwnHead`). `loss_head` decides.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nybble.errors import ModelError
 from nybble.kernels import block_ops
 from nybble.layers.lora import LoraLinear
-from nybble.layers.streamed import HeadMatrix
+from nybble.layers.streamed import PANEL_BYTES, PANEL_ROWS, HeadMatrix, StreamedHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,46 +33,17 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 32 * 2**20  # what a chunk of logits may take
 ROW_MULTIPLE = 64  # chunks have a multiple of so many rows: oneDNN keeps a compiled product per shape it has seen
 NO_TARGET = -1
-PANEL_ROWS = 8192  # rows of a 16-bit head that are widened at a time when products run in fp32
 LARGE_HEAD_BYTES = 2**28  # from here on in panels, streamed or resident, so that both give one result
-PANEL_BYTES = 2**25
+
+PROBED_STATES = (2.0**-10, 1.0, 8.0, 64.0, 2.0**20)  # sizes of the states a head is asked about: a cap shows at last
+STATES_OF_A_SIZE = 2
 
 
-@dataclass(frozen=True)
-class LossHead:
-    """The output projection of a model and what it does to the logits.
+class Head(Protocol):
+    """What turns hidden states into logits and losses."""
 
-    Args:
-        weight: `[vocabulary, hidden]`, frozen; on disk where the head is streamed.
-        bias: `[vocabulary]` or None.
-        scale: factor on the logits (Cohere multiplies, Granite divides by its `logits_scaling`).
-        softcap: c in c · tanh(logits / c) (Gemma 2), or None.
-        adapter: beside the weight, or None; its A and B get gradients.
-    """
-
-    weight: Tensor | HeadMatrix
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    adapter: LoraLinear | None = None
-    _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    @classmethod
-    def of(cls, model: "PreTrainedModel") -> "LossHead":
-        """The head of a transformers causal language model."""
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ModelError(
-                f"{type(model).__name__} has no output head.", "Allowed: causal language models with a linear head."
-            )
-        config = model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None) or 1.0
-        if scaling := getattr(config, "logits_scaling", None):
-            scale = 1 / scaling
-        cap = getattr(config, "final_logit_softcapping", None)
-        adapter = head if isinstance(head, LoraLinear) else None
-        linear: Any = head if adapter is None else adapter.base
-        return cls(linear.weight, getattr(linear, "bias", None), float(scale), cap, adapter)
+    @property
+    def device(self) -> torch.device: ...
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
         """Sum of −log p(target) over the rows, divided by `denominator`.
@@ -78,6 +56,46 @@ class LossHead:
         Returns:
             A scalar in fp32 (nats) whose backward gives the gradient of `hidden`, and of the adapter.
         """
+        ...
+
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """−log p(target) of each row, `(N,)` fp32; no gradient."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, hidden) -> (N, vocabulary)"""
+        ...
+
+    def chunk_rows(self, itemsize: int) -> int:
+        """Rows whose logits are made at once, for states of elements of so many bytes."""
+        ...
+
+
+@dataclass(frozen=True)
+class LossHead:
+    """The output projection of a model and what it does to the logits.
+
+    Args:
+        weight: `[vocabulary, hidden]`, frozen; on disk where the head is streamed.
+        bias: `[vocabulary]` or None.
+        scale: factor on the logits, bias included.
+        softcap: c in c · tanh(logits / c) (Gemma 2), or None.
+        adapter: beside the weight, or None; its A and B get gradients.
+    """
+
+    weight: Tensor | HeadMatrix
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    adapter: LoraLinear | None = None
+    _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
+        """As `Head` says."""
         return _LossFunction.apply(hidden, self, targets, denominator, *self._low_rank(hidden))
 
     def _low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -228,3 +246,148 @@ class _LossFunction(torch.autograd.Function):
         scaled = [None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
         grad_hidden, grad_low, grad_b = scaled
         return grad_hidden, None, None, None, grad_low, grad_b
+
+
+# ---- the model's own -----------------------------------------------------------------------------
+
+
+class OwnHead:
+    """Whatever a model does from its last states to its logits: its own forward, its decoder set aside.
+
+    A chunk of logits exists at a time; backward computes it again. Adapters in the head get their gradients.
+    """
+
+    def __init__(self, model: "PreTrainedModel"):
+        self.model = model
+        decoder = model.get_decoder()
+        self._decoder = next(name for name, module in model.named_modules() if module is decoder)
+        if not self._decoder:
+            raise ModelError(
+                f"{type(model).__name__} has no decoder apart from its head.",
+                "Allowed: causal language models of transformers that are made of a decoder and a head.",
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
+        """As `Head` says."""
+        total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
+        for h, t in self._chunks(hidden, targets):
+            part = checkpoint(self._chunk_losses, h, t, use_reentrant=False, preserve_rng_state=False)
+            total = total + part.double().sum()
+        return (total / denominator).float()
+
+    @torch.no_grad()
+    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """−log p(target) of each row, `(N,)` fp32; no gradient."""
+        losses = [self._chunk_losses(h, t) for h, t in self._chunks(hidden, targets)]
+        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, hidden) -> (N, vocabulary)"""
+        with self._given(hidden[None]):
+            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    def chunk_rows(self, itemsize: int) -> int:
+        """Rows of a chunk, a multiple of ROW_MULTIPLE: logits, and they in fp32."""
+        row_bytes = (itemsize + 4) * self.model.config.get_text_config().vocab_size
+        return int(max(ROW_MULTIPLE, CHUNK_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE))
+
+    @contextmanager
+    def _given(self, states: Tensor) -> Iterator[None]:
+        """Within the block the model's decoder gives these states, `(1, N, hidden)`."""
+        decoder = self.model.get_submodule(self._decoder)
+        self.model.set_submodule(self._decoder, _GivenStates(decoder, states))
+        try:
+            yield
+        finally:
+            self.model.set_submodule(self._decoder, decoder)
+
+    def _chunk_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+
+    def _chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        rows = self.chunk_rows(hidden.dtype.itemsize)
+        yield from zip(hidden.split(rows), targets.split(rows), strict=True) if len(targets) else ()
+
+
+class _GivenStates(nn.Module):
+    """Stands for a decoder whose last states are known; what else is read off it is its own."""
+
+    def __init__(self, decoder: nn.Module, states: Tensor):
+        super().__init__()
+        self.states, self._decoder = states, (decoder,)  # in a tuple: it is no module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"][0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> "_Output":
+        return _Output(last_hidden_state=self.states)
+
+
+class _Output(BaseModelOutputWithPast):
+    """A decoder's output; whatever else some decoder has in its own, this one has not."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def is_plain(output: nn.Module) -> bool:
+    """Whether a model's output head is a frozen matrix, in memory or on disk, with an adapter or without."""
+    return isinstance(output.base if isinstance(output, LoraLinear) else output, nn.Linear | StreamedHead)
+
+
+def loss_head(model: "PreTrainedModel") -> Head:
+    """The head of a transformers causal language model: linear, with a scale and a cap if the model has them, where
+    that gives what the model's own forward gives; else the own forward.
+
+    Raises:
+        ModelError: the model has no output head, or no decoder apart from it.
+    """
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output head.", "Allowed: causal language models with a linear head."
+        )
+    own = OwnHead(model)
+    width = model.config.get_text_config().hidden_size
+    adapter = output if isinstance(output, LoraLinear) else None
+    linear: Any = output if adapter is None else adapter.base
+    if not is_plain(output) or linear.weight.shape[1] != width:
+        return own
+    return _linear_head(LossHead(linear.weight, linear.bias, adapter=adapter), own, width) or own
+
+
+@torch.no_grad()
+def _linear_head(plain: LossHead, own: OwnHead, width: int) -> LossHead | None:
+    """The plain head, with a scale or a cap, whose logits are the model's own, on states of very different sizes."""
+    probe_ids = torch.zeros(1, 1, dtype=torch.long, device=own.device)
+    dtype = own.model.get_input_embeddings()(probe_ids).dtype
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor(PROBED_STATES).repeat_interleave(STATES_OF_A_SIZE)[:, None]
+    states = (torch.randn(len(sizes), width, generator=generator) * sizes).to(own.device, dtype)
+    wanted = own.logits(states).double()
+    product = plain.logits(states).double()
+    small, large = slice(0, STATES_OF_A_SIZE), slice(-STATES_OF_A_SIZE, None)
+    scale = float((product[small] * wanted[small]).sum() / product[small].square().sum())
+    cap = float(wanted[large].abs().max())
+    for changes in ({}, {"scale": scale}, {"softcap": cap}, {"scale": scale, "softcap": cap}):
+        candidate = replace(plain, **changes)
+        if _agree(candidate.logits(states).double(), wanted, dtype):
+            return candidate
+    return None
+
+
+def _agree(logits: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they differ by the roundings of `dtype` only, row by row: by no factor, which averages out of noise."""
+    norms = wanted.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    factors = (logits * wanted).sum(dim=1) / norms.square()
+    rounding = max(1e-5, torch.finfo(dtype).eps)
+    return bool(
+        ((logits - wanted).norm(dim=1) <= rounding * norms).all() and ((factors - 1).abs() <= rounding / 8).all()
+    )

@@ -160,8 +160,42 @@ class HeadMatrix:
 
 
 class StreamedHead(nn.Module):
-    """Stands in a model's head; the loss head reads its matrix in panels."""
+    """Stands in a model's head and reads its matrix in panels, as the loss head does."""
+
+    bias = None
 
     def __init__(self, matrix: MatrixFile, device: torch.device | str = "cpu"):
         super().__init__()
         self.weight = HeadMatrix(matrix, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return panel_product(x, self.weight)
+
+
+PANEL_ROWS = 8192  # rows of a 16-bit matrix that are widened at a time when products run in fp32,
+PANEL_BYTES = 2**25  # and where that is more than so many bytes, fewer
+
+
+class _PanelProduct(torch.autograd.Function):
+    """y = x · Wᵀ and dx = dy · W, a panel of W's rows at a time, widened anew for each; W has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: "Tensor | HeadMatrix") -> Tensor:
+        row_bytes = weight.shape[1] * weight.dtype.itemsize
+        ctx.weight, ctx.rows = weight, min(PANEL_ROWS, max(1, PANEL_BYTES // row_bytes))
+        return torch.cat([F.linear(x, panel.to(x.dtype)) for panel in weight.split(ctx.rows)], dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
+        (grad_y,) = grad_outputs
+        grad_x = None
+        for columns, panel in zip(grad_y.split(ctx.rows, dim=-1), ctx.weight.split(ctx.rows), strict=True):
+            part = columns @ panel.to(grad_y.dtype)
+            grad_x = part if grad_x is None else grad_x + part
+        return grad_x, None
+
+
+def panel_product(x: Tensor, weight: "Tensor | HeadMatrix") -> Tensor:
+    """x · Wᵀ, `(..., in)` -> `(..., out)`, in the dtype of x; never holds more than a panel of W in it."""
+    product: Tensor = _PanelProduct.apply(x, weight)
+    return product

@@ -18,6 +18,7 @@ from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.rotary import rotate_rows_alone
 from nybble.layers.streamed import StreamedEmbedding, StreamedHead
 from nybble.models.folder_source import FolderSource
 from nybble.models.interface import ModelSource
@@ -85,6 +86,7 @@ def load_model(
         _stream_ends(model, source, compute_dtype, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
+    rotate_rows_alone(model)
     model.generation_config = source.load_generation_config()
     return model.requires_grad_(False).eval()
 

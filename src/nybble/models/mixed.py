@@ -26,7 +26,7 @@ from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import quantizable_linears
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import Head, loss_head
 from nybble.models.skeleton import is_transposed
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def layer_losses(
     """
     names = quantizable_linears(model)
     losses: dict[str, dict[str, float]] = {name: {spec.format: 0.0 for spec in specs} for name in names}
-    head, generator = LossHead.of(model), torch.Generator().manual_seed(seed)
+    head, generator = loss_head(model), torch.Generator().manual_seed(seed)
 
     def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def from_linear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -138,7 +138,7 @@ def _error(linear: Any, spec: QuantSpec) -> Tensor:
 
 
 @torch.no_grad()
-def _sample(head: LossHead, states: Tensor, generator: torch.Generator) -> Tensor:
+def _sample(head: Head, states: Tensor, generator: torch.Generator) -> Tensor:
     """A token from the model's own distribution at every position, int64 `(T,)`."""
     chunks = states.split(head.chunk_rows(states.dtype.itemsize))
     drawn = [torch.multinomial(head.logits(chunk).float().softmax(1).cpu(), 1, generator=generator) for chunk in chunks]

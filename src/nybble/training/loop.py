@@ -17,7 +17,7 @@ from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import PlanError, TrainingError
 from nybble.formats.disk import complete_folder
 from nybble.layers.backbone import Backbone
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import Head
 from nybble.layers.peft_format import write_adapter
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
@@ -103,7 +103,7 @@ def train_loop(
         RunError: a checkpoint could not be saved.
     """
     device = next(model.parameters()).device
-    head = LossHead.of(model)
+    head = backbone.head
     adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(
         adapters,
@@ -227,13 +227,13 @@ def train_loop(
     return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
 
 
-def rehearse(backbone: Backbone, head: LossHead, optimizer: AdamW, rehearsal: Rehearsal) -> None:
+def rehearse(backbone: Backbone, head: Head, optimizer: AdamW, rehearsal: Rehearsal) -> None:
     """Take the memory of a run's heaviest moments: its largest micro-batch, every gradient and moment in place, and
     its largest evaluation.
 
     Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
     """
-    device = head.weight.device
+    device = head.device
     batch = collate(rehearsal.rows, backbone.packing).to(device)
     rng = capture_rng(device)
     backbone.model.train()
@@ -245,7 +245,7 @@ def rehearse(backbone: Backbone, head: LossHead, optimizer: AdamW, rehearsal: Re
     restore_rng(rng, device)
 
 
-def forward_backward(backbone: Backbone, head: LossHead, batch: Batch, num_supervised: int) -> float:
+def forward_backward(backbone: Backbone, head: Head, batch: Batch, num_supervised: int) -> float:
     """Add a micro-batch's gradients; returns its part of the step's loss. One that is not finite adds none.
 
     A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
@@ -289,7 +289,7 @@ def supervised_states(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]
 @torch.no_grad()
 def held_out_loss(
     backbone: Backbone,
-    head: LossHead,
+    head: Head,
     rows: Sequence[EncodedExample],
     micro_batch_size: int,
     interrupt: InterruptOnce | None = None,
@@ -303,7 +303,7 @@ def held_out_loss(
     total, num_tokens = 0.0, 0
     lengths = [len(row) for row in rows]
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, backbone.packing):
-        batch = collate([rows[row] for row in micro], backbone.packing).to(head.weight.device)
+        batch = collate([rows[row] for row in micro], backbone.packing).to(head.device)
         total += head.token_losses(*supervised_states(backbone, batch)).double().sum().item()
         num_tokens += batch.supervised_tokens
         if interrupt is not None and interrupt.requested:
@@ -313,11 +313,11 @@ def held_out_loss(
 
 
 @torch.no_grad()
-def non_finite_rows(backbone: Backbone, head: LossHead, rows: Sequence[EncodedExample]) -> list[str]:
+def non_finite_rows(backbone: Backbone, head: Head, rows: Sequence[EncodedExample]) -> list[str]:
     """Origins (file:line) of the rows whose own loss is not finite; of all rows if it is so only together."""
 
     def is_finite(row: EncodedExample) -> bool:
-        batch = collate([row], backbone.packing).to(head.weight.device)
+        batch = collate([row], backbone.packing).to(head.device)
         return bool(head.token_losses(*supervised_states(backbone, batch)).isfinite().all())
 
     return [row.origin for row in rows if not is_finite(row)] or [row.origin for row in rows]

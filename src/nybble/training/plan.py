@@ -21,7 +21,7 @@ from nybble.layers.lora import linear_features
 from nybble.layers.loss_head import CHUNK_BYTES, PANEL_BYTES
 from nybble.memory import planner
 from nybble.memory.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, end_bytes, mean_bits
-from nybble.memory.machine import this_machine
+from nybble.memory.machine import Machine, this_machine
 from nybble.memory.measure import PeakMemory
 from nybble.memory.planner import Ask, Cause, Plan, Plans, Reason, make_plans
 from nybble.models.folder_source import FolderSource
@@ -48,6 +48,7 @@ def plan_run(
     dtype: torch.dtype,
     device: torch.device,
     folder_to_come: bool = False,
+    machine: Machine | None = None,
 ) -> tuple[Plans, Ask]:
     """Choose how to train before anything is loaded; what the config says is not chosen.
 
@@ -56,6 +57,7 @@ def plan_run(
         specs: what the linears of the blocks are quantised to, where the source is not quantised.
         deal: most rows at once -> what the run's micro-batches come to.
         folder_to_come: the source will be calibrated into a 4-bit folder first.
+        machine: as it was before anything was loaded; None where nothing is yet.
 
     Returns:
         the plans, and what would be asked if every choice were the planner's.
@@ -80,7 +82,8 @@ def plan_run(
     )
     if config.format != "none":
         check_dense_share(asked.shape.parts, source.name, config.max_dense_share)
-    plans = make_plans(asked, this_machine(device, dtype, config.memory, model_files=files))
+    machine = machine or this_machine(device, dtype, config.memory, model_files=files)
+    plans = make_plans(asked, machine)
     if config.memory is not None:
         planner.require(plans, asked, freed)
     return plans, freed

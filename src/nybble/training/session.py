@@ -19,7 +19,7 @@ from nybble.data.readers import FieldNames
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate, open_template
-from nybble.errors import RunError
+from nybble.errors import PlanError, RunError
 from nybble.formats.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.kernels.heap import give_back_free
@@ -193,6 +193,10 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             adopt_base(run)
         kept = _place_for_kept(plan, run, device)
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
+        if backbone.packing != config.packing:
+            plans, freed = _plan_padded(config, base_source, specs, data, plans, plan, dtype, device)
+            plan = plans.chosen or plans.smallest
+            backbone = choose_backbone(model, keep=plan.keep, packing=False, store=store, kept=kept)
         console.print(f"computing through: {backbone.name}", highlight=False)
         for note in describe_untouched(model):
             console.print(note, highlight=False)
@@ -257,6 +261,43 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
     show_measured(console, plan, memory, step_s)
     return TrainedRun(config, run, source, model, template, data, result, store is not None)
+
+
+def _plan_padded(
+    config: TrainConfig,
+    source: ModelSource,
+    specs: QuantSpec | LayerSpecs | None,
+    data: PreparedData,
+    packed: Plans,
+    loaded: Plan,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Plans, Ask]:
+    """Plans for rows that turned out not to go side by side; how the base was loaded stays.
+
+    Raises:
+        PlanError: they would need it loaded otherwise, or nothing fits.
+    """
+    stream = "never" if loaded.resident_blocks is None else "always"
+    padded = config.model_copy(update={"packing": False, "stream_base": stream})
+    plans, freed = plan_run(
+        padded,
+        source,
+        build_skeleton(source.config, dtype),
+        specs,
+        dealer(padded, data),
+        dtype,
+        device,
+        machine=packed.machine,
+    )
+    plan = plans.chosen or plans.smallest
+    if (plan.resident_blocks, plan.offloaded) != (loaded.resident_blocks, loaded.offloaded):
+        raise PlanError(
+            "The plan is for rows side by side, which this model mixes, and padded rows need another.",
+            f"What fits padded: {plan.describe()}.",
+            "Plan for them from the beginning: add --no-packing.",
+        )
+    return plans, freed
 
 
 def _rehearsal(data: PreparedData, plans: Plans, freed: Ask) -> Rehearsal:

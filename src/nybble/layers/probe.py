@@ -1,0 +1,337 @@
+"""Whether a way through a model trains it on its own loss: asked of the model at hand before the first step.
+
+A document of a few tokens goes through the model's own forward, alone, and through the way that is to be trained,
+between two others. Compared are the logits, the loss and the gradients of the adapters, with random B (A has no
+gradient where B is 0), in the dtype that will run, through the same four-bit modules. Only the first tokens of the
+document count in the loss, so that what must see nothing of them is told by gradients that are zero exactly, whatever
+the dtype: the document's later tokens (else the model is no decoder) and its neighbours (else they are mixed).
+
+It costs a forward and a backward pass of some twenty tokens each, and leaves adapters, gradients, buffers and the
+random generators as they were.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from inspect import Parameter, signature
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nybble.errors import ModelError
+from nybble.layers.convert import adapters_of
+from nybble.layers.loss_head import Head
+from nybble.layers.rotary import length_of_change
+from nybble.layers.streamed import BlockStore
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Layout = Literal["packed", "padded", "single"]  # rows side by side, one a line, or one at a time
+
+LENGTHS = (5, 9, 12)  # of the documents; the one in the middle is asked about
+ASKED = 1  # its place
+SUPERVISED = 5  # its first positions, that have a target
+RANDOM_B = 0.1  # how far a random B moves the output of a layer whose input has elements of size 1
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # what roundings alone may come to
+MOST_PARAMETERS = 2**24  # of adapters whose gradients are compared; of more, some layers
+
+
+class Part(StrEnum):
+    """What can differ from a model's own forward and loss."""
+
+    CAUSALITY = "causality"
+    LOSS = "the loss"
+    PACKING = "packing"
+    HEAD = "the head"
+    GRADIENT = "the gradient"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a way differs from the model's own.
+
+    Args:
+        size: relative, for logits, loss and gradients.
+    """
+
+    part: Part
+    size: float
+
+
+class Way(Protocol):
+    """From tokens to states, as `layers/backbone.py` has it."""
+
+    layout: Layout
+
+    def states(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        positions: Tensor,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a document's supervised positions gave.
+
+    Args:
+        logits: fp32 `(SUPERVISED, vocabulary)`.
+        loss: mean over them, in nats.
+        gradients: of the compared parameters.
+        embeddings: gradients of what the embedding gave, one for each time that it was asked, where there is one.
+    """
+
+    logits: Tensor
+    loss: float
+    gradients: list[Tensor]
+    embeddings: list[Tensor | None]
+
+
+class Probe:
+    """A model's own forward and loss, to compare ways with.
+
+    Args:
+        model: its adapters, if it has any, are compared; they are as they were when a method returns.
+        store: of a streamed base's blocks.
+
+    Raises:
+        ModelError: the model's states see later tokens, or its loss is not that of the next token.
+    """
+
+    def __init__(self, model: "PreTrainedModel", store: BlockStore | None = None):
+        self.model, self.store = model, store
+        self._documents = _documents(model)
+        self._starts = _starts(model)
+        with self._asking() as (parameters, embedded):
+            self._own = [self._own_outcome(starts[ASKED], parameters, embedded) for starts in self._starts]
+
+    def difference(self, way: Way, head: Head) -> Difference | None:
+        """Where the way and the head differ from the model's own forward and loss; None where they do not."""
+        with self._asking() as (parameters, embedded):
+            for own, starts in zip(self._own, self._starts, strict=True):
+                found = self._compare(own, way, head, starts, parameters, embedded)
+                if found is not None:
+                    return found
+        return None
+
+    # ---- the model's own -------------------------------------------------------------------------
+
+    def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
+        """The asked document alone, through the model's own forward."""
+        ids = self._documents[ASKED]
+        labels = ids.clone()
+        labels[SUPERVISED + 1 :] = -100
+        wanted: dict[str, Any] = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
+        if getattr(self.model.config.get_text_config(), "output_router_logits", False):
+            wanted["output_router_logits"] = False  # routers are frozen: what balances them is not trained on
+        if start:
+            wanted["position_ids"] = (torch.arange(len(ids), device=ids.device) + start)[None]
+        if self.store is not None:
+            self.store.begin(will_return=True)
+        taken = accepted(self.model, **wanted)
+        output = self.model(**taken)
+        logits = output.logits[0].float()
+        loss = F.cross_entropy(logits[:SUPERVISED], ids[1 : SUPERVISED + 1])
+        outcome = _outcome(logits[:SUPERVISED], loss, parameters, embedded)
+        self._check_decoder(outcome)
+        if "labels" in taken:
+            # Some families leave it to the caller to shift the labels by a token.
+            unshifted = F.cross_entropy(logits.detach()[: SUPERVISED + 1], ids[: SUPERVISED + 1])
+            self._check_loss(float(output.loss.detach()), [outcome.loss, float(unshifted)])
+        return outcome
+
+    def _check_decoder(self, own: _Outcome) -> None:
+        if any(gradient is not None and gradient[0, SUPERVISED:].any() for gradient in own.embeddings):
+            raise ModelError(
+                f"{type(self.model).__name__} is no decoder: what it says of a token has seen the tokens after it.",
+                "Allowed: causal language models.",
+                "Give --model one that is made to continue text; an encoder is not.",
+            )
+        if not all(part.isfinite().all() for part in (own.logits, *own.gradients)):
+            raise ModelError(
+                f"{type(self.model).__name__} gives numbers that are not finite for a text of {LENGTHS[ASKED]} tokens.",
+                "Allowed: a model whose answers and gradients are finite.",
+                "Look at its weights; or use --compute-dtype fp32.",
+            )
+
+    def _check_loss(self, loss: float, meant: Sequence[float]) -> None:
+        if not any(abs(loss - each) <= self._tolerance * max(each, 1.0) for each in meant):
+            raise ModelError(
+                f"The loss of {type(self.model).__name__} is {loss:.4f}; that of the next token is {meant[0]:.4f}.",
+                "Allowed: models that are trained to predict the next token.",
+            )
+
+    # ---- the way's -------------------------------------------------------------------------------
+
+    def _compare(
+        self,
+        own: _Outcome,
+        way: Way,
+        head: Head,
+        starts: Sequence[int],
+        parameters: list[Tensor],
+        embedded: list[Tensor],
+    ) -> Difference | None:
+        batch, asked = _lay_out(self._documents, starts, way.layout)
+        states = way.states(**batch)
+        ids = self._documents[ASKED]
+        loss = head.loss(states, ids[1 : SUPERVISED + 1], float(SUPERVISED))
+        with torch.no_grad():
+            logits = head.logits(states.detach()).float()
+        ours = _outcome(logits, loss, parameters, embedded)
+        tolerance = self._tolerance
+        mixed = _seen_elsewhere(ours.embeddings, asked, way.layout)
+        if mixed:
+            return Difference(Part.PACKING, mixed)
+        size = _relative(ours.logits, own.logits)
+        if not size <= tolerance:
+            return Difference(Part.HEAD if way.layout == "single" else Part.PACKING, size)
+        size = abs(ours.loss - own.loss) / max(own.loss, 1.0)
+        if not size <= tolerance:
+            return Difference(Part.HEAD, size)
+        size = _relative(_flat(ours.gradients), _flat(own.gradients))
+        return None if size <= tolerance else Difference(Part.GRADIENT, size)
+
+    # ---- common ----------------------------------------------------------------------------------
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCE[self._dtype]
+
+    @contextmanager
+    def _asking(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """The model with random B, nothing dropped and gradients on; then as it was.
+
+        Gives the parameters to compare, and a list to which each answer of the embedding is added.
+        """
+        embedded: list[Tensor] = []
+
+        def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            self._dtype = output.dtype
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1]
+
+        adapters = _some_adapters(self.model)
+        parameters: list[Tensor] = [p for each in adapters for p in (each.lora_A, each.lora_B)]
+        training = {module: module.training for module in self.model.modules()}
+        buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
+        kept_b = [each.lora_B.detach().clone() for each in adapters]
+        generator = torch.Generator().manual_seed(0)
+        handle = self.model.get_input_embeddings().register_forward_hook(cut)
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                for each in adapters:
+                    noise = torch.randn(each.lora_B.shape, generator=generator).to(each.lora_B.device)
+                    each.lora_B.add_(noise, alpha=RANDOM_B / (each.scaling * each.rank**0.5))
+            with torch.enable_grad(), torch.random.fork_rng():
+                yield parameters, embedded
+        finally:
+            handle.remove()
+            with torch.no_grad():
+                for each, b in zip(adapters, kept_b, strict=True):
+                    each.lora_B.copy_(b)
+                for buffer, values in buffers.items():
+                    buffer.copy_(values)
+            for module, was in training.items():
+                module.training = was
+
+
+def accepted(module: nn.Module, **keywords: Any) -> dict[str, Any]:
+    """Those of the arguments that the module's forward takes."""
+    parameters = signature(module.forward).parameters
+    if any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()):
+        return keywords
+    return {name: value for name, value in keywords.items() if name in parameters}
+
+
+def _outcome(logits: Tensor, loss: Tensor, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
+    gradients = torch.autograd.grad(loss, [*parameters, *embedded], allow_unused=True)
+    own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=False)]
+    embeddings: list[Tensor | None] = list(gradients[len(parameters) :])
+    embedded.clear()
+    return _Outcome(logits.detach(), float(loss.detach()), own, embeddings)
+
+
+def _some_adapters(model: "PreTrainedModel") -> list[Any]:
+    """The adapters that are in use; where they are too many, every n-th."""
+    adapters = [each for each in adapters_of(model).values() if each.enabled and each.lora_B.requires_grad]
+    total = sum(each.lora_A.numel() + each.lora_B.numel() for each in adapters)
+    return adapters[:: max(1, -(-total // MOST_PARAMETERS))]
+
+
+def _documents(model: "PreTrainedModel") -> list[Tensor]:
+    """int64 `(tokens)` each: tokens from all over the vocabulary, but for those that mean something to the model."""
+    config = model.config.get_text_config()
+    named = [getattr(config, f"{name}_token_id", None) for name in ("pad", "bos", "eos")]
+    special = {token for each in named for token in (each if isinstance(each, list) else [each])}
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(config.vocab_size, generator=generator).tolist()
+    ids = [token for token in order if token not in special][: sum(LENGTHS)]
+    ids = (ids * sum(LENGTHS))[: sum(LENGTHS)]  # a vocabulary may be smaller
+    device = next(model.parameters()).device
+    return list(torch.tensor(ids, device=device).split(LENGTHS))
+
+
+def _starts(model: "PreTrainedModel") -> list[tuple[int, ...]]:
+    """Positions that the documents start at: 0; where a row's length changes its angles, also such that the asked one
+    is longer than that and another one longer still, as if their first tokens had been cut off.
+    """
+    change = length_of_change(model)
+    if change is None:
+        return [(0, 0, 0)]
+    return [(0, 0, 2 * change), (0, change - 2, 2 * change)]
+
+
+def _lay_out(
+    documents: Sequence[Tensor], starts: Sequence[int], layout: Layout
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """A batch of these documents, and where the supervised positions lie in its flattened tokens."""
+    device = documents[0].device
+    places = [torch.arange(len(ids), device=device) + start for ids, start in zip(documents, starts, strict=True)]
+    if layout == "packed":
+        borders = [0, *accumulate(map(len, documents))]
+        first = borders[ASKED]
+        batch = {
+            "input_ids": torch.cat(list(documents))[None],
+            "position_ids": torch.cat(places)[None],
+            "cu_seqlens": torch.tensor(borders, dtype=torch.int32, device=device),
+        }
+    else:
+        width = max(map(len, documents))
+        first = ASKED * width
+        masks = [torch.ones_like(ids) for ids in documents]
+        batch = {
+            name: torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
+            for name, rows in (("input_ids", documents), ("position_ids", places), ("attention_mask", masks))
+        }
+    return batch | {"positions": torch.arange(first, first + SUPERVISED, device=device)}, (first, first + SUPERVISED)
+
+
+def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int], layout: Layout) -> float:
+    """How large the gradients of tokens are that the supervised positions must not see: 0 exactly where they do not.
+
+    An answer of the embedding is for the whole batch, but for rows that go one at a time: then only the asked one's has
+    a gradient, and begins at 0.
+    """
+    first, last = (0, SUPERVISED) if layout == "single" else asked
+    rows = [gradient.flatten(0, -2) for gradient in embeddings if gradient is not None]
+    return float(sum(torch.cat([row[:first], row[last:]]).norm() for row in rows))
+
+
+def _flat(gradients: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(1), *(gradient.flatten().cpu() for gradient in gradients)])
+
+
+def _relative(ours: Tensor, own: Tensor) -> float:
+    """‖ours − own‖ / ‖own‖, 0 where both are zero."""
+    distance = float((ours.double() - own.double()).norm())
+    return distance / float(own.double().norm()) if distance else 0.0
