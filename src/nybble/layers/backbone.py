@@ -297,7 +297,7 @@ def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tenso
     """
     cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids)
     half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
-    return cos[..., :half].flatten(0, 1), sin[..., :half].flatten(0, 1)
+    return cos[..., :half].flatten(0, 1).contiguous(), sin[..., :half].flatten(0, 1).contiguous()
 
 
 def _fill_up(input_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

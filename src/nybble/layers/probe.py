@@ -2,9 +2,9 @@
 
 A document of a few tokens goes through the model's own forward, alone, and through the way that is to be trained,
 between two others. Compared are the logits, the loss and the gradients of the adapters, with random B (A has no
-gradient where B is 0), in the dtype that will run, through the same four-bit modules. Only the first tokens of the
-document count in the loss, so that what must see nothing of them is told by gradients that are zero exactly, whatever
-the dtype: the document's later tokens (else the model is no decoder) and its neighbours (else they are mixed).
+gradient where B is 0), in the dtype that will run, through the same four-bit modules. Only some tokens of the
+document count in the loss, so that what they must not see is told by gradients that are zero exactly, whatever the
+dtype: the document's later tokens (else the model is no decoder) and its neighbours (else they are mixed).
 
 It costs a forward and a backward pass of some twenty tokens each, and leaves adapters, gradients, buffers and the
 random generators as they were.
@@ -35,7 +35,7 @@ Layout = Literal["packed", "padded", "single"]  # rows side by side, one a line,
 
 LENGTHS = (5, 9, 12)  # of the documents; the one in the middle is asked about
 ASKED = 1  # its place
-SUPERVISED = 5  # its first positions, that have a target
+FIRST, LAST = 2, 7  # its positions that have a target, the last not included
 RANDOM_B = 0.1  # how far a random B moves the output of a layer whose input has elements of size 1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # what roundings alone may come to
 MOST_PARAMETERS = 2**24  # of adapters whose gradients are compared; of more, some layers
@@ -83,7 +83,7 @@ class _Outcome:
     """What a document's supervised positions gave.
 
     Args:
-        logits: fp32 `(SUPERVISED, vocabulary)`.
+        logits: fp32 `(positions, vocabulary)`.
         loss: mean over them, in nats.
         gradients: of the compared parameters.
         embeddings: gradients of what the embedding gave, one for each time that it was asked, where there is one.
@@ -127,8 +127,8 @@ class Probe:
     def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
         """The asked document alone, through the model's own forward."""
         ids = self._documents[ASKED]
-        labels = ids.clone()
-        labels[SUPERVISED + 1 :] = -100
+        labels = torch.full_like(ids, -100)
+        labels[FIRST + 1 : LAST + 1] = ids[FIRST + 1 : LAST + 1]
         wanted: dict[str, Any] = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
         if getattr(self.model.config.get_text_config(), "output_router_logits", False):
             wanted["output_router_logits"] = False  # routers are frozen: what balances them is not trained on
@@ -139,17 +139,17 @@ class Probe:
         taken = accepted(self.model, **wanted)
         output = self.model(**taken)
         logits = output.logits[0].float()
-        loss = F.cross_entropy(logits[:SUPERVISED], ids[1 : SUPERVISED + 1])
-        outcome = _outcome(logits[:SUPERVISED], loss, parameters, embedded)
+        loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
+        outcome = _outcome(logits[FIRST:LAST], loss, parameters, embedded)
         self._check_decoder(outcome)
         if "labels" in taken:
             # Some families leave it to the caller to shift the labels by a token.
-            unshifted = F.cross_entropy(logits.detach()[: SUPERVISED + 1], ids[: SUPERVISED + 1])
+            unshifted = F.cross_entropy(logits.detach(), labels)
             self._check_loss(float(output.loss.detach()), [outcome.loss, float(unshifted)])
         return outcome
 
     def _check_decoder(self, own: _Outcome) -> None:
-        if any(gradient is not None and gradient[0, SUPERVISED:].any() for gradient in own.embeddings):
+        if any(gradient is not None and gradient[0, LAST:].any() for gradient in own.embeddings):
             raise ModelError(
                 f"{type(self.model).__name__} is no decoder: what it says of a token has seen the tokens after it.",
                 "Allowed: causal language models.",
@@ -183,7 +183,7 @@ class Probe:
         batch, asked = _lay_out(self._documents, starts, way.layout)
         states = way.states(**batch)
         ids = self._documents[ASKED]
-        loss = head.loss(states, ids[1 : SUPERVISED + 1], float(SUPERVISED))
+        loss = head.loss(states, ids[FIRST + 1 : LAST + 1], float(LAST - FIRST))
         with torch.no_grad():
             logits = head.logits(states.detach()).float()
         ours = _outcome(logits, loss, parameters, embedded)
@@ -294,7 +294,7 @@ def _starts(model: "PreTrainedModel") -> list[tuple[int, ...]]:
 def _lay_out(
     documents: Sequence[Tensor], starts: Sequence[int], layout: Layout
 ) -> tuple[dict[str, Any], tuple[int, int]]:
-    """A batch of these documents, and where the supervised positions lie in its flattened tokens."""
+    """A batch of these documents, and which of its flattened tokens the supervised positions may see."""
     device = documents[0].device
     places = [torch.arange(len(ids), device=device) + start for ids, start in zip(documents, starts, strict=True)]
     if layout == "packed":
@@ -313,7 +313,7 @@ def _lay_out(
             name: torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
             for name, rows in (("input_ids", documents), ("position_ids", places), ("attention_mask", masks))
         }
-    return batch | {"positions": torch.arange(first, first + SUPERVISED, device=device)}, (first, first + SUPERVISED)
+    return batch | {"positions": torch.arange(first + FIRST, first + LAST, device=device)}, (first, first + LAST)
 
 
 def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int], layout: Layout) -> float:
@@ -322,7 +322,7 @@ def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int],
     An answer of the embedding is for the whole batch, but for rows that go one at a time: then only the asked one's has
     a gradient, and begins at 0.
     """
-    first, last = (0, SUPERVISED) if layout == "single" else asked
+    first, last = (0, LAST) if layout == "single" else asked
     rows = [gradient.flatten(0, -2) for gradient in embeddings if gradient is not None]
     return float(sum(torch.cat([row[:first], row[last:]]).norm() for row in rows))
 

@@ -31,9 +31,9 @@ class RowRotary(nn.Module):
         lengths = row_lengths(position_ids)
         cos = sin = None
         for length in lengths.unique():
-            self.rotary(x, position_ids.new_zeros(1, 1), *args, **kwargs)  # a short row, to forget longer ones
             places = lengths == length
             part_cos, part_sin = self.rotary(x, position_ids[places][None], *args, **kwargs)  # (1, n, rotary_dim)
+            self.rotary(x, position_ids.new_zeros(1, 1), *args, **kwargs)  # a short row, to forget this one
             if cos is None or sin is None:
                 cos, sin = (p.new_empty(*position_ids.shape, p.shape[-1]) for p in (part_cos, part_sin))
             cos[places], sin[places] = part_cos[0], part_sin[0]

@@ -1,0 +1,313 @@
+"""Training's loss and gradients against each model's own forward and autograd, and what the probe says of models."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import IGNORE, pack, pad
+from nybble.errors import ModelError
+from nybble.layers.backbone import BlockBackbone, Why, choose_backbone, why_not_forward
+from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
+from nybble.layers.loss_head import LossHead, OwnHead, loss_head
+from nybble.layers.probe import Probe
+from nybble.layers.rotary import RowRotary, length_of_change, rotate_rows_alone, row_lengths
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 8}
+LONG = {"rope_type": "longrope", "long_factor": [5.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 10000.0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.5, "residual_multiplier": 0.6},
+    "cohere": {"logit_scale": 0.3},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.5, "attn_logit_softcapping": 1.5, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 4.0},
+    "nanochat": {"final_logit_softcapping": 2.0},
+    "minicpm3": {
+        "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
+        "scale_emb": 3.0, "dim_model_base": 8, "scale_depth": 1.3, "num_key_value_heads": 4,
+    },
+    "falcon_h1": {"lm_head_multiplier": 0.35, "embedding_multiplier": 2.0, "mamba_d_ssm": 32} | MAMBA,
+    "mixtral": {"num_local_experts": 3, "output_router_logits": True},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
+    "dynamic": {
+        "family": "llama", "max_position_embeddings": 12,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    },
+    "longrope": {
+        "family": "phi3", "original_max_position_embeddings": 12,
+        "rope_parameters": LONG | {"original_max_position_embeddings": 12},
+    },
+}  # fmt: skip
+PADDED = {"falcon_h1", "bloom", "gpt_oss"}  # as transformers has them, packed rows see each other
+ROWS = (9, 30, 4, 17)  # tokens; beyond 12 the last two families turn by other angles
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32, adapters: bool = True, **more: Any) -> Any:
+    """A random model whose norms are not all ones, with adapters that are not zero."""
+    options = SMALL | FAMILIES.get(name, {}) | more
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(options.pop("family", name), **options)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name and parameter.ndim == 1:
+            parameter.data *= 1 + 0.2 * torch.randn_like(parameter)
+    if adapters:
+        names = [n for n in quantizable_linears(model) if "mamba" not in n]
+        for each in attach_adapters(model, names, rank=2, alpha=4.0, seed=1).values():
+            nn.init.normal_(each.lora_B, std=0.1)
+    return model
+
+
+def examples(lengths: Sequence[int] = ROWS) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for i, n in enumerate(lengths):
+        ids = torch.randint(3, 131, (n,), generator=generator, dtype=torch.int32)
+        rows.append(EncodedExample(ids, torch.rand(n, generator=generator) < 0.8, f"rows:{i}"))
+    return rows
+
+
+def own_loss_and_gradients(model: Any, rows: Sequence[EncodedExample]) -> tuple[float, Tensor]:
+    """Each row alone through a model that has seen no other, by its own forward, loss and autograd."""
+    total, gradients, count = 0.0, 0.0, sum(row.supervised_tokens for row in rows)
+    for row in rows:
+        fresh = copy.deepcopy(model)
+        ids, supervised = row.input_ids.long()[None], row.supervised[None]
+        labels = ids.masked_fill(~supervised, IGNORE)
+        plain = {"output_router_logits": False} if "mixtral" in model.config.model_type else {}
+        output = fresh(input_ids=ids, labels=labels, use_cache=False, **plain)
+        loss = output.loss * row.supervised_tokens / count
+        loss.backward()
+        total += float(loss.detach())
+        gradients = gradients + flat_gradients(fresh)
+    return total, gradients
+
+
+def flat_gradients(model: Any) -> Tensor:
+    adapters = adapters_of(model).values()
+    return torch.cat([p.grad.flatten().double() for each in adapters for p in (each.lora_A, each.lora_B)])
+
+
+def trained_loss_and_gradients(model: Any, backbone: Any, rows: Sequence[EncodedExample]) -> tuple[float, Tensor]:
+    """As the training loop does it, all rows in one micro-batch."""
+    model.zero_grad()
+    batch = pack(rows) if backbone.packing else pad(rows)
+    where = batch.supervised_positions
+    states = backbone.states(batch.input_ids, batch.position_ids, where, batch.cu_seqlens, batch.attention_mask)
+    loss = backbone.head.loss(states, batch.targets.flatten()[where], batch.supervised_tokens)
+    loss.backward()
+    return float(loss.detach()), flat_gradients(model)
+
+
+def relative(ours: Tensor, own: Tensor) -> float:
+    return float((ours - own).norm() / own.norm())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_trained_on_is_the_models_own_loss_packed_and_not(name):
+    model, rows = tiny_model(name), examples()
+    loss, gradients = own_loss_and_gradients(model, rows)
+    for packing in (True, False):
+        backbone = choose_backbone(model, keep="everything", packing=packing)
+        assert backbone.packing == (packing and name not in PADDED), backbone.name
+        ours, our_gradients = trained_loss_and_gradients(model, backbone, rows)
+        assert ours == pytest.approx(loss, rel=2e-6)
+        assert relative(our_gradients, gradients) <= 2e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_way_that_is_chosen_is_the_same_in_bf16(name):
+    model, rows = tiny_model(name, torch.bfloat16), examples()
+    loss, gradients = own_loss_and_gradients(model, rows)
+    backbone = choose_backbone(model, keep="everything", packing=True)
+    assert backbone.packing == (name not in PADDED) and isinstance(backbone.head, LossHead), backbone.name
+    ours, our_gradients = trained_loss_and_gradients(model, backbone, rows)
+    assert ours == pytest.approx(loss, rel=1e-2)
+    assert relative(our_gradients, gradients) <= 0.06
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "cap"), [("granite", 1 / 3, None), ("minicpm3", 0.25, None), ("nanochat", 1.0, 2.0)]
+)
+def test_scale_and_cap_are_measured(name, scale, cap):
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 1e-3)):
+        head = loss_head(tiny_model(name, dtype, adapters=False))
+        assert isinstance(head, LossHead) and head.scale == pytest.approx(scale, rel=near)
+        assert head.softcap == (cap and pytest.approx(cap, rel=near))
+
+
+def test_a_key_of_the_config_that_the_model_does_not_read_changes_nothing():
+    model = tiny_model("llama", logit_scale=0.25, logits_scaling=4.0, final_logit_softcapping=1.0)
+    head = loss_head(model)
+    assert isinstance(head, LossHead) and head.scale == 1.0 and head.softcap is None
+
+
+class OddHead(nn.Module):
+    """A head that is no product with a matrix."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear, self.weight = linear, linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.linear(x.abs()).sin()
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**25, 1])
+def test_a_head_that_is_not_linear_computes_through_the_models_own_forward(monkeypatch, chunk_bytes):
+    monkeypatch.setattr("nybble.layers.loss_head.CHUNK_BYTES", chunk_bytes)
+    model, rows = tiny_model("llama"), examples((90, 30))
+    model.lm_head = OddHead(model.lm_head)
+    loss, gradients = own_loss_and_gradients(model, rows)
+    backbone = choose_backbone(model, keep="everything", packing=True)
+    assert isinstance(backbone.head, OwnHead) and backbone.verdict.own_head and "own head" in backbone.name
+    assert why_not_forward(model).why is Why.HEAD
+    ours, our_gradients = trained_loss_and_gradients(model, backbone, rows)
+    assert ours == pytest.approx(loss, rel=2e-6) and relative(our_gradients, gradients) <= 2e-5
+    hidden = torch.randn(70, 32)
+    targets = torch.randint(131, (70,))
+    losses = F.cross_entropy(model.lm_head(hidden), targets, reduction="none")
+    torch.testing.assert_close(backbone.head.token_losses(hidden, targets), losses)
+    empty = torch.randn(0, 32, requires_grad=True)
+    backbone.head.loss(empty, targets[:0], 3.0).backward()
+    assert empty.grad.shape == (0, 32)
+
+
+def test_an_adapter_on_the_head_is_trained():
+    model, rows = tiny_model("llama"), examples()
+    attach_adapters(model, ["lm_head"], rank=2, alpha=4.0)
+    nn.init.normal_(model.lm_head.lora_B, std=0.1)
+    for each in adapters_of(model).values():
+        each.requires_grad_(True)
+        each.base.requires_grad_(False)
+    loss, gradients = own_loss_and_gradients(model, rows)
+    ours, our_gradients = trained_loss_and_gradients(
+        model, choose_backbone(model, keep="everything", packing=True), rows
+    )
+    assert ours == pytest.approx(loss, rel=2e-6) and relative(our_gradients, gradients) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bert", "electra"])
+def test_an_encoder_is_refused_though_its_loss_agrees(family, dtype):
+    with pytest.raises(ModelError, match=r"no decoder.*seen the tokens after"):
+        choose_backbone(tiny_model(family, dtype, pad_token_id=0), keep="everything", packing=True)
+
+
+def test_where_no_way_agrees_the_part_is_named():
+    model = tiny_model("gpt_neox")
+    original = model.forward
+
+    def forward(input_ids, labels=None, **kwargs):  # its logits depend on more than its states
+        output = original(input_ids=input_ids, **kwargs)
+        bias = torch.arange(input_ids.shape[1])[:, None] * torch.linspace(-1, 1, 131)
+        output.logits = output.logits + bias
+        if labels is not None:
+            output.loss = F.cross_entropy(output.logits[0, :-1], labels[0, 1:])
+        return output
+
+    model.forward = forward
+    with pytest.raises(ModelError, match=r"on its own loss: the head differs by"):
+        choose_backbone(model, keep="everything", packing=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["bloom", "falcon_h1", "granite"])
+def test_one_huge_channel_of_the_last_norm_hides_nothing(name, dtype):
+    model = tiny_model(name, dtype)
+    norms = [m for n, m in model.named_modules() if n.endswith(("ln_f", "final_layernorm", "model.norm"))]
+    norms[0].weight.data[3] = 40.0
+    backbone = choose_backbone(model, keep="everything", packing=True)
+    assert backbone.verdict.layout == ("padded" if name in PADDED else "packed")
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", "dynamic", "longrope"])
+def test_the_probe_leaves_everything_as_it_was(name):
+    model = tiny_model(name)
+    rotate_rows_alone(model)
+    model.train()
+    first = next(iter(adapters_of(model).values()))
+    first.lora_A.grad = torch.full_like(first.lora_A, 0.5)
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {n: t.detach().clone() for n, t in tensors.items()}
+    modules = [(n, type(m), m.training) for n, m in model.named_modules()]
+    random = torch.get_rng_state()
+    choose_backbone(model, keep="everything", packing=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [(n, type(m), m.training) for n, m in model.named_modules()] == modules
+    assert not model.get_input_embeddings()._forward_hooks
+    for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
+        assert torch.equal(t, before[n]), n
+        assert t.grad is None or t is first.lora_A
+    assert torch.equal(first.lora_A.grad, torch.full_like(first.lora_A, 0.5))
+
+
+def test_rows_are_told_apart_by_their_positions():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0], [3, 4, 5, 6, 7, 0, 0]])
+    assert row_lengths(positions).tolist() == [[3, 3, 3, 2, 2, 1, 1], [8, 8, 8, 8, 8, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_angles_are_those_of_each_row_in_a_fresh_model(name):
+    model = tiny_model(name, adapters=False)
+    fresh = copy.deepcopy(model.base_model.rotary_emb)
+    rotate_rows_alone(model)
+    rotate_rows_alone(model)
+    rotary = model.base_model.rotary_emb
+    assert isinstance(rotary, RowRotary) and not isinstance(rotary.rotary, RowRotary)
+    assert length_of_change(model) == 12
+    x = torch.empty(0)
+    packed = torch.cat([torch.arange(n) for n in ROWS])[None]
+    alone = [copy.deepcopy(fresh)(x, torch.arange(n)[None]) for n in ROWS]
+    for _ in range(2):  # what was asked before changes nothing
+        for got, expected in zip(rotary(x, packed), zip(*alone, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.cat(expected, dim=1), rtol=0, atol=0)
+    # That each row has its own angles matters: those of one call for all differ.
+    assert not torch.allclose(copy.deepcopy(fresh)(x, packed)[0], rotary(x, packed)[0], atol=1e-3)
+
+
+def test_decoder_blocks_turn_each_row_by_its_own_length():
+    model = tiny_model("dynamic")
+    backbone = choose_backbone(model, keep="nothing", packing=True)
+    assert isinstance(backbone, BlockBackbone)
+
+
+def test_blocks_that_differ_give_way_to_the_generic_path(monkeypatch):
+    model = tiny_model("dynamic")
+    original = BlockBackbone.states
+    monkeypatch.setattr(BlockBackbone, "states", lambda self, *a, **k: 1.1 * original(self, *a, **k))
+    backbone = choose_backbone(model, keep="nothing", packing=True)
+    assert backbone.verdict.path == "generic" and backbone.verdict.reason.why is Why.DIFFERENCE
+
+
+def test_an_own_loss_that_is_not_of_the_next_token_is_refused():
+    model = tiny_model("gpt_neox")
+    original = model.forward
+
+    def forward(input_ids, labels=None, **kwargs):
+        output = original(input_ids=input_ids, labels=labels, **kwargs)
+        output.loss = output.loss * 1.5
+        return output
+
+    model.forward = forward
+    with pytest.raises(ModelError, match="next token"):
+        Probe(model)
