@@ -6,7 +6,7 @@ gradient where B is 0), in the dtype that will run, through the same four-bit mo
 document count in the loss, so that what they must not see is told by gradients that are zero exactly, whatever the
 dtype: the document's later tokens (else the model is no decoder) and its neighbours (else they are mixed).
 
-It costs a forward and a backward pass of some twenty tokens each, and leaves adapters, gradients, buffers and the
+It costs two forward and two backward passes over some twenty tokens, in which the whole base is read, and leaves adapters, gradients, buffers and the
 random generators as they were.
 """
 
@@ -154,6 +154,11 @@ class Probe:
                 f"{type(self.model).__name__} is no decoder: what it says of a token has seen the tokens after it.",
                 "Allowed: causal language models.",
                 "Give --model one that is made to continue text; an encoder is not.",
+            )
+        if not any(gradient is not None and gradient.any() for gradient in own.embeddings):
+            raise ModelError(
+                f"No gradient reaches the embedding of {type(self.model).__name__}, so its adapters would learn little.",
+                "Allowed: models of transformers whose forward pass can be differentiated to their first layer.",
             )
         if not all(part.isfinite().all() for part in (own.logits, *own.gradients)):
             raise ModelError(

@@ -195,8 +195,11 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
         if backbone.packing != config.packing:
             plans, freed = _plan_padded(config, base_source, specs, data, plans, plan, dtype, device)
-            plan = plans.chosen or plans.smallest
-            backbone = choose_backbone(model, keep=plan.keep, packing=False, store=store, kept=kept)
+            again = plans.chosen or plans.smallest
+            console.print(f"planned again, for padded rows: {again.describe()}", highlight=False)
+            if again.keep != plan.keep:
+                backbone = choose_backbone(model, keep=again.keep, packing=config.packing, store=store, kept=kept)
+            plan = again
         console.print(f"computing through: {backbone.name}", highlight=False)
         for note in describe_untouched(model):
             console.print(note, highlight=False)
