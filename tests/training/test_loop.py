@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import BloomConfig, BloomForCausalLM
 
 from nybble.config import TrainConfig
 from nybble.errors import TrainingError
@@ -149,3 +151,20 @@ def test_ctrl_c_finishes_the_step_saves_and_exits_130(tiny_model, data, tmp_path
     assert "Interrupted after step" in printed and "Traceback" not in printed
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert len(losses(out)) < 100000
+
+
+def test_a_model_that_mixes_packed_rows_is_planned_for_padded_ones_and_trains_on_the_same_loss(
+    tiny_model, data, tmp_path
+):
+    """Bloom takes no positions: packed rows would see each other."""
+    folder = tmp_path / "bloom"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("model*", "config.json"))
+    vocabulary = json.loads((tiny_model / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    BloomForCausalLM(BloomConfig(vocab_size=vocabulary, bos_token_id=None, **shape)).save_pretrained(folder)
+    first = run(folder, data, tmp_path / "asked packed", max_steps=2).result
+    second = run(folder, data, tmp_path / "asked padded", max_steps=2, packing=False).result
+    assert "rows are padded" in json.loads((tmp_path / "asked packed" / "plan.json").read_text())["chosen"]["path"]
+    assert first.loss_before == pytest.approx(second.loss_before, rel=1e-6)
+    assert losses(tmp_path / "asked packed") == pytest.approx(losses(tmp_path / "asked padded"), rel=1e-5)

@@ -6,8 +6,8 @@ gradient where B is 0), in the dtype that will run, through the same four-bit mo
 document count in the loss, so that what they must not see is told by gradients that are zero exactly, whatever the
 dtype: the document's later tokens (else the model is no decoder) and its neighbours (else they are mixed).
 
-It costs two forward and two backward passes over some twenty tokens, in which the whole base is read, and leaves adapters, gradients, buffers and the
-random generators as they were.
+It costs two forward and two backward passes over some twenty tokens, in which the whole base is read. Adapters,
+gradients, buffers and the random generators are left as they were.
 """
 
 from collections.abc import Iterator, Sequence
@@ -157,7 +157,7 @@ class Probe:
             )
         if not any(gradient is not None and gradient.any() for gradient in own.embeddings):
             raise ModelError(
-                f"No gradient reaches the embedding of {type(self.model).__name__}, so its adapters would learn little.",
+                f"No gradient reaches the embedding of {type(self.model).__name__}, nor then its first adapters.",
                 "Allowed: models of transformers whose forward pass can be differentiated to their first layer.",
             )
         if not all(part.isfinite().all() for part in (own.logits, *own.gradients)):
