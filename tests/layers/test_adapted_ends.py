@@ -14,7 +14,7 @@ from nybble.errors import ConfigError, RunError
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.decoding import CachedDecoder
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import loss_head
 from nybble.layers.peft_format import StoredAdapter, adapter_config, read_adapter, write_adapter
 
 SHAPE = {
@@ -64,7 +64,7 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     borders = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
     positions = torch.arange(ids.shape[1])
     states = backbone.states(ids, positions[None], positions[:-1], borders)
-    return LossHead.of(model).loss(states, ids[0, 1:], ids.shape[1] - 1)
+    return loss_head(model).loss(states, ids[0, 1:], ids.shape[1] - 1)
 
 
 @pytest.mark.parametrize("make", [llama, lambda: llama(tied=True), gemma], ids=["llama", "tied", "gemma"])
@@ -108,7 +108,7 @@ def test_dropout_on_the_head_drops_inputs_of_its_adapter_alone() -> None:
     nn.init.normal_(head.lora_B)
     states, targets = torch.randn(7, 32, requires_grad=True), torch.arange(7)
     torch.manual_seed(3)
-    LossHead.of(model).loss(states, targets, 7).backward()
+    loss_head(model).loss(states, targets, 7).backward()
     ours = (states.grad.clone(), head.lora_A.grad.clone(), head.lora_B.grad.clone())
     states.grad = head.lora_A.grad = head.lora_B.grad = None
     torch.manual_seed(3)

@@ -18,6 +18,7 @@ from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import ops
 from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict, choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
+from nybble.layers.loss_head import loss_head
 from nybble.training.loop import forward_backward
 from nybble.training.optimizer import AdamW
 
@@ -236,7 +237,7 @@ def step_documents(step: int) -> list[EncodedExample]:
 
 def trained_by_nybble(model: nn.Module) -> dict[str, torch.Tensor]:
     """Adapters after some steps of two micro-batches, each through packed decoder blocks."""
-    backbone, head = BlockBackbone(model, "attention"), LossHead.of(model)
+    backbone, head = BlockBackbone(model, "attention"), loss_head(model)
     names, adapters = zip(*trainable(model).items(), strict=True)
     optimizer = AdamW(adapters, beta1=0.9, beta2=0.99, **SETTINGS)
     for step in range(NUM_STEPS):
