@@ -360,7 +360,11 @@ def loss_head(model: "PreTrainedModel") -> Head:
     linear: Any = output if adapter is None else adapter.base
     if not is_plain(output) or linear.weight.shape[1] != width:
         return own
-    return _linear_head(LossHead(linear.weight, linear.bias, adapter=adapter), own, width) or own
+    was_training = output.training
+    output.eval()  # nothing is dropped while it is measured
+    head = _linear_head(LossHead(linear.weight, linear.bias, adapter=adapter), own, width)
+    output.train(was_training)
+    return head or own
 
 
 @torch.no_grad()
@@ -376,8 +380,8 @@ def _linear_head(plain: LossHead, own: OwnHead, width: int) -> LossHead | None:
     small, large = slice(0, STATES_OF_A_SIZE), slice(-STATES_OF_A_SIZE, None)
     scale = float((product[small] * wanted[small]).sum() / product[small].square().sum())
     cap = float(wanted[large].abs().max())
-    for changes in ({}, {"scale": scale}, {"softcap": cap}, {"scale": scale, "softcap": cap}):
-        candidate = replace(plain, **changes)
+    scaled = replace(plain, scale=scale)
+    for candidate in (plain, scaled, replace(plain, softcap=cap), replace(scaled, softcap=cap)):
         if _agree(candidate.logits(states).double(), wanted, dtype):
             return candidate
     return None
