@@ -12,6 +12,7 @@ one process; the ratio is of pairs.
     growth   step time from 256 to 4096 tokens in documents of 256, so that attention grows no faster than the rest
 """
 
+import nybble.openmp  # noqa: F401, I001  before torch: how its threads wait
 import argparse
 import time
 from collections.abc import Callable, Iterator

@@ -26,6 +26,7 @@ TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 IDLE_SHARE = 0.02  # of one core: what a contender may use while another is measured
 QUIET_SHARE = 0.10  # of one core: less than this by others is a quiet machine
 DISTURBED_SHARE = 0.20  # of one core: a round in which others used more does not count...
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # how OpenMP's threads wait: nybble sets it for itself alone
 FEWEST_ROUNDS = 2  # ...unless fewer than these are left
 
 
@@ -84,11 +85,21 @@ class Contender:
         name: for people.
         command: Python and script; settings are appended as JSON.
         log: file for what it prints.
+        waiting: how OpenMP's threads wait. What this process was given, or set for itself, is not passed on.
     """
 
-    def __init__(self, name: str, command: Sequence[str | Path], settings: dict[str, Any], threads: int, log: Path):
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str | Path],
+        settings: dict[str, Any],
+        threads: int,
+        log: Path,
+        waiting: Mapping[str, str] | None = None,
+    ):
         self.name, self.log = name, log
         variables = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        inherited = {name: value for name, value in os.environ.items() if name not in WAITING}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as errors:
             self.process = subprocess.Popen(
@@ -97,7 +108,7 @@ class Contender:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | variables,
+                env=inherited | variables | dict(waiting or {}),
             )
         started = time.perf_counter()
         self.hello = self._answer()

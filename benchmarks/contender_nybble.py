@@ -7,6 +7,7 @@ both are replaced here by ones that talk to the parent. The time of a step is fr
 and optimizer included.
 """
 
+import nybble.openmp  # noqa: F401, I001  before torch: how its threads wait
 import json
 import sys
 import tempfile

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import nybble
+from nybble import openmp
 
 _NEEDED = ("torch", "transformers", "datasets", "safetensors", "gguf")
 _OPTIONAL = ("bitsandbytes", "peft", "triton")
@@ -51,6 +52,7 @@ def examine() -> dict[str, Any]:
             "vectors": [flag for flag in _VECTOR_FLAGS if flag in _cpu_flags()],
         },
         "threads": torch.get_num_threads(),
+        "waiting": openmp.SENTENCES[openmp.waiting],
         "memory": {"total_bytes": _memory("MemTotal"), "available_bytes": _memory("MemAvailable")},
         "cuda": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "cache": str(cache_folder()),
@@ -105,6 +107,7 @@ def _show(facts: dict[str, Any], console: Console) -> None:
         "processor", f"{cpu['model']}, {cpu['cores']} cores, {', '.join(cpu['vectors']) or 'no vectors known'}"
     )
     table.add_row("threads", str(facts["threads"]))
+    table.add_row("threads wait", facts["waiting"])
     table.add_row("memory", f"{gigabytes(memory['available_bytes'])} free of {gigabytes(memory['total_bytes'])}")
     for device in facts["cuda"]:
         table.add_row("CUDA", f"{device['name']}, {gigabytes(device['memory_bytes'])}")

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from nybble import openmp
 from nybble.config import DataOptions, TrainConfig
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.plots import draw_lengths
@@ -203,6 +204,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         console.print(f"computing through: {backbone.name}", highlight=False)
         for note in describe_untouched(model):
             console.print(note, highlight=False)
+        if openmp.waiting == "unknown" and device.type == "cpu":
+            console.print(f"threads wait {openmp.SENTENCES['unknown']}", style="yellow", highlight=False)
         give_back_free()  # what loading took and freed
         options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
         write_complete(run.config, options)  # first: from here on there is a run to go on with
