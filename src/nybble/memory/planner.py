@@ -387,8 +387,8 @@ def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
         got = f"No strategy is left. Not {smallest.strategy}: {plans.reason(smallest).sentence}."
     elsewise = make_plans(freed, machine) if freed is not None else plans
     if elsewise.chosen is not None:
-        ways = [plan.way for plan in plans.openings if plan.barred and plan.barred.cause is Cause.NEEDS_FOLDER]
-        as_they_are = f" As they are, they need a 4-bit folder: {ways[0]}." if ways else ""
+        folders = [plan.way for plan in plans.openings if plan.barred and plan.barred.cause is Cause.NEEDS_FOLDER]
+        as_they_are = f" As they are, they need a 4-bit folder: {folders[0]}." if folders else ""
         raise PlanError(
             got,
             f"What fits: {elsewise.chosen.describe()}, with {elsewise.chosen.peak_bytes / 1e9:.2f} GB.",
