@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaConfig
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig
 
 from nybble.config import load_config
-from nybble.errors import DataError, FormatError, PlanError
+from nybble.errors import DataError, FormatError, ModelError, PlanError
 from nybble.evaluation.load_run import load_run
 from nybble.formats.blockwise import block_scales
 from nybble.formats.quantized_tensor import QuantSpec
@@ -176,6 +176,21 @@ def test_an_earlier_run_is_untouched_until_training_begins(tiny_model: Path, dat
     with pytest.raises(DataError, match=r"short\.txt: 10 tokens"):
         train(tiny_model, data, tmp_path / "run", overwrite=True, calibrate=str(short))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_model_that_is_refused_once_it_is_loaded_touches_no_earlier_run(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    train(tiny_model, data, tmp_path / "run")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    encoder = tmp_path / "encoder"
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertLMHeadModel(BertConfig(**shape, vocab_size=259, pad_token_id=0)).save_pretrained(encoder)
+    for file in tiny_model.glob("*token*"):
+        shutil.copy(file, encoder)
+    with pytest.raises(ModelError, match="is no decoder"):
+        train(encoder, data, tmp_path / "run", overwrite=True, quality="absmax", calibrate=None)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
 def test_calibrating_on_the_validation_rows_stops_the_run(tiny_model: Path, data: Path, tmp_path: Path) -> None:

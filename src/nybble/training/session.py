@@ -189,9 +189,6 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             initialise_adapters(model, source, windows, min(free, STATISTICS_BYTES))
         if started_from is not None:
             restore_adapter(model, started_from.folder)
-        if not config.resume:
-            run.create(config.overwrite)
-            adopt_base(run)
         kept = _place_for_kept(plan, run, device)
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
         if backbone.packing != config.packing:
@@ -201,6 +198,11 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             if again.keep != plan.keep:
                 backbone = choose_backbone(model, keep=again.keep, packing=config.packing, store=store, kept=kept)
             plan = again
+        if (
+            not config.resume
+        ):  # here, since an earlier run is replaced by it: nothing about the model is refused any more
+            run.create(config.overwrite)
+            adopt_base(run)
         console.print(f"computing through: {backbone.name}", highlight=False)
         for note in describe_untouched(model):
             console.print(note, highlight=False)
@@ -430,7 +432,10 @@ def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTen
     """Where blocks keep what their backward passes need; None where that is the memory they compute in."""
     if not plan.offloaded:
         return None
-    return PinnedActivations() if device.type == "cuda" else ActivationFile(run.path, plan.offloaded_bytes)
+    if device.type == "cuda":
+        return PinnedActivations()
+    existing = next(folder for folder in (run.path, *run.path.parents) if folder.is_dir())  # the run's own comes later
+    return ActivationFile(existing, plan.offloaded_bytes)
 
 
 def prepare_data(
