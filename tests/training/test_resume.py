@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
 from nybble.config import TrainConfig, load_config
-from nybble.errors import RunError, TrainingError
+from nybble.errors import ModelError, RunError, TrainingError
 from nybble.formats.manifest import verify_manifest
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.models.save import quantize_folder
@@ -289,6 +290,18 @@ def test_one_row_that_does_not_fit_stops_with_the_last_good_state(tiny_model, da
     monkeypatch.setattr(loop, "supervised_states", original)
     resume(out)
     assert final(out) == expected
+
+
+def test_a_state_that_cannot_be_read_is_not_called_another_runs(tmp_path, monkeypatch):
+    class Unreadable:
+        def load_state(self, read):
+            read("num_steps")
+            raise ModelError("the disk failed")
+
+    save_file({"num_steps": torch.tensor(1)}, tmp_path / checkpoint_module.OPTIMIZER)
+    monkeypatch.setattr(checkpoint_module, "restore_adapter", lambda *_: None)
+    with pytest.raises(ModelError, match="the disk failed"):
+        checkpoint_module.Checkpoint(tmp_path, {}, {}).restore(None, Unreadable(), None, None)
 
 
 def test_the_random_generators_are_restored():

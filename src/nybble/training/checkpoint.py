@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nybble.data.sampler import StepSampler
-from nybble.errors import FormatError, RunError
+from nybble.errors import FormatError, NybbleError, RunError
 from nybble.formats.disk import TEMPORARY, complete_folder, reason_of, remove_folder
 from nybble.formats.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors_io import SafetensorsFolder, write_tensors
@@ -103,6 +103,8 @@ class Checkpoint:
         stored = SafetensorsFolder(self.folder / OPTIMIZER)
         try:
             optimizer.load_state(stored.read)
+        except NybbleError:
+            raise  # it could not be read
         except (KeyError, ValueError) as error:
             raise RunError(
                 f"The optimizer's state in {self.folder} does not fit these adapters: {error}.",
