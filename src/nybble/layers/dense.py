@@ -48,18 +48,24 @@ class CastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> set[str]:
-    """Swap the input embeddings and the output head of a transformers model for casting ones, in place.
-
-    Returns:
-        names of their weights, which may now stay in 16 bits; none where an end is neither an embedding nor an
-        `nn.Linear`, or its weight is read elsewhere: there the model's own code would meet two dtypes.
+def narrow_ends(model: "PreTrainedModel") -> dict[str, nn.Module]:
+    """Input embeddings and output head by name, where both may stay in 16 bits in a model that computes in 32; else
+    none: an end is neither an embedding nor an `nn.Linear`, or its weight is read elsewhere, and the model's own code
+    would meet two dtypes.
     """
     whole = (model.get_input_embeddings(), model.get_output_embeddings())
     ends = {name: module for name, module in model.named_modules() if any(module is end for end in whole)}
     known = all(isinstance(end, nn.Embedding) or type(end) is nn.Linear for end in ends.values())
-    if not known or ends.keys() & weights_read(model).keys():
-        return set()
+    return {} if not known or ends.keys() & weights_read(model).keys() else ends
+
+
+def replace_dense_ends(model: "PreTrainedModel", compute_dtype: torch.dtype) -> set[str]:
+    """Swap the input embeddings and the output head of a transformers model for casting ones, in place.
+
+    Returns:
+        names of their weights, which may now stay in 16 bits; none where `narrow_ends` finds none.
+    """
+    ends = narrow_ends(model)
     for name, end in ends.items():
         model.set_submodule(name, _cast(end, compute_dtype))
     return {f"{name}.weight" for name in ends}

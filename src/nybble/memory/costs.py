@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.layers.dense import narrow_ends
 from nybble.layers.loss_head import LARGE_HEAD_BYTES, PANEL_ROWS
 from nybble.models.inventory import BlockParts, Inventory, take_inventory
 
@@ -69,6 +70,7 @@ class ModelShape:
         num_heads: of attention; it matters to decoder blocks, whose families all have them.
         query_width, key_value_width: of all heads together; h where no layer is called so.
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
+        narrow_ends: embedding and head stay in 16 bits whatever is computed in.
     """
 
     parts: Inventory
@@ -77,6 +79,7 @@ class ModelShape:
     query_width: int
     key_value_width: int
     intermediate_size: int
+    narrow_ends: bool
 
     @classmethod
     def of(cls, model: "PreTrainedModel", in_four_bits: "Collection[str] | None" = None) -> "ModelShape":
@@ -98,6 +101,7 @@ class ModelShape:
             query,
             key_value,
             max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
+            bool(narrow_ends(model)),
         )
 
     @property
@@ -296,9 +300,9 @@ def mean_bits(shape: ModelShape, specs: LayerSpecs) -> float:
     return 8 * stored / total
 
 
-def end_bytes(shape: ModelShape) -> int:
-    """Embeddings and head."""
-    return DENSE_BYTES * shape.parts.end_elements
+def end_bytes(shape: ModelShape, dense: int = DENSE_BYTES) -> int:
+    """Embeddings and head; as wide as what else is not in four bits where they cannot stay in 16."""
+    return (DENSE_BYTES if shape.narrow_ends else dense) * shape.parts.end_elements
 
 
 def dense_bytes(shape: ModelShape, dense: int = DENSE_BYTES) -> int:
@@ -307,7 +311,7 @@ def dense_bytes(shape: ModelShape, dense: int = DENSE_BYTES) -> int:
     Args:
         dense: bytes of a weight that is neither in four bits nor in embedding and head.
     """
-    return end_bytes(shape) + dense * (shape.parts.vector_elements + shape.parts.around_elements)
+    return end_bytes(shape, dense) + dense * (shape.parts.vector_elements + shape.parts.around_elements)
 
 
 def input_bytes(shape: ModelShape, training: TrainingShape) -> int:
@@ -479,7 +483,7 @@ def predict(shape: ModelShape, training: TrainingShape) -> dict[str, int]:
         "base weights": resident_bytes(shape, *stored, resident),
         "weights not in four bits": c * shape.parts.matrix_elements,
         "blocks on their way": buffers,
-        "embeddings, head, norms": dense_bytes(shape, c) - (end_bytes(shape) if training.stream_ends else 0),
+        "embeddings, head, norms": dense_bytes(shape, c) - (end_bytes(shape, c) if training.stream_ends else 0),
         "adapters": masters + copies,
         "optimizer state": optimizer if training.page_bytes is None else 0,
         "pages of the optimizer": training.page_bytes or 0,

@@ -330,7 +330,10 @@ def describe_left(ask: Ask) -> list[str]:
     others = [(name, numel) for name, numel in parts.linears if name not in adapted]
     left = [(name, ask.compute_bytes * numel if spec is None else spec.bytes(numel)) for name, numel in others]
     said = {
-        "without an adapter, not in four bits": [("embedding and head", end_bytes(ask.shape)), *fixed],
+        "without an adapter, not in four bits": [
+            ("embedding and head", end_bytes(ask.shape, ask.compute_bytes)),
+            *fixed,
+        ],
         "with an adapter, not in four bits": [part for part in dense if part not in fixed],
         "without an adapter": left,
     }
