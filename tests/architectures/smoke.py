@@ -18,7 +18,6 @@ from nybble.data.examples import EncodedExample
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
-from nybble.layers.loss_head import LossHead
 from nybble.layers.peft_format import adapter_config, write_adapter
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.models.folder_source import FolderSource
@@ -78,7 +77,7 @@ def rows_for(model: PreTrainedModel) -> list[EncodedExample]:
 
 def _train(model: PreTrainedModel, dtype: torch.dtype, packing: bool) -> tuple[str, bool]:
     backbone = choose_backbone(model, keep="nothing", packing=packing)
-    head = getattr(backbone, "head", None) or LossHead.of(model)
+    head = backbone.head
     rows = rows_for(model)
     num_supervised = sum(row.supervised_tokens for row in rows)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -30,7 +30,7 @@ def outcome(model_type: str) -> list[str]:
     """Path, rows, what became of it in each dtype, and in PEFT: the cells of a line of the table."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tiny_model(model_type).save_pretrained(folder, save_original_format=False)
+            tiny_model(model_type).save_pretrained(folder)
         except Exception as error:  # whatever a class of transformers raises for its own default config
             return ["", "", f"cannot be built small: {_words(error)}", "", ""]
         path, rows, peft, said = "", "", "", []

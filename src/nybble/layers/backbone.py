@@ -19,7 +19,7 @@ from nybble.errors import ModelError
 from nybble.kernels.heap import give_back_free
 from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Keep, Rows
-from nybble.layers.loss_head import Head, OwnHead, is_plain, loss_head
+from nybble.layers.loss_head import Head, OwnHead, decoder_of, is_plain, loss_head
 from nybble.layers.probe import Difference, Layout, Probe, accepted
 from nybble.layers.rotary import length_of_change, rotate_rows_alone
 from nybble.layers.streamed import BlockStore, attach_store
@@ -416,7 +416,7 @@ def decoder_states(
     model: "PreTrainedModel", input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
     """The final hidden states of a transformers causal language model, `(B, T, hidden)`."""
-    base = model.base_model
+    base = decoder_of(model) if model.base_model is model else model.base_model
     wanted = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
     states: Tensor = base(input_ids=input_ids, **accepted(base, **wanted)).last_hidden_state
     return states

@@ -14,6 +14,7 @@ chunk at a time (`OwnHead`). `loss_head` decides.
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels import block_ops
 from nybble.layers.lora import LoraLinear
 from nybble.layers.streamed import PANEL_BYTES, PANEL_ROWS, HeadMatrix, StreamedHead
@@ -259,13 +260,8 @@ class OwnHead:
 
     def __init__(self, model: "PreTrainedModel"):
         self.model = model
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         self._decoder = next(name for name, module in model.named_modules() if module is decoder)
-        if not self._decoder:
-            raise ModelError(
-                f"{type(model).__name__} has no decoder apart from its head.",
-                "Allowed: causal language models of transformers that are made of a decoder and a head.",
-            )
 
     @property
     def device(self) -> torch.device:
@@ -315,6 +311,24 @@ class OwnHead:
         yield from zip(hidden.split(rows), targets.split(rows), strict=True) if len(targets) else ()
 
 
+def decoder_of(model: "PreTrainedModel") -> nn.Module:
+    """What a causal language model's head is set on: a module within it that has the input embedding.
+
+    transformers' own lookups give the model itself, or its output matrix, for some families.
+
+    Raises:
+        ModelError: there is none.
+    """
+    embedding = model.get_input_embeddings()
+    for part in (model.get_decoder(), model.base_model, *model.children()):
+        if part is not model and part is not embedding and any(module is embedding for module in part.modules()):
+            return part
+    raise ModelError(
+        f"{type(model).__name__} has no decoder apart from its head.",
+        "Allowed: causal language models of transformers that are made of a decoder and a head.",
+    )
+
+
 class _GivenStates(nn.Module):
     """Stands for a decoder whose last states are known; what else is read off it is its own."""
 
@@ -355,10 +369,12 @@ def loss_head(model: "PreTrainedModel") -> Head:
             f"{type(model).__name__} has no output head.", "Allowed: causal language models with a linear head."
         )
     own = OwnHead(model)
-    width = model.config.get_text_config().hidden_size
     adapter = output if isinstance(output, LoraLinear) else None
     linear: Any = output if adapter is None else adapter.base
-    if not is_plain(output) or linear.weight.shape[1] != width:
+    if not is_plain(output):
+        return own
+    width = linear.weight.shape[1]
+    if getattr(model.config.get_text_config(), "hidden_size", width) != width:
         return own
     was_training = output.training
     output.eval()  # nothing is dropped while it is measured
@@ -375,7 +391,8 @@ def _linear_head(plain: LossHead, own: OwnHead, width: int) -> LossHead | None:
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor(PROBED_STATES).repeat_interleave(STATES_OF_A_SIZE)[:, None]
     states = (torch.randn(len(sizes), width, generator=generator) * sizes).to(own.device, dtype)
-    wanted = own.logits(states).double()
+    with foreign_errors(partial(_needs_more, own.model)):
+        wanted = own.logits(states).double()
     product = plain.logits(states).double()
     small, large = slice(0, STATES_OF_A_SIZE), slice(-STATES_OF_A_SIZE, None)
     scale = float((product[small] * wanted[small]).sum() / product[small].square().sum())
@@ -385,6 +402,14 @@ def _linear_head(plain: LossHead, own: OwnHead, width: int) -> LossHead | None:
         if _agree(candidate.logits(states).double(), wanted, dtype):
             return candidate
     return None
+
+
+def _needs_more(model: "PreTrainedModel", error: Exception) -> ModelError:
+    return ModelError(
+        f"{type(model).__name__} does not make its logits of its decoder's last states alone: {first_line(error)}",
+        "Allowed: causal language models whose logits come from their decoder's last states, token by token.",
+        "Choose another model.",
+    )
 
 
 def _agree(logits: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:

@@ -10,16 +10,21 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from nybble.errors import ModelError, RunError
 from nybble.formats.safetensors_io import SafetensorsFolder, sampled_sha256
 from nybble.layers.convert import adapters_of, attach_adapters, end_modules, quantizable_linears
 from nybble.layers.lora import LoraEmbedding, LoraLinear, lora_scaling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -32,7 +37,15 @@ _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape
 # What a config may say without changing what the adapter computes; anything else must be off.
 PLAIN_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "inference_mode"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "inference_mode",
+    ),
     *("auto_mapping", "peft_version", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "runtime_config", "ensure_weight_tying", "qalora_group_size", "init_lora_weights"),
 }
@@ -62,23 +75,39 @@ def _named(name: str, adapter: LoraLinear, a: Tensor, b: Tensor) -> dict[str, Te
     return {f"{_PREFIX}{name}.{leaf}": each.cpu().contiguous() for leaf, each in zip(leaves, (a, b), strict=True)}
 
 
-def adapter_config(model: nn.Module, base_name: str, *, alpha: float, rslora: bool) -> dict[str, Any]:
-    """What PEFT needs to know to put the adapter on its base."""
+def adapter_config(model: "PreTrainedModel", base_name: str, *, alpha: float, rslora: bool) -> dict[str, Any]:
+    """What PEFT needs to know to put the adapter on its base.
+
+    Where experts that checkpoints store one by one are one tensor in the model, PEFT takes every target module of their
+    names (`gate_proj`) for the experts. Other layers of these names are targets as parameters, which it leaves alone;
+    those have no dropout in PEFT.
+    """
     adapters = adapters_of(model)
     first = next(iter(adapters.values()))
-    return {
+    taken = _names_of_merged_experts(model)
+    as_parameters = [name for name in adapters if name.rpartition(".")[2] in taken]
+    as_modules = [name for name in adapters if name not in as_parameters]
+    parameters = {"target_parameters": sorted(f"{name}.weight" for name in as_parameters)} if as_parameters else {}
+    return parameters | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": first.rank,
         "lora_alpha": alpha,
-        "lora_dropout": first.dropout,
+        "lora_dropout": 0.0 if as_parameters else first.dropout,
         "use_rslora": rslora,
-        "target_modules": _shortest_targets(model, list(adapters)),
+        "target_modules": _shortest_targets(model, as_modules),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def _names_of_merged_experts(model: "PreTrainedModel") -> set[str]:
+    """Last parts of the names of weights that transformers merges, over all experts, when it loads a checkpoint."""
+    merging = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    patterns = [pattern for converter in merging for pattern in converter.source_patterns if ".*." in pattern]
+    return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns}
 
 
 def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:

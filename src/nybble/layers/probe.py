@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.errors import ModelError
+from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.layers.convert import adapters_of
 from nybble.layers.loss_head import Head
 from nybble.layers.rotary import length_of_change
@@ -137,7 +137,8 @@ class Probe:
         if self.store is not None:
             self.store.begin(will_return=True)
         taken = accepted(self.model, **wanted)
-        output = self.model(**taken)
+        with foreign_errors(self._fails):
+            output = self.model(**taken)
         logits = output.logits[0].float()
         loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
         outcome = _outcome(logits[FIRST:LAST], loss, parameters, embedded)
@@ -147,6 +148,14 @@ class Probe:
             unshifted = F.cross_entropy(logits.detach(), labels)
             self._check_loss(float(output.loss.detach()), [outcome.loss, float(unshifted)])
         return outcome
+
+    def _fails(self, error: Exception) -> ModelError:
+        return ModelError(
+            f"The forward pass of {type(self.model).__name__} over a text of {LENGTHS[ASKED]} tokens fails: "
+            f"{first_line(error)}",
+            "Allowed: models of transformers that can be trained on text alone.",
+            "Choose another model, or update transformers.",
+        )
 
     def _check_decoder(self, own: _Outcome) -> None:
         if any(gradient is not None and gradient[0, LAST:].any() for gradient in own.embeddings):
@@ -222,7 +231,7 @@ class Probe:
         def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             self._dtype = output.dtype
             embedded.append(output.detach().requires_grad_())
-            return embedded[-1]
+            return embedded[-1].clone()  # some models add to it in place
 
         adapters = _some_adapters(self.model)
         parameters: list[Tensor] = [p for each in adapters for p in (each.lora_A, each.lora_B)]
