@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from transformers import PhiConfig, PhiForCausalLM
 
 from nybble.config import load_config
 from nybble.errors import ModelError
@@ -113,6 +114,19 @@ def test_streaming_to_a_gpu_changes_no_bit(folder, resident, in_ram, keep):
         )  # fmt: skip
         assert losses == expected
         assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+def test_a_streamed_head_keeps_its_bias(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    whole = PhiForCausalLM(PhiConfig(vocab_size=90, max_position_embeddings=32, **sizes)).eval()
+    torch.nn.init.normal_(whole.lm_head.bias)
+    whole.save_pretrained(tmp_path)
+    ids = torch.arange(5, 12)[None]
+    expected, states = whole(input_ids=ids).logits, whole.model(input_ids=ids).last_hidden_state
+    model = load_model(open_source(str(tmp_path)), None, torch.float32, stream_ends=True)
+    assert torch.allclose(model.lm_head(states), expected, atol=1e-5)
+    assert torch.allclose(loss_head.loss_head(model).logits(states[0]), expected[0], atol=1e-5)
 
 
 def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, monkeypatch):

@@ -169,6 +169,7 @@ class GenericBackbone:
             attach_store(model, store)
         if checkpointing and model.supports_gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            model.disable_input_require_grads()  # for reentrant ones; some models add to the embedding's in place
         self.layout = verdict.layout
         self.name = verdict.describe() + ("" if store is None else ", streamed")
 

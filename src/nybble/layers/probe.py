@@ -139,9 +139,9 @@ class Probe:
         taken = accepted(self.model, **wanted)
         with foreign_errors(self._fails):
             output = self.model(**taken)
-        logits = output.logits[0].float()
-        loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
-        outcome = _outcome(logits[FIRST:LAST], loss, parameters, embedded)
+            logits = output.logits[0].float()
+            loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
+            outcome = _outcome(logits[FIRST:LAST], loss, parameters, embedded)
         self._check_decoder(outcome)
         if "labels" in taken:
             # Some families leave it to the caller to shift the labels by a token.
@@ -151,7 +151,7 @@ class Probe:
 
     def _fails(self, error: Exception) -> ModelError:
         return ModelError(
-            f"The forward pass of {type(self.model).__name__} over a text of {LENGTHS[ASKED]} tokens fails: "
+            f"{type(self.model).__name__} fails over a text of {LENGTHS[ASKED]} tokens, forward or backward: "
             f"{first_line(error)}",
             "Allowed: models of transformers that can be trained on text alone.",
             "Choose another model, or update transformers.",

@@ -160,16 +160,15 @@ class HeadMatrix:
 
 
 class StreamedHead(nn.Module):
-    """Stands in a model's head and reads its matrix in panels, as the loss head does."""
+    """Stands in a model's head and reads its matrix in panels, as the loss head does; a bias stays in memory."""
 
-    bias = None
-
-    def __init__(self, matrix: MatrixFile, device: torch.device | str = "cpu"):
+    def __init__(self, matrix: MatrixFile, bias: nn.Parameter | None, device: torch.device | str = "cpu"):
         super().__init__()
-        self.weight = HeadMatrix(matrix, device)
+        self.weight, self.bias = HeadMatrix(matrix, device), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return panel_product(x, self.weight)
+        y = panel_product(x, self.weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 PANEL_ROWS = 8192  # rows of a 16-bit matrix that are widened at a time when products run in fp32,

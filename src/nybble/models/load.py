@@ -74,7 +74,8 @@ def load_model(
         streamed = set(stream_linears_of)
         replace_linears(model, [n for n in linears if n not in streamed], source.quant_spec or spec, compute_dtype)
         stream_linears(model, streamed, compute_dtype, device)
-        not_loaded = {f"{name}.weight" for name in streamed} | (ends if stream_ends else set())
+        not_loaded = {f"{name}.weight" for name in streamed}
+        not_loaded |= {name for name in ends if stream_ends and name.endswith(".weight")}
         placed = [place for place in placed if place.target not in not_loaded]
 
     for place in placed if progress is None else progress(placed, total=len(placed)):
@@ -102,7 +103,8 @@ def _stream_ends(
     matrix = source.matrix(places[f"{embedding}.weight"])
     model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype, model.get_submodule(embedding)))
     own = places.get(f"{head}.weight")  # absent where tied
-    model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own), device))
+    bias = model.get_submodule(head).bias
+    model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own), bias, device))
 
 
 def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: list[PlacedTensor]) -> list[str]:
