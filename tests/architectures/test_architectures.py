@@ -10,6 +10,8 @@ import traceback
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -17,7 +19,11 @@ from smoke import DTYPES, Wrong, train_in
 from tiny_models import all_types, tiny_model
 from transformers import logging
 
-from nybble.errors import NybbleError
+from nybble.errors import ModelError, NybbleError
+from nybble.layers.backbone import choose_backbone, decoder_states
+from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.layers.loss_head import loss_head
+from nybble.layers.peft_format import adapter_config
 
 PROJECT = Path(__file__).parents[2]
 TABLE = PROJECT / "docs" / "architectures.md"
@@ -77,6 +83,37 @@ def test_the_table_has_every_type() -> None:
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_a_sample_trains_as_the_model_is(model_type: str) -> None:
     assert outcome(model_type)[2:4] == ["trains", "trains"]
+
+
+def test_layers_with_the_names_of_merged_experts_are_where_peft_leaves_them() -> None:
+    model = tiny_model("deepseek_v3")
+    attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=4.0, dropout=0.1)
+    config = adapter_config(model, "base", alpha=4.0, rslora=False)
+    expected = adapters_of(model).keys()
+    peft = get_peft_model(tiny_model("deepseek_v3"), LoraConfig(**config | {"inference_mode": False}))
+    found = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}
+    assert any("shared_experts.gate_proj" in name for name in expected) and found == expected
+
+
+@pytest.mark.parametrize("model_type", ["llama4_text", "modernbert-decoder"])
+def test_the_decoder_is_what_has_the_embedding(model_type: str) -> None:
+    """transformers' own lookups give the whole model for the one, and the output matrix for the other."""
+    model = tiny_model(model_type).eval()
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        states = decoder_states(model, ids, torch.arange(7)[None])
+        assert torch.allclose(loss_head(model).logits(states[0]), model(input_ids=ids).logits[0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [("git", "fails over a text"), ("reformer", "fails over a text"), ("prophetnet", "last states alone")],
+)
+def test_what_cannot_be_asked_is_refused_in_words(model_type: str, words: str) -> None:
+    model = tiny_model(model_type)
+    attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=4.0)
+    with pytest.raises(ModelError, match=words):
+        choose_backbone(model, keep="nothing", packing=True)
 
 
 @pytest.mark.slow
