@@ -114,26 +114,33 @@ def test_rows_lost_to_several_things_are_counted_together(audit_of):
     assert audit.num_dropped == 4
 
 
-def test_odd_rows_stop_training_told_all_at_once_and_one_option_takes_them_out(audit_of):
+def test_odd_rows_are_dropped_told_all_at_once_by_kind_and_line(audit_of):
     rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(60)]
     rows[7]["completion"] = rows[30]["completion"] = None
+    rows[40]["completion"] = [{"role": "narrator", "content": "x"}]
     del rows[50]["completion"]
-    with pytest.raises(DataError) as error:
-        audit_of(rows).check()
-    message = str(error.value)
-    assert "not-text: 2 x" in message and "train.jsonl:8, train.jsonl:31 ('completion' is null)" in message
-    assert "missing-column: 1 x" in message and "train.jsonl:51" in message
-    ids = message.rpartition("--allow ")[2].split(",")
-    audit = audit_of(rows, allow=ids)
+    audit = audit_of([*rows, []])
     audit.check()
-    assert (audit.num_rows, audit.num_dropped, audit.num_train + audit.num_validation) == (60, 3, 57)
+    odd = {f.id: f for f in audit.findings if f.id in ("unreadable-row", "missing-column", "not-text", "odd-turn")}
+    assert {id: (f.level, f.rows) for id, f in odd.items()} == {
+        "unreadable-row": ("warning", ("train.jsonl:61",)),
+        "missing-column": ("warning", ("train.jsonl:51",)),
+        "not-text": ("warning", ("train.jsonl:8", "train.jsonl:31")),
+        "odd-turn": ("warning", ("train.jsonl:41",)),
+    }
+    assert odd["not-text"].detail == "'completion' is null"
+    assert (audit.num_rows, audit.num_dropped, audit.num_train + audit.num_validation) == (61, 5, 56)
 
 
-def test_too_many_odd_rows_need_a_word_of_their_own(audit_of):
+def test_too_many_odd_rows_stop_training_told_all_at_once(audit_of):
     rows = [{"prompt": f"Say {n}.", "completion": f"{n}!" if n % 3 else None} for n in range(30)]
-    audit = audit_of(rows, allow=("not-text",))
-    with pytest.raises(DataError, match=r"(?s)many-dropped: 10 x .*10 by not-text.*--allow many-dropped$"):
-        audit.check()
+    del rows[1]["completion"]
+    with pytest.raises(DataError, match=r"(?s)many-dropped: 11 x .*10 by not-text.*--allow many-dropped$") as error:
+        audit_of(rows).check()
+    assert "train.jsonl:1, train.jsonl:4" in str(error.value) and "missing-column: 1 x" in str(error.value)
+    audit = audit_of(rows, allow=("many-dropped",))
+    audit.check()
+    assert (audit.num_dropped, audit.num_train + audit.num_validation) == (11, 19)
 
 
 def test_columns_that_nothing_reads_are_counted_and_stop_where_they_teach(audit_of):

@@ -29,26 +29,6 @@ MOST_DROPPED = 0.1  # of the rows; losing more changes what is learnt
 # id: (level, what it means, what to do)
 FINDINGS: dict[str, tuple[Level, str, str]] = {
     "no-rows": ("error", "no row is left to train on", "see the other findings for what became of the rows"),
-    "unreadable-row": (
-        "error",
-        "rows cannot be read",
-        "mend or remove them",
-    ),
-    "missing-column": (
-        "error",
-        "rows lack a column that the others have",
-        "add it, or remove them",
-    ),
-    "not-text": (
-        "error",
-        "rows hold something else where text is needed",
-        "put text there, or remove them",
-    ),
-    "odd-turn": (
-        "error",
-        "rows hold conversations that nybble cannot read",
-        "mend them, or remove them",
-    ),
     "unread-lesson": (
         "error",
         "rows have columns that nybble does not read, though they are part of what is to be learnt",
@@ -152,6 +132,22 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "warning",
         "most rows have one and the same answer",
         "check which column holds the answer; a model that always gives this one would look good",
+    ),
+    "unreadable-row": ("warning", "rows that cannot be read were dropped", "mend or remove them"),
+    "missing-column": (
+        "warning",
+        "rows without a column that the others have were dropped",
+        "add it, or remove them",
+    ),
+    "not-text": (
+        "warning",
+        "rows with something else where text is needed were dropped",
+        "put text there, or remove them",
+    ),
+    "odd-turn": (
+        "warning",
+        "rows with conversations that nybble cannot read were dropped",
+        "mend them, or remove them",
     ),
     "template-refuses": (
         "warning",
