@@ -119,17 +119,45 @@ def test_odd_rows_are_dropped_told_all_at_once_by_kind_and_line(audit_of):
     rows[7]["completion"] = rows[30]["completion"] = None
     rows[40]["completion"] = [{"role": "narrator", "content": "x"}]
     del rows[50]["completion"]
-    audit = audit_of([*rows, []])
+    audit = audit_of(rows)
     audit.check()
-    odd = {f.id: f for f in audit.findings if f.id in ("unreadable-row", "missing-column", "not-text", "odd-turn")}
+    odd = {f.id: f for f in audit.findings if f.id in ("missing-column", "not-text", "odd-turn")}
     assert {id: (f.level, f.rows) for id, f in odd.items()} == {
-        "unreadable-row": ("warning", ("train.jsonl:61",)),
         "missing-column": ("warning", ("train.jsonl:51",)),
         "not-text": ("warning", ("train.jsonl:8", "train.jsonl:31")),
         "odd-turn": ("warning", ("train.jsonl:41",)),
     }
     assert odd["not-text"].detail == "'completion' is null"
-    assert (audit.num_rows, audit.num_dropped, audit.num_train + audit.num_validation) == (61, 5, 56)
+    assert (audit.num_rows, audit.num_dropped, audit.num_train + audit.num_validation) == (60, 4, 56)
+
+
+def test_damage_to_a_file_stops_training_however_little_of_it_is_seen(audit_of):
+    rows = [{"prompt": f"Say {n}.", "completion": f"{n}!"} for n in range(60)]
+    for damage in ([], {"prompt": "a", "completion": "b\ud83d"}):
+        with pytest.raises(DataError, match=r"(?s)unreadable-row: 1 x .*:61 .*--allow unreadable-row$"):
+            audit_of([*rows, damage]).check()
+    audit_of([*rows, damage], allow=("unreadable-row",)).check()
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"content": "a", "tool_calls": [{"id": 1}]},
+        {"content": None, "function_call": {"name": "f"}},
+        {"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x.png"}}]},
+        {"content": "a", "reasoning": [{"type": "image"}]},
+    ],
+)
+def test_one_row_that_says_more_than_text_stops_training(audit_of, turn):
+    """However few they are: leaving out tools or pictures changes what is learnt."""
+    rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", **turn}]} for n in range(60)]
+    for n, row in enumerate(rows):
+        row["messages"][1] = row["messages"][1] if n == 7 else {"role": "assistant", "content": f"{n}!"}
+    with pytest.raises(DataError, match=r"(?s)beyond-text: 1 x .*train\.jsonl:8 \(turn 2 has .*--allow beyond-text$"):
+        audit_of(rows).check()
+    audit = audit_of(rows, allow=("beyond-text",))
+    audit.check()
+    assert audit.num_dropped == 1
 
 
 def test_too_many_odd_rows_stop_training_told_all_at_once(audit_of):

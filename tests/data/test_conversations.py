@@ -164,7 +164,7 @@ def test_content_in_text_parts_is_one_text_and_other_parts_are_refused(read, tok
     data = read(talks(USER, {"role": "assistant", "content": parts}))
     assert learnt(data, tokenizer_of("bytes", "chatml")) == ["The answer<|im_end|>"] * 8
     parts.append({"type": "image_url", "image_url": {"url": "x.png"}})
-    with pytest.raises(DataError, match=r"a\.jsonl:1: turn 2: .*'image_url'"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1: turn 2 .*'image_url'"):
         read(talks(USER, {"role": "assistant", "content": parts}))
 
 

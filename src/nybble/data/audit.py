@@ -29,10 +29,20 @@ MOST_DROPPED = 0.1  # of the rows; losing more changes what is learnt
 # id: (level, what it means, what to do)
 FINDINGS: dict[str, tuple[Level, str, str]] = {
     "no-rows": ("error", "no row is left to train on", "see the other findings for what became of the rows"),
+    "unreadable-row": (
+        "error",
+        "rows cannot be read, as if the file were damaged or cut off",
+        "mend or remove them",
+    ),
     "unread-lesson": (
         "error",
         "rows have columns that nybble does not read, though they are part of what is to be learnt",
         "remove the rows or the columns, or put what they say into the text",
+    ),
+    "beyond-text": (
+        "error",
+        "rows have turns with tool calls, or with content that is no text",
+        "remove them, or write what these say into the content",
     ),
     "no-assistant-turn": (
         "error",
@@ -133,7 +143,6 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "most rows have one and the same answer",
         "check which column holds the answer; a model that always gives this one would look good",
     ),
-    "unreadable-row": ("warning", "rows that cannot be read were dropped", "mend or remove them"),
     "missing-column": (
         "warning",
         "rows without a column that the others have were dropped",

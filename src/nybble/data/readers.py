@@ -425,7 +425,7 @@ def _message(turn: Any, where: str) -> Message:
         raise DataError(f"{where} is {_describe(turn)}", "needed: an object with role and content, or from and value")
     refused = [key for key in REFUSED_KEYS if turn.get(key)]
     if refused:
-        raise DataError(f"{where} has {', '.join(refused)}", "supported: role, content and thinking, as text")
+        raise _beyond_text(where, f"has {', '.join(refused)}")
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
     role = turn.get(role_key)
     if not isinstance(role, str) or role not in ROLES:
@@ -440,6 +440,11 @@ def _message(turn: Any, where: str) -> Message:
     return Message(ROLES[role], content, _reasoning(turn, where), _mark(turn, where), unread)
 
 
+def _beyond_text(where: str, what: str) -> RowError:
+    origin, _, turn = where.partition(": ")
+    return RowError("beyond-text", origin, f"{turn} {what}; nybble trains on text alone")
+
+
 def _joined(content: Any, where: str) -> Any:
     """Content in parts as one text, where all of them are text."""
     if not isinstance(content, list):
@@ -447,11 +452,7 @@ def _joined(content: Any, where: str) -> Any:
     kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
     others = sorted({"a part without a type" if kind is None else repr(kind) for kind in kinds if kind != "text"})
     if others:
-        raise DataError(
-            f"{where}: its content has parts that are no text: {', '.join(others)}",
-            'needed: text, or a list of {"type": "text", "text": ".."}',
-            "nybble trains on text alone: remove the rows with other parts",
-        )
+        raise _beyond_text(where, f"has parts that are no text: {', '.join(others)}")
     return "".join(_string(part, "text", where) for part in content)
 
 
