@@ -56,11 +56,6 @@ BAD_LINES = {
     "lone high surrogate": b'{"prompt": "a\\ud800", "completion": "b"}',
     "lone low surrogate": b'{"prompt": "a", "completion": "\\udc00b"}',
     "surrogates the wrong way round": b'{"prompt": "a", "completion": "\\udc00\\ud800"}',
-    "missing completion": b'{"prompt": "a"}',
-    "null completion": b'{"prompt": "a", "completion": null}',
-    "list completion": b'{"prompt": "a", "completion": ["b"]}',
-    "object completion": b'{"prompt": "a", "completion": {"text": "b"}}',
-    "infinite prompt": b'{"prompt": 1e999, "completion": "b"}',
     "deep lists": b"[" * 100_000,
     "deep objects": b'{"a":' * 100_000,
     "deep and closed": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b', "completion": "b"}',
@@ -68,8 +63,17 @@ BAD_LINES = {
     "bad escape": b'{"prompt": "\\x41", "completion": "b"}',
     "half an escape": b'{"prompt": "\\u12", "completion": "b"}',
     "binary": bytes(range(1, 256)).replace(b"\n", b"").replace(b"\r", b""),
+}
+# Of another form than the other rows: dropped with a warning up to a tenth of them.
+ODD_LINES = {
+    "missing completion": b'{"prompt": "a"}',
+    "null completion": b'{"prompt": "a", "completion": null}',
+    "list completion": b'{"prompt": "a", "completion": ["b"]}',
+    "object completion": b'{"prompt": "a", "completion": {"text": "b"}}',
+    "infinite prompt": b'{"prompt": 1e999, "completion": "b"}',
     "empty object": b"{}",
 }
+ODD_ENOUGH = 5  # beside the good rows
 BAD_MESSAGES = {
     "unknown role": message_row(USER, {"role": "wizard", "content": "b"}),
     "no role": message_row(USER, {"content": "b"}),
@@ -97,9 +101,10 @@ def each_of(kind: str, contents: dict[str, tuple[bytes, str]]) -> Iterator[BadFi
 
 
 def data_cases() -> Iterator[BadFile]:
-    for name, line in BAD_LINES.items():
+    times = dict.fromkeys(BAD_LINES, 1) | dict.fromkeys(ODD_LINES, ODD_ENOUGH)
+    for name, line in (BAD_LINES | ODD_LINES).items():
         for number in (1, 5):
-            content = (GOOD * (number - 1)) % ((0,) * 2 * (number - 1)) + line + b"\n" + GOOD_ROWS
+            content = (GOOD * (number - 1)) % ((0,) * 2 * (number - 1)) + (line + b"\n") * times[name] + GOOD_ROWS
             yield BadFile(f"jsonl, line {number}: {name}", data_file("r.jsonl", content), (f"r.jsonl:{number}",))
     for name, line in BAD_MESSAGES.items():
         good = message_row(USER, ANSWER) + b"\n"
@@ -143,7 +148,7 @@ def data_cases() -> Iterator[BadFile]:
         "surrogate as a column": (b'{"\\ud800": "a"}\n', "r.jsonl:1"),
         "terminal escape as a column": (b'{"\\u001b[2J\\u001b]0;x\\u0007": "a"}\n', "r.jsonl:1"),
         "byte order mark before a bad row": (b'\xef\xbb\xbf{"prompt": "a"}\n', "r.jsonl:1"),
-        "CRLF": (GOOD_ROWS.replace(b"\n", b"\r\n") + b'{"prompt": "a"}\r\n', "r.jsonl:31"),
+        "CRLF": (GOOD_ROWS.replace(b"\n", b"\r\n") + b'{"prompt": "a"}\r\n' * ODD_ENOUGH, "r.jsonl:31"),
         "all answers empty": (b'{"prompt": "a", "completion": " "}\n' * 20, "r.jsonl:1"),
     }
     yield from each_of("jsonl", whole)
