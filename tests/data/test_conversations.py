@@ -154,6 +154,19 @@ def test_thinking_that_the_template_leaves_out_stops(read, key):
         read(talks(USER, {**ASSISTANT, key: "let me see"})).audit.check()
 
 
+@pytest.mark.parametrize("thought", ["The answer", "answer", "The question"])
+def test_left_out_thinking_whose_words_stand_elsewhere_too_stops(read, thought):
+    user = {"role": "user", "content": "The question"}
+    with pytest.raises(DataError, match=r"template-loses-content: 8 x .*the thinking of message 2"):
+        read(talks(user, {**ASSISTANT, "reasoning": thought})).audit.check()
+
+
+def test_turns_of_the_same_words_each_have_their_place(read, tokenizer_of):
+    template = with_template(tokenizer_of, THINKING)
+    same = [{"role": "user", "content": "The answer"}, {**ASSISTANT, "reasoning": "The answer"}]
+    read(talks(*same, *same), template).audit.check()
+
+
 def test_two_different_thoughts_are_refused(read):
     with pytest.raises(DataError, match="thinking and reasoning differ"):
         read(talks(USER, {**ASSISTANT, "thinking": "a", "reasoning": "b"}))

@@ -14,7 +14,14 @@ from transformers.generation.logits_process import (
 )
 
 from nybble.errors import ConfigError, DataError
-from nybble.evaluation.generate import RepetitionPenalty, Sampling, choose_tokens, generate
+from nybble.evaluation.generate import (
+    MIN_TEMPERATURE,
+    PENALTIES,
+    RepetitionPenalty,
+    Sampling,
+    choose_tokens,
+    generate,
+)
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels import cpu, ops, registry
 from nybble.layers import decoding
@@ -343,6 +350,24 @@ class TestBothWays:
         assert answers(model) == expected
         assert answers(model, temperature=2.0, seed=1) != expected
 
+    @pytest.mark.parametrize(
+        "own",
+        [
+            *({"num_beams": 3}, {"guidance_scale": 3.0}, {"max_time": 1e-6}, {"num_return_sequences": 2}),
+            *({"stop_strings": ["a"]}, {"typical_p": 0.1}, {"forced_eos_token_id": 9}, {"min_new_tokens": 8}),
+            {"suppress_tokens": list(range(VOCABULARY - 1))},
+        ],
+        ids=lambda own: next(iter(own)),
+    )
+    def test_nothing_of_the_models_own_generation_config_applies(self, config, own):
+        model = four_bit_model(config)
+        ways = ({}, {"temperature": 1.5, "seed": 3})
+        expected = [answers(model, stop_ids=(5,), **way) for way in ways]
+        for name, value in own.items():
+            setattr(model.generation_config, name, value)
+        assert [answers(model, stop_ids=(5,), **way) for way in ways] == expected
+        assert all(getattr(model.generation_config, name) == value for name, value in own.items()), "it is given back"
+
     def test_the_context_ends_the_answer_and_a_full_one_is_refused(self, config):
         config = copy.deepcopy(config)
         config.max_position_embeddings = 20
@@ -361,11 +386,20 @@ class TestBothWays:
         assert answers(four_bit_model(config), []) == []
 
 
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_smallest_temperature_takes_the_likeliest_token_under_any_penalty(penalty):
+    logits = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 1e3
+    penalised = RepetitionPenalty([[0, 1, 2]] * 3, penalty)(logits)
+    assert torch.equal(choose_tokens(penalised, Sampling(MIN_TEMPERATURE)), penalised.argmax(dim=-1))
+
+
 @pytest.mark.parametrize(
     "option",
     [
         *({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}),
         *({"min_p": 1.0}, {"min_p": -0.1}, {"repetition_penalty": 0.0}),
+        *({"temperature": 1e-300}, {"temperature": 1e-40}, {"repetition_penalty": 1e-300}),
+        *({"repetition_penalty": 1e300}, {"temperature": float("nan")}, {"temperature": float("inf")}),
     ],
     ids=str,
 )

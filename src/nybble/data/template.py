@@ -334,16 +334,21 @@ def _check_turns(origin: str, messages: Sequence[Message]) -> None:
 
 
 def _check_content(origin: str, messages: Sequence[Message], text: str, trained: set[int]) -> None:
-    """Every message must stand in the text, white space aside; answers that are not trained on here may have been
-    shortened by the template."""
-    squeezed = _squeeze(text)
-    for index, message in enumerate(messages):
-        if message.role == "assistant" and index not in trained:
-            continue
-        for what, words in (("message", message.content), ("the thinking of message", message.reasoning)):
-            if _squeeze(words) not in squeezed:
-                detail = f"the template leaves out (part of) {what} {index + 1}, by {message.role}"
-                raise RowError("template-loses-content", origin, detail)
+    """Every message must stand in the text, white space aside, and each at a place of its own; answers that are not
+    trained on here may have been shortened by the template."""
+    needed = [
+        (_squeeze(words), what, index)
+        for index, message in enumerate(messages)
+        if message.role != "assistant" or index in trained
+        for what, words in (("message", message.content), ("the thinking of message", message.reasoning))
+    ]
+    rest = _squeeze(text)
+    for words, what, index in sorted(needed, key=lambda each: -len(each[0])):  # a short text may stand in a long one
+        before, found, after = rest.partition(words) if words else (rest, words, "")
+        if found != words:
+            detail = f"the template leaves out (part of) {what} {index + 1}, by {messages[index].role}"
+            raise RowError("template-loses-content", origin, detail)
+        rest = f"{before}\0{after}" if words else rest
 
 
 def _squeeze(text: str) -> str:

@@ -22,6 +22,9 @@ from nybble.layers.decoding import CachedDecoder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MIN_TEMPERATURE = 1e-6  # with the bounds of the penalty: no logit, divided by both, leaves fp32's range
+PENALTIES = (1e-6, 1e6)
+
 OnToken = Callable[[int, int], None]  # index of the prompt, token
 
 
@@ -52,16 +55,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (
-            0 <= self.temperature < math.inf
+            (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf)
             and 0 < self.top_p <= 1
             and self.top_k >= 0
             and 0 <= self.min_p < 1
-            and 0 < self.repetition_penalty < math.inf
+            and PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]
         ):
             raise ConfigError(
                 f"{self}.",
-                "Allowed: temperature and top_k of at least 0, top_p above 0 and up to 1, min_p from 0 to below 1, "
-                "repetition_penalty above 0.",
+                f"Allowed: temperature 0 or at least {MIN_TEMPERATURE:g}, top_k of at least 0, top_p above 0 and up to "
+                f"1, min_p from 0 to below 1, repetition_penalty from {PENALTIES[0]:g} to {PENALTIES[1]:g}.",
             )
 
 
@@ -217,7 +220,10 @@ def _through_transformers(
     sampling: Sampling,
     on_token: OnToken,
 ) -> list[list[int]]:
-    """Prompts padded on the left and masked."""
+    """Prompts padded on the left and masked. Whatever the model's generation config has that the arguments do not name
+    (beams, banned tokens, a time limit) stands aside meanwhile."""
+    from transformers import GenerationConfig
+
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     pad_id = min(stop_ids, default=0)
@@ -234,8 +240,9 @@ def _through_transformers(
         return penalty(scores)
 
     answers = _Answers(len(prompts), stop_ids, on_token)
-    was_training = model.training
+    was_training, own_config = model.training, model.generation_config
     model.eval()
+    model.generation_config = GenerationConfig()
     try:
         with torch.random.fork_rng(enabled=sampling.seed is not None):
             if sampling.seed is not None:
@@ -246,14 +253,13 @@ def _through_transformers(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=sorted(stop_ids) or None,
                 pad_token_id=pad_id,
-                repetition_penalty=1.0,  # its own would count padding as text
-                no_repeat_ngram_size=0,
-                logits_processor=[penalised],
+                logits_processor=[penalised],  # transformers' own penalty would count padding as text
                 streamer=answers,
                 **options,
             )
     finally:
         model.train(was_training)
+        model.generation_config = own_config
     return answers.ids
 
 

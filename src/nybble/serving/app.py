@@ -81,6 +81,7 @@ class Api:
         prompt: list[int],
         form: "type[_Form]",
     ) -> Response:
+        _check_ids(served, "stop_token_ids", asked.stop_token_ids)
         limit = self._limit(served, prompt)
         wanted = asked.limit() or limit
         tokens = self.engine.answer(served, prompt, min(limit, wanted), asked.sampling(), asked.stop_token_ids)
@@ -280,10 +281,14 @@ def _bare_prompt(served: ServedModel, prompt: str | list[int] | list[str]) -> li
     if isinstance(prompt, str):
         return served.template.encode_text(prompt)
     ids = [token for token in prompt if isinstance(token, int)]
+    _check_ids(served, "prompt", ids)
+    return ids
+
+
+def _check_ids(served: ServedModel, key: str, ids: Sequence[int]) -> None:
     rows = served.model.get_input_embeddings().num_embeddings
     if any(not 0 <= token < rows for token in ids):
-        raise RequestError(f"prompt holds a token id outside 0 to {rows - 1}.")
-    return ids
+        raise RequestError(f"{key} holds a token id outside 0 to {rows - 1}.")
 
 
 def make_app(api: Api, hosts: Sequence[str]) -> Starlette:

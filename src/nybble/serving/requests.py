@@ -6,9 +6,9 @@ for the default wherever it is sent.
 """
 
 import json
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
@@ -34,6 +34,22 @@ class _Unsupported(ValueError):
     """A key asks for what is not done here."""
 
 
+def _no_boolean(value: Any) -> Any:
+    """True would be read as 1."""
+    if isinstance(value, bool):
+        raise ValueError(f"{json.dumps(value)} is no number")
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_boolean)]
+Number = Annotated[float, BeforeValidator(_no_boolean)]
+
+
+def _is(value: Any, other: Any) -> bool:
+    """Equal, as JSON has it: true is not 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+
+
 class RequestObject(BaseModel):
     """An object of a request; its fields are the keys that are honoured.
 
@@ -53,7 +69,9 @@ class RequestObject(BaseModel):
         asked = {
             key: value
             for key, value in given.items()
-            if value is not None and key not in cls.harmless and value not in cls.neutral.get(key, ())
+            if value is not None
+            and key not in cls.harmless
+            and not any(_is(value, neutral) for neutral in cls.neutral.get(key, ()))
         }
         refused = [f"{key} is not supported here{cls._values(key)}" for key in asked if key not in cls.model_fields]
         if refused:
@@ -85,9 +103,8 @@ class CompletionFields(RequestObject):
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         "n": (1,),
         "best_of": (1,),
-        "logprobs": (False, 0),
+        "logprobs": (False,),  # 0 asks for those of the answer itself
         "top_logprobs": (0,),
-        "prompt_logprobs": (0,),
         "echo": (False,),
         "suffix": ("",),
         "presence_penalty": (0,),
@@ -112,17 +129,17 @@ class CompletionFields(RequestObject):
     }
 
     model: str
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_new_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1)  # 0 and -1: among all
-    min_p: float = Field(0.0, ge=0, lt=1)
-    repetition_penalty: float = Field(1.0, gt=0)
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
+    max_new_tokens: Whole | None = Field(None, ge=1)
+    temperature: Number = Field(0.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: Whole = Field(0, ge=-1)  # 0 and -1: among all
+    min_p: Number = Field(0.0, ge=0, lt=1)
+    repetition_penalty: Number = Field(1.0, gt=0)
+    seed: Whole | None = Field(None, ge=0, le=2**63 - 1)
     stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: list[Whole] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
 
@@ -130,7 +147,8 @@ class CompletionFields(RequestObject):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         stops = [value] if isinstance(value, str) else value
-        if isinstance(stops, list) and any(not stop or len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        texts = [stop for stop in stops if isinstance(stop, str)] if isinstance(stops, list) else []
+        if any(not 1 <= len(text) <= MAX_STOP_CHARACTERS for text in texts):
             raise ValueError(f"each has 1 to {MAX_STOP_CHARACTERS} characters")
         return stops
 
@@ -187,7 +205,7 @@ class ChatRequest(CompletionFields):
 class TextRequest(CompletionFields):
     """/v1/completions; one prompt, as text or as token ids."""
 
-    prompt: str | list[int] | list[str]
+    prompt: str | list[Whole] | list[str]
 
     @field_validator("prompt", mode="after")
     @classmethod

@@ -85,7 +85,7 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
     Raises:
         ModelError: it does not know the architecture, or cannot take a value.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     def not_taken(error: Exception) -> ModelError:
         return ModelError(
@@ -96,6 +96,8 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
 
     if not isinstance(written.get("model_type"), str):
         raise ModelError("The model's config has no model_type.", "Allowed: a config.json written by transformers.")
+    if written["model_type"] not in CONFIG_MAPPING:
+        raise not_taken(ValueError("it has no such model type"))
     with foreign_errors(not_taken):
         config = AutoConfig.for_model(**{name: value for name, value in written.items() if name != QUANTIZATION})
     text: PretrainedConfig = config.get_text_config()
