@@ -10,6 +10,7 @@ It costs two forward and two backward passes over some twenty tokens, in which t
 gradients, buffers and the random generators are left as they were.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.errors import ModelError, first_line, foreign_errors
+from nybble.kernels.heap import TrimmedHeap
 from nybble.layers.convert import adapters_of
 from nybble.layers.loss_head import Head
 from nybble.layers.rotary import length_of_change
@@ -38,6 +41,7 @@ ASKED = 1  # its place
 FIRST, LAST = 2, 7  # its positions that have a target, the last not included
 RANDOM_B = 0.1  # how far a random B moves the output of a layer whose input has elements of size 1
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}  # what roundings alone may come to
+SAVED_A_TRIM = 64  # of the tensors that the model's own pass saves: some three blocks'
 MOST_PARAMETERS = 2**24  # of adapters whose gradients are compared; of more, some layers
 
 
@@ -137,7 +141,8 @@ class Probe:
         if self.store is not None:
             self.store.begin(will_return=True)
         taken = accepted(self.model, **wanted)
-        with foreign_errors(self._fails):
+        heap = TrimmedHeap(SAVED_A_TRIM)
+        with foreign_errors(self._fails), saved_tensors_hooks(heap.put, heap.get):
             output = self.model(**taken)
             logits = output.logits[0].float()
             loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
@@ -205,13 +210,13 @@ class Probe:
         mixed = _seen_elsewhere(ours.embeddings, asked, way.layout)
         if mixed:
             return Difference(Part.PACKING, mixed)
-        size = _relative(ours.logits, own.logits)
+        size = _relative([ours.logits], [own.logits])
         if not size <= tolerance:
             return Difference(Part.HEAD if way.layout == "single" else Part.PACKING, size)
         size = abs(ours.loss - own.loss) / max(own.loss, 1.0)
         if not size <= tolerance:
             return Difference(Part.HEAD, size)
-        size = _relative(_flat(ours.gradients), _flat(own.gradients))
+        size = _relative(ours.gradients, own.gradients)
         return None if size <= tolerance else Difference(Part.GRADIENT, size)
 
     # ---- common ----------------------------------------------------------------------------------
@@ -341,11 +346,8 @@ def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int],
     return float(sum(torch.cat([row[:first], row[last:]]).norm() for row in rows))
 
 
-def _flat(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.cat([torch.zeros(1), *(gradient.flatten().cpu() for gradient in gradients)])
-
-
-def _relative(ours: Tensor, own: Tensor) -> float:
-    """‖ours − own‖ / ‖own‖, 0 where both are zero."""
-    distance = float((ours.double() - own.double()).norm())
-    return distance / float(own.double().norm()) if distance else 0.0
+def _relative(ours: Sequence[Tensor], own: Sequence[Tensor]) -> float:
+    """‖ours − own‖ / ‖own‖ of all tensors together, 0 where they are equal, without a copy of them all."""
+    distance = math.hypot(*(float(torch.dist(a.float(), b.float())) for a, b in zip(ours, own, strict=True)))
+    size = math.hypot(*(float(b.float().norm()) for b in own))
+    return 0.0 if not distance else distance / size if size else math.inf
