@@ -20,7 +20,12 @@ def test_whatever_another_library_raises_is_explained():
         assert isinstance(said, ModelError) and "odd" in str(said) and said.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(), DataError("already explained")])
+NO_ROOM = (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), RuntimeError("CUDA out of memory."))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), *NO_ROOM, KeyboardInterrupt(), SystemExit(), DataError("already explained")]
+)
 def test_what_is_not_about_what_was_read_stays_what_it_is(error):
     assert explained(error) is error
 

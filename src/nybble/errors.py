@@ -8,6 +8,14 @@ Broken invariants inside nybble are `assert`s, not these.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+NO_MEMORY = (  # torch on CUDA and on the CPU, C++, oneDNN
+    "out of memory",
+    "can't allocate memory",
+    "bad_alloc",
+    "could not create a memory object",
+    "could not create a primitive",
+)
+
 
 class NybbleError(ValueError):
     """Base of every error a user can cause or mend.
@@ -69,10 +77,18 @@ def foreign_errors(explain: Callable[[Exception], NybbleError]) -> Iterator[None
     """
     try:
         yield
-    except (NybbleError, MemoryError):
+    except NybbleError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise explain(error) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; libraries say so in a class of their own, or only in words."""
+    words = str(error)
+    return isinstance(error, MemoryError) or any(each in words for each in NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.errors import PlanError, TrainingError
+from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.formats.disk import complete_folder
 from nybble.layers.backbone import Backbone
 from nybble.layers.loss_head import Head
@@ -34,12 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TINY = 1e-30  # a norm of zero is not divided by
-NO_MEMORY = (  # torch, C++, oneDNN
-    "can't allocate memory",
-    "bad_alloc",
-    "could not create a memory object",
-    "could not create a primitive",
-)
 
 
 @dataclass(frozen=True)
@@ -266,12 +260,6 @@ def paged_out(optimizer: AdamW, run: RunFolder, events: EventLog, display: Displ
         display.note(error.got)
         return False
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; torch says so in a class of its own on CUDA, in words on the CPU."""
-    words = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(each in words for each in NO_MEMORY)
 
 
 def collate(rows: Sequence[EncodedExample], packing: bool) -> Batch:
