@@ -94,8 +94,8 @@ def test_a_quantised_folder_trains_and_chats_too(format: str, tiny_model: Path, 
 def test_adapters_that_begin_with_the_error_train_resume_and_chat(
     init: str, tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
-    flags = ["--model", tiny_model, "--data", data, "--format", "nf2", "--init", init, "--max-seq-len", 128]
-    run("train", *flags, "--out", tmp_path / "run", "--max-steps", 2, "--rows-per-step", 4)
+    flags = ["--model", tiny_model, "--data", data, "--format", "nf2", "--max-seq-len", 128]
+    run("train", *flags, "--out", tmp_path / "run", "--max-steps", 2, "--rows-per-step", 4, "--init", init)
     assert (tmp_path / "run" / "adapter" / "initial.safetensors").is_file()
     run("train", *flags, "--out", tmp_path / "plain", "--max-steps", 2, "--rows-per-step", 4, "--init", "default")
     assert not (tmp_path / "plain" / "adapter" / "initial.safetensors").exists()

@@ -70,14 +70,14 @@ def final(out: Path) -> dict[str, bytes]:
 
 
 def scratch_files(out: Path) -> list[int]:
-    """Descriptors of the nameless files that a run keeps in its folder: the optimizer's first."""
+    """Descriptors of the nameless files that a run keeps in its folder, or beside it: the optimizer's first."""
     found = []
     for link in Path("/proc/self/fd").iterdir():
         try:
             target = os.readlink(link)
         except FileNotFoundError:  # the listing's own
             continue
-        if target.startswith(str(out)) and target.endswith("(deleted)"):
+        if target.startswith(str(out.parent)) and target.endswith("(deleted)"):
             found.append(int(link.name))
     return sorted(found, key=lambda number: os.fstat(number).st_size)
 

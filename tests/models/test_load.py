@@ -80,7 +80,8 @@ def test_computed_buffers_equal_transformers(make_folder, rope: str | None) -> N
     folder, original = make_folder("llama", torch.bfloat16, **overrides)
     ours = load(folder, QuantSpec(), torch.bfloat16)
     expected = dict(original.named_buffers())
-    computed = dict(ours.named_buffers())
+    # What goes by a row's length is asked through nybble's RowRotary, which holds transformers' own.
+    computed = {name.replace(".rotary_emb.rotary.", ".rotary_emb."): buffer for name, buffer in ours.named_buffers()}
     assert computed.keys() == expected.keys()
     for name, buffer in computed.items():
         assert buffer.dtype == torch.float32

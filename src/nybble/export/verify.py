@@ -196,7 +196,7 @@ def compare(reference: Reference, consumer: Consumer, kind: str) -> Verification
     """
     found = ask(consumer, reference.rows, reference.prompts, reference.tuned)
     figures = _figures(reference, found)
-    too_little = _too_little(reference, figures, kind)
+    too_little = _too_little(reference, found, figures, kind)
     checks = [*_check_tokens(reference, consumer), *_check_numbers(figures, kind, too_little)]
     return Verification(consumer.name, figures, checks, too_little)
 
@@ -273,9 +273,9 @@ def _check_tokens(reference: Reference, consumer: Consumer) -> list[Check]:
     ]
 
 
-def _too_little(reference: Reference, figures: dict[str, Any], kind: str) -> str | None:
+def _too_little(reference: Reference, found: Answers, figures: dict[str, Any], kind: str) -> str | None:
     """How the run changed too little for a check to be measured against it: the base itself would pass as the tuned
-    model, or what was gained lies within twice its standard error.
+    model, or what was gained lies within twice its standard error, or that of what the artefact's rounding changes.
     """
     least = FAITHFUL_TOP1.get(kind)
     if least is not None:
@@ -283,9 +283,10 @@ def _too_little(reference: Reference, figures: dict[str, Any], kind: str) -> str
         if differing > _allowed(least, figures):
             return None
         return f"the base differs from the tuned model in {differing} of {figures['positions']} choices of a token"
-    gains = (reference.base.losses - reference.tuned.losses).double()  # (N,)
-    chance = 2 * gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.inf
-    gain = gains.mean().item()
+    tuned = reference.tuned.losses.double()
+    gains, rounded = reference.base.losses.double() - tuned, found.losses.double() - tuned  # (N,) each
+    spread = max(gains.std().item(), rounded.std().item()) if len(gains) > 1 else math.inf
+    gain, chance = gains.mean().item(), 2 * spread / math.sqrt(len(gains))
     if gain > chance:
         return None
     return f"it gained {gain:.2g} nats a token on {len(gains)} held-out positions, give or take {chance:.2g}"

@@ -238,7 +238,7 @@ def _no_tokenizer(file: GgufFile, what: str) -> ModelError:
 
 
 def _notes(file: GgufFile, name: str) -> tuple[str, ...]:
-    main_type = next(iter(file.block_types))
+    main_type = next(iter(file.block_types), "")  # none: what is missing is said where it is looked for
     bits = re.match(r"[A-Z]*Q(\d)|MXFP(\d)|NVFP(\d)", main_type)
     if bits is None:
         return ()
