@@ -33,6 +33,8 @@ PROMPT = list(range(1000, 1064))  # any 64 tokens
 OURS, DEFAULT, PASSIVE, APART = "as nybble sets it", "as it comes", "passive", "no barriers"
 BUSY = "while True: pass"
 
+WORKS: dict[str, dict[str, Any]] = {"steps": {"work": "train", "keep": "everything"}, "answers": {"work": "answer"}}
+
 Group = list[Contender]  # of one way: one process, or several of one thread each
 
 
@@ -113,6 +115,7 @@ def _ratio(to: Sequence[float], own: Sequence[float]) -> str:
 def main() -> None:
     parser = model_options(options(__doc__, rounds=9))
     parser.add_argument("--spins", type=int, nargs="*", default=[], help="other numbers of rounds to try")
+    parser.add_argument("--only", choices=WORKS, help="one of the works")
     arguments = parser.parse_args()
     rounds = min(arguments.rounds, 2) if arguments.quick else arguments.rounds
     inputs = prepare_inputs(arguments.model, arguments.data, arguments.scratch, WARM_UP + rounds + 2)
@@ -127,9 +130,10 @@ def main() -> None:
         return Contender(name, command, settings, threads, log, waiting)
 
     tables, samples = [], {}
-    for work, unit in (({"work": "train", "keep": "everything"}, "step"), ({"work": "answer"}, "answer")):
+    for unit in [arguments.only] if arguments.only else list(WORKS):
+        work = WORKS[unit]
         groups = {name: [start(name, work, set_, arguments.threads)] for name, set_ in ways(arguments.spins).items()}
-        if unit == "step":
+        if unit == "steps":
             apart = [start(f"{APART} {i}", work, VARIABLES, 1) for i in range(arguments.threads)]
             groups[APART] = apart
             tokens = [sum(len(row["input_ids"]) for row in rows) for rows in steps]
