@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Literal
 
-# SPINS rounds, a few microseconds, cover the barriers between the layers of a token (`benchmarks/bench_busy.py`).
+# A few microseconds, meant to cover the barriers within a token; benchmarks/bench_busy.py compares other numbers.
 SPINS = 1000
 VARIABLES = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": str(SPINS)}  # any OpenMP; GNU's, which spins even then
 
