@@ -198,9 +198,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             if again.keep != plan.keep:
                 backbone = choose_backbone(model, keep=again.keep, packing=config.packing, store=store, kept=kept)
             plan = again
-        if (
-            not config.resume
-        ):  # here, since an earlier run is replaced by it: nothing about the model is refused any more
+        if not config.resume:  # an earlier run goes only now, when nothing about the model can be refused any more
             run.create(config.overwrite)
             adopt_base(run)
         console.print(f"computing through: {backbone.name}", highlight=False)
