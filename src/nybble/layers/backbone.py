@@ -20,7 +20,7 @@ from nybble.kernels.heap import TrimmedHeap, give_back_free
 from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Keep, Rows
 from nybble.layers.loss_head import Head, OwnHead, decoder_of, is_plain, loss_head
-from nybble.layers.probe import Difference, Layout, Probe, accepted
+from nybble.layers.probe import Difference, Layout, Probe, Way, accepted
 from nybble.layers.rotary import length_of_change, rotate_rows_alone
 from nybble.layers.streamed import BlockStore, attach_store
 
@@ -91,8 +91,8 @@ class Verdict:
         return "; ".join(parts)
 
 
-class Backbone(Protocol):
-    """A model's way from tokens to hidden states."""
+class Backbone(Way, Protocol):
+    """A way from tokens to hidden states, with the model that it goes through and the head that it ends in."""
 
     model: "PreTrainedModel"
     verdict: Verdict
@@ -102,27 +102,6 @@ class Backbone(Protocol):
     @property
     def packing(self) -> bool:
         """Whether it takes packed batches, else padded ones."""
-        ...
-
-    def states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Final hidden states at `positions`.
-
-        Args:
-            input_ids, position_ids: int64 `(B, T)`; B is 1 when packed, positions restarting per document.
-            positions: int64 `(N,)`, indices into the flattened B * T positions.
-            cu_seqlens: int32 `(num_documents + 1)`, the documents' borders, when packed.
-            attention_mask: `(B, T)`, 1 on tokens and 0 on padding, when padded.
-
-        Returns:
-            `(N, hidden)` in the compute dtype.
-        """
         ...
 
 

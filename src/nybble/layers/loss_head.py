@@ -11,7 +11,7 @@ decoder set aside: where that is c · tanh(s · (W·x + b) / c), `LossHead` comp
 chunk at a time (`OwnHead`). `loss_head` decides.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels import block_ops
 from nybble.layers.lora import LoraLinear
-from nybble.layers.streamed import PANEL_BYTES, PANEL_ROWS, HeadMatrix, StreamedHead
+from nybble.layers.streamed import PANEL_BYTES, PANEL_ROWS, HeadMatrix, StreamedHead, widened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,10 +143,13 @@ class LossHead:
     def _is_plain(self) -> bool:
         return self.bias is None and self.scale == 1.0 and self.softcap is None
 
-    def _panels(self, dtype: torch.dtype) -> Iterable[Tensor]:
+    def _panels(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight in `dtype`, in panels of `panel_rows`, each used before the next is asked for."""
-        for panel in self.weight.split(self.panel_rows(dtype)):
-            yield panel if panel.dtype == dtype else self._room("panel", panel.shape, dtype, panel.device).copy_(panel)
+        rows, (vocabulary, width) = self.panel_rows(dtype), self.weight.shape
+        room = None
+        if self.weight.dtype != dtype:
+            room = self._room("panel", (min(rows, vocabulary), width), dtype, self.device)
+        return widened(self.weight, rows, dtype, room)
 
     def panel_rows(self, dtype: torch.dtype) -> int:
         """Rows of a panel: all, unless the head is large or is widened to another dtype while it is used."""

@@ -68,7 +68,7 @@ class Difference:
 
 
 class Way(Protocol):
-    """From tokens to states, as `layers/backbone.py` has it."""
+    """A way from tokens to hidden states."""
 
     layout: Layout
 
@@ -79,7 +79,19 @@ class Way(Protocol):
         positions: Tensor,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Final hidden states at `positions`.
+
+        Args:
+            input_ids, position_ids: int64 `(B, T)`; B is 1 when packed, positions restarting per document.
+            positions: int64 `(N,)`, indices into the flattened B * T positions.
+            cu_seqlens: int32 `(num_documents + 1)`, the documents' borders, when packed.
+            attention_mask: `(B, T)`, 1 on tokens and 0 on padding, when padded.
+
+        Returns:
+            `(N, hidden)` in the compute dtype.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -182,22 +182,28 @@ class _PanelProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: "Tensor | HeadMatrix") -> Tensor:
         row_bytes = weight.shape[1] * weight.dtype.itemsize
         ctx.weight, ctx.rows = weight, min(PANEL_ROWS, max(1, PANEL_BYTES // row_bytes))
-        return torch.cat([F.linear(x, panel) for panel in _widened(weight, ctx.rows, x.dtype)], dim=-1)
+        return torch.cat([F.linear(x, panel) for panel in widened(weight, ctx.rows, x.dtype)], dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
         (grad_y,) = grad_outputs
         grad_x = None
-        panels = _widened(ctx.weight, ctx.rows, grad_y.dtype)
+        panels = widened(ctx.weight, ctx.rows, grad_y.dtype)
         for columns, panel in zip(grad_y.split(ctx.rows, dim=-1), panels, strict=True):
             part = columns @ panel
             grad_x = part if grad_x is None else grad_x + part
         return grad_x, None
 
 
-def _widened(weight: "Tensor | HeadMatrix", rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """So many rows of W at a time, in `dtype`, each where the one before it lay: the heap would keep both."""
-    room: Tensor | None = None
+def widened(
+    weight: "Tensor | HeadMatrix", rows: int, dtype: torch.dtype, room: Tensor | None = None
+) -> Iterator[Tensor]:
+    """So many rows of W at a time, in `dtype`, each used before the next is asked for.
+
+    Args:
+        room: `[rows, in]` in `dtype`, which every panel is widened into, since the heap would keep one room for each;
+            taken anew where it is None.
+    """
     for panel in weight.split(rows):
         if panel.dtype == dtype:
             yield panel
