@@ -36,6 +36,7 @@ from nybble.models.source import open_source
 from nybble.options import build_options
 from nybble.training.checkpoint import Checkpoints
 from nybble.training.display import Display
+from nybble.training.evaluations import Evaluations
 from nybble.training.events import EventLog
 from nybble.training.loop import collate, supervised_states, train_loop
 from nybble.training.run_folder import RunFolder
@@ -43,7 +44,7 @@ from nybble.training.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NEVER = 10**9  # steps between evaluations
+NEVER = 10**9  # steps
 
 
 class AskedSampler(StepSampler):
@@ -92,14 +93,14 @@ def train(settings: dict[str, Any], channel: Channel) -> None:
     backbone = choose_backbone(model, keep=settings["keep"], packing=True)
     rows, clock = [row for step in steps for row in step], Clock()
     with tempfile.TemporaryDirectory() as folder:
-        options = {"model": settings["base"], "data": settings["steps"], "out": folder, "eval_every": NEVER}
+        options = {"model": settings["base"], "data": settings["steps"], "out": folder}
         config = build_options(TrainConfig, options)
         first = first_step(backbone, steps[0], settings.get("gradients"))
         channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"), path=backbone.name, **first)
         train_loop(
             model,
             rows,
-            steps[0][:1],
+            Evaluations((), NEVER),
             config,
             sampler=AskedSampler(channel, clock, len(rows), len(steps[0])),
             total_steps=NEVER,

@@ -22,7 +22,7 @@ from nybble.layers.peft_format import write_adapter
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.display import Display
-from nybble.training.evaluations import PER_RUN
+from nybble.training.evaluations import Evaluations
 from nybble.training.events import EventLog
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.optimizer import AdamW
@@ -65,7 +65,7 @@ class Rehearsal:
 def train_loop(
     model: "PreTrainedModel",
     train: Sequence[EncodedExample],
-    validation: Sequence[EncodedExample],
+    evaluations: Evaluations,
     config: TrainConfig,
     *,
     sampler: StepSampler,
@@ -86,7 +86,7 @@ def train_loop(
     Args:
         model: frozen base with adapters attached; only they require gradients.
         backbone: runs micro-batches through the model.
-        validation: rows to evaluate on; without any there are no evaluations.
+        evaluations: which rows, and how often; without rows there are none.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
         rehearsal: what to go through once before the first step.
@@ -108,7 +108,6 @@ def train_loop(
         paged_in=run.path if paged else None,
     )
     num_warmup = warmup_steps(config.warmup, total_steps)
-    eval_every = config.eval_every or max(1, total_steps // PER_RUN)
     lengths = [len(example) for example in train]
     torch.manual_seed(config.seed)  # dropout
     progress = Progress(0, micro_batch_size)
@@ -118,9 +117,10 @@ def train_loop(
 
     def evaluate_if_due() -> None:
         step = progress.step
-        if step == progress.evaluated_step or not (step % eval_every == 0 or step == total_steps) or not validation:
+        due = step % evaluations.every == 0 or step == total_steps
+        if not due or step == progress.evaluated_step or not evaluations.rows:
             return
-        loss, num_tokens = held_out_loss(backbone, head, validation, micro_batch_size, interrupt)
+        loss, num_tokens = held_out_loss(backbone, head, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
         events.write("eval", step=step, loss=loss, supervised_tokens=num_tokens)

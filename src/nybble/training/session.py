@@ -237,8 +237,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             result = train_loop(
                 model,
                 data.train,
-                evaluations.rows,
-                config.model_copy(update={"eval_every": evaluations.every}),
+                evaluations,
+                config,
                 sampler=sampler,
                 total_steps=num_steps,
                 micro_batch_size=plan.micro_batch_size,
