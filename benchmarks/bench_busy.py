@@ -35,6 +35,8 @@ BUSY = "while True: pass"
 
 WORKS: dict[str, dict[str, Any]] = {"steps": {"work": "train", "keep": "everything"}, "answers": {"work": "answer"}}
 
+GNU_DEFAULT = {"GOMP_SPINCOUNT": "300000"}  # said aloud: a contender to whom nothing is said sets nybble's own
+
 Group = list[Contender]  # of one way: one process, or several of one thread each
 
 
@@ -53,7 +55,7 @@ def busy_programs(count: int) -> Iterator[None]:
 def ways(spins: Sequence[int]) -> dict[str, dict[str, str]]:
     """Name -> the variables that set it."""
     others = {f"{count} rounds": VARIABLES | {"GOMP_SPINCOUNT": str(count)} for count in spins}
-    return {OURS: VARIABLES, DEFAULT: {}, PASSIVE: {"OMP_WAIT_POLICY": "passive"}} | others
+    return {OURS: VARIABLES, DEFAULT: GNU_DEFAULT, PASSIVE: {"OMP_WAIT_POLICY": "passive"}} | others
 
 
 def tokens_per_s(group: Group, tokens: int, **request: Any) -> float:
@@ -84,7 +86,7 @@ def measure(groups: dict[str, Group], rounds: int, tokens: Sequence[int], reques
                     rate = tokens_per_s(groups[name], tokens[number], **requests[number])
                     if number >= WARM_UP:
                         rates[load][name].append(rate)
-        print(f"round {number}", flush=True)
+                    print(f"round {number}, beside {load} busy, {name}: {rate:.1f} tokens/s", flush=True)
     return rates
 
 
