@@ -140,22 +140,24 @@ def test_damage_to_a_file_stops_training_however_little_of_it_is_seen(audit_of):
 
 
 @pytest.mark.parametrize(
-    "turn",
+    "turn, id",
     [
-        {"content": "a", "tool_calls": [{"id": 1}]},
-        {"content": None, "function_call": {"name": "f"}},
-        {"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x.png"}}]},
-        {"content": "a", "reasoning": [{"type": "image"}]},
+        ({"content": "a", "tool_calls": [{"id": 1}]}, "beyond-text"),
+        ({"content": None, "function_call": {"name": "f"}}, "beyond-text"),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]}, "beyond-text"),
+        ({"content": "a", "reasoning": [{"type": "image"}]}, "beyond-text"),
+        ({"content": "a", "weight": 0.5}, "unread-weight"),
+        ({"content": "a", "weight": 1, "train": False}, "unread-weight"),
     ],
 )
-def test_one_row_that_says_more_than_text_stops_training(audit_of, turn):
-    """However few they are: leaving out tools or pictures changes what is learnt."""
+def test_one_row_that_says_more_than_nybble_learns_stops_training(audit_of, turn, id):
+    """However few they are: leaving out tools, pictures or weights changes what is learnt."""
     rows = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", **turn}]} for n in range(60)]
     for n, row in enumerate(rows):
         row["messages"][1] = row["messages"][1] if n == 7 else {"role": "assistant", "content": f"{n}!"}
-    with pytest.raises(DataError, match=r"(?s)beyond-text: 1 x .*train\.jsonl:8 \(turn 2 has .*--allow beyond-text$"):
+    with pytest.raises(DataError, match=rf"(?s){id}: 1 x .*train\.jsonl:8 \(turn 2 has .*--allow {id}$"):
         audit_of(rows).check()
-    audit = audit_of(rows, allow=("beyond-text",))
+    audit = audit_of(rows, allow=(id,))
     audit.check()
     assert audit.num_dropped == 1
 

@@ -44,6 +44,11 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
         "rows have turns with tool calls, or with content that is no text",
         "remove them, or write what these say into the content",
     ),
+    "unread-weight": (
+        "error",
+        "rows weigh turns otherwise than by 0 and 1: a turn is learnt or it is not",
+        "round the weights to 0 or 1, or remove them",
+    ),
     "no-assistant-turn": (
         "error",
         "rows without an assistant's turn train on nothing",
@@ -67,8 +72,8 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
     "no-end-of-turn": (
         "error",
         "rows have answers that do not end in a supervised end-of-turn token, so the model would not learn to stop",
-        "choose a template that ends answers in a special token: --chat-template FILE|NAME, or --template none, which "
-        "ends them in eos",
+        "choose a template that ends answers in a special token: --chat-template FILE|NAME; rows of a prompt and a "
+        "completion can do without (--template none), and end in eos",
     ),
     "template-loses-content": (
         "error",

@@ -441,8 +441,12 @@ def _message(turn: Any, where: str) -> Message:
 
 
 def _beyond_text(where: str, what: str) -> RowError:
+    return _odd("beyond-text", where, f"{what}; nybble trains on text alone")
+
+
+def _odd(finding: str, where: str, what: str) -> RowError:
     origin, _, turn = where.partition(": ")
-    return RowError("beyond-text", origin, f"{turn} {what}; nybble trains on text alone")
+    return RowError(finding, origin, f"{turn} {what}")
 
 
 def _joined(content: Any, where: str) -> Any:
@@ -469,13 +473,10 @@ def _mark(turn: Row, where: str) -> bool | None:
     given = {key: turn[key] for key in MARKS if turn.get(key) is not None}
     odd = [f"{key} {value!r}" for key, value in given.items() if value not in (0, 1)]
     if odd:
-        raise DataError(
-            f"{where} has {', '.join(odd)}",
-            f"supported for {', '.join(MARKS)}: 0 or false, a turn that is not learnt; 1 or true, one that is",
-            "round the weights to 0 or 1, or remove them",
-        )
+        known = "0 or false, a turn that is not learnt; 1 or true, one that is"
+        raise _odd("unread-weight", where, f"has {', '.join(odd)}; known are {known}")
     if len({bool(value) for value in given.values()}) > 1:
-        raise DataError(f"{where}: {' and '.join(given)} contradict each other", "needed: one mark", "keep one of them")
+        raise _odd("unread-weight", where, f"has marks of which {' and '.join(given)} contradict each other")
     return next((bool(value) for value in given.values()), None)
 
 
