@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nybble.data.chat_templates import TEMPLATES
 from nybble.data.examples import Example, Message
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
@@ -306,3 +307,11 @@ def test_tokenizer_without_eos(tokenizer_of):
 
     with pytest.raises(DataError, match="end-of-sequence"):
         ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_template_that_begins_twice_is_said(tokenizer_of, times):
+    tokenizer = tokenizer_of("bytes", adds_bos=True)
+    template = ChatTemplate(tokenizer, chat_template="{{ bos_token }}" * times + TEMPLATES["plain"].jinja(bos=False))
+    assert [notice for notice in template.notices if "begins with <s> twice" in notice] == list(template.notices)
+    assert len(template.notices) == (times == 2)

@@ -91,6 +91,10 @@ class ChatTemplate:
         self.folds_system = self.chat_template is not None and self.chat_template.startswith(FOLD_SYSTEM)
         probe, self._closing = self._find_closing(required=not own)
         self.stop_ids = self._find_stop_ids(probe)
+        if probe is not None and self._begins_twice(probe):
+            self.notices += (
+                f"The chat template begins with {self.tokenizer.bos_token} twice; training and chat do so.",
+            )
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The text of a conversation. In mode "none": its contents, one after the other.
@@ -306,6 +310,10 @@ class ChatTemplate:
                 "Mend the template, or name another with --chat-template.",
             )
         return None, None
+
+    def _begins_twice(self, probe: Sequence[Message]) -> bool:
+        bos = self.tokenizer.bos_token
+        return bool(bos) and self.render(probe, False).startswith(2 * bos)
 
     def _find_stop_ids(self, probe: tuple[Message, ...] | None) -> tuple[int, ...]:
         """The last supervised token of an answer to a conversation of one word, and eos."""
