@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nybble.errors import FormatError, ModelError, first_line, foreign_errors
+from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.formats.bnb import (
     StoredWeight,
     from_bnb,
@@ -31,7 +31,7 @@ from nybble.formats.safetensors_io import (
 )
 from nybble.models.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.models.interface import Kind
-from nybble.models.skeleton import build_skeleton, build_whole, is_taken_alone, text_config
+from nybble.models.skeleton import build_skeleton, build_whole, config_refused, is_taken_alone, stored_text_config
 from nybble.models.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class FolderSource:
         _refuse_codes(path, self._parts, self._stored.entries)
         self.quant_spec = self._first_spec()
         self._whole_config = _load_config(path, self._config_json)
-        self.config = _text_config(self._whole_config, self._config_json)
+        self.config = stored_text_config(self._whole_config, self._config_json)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
 
@@ -229,14 +229,7 @@ def _check_layers(folder: Path, config: dict[str, Any], num_tensors: int) -> Non
 def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig":
     from transformers import AutoConfig
 
-    def not_taken(error: Exception) -> ModelError:
-        return ModelError(
-            f"transformers does not take {folder / 'config.json'}: {first_line(error)}",
-            "Allowed: architectures of the installed transformers; a model's own code is never run.",
-            "Choose another model, or update transformers.",
-        )
-
-    with foreign_errors(not_taken):
+    with foreign_errors(config_refused(folder / "config.json")):
         if (config_json.get("quantization_config") or {}).get("quant_method") == "nybble":  # refused by its folder
             config = AutoConfig.for_model(**config_json)
         else:
@@ -244,14 +237,6 @@ def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the tensors say it; left in, it would mark what is loaded as quantised
     return config
-
-
-def _text_config(config: "PretrainedConfig", config_json: dict[str, Any]) -> "PretrainedConfig":
-    """The text model's config; whether head and embedding are one may be said by that of the larger model alone."""
-    text = text_config(config)
-    if text is not config and "tie_word_embeddings" not in (config_json.get("text_config") or {}):
-        text.tie_word_embeddings = config_json.get("tie_word_embeddings", text.tie_word_embeddings)
-    return text
 
 
 def _refuse_codes(folder: Path, parts: Mapping[str, list[str]], entries: Mapping[str, TensorEntry]) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,19 @@ from nybble.errors import ModelError, first_line, foreign_errors
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+
+def config_refused(where: object) -> Callable[[Exception], ModelError]:
+    """For `foreign_errors` around what transformers makes of a config: `where` names it."""
+
+    def refused(error: Exception) -> ModelError:
+        return ModelError(
+            f"transformers does not take {where}: {first_line(error)}",
+            "Allowed: architectures of the installed transformers; a model's own code is never run.",
+            "Choose another model, or update transformers.",
+        )
+
+    return refused
 
 
 def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
@@ -46,6 +59,16 @@ def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
 
     text = getattr(config, "text_config", None)
     return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
+
+
+def stored_text_config(config: "PretrainedConfig", written: dict[str, Any]) -> "PretrainedConfig":
+    """The text model's config, of a config.json as it is written: whether head and embedding are one may be said by
+    the part of the larger model alone.
+    """
+    text = text_config(config)
+    if text is not config and "tie_word_embeddings" not in (written.get("text_config") or {}):
+        text.tie_word_embeddings = written.get("tie_word_embeddings", text.tie_word_embeddings)
+    return text
 
 
 def is_taken_alone(config: "PretrainedConfig") -> bool:

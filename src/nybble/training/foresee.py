@@ -10,7 +10,7 @@ import torch
 
 from nybble.config import DataConfig, PlanConfig
 from nybble.data.template import open_template
-from nybble.errors import ModelError, first_line, foreign_errors
+from nybble.errors import ModelError, foreign_errors
 from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.costs import MicroBatches
@@ -18,7 +18,7 @@ from nybble.memory.machine import Machine, named_machine, this_machine
 from nybble.memory.planner import Ask, Plans, make_plans
 from nybble.models.hub import fetch_config, looks_like_hub_id
 from nybble.models.shapes import SHAPES
-from nybble.models.skeleton import build_skeleton
+from nybble.models.skeleton import build_skeleton, config_refused, stored_text_config
 from nybble.models.source import open_source
 from nybble.training.deal import dealer, even_run
 from nybble.training.plan import asks, needs_folder
@@ -87,21 +87,14 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    def not_taken(error: Exception) -> ModelError:
-        return ModelError(
-            f"transformers does not take this config ({written.get('model_type')!r}): {first_line(error)}",
-            "Allowed: architectures of the installed transformers; a model's own code is never run.",
-            "Choose another model, or update transformers.",
-        )
-
     if not isinstance(written.get("model_type"), str):
         raise ModelError("The model's config has no model_type.", "Allowed: a config.json written by transformers.")
+    refused = config_refused(f"this config ({written['model_type']!r})")
     if written["model_type"] not in CONFIG_MAPPING:
-        raise not_taken(ValueError("it has no such model type"))
-    with foreign_errors(not_taken):
+        raise refused(ValueError("it has no such model type"))
+    with foreign_errors(refused):
         config = AutoConfig.for_model(**{name: value for name, value in written.items() if name != QUANTIZATION})
-    text: PretrainedConfig = config.get_text_config()
-    return text
+    return stored_text_config(config, written)
 
 
 def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
