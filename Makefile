@@ -78,7 +78,7 @@ clean:
 	@touch $@
 
 # transformers 4 before what .venv has; PyTorch and the rest are .venv's.
-.venv-transformers4/.installed: tests/export/transformers4.txt | .venv/bin/python
+.venv-transformers4/.installed: tests/exporting/transformers4.txt | .venv/bin/python
 	$(BIN)/python -m venv .venv-transformers4
 	.venv-transformers4/bin/python -m pip install --quiet --no-deps --requirement $<
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \

@@ -32,8 +32,8 @@ from nybble.layers.backbone import Backbone, choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import loss_head
-from nybble.models.load import load_model
-from nybble.models.skeleton import build_skeleton
+from nybble.sources.load import load_model
+from nybble.sources.skeleton import build_skeleton
 from nybble.training.loop import supervised_states
 from nybble.training.optimizer import AdamW
 

@@ -26,14 +26,14 @@ from nybble.layers.backbone import BlockBackbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.memory.costs import ModelShape, end_bytes
 from nybble.memory.offload import ActivationFile
-from nybble.memory.planner import STREAMED_ENDS_BYTES
 from nybble.memory.store import open_store
-from nybble.models.load import load_model
-from nybble.models.skeleton import build_skeleton
-from nybble.models.source import open_source
-from nybble.models.synth import synthesize
+from nybble.planning.costs import ModelShape, end_bytes
+from nybble.planning.planner import STREAMED_ENDS_BYTES
+from nybble.quantization.synth import synthesize
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+from nybble.sources.skeleton import build_skeleton
 from nybble.training.optimizer import AdamW, Bits
 
 Pass = Callable[[], float]

@@ -32,11 +32,11 @@ from nybble.kernels.ops import quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.measure import PeakMemory
-from nybble.models.calibrate import BlockCalibrator
-from nybble.models.load import load_model
-from nybble.models.placement import place_tensors, read_placed
-from nybble.models.skeleton import build_skeleton
-from nybble.models.source import open_source
+from nybble.quantization.blocks import BlockCalibrator
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+from nybble.sources.placement import place_tensors, read_placed
+from nybble.sources.skeleton import build_skeleton
 
 LICENCES = Path("/usr/share/common-licenses")
 CPU = torch.device("cpu")

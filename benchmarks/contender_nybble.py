@@ -21,25 +21,25 @@ from inputs import IGNORE, read_steps
 from rich.console import Console
 from safetensors.torch import save_file
 
-from nybble.config import TrainConfig
+from nybble.options.verbs import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.sampler import StepSampler
-from nybble.evaluation.generate import generate
+from nybble.generation.generate import generate
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import Backbone, choose_backbone
 from nybble.layers.convert import adapters_of
 from nybble.layers.loss_head import loss_head
-from nybble.layers.peft_format import read_adapter
+from nybble.runs.adapter_files import read_adapter
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.models.load import load_model
-from nybble.models.source import open_source
-from nybble.options import build_options
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+from nybble.options.option import build_options
 from nybble.training.checkpoint import Checkpoints
 from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
-from nybble.training.events import EventLog
+from nybble.runs.events import EventLog
 from nybble.training.loop import collate, supervised_states, train_loop
-from nybble.training.run_folder import RunFolder
+from nybble.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,11 +12,11 @@ from nybble.data.examples import EncodedExample
 from nybble.data.prepare import load_dataset_for_training
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
-from nybble.formats.safetensors_io import staged_folder
+from nybble.formats.safetensors import staged_folder
 from nybble.layers.convert import attach_adapters, quantizable_linears
-from nybble.layers.peft_format import adapter_config, write_adapter
-from nybble.models.load import load_model
-from nybble.models.source import open_source
+from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
 
 RANK, ALPHA = 16, 32.0
 ROWS_PER_STEP, MAX_SEQ_LEN = 8, 512

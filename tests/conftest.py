@@ -211,8 +211,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rich.console import Console
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from nybble.config import TrainConfig
-    from nybble.options import build_options
+    from nybble.options.option import build_options
+    from nybble.options.verbs import TrainConfig
     from nybble.training.session import train
 
     folder = tmp_path_factory.mktemp("trained")
@@ -243,11 +243,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from nybble.config import TrainConfig
     from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
-    from nybble.layers.peft_format import adapter_config, write_adapter
-    from nybble.models.source import open_source
-    from nybble.options import build_options, config_to_yaml
+    from nybble.options.option import build_options, config_to_yaml
+    from nybble.options.verbs import TrainConfig
+    from nybble.runs.adapter_files import adapter_config, write_adapter
+    from nybble.sources.open import open_source
 
     def make(
         family: str = "llama",

@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from nybble.cli.main import app
-from nybble.config import load_config
+from nybble.options.verbs import load_config
 
 PROJECT = Path(__file__).parents[1]
 DOCUMENTS = [PROJECT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

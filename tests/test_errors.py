@@ -33,7 +33,7 @@ def test_what_is_not_about_what_was_read_stays_what_it_is(error):
 def test_a_failed_allocation_is_not_taken_for_an_unknown_architecture(monkeypatch):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from nybble.models.skeleton import build_skeleton
+    from nybble.sources.skeleton import build_skeleton
 
     def fail(*arguments, **keywords):
         raise MemoryError

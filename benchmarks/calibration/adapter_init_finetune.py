@@ -24,8 +24,8 @@ from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.models.adapter_init import initialise_adapters
-from nybble.models.load import load_model
+from nybble.quantization.adapter_init import initialise_adapters
+from nybble.sources.load import load_model
 from nybble.training.loop import collate, held_out_loss, supervised_states
 from nybble.training.optimizer import AdamW
 from nybble.training.schedule import learning_rate, warmup_steps

@@ -26,11 +26,11 @@ from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.models.calibrate import BlockCalibrator
-from nybble.models.gguf_source import DitheredSource, GgufSource
-from nybble.models.interface import ModelSource
-from nybble.models.load import load_model
-from nybble.models.source import open_source
+from nybble.quantization.blocks import BlockCalibrator
+from nybble.sources.gguf import DitheredSource, GgufSource
+from nybble.sources.interface import ModelSource
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
 
 TOKENS = 256  # of a window
 

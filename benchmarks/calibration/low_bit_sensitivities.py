@@ -1,4 +1,4 @@
-"""Predicted losses of layers (nybble.models.mixed) against the measured: one layer quantised at a time.
+"""Predicted losses of layers (nybble.quantization.mixed) against the measured: one layer quantised at a time.
 
     python benchmarks/calibration/low_bit_sensitivities.py --data train.jsonl --out sensitivities.json
 
@@ -17,8 +17,8 @@ from nybble.formats.quantized_tensor import QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.models.load import load_model
-from nybble.models.mixed import choose_mixed
+from nybble.quantization.mixed import choose_mixed
+from nybble.sources.load import load_model
 
 
 def main() -> None:

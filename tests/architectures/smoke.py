@@ -18,11 +18,11 @@ from nybble.data.examples import EncodedExample
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
-from nybble.layers.peft_format import adapter_config, write_adapter
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.models.folder_source import FolderSource
-from nybble.models.load import load_model
-from nybble.models.skeleton import is_transposed
+from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.sources.folder import FolderSource
+from nybble.sources.load import load_model
+from nybble.sources.skeleton import is_transposed
 from nybble.training.loop import collate, forward_backward
 from nybble.training.optimizer import AdamW
 

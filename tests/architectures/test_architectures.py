@@ -23,7 +23,7 @@ from nybble.errors import ModelError, NybbleError
 from nybble.layers.backbone import choose_backbone, decoder_states
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
-from nybble.layers.peft_format import adapter_config
+from nybble.runs.adapter_files import adapter_config
 
 PROJECT = Path(__file__).parents[2]
 TABLE = PROJECT / "docs" / "architectures.md"

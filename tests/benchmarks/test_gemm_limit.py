@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from bench_gemm_limit import MODELS, Product, Products, documents, frozen_products  # noqa: E402
 
 from nybble.layers.convert import quantizable_linears  # noqa: E402
-from nybble.models.skeleton import build_skeleton  # noqa: E402
+from nybble.sources.skeleton import build_skeleton  # noqa: E402
 
 
 @pytest.mark.parametrize("name", MODELS)

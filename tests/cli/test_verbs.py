@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import nybble
 from nybble.cli.main import app
 from nybble.cli.verbs import add_verb
-from nybble.config import TrainConfig, load_config
 from nybble.errors import NybbleError, TrainingError
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import TrainConfig, load_config
 
 VERBS = ("train", "chat", "quantize", "eval", "merge", "export", "serve", "doctor")
 REQUIRED = ["--model", "m", "--data", "d.jsonl", "--out", "o"]

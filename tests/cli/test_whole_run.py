@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from nybble.cli.main import app
-from nybble.config import load_config
+from nybble.options.verbs import load_config
 
 
 def run(*arguments: object) -> str:

@@ -15,7 +15,7 @@ from nybble.errors import DataError
 
 @pytest.fixture(scope="module")
 def template(tiny_model: Path) -> ChatTemplate:
-    from nybble.models.source import open_source
+    from nybble.sources.open import open_source
 
     return ChatTemplate(open_source(str(tiny_model)).load_tokenizer())
 

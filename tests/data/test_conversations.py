@@ -5,14 +5,14 @@ import json
 
 import pytest
 
-from nybble.config import DataConfig
 from nybble.data.chat_templates import TEMPLATES
 from nybble.data.examples import Example, Message
 from nybble.data.prepare import prepare
 from nybble.data.readers import HARMLESS_KEYS
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError, DataError
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import DataConfig
 
 USER, ASSISTANT = {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "The answer"}
 THINKING = (

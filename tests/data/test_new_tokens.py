@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.data.prepare import prepare
 from nybble.data.template import ChatTemplate
-from nybble.models.embedding import embedding_rows
-from nybble.models.source import open_source
+from nybble.sources.embedding import embedding_rows
+from nybble.sources.open import open_source
 
 WIDTH, SPARE = 32, 24
 

@@ -10,16 +10,16 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from nybble.config import ChatConfig
 from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
 from nybble.evaluation import chat as chat_module
 from nybble.evaluation.chat import TextPieces, chat, converse
-from nybble.evaluation.generate import Sampling, choose_tokens, generate
-from nybble.evaluation.load_run import LoadedModel
+from nybble.generation.generate import Sampling, choose_tokens, generate
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import ChatConfig
+from nybble.runs.open_run import LoadedModel
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

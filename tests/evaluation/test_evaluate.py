@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from nybble.cli.main import app
 from nybble.evaluation.held_out import held_out_rows
-from nybble.evaluation.load_run import open_run
+from nybble.runs.open_run import open_run
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 
-from nybble.config import EvalQualityConfig
 from nybble.errors import ConfigError, ModelError
 from nybble.evaluation.compare_arms import bits_per_weight, compare_arms, parse_arm
 from nybble.evaluation.quality import Comparison, bootstrap_interval
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.models.load import load_model
-from nybble.models.save import quantize_folder
-from nybble.models.source import open_source
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import EvalQualityConfig
+from nybble.quantization.folder import quantize_folder
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
 
 DOCUMENTS = [torch.randint(259, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 300, 40)]
 

@@ -33,12 +33,12 @@ import torch
 from rich.console import Console
 from tiny import make_data, make_model
 
-from nybble.config import load_config
 from nybble.errors import NybbleError
-from nybble.models.folder_source import FolderSource
+from nybble.options.verbs import load_config
+from nybble.runs.events import read_events
+from nybble.sources.folder import FolderSource
 from nybble.training import loop
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress, newest_checkpoint
-from nybble.training.events import read_events
 from nybble.training.optimizer import AdamW
 from nybble.training.session import train
 
@@ -163,7 +163,7 @@ class SaveUnderStrace:
         torch.manual_seed(0)
         source = FolderSource(workplace / "model", "tiny", "folder", None)
         from nybble.layers.convert import attach_adapters, resolve_targets
-        from nybble.models.load import load_model
+        from nybble.sources.load import load_model
 
         self.model = load_model(source, None, torch.float32)
         attach_adapters(self.model, resolve_targets(self.model, "all-linear"), rank=2, alpha=4.0)
@@ -318,7 +318,7 @@ def drill_damage(workplace: Path, runs: int) -> str:
     run(configured(workplace, out, overwrite=True, max_steps=2, save_every=2))
     if not four_bit.exists():
         from nybble.formats.quantized_tensor import QuantSpec
-        from nybble.models.save import quantize_folder
+        from nybble.quantization.folder import quantize_folder
 
         quantize_folder(FolderSource(workplace / "model", "tiny", "folder", None), QuantSpec(), four_bit)
     checkpoint = out / "checkpoints" / "step-2"

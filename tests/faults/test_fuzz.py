@@ -18,8 +18,8 @@ from nybble.data.examples import Example
 from nybble.data.readers import read_examples
 from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError
-from nybble.formats.gguf_io import GgufFile
-from nybble.formats.safetensors_io import SafetensorsFolder
+from nybble.formats.gguf import GgufFile
+from nybble.formats.safetensors import SafetensorsFolder
 
 sys.path.insert(0, str(Path(__file__).parent))
 

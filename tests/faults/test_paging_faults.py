@@ -20,16 +20,16 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nybble.config import load_config
 from nybble.errors import RunError
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.models.synth import synthesize
+from nybble.options.verbs import load_config
+from nybble.quantization.synth import synthesize
+from nybble.runs.events import EventLog, read_events
+from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import newest_checkpoint
 from nybble.training.display import Display
-from nybble.training.events import EventLog, read_events
 from nybble.training.loop import paged_out
 from nybble.training.optimizer import AdamW
-from nybble.training.run_folder import RunFolder
 from nybble.training.session import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are made through /proc")

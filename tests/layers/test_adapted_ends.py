@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
 
 from nybble.errors import ConfigError, RunError
+from nybble.generation.decoding import CachedDecoder
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.layers.decoding import CachedDecoder
 from nybble.layers.loss_head import loss_head
-from nybble.layers.peft_format import StoredAdapter, adapter_config, read_adapter, write_adapter
+from nybble.runs.adapter_files import StoredAdapter, adapter_config, read_adapter, write_adapter
 
 SHAPE = {
     "vocab_size": 150,

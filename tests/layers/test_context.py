@@ -3,11 +3,11 @@
 import pytest
 from transformers import AutoConfig
 
-from nybble.config import DataConfig
 from nybble.errors import ConfigError
 from nybble.layers.context import context_length, fixed_context
-from nybble.models.skeleton import build_skeleton
-from nybble.training.context import within_context
+from nybble.options.verbs import DataConfig
+from nybble.runs.context import within_context
+from nybble.sources.skeleton import build_skeleton
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 GPT = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2}

@@ -19,8 +19,8 @@ from nybble.layers.convert import (
     replace_linears,
     resolve_targets,
 )
-from nybble.layers.peft_format import adapter_config, read_adapter, write_adapter
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.runs.adapter_files import adapter_config, read_adapter, write_adapter
 
 LLAMA = LlamaConfig(
     vocab_size=96,

@@ -17,9 +17,9 @@ from nybble.memory import pager
 from nybble.memory.offload import PinnedActivations
 from nybble.memory.pager import PagedState
 from nybble.memory.store import open_store
-from nybble.models.skeleton import build_skeleton
-from nybble.models.source import open_source
-from nybble.models.synth import synthesize
+from nybble.quantization.synth import synthesize
+from nybble.sources.open import open_source
+from nybble.sources.skeleton import build_skeleton
 
 RUBBISH = 170
 

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from transformers import PhiConfig, PhiForCausalLM
 
-from nybble.config import load_config
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantSpec
 from nybble.layers import loss_head
@@ -19,11 +18,12 @@ from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
 from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
-from nybble.models.load import load_model
-from nybble.models.save import quantize_folder
-from nybble.models.skeleton import build_skeleton
-from nybble.models.source import open_source
-from nybble.models.synth import synthesize
+from nybble.options.verbs import load_config
+from nybble.quantization.folder import quantize_folder
+from nybble.quantization.synth import synthesize
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+from nybble.sources.skeleton import build_skeleton
 from nybble.training.session import train
 
 TOKENS = 37

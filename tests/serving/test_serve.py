@@ -17,13 +17,13 @@ import torch
 import uvicorn
 from rich.console import Console
 
-from nybble.config import ServeConfig
 from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
-from nybble.evaluation.generate import Sampling, generate
-from nybble.evaluation.load_run import load_run
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.options import build_options
+from nybble.generation.generate import Sampling, generate
+from nybble.options.option import build_options
+from nybble.options.verbs import ServeConfig
+from nybble.runs.open_run import load_run
 from nybble.serving import engine as engine_module
 from nybble.serving.app import Api, make_app
 from nybble.serving.engine import Engine, load_models
@@ -62,7 +62,7 @@ class Running:
 @pytest.fixture(scope="module")
 def second(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another run on the same base, of another rank."""
-    from nybble.config import TrainConfig, load_config
+    from nybble.options.verbs import TrainConfig, load_config
     from nybble.training.session import train
 
     out = tmp_path_factory.mktemp("second") / "other"

@@ -13,12 +13,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nybble.config import load_config
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.models.save import quantize_folder
-from nybble.models.source import open_source
-from nybble.training.events import read_events
+from nybble.options.verbs import load_config
+from nybble.quantization.folder import quantize_folder
+from nybble.runs.events import read_events
+from nybble.sources.open import open_source
 from nybble.training.session import train
 
 ADAPTER = "adapter/adapter_model.safetensors"

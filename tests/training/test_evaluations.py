@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from nybble.cli.main import app
-from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
+from nybble.options.verbs import TrainConfig
 from nybble.training.evaluations import ALWAYS_AFFORDABLE, plan_evaluations
 
 

@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from transformers import BloomConfig, BloomForCausalLM
 
-from nybble.config import TrainConfig
 from nybble.errors import TrainingError
 from nybble.formats.quantized_tensor import FORMATS
 from nybble.layers.convert import adapters_of
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import TrainConfig
+from nybble.runs.events import read_events
 from nybble.training import loop, session
-from nybble.training.events import read_events
 from nybble.training.session import TrainedRun, train
 
 

@@ -16,18 +16,18 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from nybble.config import TrainConfig, load_config
 from nybble.errors import ModelError, RunError, TrainingError
-from nybble.formats.manifest import verify_manifest
+from nybble.files.manifest import verify_manifest
 from nybble.formats.quantized_tensor import QuantSpec
-from nybble.models.save import quantize_folder
-from nybble.models.source import open_source
+from nybble.options.verbs import TrainConfig, load_config
+from nybble.quantization.folder import quantize_folder
+from nybble.runs.events import read_events
+from nybble.runs.folder import RunFolder
+from nybble.sources.open import open_source
 from nybble.training import checkpoint as checkpoint_module
 from nybble.training import loop
-from nybble.training import plan as plan_module
-from nybble.training.events import read_events
+from nybble.planning import request as plan_module
 from nybble.training.rng import capture_rng, restore_rng
-from nybble.training.run_folder import RunFolder
 from nybble.training.session import TrainedRun, train
 
 STEPS = 7  # of 6 of 34 rows: the border of an epoch falls into one of them

@@ -1,1 +1,1 @@
-"""The command line: one thin file per verb, flags generated from `nybble.config`."""
+"""The command line: one thin file per verb, flags generated from `nybble.options.groups`."""

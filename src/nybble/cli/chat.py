@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
-from nybble.config import ChatConfig
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import ChatConfig
 
 
 def chat(given: dict[str, Any]) -> int:

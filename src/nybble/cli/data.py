@@ -1,15 +1,16 @@
 """`nybble data check`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from nybble.config import DataConfig
 from nybble.errors import ConfigError
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import DataConfig
 
 
 def check(
@@ -23,16 +24,17 @@ def check(
     """Show what a training run would learn from: the audit, and rows with their supervised tokens coloured."""
     config = build_options(DataConfig, given)
     from nybble.data.plots import draw_lengths
+    from nybble.data.prepare import prepare_data
     from nybble.data.show import render_audit, render_example
     from nybble.data.template import open_template
-    from nybble.models.source import open_source
-    from nybble.training.context import note_context, within_context
-    from nybble.training.session import prepare_data
+    from nybble.runs.context import note_context, within_context
+    from nybble.sources.embedding import embedding_rows
+    from nybble.sources.open import open_source
 
     source = open_source(config.model, config.tokenizer)
     config = within_context(config, source.config)
     template = open_template(config, source.load_tokenizer())
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size, source)
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size, partial(embedding_rows, source))
     data = note_context(data, config, source.config)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))

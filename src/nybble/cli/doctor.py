@@ -38,7 +38,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from nybble.kernels import cpu, registry
-    from nybble.models.bundled import cache_folder
+    from nybble.sources.bundled import cache_folder
 
     return {
         "nybble": nybble.__version__,

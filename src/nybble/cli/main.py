@@ -17,7 +17,7 @@ from nybble.cli.serve import serve
 from nybble.cli.synth import synth
 from nybble.cli.train import train
 from nybble.cli.verbs import add_verb
-from nybble.config import (
+from nybble.options.verbs import (
     ChatConfig,
     DataConfig,
     EvalConfig,

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nybble.config import PlanConfig
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import PlanConfig
 
 
 def plan(
@@ -20,8 +20,8 @@ def plan(
 ) -> int:
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
     config = build_options(PlanConfig, given)
-    from nybble.training.foresee import foresee
-    from nybble.training.plan import plans_json, show_plans
+    from nybble.planning.from_config import foresee
+    from nybble.planning.report import plans_json, show_plans
     from nybble.training.plots import draw_plans
 
     plans, ask, freed = foresee(config)
@@ -31,7 +31,7 @@ def plan(
         typer.echo(json.dumps(plans_json(plans), indent=2))
     else:
         show_plans(Console(), plans, ask)
-    from nybble.memory.planner import require
+    from nybble.planning.planner import require
 
     require(plans, ask, freed)
     return 0

@@ -7,14 +7,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from nybble.config import QuantizeConfig
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import QuantizeConfig
 
 if TYPE_CHECKING:
-    from nybble.models.interface import ModelSource
-    from nybble.models.inventory import Inventory
-    from nybble.models.partial import LayerReport
-    from nybble.models.save import CalibrationInput, Quality
+    from nybble.quantization.folder import CalibrationInput, Quality
+    from nybble.quantization.partial import LayerReport
+    from nybble.sources.interface import ModelSource
+    from nybble.sources.inventory import Inventory
 
 
 def quantize(given: dict[str, Any]) -> int:
@@ -24,9 +24,10 @@ def quantize(given: dict[str, Any]) -> int:
 
     from nybble.formats.bnb import BITSANDBYTES_FORMATS
     from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
-    from nybble.models.save import quantize_folder
-    from nybble.models.source import open_source
-    from nybble.training.mixed import measure_mixed, show_mixed
+    from nybble.quantization.folder import quantize_folder
+    from nybble.quantization.mixed import measure_mixed
+    from nybble.runs.formats import show_mixed
+    from nybble.sources.open import open_source
 
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -64,8 +65,8 @@ def quantize(given: dict[str, Any]) -> int:
 
 def _in_16_bits(inventory: "Inventory") -> str:
     """What is not in four bits, with its bytes; where it is more than embedding and head, how much of the blocks."""
-    from nybble.memory.costs import DENSE_BYTES
-    from nybble.training.display import format_bytes
+    from nybble.planning.costs import DENSE_BYTES
+    from nybble.units import format_bytes
 
     parts = [("embedding and head", inventory.end_elements), *inventory.dense, *inventory.around]
     listed = ", ".join(f"{name} {format_bytes(DENSE_BYTES * numel)}" for name, numel in parts)
@@ -86,7 +87,7 @@ def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console
     from nybble.data.template import ChatTemplate
     from nybble.layers.context import context_length
     from nybble.layers.precision import resolve_compute_dtype
-    from nybble.models.save import CalibrationInput
+    from nybble.quantization.folder import CalibrationInput
 
     template = ChatTemplate(source.load_tokenizer())
     num_tokens = config.calibration_tokens

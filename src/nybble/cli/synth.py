@@ -6,16 +6,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from nybble.config import SynthConfig
-from nybble.options import build_options
+from nybble.options.option import build_options
+from nybble.options.verbs import SynthConfig
 
 
 def synth(given: dict[str, Any]) -> int:
     """Write a model of a published shape with random weights in four bits, to rehearse memory and time with."""
     config = build_options(SynthConfig, given)
     from nybble.formats.quantized_tensor import QuantSpec
-    from nybble.models.synth import synthesize
-    from nybble.training.display import format_bytes
+    from nybble.quantization.synth import synthesize
+    from nybble.units import format_bytes
 
     spec = QuantSpec(config.format, config.block_size, config.double_quant)
     console = Console()

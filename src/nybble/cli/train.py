@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nybble.config import draft_config, load_config
 from nybble.errors import ConfigError
-from nybble.training.run_folder import RunFolder
+from nybble.options.verbs import draft_config, load_config
+from nybble.runs.folder import RunFolder
 
 
 def train(

@@ -1,7 +1,7 @@
 """From an options class and a function to a verb of the command line.
 
 Flags, help texts, defaults and help panels come from the fields of the options class, so that an option
-is declared in `nybble.config` and nowhere else. Flags arrive as text; the options class converts and
+is declared in `nybble.options.groups` and nowhere else. Flags arrive as text; the options class converts and
 checks them, which gives one set of messages for flags and YAML files.
 """
 
@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from nybble.errors import ConfigError, NybbleError
-from nybble.options import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
+from nybble.options.option import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
 
 Body = Callable[..., int]  # takes the given flags, and arguments of its own; returns the exit code
 

@@ -13,6 +13,7 @@ from nybble.data.readers import FieldNames, ReadResult, read_examples
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
+from nybble.options.groups import DataOptions
 
 
 @dataclass(frozen=True)
@@ -200,3 +201,27 @@ def _find_in_rows(
 
 def _sequences(rows: Sequence[EncodedRow]) -> list[EncodedExample]:
     return [sequence for row in rows for sequence in row.sequences]
+
+
+def prepare_data(
+    config: DataOptions, template: ChatTemplate, vocab_size: int, embedding_rows: ReadRows | None = None
+) -> PreparedData:
+    """Read, encode, split and audit the examples that the options name, as `prepare` does."""
+    return prepare(
+        config.data,
+        template,
+        max_seq_len=config.max_seq_len,
+        seed=config.seed,
+        fields=field_names(config),
+        validation_source=config.validation_data,
+        validation_fraction=config.validation_fraction,
+        validation_rows=config.validation_rows,
+        vocab_size=vocab_size,
+        embedding_rows=embedding_rows,
+        allow=config.allow,
+    )
+
+
+def field_names(config: DataOptions) -> FieldNames:
+    """The user's own column names."""
+    return FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from nybble.config import RowOptions
 from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES, find_template
 from nybble.data.examples import EncodedExample, Example, Message
 from nybble.data.limits import TimeIsUpError, limited
 from nybble.data.supervision import PROBES, Rendered, Turn, closing_of, find_turns
 from nybble.data.text_encoder import RowError, TextEncoder
 from nybble.errors import ConfigError, DataError
+from nybble.options.groups import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

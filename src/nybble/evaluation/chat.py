@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from nybble.config import ChatConfig
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
-from nybble.evaluation.generate import Sampling, generate
-from nybble.evaluation.load_run import LoadedModel, load_plain, load_run
+from nybble.generation.generate import Sampling, generate
 from nybble.layers.context import context_length
 from nybble.layers.convert import adapters_of, enable_adapters
+from nybble.options.verbs import ChatConfig
+from nybble.runs.open_run import LoadedModel, load_plain, load_run
 
 HELP = (
     "Type a message. /reset forgets what was said, /base shows the base's answers too (again: no more), "

@@ -15,24 +15,24 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from nybble.config import EvalQualityConfig
 from nybble.data.examples import EncodedExample
+from nybble.data.prepare import field_names, prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
 from nybble.evaluation.quality import Quality as Lost
-from nybble.formats.disk import disk_errors
+from nybble.files.disk import disk_errors
 from nybble.formats.quantized_tensor import FORMATS, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.models.gguf_source import DitheredSource, GgufSource
-from nybble.models.interface import ModelSource
-from nybble.models.load import load_model
-from nybble.models.save import CalibrationInput, Quality, quantize_folder
-from nybble.models.source import open_source
-from nybble.training.base import run_calibration_text
-from nybble.training.context import within_context
-from nybble.training.session import field_names, prepare_data
+from nybble.options.verbs import EvalQualityConfig
+from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
+from nybble.runs.base import run_calibration_text
+from nybble.runs.context import within_context
+from nybble.sources.gguf import DitheredSource, GgufSource
+from nybble.sources.interface import ModelSource
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

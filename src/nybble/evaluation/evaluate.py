@@ -15,16 +15,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nybble.config import EvalConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.general_text import read_general_text
 from nybble.errors import RunError
 from nybble.evaluation.divergence import Distributions, text_logits
-from nybble.evaluation.generate import generate
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.held_out import held_out_rows
 from nybble.evaluation.html_report import write_html
-from nybble.evaluation.load_run import OpenRun, load_tuned, open_run
 from nybble.evaluation.model_card import write_card
 from nybble.evaluation.scores import (
     METRICS,
@@ -35,12 +32,15 @@ from nybble.evaluation.scores import (
     mean_score,
     row_losses,
 )
-from nybble.formats.disk import disk_errors
+from nybble.files.disk import disk_errors
+from nybble.generation.generate import generate
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.models.load import load_model
+from nybble.options.verbs import EvalConfig
+from nybble.runs.open_run import OpenRun, load_tuned, open_run
+from nybble.sources.load import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import prepare
+from nybble.data.prepare import prepare, prepare_data
 from nybble.data.readers import FieldNames
 from nybble.errors import DataError
-from nybble.evaluation.load_run import OpenRun
-from nybble.training.session import prepare_data
+from nybble.runs.open_run import OpenRun
 
 
 def held_out_rows(

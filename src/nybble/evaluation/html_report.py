@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nybble.evaluation.load_run import OpenRun
+from nybble.runs.open_run import OpenRun
 from nybble.training.plots import draw_loss
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from nybble.evaluation.load_run import OpenRun
-from nybble.models.source import base_licence
+from nybble.runs.open_run import OpenRun
+from nybble.sources.open import base_licence
 
 SETTINGS = (
     *("format", "rank", "alpha", "dropout", "target_modules", "rslora", "lr", "schedule", "warmup", "epochs"),

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
-from nybble.evaluation.generate import generate
+from nybble.generation.generate import generate
 from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
 

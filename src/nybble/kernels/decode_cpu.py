@@ -1,7 +1,7 @@
 """All decoder layers and the head on a few rows in one call of csrc/decode.cpp.
 
 What does not change from token to token is handed over once: a `DecoderKernel` holds the structs that the kernel reads,
-and every tensor that they point into. Its twin in plain PyTorch is the op-by-op step of layers/decoding.py.
+and every tensor that they point into. Its twin in plain PyTorch is the op-by-op step of generation/decoding.py.
 """
 
 import ctypes

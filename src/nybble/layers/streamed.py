@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.formats.safetensors_io import MatrixFile
+from nybble.formats.safetensors import MatrixFile
 from nybble.kernels import ops
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nybble.memory.scratch import ScratchFile
+from nybble.files.scratch import ScratchFile
 
 
 @dataclass(frozen=True)

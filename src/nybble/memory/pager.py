@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nybble.files.scratch import ScratchFile
 from nybble.memory.lane import Lane, lane_to
-from nybble.memory.scratch import ScratchFile
 
 PAGE_BYTES = 2**22  # smaller pages cost a step more in handing over than in copying
 BUFFERS = 3  # read ahead, updated, written behind

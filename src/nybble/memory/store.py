@@ -22,9 +22,9 @@ from torch import Tensor
 
 from nybble.formats.bnb import StoredWeight
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.formats.safetensors_io import TensorEntry, read_exactly
+from nybble.formats.safetensors import TensorEntry, read_exactly
 from nybble.memory.lane import Lane, lane_to
-from nybble.models.folder_source import FolderSource
+from nybble.sources.folder import FolderSource
 
 ALIGNMENT = 64  # bytes; a cache line
 LARGEST_GAP = 2**16  # bytes between two tensors that are read rather than skipped by another call

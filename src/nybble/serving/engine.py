@@ -19,11 +19,11 @@ from rich.console import Console
 
 from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError, RunError
-from nybble.evaluation.generate import Sampling, generate
-from nybble.evaluation.load_run import OpenRun, load_frozen, open_run
-from nybble.layers.peft_format import read_adapter
+from nybble.generation.generate import Sampling, generate
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.training.session import base_specs
+from nybble.runs.adapter_files import read_adapter
+from nybble.runs.base import base_specs
+from nybble.runs.open_run import OpenRun, load_frozen, open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
-from nybble.evaluation.generate import Sampling
+from nybble.generation.generate import Sampling
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 

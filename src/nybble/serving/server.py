@@ -6,8 +6,8 @@ import os
 
 from rich.console import Console
 
-from nybble.config import ServeConfig
 from nybble.errors import ConfigError
+from nybble.options.verbs import ServeConfig
 
 TOKEN_VARIABLE = "NYBBLE_TOKEN"
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")

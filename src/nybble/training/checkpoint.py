@@ -27,13 +27,13 @@ from safetensors.torch import load_file, save_file
 
 from nybble.data.sampler import StepSampler
 from nybble.errors import FormatError, NybbleError, RunError
-from nybble.formats.disk import TEMPORARY, complete_folder, reason_of, remove_folder
-from nybble.formats.manifest import verify_manifest, write_manifest
-from nybble.formats.safetensors_io import SafetensorsFolder, write_tensors
-from nybble.layers.peft_format import restore_adapter, write_adapter
-from nybble.training.display import format_bytes
+from nybble.files.disk import TEMPORARY, complete_folder, reason_of, remove_folder
+from nybble.files.manifest import verify_manifest, write_manifest
+from nybble.formats.safetensors import SafetensorsFolder, write_tensors
+from nybble.runs.adapter_files import restore_adapter, write_adapter
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import RngState, capture_rng, restore_rng
+from nybble.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
+from nybble.options.verbs import TrainConfig
 
 SHARE = 0.1  # of the training's tokens that evaluations together may come to
 PER_RUN = 5  # evaluations after the first, where that share allows it

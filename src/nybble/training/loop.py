@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nybble.config import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import PlanError, TrainingError, is_out_of_memory
-from nybble.formats.disk import complete_folder
+from nybble.files.disk import complete_folder
 from nybble.layers.backbone import Backbone
 from nybble.layers.loss_head import Head
-from nybble.layers.peft_format import write_adapter
 from nybble.memory.measure import PeakMemory, used_bytes
+from nybble.options.verbs import TrainConfig
+from nybble.runs.adapter_files import write_adapter
+from nybble.runs.events import EventLog
+from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
-from nybble.training.events import EventLog
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import capture_rng, restore_rng
-from nybble.training.run_folder import RunFolder
 from nybble.training.schedule import learning_rate, warmup_steps
 
 if TYPE_CHECKING:

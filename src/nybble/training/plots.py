@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import BinaryIO
 
-from nybble.memory.planner import Plans
-from nybble.training.events import read_events
+from nybble.planning.planner import Plans
+from nybble.runs.events import read_events
 
 _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
 

@@ -8,14 +8,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nybble.config import TrainConfig, load_config
 from nybble.data.examples import EncodedExample
 from nybble.data.fingerprint import data_fingerprint, row_digests
 from nybble.data.prepare import PreparedData
 from nybble.errors import RunError
-from nybble.options import yaml_key
+from nybble.options.option import yaml_key
+from nybble.options.verbs import TrainConfig, load_config
+from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import CONFIG, Checkpoint
-from nybble.training.run_folder import RunFolder
 
 # Options that change nothing about the steps that follow, or whose content is compared instead of their name.
 FREE_OPTIONS = (

@@ -9,65 +9,65 @@ from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
-from rich.progress import track
 
 from nybble import openmp
-from nybble.config import DataOptions, TrainConfig
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.plots import draw_lengths
-from nybble.data.prepare import PreparedData, prepare
-from nybble.data.readers import FieldNames
+from nybble.data.prepare import PreparedData, field_names, prepare_data
 from nybble.data.sampler import StepSampler
 from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import PlanError, RunError
-from nybble.formats.disk import disk_errors, write_complete
+from nybble.files.disk import disk_errors, write_complete
 from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
 from nybble.kernels.heap import give_back_free
 from nybble.layers.backbone import KeptTensors, choose_backbone
 from nybble.layers.convert import attach_adapters, describe_untouched, quantizable_linears, resolve_targets
-from nybble.layers.peft_format import adapter_config, restore_adapter
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.memory.offload import ActivationFile, PinnedActivations
-from nybble.memory.planner import FROM_RAM, Ask, Plan, Plans
 from nybble.memory.store import FolderBlockStore, open_store
-from nybble.models.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
-from nybble.models.embedding import embedding_rows
-from nybble.models.folder_source import FolderSource
-from nybble.models.interface import ModelSource
-from nybble.models.load import load_model
-from nybble.models.mixed import MixedFormats
-from nybble.models.skeleton import build_skeleton
-from nybble.models.source import open_source
-from nybble.models.tokenizer import save_tokenizer
-from nybble.models.walk import WalkError
-from nybble.options import config_to_yaml
-from nybble.training.base import (
+from nybble.options.option import config_to_yaml
+from nybble.options.verbs import TrainConfig
+from nybble.planning.micro_batches import dealer, total_steps
+from nybble.planning.planner import FROM_RAM, Ask, Plan, Plans
+from nybble.planning.report import show_measured, show_plans
+from nybble.planning.request import check_peak, plan_run
+from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
+from nybble.quantization.mixed import MixedFormats, measure_mixed, some_windows
+from nybble.quantization.walk import WalkError
+from nybble.runs.adapter_files import adapter_config, restore_adapter
+from nybble.runs.base import (
     QualityChoice,
     adopt_base,
+    base_specs,
     check_calibration_fits,
     choose_quality,
-    data_free_quality,
     kept_base,
+    load_base,
     make_calibrated_base,
     quant_spec,
     run_calibration_text,
     without_calibration,
 )
+from nybble.runs.context import note_context, within_context
+from nybble.runs.continued import check_base_of, open_adapter, take_options
+from nybble.runs.events import EventLog, read_events, rewind_events
+from nybble.runs.folder import RunFolder
+from nybble.runs.formats import show_mixed, write_formats
+from nybble.runs.plan_file import write_plan
+from nybble.sources.embedding import embedding_rows
+from nybble.sources.folder import FolderSource
+from nybble.sources.interface import ModelSource
+from nybble.sources.open import open_source
+from nybble.sources.skeleton import build_skeleton
+from nybble.sources.tokenizer import save_tokenizer
 from nybble.training.checkpoint import Checkpoints, newest_checkpoint
-from nybble.training.context import note_context, within_context
-from nybble.training.continued import check_base_of, open_adapter, take_options
-from nybble.training.deal import dealer, total_steps
 from nybble.training.display import Display
 from nybble.training.evaluations import plan_evaluations
-from nybble.training.events import EventLog, read_events, rewind_events
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
-from nybble.training.mixed import measure_mixed, read_formats, show_mixed, some_windows, write_formats
-from nybble.training.plan import check_peak, plan_run, show_measured, show_plans, write_plan
 from nybble.training.plots import draw_loss
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
-from nybble.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,7 +133,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             console.print(note, style="yellow", markup=False, highlight=False)
     same = resumed is not None and "config" not in config.allow_change
     template = open_template(config, source.load_tokenizer(), run.chat_template if same else None)
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size, source)
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size, partial(embedding_rows, source))
     data = note_context(data, config, source.config)
     show_found(console, source, data)
     data.audit.check()
@@ -384,37 +384,6 @@ def _settled(
     } | ({} if choice is None else {"quality": choice.quality})
 
 
-def base_specs(config: TrainConfig, run: RunFolder) -> QuantSpec | LayerSpecs | None:
-    """How the base of the run in this folder is quantised."""
-    spec = quant_spec(config)
-    return spec if spec is None or config.mixed is None else read_formats(run.formats, spec)
-
-
-def load_base(
-    config: TrainConfig,
-    source: ModelSource,
-    specs: QuantSpec | LayerSpecs | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    console: Console,
-    store: FolderBlockStore | None = None,
-    stream_ends: bool = False,
-) -> "PreTrainedModel":
-    """The frozen base of a run, but what is streamed, with a progress bar. A source in four bits keeps its own."""
-    progress = partial(track, description="loading", console=console, transient=True)
-    names = () if store is None else store.names
-    return load_model(
-        source,
-        specs,
-        dtype,
-        device,
-        progress,
-        data_free_quality(config),
-        stream_linears_of=names,
-        stream_ends=stream_ends,
-    )
-
-
 def open_blocks(
     source: ModelSource, skeleton: "PreTrainedModel", plan: Plan, device: torch.device
 ) -> FolderBlockStore | None:
@@ -434,34 +403,6 @@ def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTen
         return PinnedActivations()
     existing = next(folder for folder in (run.path, *run.path.parents) if folder.is_dir())  # the run's own comes later
     return ActivationFile(existing, plan.offloaded_bytes)
-
-
-def prepare_data(
-    config: DataOptions, template: ChatTemplate, vocab_size: int, source: ModelSource | None = None
-) -> PreparedData:
-    """Read, encode, split and audit the examples that the options name; findings are in the audit, not raised.
-
-    Args:
-        source: the model, to look for tokens in its embedding that were never trained.
-    """
-    return prepare(
-        config.data,
-        template,
-        max_seq_len=config.max_seq_len,
-        seed=config.seed,
-        fields=field_names(config),
-        validation_source=config.validation_data,
-        validation_fraction=config.validation_fraction,
-        validation_rows=config.validation_rows,
-        vocab_size=vocab_size,
-        embedding_rows=None if source is None else partial(embedding_rows, source),
-        allow=config.allow,
-    )
-
-
-def field_names(config: DataOptions) -> FieldNames:
-    """The user's own column names."""
-    return FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
 
 
 def show_found(console: Console, source: ModelSource, data: PreparedData) -> None:

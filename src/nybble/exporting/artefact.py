@@ -1,0 +1,254 @@
+"""From a run to an artefact that is verified, or marked as one that is not.
+
+It is written into a hidden folder, which becomes `<out>.unverified` once it is complete, and `<out>` once its
+consumer has loaded it and it was found to be the tuned model.
+"""
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from nybble.data.examples import EncodedExample
+from nybble.errors import ExportError
+from nybble.evaluation.held_out import held_out_rows
+from nybble.exporting.consumers import CPU, load_consumer
+from nybble.exporting.gguf_model import (
+    ADAPTER_FILE,
+    MODEL_FILE,
+    check_family,
+    gguf_bytes,
+    write_gguf_adapter,
+    write_gguf_model,
+)
+from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
+from nybble.exporting.modelfile import modelfile
+from nybble.exporting.rounding import merged_spec, rounding_input
+from nybble.exporting.verify import ANSWER_TOKENS, Verification, ask_run, compare, not_loaded, show_verification
+from nybble.files.disk import disk_errors, fsync
+from nybble.formats.safetensors import staged_folder
+from nybble.memory.measure import available_bytes
+from nybble.options.groups import ExportOptions
+from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder, save_dense_folder
+from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
+from nybble.runs.open_run import OpenRun, load_tuned, open_run
+from nybble.sources.open import open_source
+from nybble.sources.skeleton import build_skeleton
+from nybble.sources.tokenizer import save_tokenizer
+
+UNVERIFIED_EXIT_CODE, UNDECIDED_EXIT_CODE = 3, 4
+REPORT, CARD = "verification.json", "README.md"
+SPARE_BYTES = 50_000_000  # tokenizer and configs
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What is to be made.
+
+    Args:
+        kind: "peft", "16bit", "nf4", "gguf" or "gguf-lora".
+        gguf_type: of a GGUF model.
+        onto: which base ΔW is merged onto.
+    """
+
+    kind: str
+    gguf_type: str
+    onto: Onto
+
+    @property
+    def faithfulness(self) -> str:
+        """The key by which `verify` knows what this artefact promises."""
+        if self.kind in ("peft", "gguf-lora"):
+            return self.kind
+        name = self.gguf_type if self.kind == "gguf" else self.kind
+        return name if self.onto == "dequantized" else f"{name} onto the original base"
+
+
+def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, console: Console) -> int:
+    """Write, verify and name the artefact; returns the process's exit code.
+
+    Raises:
+        NybbleError: nothing that looks complete is left.
+    """
+    unverified = out.with_name(out.name + ".unverified")
+    for path in (out, unverified):
+        _check_free(path)
+    opened = open_run(config.run)
+    artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
+    held_out = held_out_rows(opened, config.data, config.allow)  # before long work that would be in vain without them
+    calibration = rounding_input(opened, config, held_out, console) if kind == "nf4" else None
+    with disk_errors(out, ExportError):
+        survival = write(opened, artefact, unverified, console, quality=config.quality, calibration=calibration)
+    verification = verify(opened, artefact, unverified, held_out, config.verify_positions, console)
+    rounded = {"quality": config.quality if kind == "nf4" else None, "delta_survival": survival}
+    report = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
+    show_verification(console, verification)
+    with disk_errors(out, ExportError):
+        (unverified / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        fsync(unverified / REPORT)
+        if verification.outcome == "undecided":
+            console.print(_undecided(unverified, verification), highlight=False, markup=False)
+            return UNDECIDED_EXIT_CODE
+        if not verification.passed:
+            console.print(f"Not verified: {unverified} is kept for you to look at.", highlight=False)
+            return UNVERIFIED_EXIT_CODE
+        if out.is_dir():  # empty, as was checked
+            out.rmdir()
+        os.rename(unverified, out)
+        fsync(out.parent)
+    for note in opened.source.notes:
+        console.print(note, highlight=False, markup=False)
+    console.print(f"{out} holds the tuned model of {config.run}, verified.", highlight=False, markup=False)
+    return 0
+
+
+def write(
+    opened: OpenRun,
+    artefact: Artefact,
+    out: Path,
+    console: Console,
+    *,
+    quality: Quality = "absmax",
+    calibration: CalibrationInput | None = None,
+) -> float | None:
+    """Write the artefact; returns how much of ΔW arrived, where the weights were rounded to four bits.
+
+    Args:
+        quality: of an nf4 artefact.
+        calibration: for quality "calibrated".
+    """
+    progress = partial(track, description="writing", console=console, transient=True)
+    if artefact.kind in ("peft", "gguf-lora"):
+        _check_fits(opened)
+        with staged_folder(out) as staging:
+            (_write_peft if artefact.kind == "peft" else _write_gguf_adapter)(opened, staging)
+        return None
+    merged = MergedSource(opened, artefact.onto)
+    _check_space(out, _bytes(merged, artefact))
+    if artefact.kind == "gguf":
+        with staged_folder(out) as staging:
+            write_gguf_model(merged, artefact.gguf_type, opened.template, staging / MODEL_FILE, progress)
+            _write_modelfile(staging, f"./{MODEL_FILE}", opened)
+        return None
+    if artefact.kind == "16bit":
+        save_dense_folder(merged, out, progress)
+        return None
+    quantize_folder(
+        merged,
+        merged_spec(opened),
+        out,
+        progress,
+        quality=quality,
+        calibration=calibration,
+        max_dense_share=opened.config.max_dense_share,
+    )
+    survival = merged.survival(open_source(str(out)))
+    console.print(f"{survival:.1%} of ΔW survived the rounding to four bits.", highlight=False)
+    return survival
+
+
+def verify(
+    opened: OpenRun,
+    artefact: Artefact,
+    folder: Path,
+    held_out: Sequence[EncodedExample],
+    positions: int,
+    console: Console,
+) -> Verification:
+    """Load the run, ask it, let it go, load the artefact, ask it, and compare."""
+    dtype = _verifying_dtype(opened)
+    model = load_tuned(opened, dtype, CPU, console)
+    reference = ask_run(opened, model, held_out, positions)
+    del model
+    gc.collect()  # modules refer to each other, and the next model needs the room
+    longest = max(len(row.ids) for row in reference.rows)
+    context = max([longest, *(len(prompt) + ANSWER_TOKENS for prompt in reference.prompts)]) + 1
+    try:
+        consumer = load_consumer(artefact.kind, opened, folder, dtype, context, console)
+        return compare(reference, consumer, artefact.faithfulness)
+    except Exception as error:  # whatever the consumer raises, the artefact is then not verified
+        return not_loaded(artefact.kind, error)
+
+
+def _undecided(folder: Path, verification: Verification) -> str:
+    return (
+        f"Undecided: the run changed too little to tell its artefact from its base ({verification.too_little}). "
+        f"Nothing else speaks against it; {folder} is kept and can be used.\n"
+        "Train for more steps or with a higher --lr and export again, or measure on more tokens: --verify-positions, "
+        "and --data with rows that the run was not trained on."
+    )
+
+
+def _choose_base(onto: str, kind: str, gguf_type: str) -> Onto:
+    """Rounding back onto the lattice that was trained on swallows ΔW, so four bits start from the original."""
+    if onto != "auto":
+        return "original" if onto == "original" else "dequantized"
+    return "original" if kind == "nf4" or (kind == "gguf" and gguf_type == "q4_0") else "dequantized"
+
+
+def _verifying_dtype(opened: OpenRun) -> torch.dtype:
+    """fp32, whose rounding hides nothing, where the artefact fits into half the free memory in it; else bf16."""
+    num_bytes = 4 * sum(parameter.numel() for parameter in build_skeleton(opened.source.config).parameters())
+    return torch.float32 if num_bytes <= available_bytes(CPU) // 2 else torch.bfloat16
+
+
+def _write_peft(opened: OpenRun, folder: Path) -> None:
+    """The adapter, rsLoRA's factor folded into alpha: every consumer scales by alpha / rank, not all know rsLoRA."""
+    adapter = StoredAdapter(opened.run.adapter)
+    folded = adapter.config | {"use_rslora": False, "lora_alpha": adapter.scaling * adapter.rank}
+    shutil.copyfile(opened.run.adapter / WEIGHTS_NAME, folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(folded, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if (opened.run.adapter / CARD).is_file():
+        shutil.copyfile(opened.run.adapter / CARD, folder / CARD)
+    save_tokenizer(tokenizer_with_template(opened.template), folder)
+
+
+def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:
+    write_gguf_adapter(StoredAdapter(opened.run.adapter), opened.source.config, folder / ADAPTER_FILE)
+    base = Path(opened.source.name).absolute()
+    named = str(base) if base.suffix == ".gguf" else "./BASE.gguf"  # for the user to put there
+    _write_modelfile(folder, named, opened, f"./{ADAPTER_FILE}")
+
+
+def _write_modelfile(folder: Path, model: str, opened: OpenRun, adapter: str | None = None) -> None:
+    (folder / "Modelfile").write_text(modelfile(model, opened.template, adapter), encoding="utf-8")
+
+
+def _check_fits(opened: OpenRun) -> None:
+    """The adapter is whole, finite, and for this base."""
+    MergedSource(opened, "original")
+
+
+def _bytes(merged: MergedSource, artefact: Artefact) -> int:
+    if artefact.kind == "gguf":
+        check_family(merged.config)
+        return gguf_bytes(merged, artefact.gguf_type)
+    return 2 * sum(p.numel() for p in build_skeleton(merged.config).parameters())  # an upper limit for nf4
+
+
+def _check_space(out: Path, num_bytes: int) -> None:
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes + SPARE_BYTES:
+        raise ExportError(
+            f"{out} needs up to {(num_bytes + SPARE_BYTES) / 1e9:.1f} GB; {free / 1e9:.1f} GB are free.",
+            "",
+            "Free space on that disk, or choose another --out.",
+        )
+
+
+def _check_free(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ExportError(
+            f"{path} already exists.",
+            "The output must be a new or empty folder.",
+            "Remove it, or choose another --out.",
+        )

@@ -1,0 +1,74 @@
+"""`nybble merge --compare`: what each way of merging costs, in held-out loss, measured and not assumed."""
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nybble.evaluation.held_out import held_out_rows
+from nybble.exporting.merged_source import MergedSource
+from nybble.exporting.rounding import load_rounded, rounding_input
+from nybble.layers.backbone import choose_backbone
+from nybble.layers.convert import adapters_of, enable_adapters
+from nybble.layers.precision import resolve_compute_dtype
+from nybble.options.verbs import MergeConfig
+from nybble.runs.open_run import load_tuned, open_run
+from nybble.sources.load import load_model
+from nybble.training.loop import held_out_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CPU = torch.device("cpu")
+MICRO_BATCH = 8  # rows computed at once
+
+
+def compare_merges(config: MergeConfig, console: Console) -> int:
+    """Print the held-out loss of base, kept-separate and each merge; returns the process's exit code."""
+    opened = open_run(config.run)
+    rows = held_out_rows(opened, config.data, config.allow)
+    calibration = rounding_input(opened, config, rows, console)
+    dtype = resolve_compute_dtype("auto", CPU)
+    original, dequantized = MergedSource(opened, "original"), MergedSource(opened, "dequantized")
+    arms: dict[str, Callable[[], PreTrainedModel]] = {
+        "base, 16 bits": lambda: load_model(opened.source, None, dtype),
+        "base, as trained on": lambda: _without_adapters(load_tuned(opened, dtype, CPU, console)),
+        "kept apart: base as trained on, adapter": lambda: load_tuned(opened, dtype, CPU, console),
+        "merged, 16 bits, onto dequantized": lambda: load_model(dequantized, None, dtype),
+        "merged, 16 bits, onto original": lambda: load_model(original, None, dtype),
+    }
+    for quality in dict.fromkeys(("absmax", config.quality)):  # the plain way for comparison
+        for onto, merged in (("original", original), ("dequantized", dequantized)):
+            arms[f"merged, nf4 {quality}, onto {onto}"] = partial(load_rounded, merged, quality, calibration, dtype)
+    losses = {}
+    for name, load in arms.items():
+        model = load()
+        backbone = choose_backbone(model, keep="nothing", packing=True)
+        losses[name], num_tokens = held_out_loss(backbone, backbone.head, rows, MICRO_BATCH)
+        del model, backbone
+        gc.collect()  # modules refer to each other, and the next model needs the room
+    show_losses(console, losses, len(rows), num_tokens)
+    return 0
+
+
+def show_losses(console: Console, losses: dict[str, float], num_rows: int, num_tokens: int) -> None:
+    """Losses, and how much of what fine-tuning gained each way keeps."""
+    _, base, kept, *_ = losses.values()
+    table = Table(title=f"{num_rows} held-out rows, {num_tokens} supervised tokens", title_justify="left")
+    table.add_column("model")
+    for column in ("loss, nats a token", "against kept apart", "gain kept"):
+        table.add_column(column, justify="right")
+    for name, loss in losses.items():
+        gain = f"{(base - loss) / (base - kept):.0%}" if base > kept and "base, " not in name[:6] else ""
+        table.add_row(name, f"{loss:.4f}", f"{loss - kept:+.4f}", gain)
+    console.print(table)
+
+
+def _without_adapters(model: "PreTrainedModel") -> "PreTrainedModel":
+    assert adapters_of(model)
+    enable_adapters(model, False)
+    return model

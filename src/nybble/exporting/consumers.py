@@ -1,0 +1,292 @@
+"""Artefacts, loaded the way those who use them load them, behind one small interface.
+
+    peft       PEFT on the run's own base, its four bits widened to dense layers
+    16bit      transformers
+    nf4        transformers with bitsandbytes
+    gguf       llama.cpp through llama-cpp-python; without it nybble's own GGUF reader
+    gguf-lora  the gguf package's reader, and the matrices beside the run's own base
+
+bitsandbytes 0.50.2 computes wrongly on CPUs in two ways (docs/lab-notes.md): what it loaded is therefore dequantised
+by its own function, and multiplied by PyTorch. Rows that are no multiple of a block it also dequantises wrongly;
+such models are read by nybble instead. What stands in for a consumer that is not installed says so in its name.
+"""
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from nybble.data.template import ChatTemplate
+from nybble.evaluation.divergence import text_logits
+from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
+from nybble.generation.generate import generate
+from nybble.layers.backbone import choose_backbone
+from nybble.layers.convert import attach_adapters
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.runs.adapter_files import read_adapter
+from nybble.runs.open_run import OpenRun, load_frozen
+from nybble.sources.folder import FolderSource
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+from nybble.sources.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+CPU = torch.device("cpu")
+BNB_ROW = 64  # elements that rows must be a multiple of for bitsandbytes' CPU kernels to be right
+
+
+class Consumer(Protocol):
+    """A loaded artefact.
+
+    Attributes:
+        name: of what loaded it, for the user.
+        chat_template: the Jinja text that it would render conversations with.
+        stop_ids: tokens at which it ends an answer by itself.
+    """
+
+    name: str
+    chat_template: str | None
+    stop_ids: frozenset[int]
+
+    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
+        """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32."""
+        ...
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """The greedy continuation, as far as it goes by itself; a stop token, where it came to one, is not part."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text that spells its special tokens."""
+        ...
+
+
+class NybbleConsumer:
+    """A model in memory, through nybble's own layers."""
+
+    def __init__(self, name: str, model: "PreTrainedModel", template: ChatTemplate):
+        self.name, self.model, self.template = name, model, template
+        self.chat_template, self.stop_ids = template.chat_template, frozenset(template.stop_ids)
+        self._backbone = choose_backbone(model, keep="nothing", packing=True)
+
+    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
+        return text_logits(self._backbone, self._backbone.head, ids, positions)
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        stops = sorted(self.stop_ids)
+        return generate(self.model, [prompt], stop_ids=stops, max_new_tokens=max_new_tokens)[0]
+
+    def encode(self, text: str) -> list[int]:
+        return self.template.encoder.encode(text)
+
+
+class TransformersConsumer:
+    """A model in transformers' own layers, with the tokenizer and generation config that lie beside it."""
+
+    def __init__(self, name: str, model: Any, tokenizer: "PreTrainedTokenizerBase", stop_ids: Sequence[int]):
+        self.name, self.model, self.tokenizer = name, model.eval(), tokenizer
+        self.chat_template, self.stop_ids = tokenizer.chat_template, frozenset(stop_ids)
+
+    @torch.no_grad()
+    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
+        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, positions].float()
+
+    @torch.no_grad()
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        ids = torch.tensor([list(prompt)])
+        new = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=min(self.stop_ids),
+            do_sample=False,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+        )[0, len(prompt) :].tolist()
+        return new[:-1] if new and new[-1] in self.stop_ids else new
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class LlamaCppConsumer:
+    """A GGUF file in llama.cpp.
+
+    Args:
+        context: tokens that the longest text needs.
+        adapter: a GGUF adapter to put on it.
+    """
+
+    def __init__(self, name: str, file: Path, context: int, adapter: Path | None = None):
+        import llama_cpp
+
+        self.name, self._ffi = name, llama_cpp
+        lora = None if adapter is None else str(adapter)
+        self._llama = llama_cpp.Llama(
+            str(file),
+            n_ctx=context,
+            n_batch=context,
+            n_ubatch=context,
+            n_threads=torch.get_num_threads(),
+            logits_all=True,
+            lora_path=lora,
+            verbose=False,
+        )
+        self.chat_template = self._llama.metadata.get("tokenizer.chat_template")
+        vocab = llama_cpp.llama_model_get_vocab(self._llama.model)
+        ends = (token for token in range(self._llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token))
+        self.stop_ids = frozenset(ends)
+
+    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
+        self._llama.reset()
+        self._llama.eval(list(ids))
+        return torch.from_numpy(self._llama.scores[: len(ids)])[positions]
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        new: list[int] = []
+        self._llama.reset()
+        self._llama.eval(list(prompt))
+        while True:
+            token = int(self._llama.scores[self._llama.n_tokens - 1].argmax())
+            if token in self.stop_ids:
+                return new
+            new.append(token)
+            if len(new) == max_new_tokens:
+                return new
+            self._llama.eval([token])
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
+
+
+# ---- loading each kind ---------------------------------------------------------------------------
+
+
+def load_consumer(
+    kind: str, opened: OpenRun, artefact: Path, dtype: torch.dtype, context: int, console: Console
+) -> Consumer:
+    """The artefact of this kind in the consumer that is made for it, or in what stands in for it.
+
+    Args:
+        artefact: the folder that was written.
+        dtype: of the products, where the consumer lets it be chosen.
+        context: tokens that the longest text needs.
+    """
+    if kind == "peft":
+        return _load_peft(opened, artefact, dtype, console)
+    if kind == "16bit":
+        return _load_folder("transformers", artefact, dtype)
+    if kind == "nf4":
+        return _load_nf4(opened, artefact, dtype)
+    if kind == "gguf":
+        return _load_gguf(opened, artefact / MODEL_FILE, dtype, context)
+    assert kind == "gguf-lora", kind
+    return _load_gguf_adapter(opened, artefact / ADAPTER_FILE, dtype, context, console)
+
+
+def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, console: Console) -> Consumer:
+    base = load_frozen(opened, dtype, CPU, console)
+    if not _installed("peft"):
+        read_adapter(base, artefact)
+        name = "nybble's own reader of adapters (PEFT is not installed)"
+        return NybbleConsumer(name, base.eval(), _template(artefact, opened))
+    from peft import PeftModel
+
+    _widen(base)
+    tuned = PeftModel.from_pretrained(base, artefact)
+    return TransformersConsumer(
+        "PEFT on the run's base, widened", tuned, load_tokenizer(str(artefact)), opened.template.stop_ids
+    )
+
+
+def _load_folder(name: str, artefact: Path, dtype: torch.dtype, **options: Any) -> TransformersConsumer:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype, **options)
+    stops = model.generation_config.eos_token_id
+    return TransformersConsumer(
+        name, model, load_tokenizer(str(artefact)), stops if isinstance(stops, list) else [stops]
+    )
+
+
+def _load_nf4(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consumer:
+    missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
+    source = open_source(str(artefact))
+    why = f"{' and '.join(missing)} not installed" if missing else ""
+    assert isinstance(source, FolderSource)
+    rows = [source.stored(name)[0].shape[1] for name in source.tensor_names() if source.is_quantized(name)]
+    if not missing and any(row % BNB_ROW for row in rows):
+        why = "bitsandbytes' CPU kernel reads rows of this width wrongly"
+    if why:
+        model = load_model(source, None, dtype)
+        return NybbleConsumer(f"nybble's own reader ({why})", model, _template(artefact, opened))
+    consumer = _load_folder(
+        "transformers + bitsandbytes, dequantised by it, multiplied by PyTorch", artefact, dtype, device_map="cpu"
+    )
+    _widen_bitsandbytes(consumer.model, dtype)
+    nn.Module.to(consumer.model, dtype)  # a quantised model refuses its own; nothing quantised is left in this one
+    return consumer
+
+
+def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) -> Consumer:
+    if _installed("llama_cpp"):
+        return LlamaCppConsumer("llama.cpp", file, context)
+    source = open_source(str(file))
+    template = ChatTemplate(source.load_tokenizer(), opened.config.template)
+    name = "nybble's own GGUF reader (llama-cpp-python is not installed)"
+    return NybbleConsumer(name, load_model(source, None, dtype), template)
+
+
+def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context: int, console: Console) -> Consumer:
+    """On the very base that was trained on, so that what differs is the adapter."""
+    model = load_frozen(opened, dtype, CPU, console)
+    scaling, matrices = read_gguf_adapter(file, model.config)
+    rank = next(iter(matrices.values()))[0].shape[0]
+    adapters = attach_adapters(model, matrices, rank=rank, alpha=scaling * rank)
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            adapter.lora_A.copy_(matrices[name][0])
+            adapter.lora_B.copy_(matrices[name][1])
+    return NybbleConsumer("the gguf package's reader, on the run's base", model.eval(), opened.template)
+
+
+def _template(artefact: Path, opened: OpenRun) -> ChatTemplate:
+    return ChatTemplate(load_tokenizer(str(artefact)), opened.config.template)
+
+
+def _widen(model: nn.Module) -> None:
+    """Put dense layers in place of four-bit ones."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            _set_dense(model, name, module.dequantize(), module.bias)
+
+
+def _widen_bitsandbytes(model: nn.Module, dtype: torch.dtype) -> None:
+    """The same for bitsandbytes' layers, by its own function, which rounds to the dtype that a weight recorded."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            state = copy.copy(module.weight.quant_state)
+            state.dtype = dtype
+            _set_dense(model, name, bnb.functional.dequantize_4bit(module.weight.data, state), module.bias)
+
+
+def _set_dense(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)
+    model.set_submodule(name, linear)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None

@@ -1,0 +1,314 @@
+"""GGUF files for llama.cpp and Ollama: whole models and LoRA adapters, one tensor at a time.
+
+Names of tensors, metadata keys and block types are the `gguf` package's. llama.cpp turns neighbouring elements of
+q and k together where transformers turns the halves of a head; for the llama architecture (Mistral included) the
+rows of q and k are therefore interleaved, in the adapter's B as in the weight. Qwen's architectures keep the order.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.errors import ExportError
+from nybble.exporting.gguf_vocabulary import add_vocabulary
+from nybble.exporting.merged_source import MergedSource
+from nybble.files.disk import fsync
+from nybble.layers.convert import end_modules
+from nybble.layers.lora import linear_features
+from nybble.runs.adapter_files import StoredAdapter
+from nybble.sources.load import Progress
+from nybble.sources.skeleton import build_skeleton
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PretrainedConfig
+
+    from nybble.data.template import ChatTemplate
+
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> MODEL_ARCH
+MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
+GGUF_TYPES = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
+DENSE_ENDS = ("token_embd.weight", "output.weight")  # in q8_0 where the rest is in four bits, as llama-quantize does
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A tensor of the file: where it comes from and how it is stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: "gguf.GGMLQuantizationType"
+    read: Callable[[], Tensor]
+
+
+def check_family(config: "PretrainedConfig") -> None:
+    """Refuse a model that cannot be written as GGUF, before any long work.
+
+    Raises:
+        ExportError: names the families that can.
+    """
+    if config.model_type not in ARCHITECTURES:
+        raise ExportError(
+            f"GGUF export does not know the model type {config.model_type!r}.",
+            f"Supported: {', '.join(ARCHITECTURES)} (SmolLM2 and most Llama relatives say llama).",
+            "Export with --to 16bit and use llama.cpp's own converter.",
+        )
+    rope = _rope(config)
+    if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
+        raise ExportError(
+            f"The model scales its rotary frequencies by {rope['rope_type']!r}.",
+            "Supported in GGUF: default, linear, yarn, llama3.",
+            "Export with --to 16bit.",
+        )
+
+
+def write_gguf_model(
+    merged: MergedSource, kind: str, template: "ChatTemplate", file: Path, progress: Progress | None = None
+) -> None:
+    """Write a merged model to `file` (inside a staging folder: by itself it leaves a partial file when interrupted).
+
+    Args:
+        kind: a key of GGUF_TYPES. Vectors stay in fp32; matrices whose rows a block type cannot have, in fp16.
+
+    Raises:
+        ExportError: a family or tokenizer that llama.cpp has no counterpart for.
+    """
+    import gguf
+
+    config = merged.config
+    check_family(config)
+    names = _names(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _add_shape(writer, config)
+    add_vocabulary(writer, template, shapes[_embedding(names)][0])
+    planned = [
+        _Planned(
+            names[merged.target(name)],
+            shapes[merged.target(name)],
+            _storage(kind, names[merged.target(name)], shapes[merged.target(name)]),
+            lambda name=name: _reorder(merged.read(name), merged.target(name), config),  # type: ignore[misc]
+        )
+        for name in merged.tensor_names()
+    ]
+    if (factors := _rope_factors(config)) is not None:
+        kept = gguf.GGMLQuantizationType.F32
+        planned.append(_Planned("rope_freqs.weight", tuple(factors.shape), kept, lambda: factors))
+    _write(writer, planned, progress)
+    fsync(file)
+
+
+def write_gguf_adapter(adapter: StoredAdapter, config: "PretrainedConfig", file: Path) -> None:
+    """Write a LoRA adapter for llama.cpp (`--lora`), in fp32. llama.cpp scales by alpha / rank: rsLoRA's factor is in
+    alpha.
+
+    Raises:
+        ExportError: the family is none of those that GGUF export knows.
+    """
+    import gguf
+
+    check_family(config)
+    names, skeleton = _names(config), build_skeleton(config)
+    if ends := set(adapter.names) & set(end_modules(skeleton)):
+        raise ExportError(
+            f"The adapter changes {sorted(ends)[0]}.",
+            "Allowed in llama.cpp's adapters: linear layers of the blocks.",
+            "Merge it (`nybble merge`, or export --to gguf).",
+        )
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.scaling * adapter.rank)
+    planned = []
+    for layer in adapter.names:
+        in_features, out_features = linear_features(skeleton.get_submodule(layer))
+        name, full = names[f"{layer}.weight"], gguf.GGMLQuantizationType.F32
+
+        def read(part: int, layer: str = layer, shape: tuple[int, int] = (in_features, out_features)) -> Tensor:
+            matrix = adapter.matrices(layer, *shape)[part]
+            return _reorder(matrix, f"{layer}.weight", config) if part else matrix
+
+        planned.append(_Planned(f"{name}.lora_a", (adapter.rank, in_features), full, lambda read=read: read(0)))  # type: ignore[misc]
+        planned.append(_Planned(f"{name}.lora_b", (out_features, adapter.rank), full, lambda read=read: read(1)))  # type: ignore[misc]
+    _write(writer, planned, None)
+    fsync(file)
+
+
+def read_gguf_adapter(file: Path, config: "PretrainedConfig") -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """A GGUF adapter for a model of this config: its scaling, and layer -> (A, B) in transformers' order."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
+    layers = {stored: name.removesuffix(".weight") for name, stored in _names(config).items()}
+    matrices: dict[str, dict[str, Tensor]] = {}
+    for tensor in reader.tensors:
+        stored, _, part = tensor.name.rpartition(".")
+        matrix = torch.from_numpy(np.array(tensor.data))
+        matrices.setdefault(layers[stored], {})[part] = (
+            _restore(matrix, f"{layers[stored]}.weight", config) if part == "lora_b" else matrix
+        )
+    pairs = {layer: (parts["lora_a"], parts["lora_b"]) for layer, parts in matrices.items()}
+    rank = next(iter(pairs.values()))[0].shape[0]
+    return alpha / rank, pairs
+
+
+def gguf_bytes(merged: MergedSource, kind: str) -> int:
+    """Bytes that the tensors of a merged model take."""
+    import gguf
+
+    names = _names(merged.config)
+    total = 0
+    for name, tensor in build_skeleton(merged.config).state_dict().items():
+        if name in names:
+            per_block, block_bytes = gguf.GGML_QUANT_SIZES[_storage(kind, names[name], tuple(tensor.shape))]
+            total += tensor.numel() // per_block * block_bytes
+    return total
+
+
+def _write(writer: "gguf.GGUFWriter", planned: list[_Planned], progress: Progress | None) -> None:
+    import gguf
+
+    try:
+        for tensor in planned:
+            nbytes = math.prod(tensor.shape) // gguf.GGML_QUANT_SIZES[tensor.type][0]
+            nbytes *= gguf.GGML_QUANT_SIZES[tensor.type][1]
+            shape, dtype = tensor.shape, _numpy_dtype(tensor.type)
+            if dtype == np.uint8:
+                shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.type)
+            writer.add_tensor_info(tensor.name, shape, dtype, nbytes, tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        wrapped: Iterable[_Planned] = planned if progress is None else progress(planned, total=len(planned))
+        for tensor in wrapped:
+            values = tensor.read()
+            assert tuple(values.shape) == tensor.shape, (tensor.name, values.shape)
+            writer.write_tensor_data(gguf.quantize(values.float().contiguous().numpy(), tensor.type))
+    finally:
+        writer.close()
+
+
+def _numpy_dtype(stored: "gguf.GGMLQuantizationType") -> "np.dtype[Any]":
+    """What `gguf.quantize` gives: bytes, for all but the types that numpy has."""
+    known: dict[str, type] = {"F32": np.float32, "F16": np.float16}
+    return np.dtype(known.get(stored.name, np.uint8))
+
+
+def _storage(kind: str, name: str, shape: tuple[int, ...]) -> "gguf.GGMLQuantizationType":
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    if len(shape) == 1:
+        return types.F32
+    wanted = types[GGUF_TYPES["q8_0" if kind == "q4_0" and name in DENSE_ENDS else kind]]
+    return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _names(config: "PretrainedConfig") -> dict[str, str]:
+    """transformers' name -> GGUF's, for every parameter that is stored."""
+    import gguf
+
+    table = gguf.get_tensor_name_map(_architecture(config), config.num_hidden_layers)
+    names = {}
+    for name in build_skeleton(config).state_dict():
+        module, _, leaf = name.rpartition(".")
+        if (found := table.get_name(module)) is not None:
+            names[name] = f"{found}.{leaf}"
+    return names
+
+
+def _embedding(names: dict[str, str]) -> str:
+    return next(name for name, stored in names.items() if stored == "token_embd.weight")
+
+
+def _architecture(config: "PretrainedConfig") -> "gguf.MODEL_ARCH":
+    import gguf
+
+    return gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+
+
+def _reorder(tensor: Tensor, target: str, config: "PretrainedConfig") -> Tensor:
+    """Rows of q and k as llama.cpp's rotation wants them: element i of a head's first half beside that of its second.
+
+    (heads · 2 · half, ...) -> (heads · half · 2, ...)
+    """
+    heads = _rotated_heads(target, config)
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else tensor
+
+
+def _restore(tensor: Tensor, target: str, config: "PretrainedConfig") -> Tensor:
+    """The inverse of `_reorder`."""
+    heads = _rotated_heads(target, config)
+    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else tensor
+
+
+def _rotated_heads(target: str, config: "PretrainedConfig") -> int:
+    """Heads of a parameter whose rows are reordered, else 0."""
+    module = target.rpartition(".")[0]
+    if ARCHITECTURES[config.model_type] != "LLAMA" or not module.endswith(("q_proj", "k_proj")):
+        return 0
+    heads: int = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
+    return heads
+
+
+def _rope(config: "PretrainedConfig") -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": 10000.0} | dict(getattr(config, "rope_parameters", None) or {})
+
+
+def _head_dim(config: "PretrainedConfig") -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _add_shape(writer: "gguf.GGUFWriter", config: "PretrainedConfig") -> None:
+    """The hyperparameters, under llama.cpp's keys."""
+    import gguf
+
+    writer.add_name(str(getattr(config, "_name_or_path", "")).rpartition("/")[2] or config.model_type)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    rope = _rope(config)
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        )
+
+
+def _rope_factors(config: "PretrainedConfig") -> Tensor | None:
+    """Llama 3's scaling as llama.cpp keeps it: what each of the head_dim / 2 frequencies is divided by.
+
+    Wavelengths below original / high stay, those above original / low are stretched by the factor, and those between
+    are blended (transformers' `_compute_llama3_parameters`).
+    """
+    rope = _rope(config)
+    if rope["rope_type"] != "llama3":
+        return None
+    half = _head_dim(config) // 2
+    frequencies = rope["rope_theta"] ** -(torch.arange(half, dtype=torch.float64) / half)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

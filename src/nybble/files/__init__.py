@@ -1,0 +1,1 @@
+"""Files that are whole or absent: complete writes, manifests, scratch files."""

@@ -1,0 +1,366 @@
+"""GGUF files: metadata, and tensors one at a time, widened from their blocks.
+
+The header is parsed here, with every size checked before it is used: the reader in the `gguf` package
+makes an array object for each string of the vocabulary, which takes seconds and some 100 MB. What the
+blocks mean and what the tensors are called is left to that package, and how llama.cpp reorders the
+rotary rows to transformers'.
+
+Format: magic | version | counts | key-value pairs | tensor table | padding | tensor data, little-endian.
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import hashlib
+import math
+import mmap
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError
+from nybble.formats.safetensors import TensorEntry, read_exactly
+
+if TYPE_CHECKING:
+    import gguf
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+PANEL_ELEMENTS = 1 << 20  # widened at a time
+MAX_DIMS = 4
+LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a block
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+VERSIONS = (2, 3)
+
+
+class GgufFile:
+    """A GGUF file's metadata and tensors.
+
+    Args:
+        path: of the file.
+
+    Attributes:
+        metadata: key -> number, bool or string; for an array its length (`array` reads it).
+        architecture: as llama.cpp names it. Mistral and SmolLM2 files say "llama".
+        entries: tensor name -> where it lies; `dtype` is the block type, such as "Q4_1".
+
+    Raises:
+        ModelError: not a GGUF file, truncated, malformed, or of a version, byte order, block type or architecture that
+            is not supported.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.metadata: dict[str, Any] = {}
+        self._arrays: dict[str, int] = {}  # where each begins
+        with self._cursor() as cursor:
+            self._parse(cursor)
+
+    @contextmanager
+    def _cursor(self) -> Iterator["_Cursor"]:
+        try:
+            with open(self.path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                yield _Cursor(data)
+        except OSError as error:
+            raise ModelError(f"{self.path} cannot be read: {error.strerror}.", fix="Check the path.") from error
+        except (ValueError, struct.error) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(
+                f"{self.path} is not a complete GGUF file: {error}.", "Allowed: GGUF version 2 or 3.", "Fetch it again."
+            ) from error
+
+    def array(self, key: str) -> list[Any]:
+        """The array under a key of `metadata`; empty where the file has none."""
+        if key not in self._arrays:
+            return []
+        with self._cursor() as cursor:
+            cursor.position = self._arrays[key]
+            return cursor.array()
+
+    def _parse(self, cursor: "_Cursor") -> None:
+        if cursor.take(4) != b"GGUF":
+            raise ValueError("it does not start with GGUF")
+        self._check_version(cursor.scalar("<I"))
+        num_tensors, num_pairs = cursor.scalar("<Q"), cursor.scalar("<Q")
+        for _ in range(num_pairs):
+            key = cursor.string()
+            if key in self.metadata:
+                raise ValueError(f"it has the key {key!r} twice")
+            type_id, position = cursor.scalar("<I"), cursor.position
+            if type_id == _ARRAY:
+                self._arrays[key] = position
+            self.metadata[key] = cursor.value(type_id)
+        self.architecture = self.metadata.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"{self.path} has the architecture {self.architecture!r}.",
+                f"Supported in GGUF: {', '.join(ARCHITECTURES)} (Mistral and SmolLM2 files say llama).",
+                "Use the model's safetensors folder.",
+            )
+        if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
+            raise ModelError(
+                f"{self.path} is one of {parts} parts of a model.",
+                "Allowed: a GGUF file that holds a whole model.",
+                "Join the parts with llama.cpp's llama-gguf-split --merge.",
+            )
+        layers = self.metadata.get(f"{self.architecture}.block_count", 0)
+        if type(layers) is not int or not 0 <= layers <= num_tensors:
+            raise ValueError(f"it speaks of {layers!r} layers and of {num_tensors} tensors")
+        table = [cursor.tensor_info() for _ in range(num_tensors)]
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment <= 0:
+            raise ValueError(f"its alignment is {alignment!r}")
+        data_start = -(-cursor.position // alignment) * alignment
+        self.header_sha256 = hashlib.sha256(cursor.data[: cursor.position]).hexdigest()
+        self.entries: dict[str, TensorEntry] = {}
+        for name, shape, type_id, offset in table:
+            if name in self.entries:
+                raise ValueError(f"the tensor {name!r} is there twice")
+            start = data_start + offset
+            dtype, nbytes = self._type_and_bytes(name, shape, type_id)
+            if start + nbytes > len(cursor.data):
+                raise ValueError(f"it ends at byte {len(cursor.data)}, within the tensor {name!r}")
+            self.entries[name] = TensorEntry(name, dtype, shape, self.path, start, start + nbytes)
+
+    def _check_version(self, version: int) -> None:
+        if version in VERSIONS:
+            return
+        if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
+            raise ModelError(
+                f"{self.path} is big-endian: its byte order is that of another kind of machine.",
+                "Allowed: little-endian GGUF files.",
+                f"Convert it in place, with the gguf package: gguf-convert-endian {self.path} little",
+            )
+        raise ModelError(
+            f"{self.path} is a GGUF file of version {version}.",
+            f"Allowed: version {' or '.join(map(str, VERSIONS))}.",
+            "Fetch the model in a newer conversion, or use its safetensors folder.",
+        )
+
+    def _type_and_bytes(self, name: str, shape: tuple[int, ...], type_id: int) -> tuple[str, int]:
+        """A tensor's block type and its bytes."""
+        import gguf
+
+        block_type = next((known for known in gguf.GGMLQuantizationType if known == type_id), None)
+        if block_type is None or not _can_widen(block_type):
+            unknown = f"the block type {type_id}, which the installed gguf package does not know"
+            raise ModelError(
+                f"{self.path} stores the tensor {name!r} in {unknown if block_type is None else block_type.name}.",
+                f"Readable: {', '.join(known.name for known in gguf.GGMLQuantizationType if _can_widen(known))}.",
+                "Use the model in another quantisation, or its safetensors folder.",
+            )
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[block_type]
+        if shape[-1] % block_size:
+            raise ValueError(f"the tensor {name!r} has rows of {shape[-1]}, which {block_type.name} cannot have")
+        return block_type.name, math.prod(shape) // block_size * block_bytes
+
+    @cached_property
+    def block_types(self) -> dict[str, int]:
+        """Elements stored in each type, most frequent first."""
+        counts: dict[str, int] = {}
+        for entry in self.entries.values():
+            counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One tensor widened to `dtype`, in fresh memory; rows are as llama.cpp orders them."""
+        import gguf
+
+        entry = self.entries[name]
+        columns = entry.shape[-1]
+        rows = math.prod(entry.shape[:-1])
+        row_bytes = entry.nbytes // rows
+        block_type = gguf.GGMLQuantizationType[entry.dtype]
+        widened = torch.empty((rows, columns), dtype=dtype)
+        panel_rows = max(1, PANEL_ELEMENTS // columns)
+        for first in range(0, rows, panel_rows):
+            count = min(panel_rows, rows - first)
+            packed = np.empty((count, row_bytes), dtype=np.uint8)
+            read_exactly(entry.file, entry.start + first * row_bytes, packed.reshape(-1).data)
+            widened[first : first + count] = torch.from_numpy(gguf.dequantize(packed, block_type))
+        return widened.view(entry.shape)
+
+    def read_as_hf(self, name: str, config: "PretrainedConfig") -> Tensor:
+        """One tensor in fp32 with its rows in transformers' order (llama.cpp interleaves rotary halves of q and k)."""
+        return self.in_hf_order(self.read(name), name, config)
+
+    def in_hf_order(self, values: Tensor, name: str, config: "PretrainedConfig") -> Tensor:
+        """`values`, one for each element of tensor `name`, with its rows in transformers' order."""
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
+        weights = processor.process(weights=values.numpy(), name=name).weights
+        return torch.from_numpy(np.ascontiguousarray(weights))
+
+    def lattice_steps(self, name: str) -> Tensor | None:
+        """The distance between neighbouring values of each element's block, fp32, the tensor's shape, rows as
+        llama.cpp orders them; None for a type that is not evenly spaced four bits (`LATTICES`).
+
+        Both types begin a block with its fp16 step.
+        """
+        import gguf
+
+        entry = self.entries[name]
+        if entry.dtype not in LATTICES:
+            return None
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.dtype]]
+        packed = np.empty((entry.nbytes // block_bytes, block_bytes), dtype=np.uint8)
+        read_exactly(entry.file, entry.start, packed.reshape(-1).data)
+        steps = torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32)).abs()  # (blocks, 1)
+        return steps.repeat_interleave(block_size).view(entry.shape)
+
+    def hf_names(self, model: "PreTrainedModel") -> dict[str, str]:
+        """GGUF tensor name -> name in `model`, a transformers model (on the meta device is enough).
+
+        `rope_freqs.weight` has no place in a model; `complete_config` reads it.
+
+        Raises:
+            ModelError: a tensor of the file has no place in the model.
+        """
+        import gguf
+
+        architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
+        gguf_names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+        names = {}
+        for hf_name in model.state_dict():
+            module, _, leaf = hf_name.rpartition(".")
+            if (gguf_module := gguf_names.get_name(module)) is not None:
+                names[f"{gguf_module}.{leaf}"] = hf_name
+        unplaced = [name for name in self.entries if name not in names and name != "rope_freqs.weight"]
+        if unplaced:
+            raise ModelError(
+                f"{self.path} holds tensors that {type(model).__name__} has no place for: {', '.join(unplaced[:5])}"
+                f"{f' and {len(unplaced) - 5} more' if len(unplaced) > 5 else ''}.",
+                "Every tensor of the file must be used.",
+                "Use the model's safetensors folder.",
+            )
+        return {name: names[name] for name in self.entries if name in names}
+
+    def complete_config(self, config: "PretrainedConfig") -> None:
+        """Set, in place, what transformers' reader leaves out: head width, RoPE scaling, attention without a window.
+
+        Raises:
+            ModelError: the file scales its rotary frequencies in a way that is not known here.
+        """
+        prefix = self.architecture
+        if (head_dim := self.metadata.get(f"{prefix}.attention.key_length")) is not None:
+            config.head_dim = head_dim
+        if getattr(config, "sliding_window", None) is not None:
+            config.sliding_window = None  # llama.cpp runs these architectures without one
+        scaling = self.metadata.get(f"{prefix}.rope.scaling.type", "none")
+        factor = self.metadata.get(f"{prefix}.rope.scaling.factor", 1.0)
+        if "rope_freqs.weight" in self.entries:
+            config.rope_parameters |= self._llama3_scaling(config.rope_parameters["rope_theta"])
+        elif scaling == "linear":
+            config.rope_parameters |= {"rope_type": "linear", "factor": factor}
+        elif scaling == "yarn":
+            original = self.metadata.get(f"{prefix}.rope.scaling.original_context_length")
+            config.rope_parameters |= {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original or config.max_position_embeddings,
+            }
+        elif scaling != "none":
+            raise ModelError(
+                f"{self.path} scales its rotary frequencies by {scaling!r}.",
+                "Known: none, linear, yarn, and Llama 3's.",
+                "Use the model's safetensors folder.",
+            )
+
+    def _llama3_scaling(self, theta: float) -> dict[str, Any]:
+        """Llama 3's scaling, recognised by the frequency divisors that the file stores in its place."""
+        divisors = self.read("rope_freqs.weight").double()  # (head_dim / 2)
+        factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
+        frequencies = theta ** -(torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
+        smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        if not torch.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+            raise ModelError(
+                f"{self.path} scales its rotary frequencies by a table (rope_freqs.weight) that is not Llama 3's.",
+                "Known: none, linear, yarn, and Llama 3's.",
+                "Use the model's safetensors folder.",
+            )
+        return {
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }
+
+
+class _Cursor:
+    """Reads values one after another; what would run past the end raises ValueError or struct.error."""
+
+    def __init__(self, data: mmap.mmap):
+        self.data, self.position = data, 0
+
+    def take(self, count: int) -> bytes:
+        self._skip(count)
+        return self.data[self.position - count : self.position]
+
+    def _skip(self, count: int) -> None:
+        if count > len(self.data) - self.position:
+            raise ValueError(f"it ends at byte {len(self.data)}, within its header")
+        self.position += count
+
+    def scalar(self, format: str) -> Any:
+        (value,) = struct.unpack_from(format, self.data, self.position)
+        self.position += struct.calcsize(format)
+        return value
+
+    def string(self) -> str:
+        return self.take(self.scalar("<Q")).decode("utf-8")
+
+    def value(self, type_id: int) -> Any:
+        if type_id in _SCALARS:
+            return self.scalar(_SCALARS[type_id])
+        if type_id == _STRING:
+            return self.string()
+        if type_id != _ARRAY:
+            raise ValueError(f"it has a metadata value of the unknown type {type_id}")
+        element_type, length = self.scalar("<I"), self.scalar("<Q")
+        if element_type == _STRING:
+            for _ in range(length):
+                self._skip(self.scalar("<Q"))
+        elif element_type in _SCALARS:
+            self._skip(length * struct.calcsize(_SCALARS[element_type]))
+        else:
+            raise ValueError(f"it has an array of the unknown type {element_type}")
+        return length
+
+    def array(self) -> list[Any]:
+        """The strings or numbers of the array that begins here."""
+        element_type, length = self.scalar("<I"), self.scalar("<Q")
+        if element_type == _STRING:
+            return [self.string() for _ in range(length)]
+        format = f"<{length}{_SCALARS[element_type][1:]}"
+        return list(struct.unpack(format, self.take(struct.calcsize(format))))
+
+    def tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        """Name, shape (outermost first; the file has it the other way round), type, offset in the data section."""
+        name, num_dims = self.string(), self.scalar("<I")
+        if not 0 < num_dims <= MAX_DIMS:
+            raise ValueError(f"the tensor {name!r} has {num_dims} dimensions")
+        shape = tuple(reversed([self.scalar("<Q") for _ in range(num_dims)]))
+        if 0 in shape:
+            raise ValueError(f"the tensor {name!r} has the shape {shape}")
+        return name, shape, self.scalar("<I"), self.scalar("<Q")
+
+
+@cache
+def _can_widen(block_type: "gguf.GGMLQuantizationType") -> bool:
+    import gguf
+
+    try:
+        gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[block_type][1]), dtype=np.uint8), block_type)
+    except NotImplementedError:
+        return False
+    return True

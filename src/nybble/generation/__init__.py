@@ -1,0 +1,1 @@
+"""Answers: decoding, sampling, text as it comes."""

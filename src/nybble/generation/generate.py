@@ -1,0 +1,286 @@
+"""Answers from a model: batches of prompts, greedy or sampled, token by token as they come.
+
+Models that nybble's decoder blocks compute answer through their packed weights (generation/decoding.py); others, and
+other devices, through transformers' generation. What the model's own generation config says about sampling and
+penalties is not applied on either way: the arguments say all.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ConfigError, DataError
+from nybble.generation.decoding import CachedDecoder
+from nybble.layers.backbone import why_not_forward
+from nybble.layers.context import context_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MIN_TEMPERATURE = 1e-6  # with the bounds of the penalty: no logit, divided by both, leaves fp32's range
+PENALTIES = (1e-6, 1e6)
+
+OnToken = Callable[[int, int], None]  # index of the prompt, token
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from its logits, in this order.
+
+    Args:
+        repetition_penalty: logits of tokens that the text has, its prompt included, are divided by it where they are
+            above zero and multiplied where they are below (CTRL, Keskar et al. 2019, arXiv 1909.05858).
+        temperature: 0 takes the likeliest token, else samples from softmax(logits / temperature).
+        top_k: samples among so many likeliest tokens; 0 among all.
+        top_p: samples among the likeliest tokens whose probabilities reach this sum, in (0, 1] (the nucleus: Holtzman
+            et al. 2020, arXiv 1904.09751).
+        min_p: samples among tokens at least so likely as a share of the likeliest one, in [0, 1) (arXiv 2407.01082).
+        seed: None draws from torch's global generator.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            (self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf)
+            and 0 < self.top_p <= 1
+            and self.top_k >= 0
+            and 0 <= self.min_p < 1
+            and PENALTIES[0] <= self.repetition_penalty <= PENALTIES[1]
+        ):
+            raise ConfigError(
+                f"{self}.",
+                f"Allowed: temperature 0 or at least {MIN_TEMPERATURE:g}, top_k of at least 0, top_p above 0 and up to "
+                f"1, min_p from 0 to below 1, repetition_penalty from {PENALTIES[0]:g} to {PENALTIES[1]:g}.",
+            )
+
+
+GREEDY = Sampling()
+
+
+def generate(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    on_token: OnToken | None = None,
+) -> list[list[int]]:
+    """Continue each prompt until a stop token, `max_new_tokens`, or the end of the model's context.
+
+    Args:
+        prompts: token ids; of different lengths, if need be.
+        stop_ids: tokens that end an answer; they are not part of it.
+        max_new_tokens: most tokens in an answer, at least 1.
+        sampling: how each token is chosen; the likeliest one if not given.
+        on_token: called with (index of the prompt, token) as soon as a token of an answer is known.
+
+    Returns:
+        The new token ids of each prompt.
+
+    Raises:
+        ConfigError: max_new_tokens is below 1.
+        DataError: a prompt is empty, or leaves no room in the model's context.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}.", "Allowed: at least 1.")
+    if not prompts:
+        return []
+    room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
+    through = _through_blocks if why_not_forward(model) is None else _through_transformers
+    return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or _ignore)
+
+
+def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
+    context = context_length(model.config) or sys.maxsize
+    if not 0 < len(prompt) < context:
+        raise DataError(
+            f"The prompt has {len(prompt)} tokens.",
+            f"Allowed: 1 to {context - 1}, so that an answer fits into the model's context of {context}.",
+            "Shorten the prompt." if prompt else "",
+        )
+    return context - len(prompt)
+
+
+def _ignore(prompt: int, token: int) -> None:
+    return None
+
+
+# ---- decoder blocks ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _through_blocks(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_token: OnToken,
+) -> list[list[int]]:
+    generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))  # which prompt each row of the decoder answers
+    decoder = CachedDecoder(model)
+    logits = decoder.start(prompts, max_new_tokens)
+    penalty = RepetitionPenalty(prompts, sampling.repetition_penalty)
+    while True:
+        tokens = choose_tokens(penalty(logits), sampling, generator)
+        open_rows = [row for row, token in enumerate(tokens.tolist()) if token not in stop_ids]
+        if len(open_rows) < len(going):
+            decoder.keep(open_rows)
+            penalty.keep(open_rows)
+            going, tokens = [going[row] for row in open_rows], tokens[open_rows]
+        for prompt, token in zip(going, tokens.tolist(), strict=True):
+            answers[prompt].append(token)
+            on_token(prompt, token)
+        if not going or len(answers[going[0]]) == max_new_tokens:
+            return answers
+        penalty.add(tokens)
+        logits = decoder.step(tokens)
+
+
+class RepetitionPenalty:
+    """What a penalty makes of logits: those of tokens that a text already has move towards, and below, zero.
+
+    Args:
+        prompts: what the texts begin with.
+        penalty: as `Sampling.repetition_penalty`; 1 changes nothing.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], penalty: float):
+        self._prompts, self._penalty = prompts, penalty
+        self._seen: Tensor | None = None  # bool (texts, vocabulary), from the first logits on
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """`(texts, vocabulary)`; the logits themselves where the penalty is 1."""
+        if self._penalty == 1:
+            return logits
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in zip(self._seen, self._prompts, strict=True):
+                row[torch.tensor(list(prompt), device=row.device)] = True
+        penalised = torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
+        return torch.where(self._seen, penalised, logits)
+
+    def add(self, tokens: Tensor) -> None:
+        """The next token of each text, `(texts)`."""
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+
+    def keep(self, texts: Sequence[int]) -> None:
+        """Only these go on."""
+        if self._seen is not None:
+            self._seen = self._seen[list(texts)]
+
+
+def choose_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
+    """The next token of each row of logits, `(N, vocabulary)` -> int64 `(N)`; penalties have been taken off them."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
+    tokens = None
+    if sampling.top_p < 1:
+        descending, tokens = probabilities.sort(dim=-1, descending=True)
+        likelier = descending.cumsum(dim=-1) - descending  # probability of all tokens before this one
+        probabilities = descending.masked_fill(likelier >= sampling.top_p, 0.0)
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
+
+
+# ---- transformers --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _through_transformers(
+    model: "PreTrainedModel",
+    prompts: Sequence[Sequence[int]],
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    on_token: OnToken,
+) -> list[list[int]]:
+    """Prompts padded on the left and masked. Whatever the model's generation config has that the arguments do not name
+    (beams, banned tokens, a time limit) stands aside meanwhile."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    longest = max(map(len, prompts))
+    pad_id = min(stop_ids, default=0)
+    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+        options |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
+    penalty = RepetitionPenalty(prompts, sampling.repetition_penalty)
+
+    def penalised(texts: Tensor, scores: Tensor) -> Tensor:
+        penalty.add(texts[:, -1])  # nothing at the first call: it ends in a token of the prompt
+        return penalty(scores)
+
+    answers = _Answers(len(prompts), stop_ids, on_token)
+    was_training, own_config = model.training, model.generation_config
+    model.eval()
+    model.generation_config = GenerationConfig()
+    try:
+        with torch.random.fork_rng(enabled=sampling.seed is not None):
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted(stop_ids) or None,
+                pad_token_id=pad_id,
+                logits_processor=[penalised],  # transformers' own penalty would count padding as text
+                streamer=answers,
+                **options,
+            )
+    finally:
+        model.train(was_training)
+        model.generation_config = own_config
+    return answers.ids
+
+
+class _Answers:
+    """The streamer that transformers hands the prompts, and then a token of each row at a time."""
+
+    def __init__(self, num_prompts: int, stop_ids: frozenset[int], on_token: OnToken):
+        self.ids: list[list[int]] = [[] for _ in range(num_prompts)]
+        self._open = [True] * num_prompts
+        self._stop_ids, self._on_token = stop_ids, on_token
+        self._prompts_seen = False
+
+    def put(self, value: Any) -> None:
+        if not self._prompts_seen:
+            self._prompts_seen = True
+            return
+        for row, token in enumerate(value.tolist()):
+            self._open[row] &= token not in self._stop_ids
+            if self._open[row]:
+                self.ids[row].append(token)
+                self._on_token(row, token)
+
+    def end(self) -> None:
+        """All answers have ended; nothing is held back."""

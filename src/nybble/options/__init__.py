@@ -1,0 +1,1 @@
+"""What an option is, each group of options once, and the groups that a verb takes."""

@@ -1,0 +1,471 @@
+"""Every option of nybble, declared once: name, type, default, bounds, meaning, group.
+
+The command line's flags, the keys of a run's YAML file and the comments of `train --print-config` are generated from
+the classes below and those in verbs.py. An option's Python name `rows_per_step` is the flag `--rows-per-step` and the
+YAML key `rows-per-step` (underscores are accepted there too). Options that belong together are one small class.
+"""
+
+import re
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, field_validator, model_validator
+
+from nybble.errors import ConfigError
+from nybble.options.option import (
+    BlockSize,
+    Bytes,
+    Folder,
+    Interval,
+    MomentBits,
+    Name,
+    Options,
+    Sources,
+    knob,
+    split_names,
+)
+
+DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits where it is called four-bit
+
+
+class ModelOptions(Options):
+    group: ClassVar[str] = "Model"
+
+    model: Name = knob(
+        ...,
+        "Base model: a Hugging Face folder or hub id, a .gguf file, or the alias smollm2-135m-instruct.",
+        elsewhere=("base_model", "model_name_or_path", "model_id"),
+    )
+    tokenizer: Name | None = knob(
+        None, "Folder or hub id of the tokenizer; the model's own if not given.", elsewhere=("tokenizer_name",)
+    )
+
+
+class AcceptOptions(Options):
+    """What may be wrong with examples."""
+
+    group: ClassVar[str] = "Data"
+
+    allow: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        (), "Findings of the audit to accept, by id, such as validation-leak; what they say then stops nothing."
+    )
+
+
+class RowOptions(AcceptOptions):
+    """How examples are read."""
+
+    group: ClassVar[str] = "Data"
+
+    validation_data: Sources | None = knob(
+        None,
+        "Held-out examples; a part of --data if not given. Given again: further ones.",
+        elsewhere=("eval_file", "validation_file", "eval_data"),
+    )
+    validation_fraction: float = knob(
+        0.05, "Part of --data held out for validation.", gt=0, lt=1, elsewhere=("val_set_size", "validation_split")
+    )
+    validation_rows: int = knob(512, "Most rows held out for validation.", ge=1, elsewhere=("max_eval_samples",))
+    prompt_field: Name | None = knob(None, "Column that holds the prompt.", elsewhere=("instruction_field",))
+    completion_field: Name | None = knob(None, "Column that holds the answer.", elsewhere=("response_field",))
+    messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
+    text_field: Name | None = knob(None, "Column that holds plain text to continue.", elsewhere=("dataset_text_field",))
+    template: Literal["auto", "none"] = knob(
+        "auto",
+        "auto: a chat template, the tokenizer's own unless --chat-template names another. none: prompt and completion "
+        "strings stay bare.",
+    )
+    chat_template: Name | None = knob(
+        None,
+        "Chat template in place of the tokenizer's own: a Jinja file, or plain, chatml, llama3, gemma, phi, deepseek. "
+        "The run keeps it, and chat, serve and export use it.",
+        elsewhere=("jinja_template", "chat_template_jinja"),
+    )
+    max_seq_len: int = knob(
+        1024,
+        "Tokens a row may have; longer rows are cut at the end, counted and named.",
+        ge=8,
+        elsewhere=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
+    )
+    seed: int = knob(0, "Seed of the split, the order of rows, the adapters and dropout.", ge=0, le=2**32 - 1)
+
+    @model_validator(mode="after")
+    def _one_template_or_none(self) -> Self:
+        if self.chat_template is not None and self.template == "none":
+            raise ConfigError(
+                f"chat-template is {self.chat_template!r}, template is none.",
+                "With --template none no chat template is used.",
+                "Leave one of the two out.",
+            )
+        return self
+
+
+class ExampleOptions(Options):
+    group: ClassVar[str] = "Data"
+
+    data: Sources = knob(
+        ...,
+        "Examples: a JSONL, JSON, CSV, Parquet or text file (packed too), a folder, a pattern, a hub id, or "
+        "builtin:pydoc. Given again: further ones.",
+        elsewhere=("dataset", "train_file", "dataset_name", "training_data"),
+    )
+
+
+class DataOptions(RowOptions, ExampleOptions):
+    """Which examples, and how they are read."""
+
+
+class FourBitOptions(Options):
+    group: ClassVar[str] = "Four bits"
+
+    block_size: BlockSize = knob(
+        64,
+        "Consecutive weights that share one scale: 32 to 4096, a power of two.",
+        elsewhere=("blocksize", "group_size"),
+    )
+    double_quant: bool = knob(
+        True,
+        "Store the scales in 8 bits too: 4.13 instead of 4.5 bits a weight.",
+        elsewhere=("bnb_4bit_use_double_quant",),
+    )
+
+
+class DenseShareOptions(Options):
+    group: ClassVar[str] = "Four bits"
+
+    max_dense_share: float = knob(
+        DENSE_SHARE,
+        "Most of the blocks' weights that may stay in 16 bits, such as stacked experts; more is refused.",
+        ge=0,
+        le=1,
+    )
+
+
+class CalibrationOptions(Options):
+    """What calibrated weights are made with."""
+
+    group: ClassVar[str] = "Four bits"
+
+    calibrate: Name | None = knob(
+        None,
+        "Text (.txt, .md) or examples to calibrate on. Not given: train, merge and export take the training rows, "
+        "others general text. A slice of general text is always mixed in.",
+        elsewhere=("calibration_data", "calib_data"),
+    )
+    calibration_tokens: int = knob(
+        32768, "Tokens to calibrate on.", ge=512, elsewhere=("nsamples", "num_calibration_samples")
+    )
+
+
+class MixedOptions(Options):
+    group: ClassVar[str] = "Four bits"
+
+    mixed: float | None = knob(
+        None,
+        "Give each layer 4, 3 or 2 bits (nf4, nf3, nf2) so that this many bits a weight, scales included, lose least.",
+        gt=2,
+        lt=5,
+        elsewhere=("average_bits",),
+    )
+
+
+class QualityOptions(MixedOptions, CalibrationOptions):
+    """How weights are put into four bits."""
+
+    group: ClassVar[str] = "Four bits"
+
+    quality: Literal["auto", "absmax", "search", "calibrated"] = knob(
+        "auto",
+        "How scales and levels are chosen, in the same bytes. absmax: by each block's largest magnitude, as "
+        "bitsandbytes. search: by least error of the weights. calibrated: by least error of each layer's output on "
+        "text. auto: train calibrates where that takes under a tenth of the training, quantize where --calibrate is "
+        "given; else absmax.",
+    )
+
+    @model_validator(mode="after")
+    def _text_is_for_calibrating(self) -> Self:
+        if self.calibrate is not None and self.quality in ("absmax", "search") and self.mixed is None:
+            raise ConfigError(
+                f"calibrate is {self.calibrate!r}, quality is {self.quality}.",
+                "Only calibrated weights and --mixed use text.",
+                "Leave --calibrate out, or use --quality calibrated.",
+            )
+        return self
+
+
+class OutputFormat(Options):
+    """The formats a model can be written in."""
+
+    group: ClassVar[str] = "Four bits"
+
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2"] = knob(
+        "nf4",
+        "Format of the weights; nf3 and nf2 take three and two bits.",
+        elsewhere=("bnb_4bit_quant_type", "quant_type"),
+    )
+
+
+class BaseFormat(Options):
+    """The formats a model can be trained on."""
+
+    group: ClassVar[str] = "Four bits"
+
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "none"] = knob(
+        "nf4",
+        "Format of the frozen weights; nf3 and nf2 take three and two bits. none: keep 16 bits.",
+        elsewhere=("bnb_4bit_quant_type", "quant_type"),
+    )
+
+
+class AdapterSizes(Options):
+    """What decides which adapters there are and what they cost."""
+
+    group: ClassVar[str] = "Adapters"
+
+    rank: int = knob(16, "Rank of each adapter.", ge=1, elsewhere=("r", "lora_r", "lora_rank"))
+    dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, elsewhere=("lora_dropout",))
+    target_modules: str | tuple[Name, ...] = knob(
+        "all-linear",
+        "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj,lm_head,embed_tokens; or"
+        " patterns: layers.1*.q_proj, or a regular expression for whole names.",
+        elsewhere=("lora_target_modules", "targets"),
+    )
+    init: Literal["default", "loftq", "activation"] = knob(
+        "default",
+        "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
+        " layers' outputs on the training rows.",
+        elsewhere=("init_lora_weights",),
+    )
+
+    @field_validator("target_modules", mode="after")
+    @classmethod
+    def _split_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if value in ("all-linear", "attention"):
+            return value
+        # a comma in brackets belongs to a pattern
+        names = re.split(r",(?![^([{]*[)\]}])", value) if isinstance(value, str) else value
+        names = tuple(name.strip() for name in names)
+        if not names or not all(names):
+            raise ValueError("no names")
+        return names
+
+
+class AdapterOptions(AdapterSizes):
+    group: ClassVar[str] = "Adapters"
+
+    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
+    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
+    adapter: Name | None = knob(
+        None,
+        "Adapter folder, nybble's or PEFT's, to train on from; its rank, alpha and layers are taken.",
+        elsewhere=("adapter_name_or_path", "lora_model_dir", "peft_model_id"),
+    )
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.adapter is not None and self.init != "default":
+            raise ConfigError(
+                f"init is {self.init}, and adapter is {self.adapter!r}.",
+                "Adapters begin either with what quantising lost or with an adapter that exists.",
+                "Leave --init or --adapter out.",
+            )
+        return self
+
+
+class MemoryOptions(Options):
+    group: ClassVar[str] = "Memory"
+
+    memory: Bytes | None = knob(
+        None,
+        "Most memory the run may take, such as 8GB or 8GiB: anonymous memory on a CPU. What is free, if not given.",
+        elsewhere=("max_memory", "memory_budget"),
+    )
+    rows_per_step: int = knob(
+        16,
+        "Rows that make one optimizer step.",
+        ge=1,
+        elsewhere=("batch_size", "gradient_accumulation_steps", "train_batch_size"),
+    )
+    micro_batch_size: int | None = knob(
+        None,
+        "Rows computed at once; chosen to fit if not given. It changes memory and speed, not the result.",
+        ge=1,
+        elsewhere=("per_device_train_batch_size",),
+    )
+    packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
+    keep: Literal["auto", "nothing", "attention", "everything"] = knob(
+        "auto",
+        "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
+        elsewhere=("gradient_checkpointing", "checkpointing"),
+    )
+    stream_base: Literal["auto", "never", "always"] = knob(
+        "auto",
+        "Read blocks of the base from its 4-bit folder when they are used. auto: only where it does not fit otherwise.",
+        elsewhere=("cpu_offload", "offload_folder"),
+    )
+    offload_activations: Literal["auto", "never", "always"] = knob(
+        "auto",
+        "Keep what blocks keep in a file of the run folder. auto: only where it does not fit otherwise.",
+        elsewhere=("activation_offloading",),
+    )
+    page_optimizer: Literal["auto", "never", "always"] = knob(
+        "auto",
+        "Keep the optimizer's state in a file of the run folder. auto: only where it does not fit otherwise.",
+        elsewhere=("paged_optimizer", "paged_adamw"),
+    )
+    optimizer_bits: MomentBits = knob(
+        32,
+        "Bits of each of AdamW's two moments between steps; 8 are blocks of 256 codes that share a scale.",
+        elsewhere=("optim_bits", "optim", "adamw_8bit"),
+    )
+
+    @model_validator(mode="after")
+    def _micro_batch_fits_in_step(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.rows_per_step:
+            raise ConfigError(
+                f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
+                "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
+                "Lower --micro-batch-size or raise --rows-per-step.",
+            )
+        return self
+
+
+class LengthOptions(Options):
+    group: ClassVar[str] = "Training"
+
+    max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
+    epochs: float = knob(1.0, "Passes over the training rows.", gt=0, elsewhere=("num_train_epochs", "num_epochs"))
+
+
+class LoopOptions(LengthOptions):
+    group: ClassVar[str] = "Training"
+
+    lr: float = knob(2e-4, "Peak learning rate.", gt=0, elsewhere=("learning_rate",))
+    schedule: Literal["constant", "cosine", "linear"] = knob(
+        "cosine", "How the learning rate goes on after the warm-up.", elsewhere=("lr_scheduler_type", "lr_scheduler")
+    )
+    warmup: float = knob(
+        0.03,
+        "Warm-up: a fraction of all steps if below 1, else a number of steps.",
+        ge=0,
+        elsewhere=("warmup_ratio", "warmup_steps"),
+    )
+    weight_decay: float = knob(0.0, "AdamW's decoupled weight decay.", ge=0)
+    beta1: float = knob(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1, elsewhere=("adam_beta1",))
+    beta2: float = knob(0.999, "AdamW's decay of the gradient's square.", ge=0, lt=1, elsewhere=("adam_beta2",))
+    max_grad_norm: float = knob(
+        0.3, "Gradients with a larger norm are scaled down to it.", gt=0, elsewhere=("gradient_clipping", "clip")
+    )
+    eval_every: int | None = knob(
+        None, "Steps between evaluations; about five a run if not given.", ge=1, elsewhere=("eval_steps",)
+    )
+    save_every: Interval = knob(
+        "10m", "How often a checkpoint is saved: steps, or minutes as in 10m.", elsewhere=("save_steps",)
+    )
+    keep_checkpoints: int = knob(
+        2, "Checkpoints that stay; older ones are removed.", ge=1, elsewhere=("save_total_limit", "keep_last")
+    )
+
+
+class ComputeOptions(Options):
+    group: ClassVar[str] = "Machine"
+
+    compute_dtype: Literal["auto", "bf16", "fp32"] = knob(
+        "auto",
+        "Type of activations and products. auto: bf16 where the hardware multiplies it, else fp32.",
+        elsewhere=("dtype", "bnb_4bit_compute_dtype", "bf16"),
+    )
+    threads: int | None = knob(None, "CPU threads; PyTorch's choice if not given.", ge=1)
+
+
+class MachineOptions(ComputeOptions):
+    group: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to compute. auto: CUDA where there is one, else CPU.")
+
+
+class RunOptions(Options):
+    group: ClassVar[str] = "Run"
+
+    out: Folder = knob(..., "Run folder to make.", elsewhere=("output_dir", "run_dir"))
+    overwrite: bool = knob(False, "Replace an earlier run in that folder.", elsewhere=("overwrite_output_dir",))
+    resume: bool = knob(
+        False, "Go on with the run in --out from its newest whole checkpoint.", elsewhere=("resume_from_checkpoint",)
+    )
+    allow_change: Annotated[tuple[Literal["base", "data", "config"], ...], BeforeValidator(split_names)] = knob(
+        (), "With --resume or --adapter: what may differ from what the run, or the adapter, began with."
+    )
+
+
+class PlannedMachine(Options):
+    """The machine a plan is made for, which need not be this one."""
+
+    group: ClassVar[str] = "Machine"
+
+    device: Literal["auto", "cpu", "cuda", "12GB-gpu", "16GB-gpu", "24GB-gpu", "48GB-gpu", "80GB-gpu"] = knob(
+        "auto", "Where to compute: auto, cpu and cuda are this machine's; the others are looked up in a table."
+    )
+    host_memory: Bytes | None = knob(None, "Memory beside a GPU, such as 16GB; this machine's if not given.")
+    compute_dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "Type of activations and products.")
+
+
+class ComparisonOptions(Options):
+    group: ClassVar[str] = "Comparison"
+
+    arms: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        ("nf4:absmax", "nf4:search", "nf4:calibrated"), "What to compare with the 16-bit model: format:quality pairs."
+    )
+    eval_tokens: int = knob(16384, "Held-out tokens to compare on.", ge=64)
+    out: Folder | None = knob(None, "Folder for quality.json and quality.png; neither is written if not given.")
+
+
+class EvaluationOptions(AcceptOptions):
+    group: ClassVar[str] = "Evaluation"
+
+    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    data: Sources | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
+    metric: Literal["auto", "exact", "f1", "number", "none"] = knob(
+        "auto", "How answers are compared with their references. auto: as the references allow. none: no answers."
+    )
+    answers: int = knob(16, "Rows that are answered.", ge=1)
+    lm_eval: Name | None = knob(None, "Tasks of lm-eval (names or .yaml files), separated by commas, to run too.")
+
+
+class AnswerOptions(Options):
+    group: ClassVar[str] = "Chat"
+
+    run: Folder | None = knob(None, "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    model: Name | None = knob(None, "Model without a run, such as a merged one: what --model of `nybble train` takes.")
+    system: Name | None = knob(None, "System message that conversations begin with.", elsewhere=("system_prompt",))
+    prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
+    max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens", "max_length"))
+    temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
+    top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
+    top_k: int = knob(0, "Sample among so many likeliest tokens; 0 among all.", ge=0)
+    seed: int = knob(0, "Seed of the sampling.", ge=0, le=2**32 - 1)
+
+
+class RoundingOptions(CalibrationOptions):
+    """How merged weights go back into four bits."""
+
+    group: ClassVar[str] = "Four bits"
+
+    quality: Literal["absmax", "search", "calibrated"] = knob(
+        "calibrated",
+        "How scales and levels of a model in nf4 are chosen, as in train. calibrated: on the run's training rows.",
+    )
+
+
+class MergedRun(AcceptOptions):
+    group: ClassVar[str] = "Run"
+
+    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    onto: Literal["auto", "original", "dequantized"] = knob(
+        "auto",
+        "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "
+        "auto: the latter, except where the result is in four bits.",
+    )
+    data: Sources | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
+    verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
+
+
+class ExportOptions(RoundingOptions, MergedRun):
+    """What `nybble merge` and `nybble export` have in common."""

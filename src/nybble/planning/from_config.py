@@ -1,0 +1,123 @@
+"""`nybble plan`: a run's plan from the model's config.json alone, for this machine or one that is not here."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nybble.data.prepare import prepare_data
+from nybble.data.template import open_template
+from nybble.errors import ModelError, foreign_errors
+from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
+from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.options.verbs import DataConfig, PlanConfig
+from nybble.planning.costs import MicroBatches
+from nybble.planning.machine import Machine, named_machine, this_machine
+from nybble.planning.micro_batches import dealer, even_run
+from nybble.planning.planner import Ask, Plans, make_plans
+from nybble.planning.request import asks, needs_folder
+from nybble.sources.hub import fetch_config, looks_like_hub_id
+from nybble.sources.open import open_source
+from nybble.sources.shapes import SHAPES
+from nybble.sources.skeleton import build_skeleton, config_refused, stored_text_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+QUANTIZATION = "quantization_config"  # which the tensors' own names and sizes say
+PROCESS_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
+
+
+def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
+    """The plans for these options, what was asked, and the same with every choice left to the planner.
+
+    Raises:
+        ModelError: the config cannot be found, or transformers cannot build its model.
+    """
+    written = read_config(options.model)
+    machine, dtype, on_cpu = _machine(options)
+    skeleton = build_skeleton(transformers_config(written))
+    spec = spec_from_config(written)
+    asked, freed = asks(
+        options,
+        skeleton,
+        deal=_dealer(options, skeleton.config.get_text_config().vocab_size),
+        dtype=dtype,
+        on_cpu=on_cpu,
+        not_streamed=None if spec is not None or options.model in SHAPES else needs_folder(options),
+        spec=spec,
+        specs=layer_specs_from_config(written),
+    )
+    return make_plans(asked, machine), asked, freed
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """A model's config.json as it is written, without its weights.
+
+    Args:
+        model: one of SHAPES, a folder, a hub id, a .gguf file or an alias.
+
+    Raises:
+        ModelError: there is none, or it is not JSON.
+    """
+    if model in SHAPES:
+        return SHAPES[model]
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.is_file() or not looks_like_hub_id(model) or "/" not in model):
+        config: dict[str, Any] = open_source(model).config.to_dict()
+    else:
+        file = path / "config.json" if path.is_dir() else fetch_config(model)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} is not readable JSON: {error}.", fix="Check the path.") from error
+        if not isinstance(config, dict):
+            raise ModelError(f"{file} holds no object.", "Allowed: a config.json written by transformers.")
+    return true_config(config)
+
+
+def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
+    """What transformers makes of a config.json: of the text part, where there are others.
+
+    Raises:
+        ModelError: it does not know the architecture, or cannot take a value.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if not isinstance(written.get("model_type"), str):
+        raise ModelError("The model's config has no model_type.", "Allowed: a config.json written by transformers.")
+    refused = config_refused(f"this config ({written['model_type']!r})")
+    if written["model_type"] not in CONFIG_MAPPING:
+        raise refused(ValueError("it has no such model type"))
+    with foreign_errors(refused):
+        config = AutoConfig.for_model(**{name: value for name, value in written.items() if name != QUANTIZATION})
+    return stored_text_config(config, written)
+
+
+def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
+    """The machine, the compute dtype, and whether it is a CPU."""
+    if options.device in ("auto", "cpu", "cuda"):
+        device = resolve_device(options.device)
+        dtype = resolve_compute_dtype(options.compute_dtype, device)
+        machine = this_machine(device, dtype, options.memory, options.host_memory)
+        if device.type == "cuda":
+            return machine, dtype, False
+        # A run imports more than this verb, and a budget for another day need not be free now.
+        process = max(PROCESS_BYTES, machine.process_bytes)
+        return replace(machine, process_bytes=process, budget_bytes=options.memory or machine.budget_bytes), dtype, True
+    dtype = torch.float32 if options.compute_dtype == "fp32" else torch.bfloat16
+    return named_machine(options.device, options.memory, options.host_memory), dtype, False
+
+
+def _dealer(options: PlanConfig, vocab_size: int) -> Callable[[int], MicroBatches]:
+    """Most rows at once -> what micro-batches of so many come to."""
+    if options.data is None:
+        length, rows = options.max_seq_len, options.rows_per_step
+        return lambda size: even_run(length, rows_per_step=rows, size=size, packed=options.packing)
+    source = open_source(options.model, options.tokenizer)
+    template = open_template(options, source.load_tokenizer())
+    fields = {name: getattr(options, name) for name in DataConfig.model_fields}
+    return dealer(options, prepare_data(DataConfig(**fields), template, vocab_size))

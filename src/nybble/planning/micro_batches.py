@@ -1,0 +1,101 @@
+"""The micro-batches that a run will meet, known before it starts: rows and their order are."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+from nybble.data.examples import EncodedExample
+from nybble.data.prepare import PreparedData
+from nybble.data.sampler import StepSampler, split_micro_batches
+from nybble.layers.backbone import TOKEN_MULTIPLE
+from nybble.options.groups import LengthOptions
+from nybble.options.verbs import PlanConfig, TrainConfig
+from nybble.planning.costs import MicroBatches
+
+COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later ones add few
+
+
+def dealer(options: TrainConfig | PlanConfig, data: PreparedData) -> Callable[[int], MicroBatches]:
+    """Most rows at once -> what the micro-batches of the run come to; dealt once for each number of rows."""
+    steps = total_steps(options, len(data.train), options.rows_per_step)
+
+    @functools.cache
+    def deal(size: int) -> MicroBatches:
+        return deal_run(
+            data.train,
+            data.validation,
+            rows_per_step=options.rows_per_step,
+            steps=steps,
+            seed=options.seed,
+            size=size,
+            packed=options.packing,
+        )
+
+    return deal
+
+
+def deal_run(
+    train: Sequence[EncodedExample],
+    validation: Sequence[EncodedExample],
+    *,
+    rows_per_step: int,
+    steps: int,
+    seed: int,
+    size: int,
+    packed: bool,
+) -> MicroBatches:
+    """What the micro-batches of at most `size` rows come to over `steps` optimizer steps and in evaluations."""
+    lengths = [len(row) for row in train]
+    supervised = [row.supervised_tokens for row in train]
+    sampler = StepSampler(len(train), rows_per_step, seed)
+    heaviest: list[int] = []
+    tokens = targets = 0
+    counts: set[int] = set()
+    for step in range(steps):
+        rows = sampler.next_step()
+        within = _largest(lengths, rows, size) <= tokens and _largest(supervised, rows, size) <= targets
+        if within and step >= COUNTED_STEPS:
+            continue
+        for micro in split_micro_batches(rows, lengths, size, packed):
+            taken = _tokens([lengths[row] for row in micro], packed)
+            counts.add(taken)
+            if taken > tokens:
+                tokens, heaviest = taken, micro
+            targets = max(targets, sum(supervised[row] for row in micro))
+    held_out = split_micro_batches(range(len(validation)), [len(row) for row in validation], size, packed)
+    evaluated = [[validation[row] for row in micro] for micro in held_out]
+    own = [_tokens([len(row) for row in micro], packed) for micro in evaluated]
+    return MicroBatches(
+        tokens=tokens,
+        supervised=targets,
+        longest_row=max(lengths),
+        token_counts=len(counts),
+        held_out_tokens=max(own, default=0),
+        held_out_supervised=max((sum(row.supervised_tokens for row in micro) for micro in evaluated), default=0),
+        held_out_counts=len(set(own) - counts),
+        heaviest=tuple(heaviest),
+        heaviest_held_out=tuple(held_out[own.index(max(own))]) if own else (),
+    )
+
+
+def total_steps(options: LengthOptions, num_rows: int, rows_per_step: int) -> int:
+    """Optimizer steps of a run over so many training rows."""
+    return options.max_steps or StepSampler(num_rows, rows_per_step, 0).num_steps(options.epochs)
+
+
+def even_run(length: int, *, rows_per_step: int, size: int, packed: bool) -> MicroBatches:
+    """The same where every row has `length` tokens, all supervised."""
+    sizes = {size, rows_per_step % size or size}
+    tokens = _tokens([length] * size, packed)
+    return MicroBatches(tokens, size * length, length, len(sizes), tokens, size * length, 0)
+
+
+def _tokens(lengths: Sequence[int], packed: bool) -> int:
+    """Of one micro-batch, padding included."""
+    if not packed:
+        return len(lengths) * max(lengths)
+    return -(-sum(lengths) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+
+
+def _largest(numbers: Sequence[int], rows: Sequence[int], size: int) -> int:
+    """The most that `size` of these rows can come to."""
+    return sum(sorted((numbers[row] for row in rows), reverse=True)[:size])

@@ -1,0 +1,1 @@
+"""A whole model put into few bits."""

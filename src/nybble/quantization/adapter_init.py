@@ -1,0 +1,108 @@
+"""Start a model's adapters from what its base lost when it was quantised."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.adapter_init import nearest_product
+from nybble.calibration.statistics import InputStatistics
+from nybble.errors import ModelError
+from nybble.layers.backbone import decoder_states
+from nybble.layers.convert import adapters_of
+from nybble.layers.lora import LoraLinear
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.sources.interface import ModelSource
+from nybble.sources.placement import place_tensors, read_placed
+from nybble.sources.skeleton import build_skeleton, is_transposed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+STATISTICS_BYTES = 1 << 29  # of matrices H gathered in one pass over the windows
+
+
+def check_initialisable(source: ModelSource, quantized: bool) -> None:
+    """Refuse what has no error to start from.
+
+    Raises:
+        ModelError: the base stays in 16 bits, or comes already quantised.
+    """
+    if not quantized or source.quant_spec is not None:
+        state = "comes already quantised" if source.quant_spec is not None else "is not quantised (--format none)"
+        raise ModelError(
+            f"{source.name} {state}: what quantisation loses is not known.",
+            "--init loftq and activation need a 16-bit model that is quantised for this run.",
+            "Give the 16-bit model, or use --init default.",
+        )
+
+
+@torch.no_grad()
+def initialise_adapters(
+    model: "PreTrainedModel", source: ModelSource, windows: Tensor | None, statistics_bytes: int = STATISTICS_BYTES
+) -> None:
+    """Give every adapter the value nearest to its layer's error, and let it remember it as its initial one.
+
+    Args:
+        model: a quantised base with adapters that have not been trained.
+        source: the 16-bit model that the base was made from.
+        windows: int64 `(windows, tokens)`, the text that the layers' inputs come from; None weighs all errors alike.
+        statistics_bytes: of what is gathered in a pass over the windows, one layer's at least; less makes more passes.
+
+    Raises:
+        ModelError: as `check_initialisable`.
+    """
+    adapters = {name: each for name, each in adapters_of(model).items() if isinstance(each.base, QuantizedLinear)}
+    check_initialisable(source, bool(adapters))
+    skeleton = build_skeleton(source.config)
+    places = {place.target: place for place in place_tensors(source, skeleton)}
+    for name, adapter, hessian in _with_statistics(model, adapters, windows, statistics_bytes):
+        weight = read_placed(source, places[f"{name}.weight"])
+        assert isinstance(weight, Tensor)
+        if is_transposed(skeleton.get_submodule(name)):
+            weight = weight.T
+        quantized: Any = adapter.base
+        error = weight.to(adapter.lora_A.device).float() - quantized.dequantize(torch.float32)
+        adapter.start_from(*nearest_product(error, adapter.rank, adapter.scaling, hessian))
+
+
+def _with_statistics(
+    model: "PreTrainedModel", adapters: dict[str, LoraLinear], windows: Tensor | None, statistics_bytes: int
+) -> Iterator[tuple[str, LoraLinear, Tensor | None]]:
+    """Each adapter with H of its layer's inputs, or None without windows; as many layers a pass as memory allows.
+
+    The inputs are those of the model with all adapters as they are now: layers before this one already start from
+    their first value.
+    """
+    if windows is None:
+        yield from ((name, adapter, None) for name, adapter in adapters.items())
+        return
+    waiting = list(adapters.items())
+    while waiting:
+        taken, num_bytes = 0, 0
+        while taken < len(waiting) and (not taken or num_bytes < statistics_bytes):
+            num_bytes += 4 * waiting[taken][1].in_features ** 2
+            taken += 1
+        now, waiting = waiting[:taken], waiting[taken:]
+        statistics = _input_statistics(model, dict(now), windows)
+        yield from ((name, adapter, statistics.pop(name).finish()) for name, adapter in now)
+
+
+def _input_statistics(
+    model: "PreTrainedModel", adapters: dict[str, LoraLinear], windows: Tensor
+) -> dict[str, InputStatistics]:
+    statistics = {name: InputStatistics(each.in_features, each.lora_A.device) for name, each in adapters.items()}
+
+    def gather(name: str) -> Any:
+        return lambda module, inputs: statistics[name].add(inputs[0].flatten(0, -2))
+
+    device = next(iter(adapters.values())).lora_A.device
+    handles = [adapter.register_forward_pre_hook(gather(name)) for name, adapter in adapters.items()]
+    try:
+        for window in windows.to(device):
+            decoder_states(model, window[None], torch.arange(len(window), device=window.device)[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics

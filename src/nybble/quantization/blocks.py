@@ -1,0 +1,183 @@
+"""Calibrated four-bit weights of a source, block after block; the 16-bit model never exists in memory.
+
+In memory at a time: one block in the compute dtype, one weight as the source has it, the statistics of one group of
+linears, and the windows' hidden states; before the first block, the embedding.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, LayerInputs, calibrate_weight
+from nybble.calibration.statistics import InputStatistics
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
+from nybble.kernels.heap import give_back_free
+from nybble.kernels.ops import dequantize, quantize
+from nybble.layers.convert import quantizable_linears, replace_linears
+from nybble.layers.dense import replace_dense_ends
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.quantization.partial import LayerReport
+from nybble.quantization.walk import Walk, WalkError, start_walk
+from nybble.sources.interface import ModelSource
+from nybble.sources.load import fill_computed_buffers, load_one
+from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
+from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class BlockCalibrator:
+    """Calibrates the blocks of a source in order.
+
+    Args:
+        specs: one for all linears, or one for each by name; those of one block have one block size.
+        windows: int64 `(windows, tokens)`, the calibration text.
+        compute_dtype: of the hidden states and products.
+
+    Attributes:
+        walk: the hidden states before the next block.
+
+    Raises:
+        WalkError: the model's layers cannot be run one by one.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        specs: QuantSpec | LayerSpecs,
+        windows: Tensor,
+        compute_dtype: torch.dtype,
+        options: FeedbackOptions | None = None,
+    ):
+        self.source, self.specs, self.dtype = source, specs, compute_dtype
+        self.options = options or FeedbackOptions()
+        self.model = build_skeleton(source.config, compute_dtype)
+        self.placed = place_tensors(source, self.model)
+        self.blocks = block_names(self.model)
+        owner = {name.rpartition(".")[0] for name in self.blocks}
+        if len(owner) != 1:
+            raise WalkError(f"{type(self.model).__name__} has its layers in {len(owner)} lists")
+        _load_outside(source, self.model, self.placed, self.blocks, compute_dtype)
+        layers: Any = self.model.get_submodule(owner.pop())
+        with torch.no_grad():
+            self.walk: Walk = start_walk(self.model, windows, self.options.shift > 0, layers)
+        _forget_ends(self.model)
+
+    @torch.no_grad()
+    def run(self, index: int) -> tuple[dict[str, QuantizedTensor], list[LayerReport]]:
+        """The weights of block `index` by parameter name, and how they came to be; blocks come in order."""
+        name = self.blocks[index]
+        layer = copy.deepcopy(self.model.get_submodule(name)).eval()
+        placed = {place.target.removeprefix(f"{name}."): place for place in self.placed_in(name)}
+        for leaf, place in placed.items():
+            load_one(layer, leaf, read_placed(self.source, place), self.dtype, "cpu", transposed=False)
+        linears = [
+            linear.removeprefix(f"{name}.") for linear in quantizable_linears(self.model) if _is_in(linear, name)
+        ]
+        weights: dict[str, QuantizedTensor] = {}
+        reports: list[LayerReport] = []
+
+        def take(group: Iterable[str], inputs: LayerInputs) -> None:
+            for linear in group:
+                weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
+                spec = spec_of(self.specs, f"{name}.{linear}")
+                found = calibrate_weight(weight, inputs, spec, self.options, linear)
+                weights[f"{name}.{linear}.weight"] = found.tensor
+                reports.append(_report(f"{name}.{linear}", weight, found))
+                _swap(layer, linear, found.tensor, self.dtype)
+
+        for group, statistics in self.walk.groups(index, layer):
+            give_back_free()  # what the text left behind in pieces
+            block_size = spec_of(self.specs, f"{name}.{group[0]}").block_size
+            take(group, LayerInputs(statistics, block_size, self.options))
+            del statistics  # before the text goes on
+        for linear in linears:
+            if f"{name}.{linear}.weight" not in weights:  # never called
+                in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
+                block_size = spec_of(self.specs, f"{name}.{linear}").block_size
+                take([linear], LayerInputs(InputStatistics(in_features), block_size, self.options))
+        return weights, reports
+
+    def placed_in(self, block: str) -> list[PlacedTensor]:
+        return [place for place in self.placed if _is_in(place.target, block)]
+
+    def _read(self, place: PlacedTensor, transposed: bool) -> Tensor:
+        weight = read_placed(self.source, place)
+        assert isinstance(weight, Tensor)
+        return weight.T if transposed else weight
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The blocks that hold linears which go into four bits, in order."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outermost = [name for name in lists if not any(_is_in(name, other) for other in lists if other != name)]
+    linears = quantizable_linears(model)
+    names = [f"{name}.{child}" for name in outermost for child, _ in model.get_submodule(name).named_children()]
+    return [name for name in names if any(_is_in(linear, name) for linear in linears)]
+
+
+def weight_report(name: str, method: str, weight: Tensor, q: QuantizedTensor, note: str = "") -> LayerReport:
+    """The report of a layer without statistics: errors of the weight itself."""
+    wide = weight.float()
+
+    def error(tensor: QuantizedTensor) -> float:
+        return float((wide - dequantize(tensor, torch.float32)).square().sum() / wide.square().sum())
+
+    return LayerReport(name, method, error(quantize(weight, q.spec)), error(q), note)
+
+
+def _report(name: str, weight: Tensor, found: CalibratedWeight) -> LayerReport:
+    if found.method == "search":
+        return weight_report(name, found.method, weight, found.tensor, found.note)
+    return LayerReport(name, found.method, found.absmax_error, found.error, found.note)
+
+
+def _load_outside(
+    source: ModelSource, model: "PreTrainedModel", placed: list[PlacedTensor], blocks: list[str], dtype: torch.dtype
+) -> None:
+    """Load what hidden states meet before the first block; the head stays on the meta device unless it is tied."""
+    fill_computed_buffers(model, "cpu")
+    ends = dense_end_weights(model)
+    head = model.get_output_embeddings()
+    unneeded = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if source.dense_dtype != dtype:
+        ends = replace_dense_ends(model, dtype)
+    for place in placed:
+        if place.target in unneeded or any(_is_in(place.target, block) for block in blocks):
+            continue
+        kept = source.dense_dtype if place.target in ends else dtype
+        load_one(model, place.target, read_placed(source, place), kept, "cpu", transposed=False)
+    model.tie_weights()
+    model.requires_grad_(False).eval()
+
+
+def _forget_ends(model: "PreTrainedModel") -> None:
+    """Free the embedding, and a head that is tied to it: hidden states are past the one and do not reach the other."""
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if end is not None:
+            end.to("meta")
+
+
+def _swap(layer: nn.Module, name: str, q: QuantizedTensor, dtype: torch.dtype) -> None:
+    """The named linear with this weight in four bits, in place."""
+    plain = _plain(layer.get_submodule(name))
+    layer.set_submodule(name, plain)
+    replace_linears(layer, [name], q.spec, dtype)
+    linear: Any = layer.get_submodule(name)
+    assert isinstance(linear, QuantizedLinear)
+    linear.load_quantized(q)
+    if plain.bias is not None:
+        linear.bias = plain.bias
+
+
+def _plain(module: Any) -> Any:
+    """The linear itself, where a walk is observing it."""
+    return getattr(module, "linear", module)
+
+
+def _is_in(name: str, block: str) -> bool:
+    return name.startswith(f"{block}.")

@@ -1,0 +1,317 @@
+"""A model source as a folder: in 16 bits, or in four (`nybble quantize`), written block by block.
+
+    absmax       each weight by itself, bitsandbytes' bytes
+    search       each weight by itself, scales searched (nybble.calibration.search)
+    calibrated   each weight in the light of what its inputs are (nybble.calibration.feedback)
+
+Finished blocks are kept beside the output (nybble.quantization.partial), so that an interrupted run goes on where it
+stopped and ends with the same bytes.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from nybble.calibration.feedback import FeedbackOptions
+from nybble.calibration.search import check_searchable, search_weight
+from nybble.errors import ModelError
+from nybble.files.disk import disk_errors
+from nybble.files.manifest import write_manifest
+from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
+from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder
+from nybble.kernels.ops import quantize
+from nybble.layers.convert import is_linear, quantizable_linears
+from nybble.options.groups import DENSE_SHARE
+from nybble.quantization.blocks import BlockCalibrator, block_names, weight_report
+from nybble.quantization.partial import LayerReport, PartialFolder, digest_of
+from nybble.sources.interface import ModelSource
+from nybble.sources.inventory import Inventory, check_dense_share, take_inventory
+from nybble.sources.load import Progress
+from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
+from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.sources.tokenizer import save_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Quality = Literal["absmax", "search", "calibrated"]
+# what transformers 4 has beside `rope_scaling`, the last of them in it too
+_OWN_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+STATES_EVERY_S = 30.0  # hidden states are kept no more often: they are large, and blocks since then are quickly redone
+
+
+@dataclass(frozen=True)
+class CalibrationInput:
+    """What calibrated weights are made with.
+
+    Args:
+        windows: int64 `(windows, tokens)`, the calibration text.
+        compute_dtype: of the hidden states and products.
+        options: of the error feedback.
+    """
+
+    windows: Tensor
+    compute_dtype: torch.dtype
+    options: FeedbackOptions = field(default_factory=FeedbackOptions)
+
+
+@dataclass(frozen=True)
+class QuantizedFolder:
+    """What was written.
+
+    Args:
+        reports: of the linears, block by block; none for absmax, which there is nothing to compare with.
+        inventory: what is in four bits, and what is not.
+    """
+
+    reports: list[LayerReport]
+    inventory: Inventory
+
+
+def quantize_folder(
+    source: ModelSource,
+    specs: QuantSpec | LayerSpecs,
+    out: Path,
+    progress: Progress | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    *,
+    quality: Quality = "absmax",
+    calibration: CalibrationInput | None = None,
+    max_dense_share: float = DENSE_SHARE,
+) -> QuantizedFolder:
+    """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
+
+    nf4 and fp4 are stored as bitsandbytes stores them: transformers loads the folder where bitsandbytes
+    is installed. int4, nf3 and nf2 are stored with nybble's own keys, and refused by transformers. Matrices outside the
+    blocks are kept in 16 bits, norms and biases as they are. A manifest vouches for every file.
+
+    Args:
+        specs: one for all linears of the blocks, or one for each by name.
+        out: a new or empty folder.
+        progress: wraps the list of blocks to make, called with `total=`.
+        calibration: for quality "calibrated".
+        max_dense_share: of the weights of the blocks, what may stay in 16 bits.
+
+    Raises:
+        ModelError: `out` is taken or cannot be written, the source is damaged or already in four bits, or too much of
+            it is in no linear layer.
+        FormatError: a format whose scales cannot be searched.
+        WalkError: calibrated weights of a model whose layers cannot be run one by one.
+    """
+    if source.quant_spec is not None:
+        raise ModelError(
+            f"{source.name} is already quantised ({source.quant_spec.format}).",
+            "Allowed: a model in 16 or 32 bits; quantising twice loses quality each time.",
+            "Use it as it is, or start from the 16-bit model.",
+        )
+    if quality != "absmax" and isinstance(specs, QuantSpec):
+        check_searchable(specs.format)
+    check_output_free(out)
+    model = build_skeleton(source.config)
+    inventory = take_inventory(model)
+    check_dense_share(inventory, source.name, max_dense_share)
+    placed = place_tensors(source, model)
+    calibrator = None
+    if quality == "calibrated":
+        assert calibration is not None
+        windows, dtype = calibration.windows, calibration.compute_dtype
+        calibrator = BlockCalibrator(source, specs, windows, dtype, calibration.options)
+    with disk_errors(out):
+        partial = PartialFolder(out, _work(source, specs, quality, calibration))
+        if calibrator is not None:
+            _make_calibrated(calibrator, partial, progress)
+        else:
+            _make_blocks(source, specs, quality, model, placed, partial, progress)
+        _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
+        reports = [report for block in block_names(model) for report in partial.reports(block)]
+        partial.remove()
+    return QuantizedFolder(reports, inventory)
+
+
+def _work(
+    source: ModelSource, specs: QuantSpec | LayerSpecs, quality: Quality, calibration: CalibrationInput | None
+) -> dict[str, object]:
+    """All that decides the result."""
+    work: dict[str, object] = {"source": source.fingerprint(), "quality": quality}
+    if isinstance(specs, QuantSpec):
+        work["spec"] = asdict(specs)
+    else:
+        work["specs"] = {layer: asdict(spec) for layer, spec in specs.items()}
+    if calibration is not None and quality == "calibrated":
+        work["windows"] = digest_of(calibration.windows)
+        work["compute_dtype"] = str(calibration.compute_dtype)
+        work["options"] = asdict(calibration.options)
+    return work
+
+
+def _make_blocks(
+    source: ModelSource,
+    specs: QuantSpec | LayerSpecs,
+    quality: Quality,
+    model: "PreTrainedModel",
+    placed: list[PlacedTensor],
+    partial: PartialFolder,
+    progress: Progress | None,
+) -> None:
+    """Every block that is not there yet, each weight by itself."""
+    blocks = block_names(model)
+    linears = {f"{name}.weight" for name in quantizable_linears(model)}
+    quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if quality == "absmax" else search_weight
+    for block in blocks if progress is None else progress(blocks, total=len(blocks)):
+        if partial.load(block) is not None:
+            continue
+        stored: dict[str, Tensor] = {}
+        reports = []
+        for place in placed:
+            if place.target not in linears or not place.target.startswith(f"{block}."):
+                continue
+            name = place.target.removesuffix(".weight")
+            weight = read_placed(source, place)
+            assert isinstance(weight, Tensor)
+            if is_transposed(model.get_submodule(name)):
+                weight = weight.T
+            q = quantizer(weight, spec_of(specs, name))
+            stored |= to_bnb(place.target, q)
+            if quality != "absmax":
+                reports.append(weight_report(name, quality, weight, q))
+        partial.save(block, stored, reports)
+
+
+def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, progress: Progress | None) -> None:
+    """Every block from the last hidden states that were kept."""
+    kept = partial.load_states()
+    first = 0 if kept is None else kept[0]
+    if kept is not None:
+        calibrator.walk.states = kept[1]["states"]
+        calibrator.walk.exact = kept[1].get("exact")
+    last_kept = time.monotonic()
+    blocks = list(enumerate(calibrator.blocks))[first:]
+    for index, block in blocks if progress is None else progress(blocks, total=len(blocks)):
+        weights, reports = calibrator.run(index)
+        stored = {name: part for target, q in weights.items() for name, part in to_bnb(target, q).items()}
+        partial.save(block, stored, reports)
+        if time.monotonic() - last_kept > STATES_EVERY_S:
+            walk = calibrator.walk
+            exact = {} if walk.exact is None else {"exact": walk.exact}
+            partial.save_states(index + 1, {"states": walk.states} | exact)
+            last_kept = time.monotonic()
+
+
+def _assemble(
+    source: ModelSource,
+    specs: QuantSpec | LayerSpecs,
+    out: Path,
+    model: "PreTrainedModel",
+    placed: list[PlacedTensor],
+    partial: PartialFolder,
+    max_shard_bytes: int,
+) -> None:
+    """The folder from the finished blocks and from what stays in 16 bits."""
+    linears = {f"{name}.weight" for name in quantizable_linears(model)}
+    ends = dense_end_weights(model)
+    with staged_folder(out) as staging:
+        with SafetensorsWriter(staging, max_shard_bytes) as writer:
+            for block in block_names(model):
+                stored = partial.load(block)
+                assert stored is not None, block
+                for name, part in sorted(stored.items()):
+                    writer.write(name, part)
+            for place in placed:
+                if place.target in linears:
+                    continue
+                tensor = read_placed(source, place)
+                assert isinstance(tensor, Tensor)
+                rounded = place.target in ends or tensor.ndim > 1
+                writer.write(place.target, tensor.to(source.dense_dtype) if rounded else tensor)
+
+        kept = [n for n, module in model.named_modules() if is_linear(module) and f"{n}.weight" not in linears]
+        _save_settings(
+            source, model, source.load_tokenizer(), staging, quantization_config(specs, source.dense_dtype, kept)
+        )
+        formats = {spec_of(specs, name.removesuffix(".weight")).format for name in linears}
+        write_manifest(staging, {"base": source.fingerprint(), "formats": sorted(formats)})
+
+
+def save_dense_folder(
+    source: ModelSource, out: Path, progress: Progress | None = None, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Write the source to `out` in 16 bits, norms and biases as they are; `out` appears complete or not at all.
+
+    Args:
+        source: none of its tensors is in four bits.
+        out: a new or empty folder.
+        progress: wraps the list of tensors to write, called with `total=`.
+
+    Raises:
+        ModelError: `out` is taken or cannot be written, or the source is damaged.
+    """
+    with disk_errors(out), staged_folder(out) as staging:
+        tokenizer = source.load_tokenizer()
+        model = build_skeleton(source.config)
+        placed = place_tensors(source, model)
+        with SafetensorsWriter(staging, max_shard_bytes) as writer:
+            for place in placed if progress is None else progress(placed, total=len(placed)):
+                tensor = read_placed(source, place)
+                assert isinstance(tensor, Tensor)
+                writer.write(place.target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)
+                del tensor  # gone before the next one is read
+        _save_settings(source, model, tokenizer, staging)
+
+
+def save_config(config: "PretrainedConfig", folder: Path) -> None:
+    """Write config.json as transformers 4 and 5 both read it; they refuse the folder where only nybble reads its
+    weights.
+    """
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    content = _for_transformers_4(json.loads(file.read_text(encoding="utf-8")))
+    file.write_text(json.dumps(refused_by_transformers(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with transformers 4's keys beside those that transformers 5 has in their place, its parts too.
+
+    Where the attention of layers differs, `rope_parameters` holds one entry for each kind of it; transformers 4 has
+    Gemma 3's keys for that.
+    """
+    config = {key: _for_transformers_4(part) if isinstance(part, dict) else part for key, part in config.items()}
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters")
+    if not rope:
+        return config
+    if "sliding_attention" in rope:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    config |= {key: rope[key] for key in _OWN_ROPE_KEYS if key in rope}
+    if rope.get("rope_type") == "longrope":  # of which it takes these three and no others
+        config["rope_scaling"] = {"type": "longrope", **{key: rope[key] for key in ("short_factor", "long_factor")}}
+    elif rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key not in _OWN_ROPE_KEYS[:2]}
+    return config
+
+
+def _save_settings(
+    source: ModelSource,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: Path,
+    quantization: dict[str, Any] | None = None,
+) -> None:
+    """Config, generation config and tokenizer beside the weights."""
+    config = copy.deepcopy(source.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = source.dense_dtype
+    if quantization is not None:
+        config.quantization_config = quantization
+    save_config(config, folder)
+    source.load_generation_config().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)

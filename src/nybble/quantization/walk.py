@@ -1,0 +1,394 @@
+"""Calibration windows on their way through a model, one block at a time, one group of linears after the other.
+
+A walk holds the hidden states of all windows. For a block it gives the linears in the order in which they are used,
+those that share an input together, each group with the statistics of that input; the caller puts the group into four
+bits before it asks for the next, so that every layer is calibrated on what it will really get. When a block is through,
+the states are its outputs.
+
+`PackedWalk` computes through nybble's decoder blocks and passes a block once. `ModuleWalk` runs any transformers
+decoder layer whose forward takes hidden states and gives hidden states; it passes a block twice, and the linears of
+one block do not see each other quantised.
+
+Where `exact` is asked for, the states of the 16-bit model are carried beside for half of the text, so that the
+statistics know how far the inputs have moved; that costs a third of the time, and the other half would add little.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from nybble.calibration.statistics import InputStatistics
+from nybble.errors import ModelError
+from nybble.kernels import block_ops
+from nybble.layers.backbone import decoder_block, rotary_angles, why_not_forward
+from nybble.layers.convert import is_linear
+from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Rows
+from nybble.sources.skeleton import is_transposed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHUNK_TOKENS = 512  # computed at once
+KEPT_BYTES = 1 << 25  # of inputs that are needed twice
+STATES_DTYPE = torch.bfloat16  # of hidden states between two blocks, whatever is computed in
+EXACT_EVERY = 2  # of so many chunks, or windows, the 16-bit model's states are carried for the first
+
+Group = tuple[tuple[str, ...], InputStatistics]  # names of linears within the block, statistics of their input
+
+
+class Walk(Protocol):
+    """What both walks offer.
+
+    Attributes:
+        states: hidden states before the next block.
+        exact: those of the 16-bit model for a part of the text, or None.
+    """
+
+    states: Tensor
+    exact: Tensor | None
+
+    def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
+        """The groups of block `index`; between two of them the caller quantises the linears of the first, in place.
+
+        Args:
+            layer: the block with its dense weights.
+        """
+        ...
+
+
+def start_walk(model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: nn.ModuleList) -> Walk:
+    """The walk for this model.
+
+    Args:
+        model: everything outside its blocks is loaded; the blocks may be on the meta device.
+        windows: int64 `(windows, tokens)`.
+        exact: carry the 16-bit model's states too.
+        blocks: the model's decoder layers.
+
+    Raises:
+        WalkError: the model's layers do not take and give hidden states one after the other.
+    """
+    if why_not_forward(model) is None:
+        return PackedWalk(model, windows, exact)
+    return ModuleWalk(model, windows, exact, blocks)
+
+
+class WalkError(ModelError):
+    """A model's layers cannot be run one by one. Who was asked to calibrate says so; who chose to does without.
+
+    Args:
+        reason: half a sentence.
+    """
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"The model cannot be calibrated: {reason}.",
+            "Calibrating passes text through one layer after the other.",
+            "Take --quality search or --quality absmax, which look at the weights alone.",
+        )
+
+
+class PackedWalk:
+    """Through nybble's decoder blocks, some windows side by side at a time. States are `(tokens of all, hidden)`, in 16
+    bits.
+    """
+
+    def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool):
+        self._config = model.config
+        self._weights = DenseWeights()
+        per_chunk = max(1, CHUNK_TOKENS // windows.shape[1])
+        self._chunks: list[_Chunk] = []
+        exact_tokens = 0
+        for start in range(0, len(windows), per_chunk):
+            count = len(windows[start : start + per_chunk])
+            positions = torch.arange(windows.shape[1]).repeat(count)[None]  # (1, tokens)
+            borders = torch.arange(count + 1, dtype=torch.int32) * windows.shape[1]
+            tokens = slice(start * windows.shape[1], (start + count) * windows.shape[1])
+            carried = None
+            if exact and len(self._chunks) % EXACT_EVERY == 0:
+                carried = slice(exact_tokens, exact_tokens + positions.shape[1])
+                exact_tokens = carried.stop
+            self._chunks.append(_Chunk(tokens, Rows(*rotary_angles(model, positions), borders), carried))
+        ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
+        self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
+        for chunk in self._chunks:
+            self.states[chunk.tokens] = embedding(ids[chunk.tokens]).to(STATES_DTYPE)
+        parts = [self.states[chunk.tokens] for chunk in self._chunks if chunk.exact is not None]
+        self.exact = torch.cat(parts) if parts else None
+
+    def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
+        exact = None if self.exact is None else self._block(layer)  # keeps the 16-bit linears
+        yield self._group(layer, exact, "self_attn", ("q_proj", "k_proj", "v_proj"), _attention_input)
+        yield from self._group_and_step(layer, exact, "self_attn", "o_proj", _mix, _add_attention)
+        yield self._group(layer, exact, "mlp", ("gate_proj", "up_proj"), _mlp_input)
+        yield from self._group_and_step(layer, exact, "mlp", "down_proj", _gate, _add_mlp)
+
+    def _block(self, layer: nn.Module) -> DecoderBlock:
+        return decoder_block(layer, self._config, self._weights)
+
+    def _group(
+        self, layer: nn.Module, exact: DecoderBlock | None, parent: str, leaves: Sequence[str], inputs: "Inputs"
+    ) -> Group:
+        """Statistics of what `inputs` gives, chunk by chunk."""
+        block = self._block(layer)
+        weights = {f"{parent}.{leaf}": _weight(layer.get_submodule(f"{parent}.{leaf}")) for leaf in leaves}
+        statistics: InputStatistics | None = None
+        for chunk in self._chunks:
+            x = inputs(block, chunk.rows, self.states[chunk.tokens])
+            statistics = statistics or InputStatistics(x.shape[1])
+            statistics.add(x)
+            if exact is not None and self.exact is not None and chunk.exact is not None:
+                undisturbed = inputs(exact, chunk.rows, self.exact[chunk.exact])
+                for name, weight in weights.items():
+                    statistics.add_drift(name, weight, x, undisturbed)
+        assert statistics is not None
+        return tuple(weights), statistics
+
+    def _group_and_step(
+        self, layer: nn.Module, exact: DecoderBlock | None, parent: str, leaf: str, inputs: "Inputs", step: "Step"
+    ) -> Iterator[Group]:
+        """A group of one linear, and once it is quantised the step from its inputs to the next states.
+
+        The inputs of all tokens may be far larger than their states: those that `KEPT_BYTES` has no room for are
+        computed twice.
+        """
+        kept = _Kept(inputs)
+        yield self._group(layer, exact, parent, (leaf,), kept.make)
+        block = self._block(layer)
+        for chunk in self._chunks:
+            states = self.states[chunk.tokens]
+            step(block, kept.take(block, chunk.rows, states), states)
+            if exact is not None and self.exact is not None and chunk.exact is not None:
+                states = self.exact[chunk.exact]
+                step(exact, kept.take(exact, chunk.rows, states), states)
+
+
+Inputs = Callable[[DecoderBlock, Rows, Tensor], Tensor]  # (block, rows, states) -> inputs of a linear, (tokens, in)
+Step = Callable[[DecoderBlock, Tensor, Tensor], None]  # (block, inputs, states): the states move on, in place
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Windows that are computed at once: their states, where they lie, and their part of the exact states."""
+
+    tokens: slice
+    rows: Rows
+    exact: slice | None
+
+
+class _Kept:
+    """Inputs of a linear that are needed twice, as many of them as `KEPT_BYTES` holds."""
+
+    def __init__(self, inputs: Inputs):
+        self._inputs = inputs
+        self._made: dict[int, Tensor] = {}  # by where the chunk's states lie
+        self._room = KEPT_BYTES
+
+    def make(self, block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+        made = self._inputs(block, rows, states)
+        if made.nbytes <= self._room:
+            self._room -= made.nbytes
+            self._made[states.data_ptr()] = made
+        return made
+
+    def take(self, block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+        made = self._made.pop(states.data_ptr(), None)
+        return self._inputs(block, rows, states) if made is None else made
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """`(out, in)`"""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if is_transposed(linear) else weight.detach()
+
+
+def _attention_input(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    return _normed(block.input_norm, states)
+
+
+def _mlp_input(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    return _normed(block.mlp_norm, states)
+
+
+def _normed(norm: Any, states: Tensor) -> Tensor:
+    return block_ops.rms_norm(states.to(norm.weight.dtype), norm.weight.detach(), norm.variance_epsilon)[0]
+
+
+def _mix(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    return block.mix(block.attend(states.to(block.input_norm.weight.dtype), rows).qkv, rows)[0]
+
+
+def _add_attention(block: DecoderBlock, mixed: Tensor, states: Tensor) -> None:
+    states.copy_(block.o.forward(mixed, None, residual=states.to(mixed.dtype)))
+
+
+def _gate(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    gate, up = block.gate_up.forward(_mlp_input(block, rows, states), None).chunk(2, dim=1)
+    return block_ops.swiglu(gate, up)
+
+
+def _add_mlp(block: DecoderBlock, gated: Tensor, states: Tensor) -> None:
+    states.copy_(block.down.forward(gated, None, residual=states.to(gated.dtype)))
+
+
+class ModuleWalk:
+    """Through the model's own layers, one window at a time. States are `(windows, tokens, hidden)`."""
+
+    def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: nn.ModuleList):
+        states, self._arguments = _enter(model, windows, blocks)
+        self.states = torch.cat(states)
+        self.exact = self.states[::EXACT_EVERY].clone() if exact else None
+
+    def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
+        recorder = _Recorder()
+        for name, module in list(layer.named_modules()):
+            if is_linear(module):
+                layer.set_submodule(name, _Observed(name, module, recorder))
+        for window in range(len(self.states)):
+            if self.exact is not None and window % EXACT_EVERY == 0:
+                carried = window // EXACT_EVERY
+                with recorder.exact_inputs():
+                    self.exact[carried] = self._run(index, layer, self.exact[carried])
+            self._run(index, layer, self.states[window])
+        yield from recorder.groups()
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, _Observed):
+                layer.set_submodule(name, module.linear)
+        for window in range(len(self.states)):
+            self.states[window] = self._run(index, layer, self.states[window])
+
+    def _run(self, index: int, layer: nn.Module, states: Tensor) -> Tensor:
+        arguments, keywords = self._arguments[index]
+        output = layer(states[None], *arguments, **keywords)
+        return (output[0] if isinstance(output, tuple) else output)[0]
+
+
+class _Recorder:
+    """What the linears of one layer got. Linears that are given one and the same tensor form a group."""
+
+    def __init__(self) -> None:
+        self._exact: dict[str, Tensor] = {}  # name -> input from the 16-bit states of the window that passes
+        self._takes_exact = False
+        self._statistics: dict[str, InputStatistics] = {}
+        self._last: tuple[Tensor, InputStatistics] | None = None
+
+    @contextmanager
+    def exact_inputs(self) -> Iterator[None]:
+        """Within the block, what is seen are inputs from the 16-bit states."""
+        self._exact, self._takes_exact = {}, True
+        yield
+        self._takes_exact = False
+
+    def see(self, name: str, linear: nn.Module, x: Tensor) -> None:
+        if self._takes_exact:
+            self._exact[name] = x
+            return
+        if self._last is None or self._last[0] is not x:
+            statistics = self._statistics.get(name) or InputStatistics(x.shape[-1], x.device)
+            statistics.add(x.flatten(0, -2))
+            self._last = (x, statistics)
+        statistics = self._statistics.setdefault(name, self._last[1])
+        exact = self._exact.pop(name, None)
+        if exact is not None:
+            statistics.add_drift(name, _weight(linear), x.flatten(0, -2), exact.flatten(0, -2))
+
+    def groups(self) -> list[Group]:
+        names: dict[int, list[str]] = {}
+        for name, statistics in self._statistics.items():
+            names.setdefault(id(statistics), []).append(name)
+        return [(tuple(group), self._statistics[group[0]]) for group in names.values()]
+
+
+class _Observed(nn.Module):
+    """A linear layer that shows its input to a recorder."""
+
+    def __init__(self, name: str, linear: nn.Module, recorder: _Recorder):
+        super().__init__()
+        self.name, self.linear = name, linear
+        self._recorder = [recorder]  # in a list: it is no module of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._recorder[0].see(self.name, self.linear, x)
+        return self.linear(x)
+
+
+class _OtherOutputError(Exception):
+    """The model read something else off a layer's output than hidden states: it expects the other form."""
+
+
+class _Catcher(nn.Module):
+    """Stands for a decoder layer: notes what it is called with, and hands the hidden states on.
+
+    Args:
+        layer: whose attributes the model may ask for, such as those by which it chooses among its masks.
+        before: the layer before it, whose hidden states it must be given.
+    """
+
+    def __init__(self, layer: nn.Module, as_tuple: bool, before: "_Catcher | None"):
+        super().__init__()
+        self.calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+        self.as_tuple = as_tuple
+        self._layer, self._before = [layer], [before]  # in lists: they are no modules of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        before = self._before[0]
+        if before is not None and not (before.calls and hidden_states is before.calls[-1][0]):
+            raise _OtherOutputError
+        self.calls.append((hidden_states, arguments, keywords))
+        return (hidden_states,) if self.as_tuple else hidden_states
+
+
+Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _enter(model: "PreTrainedModel", windows: Tensor, blocks: nn.ModuleList) -> tuple[list[Tensor], Arguments]:
+    """Each window's states before the first block, and what else every block is called with (all windows alike).
+
+    Raises:
+        WalkError: the model does something else with its layers than to hand hidden states on.
+    """
+    failure: Exception | None = None
+    for as_tuple in (False, True):
+        catchers: list[_Catcher] = []
+        for layer in blocks:
+            catchers.append(_Catcher(layer, as_tuple, catchers[-1] if catchers else None))
+        try:
+            with _standing_in(blocks, catchers):
+                for window in windows:
+                    model.base_model(input_ids=window[None], use_cache=False)
+        except _OtherOutputError as error:
+            failure = error
+            continue
+        except (TypeError, ValueError, IndexError, AttributeError) as error:  # an output that could not be taken apart
+            if not catchers[0].calls:
+                raise  # the model failed by itself
+            failure = error
+            continue
+        if all(len(catcher.calls) == len(windows) for catcher in catchers):
+            first = catchers[0].calls
+            return [states for states, _, _ in first], [catcher.calls[0][1:] for catcher in catchers]
+    raise WalkError(f"the layers of {type(model).__name__} do not hand hidden states from one to the next") from failure
+
+
+@contextmanager
+def _standing_in(blocks: nn.ModuleList, catchers: Sequence[_Catcher]) -> Iterator[None]:
+    layers = list(blocks)
+    for i, catcher in enumerate(catchers):
+        blocks[i] = catcher
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(layers):
+            blocks[i] = layer

@@ -1,0 +1,1 @@
+"""What a run is: its folder, its events, its base, its adapter."""

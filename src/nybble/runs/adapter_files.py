@@ -1,0 +1,305 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32; of an
+embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`.
+Adapters that began with something other than B = 0 have a third file, `initial.safetensors`, with the same keys: what
+they began with. PEFT does not look at it: on the quantised base the adapter is whole without it.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+
+from nybble.errors import ModelError, RunError
+from nybble.formats.safetensors import SafetensorsFolder, sampled_sha256
+from nybble.layers.convert import adapters_of, attach_adapters, end_modules, quantizable_linears
+from nybble.layers.lora import LoraEmbedding, LoraLinear, lora_scaling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+INITIAL_NAME = "initial.safetensors"
+_PREFIX = "base_model.model."
+_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+_BASE_WEIGHT = ".base_layer.weight"  # PEFT stores the frozen weight of an adapted embedding or head too
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape, _LINEAR + _EMBEDDING))})")
+
+# What a config may say without changing what the adapter computes; anything else must be off.
+PLAIN_KEYS = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *(
+        "target_modules",
+        "target_parameters",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "inference_mode",
+    ),
+    *("auto_mapping", "peft_version", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+    *("lora_ga_config", "runtime_config", "ensure_weight_tying", "qalora_group_size", "init_lora_weights"),
+}
+OFF: tuple[object, ...] = (None, False, "none", [], {}, 0)
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # ways to begin that leave the base with other weights
+
+
+def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """PEFT's keys -> fp32 tensors on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        tensors |= _named(name, adapter, adapter.lora_A.detach(), adapter.lora_B.detach())
+    return tensors
+
+
+def initial_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
+    """PEFT's keys -> what the adapters began with; empty where that was B = 0."""
+    tensors: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        if adapter.initial is not None:
+            tensors |= _named(name, adapter, *adapter.initial)
+    return tensors
+
+
+def _named(name: str, adapter: LoraLinear, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    leaves = _EMBEDDING if isinstance(adapter, LoraEmbedding) else _LINEAR
+    return {f"{_PREFIX}{name}.{leaf}": each.cpu().contiguous() for leaf, each in zip(leaves, (a, b), strict=True)}
+
+
+def adapter_config(model: "PreTrainedModel", base_name: str, *, alpha: float, rslora: bool) -> dict[str, Any]:
+    """What PEFT needs to know to put the adapter on its base.
+
+    Where experts that checkpoints store one by one are one tensor in the model, PEFT takes every target module of their
+    names (`gate_proj`) for the experts. Other layers of these names are targets as parameters, which it leaves alone;
+    those have no dropout in PEFT.
+    """
+    adapters = adapters_of(model)
+    first = next(iter(adapters.values()))
+    taken = _names_of_merged_experts(model)
+    as_parameters = [name for name in adapters if name.rpartition(".")[2] in taken]
+    as_modules = [name for name in adapters if name not in as_parameters]
+    parameters = {"target_parameters": sorted(f"{name}.weight" for name in as_parameters)} if as_parameters else {}
+    return parameters | {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": first.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if as_parameters else first.dropout,
+        "use_rslora": rslora,
+        "target_modules": _shortest_targets(model, as_modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def _names_of_merged_experts(model: "PreTrainedModel") -> set[str]:
+    """Last parts of the names of weights that transformers merges, over all experts, when it loads a checkpoint."""
+    merging = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
+    patterns = [pattern for converter in merging for pattern in converter.source_patterns if ".*." in pattern]
+    return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns}
+
+
+def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
+    """Leaf names where, among all modules, they match exactly the adapted layers, else the full names."""
+    leaves = sorted({name.rpartition(".")[2] for name in names})
+    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
+    return leaves if sorted(same_leaf) == sorted(names) else sorted(names)
+
+
+def _adaptable(model: nn.Module) -> list[str]:
+    """Names of all layers that can have an adapter, or have one."""
+    return sorted({*quantizable_linears(model), *end_modules(model), *adapters_of(model)})
+
+
+def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+    """Write the model's adapters into an existing folder."""
+    save_file(adapter_tensors(adapters_of(model)), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    if initial := initial_tensors(adapters_of(model)):
+        save_file(initial, folder / INITIAL_NAME, metadata={"format": "pt"})
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+class StoredAdapter:
+    """An adapter folder, checked, whose matrices are read one layer at a time.
+
+    Attributes:
+        config: of PEFT.
+        names: of the adapted layers.
+        rank, scaling: of every layer's adapter.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise RunError(f"{folder} has no {name}.", "An adapter folder holds both.", "Check the path.")
+        self.folder = folder
+        try:
+            self.config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text())
+            self.rank: int = self.config["r"]
+            rslora = self.config.get("use_rslora", False)
+            self.scaling = lora_scaling(self.config["lora_alpha"], self.rank, rslora)
+            self._stored = SafetensorsFolder(folder / WEIGHTS_NAME)
+            begun = folder / INITIAL_NAME
+            self._initial = SafetensorsFolder(begun) if begun.is_file() else None
+        except (ModelError, ValueError, ArithmeticError, RecursionError, KeyError, TypeError) as error:
+            raise RunError(f"The adapter in {folder} is damaged: {error}.", "", "Use an earlier checkpoint.") from error
+        _check_plain(folder, self.config, self._stored.entries)
+        self.names = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
+        self._check_rank()
+
+    def _leaves(self, name: str) -> tuple[str, str]:
+        return _EMBEDDING if f"{_PREFIX}{name}.{_EMBEDDING[0]}" in self._stored.entries else _LINEAR
+
+    def _check_rank(self) -> None:
+        """Before anything is made of the rank that the config says."""
+        name = self.names[0] if self.names else ""
+        first = self._stored.entries.get(f"{_PREFIX}{name}.{self._leaves(name)[0]}")
+        rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
+        if rank != self.rank:
+            raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {self.rank!r}.")
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every matrix's name and shape, and samples of its bytes."""
+        return sampled_sha256(self._stored.entries.values())
+
+    def check_layers(self, model: nn.Module) -> None:
+        """Refuse a model (on the meta device is enough) that lacks a layer of this adapter.
+
+        Raises:
+            RunError: names the layer.
+        """
+        layers = set(_adaptable(model))
+        if unknown := [name for name in self.names if name not in layers]:
+            raise RunError(
+                f"The adapter in {self.folder} is for layer {unknown[0]!r}, which this base does not have.",
+                "Allowed: an adapter trained on the same base.",
+            )
+
+    def matrices(self, name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        """A `[r, in]` and B `[out, r]` of one layer, in fp32.
+
+        Raises:
+            RunError: a matrix is missing, of another shape, or not finite.
+        """
+        return self._pair(self._stored, WEIGHTS_NAME, name, in_features, out_features)
+
+    def initial(self, name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor] | None:
+        """A and B that one layer's adapter began with; None where B was 0.
+
+        Raises:
+            RunError: as `matrices`.
+        """
+        if self._initial is None:
+            return None
+        return self._pair(self._initial, INITIAL_NAME, name, in_features, out_features)
+
+    def check_base(self, name: str, weight: Tensor) -> None:
+        """Refuse a base whose weight of one layer is not the one that PEFT stored beside the adapter.
+
+        Raises:
+            RunError: it is another, as after tokens were added to it.
+        """
+        key = f"{_PREFIX}{name}{_BASE_WEIGHT}"
+        if key in self._stored.entries and not torch.equal(self._stored.read(key).to(weight), weight):
+            raise RunError(
+                f"The adapter in {self.folder} was trained beside another {name}.weight than this base has.",
+                "Allowed: the base it was trained on; the weights of an adapter's own embedding or head are not taken.",
+                "Merge it into its base with PEFT (merge_and_unload), and use the merged model.",
+            )
+
+    def _pair(
+        self, stored: SafetensorsFolder, file: str, name: str, in_features: int, out_features: int
+    ) -> tuple[Tensor, Tensor]:
+        key_a, key_b = (f"{_PREFIX}{name}.{leaf}" for leaf in self._leaves(name))
+        a = self._matrix(stored, file, key_a, (self.rank, in_features))
+        return a, self._matrix(stored, file, key_b, (out_features, self.rank))
+
+    def _matrix(self, stored: SafetensorsFolder, file: str, key: str, shape: tuple[int, int]) -> Tensor:
+        entry = stored.entries.get(key)
+        where = f"{self.folder / file}: {key}"
+        if entry is None or entry.shape != shape:
+            found = "nothing" if entry is None else f"shape {entry.shape}"
+            raise RunError(
+                f"{where} should have shape {shape}; found {found}.", "Allowed: an adapter trained on the same base."
+            )
+        matrix = stored.read(key).float()
+        if not bool(matrix.isfinite().all()):
+            raise RunError(f"{where} holds values that are not finite.", "", "Use an earlier checkpoint.")
+        return matrix
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Refuse what is more or other than LoRA matrices beside the base.
+
+    Raises:
+        RunError: names the option, or the tensor.
+    """
+    begun = str(config.get("init_lora_weights", "")).lower()
+    strange = [f"{key} = {value!r}" for key, value in config.items() if key not in PLAIN_KEYS and value not in OFF]
+    strange += [f"init_lora_weights = {begun!r}"] if begun.startswith(CHANGES_BASE) else []
+    strange += [f"peft_type = {kind!r}"] if (kind := config.get("peft_type", "LORA")) != "LORA" else []
+    strange += [f"the tensor {key}" for key in keys if not _KEY.fullmatch(key) and not key.endswith(_BASE_WEIGHT)]
+    if strange:
+        raise RunError(
+            f"The adapter in {folder} is not LoRA alone: {', '.join(strange[:3])}.",
+            "Allowed: LoRA's A and B on linear layers, embedding and head, all of one rank and alpha.",
+            "Merge it into its base with PEFT (merge_and_unload), and use the merged model.",
+        )
+
+
+def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
+    """Attach the adapter in `folder` to a base without adapters; name -> adapter.
+
+    Raises:
+        RunError: a file is missing or damaged, or the adapter does not fit the model.
+    """
+    stored = StoredAdapter(folder)
+    stored.check_layers(model)
+    adapters = attach_adapters(
+        model,
+        stored.names,
+        rank=stored.rank,
+        alpha=stored.config["lora_alpha"],
+        dropout=stored.config.get("lora_dropout", 0.0),
+        rslora=stored.config.get("use_rslora", False),
+    )
+    _fill(adapters, stored)
+    return adapters
+
+
+def restore_adapter(model: nn.Module, folder: Path) -> None:
+    """Give the adapters that the model has the weights in `folder`.
+
+    Raises:
+        RunError: a file is missing or damaged, or holds other adapters.
+    """
+    adapters, stored = adapters_of(model), StoredAdapter(folder)
+    if unknown := sorted(set(stored.names) - adapters.keys()):
+        raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
+    _fill(adapters, stored)
+
+
+def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            a, b = stored.matrices(name, adapter.in_features, adapter.out_features)
+            adapter.lora_A.copy_(a)
+            adapter.lora_B.copy_(b)
+            if isinstance(weight := getattr(adapter.base, "weight", None), Tensor):
+                stored.check_base(name, weight)
+            if begun := stored.initial(name, adapter.in_features, adapter.out_features):
+                adapter.initial = (begun[0].to(adapter.lora_A.device), begun[1].to(adapter.lora_B.device))

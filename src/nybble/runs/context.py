@@ -1,0 +1,48 @@
+"""Rows and the context: never longer than what the model computes, and said where longer than it was made for."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+
+from nybble.data import audit as checks
+from nybble.data.prepare import PreparedData
+from nybble.errors import ConfigError
+from nybble.layers.context import context_length, fixed_context
+from nybble.options.groups import RowOptions
+from nybble.sources.skeleton import build_skeleton
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Config = TypeVar("Config", bound=RowOptions)
+
+
+def within_context(config: Config, base: "PretrainedConfig") -> Config:
+    """`config` with a max_seq_len that the base can compute: the default is lowered to its context.
+
+    Raises:
+        ConfigError: another max_seq_len was asked for, and the base has no positions for so many tokens.
+    """
+    context = context_length(base)
+    if context is None or config.max_seq_len <= context or fixed_context(build_skeleton(base), base) is None:
+        return config
+    if config.max_seq_len != RowOptions.model_fields["max_seq_len"].default:
+        raise ConfigError(
+            f"max-seq-len is {config.max_seq_len}; the model has positions for {context} tokens.",
+            f"Allowed with this model: up to {context}.",
+            f"Use --max-seq-len {context}, or leave it out.",
+        )
+    return config.model_copy(update={"max_seq_len": context})
+
+
+def note_context(data: PreparedData, config: RowOptions, base: "PretrainedConfig") -> PreparedData:
+    """`data` with what there is to say about the base's context in its audit."""
+    context = context_length(base)
+    if context is None:
+        return data
+    audit = data.audit
+    if config.max_seq_len == context < RowOptions.model_fields["max_seq_len"].default:
+        note = f"max_seq_len is {context}, the tokens that the model has positions for"
+        audit = replace(audit, notices=(*audit.notices, note))
+    beyond = [row.origin for row in (*data.train, *data.validation) if len(row) > context]
+    found = checks.find("beyond-context", beyond, f"its context is {context} tokens")
+    return replace(data, audit=replace(audit, findings=(*audit.findings, *found)))

@@ -1,0 +1,99 @@
+"""Training on from an adapter that exists: what it fixes, and which base it belongs to."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nybble.errors import ConfigError, RunError
+from nybble.files.manifest import MANIFEST_NAME, verify_manifest
+from nybble.layers.convert import resolve_targets
+from nybble.options.option import yaml_key
+from nybble.options.verbs import TrainConfig
+from nybble.runs.adapter_files import StoredAdapter
+from nybble.runs.folder import RunFolder
+from nybble.sources.folder import FolderSource
+from nybble.sources.interface import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def open_adapter(path: str) -> StoredAdapter:
+    """The adapter in a folder, or the last one of the run in it.
+
+    Raises:
+        RunError: there is none, it is damaged, or it is more than LoRA.
+    """
+    folder = Path(path).expanduser()
+    of_run = RunFolder(folder).adapter
+    return StoredAdapter(of_run if of_run.is_dir() else folder)
+
+
+def take_options(config: TrainConfig, adapter: StoredAdapter, skeleton: "PreTrainedModel") -> TrainConfig:
+    """`config` with the adapter's rank, alpha, scaling and layers.
+
+    Args:
+        skeleton: the base, on the meta device.
+
+    Raises:
+        ConfigError: an option that was given differs from the adapter's.
+        RunError: the base lacks a layer of the adapter.
+    """
+    adapter.check_layers(skeleton)
+    own: dict[str, Any] = {
+        "rank": adapter.rank,
+        "alpha": float(adapter.config["lora_alpha"]),
+        "rslora": bool(adapter.config.get("use_rslora", False)),
+    }
+    given = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    same_layers = set(resolve_targets(skeleton, given)) == set(adapter.names)
+    own["target_modules"] = config.target_modules if same_layers else tuple(adapter.names)
+    for name in config.model_fields_set & own.keys():
+        if getattr(config, name) != own[name]:
+            shown = _listed(own[name])
+            raise ConfigError(
+                f"{yaml_key(name)} is {_listed(getattr(config, name))}, the adapter in {adapter.folder} has {shown}.",
+                "An adapter is trained on as it is: its rank, alpha, scaling and layers are fixed.",
+                f"Leave --{yaml_key(name)} out, or train a new adapter on the merged model (`nybble merge`).",
+            )
+    return config.model_copy(update=own)
+
+
+def check_base_of(adapter: StoredAdapter, source: ModelSource, allowed: Collection[str]) -> list[str]:
+    """Refuse another base than the adapter's run recorded; returns sentences the user should see.
+
+    Raises:
+        RunError: it is another, and "base" is not among `allowed`.
+    """
+    run = RunFolder(adapter.folder.parent)
+    if not run.base_record.is_file():
+        named = adapter.config.get("base_model_name_or_path")
+        return [f"The adapter says that it is for {named!r}; whether {source.name} is that cannot be checked."]
+    recorded = json.loads(run.base_record.read_text(encoding="utf-8"))
+    if recorded["fingerprint"] not in _fingerprints(source) and "base" not in allowed:
+        raise RunError(
+            f"The adapter in {adapter.folder} was trained on {recorded['model']!r}, and {source.name} is another base.",
+            "An adapter is trained on on the base that it belongs to, or on its four-bit folder.",
+            f"Use --model {recorded['model']}, or insist with --allow-change base.",
+        )
+    if run.base.is_dir() and source.quant_spec is None:
+        return [
+            f"The adapter was trained on the calibrated four bits in {run.base}; those of this run will differ a "
+            f"little. --model {run.base} goes on with the same."
+        ]
+    return []
+
+
+def _fingerprints(source: ModelSource) -> set[str]:
+    """Of a source, and of the model that it was quantised from."""
+    found = {source.fingerprint()}
+    if isinstance(source, FolderSource) and (source.path / MANIFEST_NAME).is_file():
+        found.add(verify_manifest(source.path).get("base", ""))
+    return found
+
+
+def _listed(value: object) -> str:
+    if not isinstance(value, tuple):
+        return str(value)
+    return ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "")

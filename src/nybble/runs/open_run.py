@@ -1,0 +1,125 @@
+"""A finished run, opened or loaded again: its base in the same four bits, its adapter, its template."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from nybble.data.template import ChatTemplate, open_template
+from nybble.errors import RunError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.options.verbs import TrainConfig, load_config
+from nybble.runs.adapter_files import read_adapter
+from nybble.runs.base import base_specs, kept_base, load_base
+from nybble.runs.context import within_context
+from nybble.runs.folder import RunFolder
+from nybble.sources.interface import ModelSource
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run's folder, options, base and template; no weights have been read.
+
+    Args:
+        source: the base as its makers publish it.
+        base: what the frozen weights are loaded from.
+    """
+
+    run: RunFolder
+    config: TrainConfig
+    source: ModelSource
+    base: ModelSource
+    template: ChatTemplate
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What answering needs: of a run, or of a model without one."""
+
+    model: "PreTrainedModel"
+    template: ChatTemplate
+
+
+def open_run(path: Path) -> OpenRun:
+    """Open the run in `path`.
+
+    Raises:
+        RunError: the folder holds no run, or what its options name is no longer the base it was trained on.
+    """
+    run = RunFolder(path)
+    if not run.config.is_file():
+        raise RunError(
+            f"{path} holds no run.",
+            "A run folder is what `nybble train --out` makes.",
+            "Check the path given to --run.",
+        )
+    config = load_config(run.config, {})
+    source = open_source(config.model, config.tokenizer)
+    config = within_context(config, source.config)
+    _check_base(run, source)
+    template = open_template(config, source.load_tokenizer(), run.chat_template)
+    return OpenRun(run, config, source, kept_base(run) or source, template)
+
+
+def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:
+    """Load the run in `path` as it was trained: same base, same format, its last adapter.
+
+    Raises:
+        RunError: the folder holds no run, its base is another now, or its adapter is missing or damaged.
+    """
+    opened, target = open_run(path), resolve_device(device)
+    model = load_tuned(opened, resolve_compute_dtype(compute_dtype, target), target, console)
+    return LoadedModel(model, opened.template)
+
+
+def load_plain(name: str, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:
+    """Load a model that is no run, such as a merged one, in the bits that it is stored in.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    source, target = open_source(name), resolve_device(device)
+    spec = QuantSpec() if source.quant_spec is not None else None  # what is in four bits keeps its own
+    progress = partial(track, description="loading", console=console, transient=True)
+    model = load_model(source, spec, resolve_compute_dtype(compute_dtype, target), target, progress)
+    return LoadedModel(model, ChatTemplate(source.load_tokenizer()))
+
+
+def load_tuned(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
+    """The base of a run in its four bits with the run's adapter beside it, frozen and in eval mode."""
+    model = load_frozen(opened, dtype, device, console)
+    read_adapter(model, opened.run.adapter)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_frozen(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
+    """The base of a run in the four bits that it was trained on, without an adapter."""
+    return load_base(opened.config, opened.base, base_specs(opened.config, opened.run), dtype, device, console)
+
+
+def _check_base(run: RunFolder, source: ModelSource) -> None:
+    """Compare the base with the one that was trained on; runs from before that was recorded are let through."""
+    if not run.base_record.is_file():
+        return
+    try:
+        recorded = json.loads(run.base_record.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{run.base_record} is damaged: {error!r}.", "", "Restore it, or train again.") from error
+    if recorded != source.fingerprint():
+        raise RunError(
+            f"{source.name} is not the base that {run.path} was trained on: its fingerprint is another.",
+            f"Allowed: the base with the fingerprint {recorded[:16]}...",
+            "Put the original base back in its place.",
+        )

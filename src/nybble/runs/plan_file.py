@@ -1,0 +1,18 @@
+"""`plan.json` of a run: what was chosen and predicted, why the others lost, and what was measured."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from nybble.planning.planner import Plans
+from nybble.planning.report import plans_json
+from nybble.runs.base import QualityChoice
+
+
+def write_plan(
+    path: Path, plans: Plans, backbone: str, quality: QualityChoice | None, measured: dict[str, float]
+) -> None:
+    """`plan.json`: what was chosen and predicted, why the others lost, and what was measured."""
+    about = {"path": backbone, "quality": None if quality is None else asdict(quality)}
+    record = plans_json(plans, **about) | {"measured": measured}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,265 @@
+"""A Hugging Face folder as the source of a base model."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import FormatError, ModelError, foreign_errors
+from nybble.files.manifest import MANIFEST_NAME, verify_manifest
+from nybble.formats.bnb import (
+    StoredWeight,
+    from_bnb,
+    is_quantized,
+    layer_specs_from_config,
+    spec_from_config,
+    stored_weight,
+    true_config,
+)
+from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
+from nybble.formats.safetensors import (
+    MatrixFile,
+    SafetensorsFolder,
+    TensorEntry,
+    object_without_duplicates,
+    sampled_sha256,
+)
+from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
+from nybble.sources.interface import Kind
+from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_taken_alone, stored_text_config
+from nybble.sources.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class FolderSource:
+    """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer; in 16, 32 or already 4 bits.
+
+    Raises:
+        ModelError: no config, no safetensors, a missing or damaged shard.
+        FormatError: quantised in a way that is not readable here; or nybble wrote it, and it is not as it was written.
+    """
+
+    def __init__(self, path: Path, name: str, kind: Kind, tokenizer: str | None):
+        self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
+        if (path / MANIFEST_NAME).exists():  # nybble's own folders have one, others need none
+            verify_manifest(path)
+        self._config_json = _read_config_json(path)
+        _refuse_pickles(path)
+        self._stored = SafetensorsFolder(path)
+        _check_layers(path, self._config_json, len(self._stored.entries))
+        self._parts = _group_by_weight(list(self._stored.entries))
+        self.layer_specs = _layer_specs(path, self._config_json)
+        _refuse_codes(path, self._parts, self._stored.entries)
+        self.quant_spec = self._first_spec()
+        self._whole_config = _load_config(path, self._config_json)
+        self.config = stored_text_config(self._whole_config, self._config_json)
+        dtypes = {entry.dtype for entry in self._stored.entries.values()}
+        self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
+
+    @cached_property
+    def _names(self) -> CheckpointNames:
+        shapes = {name: self._stored.entries[name].shape for name in self._parts}
+        names = checkpoint_names(shapes, build_skeleton(self.config), build_whole(self._whole_config))
+        for target, recipe in names.recipes.items():
+            if recipe.plain_name is None and any(self._is_quantized(name) for name, _ in recipe.sources):
+                raise ModelError(
+                    f"{self.name} holds {target} in {len(recipe.sources)} four-bit parts.",
+                    "Parts are joined from 16- or 32-bit tensors.",
+                    "Start from the 16-bit model.",
+                )
+        return names
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.quant_spec is not None:
+            notes.append(f"{self.name} is already quantised ({self._stored_formats()}); its own bits are kept.")
+        if wrapper := self._names.wrapper:
+            notes.append(f"Its tensors' names begin with {wrapper!r}, which was taken off.")
+        if left_out := self._names.left_out:
+            parts = ", ".join(self._sizes_by_part(left_out))
+            notes.append(f"Only {self.config.model_type} is used of it; left out: {parts}.")
+        if not is_taken_alone(self._whole_config):
+            notes.append(
+                f"transformers loads it as {self._whole_config.model_type} with all its parts: the adapter of its text "
+                "alone does not fit that. `nybble merge` writes the tuned text model."
+            )
+        return tuple(notes)
+
+    def _sizes_by_part(self, names: Sequence[str]) -> list[str]:
+        """`vision_tower.* (434 tensors, 0.86 GB)` by the first part of the names that no used tensor has."""
+        used = {source for recipe in self._names.recipes.values() for source, _ in recipe.sources}
+        sizes: dict[str, list[int]] = {}
+        for name in names:
+            parts = name.split(".")
+            starts = (".".join(parts[: i + 1]) + "." for i in range(len(parts) - 1))
+            start = next((start for start in starts if not any(other.startswith(start) for other in used)), name)
+            sizes.setdefault(start, []).append(sum(self._stored.entries[part].nbytes for part in self._parts[name]))
+        return [f"{start}* ({len(each)} tensors, {sum(each) / 1e6:,.1f} MB)" for start, each in sizes.items()]
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self._tokenizer or str(self.path))
+
+    def load_generation_config(self) -> "GenerationConfig":
+        from transformers import GenerationConfig
+
+        if (self.path / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.path)
+        return GenerationConfig.from_model_config(self.config)
+
+    def fingerprint(self) -> str:
+        volatile = ("transformers_version", "_name_or_path")
+        config = {key: value for key, value in self._config_json.items() if key not in volatile}
+        text = json.dumps(config, sort_keys=True) + sampled_sha256(self._stored.entries.values())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def tensor_names(self) -> list[str]:
+        return list(self._names.recipes)
+
+    def is_quantized(self, name: str) -> bool:
+        stored = self._names.recipes[name].plain_name
+        return stored is not None and self._is_quantized(stored)
+
+    def _is_quantized(self, stored: str) -> bool:
+        return is_quantized(stored, self._stored.entries)
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        recipe = self._names.recipes[name]
+        if not self.is_quantized(name):
+            return recipe.make(self._stored.read)
+        return self._read_quantized(recipe.sources[0][0])
+
+    def _read_quantized(self, stored: str) -> QuantizedTensor:
+        return from_bnb(stored, {part: self._stored.read(part) for part in self._parts[stored]})
+
+    def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]]:
+        """Where the bytes of a four-bit weight lie, and the stored tensors it consists of."""
+        stored = self._names.recipes[name].sources[0][0]
+        entries = {part: self._stored.entries[part] for part in self._parts[stored]}
+        sizes = {part: entry.nbytes for part, entry in entries.items()}
+        return stored_weight(stored, sizes, self._stored.read), entries
+
+    def matrix(self, name: str) -> MatrixFile:
+        """A 16-bit matrix, to be read row by row.
+
+        Raises:
+            ModelError: it is not stored as it is computed with.
+        """
+        stored = self._names.recipes[name].plain_name
+        if stored is None:
+            raise ModelError(
+                f"{self.name} does not store {name} as it is used, so that its rows cannot be read one by one.",
+                fix="Make a folder of it with `nybble quantize`, and train on that.",
+            )
+        return MatrixFile(self._stored.entries[stored])
+
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(self._stored.files)
+
+    def _stored_formats(self) -> str:
+        keys = [name for name in self._stored.entries if ".quant_state." in name]
+        return ", ".join(sorted({key.rpartition("__")[2] for key in keys}))
+
+    def _first_spec(self) -> QuantSpec | None:
+        first = next(filter(self._is_quantized, self._parts), None)
+        return None if first is None else self._read_quantized(first).spec
+
+
+def _group_by_weight(names: list[str]) -> dict[str, list[str]]:
+    """Weight -> the stored tensors it consists of; a weight in four bits has several (see formats.bnb)."""
+    known = dict.fromkeys(names)
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        weight, marker, _ = name.partition(".weight.")
+        owner = f"{weight}.weight" if marker else name
+        parts.setdefault(owner if is_quantized(owner, known) else name, []).append(name)
+    return parts
+
+
+def _read_config_json(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} has no config.json.",
+            "Allowed: a Hugging Face model folder (config.json, safetensors, tokenizer files).",
+            "Check the path; an adapter's folder is no model, its run is chatted with by --run.",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=object_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not readable JSON: {error}.", fix="Fetch the file again.") from error
+    config = true_config(config) if isinstance(config, dict) else {}
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{file} has no model_type.", "Allowed: a config.json written by transformers.")
+    return config
+
+
+def _layer_specs(folder: Path, config: dict[str, Any]) -> LayerSpecs | None:
+    """How each layer is quantised where they differ; a folder that is quantised in another way is refused."""
+    try:
+        spec_from_config(config)
+        return layer_specs_from_config(config)
+    except FormatError as error:
+        raise FormatError(f"{folder / 'config.json'}: {error.got}", error.allowed, error.fix) from error
+
+
+def _check_layers(folder: Path, config: dict[str, Any], num_tensors: int) -> None:
+    """Every layer has tensors, so a config that speaks of more layers is not worth building (and may be endless)."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in LAYER_KEYS:
+            if isinstance(count := part.get(key), int) and count > num_tensors:
+                raise ModelError(
+                    f"{folder / 'config.json'} has {key} = {count}, but {num_tensors} tensors are stored.",
+                    "Config and weights must belong together.",
+                    "Fetch the model again.",
+                )
+
+
+def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    with foreign_errors(config_refused(folder / "config.json")):
+        if (config_json.get("quantization_config") or {}).get("quant_method") == "nybble":  # refused by its folder
+            config = AutoConfig.for_model(**config_json)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the tensors say it; left in, it would mark what is loaded as quantised
+    return config
+
+
+def _refuse_codes(folder: Path, parts: Mapping[str, list[str]], entries: Mapping[str, TensorEntry]) -> None:
+    """fp8 and integers stand for weights by a scale that only their own format knows: never widen them without it."""
+    for name in parts:
+        dtype = entries[name].dtype
+        is_fp8 = dtype.startswith("F8_")
+        is_code = dtype[0] in "IU" and name.endswith(".weight") and not is_quantized(name, entries)
+        if is_fp8 or is_code:
+            raise FormatError(
+                f"{folder} stores {name} as {'fp8' if is_fp8 else 'integers'} ({dtype}).",
+                "Readable: 16- or 32-bit models, and four bits of bitsandbytes or nybble.",
+                "Start from the 16-bit model.",
+            )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")) or any(folder.glob("*.safetensors.index.json")):
+        return
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder} holds its weights as a pickle ({pickles[0]}), which is refused: opening one can run any code.",
+            "Allowed: safetensors.",
+            "Fetch the model in safetensors, or convert it where you trust it: save_pretrained writes safetensors.",
+        )

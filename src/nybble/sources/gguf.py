@@ -1,0 +1,246 @@
+"""A base model from a GGUF file. Its config is derived once and kept as a transformers folder."""
+
+import hashlib
+import os
+import re
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError, foreign_errors
+from nybble.files.disk import disk_errors
+from nybble.formats.gguf import LATTICES, GgufFile
+from nybble.formats.gguf_vocabulary import (
+    KNOWN_MODELS,
+    NORMAL,
+    SPLITTING_RULES,
+    Vocabulary,
+    splitting_rule,
+    tokenizer_of,
+)
+from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.safetensors import sampled_sha256, staged_folder
+from nybble.sources.bundled import CACHE_FIX, cache_folder
+from nybble.sources.interface import Kind
+from nybble.sources.skeleton import build_skeleton
+from nybble.sources.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+
+DERIVED_VERSION = 2  # raise it when what is derived from a file changes
+DENSE_ENDS = ("token_embd.weight", "output.weight")  # kept in 16 bits: widened straight to bf16
+
+
+class GgufSource:
+    """A GGUF file as a model source: blocks are widened to fp32 one tensor at a time, the vocabulary's to bf16.
+
+    Raises:
+        ModelError: damaged, or of an architecture that is not supported.
+    """
+
+    quant_spec: QuantSpec | None = None
+    dense_dtype = torch.bfloat16
+
+    def __init__(self, path: Path, name: str, kind: "Kind", tokenizer: str | None):
+        from transformers import AutoConfig
+
+        self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
+        self._file = GgufFile(path)
+        self._derived = _derived_folder(self._file)
+        self.config: PretrainedConfig = AutoConfig.from_pretrained(self._derived)
+        self.notes = _notes(self._file, name)
+        self.licence: str | None = self._file.metadata.get("general.license")
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """transformers' name -> the file's."""
+        names = self._file.hf_names(build_skeleton(self.config))
+        return {hf_name: gguf_name for gguf_name, hf_name in names.items()}
+
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self._tokenizer) if self._tokenizer else _tokenizer_of(self._file)
+
+    def load_generation_config(self) -> "GenerationConfig":
+        from transformers import GenerationConfig
+
+        return GenerationConfig.from_model_config(self.config)
+
+    def fingerprint(self) -> str:
+        text = self._file.header_sha256 + sampled_sha256(self._file.entries.values())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def tensor_names(self) -> list[str]:
+        return list(self._names)
+
+    def is_quantized(self, name: str) -> bool:
+        return False
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        gguf_name = self._names[name]
+        if gguf_name in DENSE_ENDS:
+            return self._file.read(gguf_name, self.dense_dtype)
+        return self._file.read_as_hf(gguf_name, self.config)
+
+
+class DitheredSource(GgufSource):
+    """A GGUF source whose four-bit blocks are taken off their lattice: each weight gets uniform noise of up to half a
+    step either way, the same at every reading.
+
+    Weights that lie on sixteen evenly spaced values a block flatter formats whose levels happen to meet them. For
+    comparing formats only: what comes out is no model that anybody trained.
+
+    Args:
+        seed: of the noise.
+    """
+
+    def __init__(self, source: GgufSource, seed: int = 0):
+        super().__init__(source.path, source.name, source.kind, source._tokenizer)
+        self.seed = seed
+        noisy = [name for name in self._file.entries if self._file.entries[name].dtype in LATTICES]
+        types = sorted({self._file.entries[name].dtype for name in noisy})
+        note = f"{len(noisy)} tensors in {', '.join(types)} were dithered by half a step of their lattice, seed {seed}."
+        self.notes = (*self.notes, note)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} dithered {self.seed}".encode()).hexdigest()
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        tensor = super().read(name)
+        assert isinstance(tensor, Tensor)
+        gguf_name = self._names[name]
+        steps = None if gguf_name in DENSE_ENDS else self._file.lattice_steps(gguf_name)
+        if steps is None:
+            return tensor
+        key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        noise = torch.rand(steps.shape, generator=generator) - 0.5
+        return tensor + self._file.in_hf_order(noise * steps, gguf_name, self.config)
+
+
+def _derived_folder(file: GgufFile) -> Path:
+    """Config of the file as transformers saves it, in nybble's cache.
+
+    transformers parses the whole vocabulary to get it from the file, which takes seconds; the cache is keyed by the
+    file's header and transformers' version.
+    """
+    import transformers
+
+    key = f"{file.header_sha256} {transformers.__version__} {DERIVED_VERSION}"
+    folder = cache_folder() / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if not folder.is_dir():
+        try:
+            with disk_errors(folder, fix=CACHE_FIX), staged_folder(folder) as staging:
+                _derive(file, staging)
+        except ModelError:
+            if not folder.is_dir():  # else another process was quicker with the same content
+                raise
+    return folder
+
+
+def _derive(file: GgufFile, out: Path) -> None:
+    from transformers import AutoConfig
+
+    def cannot_be_taken(error: Exception) -> ModelError:
+        return ModelError(
+            f"transformers cannot take a config from {file.path}: {error}",
+            fix="Use the model's safetensors folder.",
+        )
+
+    with tempfile.TemporaryDirectory() as folder:  # alone there: no config beside the model is taken for its own
+        os.symlink(file.path.absolute(), Path(folder) / "model.gguf")
+        with foreign_errors(cannot_be_taken):
+            config = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # "gguf", which would block saving
+    file.complete_config(config)
+    config.architectures = [type(build_skeleton(config)).__name__]
+    config.save_pretrained(out)
+
+
+def _tokenizer_of(file: GgufFile) -> "PreTrainedTokenizerBase":
+    """The file's tokenizer: the tokens that llama.cpp gives, bos put before a text where llama.cpp puts it.
+
+    Raises:
+        ModelError: none, of an unknown kind, with an unknown splitting rule, or damaged.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = _vocabulary_of(file)
+    with foreign_errors(lambda error: _no_tokenizer(file, f"is damaged: {error}")):
+        backend = tokenizer_of(vocabulary)
+    special = {name: _special_token(file, vocabulary, name) for name in ("bos", "eos", "unknown", "padding")}
+    if special["bos"] is not None and file.metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(vocabulary)):
+        number = vocabulary.tokens.index(special["bos"])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{special['bos']} $A",
+            pair=f"{special['bos']} $A {special['bos']} $B",
+            special_tokens=[(special["bos"], number)],
+        )
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+    tokens = {names[name]: token for name, token in special.items() if token is not None}
+    template = file.metadata.get("tokenizer.chat_template")
+    if template is not None:
+        tokens["chat_template"] = template
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        **tokens,
+    )
+
+
+def _vocabulary_of(file: GgufFile) -> Vocabulary:
+    metadata = file.metadata
+    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if model not in KNOWN_MODELS:
+        raise _no_tokenizer(file, f"is of the kind {model!r}" if model else "is missing")
+    if model == "gpt2" and (pre is None or splitting_rule(pre) is None):
+        raise _no_tokenizer(file, f"splits text by {f'the rule {pre!r}' if pre else 'a rule that it does not name'}")
+    tokens = file.array("tokenizer.ggml.tokens")
+    return Vocabulary(
+        model=model,
+        pre=pre or "default",
+        tokens=[token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)],  # as llama.cpp names them
+        types=file.array("tokenizer.ggml.token_type") or [NORMAL] * len(tokens),
+        merges=file.array("tokenizer.ggml.merges"),
+        scores=file.array("tokenizer.ggml.scores"),
+        space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", model == "llama")),
+    )
+
+
+def _special_token(file: GgufFile, vocabulary: Vocabulary, name: str) -> str | None:
+    """The bos, eos, unknown or padding token; SentencePiece files may leave out the first three."""
+    default = {"unknown": 0, "bos": 1, "eos": 2}.get(name) if vocabulary.model == "llama" else None
+    number = file.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
+    return None if number is None or not 0 <= number < len(vocabulary.tokens) else vocabulary.tokens[number]
+
+
+def _adds_bos(vocabulary: Vocabulary) -> bool:
+    """Whether llama.cpp puts bos before a text where the file does not say."""
+    if vocabulary.model == "llama":
+        return True
+    rule = splitting_rule(vocabulary.pre)
+    return rule is not None and rule.adds_bos
+
+
+def _no_tokenizer(file: GgufFile, what: str) -> ModelError:
+    return ModelError(
+        f"The tokenizer in {file.path} {what}.",
+        f"Readable: byte-level BPE (gpt2) split as by {', '.join(SPLITTING_RULES)}; SentencePiece BPE (llama).",
+        "Name the model's own tokenizer, a folder or hub id, with --tokenizer.",
+    )
+
+
+def _notes(file: GgufFile, name: str) -> tuple[str, ...]:
+    main_type = next(iter(file.block_types), "")  # none: what is missing is said where it is looked for
+    bits = re.match(r"[A-Z]*Q(\d)|MXFP(\d)|NVFP(\d)", main_type)
+    if bits is None:
+        return ()
+    count = next(group for group in bits.groups() if group)
+    return (f"{name} was itself published in {count} bits ({main_type}), not in 16.",)

@@ -1,0 +1,64 @@
+"""Where a base model comes from: a folder, the hub, a GGUF file or an alias, behind one interface.
+
+A source knows the model's config and tokenizer and hands out its tensors one at a time, so that the
+16-bit model never exists in memory. Code that comes with a model is never run, and pickles are never
+opened.
+"""
+
+import re
+from pathlib import Path
+
+from nybble.errors import ModelError
+from nybble.sources.bundled import BUNDLED, fetch_bundled
+from nybble.sources.folder import PICKLES, FolderSource
+from nybble.sources.gguf import GgufSource
+from nybble.sources.hub import fetch_from_hub, looks_like_hub_id
+from nybble.sources.interface import ModelSource
+
+
+def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
+    """The source that `model` names.
+
+    Args:
+        model: a folder, a `.gguf` file, a hub id such as "owner/name", or an alias in `BUNDLED`.
+        tokenizer: a folder or hub id to take the tokenizer from instead.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be read or fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return FolderSource(path, model, "folder", tokenizer)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return GgufSource(path, model, "gguf", tokenizer)
+        _refuse_file(path)
+    if model in BUNDLED:
+        return GgufSource(fetch_bundled(model), model, "bundled", tokenizer)
+    if looks_like_hub_id(model):
+        return FolderSource(fetch_from_hub(model), model, "hub", tokenizer)
+    raise ModelError(
+        f"There is no model at {model}.",
+        f"Allowed: a model folder, a .gguf file, a hub id such as owner/name, or {', '.join(BUNDLED)}.",
+        "Check the path.",
+    )
+
+
+def base_licence(source: ModelSource) -> str | None:
+    """What the base says about its licence: a GGUF file's own field, or the header of the README in its folder."""
+    if isinstance(source, GgufSource):
+        return source.licence
+    readme = source.path / "README.md" if isinstance(source, FolderSource) else Path()
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    header = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+    licence = re.search(r"^license:[ \t]*([\w.-]+)", header[1], re.MULTILINE) if header else None
+    return licence[1] if licence else None
+
+
+def _refuse_file(path: Path) -> None:
+    pickled = any(path.match(pattern) for pattern in PICKLES)
+    raise ModelError(
+        f"{path} is {'a pickle, which is refused: opening one can run any code' if pickled else 'a single file'}.",
+        "Allowed: a model folder, a .gguf file, a hub id such as owner/name.",
+        "Give the folder that holds config.json and the safetensors files.",
+    )

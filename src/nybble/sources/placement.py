@@ -1,0 +1,131 @@
+"""Which stored tensor belongs to which parameter of a model, checked before any of them is read."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.sources.checkpoint_names import COMPUTED
+from nybble.sources.interface import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """A stored tensor and the parameter it is for.
+
+    Args:
+        name: in the source.
+        target: name of the parameter in the model.
+        shape: of the parameter.
+    """
+
+    name: str
+    target: str
+    shape: tuple[int, ...]
+
+
+def place_tensors(source: ModelSource, model: "PreTrainedModel") -> list[PlacedTensor]:
+    """Where each stored tensor goes in `model`, whose linears have not been swapped yet; each parameter once.
+
+    Checkpoints saved from the bare backbone lack its prefix ("model.", "transformer."), some have one too many.
+    Of tied parameters the first is the target, whichever is stored.
+
+    Raises:
+        ModelError: a stored tensor has no place, a parameter has no stored tensor, or tied parameters
+            are stored with different values.
+    """
+    tied = model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."
+    placed: dict[str, PlacedTensor] = {}  # by target
+    unused = []
+    for name in source.tensor_names():
+        found = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in shapes), None)
+        if found is None:
+            if not COMPUTED.search(name):
+                unused.append(name)
+            continue
+        target = tied.get(found, found)
+        if target in placed:
+            _check_same(source, placed[target].name, name)
+        else:
+            placed[target] = PlacedTensor(name, target, shapes[target])
+    missing = sorted({tied.get(name, name) for name in shapes} - placed.keys())
+    if unused or missing:
+        what = [f"{source.name} does not fit {type(model).__name__}, which its config asks for."]
+        what += [f"Stored and not in the model: {_listed(unused)}."] if unused else []
+        what += [f"In the model and not stored: {_listed(missing)}."] if missing else []
+        raise ModelError(
+            " ".join(what),
+            "Every stored tensor must be used and every parameter must be stored.",
+            "Check that config.json and the weights belong together and that no file is missing."
+            + _tie_hint(model, missing),
+        )
+    return list(placed.values())
+
+
+def read_placed(source: ModelSource, place: PlacedTensor) -> Tensor | QuantizedTensor:
+    """The stored tensor, checked: the parameter's shape, finite values.
+
+    Raises:
+        ModelError: names the tensor that is otherwise.
+    """
+    tensor = source.read(place.name)
+    # a four-bit weight is always [out, in], which GPT-2's layers store the other way round
+    flipped = isinstance(tensor, QuantizedTensor) and tensor.shape == place.shape[::-1]
+    if tuple(tensor.shape) != place.shape and not flipped:
+        raise ModelError(
+            f"{source.name}: the tensor {place.name} has the shape {list(tensor.shape)}.",
+            f"Its config asks for {list(place.shape)}.",
+            "Check that config.json and the weights belong together.",
+        )
+    if isinstance(tensor, Tensor):
+        _check_finite(source, place.name, tensor)
+    return tensor
+
+
+def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:
+    """What to do about a model whose head is its embedding, but whose config does not say so."""
+    only_head = all(model.get_submodule(name.rpartition(".")[0]) is model.get_output_embeddings() for name in missing)
+    if not missing or not only_head:
+        return ""
+    return ' If its head is its embedding: set "tie_word_embeddings" to true in its config.json.'
+
+
+def _check_same(source: ModelSource, first: str, second: str) -> None:
+    if _digest(source.read(first)) != _digest(source.read(second)):
+        raise ModelError(
+            f"{source.name} holds different tensors for parameters that its config ties: {first} and {second}.",
+            "Tied parameters are stored once, or alike.",
+            'Set "tie_word_embeddings" to false in its config.json if they are meant to differ.',
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _check_finite(source: ModelSource, name: str, tensor: Tensor) -> None:
+    """One pass without temporaries: NaN and infinity both show in the extremes."""
+    if tensor.is_floating_point() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
+        count = int((~torch.isfinite(tensor)).sum())
+        raise ModelError(
+            f"{source.name}: the tensor {name} holds {count} values that are not finite.",
+            "Allowed: finite weights.",
+            "Fetch the model again, or choose another: this one is damaged.",
+        )
+
+
+def _digest(tensor: Tensor | QuantizedTensor) -> str:
+    stored = tensor.packed if isinstance(tensor, QuantizedTensor) else tensor
+    return hashlib.sha256(stored.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -1,0 +1,101 @@
+"""GGUF files in llama.cpp itself, where llama-cpp-python is installed."""
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+
+from nybble.exporting.artefact import Artefact, write
+from nybble.exporting.consumers import LlamaCppConsumer
+from nybble.exporting.merged_source import MergedSource
+from nybble.runs.adapter_files import WEIGHTS_NAME
+from nybble.runs.open_run import open_run
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("llama_cpp")
+
+QUIET = Console(quiet=True)
+TEXTS = (
+    "<|im_start|>user\nWhat is 12  plus 3456, don't?<|im_end|>\n<|im_start|>assistant\n",
+    "naïve café 東京 🙂\n\n\n  indented\t!",
+)
+
+
+def consumer(file: Path, adapter: Path | None = None) -> LlamaCppConsumer:
+    return LlamaCppConsumer("llama.cpp", file, 256, adapter)
+
+
+def check(found: LlamaCppConsumer, run: Path, onto: str, tolerance: float) -> None:
+    """Logits and tokens are the merged model's."""
+    opened = open_run(run)
+    model = load_model(MergedSource(opened, onto), None, torch.float32)
+    for text in TEXTS:
+        ids = opened.template.encoder.encode(text)
+        assert found.encode(text) == ids
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits[0]
+        logits = found.logits(ids, torch.arange(len(ids)))
+        assert (logits - expected).norm() < tolerance * expected.norm(), (logits - expected).norm() / expected.norm()
+    assert found.stop_ids >= set(opened.template.stop_ids)
+    assert found.chat_template == opened.template.chat_template
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.06)])
+def test_models(make_run: Callable, tmp_path: Path, family: str, kind: str, tolerance: float) -> None:
+    run = make_run(family, tie_word_embeddings=family == "qwen2")
+    write(open_run(run), Artefact("gguf", kind, "dequantized"), tmp_path / "out", QUIET)
+    check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_sentencepiece(make_run: Callable, sentencepiece: Callable, tmp_path: Path, first_only: bool) -> None:
+    opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
+    write(opened, Artefact("gguf", "f16", "original"), tmp_path / "out", QUIET)
+    found = consumer(tmp_path / "out" / "model.gguf")
+    read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
+    for text in ("<s>[INST] hello  there [/INST] yes</s>", "<s>\n naïve 東京\t</s> x"):
+        assert found.encode(text) == opened.template.encoder.encode(text)
+    for text in ("no bos", " a space", "</s>after", "  two"):
+        assert found.encode(text) == read_back(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "rope_theta": 10000.0,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_rotary_frequencies(make_run: Callable, tmp_path: Path, rope: dict) -> None:
+    run = make_run("llama", rope_parameters=rope)
+    write(open_run(run), Artefact("gguf", "f16", "original"), tmp_path / "out", QUIET)
+    check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_adapters_on_their_base(make_run: Callable, tmp_path: Path, family: str) -> None:
+    run = make_run(family, rslora=True)
+    untuned = tmp_path / "untuned"
+    shutil.copytree(run, untuned)
+    tensors = load_file(run / "adapter" / WEIGHTS_NAME)
+    save_file({key: torch.zeros_like(t) for key, t in tensors.items()}, untuned / "adapter" / WEIGHTS_NAME)
+    write(open_run(untuned), Artefact("gguf", "f16", "original"), tmp_path / "base", QUIET)
+    write(open_run(run), Artefact("gguf-lora", "f16", "original"), tmp_path / "lora", QUIET)
+    found = consumer(tmp_path / "base" / "model.gguf", tmp_path / "lora" / "adapter.gguf")
+    check(found, run, "original", 0.02)

@@ -1,0 +1,317 @@
+"""Verification passes what is the tuned model and nothing else; what it refuses keeps another name."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from nybble.cli.main import app
+from nybble.errors import NybbleError
+from nybble.evaluation.divergence import lumped_kl
+from nybble.evaluation.held_out import held_out_rows
+from nybble.exporting.artefact import Artefact, verify, write
+from nybble.exporting.merged_source import MergedSource
+from nybble.exporting.rounding import load_rounded, rounding_input
+from nybble.exporting.verify import Verification
+from nybble.options.option import build_options
+from nybble.options.verbs import ExportConfig
+from nybble.quantization.folder import save_dense_folder
+from nybble.runs.adapter_files import WEIGHTS_NAME
+from nybble.runs.open_run import open_run
+from nybble.sources.load import load_model
+
+QUIET = Console(quiet=True)
+ROUGHER = ("absmax", "search")
+FAITHFUL = Artefact("16bit", "f16", "dequantized")
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, " ".join((result.stdout + result.stderr).split())
+
+
+def failed(verification: Verification) -> set[str]:
+    return {check.name for check in verification.checks if not check.passed}
+
+
+@pytest.mark.parametrize("to", ["16bit", "peft", "nf4", "gguf", "gguf-lora"])
+def test_each_kind_of_a_trained_run_is_verified(trained: Path, tmp_path: Path, to: str) -> None:
+    code, shown = run("export", "--run", trained, "--to", to, "--out", tmp_path / "out")
+    assert code == 0, shown
+    assert "verified" in shown and [path.name for path in tmp_path.iterdir()] == ["out"]
+    report = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert report["passed"] and report["figures"]["positions"] > 50
+    assert report["figures"]["loss_base"] - report["figures"]["loss_tuned"] > 0.5
+    if to != "nf4":
+        assert report["figures"]["top1_agreement"] >= 0.97
+        assert report["figures"]["kl_mean"] < 0.01 < report["figures"]["kl_mean_of_base"]
+    assert (report["delta_survival"] is not None) == (to == "nf4")
+    assert report["quality"] == ("calibrated" if to == "nf4" else None)
+
+
+def test_merge_takes_the_same_way(trained: Path, tmp_path: Path) -> None:
+    code, shown = run("merge", "--run", trained, "--out", tmp_path / "out")
+    assert code == 0, shown
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def check(trained: Path, folder: Path) -> Verification:
+    opened = open_run(trained)
+    return verify(opened, FAITHFUL, folder, held_out_rows(opened), 300, QUIET)
+
+
+def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path) -> None:
+    save_dense_folder(open_run(trained).source, tmp_path / "base")
+    assert {"differs from the base", "same choice as the tuned model"} <= failed(check(trained, tmp_path / "base"))
+
+
+def test_a_forgotten_end_of_turn_is_found_out(trained: Path, tmp_path: Path) -> None:
+    write(open_run(trained), FAITHFUL, tmp_path / "out", QUIET)
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert "end of turn is known" in failed(check(trained, tmp_path / "out"))
+
+
+def test_another_template_and_other_tokens_are_found_out(trained: Path, tmp_path: Path) -> None:
+    write(open_run(trained), FAITHFUL, tmp_path / "out", QUIET)
+    assert not failed(check(trained, tmp_path / "out"))
+    template = tmp_path / "out" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("user", "human").replace("{{ m.role }}", "{{ m.role }}:"))
+    assert failed(check(trained, tmp_path / "out")) == {"chat template"}
+    settings = tmp_path / "out" / "tokenizer.json"
+    changed = json.loads(settings.read_text())
+    changed["pre_tokenizer"]["add_prefix_space"] = True
+    settings.write_text(json.dumps(changed))
+    assert "tokens of rendered texts" in failed(check(trained, tmp_path / "out"))
+
+
+def test_what_cannot_be_loaded_is_not_verified(trained: Path, tmp_path: Path) -> None:
+    write(open_run(trained), FAITHFUL, tmp_path / "out", QUIET)
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert failed(check(trained, tmp_path / "out")) == {"loads and runs"}
+
+
+def test_what_is_not_verified_keeps_that_name(trained: Path, tmp_path: Path) -> None:
+    """A small ΔW rounded back onto the lattice it was trained on is swallowed, and so is what it gained."""
+    small, out = scaled(trained, tmp_path / "small", 0.02), tmp_path / "out"
+    flags = ("--to", "nf4", "--onto", "dequantized", "--quality", "absmax")
+    code, shown = run("merge", "--run", small, *flags, "--out", out)
+    assert code == 3 and "Not verified" in shown
+    assert not out.exists()
+    assert json.loads((tmp_path / "out.unverified" / "verification.json").read_text())["passed"] is False
+
+
+def scaled(trained: Path, folder: Path, factor: float) -> Path:
+    """The run with B, and so ΔW, times `factor`."""
+    shutil.copytree(trained, folder)
+    tensors = load_file(folder / "adapter" / WEIGHTS_NAME)
+    save_file({k: v * (factor if "lora_B" in k else 1) for k, v in tensors.items()}, folder / "adapter" / WEIGHTS_NAME)
+    return folder
+
+
+@pytest.mark.parametrize("to", ["16bit", "nf4"])
+def test_a_run_that_changed_too_little_to_tell_is_undecided(trained: Path, tmp_path: Path, to: str) -> None:
+    """Not "failed": ΔW is smaller than the rounding to 16 bits."""
+    small = scaled(trained, tmp_path / "small", 1e-6)
+    code, shown = run("export", "--run", small, "--to", to, "--quality", "absmax", "--out", tmp_path / "out")
+    assert code == 4, shown
+    assert "changed too little to tell" in shown and "--verify-positions" in shown and "failed" not in shown
+    report = json.loads((tmp_path / "out.unverified" / "verification.json").read_text())
+    assert report["outcome"] == "undecided" and not report["passed"] and report["too_little"] in shown
+
+
+def test_a_broken_artefact_of_such_a_run_has_failed(trained: Path, tmp_path: Path) -> None:
+    small = scaled(trained, tmp_path / "small", 1e-6)
+    write(open_run(small), FAITHFUL, tmp_path / "out", QUIET)
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    assert check(small, tmp_path / "out").outcome == "failed"
+
+
+def test_lumping_never_raises_the_divergence() -> None:
+    p, q = (torch.randn(50, 40, generator=torch.Generator().manual_seed(n)).log_softmax(-1) for n in (0, 1))
+    whole = (p.exp() * (p - q)).sum(-1).double()
+    torch.testing.assert_close(lumped_kl(p, q), whole, rtol=1e-4, atol=1e-5)
+    top = p.topk(10).indices
+    lumped = lumped_kl(p.gather(1, top), q.gather(1, top))
+    assert bool((lumped <= whole + 1e-6).all()) and bool((lumped >= 0).all())
+    assert float(lumped.sum()) > 0.3 * float(whole.sum())
+
+
+def test_merges_are_compared(trained: Path) -> None:
+    code, shown = run("merge", "--run", trained, "--compare")
+    assert code == 0
+    for arm in (
+        "base, 16 bits",
+        "kept apart",
+        "16 bits, onto dequantized",
+        "nf4 absmax, onto original",
+        "nf4 absmax, onto dequantized",
+        "nf4 calibrated, onto original",
+        "nf4 calibrated, onto dequantized",
+    ):
+        assert arm in shown
+    assert run("merge", "--run", trained)[0] == 2
+    assert run("merge", "--run", trained, "--compare", "--out", "x")[0] == 2
+
+
+# ---- back to four bits, calibrated ------------------------------------------------------------------
+
+
+def merged_weights(trained: Path, out: Path, *flags: object) -> tuple[str, torch.Tensor]:
+    """What was shown, and the packed bytes of a weight."""
+    code, shown = run("merge", "--run", trained, "--to", "nf4", "--out", out, *flags)
+    assert code == 0, shown
+    return shown, load_file(out / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_four_bits_are_calibrated_on_the_training_rows(trained: Path, tmp_path: Path) -> None:
+    shown, calibrated = merged_weights(trained, tmp_path / "calibrated")
+    assert "from the training rows" in shown and "of general text" in shown and "survived" in shown
+    _, again = merged_weights(trained, tmp_path / "again")
+    assert torch.equal(calibrated, again)
+    others = {quality: merged_weights(trained, tmp_path / quality, "--quality", quality) for quality in ROUGHER}
+    assert not any("calibrating" in shown for shown, _ in others.values())
+    weights = [calibrated, *(weight for _, weight in others.values())]
+    assert not any(torch.equal(a, b) for a, b in combinations(weights, 2))
+
+
+def test_calibrated_layers_lose_less_of_their_outputs(trained: Path) -> None:
+    """Against the merged model in 16 bits, on rows that neither training nor calibration saw."""
+    opened = open_run(trained)
+    held_out = held_out_rows(opened)
+    merged = MergedSource(opened, "original")
+    options = build_options(ExportConfig, {"run": trained, "out": "unused", "to": "nf4"})
+    calibration = rounding_input(opened, options, held_out, QUIET)
+
+    def outputs(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.cat([model(input_ids=row.input_ids[None].long()).logits[0] for row in held_out])
+
+    exact = outputs(load_model(merged, None, torch.float32))
+    losses = {
+        quality: (outputs(load_rounded(merged, quality, calibration, torch.float32)) - exact).norm()
+        for quality in ("absmax", "calibrated")
+    }
+    assert losses["calibrated"] < 0.8 * losses["absmax"], losses
+
+
+def test_general_text_stands_in_for_training_rows_that_are_gone(trained: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(trained, copied)
+    settings, rows = copied / "config.yaml", trained.parent / "rows.jsonl"
+    settings.write_text(settings.read_text().replace(str(rows), str(tmp_path / "gone.jsonl")))
+    assert "gone.jsonl" in refusal(copied, tmp_path / "out", to="nf4")  # without held-out rows nothing can be verified
+    shown, _ = merged_weights(copied, tmp_path / "out", "--data", rows)
+    assert "training rows are not calibrated on" in shown and "gone.jsonl" in shown
+    assert "1 windows of 512 tokens: 1 of general text" not in shown and "from the training rows" not in shown
+
+
+def test_text_to_calibrate_on_is_checked(trained: Path, tmp_path: Path) -> None:
+    leak = ("--calibrate", trained.parent / "rows.jsonl")  # of which the validation rows are a part
+    assert "of the validation rows" in refusal(trained, tmp_path / "out", *leak, to="nf4")
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert "at least one window" in refusal(trained, tmp_path / "out", "--calibrate", tmp_path / "short.txt", to="nf4")
+    assert "nothing is calibrated" in refusal(trained, tmp_path / "out", *leak, to="16bit")
+    assert "nothing is calibrated" in refusal(trained, tmp_path / "out", *leak, "--quality", "search", to="nf4")
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+def refusal(run_folder: Path, out: Path, *flags: str, to: str = "16bit") -> str:
+    code, shown = run("export", "--run", run_folder, "--to", to, "--out", out, *flags)
+    assert code == 2, shown
+    leftovers = [path.name for path in out.parent.iterdir() if path.name.lstrip(".").startswith(out.name)]
+    assert leftovers == [], leftovers
+    return shown
+
+
+@pytest.mark.parametrize("to", ["16bit", "peft", "gguf", "gguf-lora"])
+def test_another_base_is_refused(make_run: Callable, tmp_path: Path, to: str) -> None:
+    run_folder = make_run()
+    weights = run_folder.parent / "base" / "model.safetensors"
+    save_file({k: v * 1.01 for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    assert "is not the base that" in refusal(run_folder, tmp_path / "out", to=to)
+
+
+def edit_adapter(run_folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    file = run_folder / "adapter" / WEIGHTS_NAME
+    save_file({key: change(key, tensor).contiguous() for key, tensor in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("to", ["16bit", "peft", "gguf-lora"])
+def test_adapters_that_do_not_fit_are_refused(make_run: Callable, tmp_path: Path, to: str) -> None:
+    run_folder = make_run()
+    edit_adapter(run_folder, lambda key, t: t[:3] if "lora_A" in key else t[:, :3])  # another rank than the config's
+    assert "has the rank 3, its adapter_config.json says 4" in refusal(run_folder, tmp_path / "out", to=to)
+    edit_adapter(run_folder, lambda key, t: torch.zeros(4, 60) if "lora_A" in key else t[:, :1].expand(-1, 4))
+    assert "should have shape (4, " in refusal(run_folder, tmp_path / "out", to=to)
+
+
+@pytest.mark.parametrize("to", ["16bit", "peft", "nf4", "gguf", "gguf-lora"])
+def test_adapters_with_nan_are_refused(make_run: Callable, tmp_path: Path, to: str) -> None:
+    run_folder = make_run()
+    edit_adapter(run_folder, lambda key, t: t.index_fill(0, torch.tensor([1]), torch.nan) if "layers.1" in key else t)
+    assert "not finite" in refusal(run_folder, tmp_path / "out", to=to)
+
+
+def test_a_damaged_adapter_is_refused(make_run: Callable, tmp_path: Path) -> None:
+    run_folder = make_run()
+    file = run_folder / "adapter" / WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "damaged" in refusal(run_folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["gguf", "gguf-lora"])
+def test_families_that_gguf_does_not_know_are_refused(make_run: Callable, tmp_path: Path, to: str) -> None:
+    shown = refusal(make_run("gpt2"), tmp_path / "out", to=to)
+    assert "'gpt2'" in shown and "llama, mistral, qwen2, qwen3" in shown
+
+
+def test_existing_output_is_refused_and_kept(make_run: Callable, tmp_path: Path) -> None:
+    run_folder = make_run()
+    for name in ("out", "out.unverified"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text("mine")
+        code, shown = run("export", "--run", run_folder, "--to", "peft", "--out", tmp_path / "out")
+        assert code == 2 and "already exists" in shown
+        assert (tmp_path / name / "precious").read_text() == "mine"
+        (tmp_path / name / "precious").unlink()
+
+
+@pytest.mark.parametrize("to", ["nf4", "16bit", "gguf"])
+def test_a_disk_that_fills_leaves_nothing(make_run: Callable, tmp_path: Path, to: str) -> None:
+    """The system refuses to let any file grow beyond 100 KB, in the midst of the weights."""
+    run_folder, out = make_run(hidden_size=128, intermediate_size=512), tmp_path / "out"
+    code = f"""
+import resource, sys
+from nybble.cli.main import app
+import nybble.exporting.artefact, transformers.models.llama.modeling_llama
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+app(["export", "--run", {str(run_folder)!r}, "--to", {to!r}, "--out", {str(out)!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: " in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    # blocks in four bits may wait for the next attempt, under a name that says that they are not all
+    left = [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
+    assert not [name for name in left if not name.endswith(".partial")]
+
+
+def test_runs_from_before_the_base_was_recorded_are_let_through(make_run: Callable) -> None:
+    run_folder = make_run()
+    (run_folder / "base.json").unlink()
+    assert open_run(run_folder).config.rank == 4
+    (run_folder / "base.json").write_text("{")
+    with pytest.raises(NybbleError, match="damaged"):
+        open_run(run_folder)

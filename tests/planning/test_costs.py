@@ -1,0 +1,171 @@
+import functools
+import mmap
+import time
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
+from nybble.planning.costs import (
+    MicroBatches,
+    ModelShape,
+    TrainingShape,
+    base_bytes,
+    compiled_products,
+    dense_bytes,
+    mean_bits,
+    predict,
+)
+from nybble.sources.skeleton import build_skeleton
+
+LLAMA_2_70B = {
+    "model_type": "llama",
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+}
+
+
+def shape_of(config):
+    return ModelShape.of(build_skeleton(AutoConfig.for_model(**config)))
+
+
+@functools.cache
+def llama_2_70b():
+    return shape_of(LLAMA_2_70B)
+
+
+def test_llama_2_70b_takes_the_bytes_that_are_published():
+    shape = llama_2_70b()
+    elements = shape.parts.linear_elements
+    assert elements == pytest.approx(68.45e9, rel=1e-3)
+    assert base_bytes(shape, QuantSpec()) == pytest.approx(35.31e9, rel=1e-3)
+    assert dense_bytes(shape) == pytest.approx(2 * 2 * 32000 * 8192, rel=0.01)
+    (block, count), *others = shape.parts.blocks
+    assert not others
+    assert count * sum(16 * (i + o) for _, i, o in block.linears) == pytest.approx(207e6, rel=1e-2)
+
+
+def test_four_bits_and_double_quantisation_cost_what_the_format_says():
+    shape = llama_2_70b()
+    elements = shape.parts.linear_elements
+    assert 8 * base_bytes(shape, QuantSpec(double_quant=False)) / elements == pytest.approx(4.5, rel=1e-4)
+    assert 8 * base_bytes(shape, QuantSpec()) / elements == pytest.approx(4.127, rel=1e-3)
+    assert 8 * base_bytes(shape, QuantSpec("nf3")) / elements == pytest.approx(3.127, rel=1e-3)
+    assert 8 * base_bytes(shape, QuantSpec("nf2")) / elements == pytest.approx(2.127, rel=1e-3)
+    assert 8 * base_bytes(shape, QuantSpec(), mixed_bits=2.75) / elements == pytest.approx(2.75, rel=1e-6)
+    assert 8 * base_bytes(shape, None) / elements == 16
+    assert base_bytes(shape, None, mixed_bits=2.75) == base_bytes(shape, None), "16 bits whatever was chosen for four"
+
+
+def test_layers_of_several_formats_take_their_mean_by_size():
+    shape = llama_2_70b()
+    specs = {f"model.layers.{i}.self_attn.{leaf}": QuantSpec("nf4") for i in range(2) for leaf in ("q_proj", "k_proj")}
+    specs["model.layers.0.mlp.up_proj"] = QuantSpec("nf2")
+    sizes = [8192 * 8192, 8192 * 1024] * 2
+    stored = sum(QuantSpec("nf4").bytes(n) for n in sizes) + QuantSpec("nf2").bytes(8192 * 28672)
+    assert mean_bits(shape, specs) == pytest.approx(8 * stored / (sum(sizes) + 8192 * 28672))
+
+
+@pytest.mark.parametrize("path", ["blocks", "generic"])
+def test_keeping_more_costs_more(path):
+    shape = llama_2_70b()
+    peaks = []
+    for keep in ("nothing", "attention", "everything"):
+        batches = MicroBatches(512, 200, 512, 1, 512, 200, 0)
+        training = TrainingShape(batches, 207_000_000, 16, 2, QuantSpec(), path, keep, 64 * 2**20)
+        peaks.append(sum(predict(shape, training).values()))
+    assert peaks == sorted(peaks) and peaks[0] < peaks[2]
+
+
+def test_products_of_the_same_widths_are_compiled_once():
+    shape = shape_of(LLAMA_2_70B | {"num_key_value_heads": 64})
+    forward, backward = compiled_products(shape, 16)
+    grouped = compiled_products(llama_2_70b(), 16)
+    assert forward < grouped[0] and backward < grouped[1], "q, k and v of one width share theirs"
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is what compiles them")
+def test_products_are_as_many_as_a_block_multiplies():
+    """Every product that a block's forward and backward pass ask PyTorch for, told apart by widths and strides."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from nybble.layers.backbone import BlockBackbone
+    from nybble.layers.convert import attach_adapters, quantizable_linears
+
+    seen = set()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            name = function.overloadpacket.__name__
+            if name in ("mm", "addmm", "addmm_"):
+                out = (keywords or {}).get("out")
+                operands = arguments if name == "mm" else arguments[1:]
+                target = out if out is not None else arguments[0] if name != "mm" else None
+                layouts = [(tuple(t.shape), tuple(t.stride())) for t in operands]
+                seen.add((name == "mm", *layouts, target.stride() if target is not None else None))
+            return function(*arguments, **(keywords or {}))
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=24, vocab_size=128,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
+    attach_adapters(model, quantizable_linears(model), rank=8, alpha=8, dropout=0, rslora=False, seed=0)
+    backbone = BlockBackbone(model, "nothing")
+    ids, positions = torch.arange(64)[None], torch.arange(64)[None]
+    with Products():
+        states = backbone.states(ids, positions, torch.arange(64), torch.tensor([0, 64], dtype=torch.int32))
+        forward = len(seen)
+        states.float().sum().backward()
+    shape = ModelShape.of(build_skeleton(config))
+    assert compiled_products(shape, 8) == (forward, len(seen) - forward)
+
+
+def test_the_peak_of_an_allocation_is_seen():
+    before = anonymous_bytes()
+    # Mapped afresh: an allocator could hand out pages that are resident already.
+    block = mmap.mmap(-1, 50_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with PeakMemory(torch.device("cpu"), interval_s=0.001) as memory, block:
+        block.write(b"x" * len(block))
+        time.sleep(0.1)
+    assert memory.peak_bytes - before >= 45_000_000
+    assert memory.start_bytes == pytest.approx(before, rel=0.2)
+
+
+def test_available_memory_is_a_plausible_number():
+    assert 10_000_000 < available_bytes(torch.device("cpu")) < 10**14
+
+
+def test_every_cgroup_above_the_process_counts(tmp_path):
+    inner = tmp_path / "memory" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit, used in ((inner, 900, 100), (inner.parent, 500, 200)):
+        (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    assert sorted(_left_in_cgroups(["4:memory:/outer/inner", "3:cpu:/outer"], tmp_path)) == [300, 800]
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(_left_in_cgroups(["0::/"], tmp_path)) == []
+    (tmp_path / "memory.max").write_text("70\n")
+    (tmp_path / "memory.current").write_text("30\n")
+    assert list(_left_in_cgroups(["0::/"], tmp_path)) == [40]
+
+
+@pytest.mark.parametrize(
+    ("stat", "cached"),
+    [
+        ("anon 9\ninactive_file 20\nactive_file 3", 23),
+        ("active_file 1\ntotal_inactive_file 5\ntotal_active_file 6", 11),
+    ],
+)
+def test_files_that_a_cgroup_caches_are_free(tmp_path, stat, cached):
+    for name, content in {"memory.max": "70", "memory.current": "50", "memory.stat": stat}.items():
+        (tmp_path / name).write_text(content + "\n")
+    assert list(_left_in_cgroups(["0::/"], tmp_path)) == [20 + cached]

@@ -1,0 +1,303 @@
+"""A run's plan: a budget that holds, refusals that say what would fit, `nybble plan` from a config alone."""
+
+import io
+import json
+import shlex
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+
+from nybble.cli.main import app
+from nybble.errors import ConfigError, ModelError, PlanError
+from nybble.options.option import build_options, parse_size
+from nybble.options.verbs import PlanConfig, load_config
+from nybble.planning.from_config import foresee
+from nybble.planning.planner import Cause, require
+from nybble.planning.report import describe_left, plans_json, show_plans
+from nybble.sources.shapes import SHAPES
+from nybble.training import checkpoint, loop, session
+from nybble.training.session import train
+
+
+def plans(**options):
+    return foresee(build_options(PlanConfig, {"model": "smollm2-135m", "max_seq_len": 512} | options))
+
+
+def config(tiny_model, data, out, **options):
+    given = {"model": str(tiny_model), "data": str(data), "out": str(out), "max_steps": 1, "rows_per_step": 4}
+    return load_config(None, given | options)
+
+
+@pytest.fixture
+def tiny_mixture(tmp_path, tiny_model):
+    """A Mixtral with the tokenizer of the tiny Llama."""
+    from safetensors.torch import save_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mixture = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **sizes)
+    mixture.save_pretrained(folder)
+    save_model(MixtralForCausalLM(mixture).bfloat16(), str(folder / "model.safetensors"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("8GiB", 8 * 2**30), ("1.5G", 1_500_000_000), ("500 mb", 500_000_000), ("7", 7)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["8XB", "-1GB", "", "GB", "1e9"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_the_fastest_that_fits_is_chosen_and_each_other_strategy_has_a_reason():
+    own = plans(memory="4GB")[0].machine.process_bytes
+    made, _, _ = plans(memory=own + 1600 * 10**6)
+    chosen = made.chosen
+    assert chosen.strategy == "4-bit" and chosen.keep == "everything"
+    assert chosen.peak_bytes == sum(chosen.components.values()) <= made.machine.budget_bytes
+    assert {plan.strategy for plan in made.rejected} == {plan.strategy for plan in made.best} - {"4-bit"}
+    assert all(made.reason(plan).sentence for plan in made.rejected)
+
+
+def test_less_memory_leaves_fewer_plans_and_none_that_takes_more_than_there_is():
+    own = plans(memory="4GB")[0].machine.process_bytes
+    fitting = []
+    for megabytes in (4000, 1000, 700, 500, 400, 300):
+        made, _, _ = plans(memory=own + megabytes * 10**6, compute_dtype="bf16")
+        assert made.chosen.peak_bytes <= made.machine.budget_bytes
+        fitting.append(sum(not plan.why_not for plan in made.candidates))
+    assert fitting == sorted(fitting, reverse=True) and fitting[0] > fitting[-1]
+
+
+def test_70b_streams_in_a_budget_that_its_weights_exceed():
+    made, _, _ = plans(model="llama-2-70b", memory="20GB", rows_per_step=1)
+    assert made.chosen.resident_blocks is not None and made.chosen.stream_ends
+    assert made.chosen.components["base weights"] < 20e9 < 35e9
+
+
+def test_a_base_that_adapters_start_from_is_not_streamed():
+    made, _, _ = plans(model="llama-2-70b", memory="20GB", rows_per_step=1, init="loftq")
+    assert made.chosen is None
+    streamed = [p.barred for p in made.best if "base from" in p.strategy]
+    assert {(bar.sentence, bar.way) for bar in streamed} == {("--init loftq needs the whole base", "--init default")}
+
+
+def test_what_would_fit_from_a_four_bit_folder_names_the_command_that_makes_one(tmp_path):
+    """Llama-3-70B in 16 bits on a card of 24 GB."""
+    config = SHAPES["llama-3-8b"] | {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64}
+    folder = tmp_path / "Llama 3 70B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 28672}))
+    options = {"model": str(folder), "device": "24GB-gpu", "host_memory": "64GB", "rows_per_step": 1, "block_size": 128}
+    made, asked, freed = plans(**options)
+    assert made.chosen is None
+    way = f"nybble quantize --model '{folder}' --out 'Llama 3 70B-nf4' --block-size 128, then --model 'Llama 3 70B-nf4'"
+    with pytest.raises(PlanError) as refused:
+        require(made, asked, freed)
+    assert "4-bit, base from" in refused.value.allowed and way in refused.value.fix
+    shown = io.StringIO()
+    show_plans(Console(file=shown, width=300), made, asked)
+    assert f"not 4-bit, base from disk: read from a 4-bit folder only; it would fit: {way}" in shown.getvalue()
+    fixed, asked, freed = plans(**options | {"stream_base": "never", "keep": "everything"})
+    with pytest.raises(PlanError, match="nybble quantize"):
+        require(fixed, asked, freed)
+
+
+def test_the_command_that_a_refusal_names_opens_what_it_says(tiny_model, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    monkeypatch.chdir(tmp_path)
+    options = {"model": str(tiny_model), "memory": "4GB", "stream_base": "always", "double_quant": False}
+    made, asked, freed = plans(**options)
+    with pytest.raises(PlanError) as refused:
+        require(made, asked, freed)
+    command, then = refused.value.fix.rstrip(".").partition("4-bit folder: ")[2].split(", then ")
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert "In 16 bits: embedding and head" in result.output
+    flag, folder = shlex.split(then)
+    assert flag == "--model" and plans(**options | {"model": folder})[0].chosen.resident_blocks is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "way"),
+    [
+        ({"format": "none"}, "--format nf4"),
+        ({"stream_base": "never"}, "--stream-base auto"),
+        ({"init": "loftq"}, "--init default"),
+        ({"page_optimizer": "always"}, "--page-optimizer auto"),
+        ({"stream_base": "always"}, "--stream-base auto"),
+    ],
+)
+def test_every_option_that_bars_a_plan_says_what_opens_it(options, way):
+    made, _, _ = plans(memory="40GB", **options)
+    assert way in {plan.way for plan in made.candidates}
+
+
+def test_every_reason_is_a_value():
+    made, _, _ = plans(memory="700MB", init="loftq")
+    causes = {made.reason(plan).cause for plan in made.rejected}
+    assert causes <= set(Cause) and Cause.COMPARISON in causes
+    record = plans_json(made)
+    assert all(each["cause"] in {cause.name.lower() for cause in Cause} for each in record["rejected"])
+
+
+def test_a_mixture_of_experts_is_not_planned_as_four_bit(tmp_path):
+    config = {"model_type": "mixtral", "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    made, asked, freed = plans(model=str(tmp_path), memory="80GB")
+    with pytest.raises(PlanError, match=r"(?s)weights stay in 16 bits.*--format none.*--max-dense-share"):
+        require(made, asked, freed)
+    experts = "model.layers.*.mlp.experts.gate_up_proj"
+    assert any(experts in line and "without an adapter, not in four bits" in line for line in describe_left(asked))
+    accepted = plans(model=str(tmp_path), memory="80GB", max_dense_share=1)[0]
+    assert accepted.chosen.strategy == "4-bit"
+    assert accepted.chosen.components["weights not in four bits"] >= 2 * 2 * 8 * 3 * 4096 * 14336
+
+
+def test_a_run_of_a_mixture_is_refused_before_anything_is_loaded(tiny_mixture, data, tmp_path):
+    with pytest.raises(ModelError, match="cannot be put into four bits"):
+        train(config(tiny_mixture, data, tmp_path / "run"), Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neo", "mpt", "xglm", "opt", "falcon", "gemma2"])
+def test_every_architecture_that_transformers_builds_is_planned(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    made, asked, _ = plans(model=str(tmp_path), memory="400GB")
+    assert made.chosen.components["base weights"] == pytest.approx(
+        asked.shape.parts.linear_elements * 4.127 / 8, rel=1e-2
+    )
+
+
+def test_a_mixed_folder_is_planned_with_the_bits_of_its_layers(tmp_path):
+    from nybble.formats.bnb import quantization_config
+    from nybble.formats.quantized_tensor import QuantSpec
+
+    base = {}
+    for second in ("nf4", "nf2"):
+        specs = {"model.layers.0.mlp.up_proj": QuantSpec(), "model.layers.0.mlp.down_proj": QuantSpec(second)}
+        config = SHAPES["tiny"] | {"quantization_config": quantization_config(specs, torch.bfloat16, [])}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        base[second] = plans(model=str(tmp_path), memory="4GB")[0].chosen.components["base weights"]
+    assert base["nf2"] == pytest.approx(base["nf4"] * (4.127 + 2.127) / 2 / 4.127, rel=2e-2)
+
+
+def test_a_config_that_transformers_cannot_build_is_refused(tmp_path):
+    for written, said in (({"model_type": "nonsense"}, "nonsense"), ({"hidden_size": 64}, "no model_type")):
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        with pytest.raises(ModelError, match=said) as refused:
+            plans(model=str(tmp_path))
+        assert len(str(refused.value)) < 400, "not the names of all that there are"
+
+
+def test_a_budget_below_the_smallest_plan_says_what_would_change_it(tiny_model, data, tmp_path):
+    with pytest.raises(PlanError, match=r"(?s)smallest plan takes .* budget is 0\.01 GB.*--rank 4"):
+        train(config(tiny_model, data, tmp_path / "run", memory="10MB"), Console(quiet=True))
+    assert not (tmp_path / "run" / "config.yaml").exists(), "refused before anything was made"
+
+
+@pytest.mark.parametrize("bits", [{"quality": "calibrated"}, {"mixed": 3.5}])
+def test_what_never_fits_is_refused_before_its_bits_are_made(tiny_model, data, tmp_path, monkeypatch, bits):
+    def too_late(*arguments):
+        raise AssertionError("spent minutes on a base that does not fit")
+
+    monkeypatch.setattr(session, "make_calibrated_base", too_late)
+    monkeypatch.setattr(session, "measure_mixed", too_late)
+    with pytest.raises(PlanError, match="smallest plan takes"):
+        train(config(tiny_model, data, tmp_path / "run", memory="10MB", **bits), Console(quiet=True))
+
+
+def test_mixed_bits_are_planned_for():
+    four, three = (plans(memory="4GB", **bits)[0].chosen.components["base weights"] for bits in ({}, {"mixed": 3.1}))
+    assert three == pytest.approx(four * 3.1 / 4.127, rel=2e-2)
+
+
+@pytest.mark.parametrize("option", ["alpha", "rslora", "dropuot"])
+def test_a_plan_takes_no_option_that_it_does_not_read(option):
+    with pytest.raises(ConfigError, match=option):
+        build_options(PlanConfig, {"model": "tiny", option: "1"})
+
+
+def test_a_run_and_a_plan_of_its_data_expect_the_same(tiny_model, data, tmp_path):
+    out, given = tmp_path / "run", {"memory": "3GB", "max_steps": 2, "micro_batch_size": 2, "keep": "nothing"}
+    train(config(tiny_model, data, out, **given), Console(quiet=True))
+    run = json.loads((out / "plan.json").read_text())
+    assert {"chosen", "rejected", "measured", "machine"} <= run.keys()
+    assert run["measured"]["peak_bytes"] >= run["measured"]["start_bytes"] > 0
+    options = {"model": str(tiny_model), "data": str(data), "rows_per_step": 4, "max_seq_len": 1024}
+    foreseen = plans(**options | given)[0].chosen
+    own = "the process itself"
+    assert {k: v for k, v in foreseen.components.items() if k != own} == {
+        k: v for k, v in run["chosen"]["components"].items() if k != own
+    }
+
+
+def test_a_choice_that_does_not_fit_names_the_nearest_that_does():
+    own = plans(memory="4GB")[0].machine.process_bytes
+    made, asked, freed = plans(memory=own + 500 * 10**6, micro_batch_size=8, rows_per_step=8, keep="everything")
+    with pytest.raises(PlanError, match=r"(?s)What fits: 4-bit.*--micro-batch-size \d --keep"):
+        require(made, asked, freed)
+
+
+def test_a_rehearsal_that_takes_too_much_stops_before_the_first_step(tiny_model, data, tmp_path, monkeypatch):
+    options = {"memory": "3GB"}
+    monkeypatch.setattr(loop.PeakMemory, "__exit__", lambda self, *_: setattr(self, "peak_bytes", 4_000_000_000))
+    with pytest.raises(PlanError, match=r"rehearsal .* took 4 GB"):
+        train(config(tiny_model, data, tmp_path / "run", **options), Console(quiet=True))
+
+
+def test_a_rehearsal_changes_nothing(tiny_model, data, tmp_path):
+    adapters = []
+    for name, options in {"plain": {}, "rehearsed": {"memory": "3GB"}}.items():
+        train(config(tiny_model, data, tmp_path / name, dropout=0.1, **options), Console(quiet=True))
+        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
+        torch.manual_seed(123)
+    assert adapters[0] == adapters[1]
+
+
+def test_a_rehearsal_evaluates_and_saves_once(tiny_model, data, tmp_path, monkeypatch):
+    out, done = tmp_path / "run", []
+    held_out = loop.held_out_loss
+    monkeypatch.setattr(loop, "held_out_loss", lambda *a: done.append("evaluated") or held_out(*a))
+    write = checkpoint.Checkpoints._write
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", lambda *a, **k: done.append("saved") or write(*a, **k))
+    monkeypatch.setattr(session, "check_peak", lambda *a: done.append("checked"))
+    train(config(tiny_model, data, out, memory="3GB"), Console(quiet=True))
+    assert done[:3] == ["evaluated", "saved", "checked"]
+    assert not list((out / "checkpoints").glob(".tmp-*")), "nothing is left of it"
+    assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-1"]
+
+
+def test_plan_prints_one_json_object_and_draws(tmp_path):
+    from typer.testing import CliRunner
+
+    words = ["plan", "--model", "tiny", "--memory", "2GB", "--json", "--plot", str(tmp_path / "plans.png")]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["chosen"]["peak_bytes"] == sum(record["chosen"]["components"].values())
+    assert record["machine"]["budget_bytes"] == 2_000_000_000 and record["rejected"]
+    assert (tmp_path / "plans.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("inner", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}])
+def test_the_text_of_a_larger_model_is_planned_with_its_own_ends(tmp_path, inner):
+    """Whether head and embedding are one may be said by the larger model's config alone, as in training."""
+    text = {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | inner
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000}
+    written = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    asked = plans(model=str(tmp_path))[1]
+    ends = 2 if inner.get("tie_word_embeddings") is not True else 1
+    assert asked.shape.parts.end_elements == ends * 1000 * 64

@@ -1,0 +1,133 @@
+"""What the planner reads off a model on the meta device, against the bytes of that model as it is really loaded."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.planning.costs import MicroBatches, ModelShape, TrainingShape, base_bytes, predict
+from nybble.quantization.folder import quantize_folder
+from nybble.quantization.synth import byte_tokenizer
+from nybble.sources.folder import FolderSource
+from nybble.sources.inventory import check_dense_share, take_inventory
+from nybble.sources.load import load_model
+from nybble.sources.skeleton import build_skeleton
+
+BASE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
+LLAMA = BASE | {"intermediate_size": 96, "num_key_value_heads": 2}
+CONFIGS = {  # names of every kind for the same things, mixtures, biases, learned positions, ends tied and not
+    "llama": LLAMA,
+    "qwen2": LLAMA | {"tie_word_embeddings": True},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 160},
+    "gpt_neo": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+                "vocab_size": 160, "max_position_embeddings": 64},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 160, "max_seq_len": 64},
+    "xglm": {"d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4, "vocab_size": 160,
+             "max_position_embeddings": 64},
+    "opt": {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160,
+            "max_position_embeddings": 64, "word_embed_proj_dim": 32},
+    "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 160, "state_size": 4},
+}  # fmt: skip
+MIXTURES = ("mixtral", "gpt_oss")
+
+
+def config_of(family: str):
+    return AutoConfig.for_model(family, pad_token_id=0, bos_token_id=0, eos_token_id=1, **CONFIGS[family])
+
+
+def saved(family: str, folder: Path) -> FolderSource:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config_of(family)))
+    folder.mkdir()
+    model.config.save_pretrained(folder)
+    save_model(model.to(torch.bfloat16), str(folder / "model.safetensors"))
+    byte_tokenizer().save_pretrained(folder)
+    return FolderSource(folder, family, "folder", None)
+
+
+def held_bytes(model: torch.nn.Module) -> int:
+    return sum({parameter.data_ptr(): parameter.nbytes for parameter in model.parameters()}.values())
+
+
+def planned_bytes(shape: ModelShape, spec: QuantSpec | None, dtype: torch.dtype) -> int:
+    training = TrainingShape(
+        MicroBatches(64, 64, 64, 1, 64, 64, 0), 0, 8, dtype.itemsize, spec, "generic", "nothing", 2**20
+    )
+    parts = predict(shape, training)
+    return sum(parts.get(name, 0) for name in ("base weights", "weights not in four bits", "embeddings, head, norms"))
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_weights_are_planned_as_they_are_loaded(family: str, tmp_path: Path) -> None:
+    """To the byte, in four bits and in 16, computed with in either dtype."""
+    source = saved(family, tmp_path / "model")
+    shape = ModelShape.of(build_skeleton(source.config))
+    for dtype in (torch.bfloat16, torch.float32):
+        for spec in (QuantSpec(), None):
+            model = load_model(source, spec, dtype)
+            assert planned_bytes(shape, spec, dtype) == held_bytes(model), (dtype, spec)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_parameter_counts_once(family: str) -> None:
+    model = build_skeleton(config_of(family))
+    parts = take_inventory(model)
+    assert parts.elements == sum(parameter.numel() for parameter in model.parameters())
+    assert (parts.dense_share > 0.5) == (family in MIXTURES)
+    assert parts.head == (160, 32 if family == "opt" else 64)
+
+
+def test_widths_are_those_of_the_layers() -> None:
+    widths = {}
+    for family in CONFIGS:
+        shape = ModelShape.of(build_skeleton(config_of(family)))
+        widths[family] = (shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size)
+        assert shape.num_layers == 2
+    assert widths["llama"] == (64, 64, 32, 96)
+    assert widths["gpt2"] == widths["gpt_neo"] == widths["mpt"] == (64, 64, 64, 256)
+    assert widths["opt"] == (64, 64, 64, 96), "wider than its embedding"
+    assert widths["mixtral"] == (64, 64, 32, 2 * 96), "of the experts that a token passes"
+    assert widths["gpt_oss"] == (64, 64, 32, 2 * 96)
+
+
+def test_published_mixtures_take_what_they_take() -> None:
+    """Mixtral-8x7B has 46.7 B parameters, gpt-oss-120b 116.8 B."""
+    for family, parameters in (("mixtral", 46.7e9), ("gpt_oss", 116.8e9)):  # what transformers has as their defaults
+        shape = ModelShape.of(build_skeleton(AutoConfig.for_model(family)))
+        assert shape.parameters == pytest.approx(parameters, rel=2e-3)
+        assert base_bytes(shape, QuantSpec()) < 1e9 and 2 * shape.parts.matrix_elements > 90e9
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_model_that_mostly_stays_in_16_bits_is_not_called_four_bit(family: str, tmp_path: Path) -> None:
+    source = saved(family, tmp_path / "model")
+    said = r"(?s)% of its blocks' weights stay.*experts.*--format none.*--max-dense-share"
+    with pytest.raises(ModelError, match=said) as refused:
+        quantize_folder(source, QuantSpec(), tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    accepted = float(refused.value.fix.rpartition("--max-dense-share ")[2].rstrip("."))
+    check_dense_share(take_inventory(build_skeleton(source.config)), family, accepted)  # what it names is enough
+    done = quantize_folder(source, QuantSpec(), tmp_path / "out", max_dense_share=accepted)
+    assert any("experts" in name for name, _ in done.inventory.dense)
+
+
+def test_layers_that_a_folder_keeps_in_16_bits_are_planned_so(tmp_path: Path) -> None:
+    from nybble.planning.request import stored_in_four_bits
+
+    source = saved("llama", tmp_path / "model")
+    quantize_folder(source, QuantSpec(), tmp_path / "four")
+    four = FolderSource(tmp_path / "four", "four", "folder", None)
+    skeleton = build_skeleton(four.config)
+    stored = stored_in_four_bits(four, skeleton)
+    assert stored is not None and len(stored) == 14 and stored_in_four_bits(source, skeleton) is None
+    some = {name for name in stored if "down_proj" not in name}
+    parts = ModelShape.of(skeleton, some).parts
+    assert dict(parts.dense) == {"model.layers.*.mlp.down_proj.weight": 2 * 64 * 96}
+    assert parts.elements == ModelShape.of(skeleton).parts.elements

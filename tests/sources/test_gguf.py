@@ -1,0 +1,262 @@
+"""GGUF files as sources: tiny models written as llama.cpp writes them, against transformers' own numbers."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from nybble.errors import ModelError
+from nybble.formats.gguf import GgufFile
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.sources.gguf import _tokenizer_of
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+
+VOCABULARY = 160
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def interleave(weight: Tensor, num_heads: int) -> Tensor:
+    """llama.cpp's order of the rows of q and k: rotary pairs side by side (its convert_hf_to_gguf `permute`)."""
+    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def write_model(
+    file: Path, model: PreTrainedModel, arch: str, block_type: str = "F32", pre: str | None = "smollm"
+) -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_vocab_size(VOCABULARY)
+    add_tokenizer(writer, pre)
+    quantized = gguf.GGMLQuantizationType[block_type]
+    names = gguf.get_tensor_name_map(
+        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
+    )
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = interleave(tensor, heads)
+        module, _, leaf = name.rpartition(".")
+        kind = quantized if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(
+            f"{names.get_name(module)}.{leaf}", gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def write_tokenizer(file: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
+    """A file with a tokenizer and no tensors."""
+    writer = gguf.GGUFWriter(file, "llama")
+    add(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, pre: str | None) -> None:
+    printable = [chr(code) for code in range(33, 127)]
+    special = ["<s>", "</s>"]
+    tokens = [*special, *printable, "Ġ", "Ċ", "ĠĠ", "ab", "Ġa"]
+    tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
+    writer.add_token_merges(["Ġ Ġ", "a b", "Ġ a"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+
+
+@pytest.mark.parametrize(
+    ("family", "arch"), [("llama", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gguf_model_equals_the_one_it_was_made_of(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, family: str, arch: str, tied: bool
+) -> None:
+    overrides = {"sliding_window": None} if family == "mistral" else {}
+    _, model = make_folder(family, torch.bfloat16, tie_word_embeddings=tied, **overrides)
+    file = write_model(tmp_path / "m.gguf", model, arch)
+    source = open_source(str(file))
+    assert source.kind == "gguf"
+    assert source.notes == ()
+    ours = load_model(source, None, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, model.float()(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_are_widened_as_transformers_widens_them(make_folder: Callable, tmp_path: Path, tokens: Tensor) -> None:
+    _, model = make_folder("llama")
+    file = write_model(tmp_path / "m.gguf", model, "llama", "Q4_1")
+    source = open_source(str(file))
+    assert source.notes == (f"{file} was itself published in 4 bits (Q4_1), not in 16.",)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
+    expected = theirs.state_dict()
+    for name in source.tensor_names():
+        tensor = source.read(name)
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+    assert load_model(source, QuantSpec(), torch.float32)(tokens).logits.isfinite().all()
+
+
+def test_config_and_tokenizer_are_derived_once_and_can_be_saved(
+    make_folder: Callable, tmp_path: Path, own_cache: Path
+) -> None:
+    _, model = make_folder("qwen3", num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "qwen3")
+    config = open_source(str(file)).config
+    assert not hasattr(config, "quantization_config")
+    assert config.architectures == ["Qwen3ForCausalLM"]
+    assert config.head_dim == 16
+    config.save_pretrained(tmp_path / "saved")
+    (derived,) = (own_cache / "gguf").iterdir()
+    (derived / "marker").touch()
+    source = open_source(str(file))
+    assert [path.name for path in (own_cache / "gguf").iterdir()] == [derived.name]
+    assert (derived / "marker").exists()
+    assert source.load_tokenizer().apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+def test_digits_are_split_as_smollm_was_trained(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama")
+    (tmp_path / "tokenizer.json").write_text("not this one")  # what lies beside the file is not taken
+    ours = open_source(str(file)).load_tokenizer()
+    assert ours.tokenize("ab  12 a") == ["ab", "ĠĠ", "1", "2", "Ġa"]
+    (tmp_path / "tokenizer.json").unlink()
+    plain = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    assert plain.tokenize("ab  12 a") == ["ab", "Ġ", "Ġ", "1", "2", "Ġa"]  # the reason for setting it
+
+
+TEXTS = ["ab  12 a", " ab", "ab\n\n\tab", "<s>ab</s> a 123 4567", "don't AB'S", "naïve 東京"]
+
+
+@pytest.mark.parametrize(
+    ("pre", "pattern"),
+    [
+        (
+            "llama-bpe",
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+",
+        ),
+        ("qwen2", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"),
+    ],
+)
+def test_words_are_split_by_the_rule_that_the_file_names(tmp_path: Path, pre: str, pattern: str) -> None:
+    """Against transformers' own reader, which knows these two. (It ends the pattern with three kinds of spaces.)"""
+    file = write_tokenizer(tmp_path / "m.gguf", lambda writer: add_tokenizer(writer, pre))
+    ours = _tokenizer_of(GgufFile(file))
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in TEXTS:
+        assert ours(text, add_special_tokens=False).input_ids == theirs(text, add_special_tokens=False).input_ids, text
+    state = json.loads(ours.backend_tokenizer.to_str())
+    assert state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"].startswith(pattern.removesuffix(r"|\s+"))
+    assert bool(state["model"]["ignore_merges"]) == (pre == "llama-bpe")  # as llama.cpp does
+
+
+@pytest.mark.parametrize("pre", ["cats", "default", None])
+def test_an_unknown_splitting_rule_is_refused_by_name(make_folder: Callable, tmp_path: Path, pre: str | None) -> None:
+    folder, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama", pre=pre)
+    with pytest.raises(ModelError, match=rf"{pre or 'does not name'}(.|\n)*gpt-2, smollm(.|\n)*--tokenizer"):
+        open_source(str(file)).load_tokenizer()
+    assert open_source(str(file), str(folder)).load_tokenizer().eos_token == "w1"  # the way out
+
+
+def test_a_file_without_a_tokenizer_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    file = write_tokenizer(tmp_path / "none.gguf", lambda writer: None)
+    with pytest.raises(ModelError, match=r"is missing(.|\n)*--tokenizer"):
+        _tokenizer_of(GgufFile(file))
+    file = write_tokenizer(tmp_path / "t5.gguf", lambda writer: writer.add_tokenizer_model("t5"))
+    with pytest.raises(ModelError, match=r"of the kind 't5'"):
+        _tokenizer_of(GgufFile(file))
+
+
+def add_sentencepiece(writer: gguf.GGUFWriter, **keys: bool) -> None:
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab", "▁▁"]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(pieces)
+    writer.add_token_scores([0.0] * 259 + [-9.0, -9.0, -9.0, -3.0, -1.0, -2.0, -4.0])
+    writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * 7])
+    for key, value in keys.items():
+        getattr(writer, f"add_{key}")(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "with_prefix", "without"),
+    [  # by hand, from llama.cpp's rules
+        ("ab", ["▁ab"], ["ab"]),
+        (" ab", ["▁", "▁ab"], ["▁ab"]),  # the prefix comes on top of a space that is there
+        ("ab</s>ab", ["▁ab", "</s>", "▁ab"], ["ab", "</s>", "ab"]),  # and after special tokens
+        ("a\n", ["▁a", "<0x0A>"], ["a", "<0x0A>"]),
+        ("aé", ["▁a", "<0xC3>", "<0xA9>"], ["a", "<0xC3>", "<0xA9>"]),
+    ],
+)
+def test_sentencepiece_is_read_as_llama_cpp_reads_it(
+    tmp_path: Path, text: str, with_prefix: list[str], without: list[str]
+) -> None:
+    default = _tokenizer_of(GgufFile(write_tokenizer(tmp_path / "a.gguf", add_sentencepiece)))
+    bare = write_tokenizer(
+        tmp_path / "b.gguf", lambda w: add_sentencepiece(w, add_space_prefix=False, add_bos_token=False)
+    )
+    assert default.tokenize(text) == with_prefix
+    assert default(text).input_ids[0] == 1 and default.bos_token == "<s>"  # llama.cpp's, where the file does not say
+    assert _tokenizer_of(GgufFile(bare)).tokenize(text) == without
+    assert _tokenizer_of(GgufFile(bare))(text).input_ids[0] != 1
+    assert default.decode(default(text, add_special_tokens=False).input_ids) == text.replace("</s>", "</s> ")
+
+
+def test_the_fingerprint_covers_header_and_weights(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama")
+    first = open_source(str(file)).fingerprint()
+    assert open_source(str(file)).fingerprint() == first
+    with torch.no_grad():
+        model.model.norm.weight[-1] += 1
+    assert open_source(str(write_model(file, model, "llama"))).fingerprint() != first
+
+
+def test_a_tensor_without_a_place_is_named(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder("llama", attention_bias=True, num_hidden_layers=1)
+    source = open_source(str(write_model(tmp_path / "m.gguf", model, "llama")))
+    with pytest.raises(ModelError, match=r"no place for: blk\.0\.attn_q\.bias"):
+        source.tensor_names()
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"hello")
+    with pytest.raises(ModelError, match="does not start with GGUF"):
+        open_source(str(tmp_path / "m.gguf"))
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match="not a complete GGUF file"):
+        open_source(str(tmp_path / "m.gguf"))

@@ -1,0 +1,218 @@
+"""Loading against transformers: the same numbers, nothing unloaded, nothing unused, nothing wrong unnoticed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.kernels.ops import dequantize, quantize
+from nybble.layers.dense import CastEmbedding
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
+
+
+def load(folder: Path, spec: QuantSpec | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return load_model(open_source(str(folder)), spec, dtype)
+
+
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_model_equals_transformers(make_folder, tokens: Tensor, family: str, tied: bool) -> None:
+    folder, _ = make_folder(family, torch.bfloat16, tie_word_embeddings=tied)
+    ours = load(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert not ours.training
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    assert torch.equal(logits(ours, tokens), logits(theirs, tokens))
+    assert (ours.get_output_embeddings().weight is ours.get_input_embeddings().weight) == tied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_four_bit_model_equals_transformers_on_the_dequantized_weights(make_folder, tokens: Tensor, family: str):
+    folder, _ = make_folder(family, torch.bfloat16)
+    spec = QuantSpec()
+    ours = load(folder, spec)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    replaced = 0
+    for name, module in ours.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = theirs.get_submodule(name).weight
+            matrix = weight.detach().T if family == "gpt2" else weight.detach()  # [out, in]
+            q = quantize(matrix.bfloat16(), spec)
+            assert torch.equal(module.weight, q.packed)
+            assert torch.equal(module.scales, q.scales)
+            dense = dequantize(q, torch.float32)
+            weight.data = dense.T.contiguous() if family == "gpt2" else dense
+            replaced += 1
+    assert replaced == {"gpt2": 8}.get(family, 14)
+    torch.testing.assert_close(logits(ours, tokens), logits(theirs, tokens), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", [None, "llama3", "yarn", "linear", "dynamic"])
+def test_computed_buffers_equal_transformers(make_folder, rope: str | None) -> None:
+    overrides = {}
+    if rope is not None:
+        scaling = {"rope_theta": 10000.0, "rope_type": rope, "factor": 4.0, "original_max_position_embeddings": 32}
+        if rope == "llama3":
+            scaling |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        overrides["rope_parameters"] = scaling
+    folder, original = make_folder("llama", torch.bfloat16, **overrides)
+    ours = load(folder, QuantSpec(), torch.bfloat16)
+    expected = dict(original.named_buffers())
+    # What goes by a row's length is asked through nybble's RowRotary, which holds transformers' own.
+    computed = {name.replace(".rotary_emb.rotary.", ".rotary_emb."): buffer for name, buffer in ours.named_buffers()}
+    assert computed.keys() == expected.keys()
+    for name, buffer in computed.items():
+        assert buffer.dtype == torch.float32
+        torch.testing.assert_close(buffer, AutoModelForCausalLM.from_config(ours.config).get_buffer(name))
+
+
+def test_a_sharded_folder_loads_as_a_whole_one(make_folder, tokens: Tensor) -> None:
+    whole, _ = make_folder("llama")
+    sharded, _ = make_folder("llama", shard="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load(sharded), tokens), logits(load(whole), tokens))
+
+
+def test_dtypes_by_role(make_folder) -> None:
+    folder, _ = make_folder("qwen2", torch.bfloat16)
+    fp32 = load(folder, QuantSpec(), torch.float32)
+    assert isinstance(fp32.model.embed_tokens, CastEmbedding)
+    assert fp32.model.embed_tokens.weight.dtype == fp32.lm_head.weight.dtype == torch.bfloat16
+    assert fp32.model.norm.weight.dtype == torch.float32
+    assert fp32.model.layers[0].self_attn.q_proj.bias.dtype == torch.float32
+    bf16 = load(folder, QuantSpec(), torch.bfloat16)
+    assert type(bf16.model.embed_tokens) is nn.Embedding
+    half, _ = make_folder("llama", torch.float16)
+    assert load(half, QuantSpec(), torch.float32).lm_head.weight.dtype == torch.float16
+
+
+def test_the_attention_is_sdpa(make_folder) -> None:
+    assert load(make_folder()[0]).config._attn_implementation == "sdpa"
+
+
+def test_the_makers_generation_config_is_taken(make_folder) -> None:
+    folder, _ = make_folder()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7], "temperature": 0.6}))
+    assert load(folder).generation_config.eos_token_id == [1, 7]
+
+
+def test_progress_sees_every_tensor(make_folder) -> None:
+    folder, model = make_folder()
+    seen = []
+
+    def progress(tensors, total: int):
+        for item in tensors:
+            seen.append((item.target, total))
+            yield item
+
+    load_model(open_source(str(folder)), QuantSpec(), torch.float32, progress=progress)
+    assert {name for name, _ in seen} == set(model.state_dict())
+    assert {total for _, total in seen} == {len(seen)}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_checkpoint_of_the_bare_backbone_gets_its_prefix(make_folder, tokens: Tensor, family: str) -> None:
+    folder, model = make_folder(family, tie_word_embeddings=True)
+    expected = logits(load(folder), tokens)
+    prefix = model.base_model_prefix + "."
+
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix(prefix)] = tensors.pop(name)
+
+    edit(folder, strip)
+    assert torch.equal(logits(load(folder), tokens), expected)
+
+
+def test_leftovers_of_old_versions_are_ignored(make_folder, tokens: Tensor) -> None:
+    folder, _ = make_folder("gpt2")
+    expected = logits(load(folder), tokens)
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 64, 64).bool()
+        tensors["transformer.h.0.attn.masked_bias"] = torch.tensor(-1e4)
+        tensors["transformer.h.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit(folder, add)
+    assert torch.equal(logits(load(folder), tokens), expected)
+
+
+def test_a_tied_head_may_be_stored_when_it_is_alike(make_folder, tokens: Tensor) -> None:
+    folder, _ = make_folder(tie_word_embeddings=True)
+    expected = logits(load(folder), tokens)
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert torch.equal(logits(load(folder), tokens), expected)
+    edit(folder, lambda t: t["lm_head.weight"].mul_(2))
+    with pytest.raises(ModelError, match="different tensors for parameters that its config ties"):
+        load(folder)
+
+
+def test_a_tied_pair_may_be_stored_as_the_head_alone(make_folder, tokens: Tensor) -> None:
+    folder, _ = make_folder(tie_word_embeddings=True)
+    expected = logits(load(folder), tokens)
+    edit(folder, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
+    assert torch.equal(logits(load(folder), tokens), expected)
+
+
+@pytest.mark.parametrize("spec", [None, QuantSpec()])
+def test_what_does_not_fit_is_named(make_folder, spec: QuantSpec | None) -> None:
+    folder, _ = make_folder()
+    edit(folder, lambda t: t.update({"model.layers.9.mlp.up_proj.weight": t.pop("model.layers.1.mlp.up_proj.weight")}))
+    with pytest.raises(ModelError) as caught:
+        load(folder, spec)
+    assert "Stored and not in the model: model.layers.9.mlp.up_proj.weight" in str(caught.value)
+    assert "In the model and not stored: model.layers.1.mlp.up_proj.weight" in str(caught.value)
+
+
+def test_an_untied_head_must_be_stored(make_folder) -> None:
+    folder, _ = make_folder(tie_word_embeddings=False)
+    edit(folder, lambda t: t.pop("lm_head.weight"))
+    with pytest.raises(ModelError, match=r"not stored: lm_head\.weight"):
+        load(folder)
+
+
+def test_a_wrong_shape_is_named(make_folder) -> None:
+    folder, _ = make_folder()
+    name = "model.layers.0.mlp.up_proj.weight"  # the transpose is wrong too where the layer is a Linear
+    edit(folder, lambda t: t.update({name: t[name].T.contiguous()}))
+    with pytest.raises(ModelError, match=rf"{name} has the shape \[64, 128\](.|\n)*\[128, 64\]"):
+        load(folder, QuantSpec())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_weight_that_is_not_finite_is_named(make_folder, value: float, name: str) -> None:
+    folder, _ = make_folder(dtype=torch.bfloat16)
+    edit(folder, lambda t: t[name].view(-1)[5:7].fill_(value))
+    with pytest.raises(ModelError, match=f"{name} holds 2 values that are not finite"):
+        load(folder, QuantSpec())
+
+
+def test_an_architecture_without_language_model_is_refused(make_folder) -> None:
+    folder, _ = make_folder()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
+    with pytest.raises(ModelError, match="'vit'"):
+        load(folder)

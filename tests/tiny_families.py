@@ -1,0 +1,71 @@
+"""Tiny real models of each family, written by transformers, for the tests of sources and of quantisation."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 160
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny_config(family: str, **overrides: object) -> PretrainedConfig:
+    if family == "gpt2":
+        shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
+        return GPT2Config(**shape, bos_token_id=0, eos_token_id=1, **overrides)
+    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    extra = {"head_dim": 16} if family == "qwen3" else {}
+    return classes[family](**(SHAPE | extra | {"bos_token_id": 0, "eos_token_id": 1} | overrides))
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., tuple[Path, PreTrainedModel]]:
+    """Writes a seeded tiny model with a tokenizer as transformers does; returns the folder and the model."""
+
+    def make(family: str = "llama", dtype: torch.dtype = torch.float32, shard: str = "5GB", **overrides: object):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides)).eval()
+        for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+            parameter.data = parameter.data.to(dtype)  # not model.to, which would round the rotary frequencies too
+        folder = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(folder, max_shard_size=shard)
+        save_tokenizer(folder)
+        return folder, model
+
+    return make
+
+
+def save_tokenizer(folder: Path) -> None:
+    words = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="w0", eos_token="w1", unk_token="w2")
+    wrapped.save_pretrained(folder)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
