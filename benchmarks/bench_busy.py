@@ -1,12 +1,11 @@
 """Times steps and answers beside other busy programs, with OpenMP's ways of waiting and with no waiting at all.
 
-    python benchmarks/bench_busy.py [--quick] [--data train.jsonl] [--spins 0 10000]
+    python benchmarks/bench_busy.py [--quick] [--data train.jsonl] [--spins 1000 10000]
 
 A laptop always has something else to do. Beside none, one and two programs that only compute, SmolLM2-135M takes
 steps of 4 rows of 256 tokens and answers a prompt:
-    as nybble sets it    threads spin briefly, then sleep (`nybble.openmp`)
+    as nybble sets it    threads sleep at once (`nybble.openmp`); `--spins` adds numbers of rounds to spin before
     as it comes          GNU's default: threads spin for milliseconds
-    passive              threads sleep at once; `--spins` adds other numbers of rounds
     no barriers          as many processes of one thread as there are cores, which never wait for one another
 Steps of the last are what the cores can do at all beside those programs; its figure is the sum of its processes'.
 All take turns, one computes while the others sleep.
@@ -30,7 +29,7 @@ LOADS = (0, 1, 2)  # busy programs
 WARM_UP = 2
 NEW_TOKENS = 48
 PROMPT = list(range(1000, 1064))  # any 64 tokens
-OURS, DEFAULT, PASSIVE, APART = "as nybble sets it", "as it comes", "passive", "no barriers"
+OURS, DEFAULT, APART = "as nybble sets it", "as it comes", "no barriers"
 BUSY = "while True: pass"
 
 WORKS: dict[str, dict[str, Any]] = {"steps": {"work": "train", "keep": "everything"}, "answers": {"work": "answer"}}
@@ -55,7 +54,7 @@ def busy_programs(count: int) -> Iterator[None]:
 def ways(spins: Sequence[int]) -> dict[str, dict[str, str]]:
     """Name -> the variables that set it."""
     others = {f"{count} rounds": VARIABLES | {"GOMP_SPINCOUNT": str(count)} for count in spins}
-    return {OURS: VARIABLES, DEFAULT: GNU_DEFAULT, PASSIVE: {"OMP_WAIT_POLICY": "passive"}} | others
+    return {OURS: VARIABLES, DEFAULT: GNU_DEFAULT} | others
 
 
 def tokens_per_s(group: Group, tokens: int, **request: Any) -> float:
@@ -116,7 +115,7 @@ def _ratio(to: Sequence[float], own: Sequence[float]) -> str:
 
 def main() -> None:
     parser = model_options(options(__doc__, rounds=9))
-    parser.add_argument("--spins", type=int, nargs="*", default=[], help="other numbers of rounds to try")
+    parser.add_argument("--spins", type=int, nargs="*", default=[], help="numbers of rounds to spin that are tried too")
     parser.add_argument("--only", choices=WORKS, help="one of the works")
     arguments = parser.parse_args()
     rounds = min(arguments.rounds, 2) if arguments.quick else arguments.rounds
