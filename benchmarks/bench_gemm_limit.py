@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
 from nybble.data.packing import Batch
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels import cpu
 from nybble.layers.backbone import Backbone, choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
@@ -223,7 +223,7 @@ def main() -> None:
     models = [arguments.only] if arguments.only else list(MODELS)
     loaded = {}
     for name in models:
-        model = load_model(RandomSource(name, MODELS[name]), QuantSpec(), torch.bfloat16)
+        model = load_model(RandomSource(name, MODELS[name]), BaseFormats(), torch.bfloat16)
         attach_adapters(model, quantizable_linears(model), rank=16, alpha=32)
         loaded[name] = model.train()
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import block_ops, cpu, ops, registry
 
 

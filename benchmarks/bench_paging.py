@@ -21,7 +21,7 @@ import torch
 from common import BENCHMARKS, Table, about_machine, report, versions
 from torch import nn
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.backbone import BlockBackbone
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.loss_head import loss_head
@@ -46,7 +46,7 @@ def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: Activat
     store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0) if streamed else None
     names = () if store is None else store.names
     ends = streamed and end_bytes(ModelShape.of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
-    model = load_model(source, source.quant_spec, dtype, stream_linears_of=names, stream_ends=ends)
+    model = load_model(source, source.layer_formats, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
     backbone, head = BlockBackbone(model, "nothing", store, kept), loss_head(model)
     ids, places = torch.arange(tokens).remainder(250)[None] + 3, torch.arange(tokens)

@@ -27,7 +27,7 @@ from nybble.data.readers import read_examples
 from nybble.data.template import ChatTemplate
 from nybble.evaluation.compare_arms import without_lattice
 from nybble.evaluation.quality import Comparison
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
@@ -63,7 +63,7 @@ def main() -> None:
     base = load_model(source, None, dtype)
     comparisons = {kind: Comparison(base, documents) for kind, documents in kinds.items()}
     del base
-    model = load_model(source, QuantSpec(), dtype)
+    model = load_model(source, BaseFormats(), dtype)
     for name in arguments.arms.split(","):
         with PeakMemory(CPU) as memory:
             started = time.perf_counter()
@@ -98,7 +98,7 @@ def put(model: Any, source: Any, arm: str, template: ChatTemplate, data: str, dt
     windows = calibration_text(
         own, data, template, num_tokens=text["tokens"], seed=text["seed"], general_share=text["mix"]
     ).windows
-    calibrator = BlockCalibrator(source, QuantSpec(), windows, dtype, options)
+    calibrator = BlockCalibrator(source, BaseFormats(), windows, dtype, options)
     for index in range(len(calibrator.blocks)):
         for name, q in calibrator.run(index)[0].items():
             model.get_submodule(name.removesuffix(".weight")).load_quantized(q)

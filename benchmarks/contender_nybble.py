@@ -25,7 +25,7 @@ from nybble.options.verbs import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.sampler import StepSampler
 from nybble.generation.generate import generate
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.backbone import Backbone, choose_backbone
 from nybble.layers.convert import adapters_of
 from nybble.layers.loss_head import loss_head
@@ -81,8 +81,8 @@ def load(settings: dict[str, Any]) -> tuple["PreTrainedModel", float]:
 
     started = time.perf_counter()
     source = open_source(settings["base"])
-    spec = QuantSpec() if settings.get("bits", 4) == 4 else None
-    model = load_model(source, spec, resolve_compute_dtype("auto", torch.device("cpu")))
+    formats = BaseFormats() if settings.get("bits", 4) == 4 else None
+    model = load_model(source, formats, resolve_compute_dtype("auto", torch.device("cpu")))
     return model, time.perf_counter() - started
 
 

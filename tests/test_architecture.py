@@ -2,12 +2,15 @@
 
 import ast
 import functools
+import re
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from nybble.formats.format import FORMATS
 
 PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
@@ -19,6 +22,9 @@ ORDER = (
 # Imported where they are installed, needed nowhere.
 OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate", "llama-cpp-python", "lm-eval"}
 OPTIONAL_PACKAGES |= {"starlette", "uvicorn", "llama-cpp"}  # the last by its import name, where it is not installed
+# Places that may name a four-bit format in a string; what tells formats apart elsewhere is asked of the table.
+NAME_FORMATS = ("formats", "options", "kernels")
+WITHOUT_TORCH = ("nybble.formats.format", "nybble.formats.quant_spec")
 
 MODULES = {
     ".".join(("nybble", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -98,6 +104,37 @@ def test_no_import_cycles() -> None:
             del remaining[module]
     # A package's __init__ that imports its own modules is no cycle unless one of them imports the package.
     assert not remaining, f"these import each other in a circle: {sorted(remaining)}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_plain_numbers_need_no_torch(module: str) -> None:
+    needed, found = [module], {module}
+    while needed:
+        packages = module_and_packages(needed.pop())
+        imported = {name for each in packages for name, _, for_types in imports_of(each) if not for_types}
+        assert not [name for name in imported if name.partition(".")[0] == "torch"], packages[0]
+        needed += [name for name in imported if name in MODULES and name not in found]
+        found |= imported
+
+
+def module_and_packages(module: str) -> list[str]:
+    """`nybble.formats.format` -> itself, `nybble.formats` and `nybble`, all of which an import of it runs."""
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if place(module) not in NAME_FORMATS])
+def test_formats_are_asked_for_by_what_they_are(module: str) -> None:
+    """A format's name in a string is a case that a new format has to be added to."""
+    named = re.compile(rf"\b({'|'.join(FORMATS)})\b")
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {
+        id(getattr(node.body[0], "value", None)) for node in ast.walk(tree) if isinstance(node, owners) and node.body
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            assert not named.search(node.value), f"{MODULES[module]}:{node.lineno}: ask nybble.formats.format"
 
 
 def test_every_package_imported_is_declared() -> None:

@@ -19,7 +19,8 @@ from low_bit_kl import TOKENS, cut_windows, open_dithered, quantized_model
 from nybble.data.prepare import prepare
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.loss_head import loss_head
@@ -79,11 +80,11 @@ def main() -> None:
         if format == "none":
             model = load_model(source, None, dtype)
         elif f"{format}:{quality}" in bases:
-            model = load_model(source, QuantSpec(format), dtype)
+            model = load_model(source, BaseFormats(QuantSpec(format)), dtype)
             for name, weight in bases[f"{format}:{quality}"].items():
                 model.get_submodule(name).load_quantized(weight)
         else:
-            model = quantized_model(source, QuantSpec(format), quality, windows, dtype)
+            model = quantized_model(source, BaseFormats(QuantSpec(format)), quality, windows, dtype)
             weights = {name: model.get_submodule(name).quantized() for name in quantizable_linears(model)}
             bases[f"{format}:{quality}"] = weights
         names = quantizable_linears(model)

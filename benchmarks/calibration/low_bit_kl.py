@@ -21,7 +21,8 @@ from nybble.calibration.search import search_weight
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import prepare
 from nybble.data.template import ChatTemplate
-from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.loss_head import loss_head
@@ -56,32 +57,28 @@ def cut_windows(rows: Sequence[EncodedExample], *, count: int, tokens: int, seed
 
 
 def quantized_model(
-    source: ModelSource, specs: QuantSpec | LayerSpecs, quality: str, calibration: Tensor, dtype: torch.dtype
+    source: ModelSource, formats: BaseFormats, quality: str, calibration: Tensor, dtype: torch.dtype
 ) -> Any:
     """The source in memory with its linears quantised."""
     if quality == "absmax":
-        return load_model(source, specs, dtype)
+        return load_model(source, formats, dtype)
     model = load_model(source, None, dtype)
     names = quantizable_linears(model)
     weights = (
-        calibrated_weights(source, specs, calibration, dtype)
+        calibrated_weights(source, formats, calibration, dtype)
         if quality == "calibrated"
-        else {name: search_weight(model.get_submodule(name).weight, spec_at(specs, name)) for name in names}
+        else {name: search_weight(model.get_submodule(name).weight, formats.of(name)) for name in names}
     )
-    replace_linears(model, names, specs, dtype)
+    replace_linears(model, names, formats, dtype)
     for name in names:
         model.get_submodule(name).load_quantized(weights[name])
     return model
 
 
-def spec_at(specs: QuantSpec | LayerSpecs, name: str) -> QuantSpec:
-    return specs if isinstance(specs, QuantSpec) else specs[name]
-
-
 def calibrated_weights(
-    source: ModelSource, specs: QuantSpec | LayerSpecs, windows: Tensor, dtype: torch.dtype
+    source: ModelSource, formats: BaseFormats, windows: Tensor, dtype: torch.dtype
 ) -> dict[str, QuantizedTensor]:
-    calibrator = BlockCalibrator(source, specs, windows, dtype)
+    calibrator = BlockCalibrator(source, formats, windows, dtype)
     weights: dict[str, QuantizedTensor] = {}
     for index in range(len(calibrator.blocks)):
         weights |= {name.removesuffix(".weight"): q for name, q in calibrator.run(index)[0].items()}
@@ -137,7 +134,7 @@ def main() -> None:
             continue
         format, quality = arm.split(":")
         started = time.perf_counter()
-        model = quantized_model(source, QuantSpec(format), quality, calibration, dtype)
+        model = quantized_model(source, BaseFormats(QuantSpec(format)), quality, calibration, dtype)
         seconds = time.perf_counter() - started
         results[arm] = {"seconds": seconds, "threads": torch.get_num_threads(), "tokens": calibration.numel()}
         for name, each in exact.items():

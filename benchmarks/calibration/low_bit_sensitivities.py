@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from low_bit_kl import Exact, open_dithered, quantized_model, windows_of
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
@@ -60,9 +60,9 @@ def main() -> None:
         "predicted": {name: losses[name]["nf2"] for name in measured},
         "kl": {},
     }
-    arms = {format: QuantSpec(format) for format in ("nf4", "nf3", "nf2")} | {b: m.specs for b, m in mixed.items()}
-    for arm, specs in arms.items():
-        kl, loss = exact.compare(quantized_model(source, specs, "absmax", windows, dtype))
+    arms = {format: BaseFormats(QuantSpec(format)) for format in ("nf4", "nf3", "nf2")}
+    for arm, formats in (arms | {bits: each.formats for bits, each in mixed.items()}).items():
+        kl, loss = exact.compare(quantized_model(source, formats, "absmax", windows, dtype))
         result["kl"][arm] = {"kl": kl, "loss": loss}
         if arm in mixed:
             result["kl"][arm] |= {"bits": mixed[arm].bits, "predicted": mixed[arm].predicted_kl}

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nybble.data.examples import EncodedExample
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -55,7 +55,7 @@ def train_in(folder: Path, dtype: torch.dtype, out: Path) -> Trained:
         Wrong: another loss, other gradients or other logits than the model's own.
     """
     source = FolderSource(folder, folder.name, "folder", None)
-    model = load_model(source, QuantSpec("nf4"), dtype)
+    model = load_model(source, BaseFormats(QuantSpec("nf4")), dtype)
     targets = resolve_targets(model, "all-linear")
     attach_adapters(model, targets, rank=RANK, alpha=ALPHA)
     ran = {}

@@ -13,7 +13,9 @@ from nybble.calibration.statistics import InputStatistics
 from nybble.errors import FormatError
 from nybble.formats import blockwise
 from nybble.formats.codebooks import codebook
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops import quantize
 
 IN, OUT = 192, 96
@@ -92,7 +94,7 @@ def test_feedback_is_the_textbook_loop(block_size: int) -> None:
     assert abs(float(((got @ hessian) * got).sum()) / expected - 1) < 0.01
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("format", [format.name for format in FORMATS.values() if format.searchable])
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_each_part_lowers_the_outputs_error(format: str, double_quant: bool) -> None:
     spec, x, w = QuantSpec(format, 64, double_quant), correlated(3000), weight()

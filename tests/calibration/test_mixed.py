@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nybble.calibration.mixed import MIXED_FORMATS, Option, choose_formats
+from nybble.calibration.mixed import Option, choose_formats
 
 
 def total(options: dict[str, list[Option]], chosen: dict[str, str]) -> tuple[int, float]:
@@ -31,7 +31,7 @@ def test_no_choice_within_the_budget_is_better(seed: int) -> None:
         unit = draw.choice([1, 64, draw.randint(1, 99)])
         options[f"layer {layer}"] = [
             Option(format, unit * bits, draw.choice([0.0, draw.random(), draw.random() * 4**-bits]))
-            for format, bits in zip(MIXED_FORMATS, (4, 3, 2), strict=True)
+            for format, bits in (("four", 4), ("three", 3), ("two", 2))
         ]
     largest = sum(max(o.num_bytes for o in choices) for choices in options.values())
     for budget in {0, largest, *(draw.randint(0, largest) for _ in range(6))}:

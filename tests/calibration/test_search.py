@@ -6,7 +6,8 @@ import torch
 from nybble.calibration.search import search_weight
 from nybble.errors import FormatError
 from nybble.formats import blockwise
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
 
 
 def weight(*shape: int) -> torch.Tensor:
@@ -21,7 +22,7 @@ def lost(w: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None = Non
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("format", [format.name for format in FORMATS.values() if format.searchable])
 @pytest.mark.parametrize("shape", [(33, 128), (7, 100), (300, 64)])
 def test_search_loses_less_than_absmax(format: str, double_quant: bool, shape: tuple[int, int]) -> None:
     spec, w = QuantSpec(format, 64, double_quant), weight(*shape)

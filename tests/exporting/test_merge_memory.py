@@ -25,9 +25,10 @@ from pathlib import Path
 from rich.console import Console
 from nybble.runs.open_run import open_run
 from nybble.exporting.artefact import Artefact, write
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.memory.measure import PeakMemory
+from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.sources.skeleton import build_skeleton
 import gguf, transformers.models.llama.modeling_llama
 
@@ -36,7 +37,8 @@ opened = open_run(Path(sys.argv[1]))
 build_skeleton(opened.source.config)
 start = time.perf_counter()
 with PeakMemory(torch.device("cpu"), interval_s=0.002) as memory:
-    survival = write(opened, Artefact(sys.argv[3], "q8_0", sys.argv[4]), Path(sys.argv[2]), Console(quiet=True))
+    artefact = Artefact(ArtefactKind(sys.argv[3]), GgufType.Q8_0, sys.argv[4])
+    survival = write(opened, artefact, Path(sys.argv[2]), Console(quiet=True))
 print(json.dumps({
     "peak": memory.peak_bytes - memory.start_bytes,
     "process": memory.start_bytes,

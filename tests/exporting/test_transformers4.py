@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.consumers import _load_nf4
+from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.quantization.folder import save_config
 from nybble.runs.open_run import open_run
 from nybble.sources.tokenizer import save_tokenizer
@@ -64,7 +65,7 @@ def test_every_folder_is_opened(make_run: Callable, tmp_path: Path, family: str)
     save_config(opened.source.config, tmp_path / "base")  # the adapter's base, in a form that transformers 4 reads
     asked = []
     for kind in ("peft", "16bit", "nf4"):
-        write(opened, Artefact(kind, "f16", "dequantized"), tmp_path / kind, Console(quiet=True))
+        write(opened, Artefact(ArtefactKind(kind), GgufType.F16, "dequantized"), tmp_path / kind, Console(quiet=True))
         base = str(tmp_path / "base") if kind == "peft" else None
         asked.append({"folder": str(tmp_path / kind), "base": base, "texts": TEXTS, "ids": IDS})
     for there, found in zip(asked, with_transformers_4(asked), strict=True):

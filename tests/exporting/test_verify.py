@@ -23,7 +23,7 @@ from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.exporting.verify import Verification
 from nybble.options.option import build_options
-from nybble.options.verbs import ExportConfig
+from nybble.options.verbs import ArtefactKind, ExportConfig, GgufType
 from nybble.quantization.folder import save_dense_folder
 from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run
@@ -31,7 +31,7 @@ from nybble.sources.load import load_model
 
 QUIET = Console(quiet=True)
 ROUGHER = ("absmax", "search")
-FAITHFUL = Artefact("16bit", "f16", "dequantized")
+FAITHFUL = Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized")
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -317,10 +317,10 @@ def drill_damage(workplace: Path, runs: int) -> str:
     out, four_bit = workplace / "damaged", workplace / "four-bit"
     run(configured(workplace, out, overwrite=True, max_steps=2, save_every=2))
     if not four_bit.exists():
-        from nybble.formats.quantized_tensor import QuantSpec
+        from nybble.formats.quant_spec import BaseFormats
         from nybble.quantization.folder import quantize_folder
 
-        quantize_folder(FolderSource(workplace / "model", "tiny", "folder", None), QuantSpec(), four_bit)
+        quantize_folder(FolderSource(workplace / "model", "tiny", "folder", None), BaseFormats(), four_bit)
     checkpoint = out / "checkpoints" / "step-2"
 
     def open_checkpoint() -> None:

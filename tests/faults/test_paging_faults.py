@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nybble.errors import RunError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.options.verbs import load_config
 from nybble.quantization.synth import synthesize
 from nybble.runs.events import EventLog, read_events

@@ -14,9 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nybble.errors import FormatError
 from nybble.formats import blockwise
 from nybble.formats.codebooks import codebook
-from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS, QuantizedTensor, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BLOCK_SIZES, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 
 SHAPES = [(64, 128), (5, 100), (3, 7), (33, 65), (1,), (2,), (63,), (64,), (65,), (4097,), (2, 3, 50), (40, 4112)]
+BITSANDBYTES = [format.name for format in FORMATS.values() if format.bitsandbytes]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -76,20 +79,20 @@ def assert_same_bytes_as_bitsandbytes(w: Tensor, format: str, block_size: int) -
     assert torch.equal(absmax.view(torch.int32), state.absmax.view(torch.int32))
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bytes_of_bitsandbytes(shape: tuple[int, ...], dtype: torch.dtype, format: str) -> None:
     assert_same_bytes_as_bitsandbytes(weights(shape, dtype=dtype), format, 64)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_bytes_of_bitsandbytes_at_every_block_size(block_size: int, format: str) -> None:
     assert_same_bytes_as_bitsandbytes(weights((37, 517)), format, block_size)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("value", [0.0, 1e-40, -1e-40, 1e-38, 1e-20, 3e38, -0.0])
 @pytest.mark.parametrize("count", [1, 64, 70, 129])
 def test_bytes_of_bitsandbytes_at_extremes(count: int, value: float, format: str) -> None:
@@ -98,7 +101,7 @@ def test_bytes_of_bitsandbytes_at_extremes(count: int, value: float, format: str
     assert_same_bytes_as_bitsandbytes(w, format, 64)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 def test_bytes_of_bitsandbytes_on_ties_and_neighbours(format: str) -> None:
     levels = codebook(format).sort().values
     ties = (levels[:-1] + levels[1:]) / 2
@@ -106,7 +109,7 @@ def test_bytes_of_bitsandbytes_on_ties_and_neighbours(format: str) -> None:
     assert_same_bytes_as_bitsandbytes(w, format, 64)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 def test_bytes_of_bitsandbytes_across_panels(format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blockwise, "PANEL", 4096)
     assert_same_bytes_as_bitsandbytes(weights((103, 333)), format, 64)
@@ -116,7 +119,7 @@ def test_bytes_of_bitsandbytes_across_panels(format: str, monkeypatch: pytest.Mo
 @given(
     count=st.integers(1, 700),
     block_size=st.sampled_from(BLOCK_SIZES),
-    format=st.sampled_from(["nf4", "fp4"]),
+    format=st.sampled_from(BITSANDBYTES),
     dtype=st.sampled_from(FLOATS),
     seed=st.integers(0, 10_000),
 )
@@ -126,7 +129,7 @@ def test_bytes_of_bitsandbytes_anywhere(
     assert_same_bytes_as_bitsandbytes(weights((count,), seed, dtype), format, block_size)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(64, 128), (5, 100), (3, 7), (65,)])
 def test_values_of_bitsandbytes(shape: tuple[int, ...], dtype: torch.dtype, format: str) -> None:
@@ -140,7 +143,7 @@ def test_values_of_bitsandbytes(shape: tuple[int, ...], dtype: torch.dtype, form
     assert torch.equal(blockwise.dequantize(q, dtype), theirs)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("block_size", [64, 256, 1024])
 def test_values_of_bitsandbytes_cpu_kernel(format: str, block_size: int) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
@@ -173,7 +176,7 @@ def test_panels_change_nothing(format: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert torch.equal(blockwise.dequantize(q, torch.float32), values)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4", "nf3", "nf2"])
+@pytest.mark.parametrize("format", [format.name for format in FORMATS.values() if not format.zero_points])
 def test_each_value_is_the_nearest_level(format: str) -> None:
     w = weights((50, 128))
     q = blockwise.quantize(w, QuantSpec(format, 64, double_quant=False))

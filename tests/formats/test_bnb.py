@@ -12,10 +12,13 @@ from torch import Tensor
 from nybble.errors import FormatError
 from nybble.formats import blockwise, bnb
 from nybble.formats.codebooks import codebook
-from nybble.formats.quantized_tensor import FORMATS, QuantizedTensor, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 
 DEFAULT = QuantSpec()
 NAME = "model.layers.0.mlp.up_proj.weight"
+BITSANDBYTES = [format.name for format in FORMATS.values() if format.bitsandbytes]
 SHAPES = [(64, 128), (5, 100), (3, 7), (65,), (2, 3, 50), (300, 64)]
 
 
@@ -54,7 +57,7 @@ def test_round_trip_through_safetensors(shape: tuple[int, ...], double_quant: bo
         assert_equal(bnb.from_bnb(NAME, load(save(bnb.to_bnb(NAME, q)))), q)
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_bitsandbytes_reads_ours(shape: tuple[int, ...], double_quant: bool, format: str) -> None:
@@ -76,7 +79,7 @@ def test_bitsandbytes_reads_ours(shape: tuple[int, ...], double_quant: bool, for
         assert torch.equal(functional.dequantize_4bit(packed, state), blockwise.dequantize(q, torch.bfloat16))
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", BITSANDBYTES)
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 def test_we_read_bitsandbytes(storage: torch.dtype, double_quant: bool, format: str) -> None:
@@ -255,22 +258,22 @@ def test_zero_points_beyond_four_bits_are_refused() -> None:
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_config_round_trip(block_size: int, double_quant: bool, format: str) -> None:
     spec = QuantSpec(format, block_size, double_quant)
-    config = bnb.quantization_config(spec, torch.bfloat16, ["lm_head"])
-    assert bnb.spec_from_config({"quantization_config": json.loads(json.dumps(config))}) == spec
+    config = bnb.quantization_config(BaseFormats(spec), torch.bfloat16, ["lm_head"])
+    assert bnb.formats_from_config({"quantization_config": json.loads(json.dumps(config))}) == BaseFormats(spec)
 
 
 def test_config_is_that_of_transformers() -> None:
     transformers = pytest.importorskip("transformers")
-    config = bnb.quantization_config(QuantSpec(), torch.bfloat16, ["lm_head"])
+    config = bnb.quantization_config(BaseFormats(), torch.bfloat16, ["lm_head"])
     theirs = transformers.BitsAndBytesConfig.from_dict(config)
     assert theirs.load_in_4bit and theirs.quantization_method() == "nf4" and theirs.bnb_4bit_use_double_quant
     assert theirs.bnb_4bit_compute_dtype == torch.bfloat16 and theirs.llm_int8_skip_modules == ["lm_head"]
-    assert bnb.spec_from_config({"quantization_config": theirs.to_dict()}) == QuantSpec()
+    assert bnb.formats_from_config({"quantization_config": theirs.to_dict()}) == BaseFormats()
     assert set(config) <= set(theirs.to_dict())
 
 
 def test_config_without_quantization() -> None:
-    assert bnb.spec_from_config({"model_type": "llama"}) is None
+    assert bnb.formats_from_config({"model_type": "llama"}) is None
 
 
 @pytest.mark.parametrize(
@@ -288,4 +291,4 @@ def test_config_without_quantization() -> None:
 )
 def test_configs_we_cannot_read(quantization: dict[str, Any]) -> None:
     with pytest.raises(FormatError):
-        bnb.spec_from_config({"quantization_config": quantization})
+        bnb.formats_from_config({"quantization_config": quantization})

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from nybble.errors import FormatError
-from nybble.formats.codebooks import codebook, dynamic_map, midpoints, sorted_order, zero_index
-from nybble.formats.quantized_tensor import BITS, FORMATS
+from nybble.formats.codebooks import codebook, dynamic_map, midpoints, nearest_indices, sorted_order
+from nybble.formats.format import FORMATS
 
 
 def test_nf4_is_the_quantiles_of_the_normal_distribution() -> None:
@@ -55,7 +55,7 @@ def test_nf3_and_nf2_are_where_lloyds_iteration_stays(format: str) -> None:
     assert (levels - moment / mass).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", [format.name for format in FORMATS.values() if format.bitsandbytes])
 def test_tables_are_those_of_bitsandbytes(format: str) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     assert torch.equal(codebook(format), functional.get_4bit_type(format, device="cpu"))
@@ -77,14 +77,14 @@ def test_dynamic_map_is_that_of_bitsandbytes() -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_order_and_midpoints_ascend(format: str) -> None:
     order = sorted_order(format)
-    assert sorted(order.tolist()) == list(range(2 ** BITS[format]))
+    assert sorted(order.tolist()) == list(range(2 ** FORMATS[format].bits))
     assert bool((codebook(format)[order.long()].diff() >= 0).all())
     assert bool((midpoints(format).diff() > 0).all())
 
 
-@pytest.mark.parametrize("format", ["nf4", "fp4", "int4"])
-def test_zero_index(format: str) -> None:
-    assert codebook(format)[zero_index(format)] == 0
+@pytest.mark.parametrize("format", FORMATS)
+def test_zero_gets_the_index_of_zero(format: str) -> None:
+    assert nearest_indices(torch.zeros(1), format).tolist() == [FORMATS[format].zero_index]
 
 
 def test_unknown_format() -> None:

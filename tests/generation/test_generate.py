@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
 )
 
 from nybble.errors import ConfigError, DataError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.generation import decoding
 from nybble.generation.decoding import CachedDecoder
 from nybble.generation.generate import (
     MIN_TEMPERATURE,
@@ -25,7 +26,6 @@ from nybble.generation.generate import (
     generate,
 )
 from nybble.kernels import cpu, ops, registry
-from nybble.generation import decoding
 from nybble.layers.backbone import BlockBackbone, choose_backbone, why_not_forward
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, quantizable_linears, resolve_targets
 from nybble.layers.lora import LoraLinear

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from nybble.errors import KernelError
 from nybble.formats.codebooks import dynamic_map
-from nybble.formats.quantized_tensor import BITS, FORMATS, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import block_ops, cpu, ops, registry
 
 needs_cpp = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
@@ -260,7 +261,7 @@ def test_8_bit_adamw_is_that_of_its_twin():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", [format for format in FORMATS if BITS[format] == 4])
+@pytest.mark.parametrize("format", [format for format in FORMATS if FORMATS[format].bits == 4])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_gemv_multiplies_by_the_dequantised_weight(body, dtype, format, double_quant):
     # bf16: the result's rounding, and half as much again for that of the codebook; in plain PyTorch of each weight

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import cpu, ops, registry
 from nybble.kernels.decode_cpu import MAX_ROWS, DecoderKernel, DecoderLayer, DecoderLinear, DecoderNorm, can_multiply
 

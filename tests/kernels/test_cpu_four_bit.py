@@ -7,7 +7,9 @@ import torch
 
 from nybble.errors import FormatError
 from nybble.formats import blockwise
-from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS, QuantizedTensor, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BLOCK_SIZES, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import block_ops, cpu, ops, registry
 
 pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))

@@ -29,7 +29,7 @@ def test_one_openmp_pool_is_shared_with_torch():
     code = """
 import torch
 from nybble.kernels import ops, cpu
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 for threads in (1, 3, 2):
     torch.set_num_threads(threads)
     assert cpu.num_threads() == threads, (cpu.num_threads(), threads)
@@ -126,7 +126,7 @@ def test_without_the_library_the_reference_runs_and_the_reason_is_told():
 import pathlib, torch
 from nybble.kernels import cpu, ops, registry
 cpu.library_path = lambda: pathlib.Path("/no/library")
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 print(ops.quantize(torch.ones(4), QuantSpec()).packed.tolist(), cpu.describe()["reason"])
 print({row.reason for row in registry.available() if row.backend == "cpp"})
 """

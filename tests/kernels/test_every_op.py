@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError, KernelError
-from nybble.formats.quantized_tensor import FORMATS, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import cpu, registry
 from nybble.kernels.attention import attention_backward, attention_forward
 from nybble.kernels.ops import FLOAT_DTYPES, quantize

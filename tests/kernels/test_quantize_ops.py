@@ -7,7 +7,9 @@ import torch
 
 from nybble.errors import FormatError, KernelError
 from nybble.formats import blockwise
-from nybble.formats.quantized_tensor import FORMATS, QuantizedTensor, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import ops, registry
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from nybble.errors import ConfigError, RunError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels import ops
 from nybble.layers.backbone import choose_backbone, decoder_states
 from nybble.layers.convert import (
@@ -55,7 +55,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> None:
     weights = {name: model.get_submodule(name).weight.detach() for name in names}
     biases = {name: model.get_submodule(name).bias for name in names}
     transposed = {name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"}
-    replace_linears(model, names, spec, torch.float32)
+    replace_linears(model, names, BaseFormats(spec), torch.float32)
     for name, weight in weights.items():
         layer = model.get_submodule(name)
         layer.load_quantized(ops.quantize(weight.T if name in transposed else weight, spec))

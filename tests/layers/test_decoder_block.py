@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels import ops
 from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict, choose_backbone
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
@@ -68,7 +68,7 @@ def tuned_model(name: str, targets: str = "all-linear") -> nn.Module:
             nn.init.normal_(parameter, mean=1.0, std=0.3)
     names = quantizable_linears(model)
     dense = {layer: model.get_submodule(layer) for layer in names}
-    replace_linears(model, names, QuantSpec(), torch.float32)
+    replace_linears(model, names, BaseFormats(), torch.float32)
     for layer, linear in dense.items():
         model.get_submodule(layer).load_quantized(ops.quantize(linear.weight.detach(), QuantSpec()))
         if linear.bias is not None:

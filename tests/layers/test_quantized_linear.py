@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nybble.formats.quantized_tensor import FORMATS, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import ops
 from nybble.layers.lora import LoraLinear, lora_scaling
 from nybble.layers.quantized_linear import QuantizedLinear

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.convert import quantizable_linears
 from nybble.memory import pager
 from nybble.memory.offload import PinnedActivations

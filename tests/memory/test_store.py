@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PhiConfig, PhiForCausalLM
 
 from nybble.errors import ModelError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers import loss_head
 from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
@@ -45,7 +45,7 @@ def gradients(
     linears = quantizable_linears(build_skeleton(source.config))
     store = None if resident is None else open_store(source, linears, resident, device, in_ram=in_ram)
     names = () if store is None else store.names
-    model = load_model(source, source.quant_spec, dtype, device, stream_linears_of=names, stream_ends=stream_ends)
+    model = load_model(source, source.layer_formats, dtype, device, stream_linears_of=names, stream_ends=stream_ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=4, alpha=8, seed=1)
     for adapter in adapters_of(model).values():
         torch.nn.init.normal_(adapter.lora_B, std=0.01, generator=torch.Generator().manual_seed(2))
@@ -206,9 +206,9 @@ def test_a_whole_run_streamed_and_paged_equals_a_resident_one(data, tmp_path):
 def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, tmp_path):
     source = open_source(str(tiny_model))
     linears = quantizable_linears(build_skeleton(source.config))
-    specs = {name: QuantSpec(("nf4", "nf3", "nf2")[i % 3]) for i, name in enumerate(linears)}
-    quantize_folder(source, specs, tmp_path / "mixed")
-    quantize_folder(source, QuantSpec(), tmp_path / "nf4")
+    formats = BaseFormats(QuantSpec(), {name: ("nf4", "nf3", "nf2")[i % 3] for i, name in enumerate(linears)})
+    quantize_folder(source, formats, tmp_path / "mixed")
+    quantize_folder(source, BaseFormats(), tmp_path / "nf4")
     digests, base_bytes = {}, {}
     for name, model, stream in (("whole", "mixed", "never"), ("streamed", "mixed", "always"), ("four", "nf4", "never")):
         given = {"model": tmp_path / model, "data": data, "out": tmp_path / name, "max_steps": 1, "rows_per_step": 2}
@@ -219,6 +219,6 @@ def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, t
         assert (plan["chosen"]["resident_blocks"] is not None) == (name == "streamed")
         base_bytes[name] = plan["chosen"]["components"].get("base weights", 0)
     assert digests["whole"] == digests["streamed"] != digests["four"]
-    model = load_model(open_source(str(tmp_path / "mixed")), QuantSpec(), torch.float32)
+    model = load_model(open_source(str(tmp_path / "mixed")), BaseFormats(), torch.float32)
     held = sum(model.get_submodule(name).quantized().nbytes for name in linears)
     assert base_bytes["whole"] == pytest.approx(held, rel=1e-3) and held < base_bytes["four"]

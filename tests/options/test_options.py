@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.errors import ConfigError
-from nybble.formats.quantized_tensor import BLOCK_SIZES, FORMATS
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BLOCK_SIZES
 from nybble.options.option import allowed_values, build_options, config_to_yaml, fields_by_group, known_names, nearest
 from nybble.options.verbs import (
     ChatConfig,
@@ -236,7 +237,7 @@ def test_every_option_is_grouped_described_and_nearest_to_itself(options: type[A
 
 
 def test_formats_and_block_sizes_are_those_of_the_bytes() -> None:
-    assert get_args(QuantizeConfig.model_fields["format"].annotation) == FORMATS
+    assert get_args(QuantizeConfig.model_fields["format"].annotation) == tuple(FORMATS)
     assert get_args(TrainConfig.model_fields["format"].annotation) == (*FORMATS, "none")
     assert get_args(TrainConfig.model_fields["block_size"].annotation) == BLOCK_SIZES
 

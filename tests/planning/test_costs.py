@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 from nybble.planning.costs import (
     MicroBatches,
@@ -66,11 +66,11 @@ def test_four_bits_and_double_quantisation_cost_what_the_format_says():
 
 def test_layers_of_several_formats_take_their_mean_by_size():
     shape = llama_2_70b()
-    specs = {f"model.layers.{i}.self_attn.{leaf}": QuantSpec("nf4") for i in range(2) for leaf in ("q_proj", "k_proj")}
-    specs["model.layers.0.mlp.up_proj"] = QuantSpec("nf2")
+    layers = {f"model.layers.{i}.self_attn.{leaf}": "nf4" for i in range(2) for leaf in ("q_proj", "k_proj")}
+    formats = BaseFormats(QuantSpec(), layers | {"model.layers.0.mlp.up_proj": "nf2"})
     sizes = [8192 * 8192, 8192 * 1024] * 2
     stored = sum(QuantSpec("nf4").bytes(n) for n in sizes) + QuantSpec("nf2").bytes(8192 * 28672)
-    assert mean_bits(shape, specs) == pytest.approx(8 * stored / (sum(sizes) + 8192 * 28672))
+    assert mean_bits(shape, formats) == pytest.approx(8 * stored / (sum(sizes) + 8192 * 28672))
 
 
 @pytest.mark.parametrize("path", ["blocks", "generic"])

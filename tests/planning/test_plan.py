@@ -182,12 +182,13 @@ def test_every_architecture_that_transformers_builds_is_planned(tmp_path, model_
 
 def test_a_mixed_folder_is_planned_with_the_bits_of_its_layers(tmp_path):
     from nybble.formats.bnb import quantization_config
-    from nybble.formats.quantized_tensor import QuantSpec
+    from nybble.formats.quant_spec import BaseFormats, QuantSpec
 
     base = {}
     for second in ("nf4", "nf2"):
-        specs = {"model.layers.0.mlp.up_proj": QuantSpec(), "model.layers.0.mlp.down_proj": QuantSpec(second)}
-        config = SHAPES["tiny"] | {"quantization_config": quantization_config(specs, torch.bfloat16, [])}
+        layers = {"model.layers.0.mlp.up_proj": "nf4", "model.layers.0.mlp.down_proj": second}
+        formats = BaseFormats(QuantSpec(), layers)
+        config = SHAPES["tiny"] | {"quantization_config": quantization_config(formats, torch.bfloat16, [])}
         (tmp_path / "config.json").write_text(json.dumps(config))
         base[second] = plans(model=str(tmp_path), memory="4GB")[0].chosen.components["base weights"]
     assert base["nf2"] == pytest.approx(base["nf4"] * (4.127 + 2.127) / 2 / 4.127, rel=2e-2)

@@ -9,7 +9,7 @@ from safetensors.torch import save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.errors import ModelError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning.costs import MicroBatches, ModelShape, TrainingShape, base_bytes, predict
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.synth import byte_tokenizer
@@ -71,7 +71,7 @@ def test_weights_are_planned_as_they_are_loaded(family: str, tmp_path: Path) -> 
     shape = ModelShape.of(build_skeleton(source.config))
     for dtype in (torch.bfloat16, torch.float32):
         for spec in (QuantSpec(), None):
-            model = load_model(source, spec, dtype)
+            model = load_model(source, spec and BaseFormats(spec), dtype)
             assert planned_bytes(shape, spec, dtype) == held_bytes(model), (dtype, spec)
 
 
@@ -110,11 +110,11 @@ def test_a_model_that_mostly_stays_in_16_bits_is_not_called_four_bit(family: str
     source = saved(family, tmp_path / "model")
     said = r"(?s)% of its blocks' weights stay.*experts.*--format none.*--max-dense-share"
     with pytest.raises(ModelError, match=said) as refused:
-        quantize_folder(source, QuantSpec(), tmp_path / "out")
+        quantize_folder(source, BaseFormats(), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
     accepted = float(refused.value.fix.rpartition("--max-dense-share ")[2].rstrip("."))
     check_dense_share(take_inventory(build_skeleton(source.config)), family, accepted)  # what it names is enough
-    done = quantize_folder(source, QuantSpec(), tmp_path / "out", max_dense_share=accepted)
+    done = quantize_folder(source, BaseFormats(), tmp_path / "out", max_dense_share=accepted)
     assert any("experts" in name for name, _ in done.inventory.dense)
 
 
@@ -122,7 +122,7 @@ def test_layers_that_a_folder_keeps_in_16_bits_are_planned_so(tmp_path: Path) ->
     from nybble.planning.request import stored_in_four_bits
 
     source = saved("llama", tmp_path / "model")
-    quantize_folder(source, QuantSpec(), tmp_path / "four")
+    quantize_folder(source, BaseFormats(), tmp_path / "four")
     four = FolderSource(tmp_path / "four", "four", "folder", None)
     skeleton = build_skeleton(four.config)
     stored = stored_in_four_bits(four, skeleton)

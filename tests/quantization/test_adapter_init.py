@@ -10,14 +10,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from nybble.errors import ModelError, RunError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.quantization.adapter_init import initialise_adapters
 from nybble.runs.adapter_files import INITIAL_NAME, adapter_config, read_adapter, restore_adapter, write_adapter
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
 
-SPEC = QuantSpec("nf2")
+FORMATS = BaseFormats(QuantSpec("nf2"))
 INITS = ("loftq", "activation")
 
 
@@ -28,7 +28,7 @@ def windows() -> Tensor:
 
 def started(folder: Path, init: str, windows: Tensor, **options: int) -> nn.Module:
     source = open_source(str(folder))
-    model = load_model(source, SPEC, torch.float32)
+    model = load_model(source, FORMATS, torch.float32)
     attach_adapters(model, quantizable_linears(model), rank=8, alpha=16.0)
     if init != "default":
         initialise_adapters(model, source, windows if init == "activation" else None, **options)
@@ -95,7 +95,7 @@ def test_what_training_added_is_right_for_the_16_bit_base(
             adapter.lora_B.add_(torch.randn_like(adapter.lora_B))
     write_adapter(model, tmp_path, adapter_config(model, "base", alpha=16.0, rslora=False))
 
-    again = load_model(open_source(str(folder)), SPEC, torch.float32)
+    again = load_model(open_source(str(folder)), FORMATS, torch.float32)
     for read in (read_adapter(again, tmp_path), restored(started(folder, "default", windows), tmp_path)):
         for name, adapter in read.items():
             assert torch.equal(adapter.delta(), adapters_of(model)[name].delta())

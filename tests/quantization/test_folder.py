@@ -10,15 +10,16 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from nybble.models import save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from nybble.errors import FormatError, ModelError
 from nybble.formats.blockwise import block_scales
 from nybble.formats.bnb import OWN_MODEL_TYPE
-from nybble.formats.quantized_tensor import FORMATS, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.models import save
 from nybble.planning.from_config import read_config
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.sources.load import load_model
@@ -82,7 +83,7 @@ def our_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def quantize(folder: Path, out: Path, spec: QuantSpec = SPECS[0], **options: object) -> Path:
-    quantize_folder(open_source(str(folder)), spec, out, **options)
+    quantize_folder(open_source(str(folder)), BaseFormats(spec), out, **options)
     return out
 
 
@@ -95,7 +96,7 @@ def test_our_folder_in_transformers(
     width = {"hidden_size": 128, "intermediate_size": 256} if spec.block_size == 128 else {}
     folder, _ = make_folder(family, torch.bfloat16, tie_word_embeddings=tied, **width)
     out = quantize(folder, tmp_path / "out", spec)
-    ours = load_model(open_source(str(out)), QuantSpec(), torch.float32)  # whatever is asked, its own bits are kept
+    ours = load_model(open_source(str(out)), BaseFormats(), torch.float32)  # whatever is asked, its own bits are kept
     theirs = load_with_bitsandbytes(out)
     assert type(theirs.lm_head) is nn.Linear
     assert_same_weights(ours, theirs)
@@ -113,7 +114,7 @@ def test_better_bits_are_bitsandbytes_bytes(
     """Negative scales and chosen levels load there as they do here."""
     folder, _ = make_folder("llama", torch.bfloat16)
     out = quantize(folder, tmp_path / "out", quality=quality, calibration=calibration())
-    ours = load_model(open_source(str(out)), QuantSpec(), torch.float32)
+    ours = load_model(open_source(str(out)), BaseFormats(), torch.float32)
     scales = torch.cat([block_scales(m.quantized()) for m in ours.modules() if isinstance(m, QuantizedLinear)])
     assert (scales < 0).any() and (scales > 0).any()
     theirs = load_with_bitsandbytes(out)
@@ -122,7 +123,7 @@ def test_better_bits_are_bitsandbytes_bytes(
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("format", ["nf4", "fp4"])
+@pytest.mark.parametrize("format", [format.name for format in FORMATS.values() if format.bitsandbytes])
 @pytest.mark.parametrize("tied", [True, False])
 def test_their_folder_in_ours(
     make_folder: Callable, tmp_path: Path, tokens: Tensor, format: str, double_quant: bool, tied: bool
@@ -142,7 +143,7 @@ def test_their_folder_in_ours(
     source = open_source(str(tmp_path / "theirs"))
     assert source.quant_spec == QuantSpec(format, 64, double_quant)
     assert "already quantised" in source.notes[0]
-    ours = load_model(source, QuantSpec(), torch.float32)
+    ours = load_model(source, BaseFormats(), torch.float32)
     assert_same_weights(ours, theirs)
     torch.testing.assert_close(reference_logits(theirs, tokens), our_logits(ours, tokens), rtol=1e-5, atol=1e-5)
 
@@ -154,11 +155,11 @@ def test_a_folder_comes_back_bit_for_bit(
 ) -> None:
     folder, _ = make_folder(family, torch.bfloat16)
     spec = QuantSpec(format, 32, True)
-    direct = load_model(open_source(str(folder)), spec, torch.float32)
+    direct = load_model(open_source(str(folder)), BaseFormats(spec), torch.float32)
     out = quantize(folder, tmp_path / "out", spec)
     source = open_source(str(out))
     assert source.quant_spec == spec
-    again = load_model(source, spec, torch.float32)
+    again = load_model(source, BaseFormats(spec), torch.float32)
     assert again.state_dict().keys() == direct.state_dict().keys()
     for name, tensor in direct.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
@@ -191,7 +192,7 @@ app(sys.argv[2:])
         assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
 
 
-@pytest.mark.parametrize("format", ["int4", "nf3", "nf2"])
+@pytest.mark.parametrize("format", [format.name for format in FORMATS.values() if not format.bitsandbytes])
 def test_transformers_refuses_what_only_nybble_reads(make_folder: Callable, tmp_path: Path, format: str) -> None:
     """And names nybble; it would otherwise only warn of the quant_method, and fail on the shapes."""
     out = quantize(make_folder("llama", torch.bfloat16)[0], tmp_path / "out", QuantSpec(format))
@@ -329,7 +330,7 @@ def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> 
 def test_a_changed_file_of_our_own_folder_is_refused_and_a_folder_without_a_manifest_is_not(make_folder, tmp_path):
     folder, _ = make_folder()
     out = tmp_path / "four-bit"
-    quantize_folder(open_source(str(folder)), QuantSpec(), out)
+    quantize_folder(open_source(str(folder)), BaseFormats(), out)
     open_source(str(out))
     config = (out / "config.json").read_bytes()
     (out / "config.json").write_bytes(config + b" ")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.mixed import MIXED_FORMATS
 from nybble.errors import ConfigError, FormatError
-from nybble.formats.bnb import spec_from_config
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.bnb import formats_from_config
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import CalibrationInput, quantize_folder
@@ -19,7 +19,8 @@ from nybble.quantization.mixed import choose_mixed, layer_losses
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
 
-SPECS = [QuantSpec(format) for format in MIXED_FORMATS]
+MIXABLE = [format.name for format in FORMATS.values() if format.mixable]
+SPECS = [QuantSpec(format) for format in MIXABLE]
 
 
 def measured_kl(model: nn.Module, windows: Tensor, layer: str, spec: QuantSpec) -> float:
@@ -58,10 +59,10 @@ def test_the_choice_keeps_to_the_bits_and_beats_one_format_for_all(dense: nn.Mod
     windows = torch.randint(160, (16, 16), generator=torch.Generator().manual_seed(2))
     uniform = 3 + 8 / 64 + 0.1  # tiny matrices: the second level of scales weighs more than in real ones
     chosen = choose_mixed(dense, windows, uniform, QuantSpec())
-    assert chosen.bits <= uniform and chosen.specs.keys() == set(quantizable_linears(dense))
-    assert {spec.format for spec in chosen.specs.values()} <= set(MIXED_FORMATS)
+    assert chosen.bits <= uniform and chosen.formats.layers.keys() == set(quantizable_linears(dense))
+    assert set(chosen.formats.names) <= set(MIXABLE)
     assert chosen.predicted_kl < sum(losses["nf3"] for losses in chosen.losses.values())
-    assert choose_mixed(dense, windows, 4.9, QuantSpec()).specs == dict.fromkeys(chosen.specs, QuantSpec())
+    assert choose_mixed(dense, windows, 4.9, QuantSpec()).formats.names == ["nf4"]
     with pytest.raises(ConfigError, match=r"all nf2\) to"):
         choose_mixed(dense, windows, 2.01, QuantSpec())
 
@@ -82,18 +83,18 @@ def test_a_mixed_folder_comes_back_bit_for_bit(
     folder, _ = make_folder(family, torch.bfloat16)
     source = open_source(str(folder))
     names = quantizable_linears(load_model(source, None, torch.float32))
-    specs = {name: SPECS[number % 3] for number, name in enumerate(names)}
-    quantize_folder(source, specs, tmp_path / "out", quality=quality)
+    formats = BaseFormats(QuantSpec(), {name: MIXABLE[number % 3] for number, name in enumerate(names)})
+    quantize_folder(source, formats, tmp_path / "out", quality=quality)
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "nybble"
-    assert config["quantization_config"]["layers"] == {name: spec.format for name, spec in specs.items()}
+    assert config["quantization_config"]["layers"] == formats.layers
     stored = open_source(str(tmp_path / "out"))
     assert "nf2, nf3, nf4" in stored.notes[0]
-    again = load_model(stored, QuantSpec(), torch.float32)
-    assert {name: again.get_submodule(name).spec for name in names} == specs
+    again = load_model(stored, BaseFormats(), torch.float32)
+    assert all(again.get_submodule(name).spec == formats.of(name) for name in names)
     if quality == "absmax":
-        direct = load_model(source, specs, torch.float32)
+        direct = load_model(source, formats, torch.float32)
         for name, tensor in direct.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
     with torch.no_grad():
@@ -103,20 +104,20 @@ def test_a_mixed_folder_comes_back_bit_for_bit(
 def test_a_mixed_config_without_layers_is_refused() -> None:
     config = {"quantization_config": {"quant_method": "nybble", "format": "mixed", "double_quant": True}}
     with pytest.raises(FormatError, match="names no layers"):
-        spec_from_config(config)
+        formats_from_config(config)
 
 
 def test_calibrated_mixed_folders_lose_less_than_absmax(make_folder: Callable, tmp_path: Path) -> None:
     folder, exact = make_folder("llama", torch.float32, initializer_range=0.1)
     source = open_source(str(folder))
     names = quantizable_linears(exact)
-    specs = {name: SPECS[number % 3] for number, name in enumerate(names)}
+    formats = BaseFormats(QuantSpec(), {name: MIXABLE[number % 3] for number, name in enumerate(names)})
     windows = torch.randint(160, (16, 32), generator=torch.Generator().manual_seed(6))
     held_out = torch.randint(160, (8, 32), generator=torch.Generator().manual_seed(7))
     calibration = CalibrationInput(windows, torch.float32)
     lost = {}
     for quality in ("absmax", "calibrated"):
-        quantize_folder(source, specs, tmp_path / quality, quality=quality, calibration=calibration)
+        quantize_folder(source, formats, tmp_path / quality, quality=quality, calibration=calibration)
         model = load_model(open_source(str(tmp_path / quality)), None, torch.float32)
         with torch.no_grad():
             lost[quality] = float((model(held_out).logits - exact(held_out).logits).norm())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nybble.calibration.feedback import FeedbackOptions
 from nybble.errors import ModelError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.blocks import BlockCalibrator
 from nybble.quantization.folder import CalibrationInput, quantize_folder
@@ -168,9 +168,9 @@ def test_each_block_sees_the_quantised_ones_before_it(make_folder, family: str) 
     """Block 1's inputs are those of the model whose block 0 is quantised."""
     folder, _ = make_folder(family)
     source = open_source(str(folder))
-    calibrator = BlockCalibrator(source, QuantSpec(), WINDOWS, torch.float32)
+    calibrator = BlockCalibrator(source, BaseFormats(), WINDOWS, torch.float32)
     weights, reports = calibrator.run(0)
-    model = load_model(source, QuantSpec(), torch.float32)
+    model = load_model(source, BaseFormats(), torch.float32)
     for target, q in weights.items():
         model.get_submodule(target.removesuffix(".weight")).load_quantized(q)
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
     for quality in ("absmax", "search", "calibrated"):
         out = tmp_path / quality
         calibration = CalibrationInput(windows, torch.float32)
-        quantize_folder(open_source(str(folder)), QuantSpec(), out, quality=quality, calibration=calibration)
+        quantize_folder(open_source(str(folder)), BaseFormats(), out, quality=quality, calibration=calibration)
         model = load_model(open_source(str(out)), None, torch.float32)
         with torch.no_grad():
             lost[quality] = float((model.base_model(input_ids=WINDOWS).last_hidden_state - expected).norm())
@@ -204,7 +204,7 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
 
 def calibrated(folder: Path, out: Path) -> None:
     calibration = CalibrationInput(WINDOWS, torch.float32)
-    quantize_folder(open_source(str(folder)), QuantSpec(), out, quality="calibrated", calibration=calibration)
+    quantize_folder(open_source(str(folder)), BaseFormats(), out, quality="calibrated", calibration=calibration)
 
 
 def test_a_model_that_cannot_be_walked_is_not_put_into_four_bits_in_another_way(
@@ -277,7 +277,7 @@ def test_dead_inputs_fall_back_to_search_and_are_listed(make_folder, tmp_path: P
         dense.model.layers[1].input_layernorm.weight.zero_()
     dense.save_pretrained(folder)
     done = quantize_folder(
-        open_source(str(folder)), QuantSpec(), tmp_path / "out",
+        open_source(str(folder)), BaseFormats(), tmp_path / "out",
         quality="calibrated", calibration=CalibrationInput(WINDOWS, torch.float32),
     )  # fmt: skip
     dead = {report.name: report for report in done.reports if report.method == "search"}
@@ -291,7 +291,7 @@ def test_options_reach_the_feedback(make_folder) -> None:
     source = open_source(str(folder))
     packed = []
     for options in (FeedbackOptions(), FeedbackOptions(shift=0.0), FeedbackOptions(damping=0.1)):
-        calibrator = BlockCalibrator(source, QuantSpec(), WINDOWS, torch.float32, copy.copy(options))
+        calibrator = BlockCalibrator(source, BaseFormats(), WINDOWS, torch.float32, copy.copy(options))
         assert (calibrator.walk.exact is None) == (options.shift == 0)
         calibrator.run(0)
         packed.append(calibrator.run(1)[0]["model.layers.1.mlp.down_proj.weight"].packed)

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig
 
 from nybble.errors import DataError, FormatError, ModelError, PlanError
 from nybble.formats.blockwise import block_scales
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.verbs import load_config
 from nybble.planning.calibration_costs import (

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.generate import Sampling, generate
 from nybble.options.option import build_options
 from nybble.options.verbs import ServeConfig
@@ -535,8 +535,8 @@ def test_runs_of_other_layer_formats_are_not_served_together(
     trained: Path, second: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which layers have how many bits is measured on each run's own rows, so the options alone do not say it."""
-    specs = {"run": QuantSpec("nf4"), second.name: QuantSpec("nf3")}
-    monkeypatch.setattr(engine_module, "base_specs", lambda config, run: specs[run.path.name])
+    formats = {"run": BaseFormats(), second.name: BaseFormats(QuantSpec("nf3"))}
+    monkeypatch.setattr(engine_module, "base_formats", lambda config, run: formats[run.path.name])
     with pytest.raises(RunError, match="other formats of its layers"):
         load_models([trained, second], "cpu", "fp32", Console(quiet=True))
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from nybble.errors import FormatError, ModelError
 from nybble.files.manifest import MANIFEST_NAME
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import quantize_folder, save_dense_folder
 from nybble.sources.load import load_model
@@ -197,7 +197,7 @@ def test_the_text_written_alone_is_a_model_to_transformers(tmp_path: Path, make:
 
 def test_four_bit_tensors_under_a_prefix_keep_their_bits(make_folder, tmp_path: Path) -> None:
     folder, _ = make_folder("llama")
-    quantize_folder(open_source(str(folder)), QuantSpec(), tmp_path / "four")
+    quantize_folder(open_source(str(folder)), BaseFormats(), tmp_path / "four")
     expected = loaded(tmp_path / "four")
     (tmp_path / "four" / MANIFEST_NAME).unlink()
     renamed(tmp_path / "four", lambda name: f"module.{name}")

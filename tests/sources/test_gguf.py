@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from nybble.errors import ModelError
 from nybble.formats.gguf import GgufFile
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.sources.gguf import _tokenizer_of
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
@@ -127,7 +127,7 @@ def test_blocks_are_widened_as_transformers_widens_them(make_folder: Callable, t
     for name in source.tensor_names():
         tensor = source.read(name)
         assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
-    assert load_model(source, QuantSpec(), torch.float32)(tokens).logits.isfinite().all()
+    assert load_model(source, BaseFormats(), torch.float32)(tokens).logits.isfinite().all()
 
 
 def test_config_and_tokenizer_are_derived_once_and_can_be_saved(

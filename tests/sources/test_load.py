@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ModelError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.dense import CastEmbedding
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -22,7 +22,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 
 
 def load(folder: Path, spec: QuantSpec | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return load_model(open_source(str(folder)), spec, dtype)
+    return load_model(open_source(str(folder)), spec and BaseFormats(spec), dtype)
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_progress_sees_every_tensor(make_folder) -> None:
             seen.append((item.target, total))
             yield item
 
-    load_model(open_source(str(folder)), QuantSpec(), torch.float32, progress=progress)
+    load_model(open_source(str(folder)), BaseFormats(), torch.float32, progress=progress)
     assert {name for name, _ in seen} == set(model.state_dict())
     assert {total for _, total in seen} == {len(seen)}
 

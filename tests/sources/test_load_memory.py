@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.safetensors import SafetensorsWriter
 from nybble.layers.convert import quantizable_linears
 from nybble.sources.skeleton import build_skeleton
@@ -18,7 +18,7 @@ ALLOWANCE_BYTES = 200_000_000
 
 LOAD = """
 import json, sys, time, torch
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import quantize
 from nybble.memory.measure import PeakMemory, anonymous_bytes
 from nybble.sources.load import load_model
@@ -31,7 +31,7 @@ source = open_source(sys.argv[1])
 build_skeleton(source.config)
 start = time.perf_counter()
 with PeakMemory(torch.device("cpu"), interval_s=0.002) as memory:
-    model = load_model(source, QuantSpec(), torch.bfloat16)
+    model = load_model(source, BaseFormats(), torch.bfloat16)
 seconds = time.perf_counter() - start
 held = sum(p.numel() * p.element_size() for p in model.parameters())
 print(json.dumps({

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ConfigError, RunError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
@@ -97,7 +97,7 @@ def test_an_option_that_differs_is_refused_by_name(make_run, data: Path, tmp_pat
 
 def test_another_base_is_refused_and_its_four_bit_folder_is_not(start, tiny_model: Path, tmp_path: Path) -> None:
     first = start("first", max_steps=1)
-    quantize_folder(open_source(str(tiny_model)), QuantSpec(), tmp_path / "four")
+    quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "four")
     start("on-four-bits", model=str(tmp_path / "four"), adapter=str(first), max_steps=1)
     shutil.copytree(tiny_model, tmp_path / "other")
     file = next((tmp_path / "other").glob("*.safetensors"))

@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import BloomConfig, BloomForCausalLM
 
 from nybble.errors import TrainingError
-from nybble.formats.quantized_tensor import FORMATS
+from nybble.formats.format import FORMATS
 from nybble.layers.convert import adapters_of
 from nybble.options.option import build_options
 from nybble.options.verbs import TrainConfig

@@ -18,15 +18,15 @@ from safetensors.torch import save_file
 
 from nybble.errors import ModelError, RunError, TrainingError
 from nybble.files.manifest import verify_manifest
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.options.verbs import TrainConfig, load_config
+from nybble.planning import request as plan_module
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
 from nybble.runs.folder import RunFolder
 from nybble.sources.open import open_source
 from nybble.training import checkpoint as checkpoint_module
 from nybble.training import loop
-from nybble.planning import request as plan_module
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.session import TrainedRun, train
 
@@ -98,7 +98,7 @@ def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(
     first, then, tiny_model, data, tmp_path, monkeypatch
 ):
     """Nothing is fixed by options, and either amount alone leads to another plan."""
-    quantize_folder(open_source(str(tiny_model)), QuantSpec(), tmp_path / "base")
+    quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "base")
     measured = plan_module.this_machine
 
     def give(budget: int) -> None:

@@ -19,7 +19,8 @@ from torch import Tensor
 from nybble.calibration.hessian import Hessian
 from nybble.calibration.search import STARTS, assemble, check_searchable, scale_grid, search_weight
 from nybble.calibration.statistics import InputStatistics
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.calibration_ops import MAX_ROWS, ScaleGrid, assign_columns, search_scales
 from nybble.kernels.ops import dequantize, quantize
 

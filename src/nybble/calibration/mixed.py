@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MIXED_FORMATS = ("nf4", "nf3", "nf2")
-
 
 class Option(NamedTuple):
     """One format of one layer."""

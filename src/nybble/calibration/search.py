@@ -17,17 +17,12 @@ from torch import Tensor
 from nybble.errors import FormatError
 from nybble.formats.blockwise import not_finite, pack_indices
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.quantized_tensor import (
-    NESTED_BLOCK_SIZE,
-    QuantizedTensor,
-    QuantSpec,
-    ScaleParts,
-    join_scales,
-)
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 from nybble.kernels.calibration_ops import FoundScales, ScaleGrid, search_scales
 
 STARTS = (0.8, 0.9, 1.0, 1.1)  # multiples of absmax that the search begins from
-UNSEARCHABLE = ("int4_asym",)  # has zero points, which a scale's sign and place would have to be searched with
 
 
 def search_weight(
@@ -95,9 +90,9 @@ def check_searchable(format: str) -> None:
     Raises:
         FormatError: `format` is one.
     """
-    if format in UNSEARCHABLE:
+    if not FORMATS[format].searchable:
         raise FormatError(
             f"{format} has zero points; its scales cannot be searched.",
-            "Searched and calibrated: nf4, fp4, int4, nf3, nf2.",
+            f"Searched and calibrated: {', '.join(each.name for each in FORMATS.values() if each.searchable)}.",
             "Use --quality absmax, or another --format.",
         )

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from nybble.options.option import build_options
-from nybble.options.verbs import ExportConfig, MergeConfig
+from nybble.options.verbs import ExportConfig, GgufType, MergeConfig
 
 
 def merge(given: dict[str, Any]) -> int:
@@ -16,7 +16,7 @@ def merge(given: dict[str, Any]) -> int:
 
     if config.out is None:
         return compare_merges(config, Console())
-    return export_run(config, config.out, config.to, "f16", Console())
+    return export_run(config, config.out, config.to, GgufType.F16, Console())
 
 
 def export(given: dict[str, Any]) -> int:

@@ -22,8 +22,8 @@ def quantize(given: dict[str, Any]) -> int:
     config = build_options(QuantizeConfig, given)
     import torch
 
-    from nybble.formats.bnb import BITSANDBYTES_FORMATS
-    from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+    from nybble.formats.format import FORMATS
+    from nybble.formats.quant_spec import BaseFormats, QuantSpec
     from nybble.quantization.folder import quantize_folder
     from nybble.quantization.mixed import measure_mixed
     from nybble.runs.formats import show_mixed
@@ -37,16 +37,16 @@ def quantize(given: dict[str, Any]) -> int:
     quality = _quality(config)
     reads_text = quality == "calibrated" or config.mixed is not None
     calibration = _calibration(config, source, console) if reads_text else None
-    specs: QuantSpec | LayerSpecs = spec
+    formats = BaseFormats(spec)
     if config.mixed is not None and calibration is not None:
         cpu = torch.device("cpu")
         mixed = measure_mixed(source, config.mixed, spec, calibration.windows, calibration.compute_dtype, cpu)
         show_mixed(console, mixed)
-        specs = mixed.specs
+        formats = mixed.formats
     progress = partial(track, description="quantizing", console=console, transient=True)
     done = quantize_folder(
         source,
-        specs,
+        formats,
         config.out,
         progress,
         quality=quality,
@@ -55,10 +55,11 @@ def quantize(given: dict[str, Any]) -> int:
     )
     if done.reports:
         console.print(_table(done.reports, quality == "calibrated"))
-    if config.mixed is not None or config.format not in BITSANDBYTES_FORMATS:
-        console.print(f"Only nybble loads it: bitsandbytes has {' and '.join(BITSANDBYTES_FORMATS)}.", highlight=False)
-    formats = config.format if config.mixed is None else "mixed formats"
-    console.print(f"{config.out} holds {config.model} in {formats}, {quality}.", highlight=False, markup=False)
+    if config.mixed is not None or not spec.entry.bitsandbytes:
+        known = " and ".join(format.name for format in FORMATS.values() if format.bitsandbytes)
+        console.print(f"Only nybble loads it: bitsandbytes has {known}.", highlight=False)
+    named = config.format if config.mixed is None else "mixed formats"
+    console.print(f"{config.out} holds {config.model} in {named}, {quality}.", highlight=False, markup=False)
     console.print(f"In 16 bits: {_in_16_bits(done.inventory)}.", highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -13,7 +13,7 @@ from nybble.options.verbs import SynthConfig
 def synth(given: dict[str, Any]) -> int:
     """Write a model of a published shape with random weights in four bits, to rehearse memory and time with."""
     config = build_options(SynthConfig, given)
-    from nybble.formats.quantized_tensor import QuantSpec
+    from nybble.formats.quant_spec import QuantSpec
     from nybble.quantization.synth import synthesize
     from nybble.units import format_bytes
 

@@ -9,7 +9,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
@@ -18,7 +18,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from nybble.errors import ConfigError, NybbleError
-from nybble.options.option import Options, alternatives, fields_by_group, known_names, nearest, yaml_key
+from nybble.options.option import Options, alternatives, choices_of, fields_by_group, known_names, nearest, yaml_key
 
 Body = Callable[..., int]  # takes the given flags, and arguments of its own; returns the exit code
 
@@ -100,8 +100,9 @@ def _default(field: FieldInfo) -> str:
 
 def _metavar(field: FieldInfo) -> str:
     kind = alternatives(field)[0]
-    if get_origin(kind) is Literal and all(isinstance(choice, str) for choice in get_args(kind)):
-        return "|".join(map(str, get_args(kind)))
+    choices = choices_of(kind)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "|".join(choices)
     if get_origin(kind) is tuple:
         return "PATH" if get_args(get_args(kind)[0])[:1] == (Path,) else "NAMES"
     return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")

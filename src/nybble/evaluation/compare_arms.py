@@ -22,7 +22,8 @@ from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
 from nybble.evaluation.quality import Quality as Lost
 from nybble.files.disk import disk_errors
-from nybble.formats.quantized_tensor import FORMATS, QuantSpec
+from nybble.formats.format import DEFAULT_FORMAT, FORMATS
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.verbs import EvalQualityConfig
@@ -124,7 +125,7 @@ def parse_arm(text: str) -> Arm:
         raise ConfigError(
             f"arms names {text!r}.",
             f"Allowed: FORMAT:QUALITY, formats {', '.join(FORMATS)}, qualities {', '.join(get_args(Quality))}.",
-            "For instance --arms nf4:absmax,nf4:calibrated.",
+            f"For instance --arms {DEFAULT_FORMAT}:absmax,{DEFAULT_FORMAT}:calibrated.",
         )
     return Arm(format, quality)  # type: ignore[arg-type]
 
@@ -156,14 +157,14 @@ def _measure(
     dtype: torch.dtype,
     console: Console,
 ) -> ArmResult:
-    spec = QuantSpec(arm.format, config.block_size, config.double_quant)
+    formats = BaseFormats(QuantSpec(arm.format, config.block_size, config.double_quant))
     progress = partial(track, description=arm.name, console=console, transient=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "arm"
         started = time.perf_counter()
         quantize_folder(
             source,
-            spec,
+            formats,
             out,
             progress,
             quality=arm.quality,
@@ -171,7 +172,7 @@ def _measure(
             max_dense_share=config.max_dense_share,
         )
         seconds = time.perf_counter() - started
-        model = load_model(open_source(str(out)), spec, dtype)
+        model = load_model(open_source(str(out)), formats, dtype)
     return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.seed))
 
 

@@ -31,12 +31,13 @@ from nybble.exporting.gguf_model import (
 )
 from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
 from nybble.exporting.modelfile import modelfile
-from nybble.exporting.rounding import merged_spec, rounding_input
+from nybble.exporting.rounding import merged_formats, rounding_input
 from nybble.exporting.verify import ANSWER_TOKENS, Verification, ask_run, compare, not_loaded, show_verification
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes
 from nybble.options.groups import ExportOptions
+from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder, save_dense_folder
 from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
@@ -54,25 +55,24 @@ class Artefact:
     """What is to be made.
 
     Args:
-        kind: "peft", "16bit", "nf4", "gguf" or "gguf-lora".
         gguf_type: of a GGUF model.
         onto: which base ΔW is merged onto.
     """
 
-    kind: str
-    gguf_type: str
+    kind: ArtefactKind
+    gguf_type: GgufType
     onto: Onto
 
     @property
     def faithfulness(self) -> str:
         """The key by which `verify` knows what this artefact promises."""
-        if self.kind in ("peft", "gguf-lora"):
+        if self.kind.is_adapter:
             return self.kind
-        name = self.gguf_type if self.kind == "gguf" else self.kind
+        name = self.gguf_type if self.kind is ArtefactKind.GGUF else self.kind
         return name if self.onto == "dequantized" else f"{name} onto the original base"
 
 
-def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, console: Console) -> int:
+def export_run(config: ExportOptions, out: Path, kind: ArtefactKind, gguf_type: GgufType, console: Console) -> int:
     """Write, verify and name the artefact; returns the process's exit code.
 
     Raises:
@@ -84,11 +84,11 @@ def export_run(config: ExportOptions, out: Path, kind: str, gguf_type: str, cons
     opened = open_run(config.run)
     artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
     held_out = held_out_rows(opened, config.data, config.allow)  # before long work that would be in vain without them
-    calibration = rounding_input(opened, config, held_out, console) if kind == "nf4" else None
+    calibration = rounding_input(opened, config, held_out, console) if kind.is_rounded else None
     with disk_errors(out, ExportError):
         survival = write(opened, artefact, unverified, console, quality=config.quality, calibration=calibration)
     verification = verify(opened, artefact, unverified, held_out, config.verify_positions, console)
-    rounded = {"quality": config.quality if kind == "nf4" else None, "delta_survival": survival}
+    rounded = {"quality": config.quality if kind.is_rounded else None, "delta_survival": survival}
     report = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
     show_verification(console, verification)
     with disk_errors(out, ExportError):
@@ -122,28 +122,28 @@ def write(
     """Write the artefact; returns how much of ΔW arrived, where the weights were rounded to four bits.
 
     Args:
-        quality: of an nf4 artefact.
+        quality: of a rounded artefact.
         calibration: for quality "calibrated".
     """
     progress = partial(track, description="writing", console=console, transient=True)
-    if artefact.kind in ("peft", "gguf-lora"):
+    if artefact.kind.is_adapter:
         _check_fits(opened)
         with staged_folder(out) as staging:
-            (_write_peft if artefact.kind == "peft" else _write_gguf_adapter)(opened, staging)
+            (_write_peft if artefact.kind is ArtefactKind.PEFT else _write_gguf_adapter)(opened, staging)
         return None
     merged = MergedSource(opened, artefact.onto)
     _check_space(out, _bytes(merged, artefact))
-    if artefact.kind == "gguf":
+    if artefact.kind is ArtefactKind.GGUF:
         with staged_folder(out) as staging:
             write_gguf_model(merged, artefact.gguf_type, opened.template, staging / MODEL_FILE, progress)
             _write_modelfile(staging, f"./{MODEL_FILE}", opened)
         return None
-    if artefact.kind == "16bit":
+    if artefact.kind is ArtefactKind.DENSE:
         save_dense_folder(merged, out, progress)
         return None
     quantize_folder(
         merged,
-        merged_spec(opened),
+        merged_formats(opened),
         out,
         progress,
         quality=quality,
@@ -187,11 +187,12 @@ def _undecided(folder: Path, verification: Verification) -> str:
     )
 
 
-def _choose_base(onto: str, kind: str, gguf_type: str) -> Onto:
+def _choose_base(onto: str, kind: ArtefactKind, gguf_type: GgufType) -> Onto:
     """Rounding back onto the lattice that was trained on swallows ΔW, so four bits start from the original."""
     if onto != "auto":
         return "original" if onto == "original" else "dequantized"
-    return "original" if kind == "nf4" or (kind == "gguf" and gguf_type == "q4_0") else "dequantized"
+    in_four_bits = kind.is_rounded or (kind is ArtefactKind.GGUF and gguf_type.in_four_bits)
+    return "original" if in_four_bits else "dequantized"
 
 
 def _verifying_dtype(opened: OpenRun) -> torch.dtype:
@@ -228,10 +229,10 @@ def _check_fits(opened: OpenRun) -> None:
 
 
 def _bytes(merged: MergedSource, artefact: Artefact) -> int:
-    if artefact.kind == "gguf":
+    if artefact.kind is ArtefactKind.GGUF:
         check_family(merged.config)
         return gguf_bytes(merged, artefact.gguf_type)
-    return 2 * sum(p.numel() for p in build_skeleton(merged.config).parameters())  # an upper limit for nf4
+    return 2 * sum(p.numel() for p in build_skeleton(merged.config).parameters())  # an upper limit for four bits
 
 
 def _check_space(out: Path, num_bytes: int) -> None:

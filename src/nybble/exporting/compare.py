@@ -15,7 +15,7 @@ from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.options.verbs import MergeConfig
+from nybble.options.verbs import ArtefactKind, MergeConfig
 from nybble.runs.open_run import load_tuned, open_run
 from nybble.sources.load import load_model
 from nybble.training.loop import held_out_loss
@@ -43,7 +43,9 @@ def compare_merges(config: MergeConfig, console: Console) -> int:
     }
     for quality in dict.fromkeys(("absmax", config.quality)):  # the plain way for comparison
         for onto, merged in (("original", original), ("dequantized", dequantized)):
-            arms[f"merged, nf4 {quality}, onto {onto}"] = partial(load_rounded, merged, quality, calibration, dtype)
+            arms[f"merged, {ArtefactKind.FOUR_BIT} {quality}, onto {onto}"] = partial(
+                load_rounded, merged, quality, calibration, dtype
+            )
     losses = {}
     for name, load in arms.items():
         model = load()

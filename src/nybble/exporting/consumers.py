@@ -28,6 +28,7 @@ from nybble.generation.generate import generate
 from nybble.layers.backbone import choose_backbone
 from nybble.layers.convert import attach_adapters
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.options.verbs import ArtefactKind
 from nybble.runs.adapter_files import read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
 from nybble.sources.folder import FolderSource
@@ -171,7 +172,7 @@ class LlamaCppConsumer:
 
 
 def load_consumer(
-    kind: str, opened: OpenRun, artefact: Path, dtype: torch.dtype, context: int, console: Console
+    kind: ArtefactKind, opened: OpenRun, artefact: Path, dtype: torch.dtype, context: int, console: Console
 ) -> Consumer:
     """The artefact of this kind in the consumer that is made for it, or in what stands in for it.
 
@@ -180,15 +181,15 @@ def load_consumer(
         dtype: of the products, where the consumer lets it be chosen.
         context: tokens that the longest text needs.
     """
-    if kind == "peft":
+    if kind is ArtefactKind.PEFT:
         return _load_peft(opened, artefact, dtype, console)
-    if kind == "16bit":
+    if kind is ArtefactKind.DENSE:
         return _load_folder("transformers", artefact, dtype)
-    if kind == "nf4":
-        return _load_nf4(opened, artefact, dtype)
-    if kind == "gguf":
+    if kind is ArtefactKind.FOUR_BIT:
+        return _load_four_bit(opened, artefact, dtype)
+    if kind is ArtefactKind.GGUF:
         return _load_gguf(opened, artefact / MODEL_FILE, dtype, context)
-    assert kind == "gguf-lora", kind
+    assert kind is ArtefactKind.GGUF_ADAPTER, kind
     return _load_gguf_adapter(opened, artefact / ADAPTER_FILE, dtype, context, console)
 
 
@@ -217,7 +218,7 @@ def _load_folder(name: str, artefact: Path, dtype: torch.dtype, **options: Any) 
     )
 
 
-def _load_nf4(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consumer:
+def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consumer:
     missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
     source = open_source(str(artefact))
     why = f"{' and '.join(missing)} not installed" if missing else ""

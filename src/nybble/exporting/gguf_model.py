@@ -21,6 +21,7 @@ from nybble.exporting.merged_source import MergedSource
 from nybble.files.disk import fsync
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
+from nybble.options.verbs import GgufType
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.sources.load import Progress
 from nybble.sources.skeleton import build_skeleton
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> MODEL_ARCH
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
-GGUF_TYPES = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
-FILE_TYPES = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0"}
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # in q8_0 where the rest is in four bits, as llama-quantize does
 
 
@@ -70,12 +69,12 @@ def check_family(config: "PretrainedConfig") -> None:
 
 
 def write_gguf_model(
-    merged: MergedSource, kind: str, template: "ChatTemplate", file: Path, progress: Progress | None = None
+    merged: MergedSource, kind: GgufType, template: "ChatTemplate", file: Path, progress: Progress | None = None
 ) -> None:
     """Write a merged model to `file` (inside a staging folder: by itself it leaves a partial file when interrupted).
 
     Args:
-        kind: a key of GGUF_TYPES. Vectors stay in fp32; matrices whose rows a block type cannot have, in fp16.
+        kind: of the matrices. Vectors stay in fp32; matrices whose rows a block type cannot have, in fp16.
 
     Raises:
         ExportError: a family or tokenizer that llama.cpp has no counterpart for.
@@ -88,7 +87,7 @@ def write_gguf_model(
     shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[kind]])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(writer, config)
     add_vocabulary(writer, template, shapes[_embedding(names)][0])
@@ -163,7 +162,7 @@ def read_gguf_adapter(file: Path, config: "PretrainedConfig") -> tuple[float, di
     return alpha / rank, pairs
 
 
-def gguf_bytes(merged: MergedSource, kind: str) -> int:
+def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:
     """Bytes that the tensors of a merged model take."""
     import gguf
 
@@ -205,13 +204,13 @@ def _numpy_dtype(stored: "gguf.GGMLQuantizationType") -> "np.dtype[Any]":
     return np.dtype(known.get(stored.name, np.uint8))
 
 
-def _storage(kind: str, name: str, shape: tuple[int, ...]) -> "gguf.GGMLQuantizationType":
+def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> "gguf.GGMLQuantizationType":
     import gguf
 
     types = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return types.F32
-    wanted = types[GGUF_TYPES["q8_0" if kind == "q4_0" and name in DENSE_ENDS else kind]]
+    wanted = types[(GgufType.Q8_0 if kind.in_four_bits and name in DENSE_ENDS else kind).name]
     return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from nybble.calibration.search import search_weight
 from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, spec_of
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.lora import linear_features
 from nybble.runs.adapter_files import StoredAdapter
-from nybble.runs.base import base_specs, data_free_quality
+from nybble.runs.base import base_formats, data_free_quality
 from nybble.runs.open_run import OpenRun
 from nybble.sources.interface import ModelSource
 from nybble.sources.placement import place_tensors, read_placed
@@ -56,7 +57,7 @@ class MergedSource:
         self.adapter.check_layers(self._skeleton)
         _refuse_tied(self.adapter, self._skeleton)
         self._places = {place.name: place for place in place_tensors(base, self._skeleton)}
-        self._specs = base_specs(opened.config, opened.run)
+        self._formats = base_formats(opened.config, opened.run)
         self._base = opened.source if onto == "original" else opened.base
         self._base_places = {place.target: place for place in place_tensors(self._base, self._skeleton)}
         self._linears = {f"{name}.weight" for name in quantizable_linears(self._skeleton)}
@@ -101,12 +102,10 @@ class MergedSource:
         """The weight that ΔW goes onto, in fp32, as the module stores it."""
         weight = read_placed(self._base, self._base_places[self.target(name)])
         transposed = is_transposed(self._skeleton.get_submodule(self._layer(name)))
-        is_put = self._specs is not None and self.target(name) in self._linears
-        if isinstance(weight, Tensor) and self.onto == "dequantized" and is_put:
-            assert self._specs is not None
-            spec = spec_of(self._specs, self._layer(name))
+        formats = self._formats if self.onto == "dequantized" and self.target(name) in self._linears else None
+        if isinstance(weight, Tensor) and formats is not None:
             put = quantize if data_free_quality(self.opened.config) == "absmax" else search_weight
-            weight = put(weight.T if transposed else weight, spec)
+            weight = put(weight.T if transposed else weight, formats.of(self._layer(name)))
         if isinstance(weight, QuantizedTensor):
             dense = dequantize(weight, torch.float32)
             return dense.T.contiguous() if transposed else dense

@@ -17,9 +17,10 @@ from nybble.data.examples import EncodedExample
 from nybble.data.prepare import field_names, prepare_data
 from nybble.errors import DataError
 from nybble.exporting.merged_source import MergedSource
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.options.groups import ExportOptions
+from nybble.options.verbs import ArtefactKind
 from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.open_run import OpenRun
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def merged_spec(opened: OpenRun) -> QuantSpec:
-    """NF4 as the run had it, or would have had it."""
-    return QuantSpec("nf4", opened.config.block_size, opened.config.double_quant)
+def merged_formats(opened: OpenRun) -> BaseFormats:
+    """The format that the artefact is named for, with scales as the run had them, or would have had them."""
+    return BaseFormats(QuantSpec(ArtefactKind.FOUR_BIT.value, opened.config.block_size, opened.config.double_quant))
 
 
 def rounding_input(
@@ -57,14 +58,14 @@ def load_rounded(
     merged: MergedSource, quality: Quality, calibration: CalibrationInput | None, dtype: torch.dtype
 ) -> "PreTrainedModel":
     """The merged model in four bits, in memory."""
-    spec = merged_spec(merged.opened)
+    formats = merged_formats(merged.opened)
     if quality != "calibrated":
-        return load_model(merged, spec, dtype, quality=quality)
+        return load_model(merged, formats, dtype, quality=quality)
     with tempfile.TemporaryDirectory(prefix=".tmp-rounded-", dir=merged.opened.run.path) as folder:
         out = Path(folder) / "model"
         share = merged.opened.config.max_dense_share
-        quantize_folder(merged, spec, out, quality=quality, calibration=calibration, max_dense_share=share)
-        return load_model(open_source(str(out)), spec, dtype)
+        quantize_folder(merged, formats, out, quality=quality, calibration=calibration, max_dense_share=share)
+        return load_model(open_source(str(out)), formats, dtype)
 
 
 def _text(

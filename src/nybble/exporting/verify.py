@@ -27,6 +27,7 @@ from nybble.errors import DataError
 from nybble.evaluation.divergence import Distributions
 from nybble.exporting.consumers import Consumer, NybbleConsumer
 from nybble.layers.convert import enable_adapters
+from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.runs.open_run import OpenRun
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ if TYPE_CHECKING:
 Outcome = Literal["verified", "undecided", "failed"]
 NUM_PROMPTS = 3
 ANSWER_TOKENS = 96
-FAITHFUL_TOP1 = {"peft": 0.995, "16bit": 0.995, "gguf-lora": 0.995, "f16": 0.99, "bf16": 0.98, "q8_0": 0.97}
+FAITHFUL_TOP1: dict[str, float] = {
+    ArtefactKind.PEFT: 0.995,
+    ArtefactKind.DENSE: 0.995,
+    ArtefactKind.GGUF_ADAPTER: 0.995,
+    GgufType.F16: 0.99,
+    GgufType.BF16: 0.98,
+    GgufType.Q8_0: 0.97,
+}
 KEPT_GAIN = 0.75
 ENDS = 0.9  # of the held-out ends of turn at which the tuned model ends its answer
 NEARER = 0.25  # an artefact's KL to the tuned model, at most, over the base's

@@ -32,7 +32,8 @@ from torch import Tensor
 from nybble.errors import FormatError
 from nybble.formats import codebooks
 from nybble.formats.double_quant import MIN_SCALE, dequantize_scales, quantize_scales
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, ScaleParts, join_scales
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 
 PANEL = 1 << 19  # elements at a time: 2 MB in fp32, about what the caches of two cores hold
 
@@ -51,14 +52,14 @@ def quantize(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
     flat = w.detach().reshape(-1)
     packed = torch.empty(spec.packed_bytes(flat.numel()), dtype=torch.uint8, device=w.device)
     absmax = torch.empty(spec.num_blocks(flat.numel()), dtype=torch.float32, device=w.device)
-    zero_points = torch.empty_like(absmax, dtype=torch.uint8) if spec.format == "int4_asym" else None
+    zero_points = torch.empty_like(absmax, dtype=torch.uint8) if spec.entry.zero_points else None
 
     for start, stop, width in _panels(flat.numel(), spec.block_size):
         x = flat[start:stop].float().view(-1, width)  # (blocks, width)
         blocks = slice(start // spec.block_size, start // spec.block_size + len(x))
         if zero_points is not None:
             indices, absmax[blocks], zero_points[blocks] = _affine_levels(x)
-        elif codebooks.is_signed(spec.format):
+        elif spec.entry.signed:
             indices, absmax[blocks] = _nearest_levels_signed(x, spec)
         else:
             indices, absmax[blocks] = _nearest_levels(x, spec)
@@ -125,10 +126,7 @@ def _nearest_levels(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     else:
         scale = scale.clamp(min=MIN_SCALE)
         scaled = x / scale[:, None]
-    position = torch.bucketize(scaled, codebooks.midpoints(spec.format, x.device), out_int32=True)
-    if spec.format == "fp4":
-        return codebooks.sorted_order("fp4", x.device)[position], scale
-    return position.to(torch.uint8), scale
+    return codebooks.nearest_indices(scaled, spec.format), scale
 
 
 def _nearest_levels_signed(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -136,8 +134,7 @@ def _nearest_levels_signed(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     magnitude = x.abs().amax(dim=1)
     sign = torch.where(x.amax(dim=1) == magnitude, 1.0, -1.0)
     scaled = x * (1.0 / (sign * magnitude.clamp(min=MIN_SCALE)))[:, None]
-    position = torch.bucketize(scaled, codebooks.midpoints(spec.format, x.device), out_int32=True)
-    return position.to(torch.uint8), sign * magnitude
+    return codebooks.nearest_indices(scaled, spec.format), sign * magnitude
 
 
 def _affine_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,11 +152,11 @@ def pack_indices(indices: Tensor, spec: QuantSpec, zero_points: Tensor | None = 
 
     Args:
         indices: uint8 `[n]`, from the beginning of a block.
-        zero_points: of int4_asym, whose last one fills up an odd count.
+        zero_points: of a format that has them; the last one fills up an odd count.
     """
     if spec.bits == 4:
         if len(indices) % 2:
-            zero = codebooks.zero_index(spec.format) if zero_points is None else int(zero_points[-1])
+            zero = spec.entry.zero_index if zero_points is None else int(zero_points[-1])
             indices = F.pad(indices, (0, 1), value=zero)
         return (indices[::2] << 4) | indices[1::2]
     whole = len(indices) - len(indices) % spec.block_size

@@ -9,8 +9,8 @@ For a weight called `w` (such as `model.layers.0.mlp.up_proj.weight`), of n elem
     w.nested_quant_map                   fp32 [256]               with double quantisation
     w.quant_state.bitsandbytes__nf4      uint8: the UTF-8 bytes of a JSON object (or __fp4)
 
-bitsandbytes has no int4, nf3 or nf2. nybble writes `w.quant_state.nybble__int4` (or __int4_asym, __nf3, __nf2)
-with the same JSON, for int4_asym `w.zero_points`, uint8 [B], and for nf3 and nf2 a quant_map of 8 and 4 values and
+Of formats that bitsandbytes does not have nybble writes `w.quant_state.nybble__int4` (or __int4_asym, __nf3, __nf2)
+with the same JSON, with zero points `w.zero_points`, uint8 [B], and for nf3 and nf2 a quant_map of 8 and 4 values and
 the bytes of `QuantSpec.packed_bytes`; only nybble reads those. transformers only warns of a quant_method that it does
 not know, and then fails on the shapes; so that it refuses such a folder by name, config.json gives OWN_MODEL_TYPE as
 its model_type, and the true one beside the format (`refused_by_transformers`, `true_config`).
@@ -27,17 +27,10 @@ from torch import Tensor
 
 from nybble.errors import FormatError
 from nybble.formats.codebooks import codebook, dynamic_map
-from nybble.formats.quantized_tensor import (
-    FORMATS,
-    NESTED_BLOCK_SIZE,
-    LayerSpecs,
-    QuantizedTensor,
-    QuantSpec,
-    ScaleParts,
-    join_scales,
-)
+from nybble.formats.format import FORMATS, Format
+from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 
-BITSANDBYTES_FORMATS = ("nf4", "fp4")
 OWN_MODEL_TYPE = "nybble: weights in a format that only nybble loads"
 DEFAULT_BLOCK_SIZE = 64  # what a config without a block size means
 MIXED = "mixed"  # the format of a folder whose layers have several
@@ -80,14 +73,14 @@ def to_bnb(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
         tensors[f"{name}.absmax"] = parts.absmax.clone()
     if parts.zero_points is not None:
         tensors[f"{name}.zero_points"] = parts.zero_points.clone()
-    tensors[_state_key(name, spec.format)] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[_state_key(name, spec.entry)] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
 
 def quantization_config(
-    specs: QuantSpec | LayerSpecs, compute_dtype: torch.dtype, skip_modules: Sequence[str]
+    formats: BaseFormats, compute_dtype: torch.dtype, skip_modules: Sequence[str]
 ) -> dict[str, Any]:
-    """The `quantization_config` of config.json for a folder whose linears are quantised by `specs`.
+    """The `quantization_config` of config.json for a folder whose linears are quantised so.
 
     Where layers differ, it is nybble's own with "mixed" as the format and the format of each layer under "layers".
 
@@ -97,15 +90,14 @@ def quantization_config(
         compute_dtype: what the weights are multiplied in.
         skip_modules: modules kept in 16 bits, such as `lm_head`.
     """
-    layers = {} if isinstance(specs, QuantSpec) else {layer: spec.format for layer, spec in specs.items()}
-    spec = specs if isinstance(specs, QuantSpec) else next(iter(specs.values()))
-    is_mixed = len(set(layers.values())) > 1
+    spec, is_mixed = formats.spec, len(formats.names) > 1
+    format = MIXED if is_mixed else formats.names[0]
     block_size = {} if spec.block_size == DEFAULT_BLOCK_SIZE else {"block_size": spec.block_size}
-    if is_mixed or spec.format not in BITSANDBYTES_FORMATS:
+    if is_mixed or not FORMATS[format].bitsandbytes:
         return {
             "quant_method": "nybble",
-            "format": MIXED if is_mixed else spec.format,
-            **({"layers": layers} if is_mixed else {}),
+            "format": format,
+            **({"layers": dict(formats.layers)} if is_mixed else {}),
             "double_quant": spec.double_quant,
             "compute_dtype": _dtype_name(compute_dtype),
             "skip_modules": list(skip_modules),
@@ -114,7 +106,7 @@ def quantization_config(
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
-        "bnb_4bit_quant_type": spec.format,
+        "bnb_4bit_quant_type": format,
         "bnb_4bit_use_double_quant": spec.double_quant,
         "bnb_4bit_compute_dtype": _dtype_name(compute_dtype),
         "bnb_4bit_quant_storage": "uint8",
@@ -143,10 +135,10 @@ def true_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "model_type": quantization.get("model_type")}
 
 
-def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
+def formats_from_config(config: Mapping[str, Any]) -> BaseFormats | None:
     """How the linears of a folder are quantised, from the contents of its config.json; None when they are not.
 
-    Of a mixed folder, how most are. What each tensor's own state says (`from_bnb`) goes before this.
+    Of a mixed folder, `spec` is how most are. What each tensor's own state says (`from_bnb`) goes before this.
 
     Raises:
         FormatError: the folder is quantised in a way nybble cannot read.
@@ -175,30 +167,17 @@ def spec_from_config(config: Mapping[str, Any]) -> QuantSpec | None:
             "Needed: a string, a boolean, an integer.",
         )
     if values[0] != MIXED:
-        return QuantSpec(values[0], block_size, values[1])
-    formats = [QuantSpec(format, block_size, values[1]) for format in (quantization.get("layers") or {}).values()]
-    if not formats:
+        return BaseFormats(QuantSpec(values[0], block_size, values[1]))
+    layers = quantization.get("layers")
+    if not layers or not isinstance(layers, Mapping) or not all(isinstance(each, str) for each in layers.values()):
         raise FormatError("quantization_config is mixed and names no layers.", "Needed: the format of each.")
-    return max(formats, key=formats.count)
-
-
-def layer_specs_from_config(config: Mapping[str, Any]) -> LayerSpecs | None:
-    """How each layer of a mixed folder is quantised, None of any other.
-
-    Raises:
-        FormatError: as `spec_from_config`.
-    """
-    spec = spec_from_config(config)
-    quantization = config.get("quantization_config") or {}
-    if spec is None or quantization.get("format") != MIXED:
-        return None
-    layers = quantization["layers"].items()
-    return {layer: QuantSpec(format, spec.block_size, spec.double_quant) for layer, format in layers}
+    most = max(layers.values(), key=list(layers.values()).count)
+    return BaseFormats(QuantSpec(most, block_size, values[1]), layers)
 
 
 def is_quantized(name: str, tensors: Mapping[str, Any]) -> bool:
     """Whether weight `name` is stored in four bits among these tensors (only the keys are looked at)."""
-    return any(_state_key(name, format) in tensors for format in FORMATS)
+    return any(_state_key(name, format) in tensors for format in FORMATS.values())
 
 
 def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -218,7 +197,7 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     _check_map(f"{name}.quant_map", tensors, codebook(spec.format))
     packed = _bytes(name, tensors, spec.packed_bytes(numel))
     zero_points = None
-    if spec.format == "int4_asym":
+    if spec.entry.zero_points:
         zero_points = _bytes(f"{name}.zero_points", tensors, num_blocks)
         if int(zero_points.max()) > 15:
             raise FormatError(f"{name}.zero_points holds {int(zero_points.max())}.", "Zero points are 0 to 15.")
@@ -283,7 +262,7 @@ def stored_weight(name: str, num_bytes: Mapping[str, int], read: Callable[[str],
         scales = {f"{name}.nested_absmax": 4 * -(-blocks // NESTED_BLOCK_SIZE), f"{name}.absmax": blocks}
     else:
         scales = {f"{name}.absmax": 4 * blocks}
-    if spec.format == "int4_asym":
+    if spec.entry.zero_points:
         scales[f"{name}.zero_points"] = blocks
     pieces, at = {}, 0
     for part, expected in {name: spec.packed_bytes(math.prod(shape)), **scales}.items():
@@ -299,12 +278,13 @@ def stored_weight(name: str, num_bytes: Mapping[str, int], read: Callable[[str],
 
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """The key and the decoded JSON of a weight's state."""
-    keys = [_state_key(name, format) for format in FORMATS if _state_key(name, format) in tensors]
+    known = [_state_key(name, format) for format in FORMATS.values()]
+    keys = [key for key in known if key in tensors]
     if len(keys) != 1:
         found = "has none" if not keys else f"has {len(keys)}"
         raise FormatError(
             f"A four-bit weight has one quantisation state; {name} {found}.",
-            f"Known: {', '.join(_state_key(name, format) for format in FORMATS)}.",
+            f"Known: {', '.join(known)}.",
         )
     key = keys[0]
     tensor = tensors[key]
@@ -395,9 +375,9 @@ def _check_map(key: str, tensors: Mapping[str, Tensor], ours: Tensor) -> None:
         )
 
 
-def _state_key(name: str, format: str) -> str:
-    owner = "bitsandbytes" if format in BITSANDBYTES_FORMATS else "nybble"
-    return f"{name}.quant_state.{owner}__{format}"
+def _state_key(name: str, format: Format) -> str:
+    owner = "bitsandbytes" if format.bitsandbytes else "nybble"
+    return f"{name}.quant_state.{owner}__{format.name}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

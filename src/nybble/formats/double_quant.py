@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nybble.errors import FormatError
 from nybble.formats.codebooks import dynamic_map, dynamic_midpoints
-from nybble.formats.quantized_tensor import NESTED_BLOCK_SIZE
+from nybble.formats.quant_spec import NESTED_BLOCK_SIZE
 
 MIN_SCALE = 1e-38  # scales below it count as it when dividing; bitsandbytes' figure
 

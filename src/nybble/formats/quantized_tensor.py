@@ -5,7 +5,7 @@ Layout of `scales` (one uint8 tensor, so that safetensors, FSDP2, DDP and deepco
 
     double_quant:  offset f32 [1] | absmax2 f32 [ceil(B / 256)] | codes u8 [B]
     otherwise:     absmax f32 [B]
-    int4_asym:     ... | zero_points u8 [B]          (appended to either)
+    zero points:   ... | zero_points u8 [B]          (appended to either, where the format has them)
 
 Layout of `packed`, over the row-major flattened matrix:
 
@@ -19,7 +19,6 @@ Layout of `packed`, over the row-major flattened matrix:
 In nf2 and nf3 the bits that no element fills are zero. A whole block is a whole number of bytes in every format.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -28,74 +27,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError
-
-NESTED_BLOCK_SIZE = 256  # scales per double-quantisation block
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-BITS = {"nf4": 4, "fp4": 4, "int4": 4, "int4_asym": 4, "nf3": 3, "nf2": 2}
-FORMATS = tuple(BITS)
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """How a matrix is quantised.
-
-    Args:
-        format: one of `FORMATS`.
-        block_size: consecutive elements that share a scale, one of `BLOCK_SIZES`.
-        double_quant: whether the scales are themselves quantised to 8 bits.
-    """
-
-    format: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise FormatError(f"Unknown format {self.format!r}.", f"Known formats: {', '.join(FORMATS)}.")
-        if self.block_size not in BLOCK_SIZES:
-            raise FormatError(
-                f"Block size {self.block_size} is not supported.",
-                f"Allowed: {', '.join(map(str, BLOCK_SIZES))}.",
-            )
-
-    def num_blocks(self, numel: int) -> int:
-        return -(-numel // self.block_size)
-
-    @property
-    def bits(self) -> int:
-        """Of an index."""
-        return BITS[self.format]
-
-    def packed_bytes(self, numel: int) -> int:
-        whole = numel - numel % self.block_size
-        rest = numel - whole
-        planes = (4,) if self.bits == 4 else (2, 1)[: self.bits - 1]
-        return whole * self.bits // 8 + sum(-(-rest * bits // 8) for bits in planes)
-
-    def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of `packed`: rows stay whole (so that a row range is a byte range) where no block straddles two of them."""
-        if len(shape) == 2 and shape[1] % self.block_size == 0:
-            return (shape[0], shape[1] * self.bits // 8)
-        return (self.packed_bytes(prod(shape)),)
-
-    def scales_bytes(self, numel: int) -> int:
-        num_blocks = self.num_blocks(numel)
-        zero_points = num_blocks if self.format == "int4_asym" else 0
-        if not self.double_quant:
-            return 4 * num_blocks + zero_points
-        return 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE) + num_blocks + zero_points
-
-    def bytes(self, numel: int) -> int:
-        """Bytes that a matrix of `numel` elements takes, scales included."""
-        return self.packed_bytes(numel) + self.scales_bytes(numel)
-
-
-LayerSpecs = Mapping[str, QuantSpec]  # by the layer's name
-
-
-def spec_of(specs: QuantSpec | LayerSpecs, layer: str) -> QuantSpec:
-    """How one layer is quantised: all alike, or each by its own entry."""
-    return specs if isinstance(specs, QuantSpec) else specs[layer]
+from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, QuantSpec
 
 
 class ScaleParts(NamedTuple):
@@ -118,7 +50,7 @@ def split_scales(scales: Tensor, spec: QuantSpec, numel: int) -> ScaleParts:
     if scales.numel() != expected:
         raise FormatError(f"A scales tensor has {scales.numel()} bytes; {spec} over {numel} elements needs {expected}.")
     num_blocks = spec.num_blocks(numel)
-    zero_points = scales[-num_blocks:] if spec.format == "int4_asym" else None
+    zero_points = scales[-num_blocks:] if spec.entry.zero_points else None
     if not spec.double_quant:
         return ScaleParts(scales[: 4 * num_blocks].view(torch.float32), None, None, None, zero_points)
     end = 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE)

@@ -1,4 +1,4 @@
-"""CUDA bodies of the four-bit ops from bitsandbytes, for nf4 and fp4: the bytes are the same, so its kernels serve.
+"""CUDA bodies of the four-bit ops from bitsandbytes, for its own formats: the bytes are the same, so its kernels serve.
 
 The scales stay nybble's: double quantisation is decoded by nybble.formats.double_quant (one value per
 block), and bitsandbytes gets fp32 scales.
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from nybble.formats.blockwise import block_scales, not_finite
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec, ScaleParts, join_scales
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 from nybble.kernels import registry
 
 
@@ -30,7 +32,7 @@ registry.register_backend("bitsandbytes", devices=("cuda",), probe=_why_unavaila
 
 def _unsupported(*args: Any) -> str | None:
     format = next(arg for arg in args if isinstance(arg, str))
-    return None if format in ("nf4", "fp4") else f"has no {format}"
+    return None if FORMATS[format].bitsandbytes else f"has no {format}"
 
 
 def _ops() -> Any:

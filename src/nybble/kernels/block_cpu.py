@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nybble.formats import codebooks
 from nybble.formats.codebooks import dynamic_map, dynamic_midpoints
-from nybble.formats.quantized_tensor import BITS
+from nybble.formats.format import FORMATS
 from nybble.kernels import registry
 from nybble.kernels.block_ops import check_targets
 from nybble.kernels.cpu import DTYPES, FLOAT, INT, INT64, POINTER, dequantize_4bit, function, pointer, scale_pointers
@@ -154,7 +154,7 @@ def _adamw_numbers(
 def gemv_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> Tensor:
-    if BITS[format] != 4:  # no fused body: the weight is made, then multiplied
+    if FORMATS[format].bits != 4:  # no fused body: the weight is made, then multiplied
         return x @ dequantize_4bit(packed, scales, shape, format, block_size, double_quant, x.dtype).T
     out_features, in_features = shape
     codebook, factor = codebook_for_bf16(format)
@@ -174,7 +174,7 @@ def codebook_for_bf16(format: str) -> tuple[Tensor, float]:
     The integer formats and fp4 become exact; nf4's relative error falls from 0.0014 to 0.0008 (root of the mean
     square), under the 0.001 of weights that were dequantised to bf16.
     """
-    if format == "int4_asym":  # integers already; zero points are subtracted from them
+    if FORMATS[format].zero_points:  # integers already; zero points are subtracted from them
         return codebooks.codebook(format), 1.0
     factors = torch.linspace(1, 2, 4097)[:-1]  # 7 / 4 and 12 / 8 are among them
     scaled = codebooks.codebook(format) * factors[:, None]  # (candidates, 16)

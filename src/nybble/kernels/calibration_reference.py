@@ -46,7 +46,7 @@ def search_scales(
         best = torch.where(better, rounded, best)
         codes = torch.where(better, rounded_codes, codes)
 
-    indices = nearest_indices(w * _inverse(best)[:, None], format).view(-1)[:numel]
+    indices = codebooks.nearest_indices(w * _inverse(best)[:, None], format).view(-1)[:numel]
     return best, codes, indices.view(weight.shape)
 
 
@@ -56,7 +56,7 @@ def assign_columns(target: Tensor, scale: Tensor, factors: Tensor, format: str) 
     indices, lost = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
     values = codebooks.codebook(format, target.device)
     for row in range(len(target)):
-        indices[row] = nearest_indices(wanted[row] * inverse, format)
+        indices[row] = codebooks.nearest_indices(wanted[row] * inverse, format)
         q = values[indices[row].long()] * scale
         lost[row] = wanted[row] - q
         wanted[row + 1 :] -= lost[row] * factors[row, row + 1 :, None]
@@ -73,15 +73,9 @@ def round_to_grid(scale: Tensor, step: Tensor | None, offset: Tensor | None) -> 
     return values[codes] * step + offset, codes.to(torch.uint8)
 
 
-def nearest_indices(scaled: Tensor, format: str) -> Tensor:
-    """The stored index of the level nearest to each element, uint8."""
-    position = torch.bucketize(scaled, codebooks.midpoints(format, scaled.device), out_int32=True)
-    return codebooks.sorted_order(format, scaled.device)[position]
-
-
 def nearest_values(scaled: Tensor, format: str) -> Tensor:
     """The level nearest to each element."""
-    return codebooks.codebook(format, scaled.device)[nearest_indices(scaled, format).long()]
+    return codebooks.codebook(format, scaled.device)[codebooks.nearest_indices(scaled, format).long()]
 
 
 def _inverse(scale: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ from torch import Tensor
 from nybble.errors import KernelError
 from nybble.formats import blockwise, codebooks
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.quantized_tensor import BITS, QuantSpec, ScaleParts, split_scales
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import ScaleParts, split_scales
 from nybble.kernels import registry
 
 ABI = 3  # nybble_cpu_abi() in csrc/runtime.cpp
@@ -251,7 +253,7 @@ def dequantize_4bit_out(
 ) -> None:
     _dequantize(
         pointer(packed), *scale_pointers(scales, format, block_size, double_quant, out.numel()),
-        pointer(_sixteen_values(format)), BITS[format],
+        pointer(_sixteen_values(format)), FORMATS[format].bits,
         out.numel(), block_size, DTYPES[out.dtype], pointer(out),
     )  # fmt: skip
 

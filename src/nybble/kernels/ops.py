@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

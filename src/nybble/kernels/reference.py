@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from nybble.formats import blockwise
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 
 registry.register_backend("reference", devices=None, probe=lambda: None)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
-from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec, spec_of
+from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
@@ -98,14 +98,12 @@ def describe_untouched(model: nn.Module) -> list[str]:
     ]
 
 
-def replace_linears(
-    model: nn.Module, names: Iterable[str], specs: QuantSpec | LayerSpecs, compute_dtype: torch.dtype
-) -> None:
+def replace_linears(model: nn.Module, names: Iterable[str], formats: BaseFormats, compute_dtype: torch.dtype) -> None:
     """Swap the named `nn.Linear`/`Conv1D` for `QuantizedLinear` without weights, in place."""
     for name in names:
         linear = model.get_submodule(name)
         in_features, out_features = linear_features(linear)
-        has_bias, spec = linear.bias is not None, spec_of(specs, name)
+        has_bias, spec = linear.bias is not None, formats.of(name)
         model.set_submodule(
             name, QuantizedLinear(in_features, out_features, has_bias, spec, compute_dtype, device="meta")
         )

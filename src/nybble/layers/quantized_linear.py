@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import ops
 
 

@@ -9,6 +9,7 @@ import re
 import reprlib
 import types
 from collections.abc import Collection, Iterable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin
 
@@ -201,6 +202,13 @@ def alternatives(field: FieldInfo) -> tuple[Any, ...]:
     return tuple(member for member in bare if member is not type(None))
 
 
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    """The values of a `Literal` or an enumeration; none of another type."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(kind) if isinstance(kind, type) and issubclass(kind, Enum) else ()
+
+
 def nearest(name: str, known: Mapping[str, str]) -> str:
     """The value of the key of `known` that is most like `name`."""
     wanted = name.strip("-").lower().replace("_", "-")
@@ -228,9 +236,9 @@ def _bounds(field: FieldInfo, kind: str) -> Iterable[Any]:
 
 
 def _describe_type(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        choices = ", ".join(map(str, get_args(kind)))
-        return f"one of {choices}" if len(get_args(kind)) > 1 else choices
+    if choices := choices_of(kind):
+        listed = ", ".join(map(str, choices))
+        return f"one of {listed}" if len(choices) > 1 else listed
     if get_origin(kind) is tuple:
         return (
             "a name or a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"

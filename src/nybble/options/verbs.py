@@ -1,6 +1,7 @@
 """The options of each verb: which groups it takes, and what they say only together."""
 
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -181,6 +182,39 @@ class ServeConfig(MachineOptions):
     max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)
 
 
+class ArtefactKind(StrEnum):
+    """What can be made of a run."""
+
+    PEFT = "peft"
+    DENSE = "16bit"
+    FOUR_BIT = "nf4"
+    GGUF = "gguf"
+    GGUF_ADAPTER = "gguf-lora"
+
+    @property
+    def is_adapter(self) -> bool:
+        """The adapter alone: nothing is merged."""
+        return self in (ArtefactKind.PEFT, ArtefactKind.GGUF_ADAPTER)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Merged weights go back into four bits, as --quality says."""
+        return self is ArtefactKind.FOUR_BIT
+
+
+class GgufType(StrEnum):
+    """How a GGUF file stores matrices; the gguf package has the same names in capitals."""
+
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+    @property
+    def in_four_bits(self) -> bool:
+        return self is GgufType.Q4_0
+
+
 def _check_rounding(config: ExportOptions, rounds: bool) -> None:
     if config.calibrate is not None and not (rounds and config.quality == "calibrated"):
         raise ConfigError(
@@ -196,7 +230,7 @@ class MergeConfig(ExportOptions):
     group: ClassVar[str] = "Output"
 
     out: Folder | None = knob(None, "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
-    to: Literal["16bit", "nf4"] = knob("16bit", "Form of the merged model.")
+    to: Literal[ArtefactKind.DENSE, ArtefactKind.FOUR_BIT] = knob(ArtefactKind.DENSE, "Form of the merged model.")
     compare: bool = knob(False, "Only compare the ways to merge on the held-out rows, and write nothing.")
 
     @model_validator(mode="after")
@@ -207,7 +241,7 @@ class MergeConfig(ExportOptions):
                 "Either --out FOLDER, or --compare, which writes nothing.",
                 "Add one, or take the other away.",
             )
-        _check_rounding(self, self.to == "nf4" or self.compare)
+        _check_rounding(self, self.to.is_rounded or self.compare)
         return self
 
 
@@ -217,14 +251,12 @@ class ExportConfig(ExportOptions):
     group: ClassVar[str] = "Output"
 
     out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
-    to: Literal["peft", "16bit", "nf4", "gguf", "gguf-lora"] = knob(
-        ..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model."
-    )
-    gguf_type: Literal["f16", "bf16", "q8_0", "q4_0"] = knob("f16", "Block type of a GGUF model's matrices.")
+    to: ArtefactKind = knob(..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model.")
+    gguf_type: GgufType = knob(GgufType.F16, "Block type of a GGUF model's matrices.")
 
     @model_validator(mode="after")
     def _text_is_for_calibrating(self) -> Self:
-        _check_rounding(self, self.to == "nf4")
+        _check_rounding(self, self.to.is_rounded)
         return self
 
 

@@ -1,6 +1,6 @@
 """What calibrating costs in bytes and in work, beside the training that it is for: arithmetic only."""
 
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.planning.costs import DENSE_BYTES, SHARED_INPUTS, ModelShape, block_bytes
 from nybble.quantization.walk import CHUNK_TOKENS, KEPT_BYTES, STATES_DTYPE
 from nybble.sources.inventory import BlockParts

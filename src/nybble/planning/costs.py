@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.dense import narrow_ends
 from nybble.layers.loss_head import LARGE_HEAD_BYTES, PANEL_ROWS
 from nybble.sources.inventory import BlockParts, Inventory, take_inventory
@@ -290,13 +290,13 @@ def resident_bytes(
     return total
 
 
-def mean_bits(shape: ModelShape, specs: LayerSpecs) -> float:
+def mean_bits(shape: ModelShape, formats: BaseFormats) -> float:
     """Bits a weight, scales included, of a base whose layers have several formats."""
     sizes = {name: i * o for block, _ in shape.parts.blocks for name, (i, o) in _linears(block).items()}
     total = stored = 0
-    for layer, spec in specs.items():
+    for layer in formats.layers:
         numel = sizes.get(layer.rpartition(".")[2], shape.largest_linear)
-        total, stored = total + numel, stored + spec.bytes(numel)
+        total, stored = total + numel, stored + formats.of(layer).bytes(numel)
     return 8 * stored / total
 
 

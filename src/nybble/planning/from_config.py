@@ -11,7 +11,7 @@ import torch
 from nybble.data.prepare import prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
-from nybble.formats.bnb import layer_specs_from_config, spec_from_config, true_config
+from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.verbs import DataConfig, PlanConfig
 from nybble.planning.costs import MicroBatches
@@ -40,16 +40,15 @@ def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
     written = read_config(options.model)
     machine, dtype, on_cpu = _machine(options)
     skeleton = build_skeleton(transformers_config(written))
-    spec = spec_from_config(written)
+    formats = formats_from_config(written)
     asked, freed = asks(
         options,
         skeleton,
         deal=_dealer(options, skeleton.config.get_text_config().vocab_size),
         dtype=dtype,
         on_cpu=on_cpu,
-        not_streamed=None if spec is not None or options.model in SHAPES else needs_folder(options),
-        spec=spec,
-        specs=layer_specs_from_config(written),
+        not_streamed=None if formats is not None or options.model in SHAPES else needs_folder(options),
+        formats=formats,
     )
     return make_plans(asked, machine), asked, freed
 

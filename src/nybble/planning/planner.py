@@ -18,7 +18,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import PlanError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import QuantSpec
 from nybble.memory.pager import BUFFERS, PAGE_BYTES
 from nybble.planning.costs import (
     ADAM_BYTES,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from nybble.errors import PlanError
-from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.formats.format import DEFAULT_FORMAT
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import why_not_config
 from nybble.layers.convert import end_modules, quantizable_linears, resolve_targets
 from nybble.layers.decoder_block import Keep
@@ -39,7 +40,7 @@ def plan_run(
     config: TrainConfig,
     source: ModelSource,
     skeleton: "PreTrainedModel",
-    specs: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     deal: Callable[[int], MicroBatches],
     dtype: torch.dtype,
     device: torch.device,
@@ -50,7 +51,8 @@ def plan_run(
 
     Args:
         skeleton: the model on the meta device.
-        specs: what the linears of the blocks are quantised to, where the source is not quantised.
+        formats: what the linears of the blocks are quantised to, where the source is not quantised; None where the
+            options tell it.
         deal: most rows at once -> what the run's micro-batches come to.
         folder_to_come: the source will be calibrated into a 4-bit folder first.
         machine: as it was before anything was loaded; None where nothing is yet.
@@ -72,8 +74,7 @@ def plan_run(
         dtype=dtype,
         on_cpu=device.type == "cpu",
         not_streamed=not_streamed,
-        spec=source.quant_spec,
-        specs=source.layer_specs if isinstance(source, FolderSource) and source.quant_spec else specs,
+        formats=source.layer_formats if isinstance(source, FolderSource) and source.quant_spec else formats,
         in_four_bits=stored_in_four_bits(source, skeleton),
     )
     if config.format != "none":
@@ -144,8 +145,7 @@ def asks(
     dtype: torch.dtype,
     on_cpu: bool,
     not_streamed: Reason | None,
-    spec: QuantSpec | None,
-    specs: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     in_four_bits: set[str] | None = None,
 ) -> tuple[Ask, Ask]:
     """What a run with these options asks of the planner, and the same with every choice left to it.
@@ -154,8 +154,7 @@ def asks(
         skeleton: the model on the meta device.
         deal: most rows at once -> what the run's micro-batches come to.
         not_streamed: None where blocks of the base can be read from its folder.
-        spec: of a model that is already in four bits.
-        specs: of each layer where they differ; anything else is told by `spec` or the options.
+        formats: of a model that is already in four bits, or what was chosen; None where the options tell it.
         in_four_bits: names of the linear layers that a source in four bits has so; None where all will be.
 
     Raises:
@@ -180,8 +179,7 @@ def asks(
             dtype=dtype,
             on_cpu=on_cpu,
             not_streamed=not_streamed,
-            spec=spec,
-            specs=specs,
+            formats=formats,
             freely=freely,
         )
 
@@ -198,8 +196,7 @@ def ask_for(
     dtype: torch.dtype,
     on_cpu: bool,
     not_streamed: Reason | None,
-    spec: QuantSpec | None,
-    specs: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     freely: bool,
 ) -> Ask:
     """What a run asks of the planner.
@@ -218,7 +215,7 @@ def ask_for(
         sizes.append(sizes[-1] // 2)
     if options.micro_batch_size and not freely:
         sizes = [options.micro_batch_size]
-    format = "nf4" if options.format == "none" else options.format
+    format = DEFAULT_FORMAT if options.format == "none" else options.format
     return Ask(
         shape=shape,
         batches={size: deal(size) for size in sizes},
@@ -229,14 +226,14 @@ def ask_for(
         adapted=tuple(targets),
         rank=options.rank,
         compute_bytes=dtype.itemsize,
-        spec=spec or QuantSpec(format, options.block_size, options.double_quant),
+        spec=formats.spec if formats else QuantSpec(format, options.block_size, options.double_quant),
         path=path,
         dropout=options.dropout > 0,
         chunk_bytes=CHUNK_BYTES,
         panel_bytes=PANEL_BYTES,
         pagings={"auto": (False, True), "never": (False,), "always": (True,)}[page],
         offloads=_offloads("auto" if freely else options.offload_activations, path, on_cpu),
-        mixed_bits=mean_bits(shape, specs) if isinstance(specs, Mapping) else options.mixed,
+        mixed_bits=mean_bits(shape, formats) if formats and formats.layers else options.mixed,
         adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         barred=_barred(options, shape, "auto" if freely else options.stream_base, page, not_streamed),
     )
@@ -260,7 +257,7 @@ def _barred(
 
     bar([planner.FULL], Reason(Cause.COMPARISON, "nybble trains adapters; for comparison"))
     if options.format == "none":
-        bar(FOUR_BIT, Reason(Cause.OPTION, "--format none keeps 16 bits", "--format nf4"))
+        bar(FOUR_BIT, Reason(Cause.OPTION, "--format none keeps 16 bits", f"--format {DEFAULT_FORMAT}"))
     else:
         bar([planner.LORA16], Reason(Cause.OPTION, "not asked for", "--format none"))
     if shape.parts.dense_share > options.max_dense_share:
@@ -292,7 +289,7 @@ QUANTIZE_FLAGS = ("tokenizer", "format", "block_size", "double_quant", "mixed", 
 
 def quantize_command(options: TrainConfig | PlanConfig) -> tuple[str, str]:
     """The command that makes a four-bit folder as these options want one, and the folder's name."""
-    format = "nf4" if options.format == "none" else options.format
+    format = DEFAULT_FORMAT if options.format == "none" else options.format
     folder = f"{Path(options.model).expanduser().absolute().name.removesuffix('.gguf')}-{format}"
     words = ["nybble", "quantize", "--model", options.model, "--out", folder]
     for name in QUANTIZE_FLAGS:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, LayerInputs, calibrate_weight
 from nybble.calibration.statistics import InputStatistics
-from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
+from nybble.formats.quant_spec import BaseFormats
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.heap import give_back_free
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears
@@ -34,7 +35,7 @@ class BlockCalibrator:
     """Calibrates the blocks of a source in order.
 
     Args:
-        specs: one for all linears, or one for each by name; those of one block have one block size.
+        formats: of the linears.
         windows: int64 `(windows, tokens)`, the calibration text.
         compute_dtype: of the hidden states and products.
 
@@ -48,12 +49,12 @@ class BlockCalibrator:
     def __init__(
         self,
         source: ModelSource,
-        specs: QuantSpec | LayerSpecs,
+        formats: BaseFormats,
         windows: Tensor,
         compute_dtype: torch.dtype,
         options: FeedbackOptions | None = None,
     ):
-        self.source, self.specs, self.dtype = source, specs, compute_dtype
+        self.source, self.formats, self.dtype = source, formats, compute_dtype
         self.options = options or FeedbackOptions()
         self.model = build_skeleton(source.config, compute_dtype)
         self.placed = place_tensors(source, self.model)
@@ -84,7 +85,7 @@ class BlockCalibrator:
         def take(group: Iterable[str], inputs: LayerInputs) -> None:
             for linear in group:
                 weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
-                spec = spec_of(self.specs, f"{name}.{linear}")
+                spec = self.formats.of(f"{name}.{linear}")
                 found = calibrate_weight(weight, inputs, spec, self.options, linear)
                 weights[f"{name}.{linear}.weight"] = found.tensor
                 reports.append(_report(f"{name}.{linear}", weight, found))
@@ -92,14 +93,13 @@ class BlockCalibrator:
 
         for group, statistics in self.walk.groups(index, layer):
             give_back_free()  # what the text left behind in pieces
-            block_size = spec_of(self.specs, f"{name}.{group[0]}").block_size
-            take(group, LayerInputs(statistics, block_size, self.options))
+            take(group, LayerInputs(statistics, self.formats.spec.block_size, self.options))
             del statistics  # before the text goes on
         for linear in linears:
             if f"{name}.{linear}.weight" not in weights:  # never called
                 in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
-                block_size = spec_of(self.specs, f"{name}.{linear}").block_size
-                take([linear], LayerInputs(InputStatistics(in_features), block_size, self.options))
+                inputs = LayerInputs(InputStatistics(in_features), self.formats.spec.block_size, self.options)
+                take([linear], inputs)
         return weights, reports
 
     def placed_in(self, block: str) -> list[PlacedTensor]:
@@ -166,7 +166,7 @@ def _swap(layer: nn.Module, name: str, q: QuantizedTensor, dtype: torch.dtype) -
     """The named linear with this weight in four bits, in place."""
     plain = _plain(layer.get_submodule(name))
     layer.set_submodule(name, plain)
-    replace_linears(layer, [name], q.spec, dtype)
+    replace_linears(layer, [name], BaseFormats(q.spec), dtype)
     linear: Any = layer.get_submodule(name)
     assert isinstance(linear, QuantizedLinear)
     linear.load_quantized(q)

@@ -25,7 +25,8 @@ from nybble.errors import ModelError
 from nybble.files.disk import disk_errors
 from nybble.files.manifest import write_manifest
 from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
-from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec, spec_of
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import is_linear, quantizable_linears
@@ -78,7 +79,7 @@ class QuantizedFolder:
 
 def quantize_folder(
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs,
+    formats: BaseFormats,
     out: Path,
     progress: Progress | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -89,12 +90,12 @@ def quantize_folder(
 ) -> QuantizedFolder:
     """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
 
-    nf4 and fp4 are stored as bitsandbytes stores them: transformers loads the folder where bitsandbytes
-    is installed. int4, nf3 and nf2 are stored with nybble's own keys, and refused by transformers. Matrices outside the
-    blocks are kept in 16 bits, norms and biases as they are. A manifest vouches for every file.
+    Formats that bitsandbytes has are stored as it stores them: transformers loads the folder where it is installed.
+    Others are stored with nybble's own keys, and refused by transformers. Matrices outside the blocks are kept in 16
+    bits, norms and biases as they are. A manifest vouches for every file.
 
     Args:
-        specs: one for all linears of the blocks, or one for each by name.
+        formats: of the linears of the blocks.
         out: a new or empty folder.
         progress: wraps the list of blocks to make, called with `total=`.
         calibration: for quality "calibrated".
@@ -112,8 +113,8 @@ def quantize_folder(
             "Allowed: a model in 16 or 32 bits; quantising twice loses quality each time.",
             "Use it as it is, or start from the 16-bit model.",
         )
-    if quality != "absmax" and isinstance(specs, QuantSpec):
-        check_searchable(specs.format)
+    for format in formats.names if quality != "absmax" else ():
+        check_searchable(format)
     check_output_free(out)
     model = build_skeleton(source.config)
     inventory = take_inventory(model)
@@ -123,28 +124,24 @@ def quantize_folder(
     if quality == "calibrated":
         assert calibration is not None
         windows, dtype = calibration.windows, calibration.compute_dtype
-        calibrator = BlockCalibrator(source, specs, windows, dtype, calibration.options)
+        calibrator = BlockCalibrator(source, formats, windows, dtype, calibration.options)
     with disk_errors(out):
-        partial = PartialFolder(out, _work(source, specs, quality, calibration))
+        partial = PartialFolder(out, _work(source, formats, quality, calibration))
         if calibrator is not None:
             _make_calibrated(calibrator, partial, progress)
         else:
-            _make_blocks(source, specs, quality, model, placed, partial, progress)
-        _assemble(source, specs, out, model, placed, partial, max_shard_bytes)
+            _make_blocks(source, formats, quality, model, placed, partial, progress)
+        _assemble(source, formats, out, model, placed, partial, max_shard_bytes)
         reports = [report for block in block_names(model) for report in partial.reports(block)]
         partial.remove()
     return QuantizedFolder(reports, inventory)
 
 
 def _work(
-    source: ModelSource, specs: QuantSpec | LayerSpecs, quality: Quality, calibration: CalibrationInput | None
+    source: ModelSource, formats: BaseFormats, quality: Quality, calibration: CalibrationInput | None
 ) -> dict[str, object]:
     """All that decides the result."""
-    work: dict[str, object] = {"source": source.fingerprint(), "quality": quality}
-    if isinstance(specs, QuantSpec):
-        work["spec"] = asdict(specs)
-    else:
-        work["specs"] = {layer: asdict(spec) for layer, spec in specs.items()}
+    work: dict[str, object] = {"source": source.fingerprint(), "quality": quality, "formats": asdict(formats)}
     if calibration is not None and quality == "calibrated":
         work["windows"] = digest_of(calibration.windows)
         work["compute_dtype"] = str(calibration.compute_dtype)
@@ -154,7 +151,7 @@ def _work(
 
 def _make_blocks(
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs,
+    formats: BaseFormats,
     quality: Quality,
     model: "PreTrainedModel",
     placed: list[PlacedTensor],
@@ -178,7 +175,7 @@ def _make_blocks(
             assert isinstance(weight, Tensor)
             if is_transposed(model.get_submodule(name)):
                 weight = weight.T
-            q = quantizer(weight, spec_of(specs, name))
+            q = quantizer(weight, formats.of(name))
             stored |= to_bnb(place.target, q)
             if quality != "absmax":
                 reports.append(weight_report(name, quality, weight, q))
@@ -207,7 +204,7 @@ def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, progre
 
 def _assemble(
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs,
+    formats: BaseFormats,
     out: Path,
     model: "PreTrainedModel",
     placed: list[PlacedTensor],
@@ -234,10 +231,9 @@ def _assemble(
 
         kept = [n for n, module in model.named_modules() if is_linear(module) and f"{n}.weight" not in linears]
         _save_settings(
-            source, model, source.load_tokenizer(), staging, quantization_config(specs, source.dense_dtype, kept)
+            source, model, source.load_tokenizer(), staging, quantization_config(formats, source.dense_dtype, kept)
         )
-        formats = {spec_of(specs, name.removesuffix(".weight")).format for name in linears}
-        write_manifest(staging, {"base": source.fingerprint(), "formats": sorted(formats)})
+        write_manifest(staging, {"base": source.fingerprint(), "formats": sorted(formats.names)})
 
 
 def save_dense_folder(

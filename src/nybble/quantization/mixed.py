@@ -14,15 +14,16 @@ of a layer alike.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.mixed import MIXED_FORMATS, Option, choose_formats
+from nybble.calibration.mixed import Option, choose_formats
 from nybble.errors import ConfigError, ModelError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import quantizable_linears
@@ -40,24 +41,24 @@ class MixedFormats:
     """The formats chosen for a model.
 
     Args:
-        specs: by layer.
+        formats: of each layer.
         losses: predicted KL in nats a token, by layer and format.
         bits: a weight, over the quantised linears, scales included.
     """
 
-    specs: dict[str, QuantSpec]
+    formats: BaseFormats
     losses: dict[str, dict[str, float]]
     bits: float
 
     @property
     def predicted_kl(self) -> float:
-        return sum(self.losses[layer][spec.format] for layer, spec in self.specs.items())
+        return sum(self.losses[layer][format] for layer, format in self.formats.layers.items())
 
 
 def choose_mixed(
     model: "PreTrainedModel", windows: Tensor, bits: float, spec: QuantSpec, *, seed: int = 0
 ) -> MixedFormats:
-    """Formats among nf4, nf3 and nf2 that take `bits` a weight at most and are predicted to lose least.
+    """Formats among those of --mixed that take `bits` a weight at most and are predicted to lose least.
 
     Args:
         model: dense, frozen, in eval mode.
@@ -67,15 +68,15 @@ def choose_mixed(
     Raises:
         ConfigError: no choice takes so few bits.
     """
-    candidates = [QuantSpec(format, spec.block_size, spec.double_quant) for format in MIXED_FORMATS]
+    candidates = [replace(spec, format=each.name) for each in FORMATS.values() if each.mixable]
     sizes = {name: model.get_submodule(name).weight.numel() for name in quantizable_linears(model)}
     total = sum(sizes.values())
-    least = 8 * sum(candidates[-1].bytes(n) for n in sizes.values()) / total
+    most, *_, least = (8 * sum(each.bytes(n) for n in sizes.values()) / total for each in candidates)
     if bits < least:
-        most = 8 * sum(candidates[0].bytes(n) for n in sizes.values()) / total
         raise ConfigError(
             f"--mixed {bits:g} asks for fewer bits a weight than the smallest format takes.",
-            f"Allowed: {least:.4g} (all nf2) to {most:.4g} (all nf4), scales included.",
+            f"Allowed: {least:.4g} (all {candidates[-1].format}) to {most:.4g} (all {candidates[0].format}), "
+            "scales included.",
             "Raise --mixed, or --block-size.",
         )
     losses = layer_losses(model, windows, candidates, seed=seed)
@@ -85,8 +86,8 @@ def choose_mixed(
     }
     chosen = choose_formats(options, int(bits * total / 8))
     assert chosen is not None
-    specs = {name: QuantSpec(format, spec.block_size, spec.double_quant) for name, format in chosen.items()}
-    return MixedFormats(specs, losses, 8 * sum(specs[name].bytes(n) for name, n in sizes.items()) / total)
+    formats = BaseFormats(spec, chosen)
+    return MixedFormats(formats, losses, 8 * sum(formats.of(name).bytes(n) for name, n in sizes.items()) / total)
 
 
 def layer_losses(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nybble.files.disk import disk_errors
 from nybble.formats.bnb import quantization_config, to_bnb
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.safetensors import SafetensorsWriter, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import quantizable_linears
@@ -58,7 +58,7 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, progress: 
             for name, tensor in _parameters(config, spec, seed, progress):
                 writer.write(name, tensor)
         config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-        config.quantization_config = quantization_config(spec, torch.bfloat16, ["lm_head"])
+        config.quantization_config = quantization_config(BaseFormats(spec), torch.bfloat16, ["lm_head"])
         save_config(config, staging)
     return writer.total_bytes
 

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from nybble.calibration.search import UNSEARCHABLE, check_searchable
+from nybble.calibration.search import check_searchable
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
@@ -24,7 +24,8 @@ from nybble.data.readers import FieldNames
 from nybble.data.template import ChatTemplate
 from nybble.errors import PlanError
 from nybble.files.manifest import verify_manifest
-from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.context import context_length
 from nybble.memory.measure import anonymous_bytes, available_bytes
 from nybble.memory.store import FolderBlockStore
@@ -94,7 +95,7 @@ def choose_quality(
         check_searchable(config.format)
     if config.quality in ("absmax", "search"):
         return QualityChoice(config.quality, "as asked", asked=True)
-    if config.format in UNSEARCHABLE:
+    if not FORMATS[config.format].searchable:
         return QualityChoice("absmax", f"{config.format} has zero points, which are not calibrated")
     if config.quality == "calibrated" or config.calibrate is not None:
         why = "as asked" if config.calibrate is None else "text to calibrate on was given"
@@ -175,7 +176,7 @@ def staged_base(run: RunFolder) -> Path:
 def make_calibrated_base(
     run: RunFolder,
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs,
+    formats: BaseFormats,
     text: CalibrationText,
     dtype: torch.dtype,
     console: Console,
@@ -190,7 +191,7 @@ def make_calibrated_base(
     calibration = CalibrationInput(text.windows, dtype)
     quantize_folder(
         source,
-        specs,
+        formats,
         folder,
         progress,
         quality="calibrated",
@@ -229,16 +230,18 @@ def kept_base(run: RunFolder) -> ModelSource | None:
     return open_source(str(run.base))
 
 
-def base_specs(config: TrainConfig, run: RunFolder) -> QuantSpec | LayerSpecs | None:
-    """How the base of the run in this folder is quantised."""
+def base_formats(config: TrainConfig, run: RunFolder) -> BaseFormats | None:
+    """How the base of the run in this folder is quantised, None where it stays in 16 bits."""
     spec = quant_spec(config)
-    return spec if spec is None or config.mixed is None else read_formats(run.formats, spec)
+    if spec is None:
+        return None
+    return BaseFormats(spec) if config.mixed is None else read_formats(run.formats, spec)
 
 
 def load_base(
     config: TrainConfig,
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     dtype: torch.dtype,
     device: torch.device,
     console: Console,
@@ -250,7 +253,7 @@ def load_base(
     names = () if store is None else store.names
     return load_model(
         source,
-        specs,
+        formats,
         dtype,
         device,
         progress,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from nybble.errors import RunError
 from nybble.files.disk import write_complete
-from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.quantization.mixed import MixedFormats
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def show_mixed(console: Console, mixed: MixedFormats) -> None:
     """Bits of every layer, a row a block."""
     rows: dict[str, dict[str, str]] = {}
-    for name, spec in mixed.specs.items():
+    for name in mixed.formats.layers:
         block, leaf = _block_and_leaf(name)
-        rows.setdefault(block, {})[leaf] = str(spec.bits)
+        rows.setdefault(block, {})[leaf] = str(mixed.formats.of(name).bits)
     leaves = list(dict.fromkeys(leaf for row in rows.values() for leaf in row))
     title = f"bits of each layer: {mixed.bits:.3f} a weight, predicted KL {mixed.predicted_kl:.3g} nats a token"
     table = Table(title=title, title_justify="left")
@@ -42,21 +42,24 @@ def _block_and_leaf(name: str) -> tuple[str, str]:
 
 def write_formats(path: Path, mixed: MixedFormats) -> None:
     """`formats.json`: the format of every layer, and the predicted losses it was chosen by."""
-    layers = {name: spec.format for name, spec in mixed.specs.items()}
-    content = {"bits": mixed.bits, "predicted_kl": mixed.predicted_kl, "layers": layers, "losses": mixed.losses}
+    content = {
+        "bits": mixed.bits,
+        "predicted_kl": mixed.predicted_kl,
+        "layers": mixed.formats.layers,
+        "losses": mixed.losses,
+    }
     write_complete(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_formats(path: Path, spec: QuantSpec) -> LayerSpecs:
+def read_formats(path: Path, spec: QuantSpec) -> BaseFormats:
     """The formats of a run's layers, with `spec`'s block size and double quantisation.
 
     Raises:
         RunError: the file is missing or damaged.
     """
     try:
-        layers = json.loads(path.read_text(encoding="utf-8"))["layers"]
-        return {name: QuantSpec(format, spec.block_size, spec.double_quant) for name, format in layers.items()}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return BaseFormats(spec, json.loads(path.read_text(encoding="utf-8"))["layers"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} is missing or damaged: {error}.",
             "A run with --mixed keeps the format of each layer there.",

@@ -12,11 +12,11 @@ from rich.progress import track
 
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import RunError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.runs.adapter_files import read_adapter
-from nybble.runs.base import base_specs, kept_base, load_base
+from nybble.runs.base import base_formats, kept_base, load_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
 from nybble.sources.interface import ModelSource
@@ -90,9 +90,9 @@ def load_plain(name: str, console: Console, device: str = "auto", compute_dtype:
         ModelError: there is none, or it is damaged.
     """
     source, target = open_source(name), resolve_device(device)
-    spec = QuantSpec() if source.quant_spec is not None else None  # what is in four bits keeps its own
+    formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
     progress = partial(track, description="loading", console=console, transient=True)
-    model = load_model(source, spec, resolve_compute_dtype(compute_dtype, target), target, progress)
+    model = load_model(source, formats, resolve_compute_dtype(compute_dtype, target), target, progress)
     return LoadedModel(model, ChatTemplate(source.load_tokenizer()))
 
 
@@ -106,7 +106,7 @@ def load_tuned(opened: OpenRun, dtype: torch.dtype, device: torch.device, consol
 
 def load_frozen(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
     """The base of a run in the four bits that it was trained on, without an adapter."""
-    return load_base(opened.config, opened.base, base_specs(opened.config, opened.run), dtype, device, console)
+    return load_base(opened.config, opened.base, base_formats(opened.config, opened.run), dtype, device, console)
 
 
 def _check_base(run: RunFolder, source: ModelSource) -> None:

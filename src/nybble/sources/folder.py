@@ -14,14 +14,14 @@ from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.files.manifest import MANIFEST_NAME, verify_manifest
 from nybble.formats.bnb import (
     StoredWeight,
+    formats_from_config,
     from_bnb,
     is_quantized,
-    layer_specs_from_config,
-    spec_from_config,
     stored_weight,
     true_config,
 )
-from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import (
     MatrixFile,
     SafetensorsFolder,
@@ -58,9 +58,11 @@ class FolderSource:
         self._stored = SafetensorsFolder(path)
         _check_layers(path, self._config_json, len(self._stored.entries))
         self._parts = _group_by_weight(list(self._stored.entries))
-        self.layer_specs = _layer_specs(path, self._config_json)
+        written = _written_formats(path, self._config_json)
         _refuse_codes(path, self._parts, self._stored.entries)
         self.quant_spec = self._first_spec()
+        layers = {} if written is None else written.layers
+        self.layer_formats = None if self.quant_spec is None else BaseFormats(self.quant_spec, layers)
         self._whole_config = _load_config(path, self._config_json)
         self.config = stored_text_config(self._whole_config, self._config_json)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
@@ -205,11 +207,10 @@ def _read_config_json(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _layer_specs(folder: Path, config: dict[str, Any]) -> LayerSpecs | None:
-    """How each layer is quantised where they differ; a folder that is quantised in another way is refused."""
+def _written_formats(folder: Path, config: dict[str, Any]) -> BaseFormats | None:
+    """How config.json says that layers are quantised; a folder that is quantised in another way is refused."""
     try:
-        spec_from_config(config)
-        return layer_specs_from_config(config)
+        return formats_from_config(config)
     except FormatError as error:
         raise FormatError(f"{folder / 'config.json'}: {error.got}", error.allowed, error.fix) from error
 

@@ -22,7 +22,8 @@ from nybble.formats.gguf_vocabulary import (
     splitting_rule,
     tokenizer_of,
 )
-from nybble.formats.quantized_tensor import QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import sampled_sha256, staged_folder
 from nybble.sources.bundled import CACHE_FIX, cache_folder
 from nybble.sources.interface import Kind

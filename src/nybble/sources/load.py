@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.search import search_weight
-from nybble.formats.quantized_tensor import LayerSpecs, QuantizedTensor, QuantSpec
+from nybble.formats.quant_spec import BaseFormats
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.convert import quantizable_linears, replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
@@ -33,7 +34,7 @@ Progress = Callable[..., Iterable[Any]]  # wraps a list, as rich.progress.track 
 
 def load_model(
     source: ModelSource,
-    spec: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -44,13 +45,13 @@ def load_model(
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
 
-    Linears of the blocks are put into `spec`'s four bits, where the source has them in 16 or 32; a source
-    that is already in four bits keeps its own, bit for bit. Embeddings and head stay in 16 bits
-    (`source.dense_dtype`). Everything else is in `compute_dtype`.
+    Linears of the blocks are put into `formats`, where the source has them in 16 or 32 bits; a source that is
+    already in four bits keeps its own, bit for bit. Embeddings and head stay in 16 bits (`source.dense_dtype`).
+    Everything else is in `compute_dtype`.
 
     Args:
-        spec: one for all linears of the blocks, or one for each by name; None keeps (or, from a source in four
-            bits, makes) every linear dense, in `compute_dtype`.
+        formats: of the linears of the blocks; None keeps (or, from a source in four bits, makes) every linear dense,
+            in `compute_dtype`.
         compute_dtype: of the products.
         device: where the weights go.
         progress: wraps the list of tensors to load, called with `total=`.
@@ -68,11 +69,12 @@ def load_model(
     if source.dense_dtype != compute_dtype and not stream_ends:
         ends = replace_dense_ends(model, compute_dtype)
     transposed: set[str] = set()
-    if spec is not None:
+    if formats is not None:
         linears = _linears_to_quantize(model, source, placed)
         transposed = {f"{name}.weight" for name in linears if is_transposed(model.get_submodule(name))}
         streamed = set(stream_linears_of)
-        replace_linears(model, [n for n in linears if n not in streamed], source.quant_spec or spec, compute_dtype)
+        own = formats if source.quant_spec is None else BaseFormats(source.quant_spec)
+        replace_linears(model, [n for n in linears if n not in streamed], own, compute_dtype)
         stream_linears(model, streamed, compute_dtype, device)
         not_loaded = {f"{name}.weight" for name in streamed}
         not_loaded |= {name for name in ends if stream_ends and name.endswith(".weight")}

@@ -19,7 +19,7 @@ from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import PlanError, RunError
 from nybble.files.disk import disk_errors, write_complete
-from nybble.formats.quantized_tensor import LayerSpecs, QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import give_back_free
 from nybble.layers.backbone import KeptTensors, choose_backbone
 from nybble.layers.convert import attach_adapters, describe_untouched, quantizable_linears, resolve_targets
@@ -40,7 +40,7 @@ from nybble.runs.adapter_files import adapter_config, restore_adapter
 from nybble.runs.base import (
     QualityChoice,
     adopt_base,
-    base_specs,
+    base_formats,
     check_calibration_fits,
     choose_quality,
     kept_base,
@@ -154,7 +154,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     calibrated = choice is not None and choice.quality == "calibrated"
     if config.memory is not None and (calibrated or config.mixed is not None) and not config.resume:
         # What never fits is refused before minutes are spent on its bits.
-        plan_it(source, build_skeleton(source.config, dtype), quant_spec(config), folder_to_come=calibrated)
+        plan_it(source, build_skeleton(source.config, dtype), None, folder_to_come=calibrated)
     if calibrated and not config.resume:
         check_calibration_fits(config, source, dtype, device)
     text = partial(
@@ -163,17 +163,17 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     mixed = None if config.mixed is None or config.resume else _measure_mixed(config, source, text, dtype, device)
     if mixed is not None:
         show_mixed(console, mixed)
-    specs = base_specs(config, run) if mixed is None else mixed.specs
-    base_source, choice = _base_source(config, run, source, specs, text, choice, dtype, console)
+    formats = base_formats(config, run) if mixed is None else mixed.formats
+    base_source, choice = _base_source(config, run, source, formats, text, choice, dtype, console)
 
     with PeakMemory(device) as memory:
         skeleton = build_skeleton(base_source.config, dtype)
-        plans, freed = plan_it(base_source, skeleton, specs)
+        plans, freed = plan_it(base_source, skeleton, formats)
         plan = plans.chosen or plans.smallest  # without --memory the smallest is tried in any case
         show_plans(console, plans, freed)
         store = open_blocks(base_source, skeleton, plan, device)
         del skeleton
-        model = load_base(config, base_source, specs, dtype, device, console, store, stream_ends=plan.stream_ends)
+        model = load_base(config, base_source, formats, dtype, device, console, store, stream_ends=plan.stream_ends)
         attach_adapters(
             model,
             resolve_targets(model, _target_names(config)),
@@ -192,7 +192,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         kept = _place_for_kept(plan, run, device)
         backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
         if backbone.packing != config.packing:
-            plans, freed = _plan_padded(config, base_source, specs, data, plans, plan, dtype, device)
+            plans, freed = _plan_padded(config, base_source, formats, data, plans, plan, dtype, device)
             again = plans.chosen or plans.smallest
             console.print(f"planned again, for padded rows: {again.describe()}", highlight=False)
             if again.keep != plan.keep:
@@ -272,7 +272,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
 def _plan_padded(
     config: TrainConfig,
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     data: PreparedData,
     packed: Plans,
     loaded: Plan,
@@ -290,7 +290,7 @@ def _plan_padded(
         padded,
         source,
         build_skeleton(source.config, dtype),
-        specs,
+        formats,
         dealer(padded, data),
         dtype,
         device,
@@ -321,7 +321,7 @@ def _base_source(
     config: TrainConfig,
     run: RunFolder,
     source: ModelSource,
-    specs: QuantSpec | LayerSpecs | None,
+    formats: BaseFormats | None,
     text: Callable[[], CalibrationText],
     choice: QualityChoice | None,
     dtype: torch.dtype,
@@ -333,9 +333,9 @@ def _base_source(
     kept = kept_base(run) if config.resume else None
     if kept is not None:
         return kept, choice
-    assert specs is not None
+    assert formats is not None
     try:
-        base = make_calibrated_base(run, source, specs, text(), dtype, console, config.max_dense_share)
+        base = make_calibrated_base(run, source, formats, text(), dtype, console, config.max_dense_share)
         return base, choice
     except WalkError as error:
         instead = without_calibration(choice, error)
