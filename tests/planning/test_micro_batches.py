@@ -9,8 +9,9 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.layers.backbone import TOKEN_MULTIPLE
-from nybble.options.groups import build_options
+from nybble.options.option import build_options
 from nybble.options.verbs import PlanConfig
+from nybble.planning import micro_batches
 from nybble.planning.micro_batches import deal_run, even_run, total_steps
 
 

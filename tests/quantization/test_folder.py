@@ -10,7 +10,6 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from nybble.models import save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
@@ -21,6 +20,7 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.planning.from_config import read_config
+from nybble.quantization import folder as folder_module
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
@@ -289,7 +289,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     folder, _ = make_folder(family, torch.bfloat16)
     options = {"quality": quality, "calibration": calibration()}
     whole = quantize(folder, tmp_path / "whole", **options)
-    monkeypatch.setattr(save, "STATES_EVERY_S", -1.0 if keep_states else 1e9)
+    monkeypatch.setattr(folder_module, "STATES_EVERY_S", -1.0 if keep_states else 1e9)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         quantize(folder, out, progress=interrupt_after(1), **options)

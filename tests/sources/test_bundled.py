@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nybble.errors import ModelError
-from nybble.models import bundled
+from nybble.sources import bundled
 from nybble.sources.bundled import BundledModel, cache_folder, fetch_bundled
 
 CONTENT = b"GGUF and nothing more"

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nybble.planning import planner
 from nybble.memory.measure import PeakMemory
+from nybble.planning import planner
 from nybble.planning.costs import end_bytes
 from nybble.planning.planner import Ask, Plan, Plans
 from nybble.sources.inventory import without_numbers
