@@ -22,9 +22,10 @@ from nybble.planning.calibration_costs import (
 )
 from nybble.planning.costs import ModelShape
 from nybble.quantization.walk import WalkError
+from nybble.runs import base
 from nybble.runs.open_run import load_run
 from nybble.sources.skeleton import build_skeleton
-from nybble.training import base, session
+from nybble.training import session
 
 LLAMA = ModelShape.of(
     build_skeleton(
