@@ -28,13 +28,11 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 from nybble.data.packing import Batch
 from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels import cpu
-from nybble.layers.backbone import Backbone, choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.decoder_block import Keep
-from nybble.layers.loss_head import loss_head
 from nybble.sources.load import load_model
 from nybble.sources.skeleton import build_skeleton
-from nybble.training.loop import supervised_states
 from nybble.training.optimizer import AdamW
 
 DOCUMENT, TOKENS = 256, 1024
@@ -95,14 +93,12 @@ class Step:
     """What `train_loop` does between collating a batch and reporting the step."""
 
     def __init__(self, model: PreTrainedModel):
-        self.model, self.head = model, loss_head(model)
         self.optimizer = AdamW(
             [p for p in model.parameters() if p.requires_grad], beta1=0.9, beta2=0.999, weight_decay=0.0
         )
 
-    def __call__(self, backbone: Backbone, batch: Batch) -> None:
-        loss = self.head.loss(*supervised_states(backbone, batch), batch.supervised_tokens)
-        loss.backward()
+    def __call__(self, model: CausalLM, batch: Batch) -> None:
+        model.loss(batch).backward()
         self.optimizer.step(2e-4, grad_scale=min(1.0, 0.3 / self.optimizer.gradient_norm()))
 
 
@@ -182,14 +178,14 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, patience_s: flo
 def compare_keeps(name: str, model: PreTrainedModel, rounds: int, patience_s: float) -> tuple[list[list[str]], Turns]:
     config, step = MODELS[name], Step(model)
     products, batch = Products(config, TOKENS), documents(TOKENS, config.vocab_size)
-    backbones = {keep: choose_backbone(model, keep=keep, packing=True) for keep in get_args(Keep)}
+    models = {keep: CausalLM.of(model, keep=keep) for keep in get_args(Keep)}
     calls: dict[str, Callable[[], Any]] = {"products": products}
-    calls |= {keep: partial(step, backbone, batch) for keep, backbone in backbones.items()}
+    calls |= {keep: partial(step, causal_lm, batch) for keep, causal_lm in models.items()}
     turns = take_turns(calls, rounds, patience_s)
     limit = Spread.of(turns.seconds("products"))
     rate = products.flops() / limit.median / 1e9
     rows = [[f"{name}: products alone", limit.show(3), "1", f"{rate:.0f}"]]
-    for keep in backbones:
+    for keep in models:
         own = Spread.of(turns.seconds(keep))
         rows.append([
             f"{name}: keeping {keep}", own.show(3), turns.ratio(keep, "products").show(),
@@ -200,9 +196,9 @@ def compare_keeps(name: str, model: PreTrainedModel, rounds: int, patience_s: fl
 
 def compare_lengths(name: str, model: PreTrainedModel, rounds: int, patience_s: float) -> tuple[list[list[str]], Turns]:
     config, step = MODELS[name], Step(model)
-    backbone = choose_backbone(model, keep="everything", packing=True)
+    causal_lm = CausalLM.of(model, keep="everything")
     batches = {tokens: documents(tokens, config.vocab_size) for tokens in GROWTH}
-    calls = {str(tokens): partial(step, backbone, batch) for tokens, batch in batches.items()}
+    calls = {str(tokens): partial(step, causal_lm, batch) for tokens, batch in batches.items()}
     turns = take_turns(calls, rounds, patience_s)
     shortest = str(GROWTH[0])
     rows = []

@@ -21,8 +21,9 @@ import torch
 from common import BENCHMARKS, Table, about_machine, report, versions
 from torch import nn
 
+from nybble.data.packing import pack_tokens
 from nybble.formats.quant_spec import QuantSpec
-from nybble.layers.backbone import BlockBackbone
+from nybble.layers.backbone import FusedForward
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
@@ -48,12 +49,12 @@ def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: Activat
     ends = streamed and end_bytes(ModelShape.of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
     model = load_model(source, source.layer_formats, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
-    backbone, head = BlockBackbone(model, "nothing", store, kept), loss_head(model)
-    ids, places = torch.arange(tokens).remainder(250)[None] + 3, torch.arange(tokens)
-    borders = torch.tensor([0, tokens], dtype=torch.int32)
+    forward, head = FusedForward(model, "nothing", store, kept), loss_head(model)
+    ids, places = torch.arange(tokens).remainder(250) + 3, torch.arange(tokens)
+    batch = pack_tokens([ids])
 
     def run() -> float:
-        loss = head.loss(backbone.states(ids, places[None], places, borders), ids[0], tokens)
+        loss = head.loss(forward.hidden(batch, places), ids, tokens)
         loss.backward()
         norm = sum(p.grad.double().abs().sum().item() for p in model.parameters() if p.grad is not None)
         model.zero_grad(set_to_none=True)

@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from nybble.options.verbs import TrainConfig
 from nybble.data.examples import EncodedExample
+from nybble.data.packing import collate
 from nybble.data.sampler import StepSampler
 from nybble.generation.generate import generate
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.backbone import Backbone, choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of
-from nybble.layers.loss_head import loss_head
 from nybble.runs.adapter_files import read_adapter
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.sources.load import load_model
@@ -38,7 +38,8 @@ from nybble.training.checkpoint import Checkpoints
 from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
 from nybble.runs.events import EventLog
-from nybble.training.loop import collate, supervised_states, train_loop
+from nybble.training.loop import train_loop
+from nybble.training.objective import SupervisedFineTuning
 from nybble.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -90,22 +91,22 @@ def train(settings: dict[str, Any], channel: Channel) -> None:
     model, load_s = load(settings)
     read_adapter(model, Path(settings["adapter"]))
     steps = [[as_example(row) for row in rows] for rows in read_steps(Path(settings["steps"]))]
-    backbone = choose_backbone(model, keep=settings["keep"], packing=True)
+    causal_lm = CausalLM.of(model, keep=settings["keep"])
     rows, clock = [row for step in steps for row in step], Clock()
     with tempfile.TemporaryDirectory() as folder:
         options = {"model": settings["base"], "data": settings["steps"], "out": folder}
         config = build_options(TrainConfig, options)
-        first = first_step(backbone, steps[0], settings.get("gradients"))
-        channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"), path=backbone.name, **first)
+        first = first_step(causal_lm, steps[0], settings.get("gradients"))
+        channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"), path=causal_lm.name, **first)
         train_loop(
-            model,
+            causal_lm,
+            SupervisedFineTuning(),
             rows,
             Evaluations((), NEVER),
             config,
             sampler=AskedSampler(channel, clock, len(rows), len(steps[0])),
             total_steps=NEVER,
             micro_batch_size=len(steps[0]),
-            backbone=backbone,
             run=RunFolder(Path(folder)),
             adapter_config={},
             events=Reporter(channel, clock),
@@ -114,17 +115,15 @@ def train(settings: dict[str, Any], channel: Channel) -> None:
         )
 
 
-def first_step(backbone: Backbone, rows: list[EncodedExample], gradients: str | None) -> dict[str, float]:
+def first_step(model: CausalLM, rows: list[EncodedExample], gradients: str | None) -> dict[str, float]:
     """The loss before any training; the gradients of each B go to the file `gradients`."""
     if gradients is None:
         return {}
-    backbone.model.train()
-    batch = collate(rows, backbone.packing)
-    loss = loss_head(backbone.model).loss(*supervised_states(backbone, batch), batch.supervised_tokens)
+    loss = model.train().loss(collate(rows, model.packed))
     loss.backward()
-    adapters = adapters_of(backbone.model)
+    adapters = adapters_of(model.module)
     save_file({name: adapter.lora_B.grad for name, adapter in adapters.items()}, gradients)
-    backbone.model.zero_grad(set_to_none=True)
+    model.module.zero_grad(set_to_none=True)
     return {"loss": loss.item()}
 
 

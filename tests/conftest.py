@@ -284,7 +284,8 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0, rslora=rslora, seed=1)
         for adapter in adapters_of(model).values():
             torch.nn.init.normal_(adapter.lora_B)
-            adapter.lora_B.data *= size * adapter.base.weight.norm() / adapter.delta().norm()
+            delta = adapter.scaling * (adapter.lora_B @ adapter.lora_A)
+            adapter.lora_B.data *= size * adapter.base.weight.norm() / delta.norm()
         write_adapter(model, folder / "run" / "adapter", adapter_config(model, "base", alpha=8.0, rslora=rslora))
         return folder / "run"
 

@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from low_bit_kl import TOKENS, cut_windows, open_dithered, quantized_model
 
+from nybble.data.packing import pack
 from nybble.data.prepare import prepare
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
-from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.quantization.adapter_init import initialise_adapters
 from nybble.sources.load import load_model
-from nybble.training.loop import collate, held_out_loss, supervised_states
+from nybble.training.loop import held_out_loss
+from nybble.training.objective import SupervisedFineTuning
 from nybble.training.optimizer import AdamW
 from nybble.training.schedule import learning_rate, warmup_steps
 
@@ -35,20 +36,18 @@ MAX_GRAD_NORM = 0.3
 
 
 def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, float]:
-    backbone, head = choose_backbone(model, keep="everything", packing=True), loss_head(model)
+    causal_lm, objective = CausalLM.of(model, keep="everything"), SupervisedFineTuning()
     validation = data.validation[: options.validation_rows]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(parameters, beta1=0.9, beta2=0.999, weight_decay=0.0)
-    before = held_out_loss(backbone, head, validation, 4)[0]
+    optimizer = AdamW(causal_lm.parameters(), beta1=0.9, beta2=0.999, weight_decay=0.0)
+    before = held_out_loss(objective, causal_lm, validation, 4)[0]
     warmup = warmup_steps(0.03, options.steps)
     sampler = StepSampler(len(data.train), options.rows, options.seed)
     for step in range(1, options.steps + 1):
-        batch = collate([data.train[row] for row in sampler.next_step()], True)
-        head.loss(*supervised_states(backbone, batch), batch.supervised_tokens).backward()
+        causal_lm.loss(pack([data.train[row] for row in sampler.next_step()])).backward()
         norm = optimizer.gradient_norm()
         lr = learning_rate(step, options.steps, warmup, "cosine", options.lr)
         optimizer.step(lr, grad_scale=min(1.0, MAX_GRAD_NORM / max(norm, 1e-30)))
-    return {"loss_before": before, "loss_after": held_out_loss(backbone, head, validation, 4)[0]}
+    return {"loss_before": before, "loss_after": held_out_loss(objective, causal_lm, validation, 4)[0]}
 
 
 def main() -> None:

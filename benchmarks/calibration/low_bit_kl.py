@@ -19,13 +19,13 @@ from torch import Tensor
 
 from nybble.calibration.search import search_weight
 from nybble.data.examples import EncodedExample
+from nybble.data.packing import pack_tokens
 from nybble.data.prepare import prepare
 from nybble.data.template import ChatTemplate
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import quantizable_linears, replace_linears
-from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.quantization.blocks import BlockCalibrator
 from nybble.sources.gguf import DitheredSource, GgufSource
@@ -89,24 +89,23 @@ class Exact:
     """The 16-bit model's states over some windows, and how far other models lie from them."""
 
     def __init__(self, model: Any, windows: Tensor):
-        self.windows, self.head = windows, loss_head(model)
-        self.states = [states.clone() for states in self._states(model)]
+        causal_lm = CausalLM.of(model)
+        self.windows, self.head = windows, causal_lm.head
+        self.states = [states.clone() for states in self._states(causal_lm)]
 
     def compare(self, model: Any) -> tuple[float, float]:
         """Mean KL(16-bit | model) and loss of the model, nats a token."""
-        kl, loss, head = [], [], loss_head(model)
-        for states, exact, window in zip(self._states(model), self.states, self.windows, strict=True):
-            p, q = (h.logits(x).float().log_softmax(1) for h, x in ((self.head, exact), (head, states)))
+        kl, loss, causal_lm = [], [], CausalLM.of(model)
+        for states, exact, window in zip(self._states(causal_lm), self.states, self.windows, strict=True):
+            p, q = (h.logits(x).float().log_softmax(1) for h, x in ((self.head, exact), (causal_lm.head, states)))
             kl.append((p.exp() * (p - q)).sum(1).mean())
             loss.append(-q[:-1].gather(1, window[1:, None]).mean())
         return float(torch.stack(kl).mean()), float(torch.stack(loss).mean())
 
-    def _states(self, model: Any) -> Iterator[Tensor]:
-        backbone, positions = choose_backbone(model, keep="nothing", packing=True), torch.arange(TOKENS)
-        borders = torch.tensor([0, TOKENS], dtype=torch.int32)
+    def _states(self, model: CausalLM) -> Iterator[Tensor]:
         for window in self.windows:
             with torch.no_grad():
-                states = backbone.states(window[None], positions[None], positions, borders)
+                states = model.hidden(pack_tokens([window]), torch.arange(TOKENS))
             yield states
 
 

@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nybble.data.examples import EncodedExample
+from nybble.data.packing import collate
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.runs.adapter_files import adapter_config, write_adapter
 from nybble.sources.folder import FolderSource
 from nybble.sources.load import load_model
 from nybble.sources.skeleton import is_transposed
-from nybble.training.loop import collate, forward_backward
 from nybble.training.optimizer import AdamW
 
 RANK, ALPHA, STEPS, LR = 4, 8.0, 5, 1e-2
@@ -77,8 +77,7 @@ def rows_for(model: PreTrainedModel) -> list[EncodedExample]:
 
 
 def _train(model: PreTrainedModel, dtype: torch.dtype, packing: bool) -> tuple[str, bool]:
-    backbone = choose_backbone(model, keep="nothing", packing=packing)
-    head = backbone.head
+    causal_lm = CausalLM.of(model, packing=packing)
     rows = rows_for(model)
     num_supervised = sum(row.supervised_tokens for row in rows)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -88,16 +87,16 @@ def _train(model: PreTrainedModel, dtype: torch.dtype, packing: bool) -> tuple[s
     optimizer = AdamW(parameters, beta1=0.9, beta2=0.99, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
-        batch = collate(rows, backbone.packing)
-        model.train(step > 0)
-        losses.append(forward_backward(backbone, head, batch, num_supervised))
+        loss = causal_lm.train(step > 0).loss(collate(rows, causal_lm.packed))
+        loss.backward()
+        losses.append(loss.item())
         if step == 0:
             _compare_with_own(losses[0], parameters, own_loss.item(), own_gradients, TOLERANCES[dtype])
         optimizer.gradient_norm()
         optimizer.step(LR, grad_scale=1.0)
     if not all(torch.tensor(losses).isfinite()):
         raise Wrong(f"losses {losses}")
-    return backbone.name, backbone.packing
+    return causal_lm.name, causal_lm.packed
 
 
 def _own_loss(model: PreTrainedModel, rows: list[EncodedExample]) -> Tensor:

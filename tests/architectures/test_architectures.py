@@ -20,7 +20,8 @@ from tiny_models import all_types, tiny_model
 from transformers import logging
 
 from nybble.errors import ModelError, NybbleError
-from nybble.layers.backbone import choose_backbone, decoder_states
+from nybble.layers.backbone import decoder_states
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
 from nybble.runs.adapter_files import adapter_config
@@ -113,7 +114,7 @@ def test_what_cannot_be_asked_is_refused_in_words(model_type: str, words: str) -
     model = tiny_model(model_type)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=4.0)
     with pytest.raises(ModelError, match=words):
-        choose_backbone(model, keep="nothing", packing=True)
+        CausalLM.of(model)
 
 
 @pytest.mark.slow

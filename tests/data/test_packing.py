@@ -2,12 +2,13 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nybble.data.examples import EncodedExample
-from nybble.data.packing import IGNORE, pack, pad
+from nybble.data.packing import IGNORE, collate, pack, pack_tokens, pad
 from nybble.data.sampler import StepSampler, permutation, split_micro_batches
 
 
@@ -64,9 +65,28 @@ def test_nothing_crosses_documents():
     assert batch.targets.tolist() == [[2, IGNORE, 4, IGNORE]]
 
 
+@pytest.mark.parametrize("packed", (True, False))
+def test_targets_and_weights_of_the_supervised_positions(packed):
+    documents = random_documents(1)
+    batch = collate(documents, packed)
+    assert batch.packed == packed and batch.supervised_weights is None
+    expected = [target for d in documents for target in expected_targets(d) if target != IGNORE]
+    assert batch.supervised_targets.tolist() == expected
+    weighted = replace(batch, weights=(10 * batch.targets).float())
+    assert weighted.supervised_weights.tolist() == [10.0 * target for target in expected]
+
+
+def test_tokens_that_are_only_read_are_packed_without_a_target():
+    batch = pack_tokens([[5, 6, 7], torch.tensor([8])])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8]] and batch.position_ids.tolist() == [[0, 1, 2, 0]]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4] and batch.supervised_tokens == 0
+
+
 def test_to_moves_every_tensor():
-    moved = pack(random_documents(0)).to("meta")
-    assert {t.device.type for t in (moved.input_ids, moved.position_ids, moved.targets, moved.cu_seqlens)} == {"meta"}
+    packed = pack(random_documents(0))
+    moved = replace(packed, weights=packed.targets.float()).to("meta")
+    tensors = (moved.input_ids, moved.position_ids, moved.targets, moved.cu_seqlens, moved.weights)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert moved.attention_mask is None
 
 

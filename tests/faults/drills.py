@@ -37,8 +37,8 @@ from nybble.errors import NybbleError
 from nybble.options.verbs import load_config
 from nybble.runs.events import read_events
 from nybble.sources.folder import FolderSource
-from nybble.training import loop
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress, newest_checkpoint
+from nybble.training.objective import SupervisedFineTuning
 from nybble.training.optimizer import AdamW
 from nybble.training.session import train
 
@@ -400,22 +400,21 @@ def last_tensors(out: Path) -> dict[str, torch.Tensor]:
 
 def drill_memory(workplace: Path, runs: int) -> str:
     """An allocation really fails, in a random micro-batch: the fork may take no more memory than it has."""
-    draw, original, halved = random.Random(2), loop.supervised_states, 0
+    draw, original, halved = random.Random(2), SupervisedFineTuning.loss, 0
     out = workplace / "starved"
     for _ in range(runs):
         call, calls = draw.randrange(1, 2 * STEPS), []
         shutil.rmtree(out, ignore_errors=True)
 
-        def starve(backbone: Any, batch: Any, call: int = call, calls: list[int] = calls) -> Any:
-            if torch.is_grad_enabled():
-                calls.append(1)
-                if len(calls) == call:
-                    with address_space(64_000_000):
-                        torch.empty(1_000_000_000)
-            return original(backbone, batch)
+        def starve(*arguments: Any, call: int = call, calls: list[int] = calls) -> Any:
+            calls.append(1)
+            if len(calls) == call:
+                with address_space(64_000_000):
+                    torch.empty(1_000_000_000)
+            return original(*arguments)
 
         def work(starve: Any = starve) -> None:
-            loop.supervised_states = starve
+            SupervisedFineTuning.loss = starve
             run(configured(workplace, out, save_every=1000))
 
         code = wait(in_fork(work, workplace / "errors"))

@@ -13,6 +13,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import pack
 from nybble.errors import ConfigError, DataError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.generation import decoding
@@ -26,7 +28,8 @@ from nybble.generation.generate import (
     generate,
 )
 from nybble.kernels import cpu, ops, registry
-from nybble.layers.backbone import BlockBackbone, choose_backbone, why_not_forward
+from nybble.layers.backbone import FusedForward, why_not_forward
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, quantizable_linears, resolve_targets
 from nybble.layers.lora import LoraLinear
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -104,7 +107,7 @@ def dense_twin(model: nn.Module) -> nn.Module:
         base = layer.base if isinstance(layer, LoraLinear) else layer
         weight = base.dequantize()
         if isinstance(layer, LoraLinear) and layer.enabled:
-            weight = weight + layer.delta().detach()
+            weight = weight + layer.scaling * (layer.lora_B @ layer.lora_A).detach()
         linear = nn.Linear(base.in_features, base.out_features, base.bias is not None)
         linear.weight, linear.bias = nn.Parameter(weight), base.bias
         twin.set_submodule(name, linear)
@@ -229,13 +232,11 @@ def test_the_cache_grows_by_doubling_up_to_what_was_asked_for(monkeypatch):
 def adapter_gradients(model: nn.Module) -> list[torch.Tensor]:
     """Of a loss through the decoder blocks, as training takes them."""
     model.zero_grad(set_to_none=True)
-    ids = torch.tensor([PROMPTS[0] + PROMPTS[2]])
-    borders = torch.tensor([0, len(PROMPTS[0]), ids.shape[1]], dtype=torch.int32)
-    positions = torch.cat([torch.arange(len(PROMPTS[0])), torch.arange(len(PROMPTS[2]))])[None]
-    backbone = choose_backbone(model, keep="nothing", packing=True)
-    assert isinstance(backbone, BlockBackbone)
-    states = backbone.states(ids, positions, torch.arange(ids.shape[1] - 1), borders)
-    backbone.head.loss(states, ids[0, 1:], ids.shape[1]).backward()
+    causal_lm = CausalLM.of(model)
+    assert isinstance(causal_lm.backbone, FusedForward)
+    prompts = [torch.tensor(prompt, dtype=torch.int32) for prompt in (PROMPTS[0], PROMPTS[2])]
+    rows = [EncodedExample(prompt, torch.ones(len(prompt), dtype=torch.bool), "row") for prompt in prompts]
+    causal_lm.loss(pack(rows)).backward()
     return [parameter.grad.clone() for parameter in trained(model)]
 
 

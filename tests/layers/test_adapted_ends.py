@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig
 
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import pack
 from nybble.errors import ConfigError, RunError
 from nybble.generation.decoding import CachedDecoder
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
 from nybble.runs.adapter_files import StoredAdapter, adapter_config, read_adapter, write_adapter
@@ -60,11 +62,8 @@ def in_peft(base: nn.Module, adapters: dict[str, nn.Module], folder: Path) -> nn
 
 def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     """nybble's, of one row, all tokens but the first supervised."""
-    backbone = choose_backbone(model, keep="nothing", packing=True)
-    borders = torch.tensor([0, ids.shape[1]], dtype=torch.int32)
-    positions = torch.arange(ids.shape[1])
-    states = backbone.states(ids, positions[None], positions[:-1], borders)
-    return loss_head(model).loss(states, ids[0, 1:], ids.shape[1] - 1)
+    row = EncodedExample(ids[0].int(), torch.ones(ids.shape[1], dtype=torch.bool), "row")
+    return CausalLM.of(model).loss(pack([row]))
 
 
 @pytest.mark.parametrize("make", [llama, lambda: llama(tied=True), gemma], ids=["llama", "tied", "gemma"])

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels import ops
-from nybble.layers.backbone import choose_backbone, decoder_states
+from nybble.layers.backbone import decoder_states
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import (
     adapters_of,
     attach_adapters,
@@ -169,7 +170,7 @@ def test_packed_documents_give_the_states_that_each_gives_alone(family):
     positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents])[None]
     packed = decoder_states(model, torch.cat(documents, dim=1), positions)
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
-    assert choose_backbone(model, keep="nothing", packing=True).verdict.layout == "packed"
+    assert CausalLM.of(model).verdict.layout == "packed"
 
 
 def test_a_model_that_mixes_packed_documents_is_noticed():
@@ -180,4 +181,4 @@ def test_a_model_that_mixes_packed_documents_is_noticed():
         return original(input_ids=input_ids, position_ids=torch.arange(input_ids.shape[1])[None], **kwargs)
 
     model.transformer.forward = forget_positions
-    assert choose_backbone(model, keep="nothing", packing=True).verdict.layout == "padded"
+    assert CausalLM.of(model).verdict.layout == "padded"

@@ -4,6 +4,7 @@ Under each backend of the kernels that runs here.
 """
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -13,13 +14,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from nybble.data.examples import EncodedExample
-from nybble.data.packing import pack
+from nybble.data.packing import IGNORE, Batch, pack, pack_tokens
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels import ops
-from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict, choose_backbone
+from nybble.layers.backbone import FusedForward, ModuleForward
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
 from nybble.layers.loss_head import loss_head
-from nybble.training.loop import forward_backward
 from nybble.training.optimizer import AdamW
 
 SMALL = {
@@ -79,20 +80,15 @@ def tuned_model(name: str, targets: str = "all-linear") -> nn.Module:
     return model
 
 
-def packed_batch(lengths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+def packed_batch(lengths: tuple[int, ...]) -> Batch:
     torch.manual_seed(3)
-    ids = torch.randint(96, (1, sum(lengths)))
-    return {
-        "input_ids": ids,
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "positions": (torch.rand(sum(lengths)) < 0.7).nonzero().squeeze(1),
-        "cu_seqlens": torch.tensor((0, *lengths)).cumsum(0).to(torch.int32),
-    }
+    batch = pack_tokens(torch.randint(96, (sum(lengths),)).split(lengths))
+    return dataclasses.replace(batch, targets=torch.where(torch.rand(1, sum(lengths)) < 0.7, 0, IGNORE))
 
 
-def loss_and_gradients(model: nn.Module, backbone, batch: dict[str, torch.Tensor]):
+def loss_and_gradients(model: nn.Module, forward, batch: Batch):
     model.zero_grad()
-    states = backbone.states(**batch)
+    states = forward.hidden(batch, batch.supervised_positions)
     targets = torch.arange(len(states)) % 96
     logits = states @ model.get_output_embeddings().weight.T
     loss = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
@@ -117,8 +113,8 @@ def exact_twin(model: nn.Module) -> nn.Module:
     return twin.double()
 
 
-def generic(model: nn.Module) -> GenericBackbone:
-    return GenericBackbone(model, checkpointing=False, verdict=Verdict("generic", "packed"))
+def generic(model: nn.Module) -> ModuleForward:
+    return ModuleForward(model, "packed", checkpointing=False)
 
 
 @functools.cache  # backends and what is kept share it
@@ -133,7 +129,7 @@ def transformers_own(name: str):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_states_loss_and_gradients_equal_transformers_in_fp32(kernels, name, keep):
     model, expected_states, expected_loss, expected, exact = transformers_own(name)
-    states, loss, gradients = loss_and_gradients(model, BlockBackbone(model, keep), packed_batch(DOCUMENTS))
+    states, loss, gradients = loss_and_gradients(model, FusedForward(model, keep), packed_batch(DOCUMENTS))
     assert relative_error(states, expected_states) <= 1e-5
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradients.keys() == expected.keys() and len(gradients) == 2 * 2 * 7
@@ -154,7 +150,7 @@ def test_blocks_with_few_adapters(kernels, targets):
     model = tuned_model("llama", targets)
     batch = packed_batch((9, 4))
     _, _, expected = loss_and_gradients(model, generic(model), batch)
-    _, _, gradients = loss_and_gradients(model, BlockBackbone(model, "nothing"), batch)
+    _, _, gradients = loss_and_gradients(model, FusedForward(model, "nothing"), batch)
     for parameter, gradient in gradients.items():
         assert relative_error(gradient, expected[parameter]) <= 1e-5, parameter
 
@@ -162,22 +158,18 @@ def test_blocks_with_few_adapters(kernels, targets):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_packed_loss_and_gradients_equal_unpacked_ones(kernels, name):
     model = tuned_model(name)
-    backbone = BlockBackbone(model, "nothing")
+    forward, head = FusedForward(model, "nothing"), loss_head(model)
     batch = packed_batch(DOCUMENTS)
-    _, loss, gradients = loss_and_gradients(model, backbone, batch)
-    targets = torch.arange(len(batch["positions"])) % 96
+    positions = batch.supervised_positions
+    _, loss, gradients = loss_and_gradients(model, forward, batch)
+    targets = torch.arange(len(positions)) % 96
 
     model.zero_grad()
     total, start = 0.0, 0
     for length in DOCUMENTS:
-        inside = (batch["positions"] >= start) & (batch["positions"] < start + length)
-        states = backbone.states(
-            batch["input_ids"][:, start : start + length],
-            torch.arange(length)[None],
-            batch["positions"][inside] - start,
-            torch.tensor([0, length], dtype=torch.int32),
-        )
-        part = backbone.head.loss(states, targets[inside], len(targets))
+        inside = (positions >= start) & (positions < start + length)
+        alone = pack_tokens([batch.input_ids[0, start : start + length]])
+        part = head.loss(forward.hidden(alone, positions[inside] - start), targets[inside], len(targets))
         part.backward()
         total, start = total + part.item(), start + length
     assert total == pytest.approx(loss, rel=1e-5)
@@ -210,7 +202,7 @@ def test_bf16_is_no_worse_than_transformers_own_bf16(kernels, name):
     for seed in range(4):  # one draw of so small a model says little
         narrow, expected, error = bf16_case(name, seed)
         theirs += error
-        block = BlockBackbone(narrow, "nothing")
+        block = FusedForward(narrow, "nothing")
         ours += total_error(loss_and_gradients(narrow, block, packed_batch(DOCUMENTS))[2], expected)
     assert ours <= 1.05 * theirs  # four draws of so small a model scatter by a few per cent
 
@@ -237,14 +229,14 @@ def step_documents(step: int) -> list[EncodedExample]:
 
 def trained_by_nybble(model: nn.Module) -> dict[str, torch.Tensor]:
     """Adapters after some steps of two micro-batches, each through packed decoder blocks."""
-    backbone, head = BlockBackbone(model, "attention"), loss_head(model)
+    causal_lm = CausalLM.of(model, keep="attention")
     names, adapters = zip(*trainable(model).items(), strict=True)
     optimizer = AdamW(adapters, beta1=0.9, beta2=0.99, **SETTINGS)
     for step in range(NUM_STEPS):
         documents = step_documents(step)
         batches = [pack(documents[:2]), pack(documents[2:])]
         for batch in batches:
-            forward_backward(backbone, head, batch, sum(batch.supervised_tokens for batch in batches))
+            causal_lm.loss(batch, sum(batch.supervised_tokens for batch in batches)).backward()
         optimizer.step(LEARNING_RATE, grad_scale=min(1.0, 1.0 / optimizer.gradient_norm()))
     return {name: adapter.detach().clone() for name, adapter in zip(names, adapters, strict=True)}
 
@@ -315,39 +307,39 @@ def test_whole_steps_in_bf16_are_no_further_from_exact_ones_than_transformers_ow
 
 def test_train_eval_train_gives_the_same_gradients_bit_for_bit():
     model = tuned_model("llama")
-    backbone = BlockBackbone(model, "everything")
+    forward = FusedForward(model, "everything")
     batch = packed_batch(DOCUMENTS)
-    _, _, first = loss_and_gradients(model, backbone, batch)
+    _, _, first = loss_and_gradients(model, forward, batch)
     model.eval()
     with torch.no_grad():
-        backbone.states(**batch)
-        model(input_ids=batch["input_ids"])
+        forward.hidden(batch, batch.supervised_positions)
+        model(input_ids=batch.input_ids)
     model.train()
-    _, _, second = loss_and_gradients(model, backbone, batch)
+    _, _, second = loss_and_gradients(model, forward, batch)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_copies_of_the_adapters_follow_the_masters():
     model = tuned_model("llama")
-    backbone, batch = BlockBackbone(model, "nothing"), packed_batch(DOCUMENTS)
-    before = backbone.states(**batch)
+    forward, batch = FusedForward(model, "nothing"), packed_batch(DOCUMENTS)
+    before = forward.hidden(batch, batch.supervised_positions)
     with torch.no_grad():
         for adapter in adapters_of(model).values():
             adapter.lora_B.mul_(2)
-    after = backbone.states(**batch)
+    after = forward.hidden(batch, batch.supervised_positions)
     assert relative_error(after, before) > 1e-3
-    assert torch.equal(after, BlockBackbone(model, "nothing").states(**batch))
+    assert torch.equal(after, FusedForward(model, "nothing").hidden(batch, batch.supervised_positions))
 
 
 def test_what_blocks_do_not_know_runs_on_the_generic_path_and_says_why():
     model = tuned_model("llama")
-    assert isinstance(choose_backbone(model, keep="nothing", packing=True), BlockBackbone)
-    unpacked = choose_backbone(model, keep="nothing", packing=False)
-    assert isinstance(unpacked, GenericBackbone) and "not packed" in unpacked.name
+    assert isinstance(CausalLM.of(model).backbone, FusedForward)
+    unpacked = CausalLM.of(model, packing=False)
+    assert isinstance(unpacked.backbone, ModuleForward) and "not packed" in unpacked.name
     next(iter(adapters_of(model).values())).dropout = 0.1
-    assert "dropout" in choose_backbone(model, keep="nothing", packing=True).name
+    assert "dropout" in CausalLM.of(model).name
     model = tuned_model("llama")
     model.config.hidden_act = "gelu"
-    assert "gelu" in choose_backbone(model, keep="nothing", packing=True).name
+    assert "gelu" in CausalLM.of(model).name
     model.config.model_type = "gpt_neox"
-    assert "gpt_neox" in choose_backbone(model, keep="nothing", packing=True).name
+    assert "gpt_neox" in CausalLM.of(model).name

@@ -3,21 +3,26 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from nybble.layers import loss_head
+from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead
 
 VOCABULARY, HIDDEN, ROWS = 257, 24, 141
 
 
-def dense_loss(head: LossHead, hidden: torch.Tensor, targets: torch.Tensor, denominator: float) -> torch.Tensor:
+def dense_loss(
+    head: LossHead, hidden: torch.Tensor, targets: torch.Tensor, denominator: float, weights: torch.Tensor | None = None
+) -> torch.Tensor:
     logits = hidden @ head.weight.to(hidden.dtype).T
     if head.bias is not None:
         logits = logits + head.bias.to(hidden.dtype)
     logits = logits * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return F.cross_entropy(logits, targets, reduction="sum") / denominator
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses if weights is None else losses * weights).sum() / denominator
 
 
 @pytest.mark.parametrize("chunk_rows", [64, 128])
@@ -41,6 +46,42 @@ def test_loss_and_gradient_equal_the_dense_ones(monkeypatch, chunk_rows, weight_
     assert (hidden.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
     per_token = head.token_losses(hidden, targets)
     torch.testing.assert_close(per_token.double().sum() / 77.0, expected.detach(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("extras", [{}, {"scale": 2.0, "softcap": 5.0, "bias": torch.randn(VOCABULARY)}])
+def test_weighted_losses_equal_the_dense_ones(monkeypatch, extras):
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", 64 * VOCABULARY * 8)
+    torch.manual_seed(3)
+    head = LossHead(torch.randn(VOCABULARY, HIDDEN), **extras)
+    hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    targets, weights = torch.randint(VOCABULARY, (ROWS,)), torch.randn(ROWS)
+    loss = head.loss(hidden, targets, 7.0, weights)
+    loss.backward()
+    reference = hidden.detach().double().requires_grad_()
+    expected = dense_loss(head, reference, targets, 7.0, weights.double())
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    assert (hidden.grad - reference.grad).norm() <= 1e-5 * reference.grad.norm()
+    torch.testing.assert_close(head.token_losses(hidden, targets, weights).sum() / 7.0, loss, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(head.loss(hidden, targets, 7.0, weights), loss, rtol=1e-5, atol=1e-6)
+
+
+def test_weighted_losses_train_an_adapter_on_the_head(monkeypatch):
+    """Its A and B, against autograd over all logits at once."""
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", 64 * VOCABULARY * 8)
+    torch.manual_seed(4)
+    linear = nn.Linear(HIDDEN, VOCABULARY, bias=False).requires_grad_(False)
+    adapter = LoraLinear(linear, rank=3, alpha=6.0)
+    nn.init.normal_(adapter.lora_B)
+    hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
+    targets, weights = torch.randint(VOCABULARY, (ROWS,)), torch.rand(ROWS)
+    trained = (hidden, adapter.lora_A, adapter.lora_B)
+    losses = F.cross_entropy(adapter(hidden), targets, reduction="none")
+    expected = torch.autograd.grad((losses * weights).sum() / 7.0, trained)
+    ours = torch.autograd.grad(LossHead(linear.weight, adapter=adapter).loss(hidden, targets, 7.0, weights), trained)
+    for got, own in zip(ours, expected, strict=True):
+        assert (got - own).norm() <= 1e-5 * own.norm()
 
 
 def test_bf16_gradients_are_no_worse_than_autograds_own_bf16():

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.data.examples import EncodedExample
-from nybble.data.packing import IGNORE, pack, pad
+from nybble.data.packing import IGNORE, collate
 from nybble.errors import ModelError
-from nybble.layers.backbone import BlockBackbone, Why, choose_backbone, why_not_forward
+from nybble.layers.backbone import FusedForward, Why, why_not_forward
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.loss_head import LossHead, OwnHead, loss_head
 from nybble.layers.probe import Probe
@@ -107,15 +108,12 @@ def flat_gradients(model: Any) -> Tensor:
     return torch.cat([p.grad.flatten().double() for each in adapters for p in (each.lora_A, each.lora_B)])
 
 
-def trained_loss_and_gradients(model: Any, backbone: Any, rows: Sequence[EncodedExample]) -> tuple[float, Tensor]:
+def trained_loss_and_gradients(model: CausalLM, rows: Sequence[EncodedExample]) -> tuple[float, Tensor]:
     """As the training loop does it, all rows in one micro-batch."""
-    model.zero_grad()
-    batch = pack(rows) if backbone.packing else pad(rows)
-    where = batch.supervised_positions
-    states = backbone.states(batch.input_ids, batch.position_ids, where, batch.cu_seqlens, batch.attention_mask)
-    loss = backbone.head.loss(states, batch.targets.flatten()[where], batch.supervised_tokens)
+    model.module.zero_grad()
+    loss = model.loss(collate(rows, model.packed))
     loss.backward()
-    return float(loss.detach()), flat_gradients(model)
+    return float(loss.detach()), flat_gradients(model.module)
 
 
 def relative(ours: Tensor, own: Tensor) -> float:
@@ -127,9 +125,9 @@ def test_what_is_trained_on_is_the_models_own_loss_packed_and_not(name):
     model, rows = tiny_model(name), examples()
     loss, gradients = own_loss_and_gradients(model, rows)
     for packing in (True, False):
-        backbone = choose_backbone(model, keep="everything", packing=packing)
-        assert backbone.packing == (packing and name not in PADDED), backbone.name
-        ours, our_gradients = trained_loss_and_gradients(model, backbone, rows)
+        causal_lm = CausalLM.of(model, keep="everything", packing=packing)
+        assert causal_lm.packed == (packing and name not in PADDED), causal_lm.name
+        ours, our_gradients = trained_loss_and_gradients(causal_lm, rows)
         assert ours == pytest.approx(loss, rel=2e-6)
         assert relative(our_gradients, gradients) <= 2e-5
 
@@ -138,9 +136,9 @@ def test_what_is_trained_on_is_the_models_own_loss_packed_and_not(name):
 def test_the_way_that_is_chosen_is_the_same_in_bf16(name):
     model, rows = tiny_model(name, torch.bfloat16), examples()
     loss, gradients = own_loss_and_gradients(model, rows)
-    backbone = choose_backbone(model, keep="everything", packing=True)
-    assert backbone.packing == (name not in PADDED) and isinstance(backbone.head, LossHead), backbone.name
-    ours, our_gradients = trained_loss_and_gradients(model, backbone, rows)
+    causal_lm = CausalLM.of(model, keep="everything")
+    assert causal_lm.packed == (name not in PADDED) and isinstance(causal_lm.head, LossHead), causal_lm.name
+    ours, our_gradients = trained_loss_and_gradients(causal_lm, rows)
     assert ours == pytest.approx(loss, rel=1e-2)
     assert relative(our_gradients, gradients) <= 0.06
 
@@ -178,17 +176,24 @@ def test_a_head_that_is_not_linear_computes_through_the_models_own_forward(monke
     model, rows = tiny_model("llama"), examples((90, 30))
     model.lm_head = OddHead(model.lm_head)
     loss, gradients = own_loss_and_gradients(model, rows)
-    backbone = choose_backbone(model, keep="everything", packing=True)
-    assert isinstance(backbone.head, OwnHead) and backbone.verdict.own_head and "own head" in backbone.name
+    causal_lm = CausalLM.of(model, keep="everything")
+    assert isinstance(causal_lm.head, OwnHead) and causal_lm.verdict.own_head and "own head" in causal_lm.name
     assert why_not_forward(model).why is Why.HEAD
-    ours, our_gradients = trained_loss_and_gradients(model, backbone, rows)
+    ours, our_gradients = trained_loss_and_gradients(causal_lm, rows)
     assert ours == pytest.approx(loss, rel=2e-6) and relative(our_gradients, gradients) <= 2e-5
     hidden = torch.randn(70, 32)
     targets = torch.randint(131, (70,))
     losses = F.cross_entropy(model.lm_head(hidden), targets, reduction="none")
-    torch.testing.assert_close(backbone.head.token_losses(hidden, targets), losses)
+    torch.testing.assert_close(causal_lm.head.token_losses(hidden, targets), losses)
+    weights, states = torch.randn(70), hidden.requires_grad_()
+    expected = F.cross_entropy(model.lm_head(states), targets, reduction="none") @ weights / 3
+    (own_gradient,) = torch.autograd.grad(expected, states)
+    ours = causal_lm.head.loss(states, targets, 3.0, weights)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(torch.autograd.grad(ours, states)[0], own_gradient)
+    torch.testing.assert_close(causal_lm.head.token_losses(hidden, targets, weights), losses.detach() * weights)
     empty = torch.randn(0, 32, requires_grad=True)
-    backbone.head.loss(empty, targets[:0], 3.0).backward()
+    causal_lm.head.loss(empty, targets[:0], 3.0).backward()
     assert empty.grad.shape == (0, 32)
 
 
@@ -200,9 +205,7 @@ def test_an_adapter_on_the_head_is_trained():
         each.requires_grad_(True)
         each.base.requires_grad_(False)
     loss, gradients = own_loss_and_gradients(model, rows)
-    ours, our_gradients = trained_loss_and_gradients(
-        model, choose_backbone(model, keep="everything", packing=True), rows
-    )
+    ours, our_gradients = trained_loss_and_gradients(CausalLM.of(model, keep="everything"), rows)
     assert ours == pytest.approx(loss, rel=2e-6) and relative(our_gradients, gradients) <= 2e-5
 
 
@@ -210,7 +213,7 @@ def test_an_adapter_on_the_head_is_trained():
 @pytest.mark.parametrize("family", ["bert", "electra"])
 def test_an_encoder_is_refused_though_its_loss_agrees(family, dtype):
     with pytest.raises(ModelError, match=r"no decoder.*seen the tokens after"):
-        choose_backbone(tiny_model(family, dtype, pad_token_id=0), keep="everything", packing=True)
+        CausalLM.of(tiny_model(family, dtype, pad_token_id=0))
 
 
 def test_where_no_way_agrees_the_part_is_named():
@@ -227,7 +230,7 @@ def test_where_no_way_agrees_the_part_is_named():
 
     model.forward = forward
     with pytest.raises(ModelError, match=r"on its own loss: the head differs by"):
-        choose_backbone(model, keep="everything", packing=True)
+        CausalLM.of(model, keep="everything")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -236,8 +239,8 @@ def test_one_huge_channel_of_the_last_norm_hides_nothing(name, dtype):
     model = tiny_model(name, dtype)
     norms = [m for n, m in model.named_modules() if n.endswith(("ln_f", "final_layernorm", "model.norm"))]
     norms[0].weight.data[3] = 40.0
-    backbone = choose_backbone(model, keep="everything", packing=True)
-    assert backbone.verdict.layout == ("padded" if name in PADDED else "packed")
+    causal_lm = CausalLM.of(model, keep="everything")
+    assert causal_lm.verdict.layout == ("padded" if name in PADDED else "packed")
 
 
 @pytest.mark.parametrize("name", ["falcon_h1", "dynamic", "longrope"])
@@ -251,7 +254,7 @@ def test_the_probe_leaves_everything_as_it_was(name):
     before = {n: t.detach().clone() for n, t in tensors.items()}
     modules = [(n, type(m), m.training) for n, m in model.named_modules()]
     random = torch.get_rng_state()
-    choose_backbone(model, keep="everything", packing=True)
+    CausalLM.of(model, keep="everything")
     assert torch.equal(torch.get_rng_state(), random)
     assert [(n, type(m), m.training) for n, m in model.named_modules()] == modules
     assert not model.get_input_embeddings()._forward_hooks
@@ -287,16 +290,16 @@ def test_angles_are_those_of_each_row_in_a_fresh_model(name):
 
 def test_decoder_blocks_turn_each_row_by_its_own_length():
     model = tiny_model("dynamic")
-    backbone = choose_backbone(model, keep="nothing", packing=True)
-    assert isinstance(backbone, BlockBackbone)
+    causal_lm = CausalLM.of(model)
+    assert isinstance(causal_lm.backbone, FusedForward)
 
 
 def test_blocks_that_differ_give_way_to_the_generic_path(monkeypatch):
     model = tiny_model("dynamic")
-    original = BlockBackbone.states
-    monkeypatch.setattr(BlockBackbone, "states", lambda self, *a, **k: 1.1 * original(self, *a, **k))
-    backbone = choose_backbone(model, keep="nothing", packing=True)
-    assert backbone.verdict.path == "generic" and backbone.verdict.reason.why is Why.DIFFERENCE
+    original = FusedForward.hidden
+    monkeypatch.setattr(FusedForward, "hidden", lambda self, *a, **k: 1.1 * original(self, *a, **k))
+    causal_lm = CausalLM.of(model)
+    assert causal_lm.verdict.path == "generic" and causal_lm.verdict.reason.why is Why.DIFFERENCE
 
 
 def test_an_own_loss_that_is_not_of_the_next_token_is_refused():

@@ -59,8 +59,6 @@ def test_lora_gradients_equal_autograd_on_the_sum_of_dense_weights(in_features, 
     F.linear(dense_x, weight).backward(grad.double())
     for got, expected in ((x.grad, dense_x.grad), (lora.lora_A.grad, a.grad), (lora.lora_B.grad, b.grad)):
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
-    delta = weight - base.dequantize().double()
-    assert (lora.delta().double() - delta).norm() <= 1e-6 * delta.norm()
 
 
 def test_an_untrained_adapter_changes_nothing_and_can_be_switched_off():

@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from transformers import PhiConfig, PhiForCausalLM
 
+from nybble.data.packing import pack_tokens
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers import loss_head
-from nybble.layers.backbone import BlockBackbone, GenericBackbone, Verdict
+from nybble.layers.backbone import FusedForward, ModuleForward
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
 from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
@@ -51,19 +52,15 @@ def gradients(
         torch.nn.init.normal_(adapter.lora_B, std=0.01, generator=torch.Generator().manual_seed(2))
     if generic:
         model.train()
-        checkpointing = keep == "nothing"
-        backbone = GenericBackbone(
-            model, checkpointing=checkpointing, verdict=Verdict("generic", "packed"), store=store, kept=kept
-        )
+        forward = ModuleForward(model, "packed", checkpointing=keep == "nothing", store=store, kept=kept)
     else:
-        backbone = BlockBackbone(model, keep, store, kept)
-    head = backbone.head
-    ids = torch.arange(TOKENS, device=device).remainder(250)[None] + 3
-    positions, borders = torch.arange(TOKENS, device=device)[None], torch.tensor([0, TOKENS], dtype=torch.int32)
+        forward = FusedForward(model, keep, store, kept)
+    head = loss_head.loss_head(model)
+    ids = torch.arange(TOKENS).remainder(250) + 3
+    batch, ids, positions = pack_tokens([ids]).to(device), ids.to(device), torch.arange(TOKENS, device=device)
     losses = []
     for _ in range(passes):
-        states = backbone.states(ids, positions, positions[0], borders.to(device))
-        loss = head.loss(states, ids[0], TOKENS)
+        loss = head.loss(forward.hidden(batch, positions), ids, TOKENS)
         loss.backward()
         losses.append(loss.item())
         if between is not None:

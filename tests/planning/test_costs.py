@@ -97,7 +97,8 @@ def test_products_are_as_many_as_a_block_multiplies():
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from nybble.layers.backbone import BlockBackbone
+    from nybble.data.packing import pack_tokens
+    from nybble.layers.backbone import FusedForward
     from nybble.layers.convert import attach_adapters, quantizable_linears
 
     seen = set()
@@ -119,10 +120,9 @@ def test_products_are_as_many_as_a_block_multiplies():
     )  # fmt: skip
     model = LlamaForCausalLM(config).bfloat16().requires_grad_(False)
     attach_adapters(model, quantizable_linears(model), rank=8, alpha=8, dropout=0, rslora=False, seed=0)
-    backbone = BlockBackbone(model, "nothing")
-    ids, positions = torch.arange(64)[None], torch.arange(64)[None]
+    forward_pass = FusedForward(model, "nothing")
     with Products():
-        states = backbone.states(ids, positions, torch.arange(64), torch.tensor([0, 64], dtype=torch.int32))
+        states = forward_pass.hidden(pack_tokens([torch.arange(64)]), torch.arange(64))
         forward = len(seen)
         states.float().sum().backward()
     shape = ModelShape.of(build_skeleton(config))

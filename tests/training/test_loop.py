@@ -129,7 +129,7 @@ def test_a_number_that_is_not_finite_stops_names_rows_and_keeps_the_adapter(
 
     models = []
     original_loop = session.train_loop
-    monkeypatch.setattr(session, "train_loop", lambda m, *a, **k: models.append(m) or original_loop(m, *a, **k))
+    monkeypatch.setattr(session, "train_loop", lambda m, *a, **k: models.append(m.module) or original_loop(m, *a, **k))
     monkeypatch.setattr(loop.Display, "stepped", spoil_after_the_first_step)
     with pytest.raises(TrainingError, match=rf"(?s)Step 2: the {what} is (nan|inf).*rows\.jsonl:\d+.*--lr"):
         run(tiny_model, data, tmp_path / "bad", max_steps=3, eval_every=3, schedule="constant", warmup=0)

@@ -26,7 +26,7 @@ from nybble.runs.events import read_events
 from nybble.runs.folder import RunFolder
 from nybble.sources.open import open_source
 from nybble.training import checkpoint as checkpoint_module
-from nybble.training import loop
+from nybble.training.objective import SupervisedFineTuning
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.session import TrainedRun, train
 
@@ -257,16 +257,15 @@ def test_out_of_memory_once_moves_the_optimizers_state_and_changes_no_bit(
 def fail_at(monkeypatch, *failing: int) -> list[int]:
     """What torch raises on the CPU, in the given micro-batches of a run; returns the rows of each one tried."""
     calls: list[int] = []
-    original = loop.supervised_states
+    original = SupervisedFineTuning.loss
 
-    def fail(backbone, batch):
-        if torch.is_grad_enabled():
-            calls.append(len(batch.rows))
-            if len(calls) in failing:
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
-        return original(backbone, batch)
+    def fail(self, model, batch, denominator):
+        calls.append(len(batch.rows))
+        if len(calls) in failing:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+        return original(self, model, batch, denominator)
 
-    monkeypatch.setattr(loop, "supervised_states", fail)
+    monkeypatch.setattr(SupervisedFineTuning, "loss", fail)
     return calls
 
 
@@ -276,18 +275,18 @@ def test_one_row_that_does_not_fit_stops_with_the_last_good_state(tiny_model, da
     run(config)
     expected = final(out)
     shutil.rmtree(out)
-    original = loop.supervised_states
+    original = SupervisedFineTuning.loss
 
-    def fail_at_step_3(backbone, batch):
-        if torch.is_grad_enabled() and len(losses(out, "step")) == 2:
+    def fail_at_step_3(self, model, batch, denominator):
+        if len(losses(out, "step")) == 2:
             raise MemoryError
-        return original(backbone, batch)
+        return original(self, model, batch, denominator)
 
-    monkeypatch.setattr(loop, "supervised_states", fail_at_step_3)
+    monkeypatch.setattr(SupervisedFineTuning, "loss", fail_at_step_3)
     with pytest.raises(TrainingError, match=r"(?s)Step 3 ran out of memory.*rows\.jsonl:\d+.*--resume"):
         run(config)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-2"]
-    monkeypatch.setattr(loop, "supervised_states", original)
+    monkeypatch.setattr(SupervisedFineTuning, "loss", original)
     resume(out)
     assert final(out) == expected
 

@@ -9,7 +9,7 @@ t + 1 of the *same* document, or IGNORE where that token is not supervised or do
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -34,6 +34,7 @@ class Batch:
         rows: origin ("file:line") of each document.
         document_lengths: tokens of each document.
         supervised_tokens: number of targets that are not IGNORE.
+        weights: fp32 (B, T), how much the loss of each target counts; None where each counts 1.
     """
 
     input_ids: Tensor
@@ -44,6 +45,7 @@ class Batch:
     rows: tuple[str, ...]
     document_lengths: tuple[int, ...]
     supervised_tokens: int
+    weights: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -63,10 +65,31 @@ class Batch:
         """int64 (supervised_tokens,): indices into the flattened (B * T) positions that have a target."""
         return (self.targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
 
+    @property
+    def supervised_targets(self) -> Tensor:
+        """int64 (supervised_tokens,): the targets at `supervised_positions`."""
+        return self.targets.flatten()[self.supervised_positions]
+
+    @property
+    def supervised_weights(self) -> Tensor | None:
+        """fp32 (supervised_tokens,): the weights at `supervised_positions`; None where each counts 1."""
+        return None if self.weights is None else self.weights.flatten()[self.supervised_positions]
+
     def to(self, device: torch.device | str) -> "Batch":
-        tensors = ("input_ids", "position_ids", "targets", "cu_seqlens", "attention_mask")
-        moved = {name: value.to(device) for name in tensors if (value := getattr(self, name)) is not None}
-        return replace(self, **moved)
+        """The batch with its tensors on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+def collate(examples: Sequence[EncodedExample], packed: bool) -> Batch:
+    """Side by side in one row, or one a row and padded."""
+    return pack(examples) if packed else pad(examples)
+
+
+def pack_tokens(documents: Sequence[Sequence[int] | Tensor]) -> Batch:
+    """Lay documents that are read and not learnt from side by side: no target is supervised."""
+    ids = [torch.as_tensor(document, dtype=torch.int32) for document in documents]
+    return pack([EncodedExample(each, torch.zeros(len(each), dtype=torch.bool), origin="") for each in ids])
 
 
 def pack(examples: Sequence[EncodedExample]) -> Batch:

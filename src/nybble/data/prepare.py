@@ -1,7 +1,7 @@
 """From a data source to training and validation sequences, with the audit."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
 from nybble.options.groups import DataOptions
+
+Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowError
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def prepare(
     vocab_size: int | None = None,
     embedding_rows: ReadRows | None = None,
     allow: Sequence[str] = (),
+    encode: Encode = ChatTemplate.encode_example,
 ) -> PreparedData:
     """Read, encode, split and audit. Findings are in the audit, errors too, and not raised: see
     `load_dataset_for_training`.
@@ -63,6 +66,7 @@ def prepare(
         vocab_size: rows of the model's embedding matrix, to check the ids against.
         embedding_rows: reads rows of it, to find tokens that were never trained.
         allow: ids of findings that need not stop training.
+        encode: makes an example's sequences, untruncated; an objective's own, or the template's.
 
     Raises:
         ConfigError: there is no such finding to allow.
@@ -72,7 +76,7 @@ def prepare(
     own = read_examples(source, fields)
     extra = read_examples(validation_source, fields) if validation_source else ReadResult()
     reads, num_rows = (own, extra), own.num_rows + extra.num_rows
-    rows, findings, dropped = _encode_rows([*own.examples, *extra.examples], template, max_seq_len)
+    rows, findings, dropped = _encode_rows([*own.examples, *extra.examples], template, max_seq_len, encode)
     dropped += Counter(error.finding for read in reads for error in read.odd)
     findings += [*checks.find_in_reading(reads), *checks.find_many_dropped(dropped, num_rows)]
     if validation_source:
@@ -134,7 +138,7 @@ def _join(sources: str | Sequence[str]) -> str:
 
 
 def _encode_rows(
-    examples: Sequence[Example], template: ChatTemplate, max_seq_len: int
+    examples: Sequence[Example], template: ChatTemplate, max_seq_len: int, encode: Encode
 ) -> tuple[list[EncodedRow], list[Finding], Counter[str]]:
     """The rows that can be trained on, what became of the others, and how many of them each finding took out."""
     rows: list[EncodedRow] = []
@@ -144,7 +148,7 @@ def _encode_rows(
     for number, example in enumerate(examples):
         try:
             _check_size(example)
-            whole = template.encode_example(example)
+            whole = encode(template, example)
         except RowError as error:
             refused[error.finding].append(error)
             dropped[error.finding] += 1
@@ -204,7 +208,11 @@ def _sequences(rows: Sequence[EncodedRow]) -> list[EncodedExample]:
 
 
 def prepare_data(
-    config: DataOptions, template: ChatTemplate, vocab_size: int, embedding_rows: ReadRows | None = None
+    config: DataOptions,
+    template: ChatTemplate,
+    vocab_size: int,
+    embedding_rows: ReadRows | None = None,
+    encode: Encode = ChatTemplate.encode_example,
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, as `prepare` does."""
     return prepare(
@@ -219,6 +227,7 @@ def prepare_data(
         vocab_size=vocab_size,
         embedding_rows=embedding_rows,
         allow=config.allow,
+        encode=encode,
     )
 
 

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nybble.data.examples import EncodedExample
-from nybble.data.packing import pack
-from nybble.layers.backbone import Backbone
-from nybble.layers.loss_head import Head
+from nybble.data.packing import pack_tokens
+from nybble.layers.causal_lm import CausalLM
 
 TOP = 256
 TINY = 1e-12  # a probability of zero is not divided by
@@ -43,13 +41,9 @@ class Distributions:
 
 
 @torch.no_grad()
-def text_logits(backbone: Backbone, head: Head, ids: Sequence[int], positions: Tensor) -> Tensor:
+def text_logits(model: CausalLM, ids: Sequence[int], positions: Tensor) -> Tensor:
     """Logits after the tokens at `positions` of one text, fp32 `(N, vocabulary)` on the CPU."""
-    device = head.device
-    row = EncodedExample(torch.tensor(ids, dtype=torch.int32), torch.ones(len(ids), dtype=torch.bool), "text")
-    batch = pack([row]).to(device)
-    states = backbone.states(batch.input_ids, batch.position_ids, positions.to(device), batch.cu_seqlens)
-    return head.logits(states).float().cpu()
+    return model.logits(pack_tokens([ids]).to(model.device), positions.to(model.device)).float().cpu()
 
 
 def lumped_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -34,13 +34,14 @@ from nybble.evaluation.scores import (
 )
 from nybble.files.disk import disk_errors
 from nybble.generation.generate import generate
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.verbs import EvalConfig
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.load import load_model
+from nybble.training.objective import SupervisedFineTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,16 +211,16 @@ class _Asked:
 
     def ask(self, model: "PreTrainedModel", kept: list[Distributions], first: bool) -> Arm:
         """One model's answers; `kept` are the 16-bit base's distributions, filled when it is asked, first."""
-        backbone = choose_backbone(model, keep="nothing", packing=True)
+        causal_lm = CausalLM.of(model)
         divergences = []
         for index, window in enumerate(self.windows):
-            log_p = text_logits(backbone, backbone.head, window, torch.arange(len(window))).log_softmax(dim=-1)
+            log_p = text_logits(causal_lm, window, torch.arange(len(window))).log_softmax(dim=-1)
             if first:
                 kept.append(Distributions.of(log_p))
             else:
                 divergences.append(kept[index].kl(log_p).mean().item())
         return Arm(
-            row_losses(backbone, backbone.head, self.rows, MICRO_BATCH),
+            row_losses(SupervisedFineTuning(), causal_lm, self.rows, MICRO_BATCH),
             float(np.mean(divergences)) if divergences else 0.0,
             self._answers(model),
         )

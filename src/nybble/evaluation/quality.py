@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nybble.layers.backbone import Backbone, choose_backbone
-from nybble.layers.loss_head import Head, loss_head
+from nybble.data.packing import pack_tokens
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.loss_head import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,18 +60,19 @@ class Comparison:
 
     def __init__(self, base: "PreTrainedModel", documents: Sequence[Tensor]):
         self.documents = documents
-        self._head = loss_head(base)
-        self._states = [states.clone() for states in _states(base, documents)]
+        model = CausalLM.of(base)
+        self._head = model.head
+        self._states = [states.clone() for states in _states(model, documents)]
 
     def compare(self, arm: "PreTrainedModel", seed: int = 0) -> Quality:
         """Measure one arm; `seed` draws the bootstrap."""
-        head = loss_head(arm)
+        model = CausalLM.of(arm)
         kl, difference, losses, agree, lengths = [], [], [], [], []
-        for tokens, exact, states in zip(self.documents, self._states, _states(arm, self.documents), strict=True):
+        for tokens, exact, states in zip(self.documents, self._states, _states(model, self.documents), strict=True):
             targets = tokens[1:]
             for at in range(0, len(targets), CHUNK_POSITIONS):
                 chunk = slice(at, at + CHUNK_POSITIONS)
-                p, q = _log_probabilities(self._head, exact[chunk]), _log_probabilities(head, states[chunk])
+                p, q = _log_probabilities(self._head, exact[chunk]), _log_probabilities(model.head, states[chunk])
                 kl.append((p.exp() * (p - q)).sum(-1))
                 wanted = targets[chunk, None]
                 losses.append(-q.gather(1, wanted)[:, 0])
@@ -111,15 +113,6 @@ def _log_probabilities(head: Head, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _states(model: "PreTrainedModel", documents: Sequence[Tensor]) -> list[Tensor]:
+def _states(model: CausalLM, documents: Sequence[Tensor]) -> list[Tensor]:
     """Final hidden states of all positions of each document but the last, which predicts nothing that is known."""
-    backbone: Backbone = choose_backbone(model, keep="nothing", packing=True)
-    found = []
-    for tokens in documents:
-        length = len(tokens)
-        positions = torch.arange(length)
-        borders = torch.tensor([0, length], dtype=torch.int32)
-        found.append(
-            backbone.states(tokens[None], positions[None], positions[:-1], borders if backbone.packing else None)
-        )
-    return found
+    return [model.hidden(pack_tokens([tokens]), torch.arange(len(tokens) - 1)) for tokens in documents]

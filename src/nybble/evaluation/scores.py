@@ -12,9 +12,8 @@ import torch
 
 from nybble.data.examples import EncodedExample
 from nybble.data.sampler import split_micro_batches
-from nybble.layers.backbone import Backbone
-from nybble.layers.loss_head import Head
-from nybble.training.loop import collate, supervised_states
+from nybble.layers.causal_lm import CausalLM
+from nybble.training.objective import Objective
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -35,13 +34,15 @@ class Estimate:
 
 
 @torch.no_grad()
-def row_losses(backbone: Backbone, head: Head, rows: Sequence[EncodedExample], micro_batch_size: int) -> "np.ndarray":
+def row_losses(
+    objective: Objective, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int
+) -> "np.ndarray":
     """The summed loss of each row's supervised tokens in nats, fp64 `(rows,)`."""
     losses = np.zeros(len(rows))
     lengths = [len(row) for row in rows]
-    for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, backbone.packing):
-        batch = collate([rows[row] for row in micro], backbone.packing).to(head.device)
-        tokens = head.token_losses(*supervised_states(backbone, batch)).double().cpu()
+    for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
+        batch = objective.collate([rows[row] for row in micro], model.packed).to(model.device)
+        tokens = objective.token_losses(model, batch).double().cpu()
         counts = [rows[row].supervised_tokens for row in micro]
         losses[list(micro)] = [part.sum().item() for part in tokens.split(counts)]
     return losses

@@ -12,13 +12,14 @@ from rich.table import Table
 from nybble.evaluation.held_out import held_out_rows
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.options.verbs import ArtefactKind, MergeConfig
 from nybble.runs.open_run import load_tuned, open_run
 from nybble.sources.load import load_model
 from nybble.training.loop import held_out_loss
+from nybble.training.objective import SupervisedFineTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,9 +50,9 @@ def compare_merges(config: MergeConfig, console: Console) -> int:
     losses = {}
     for name, load in arms.items():
         model = load()
-        backbone = choose_backbone(model, keep="nothing", packing=True)
-        losses[name], num_tokens = held_out_loss(backbone, backbone.head, rows, MICRO_BATCH)
-        del model, backbone
+        causal_lm = CausalLM.of(model)
+        losses[name], num_tokens = held_out_loss(SupervisedFineTuning(), causal_lm, rows, MICRO_BATCH)
+        del model, causal_lm
         gc.collect()  # modules refer to each other, and the next model needs the room
     show_losses(console, losses, len(rows), num_tokens)
     return 0

@@ -25,7 +25,7 @@ from nybble.data.template import ChatTemplate
 from nybble.evaluation.divergence import text_logits
 from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
 from nybble.generation.generate import generate
-from nybble.layers.backbone import choose_backbone
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.verbs import ArtefactKind
@@ -75,10 +75,10 @@ class NybbleConsumer:
     def __init__(self, name: str, model: "PreTrainedModel", template: ChatTemplate):
         self.name, self.model, self.template = name, model, template
         self.chat_template, self.stop_ids = template.chat_template, frozenset(template.stop_ids)
-        self._backbone = choose_backbone(model, keep="nothing", packing=True)
+        self._causal_lm = CausalLM.of(model)
 
     def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
-        return text_logits(self._backbone, self._backbone.head, ids, positions)
+        return text_logits(self._causal_lm, ids, positions)
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         stops = sorted(self.stop_ids)

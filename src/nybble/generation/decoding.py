@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.data.packing import pack_tokens
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import block_ops, decode_cpu
 from nybble.kernels.decode_cpu import DecoderKernel, DecoderLayer, DecoderLinear, DecoderNorm
-from nybble.layers.backbone import BlockBackbone, rotary_angles
-from nybble.layers.decoder_block import DecoderBlock, Projection
+from nybble.layers.backbone import FusedForward
+from nybble.layers.decoder_block import DecoderBlock, Projection, rotary_angles
 from nybble.layers.lora import LoraLinear
-from nybble.layers.loss_head import LossHead
+from nybble.layers.loss_head import LossHead, loss_head
 from nybble.layers.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:
@@ -130,9 +131,10 @@ class CachedDecoder:
     """
 
     def __init__(self, model: "PreTrainedModel"):
-        self.model, self.backbone = model, BlockBackbone(model, "nothing")
-        assert isinstance(self.backbone.head, LossHead), self.backbone.head
-        self.head = self.backbone.head
+        self.model, self.backbone = model, FusedForward(model, "nothing")
+        head = loss_head(model)
+        assert isinstance(head, LossHead), head
+        self.head = head
         described = [_describe(block) for block in self.backbone.blocks]
         self.layers = [_Layer(*pair) for pair in zip(self.backbone.blocks, described, strict=True)]
         self.kernel = _kernel(described, model.base_model.norm, self.head)
@@ -143,9 +145,7 @@ class CachedDecoder:
         """Read the prompts; the logits of each one's next token, `(texts, vocabulary)`."""
         lengths = [len(prompt) for prompt in prompts]
         borders = list(itertools.accumulate(lengths, initial=0))
-        input_ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-        x, rows = self.backbone.embed(input_ids, position_ids, torch.tensor(borders, dtype=torch.int32))
+        x, rows = self.backbone.embed(pack_tokens(prompts))
         block = self.backbone.blocks[0]
         limit = max(lengths) + max_new_tokens
         self.cache = KeyValueCache(len(self.layers), block.num_kv_heads, block.head_dim, lengths, limit, x.dtype)

@@ -23,7 +23,7 @@ experts, layer-scale and post-norms; such models run on the generic path.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +33,14 @@ from nybble.layers.lora import LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import BlockStore, StreamedLinear
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Keep = Literal["nothing", "attention", "everything"]
 
 
 @dataclass(frozen=True)
-class Rows:
+class PackedSequences:
     """Where the T tokens of a packed batch lie, the same for every block.
 
     Args:
@@ -48,6 +51,16 @@ class Rows:
     cos: Tensor
     sin: Tensor
     cu_seqlens: Tensor
+
+
+def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the model's own RoPE variant, each fp32 `(B * T, rotary_dim / 2)`, for positions `(B, T)`.
+
+    In fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
+    """
+    cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids)
+    half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
+    return cos[..., :half].flatten(0, 1).contiguous(), sin[..., :half].flatten(0, 1).contiguous()
 
 
 class DenseWeights:
@@ -244,7 +257,7 @@ class DecoderBlock:
         q_width, k_width = self.qkv.columns[0].stop, self.qkv.columns[1].stop - self.qkv.columns[0].stop
         self.num_heads, self.num_kv_heads = q_width // head_dim, k_width // head_dim
 
-    def __call__(self, x: Tensor, rows: Rows, keep: Keep) -> Tensor:
+    def __call__(self, x: Tensor, rows: PackedSequences, keep: Keep) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
         return _BlockFunction.apply(x, self, rows, keep, *self.parameters())
 
@@ -259,7 +272,7 @@ class DecoderBlock:
 
     # ---- forward ---------------------------------------------------------------------------------
 
-    def attend(self, x: Tensor, rows: Rows) -> "Attended":
+    def attend(self, x: Tensor, rows: PackedSequences) -> "Attended":
         """From the block's input to attention's operands."""
         normed, rstd = _norm(self.input_norm, x)
         z = self.qkv.low_rank(normed)
@@ -269,7 +282,7 @@ class DecoderBlock:
         block_ops.rope_(rotated, rows.cos, rows.sin)
         return Attended(rstd, z, qkv, head_norms)
 
-    def mix(self, qkv: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    def mix(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
         """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, T)."""
         q, k, v = self._split_heads(qkv)
         out, lse = attention.attention_forward(q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window)
@@ -293,13 +306,28 @@ class DecoderBlock:
 
     # ---- backward --------------------------------------------------------------------------------
 
-    def backward_attend(self, grad_qkv: Tensor, head_norms: list["HeadNorm"] | None, rows: Rows) -> None:
+    def backward_attend(self, grad_qkv: Tensor, head_norms: list["HeadNorm"] | None, rows: PackedSequences) -> None:
         """Undo rope and head norms on the gradient of attention's operands, in place."""
         grads = self._heads(grad_qkv)
         block_ops.rope_backward_(grads[:, : self.num_heads + self.num_kv_heads], rows.cos, rows.sin)
         grad_q, grad_k, _ = self._split_heads(grad_qkv)
         for grad, kept in zip((grad_q, grad_k), head_norms or (), strict=False):
             _norm_backward(kept.norm, grad, kept.before, kept.rstd, out=grad)
+
+
+def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBlock:
+    """The decoder block over one layer of a model with this config, as the layer's linears are now."""
+    config = config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return DecoderBlock(layer, head_dim, _window(layer, config), weights)
+
+
+def _window(layer: Any, config: Any) -> int:
+    """Tokens a layer's attention sees, 0 for all: Qwen sets it per layer, Mistral for the whole model."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window or 0
+    return getattr(config, "sliding_window", None) or 0
 
 
 @dataclass
@@ -337,7 +365,7 @@ class Intermediates:
 
 
 def _compute(
-    block: DecoderBlock, x: Tensor, rows: Rows, kept: tuple[Tensor, Tensor] | None
+    block: DecoderBlock, x: Tensor, rows: PackedSequences, kept: tuple[Tensor, Tensor] | None
 ) -> tuple[Intermediates, Tensor]:
     """The block up to down_proj, and what that reads, (T, f).
 
@@ -358,7 +386,9 @@ def _compute(
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: DecoderBlock, rows: Rows, keep: Keep, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, block: DecoderBlock, rows: PackedSequences, keep: Keep, *parameters: Tensor
+    ) -> Tensor:
         parts, act = _compute(block, x, rows, None)
         y = block.down.forward(act, parts.z_down, residual=parts.x2)
         ctx.block, ctx.rows = block, rows

@@ -76,20 +76,6 @@ class LoraLinear(nn.Module):
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
         return F.linear(dropped, self.lora_A.to(x.dtype)) * self.scaling
 
-    def delta(self) -> Tensor:
-        """ΔW = scaling · B·A in fp32, `[out_features, in_features]`: what is added to the quantised base."""
-        return self.scaling * (self.lora_B @ self.lora_A)
-
-    def delta_of_training(self) -> Tensor:
-        """scaling · (B·A - B₀·A₀): what is added to the 16-bit base the quantised one was made from.
-
-        An adapter that began with what quantisation lost carries that correction, which the 16-bit base does not need.
-        """
-        if self.initial is None:
-            return self.delta()
-        a, b = self.initial
-        return self.scaling * (self.lora_B @ self.lora_A - b @ a)
-
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}, dropout={self.dropout}"
 

@@ -4,7 +4,7 @@ Only supervised positions are projected, a chunk at a time, and the gradient wit
 states is made in the same pass (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, and of
 Cut Cross-Entropy, arXiv 2411.09009). The head is frozen: it has no gradient. The sum of the losses is
 divided by a denominator that the caller gives, the supervised tokens of the whole step, so that how a step
-is cut into micro-batches and chunks does not change it.
+is cut into micro-batches and chunks does not change it. Each loss may have a weight.
 
 What a model does between its last states and its logits is not read from its config but asked of its own forward, its
 decoder set aside: where that is c · tanh(s · (W·x + b) / c), `LossHead` computes it, else the own forward does, a
@@ -46,21 +46,22 @@ class Head(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
-        """Sum of −log p(target) over the rows, divided by `denominator`.
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
+        """Σ weight · (−log p(target)) / `denominator` over the rows.
 
         Args:
             hidden: `(N, hidden)`, the states of supervised positions.
             targets: `(N,)` int64.
             denominator: supervised tokens of the whole step.
+            weights: `(N,)` fp32, and no gradient of them; None where each is 1.
 
         Returns:
             A scalar in fp32 (nats) whose backward gives the gradient of `hidden`, and of the adapter.
         """
         ...
 
-    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """−log p(target) of each row, `(N,)` fp32; no gradient."""
+    def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """weight · (−log p(target)) of each row in nats, `(N,)` fp32; no gradient."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ class LossHead:
     def device(self) -> torch.device:
         return self.weight.device
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
-        return _LossFunction.apply(hidden, self, targets, denominator, *self._low_rank(hidden))
+        return _LossFunction.apply(hidden, self, targets, denominator, weights, *self._low_rank(hidden))
 
     def _low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """scaling · x · Aᵀ `(N, r)` and B `[vocabulary, r]` in the dtype of x; None without an adapter."""
@@ -106,11 +107,11 @@ class LossHead:
         return self.adapter.low_rank(hidden), self.adapter.lora_B.to(hidden.dtype)
 
     @torch.no_grad()
-    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """−log p(target) of each row, `(N,)` fp32; no gradient."""
+    def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """As `Head` says."""
         chunks = self._chunks(hidden, targets)
         losses = [block_ops.cross_entropy_(self.logits(h, buffer), t, 0.0) for h, t, buffer in chunks]
-        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])[: len(targets)]
+        return _weighted(torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])[: len(targets)], weights)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """(N, hidden) -> (N, vocabulary); in fp32 where anything is done to them after the product.
@@ -223,23 +224,27 @@ class _LossFunction(torch.autograd.Function):
         head: LossHead,
         targets: Tensor,
         denominator: float,
+        weights: Tensor | None = None,
         low: Tensor | None = None,
         b: Tensor | None = None,
     ) -> Tensor:
         if not hidden.requires_grad and (low is None or not low.requires_grad):
-            return (head.token_losses(hidden, targets).double().sum() / denominator).float()
+            return (head.token_losses(hidden, targets, weights).double().sum() / denominator).float()
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads, grads_low = [hidden[:0]], []
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
-        left = None if low is None else F.pad(low, (0, 0, 0, -len(low) % ROW_MULTIPLE))  # as the chunks are filled up
+        missing = -len(targets) % ROW_MULTIPLE  # as the chunks are filled up
+        left = None if low is None else F.pad(low, (0, 0, 0, missing))
+        left_weights = None if weights is None else F.pad(weights, (0, missing))
         for h, t, buffer in head._chunks(hidden, targets):
-            part, left = (None, None) if left is None else (left[: len(h)], left[len(h) :])
+            part, left = _take(left, len(h))
+            w, left_weights = _take(left_weights, len(h))
             losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, 1 / denominator, part, b)
-            total += losses.double().sum()
-            grads.append(grad)
+            total += _weighted(losses, w).double().sum()
+            grads.append(_weighted(grad, w))
             if part is not None and b is not None and grad_b is not None:
-                grads_low.append(grad_product @ b)  # (C, vocabulary) -> (C, r)
-                grad_b += grad_product.T @ part
+                grads_low.append(_weighted(grad_product @ b, w))  # (C, vocabulary) -> (C, r)
+                grad_b += grad_product.T @ _weighted(part, w)
         grad_b = None if b is None or grad_b is None else grad_b.to(b.dtype)
         grad_low = None if low is None else torch.cat([low[:0], *grads_low])[: len(targets)]
         ctx.save_for_backward(torch.cat(grads)[: len(targets)], grad_low, grad_b)
@@ -249,7 +254,19 @@ class _LossFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
         grad_hidden, grad_low, grad_b = scaled
-        return grad_hidden, None, None, None, grad_low, grad_b
+        return grad_hidden, None, None, None, None, grad_low, grad_b
+
+
+def _take(rows: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
+    """The first so many rows, and the others; there may be none at all."""
+    return (None, None) if rows is None else (rows[:count], rows[count:])
+
+
+def _weighted(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Each row `(N, ..)` times its weight `(N,)`, in its dtype; as they are without weights."""
+    if weights is None:
+        return rows
+    return (rows * weights.view(-1, *[1] * (rows.ndim - 1))).to(rows.dtype)
 
 
 # ---- the model's own -----------------------------------------------------------------------------
@@ -270,19 +287,21 @@ class OwnHead:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: float) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
+        left = None if weights is None else weights.detach()
         for h, t in self._chunks(hidden, targets):
+            w, left = _take(left, len(h))
             part = checkpoint(self._chunk_losses, h, t, use_reentrant=False, preserve_rng_state=False)
-            total = total + part.double().sum()
+            total = total + _weighted(part, w).double().sum()
         return (total / denominator).float()
 
     @torch.no_grad()
-    def token_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """−log p(target) of each row, `(N,)` fp32; no gradient."""
+    def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """As `Head` says."""
         losses = [self._chunk_losses(h, t) for h, t in self._chunks(hidden, targets)]
-        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])
+        return _weighted(torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses]), weights)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(N, hidden) -> (N, vocabulary)"""

@@ -1,4 +1,4 @@
-"""Whether a way through a model trains it on its own loss: asked of the model at hand before the first step.
+"""Whether a way of computing a model trains it on its own loss: asked of the model at hand before the first step.
 
 A document of a few tokens goes through the model's own forward, alone, and through the way that is to be trained,
 between two others. Compared are the logits, the loss and the gradients of the adapters, with random B (A has no
@@ -13,28 +13,28 @@ gradients, buffers and the random generators are left as they were.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from inspect import Parameter, signature
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import Batch, collate
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.heap import TrimmedHeap
+from nybble.layers.backbone import Layout, accepted
 from nybble.layers.convert import adapters_of
-from nybble.layers.loss_head import Head
 from nybble.layers.rotary import length_of_change
 from nybble.layers.streamed import BlockStore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Layout = Literal["packed", "padded", "single"]  # rows side by side, one a line, or one at a time
+    from nybble.layers.causal_lm import CausalLM
 
 LENGTHS = (5, 9, 12)  # of the documents; the one in the middle is asked about
 ASKED = 1  # its place
@@ -65,33 +65,6 @@ class Difference:
 
     part: Part
     size: float
-
-
-class Way(Protocol):
-    """A way from tokens to hidden states."""
-
-    layout: Layout
-
-    def states(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        positions: Tensor,
-        cu_seqlens: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Final hidden states at `positions`.
-
-        Args:
-            input_ids, position_ids: int64 `(B, T)`; B is 1 when packed, positions restarting per document.
-            positions: int64 `(N,)`, indices into the flattened B * T positions.
-            cu_seqlens: int32 `(num_documents + 1)`, the documents' borders, when packed.
-            attention_mask: `(B, T)`, 1 on tokens and 0 on padding, when padded.
-
-        Returns:
-            `(N, hidden)` in the compute dtype.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -129,11 +102,11 @@ class Probe:
         with self._asking() as (parameters, embedded):
             self._own = [self._own_outcome(starts[ASKED], parameters, embedded) for starts in self._starts]
 
-    def difference(self, way: Way, head: Head) -> Difference | None:
-        """Where the way and the head differ from the model's own forward and loss; None where they do not."""
+    def difference(self, way: "CausalLM") -> Difference | None:
+        """Where a way of computing the model differs from its own forward and loss; None where it does not."""
         with self._asking() as (parameters, embedded):
             for own, starts in zip(self._own, self._starts, strict=True):
-                found = self._compare(own, way, head, starts, parameters, embedded)
+                found = self._compare(own, way, starts, parameters, embedded)
                 if found is not None:
                     return found
         return None
@@ -142,7 +115,7 @@ class Probe:
 
     def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
         """The asked document alone, through the model's own forward."""
-        ids = self._documents[ASKED]
+        ids = self._documents[ASKED].to(next(self.model.parameters()).device)
         labels = torch.full_like(ids, -100)
         labels[FIRST + 1 : LAST + 1] = ids[FIRST + 1 : LAST + 1]
         wanted: dict[str, Any] = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
@@ -205,26 +178,25 @@ class Probe:
     def _compare(
         self,
         own: _Outcome,
-        way: Way,
-        head: Head,
+        way: "CausalLM",
         starts: Sequence[int],
         parameters: list[Tensor],
         embedded: list[Tensor],
     ) -> Difference | None:
-        batch, asked = _lay_out(self._documents, starts, way.layout)
-        states = way.states(**batch)
-        ids = self._documents[ASKED]
-        loss = head.loss(states, ids[FIRST + 1 : LAST + 1], float(LAST - FIRST))
+        batch, asked = _lay_out(self._documents, starts, way.backbone.layout)
+        batch = batch.to(way.device)
+        states = way.hidden(batch)
+        loss = way.head.loss(states, batch.supervised_targets, float(batch.supervised_tokens))
         with torch.no_grad():
-            logits = head.logits(states.detach()).float()
+            logits = way.head.logits(states.detach()).float()
         ours = _outcome(logits, loss, parameters, embedded)
         tolerance = self._tolerance
-        mixed = _seen_elsewhere(ours.embeddings, asked, way.layout)
+        mixed = _seen_elsewhere(ours.embeddings, asked, way.backbone.layout)
         if mixed:
             return Difference(Part.PACKING, mixed)
         size = _relative([ours.logits], [own.logits])
         if not size <= tolerance:
-            return Difference(Part.HEAD if way.layout == "single" else Part.PACKING, size)
+            return Difference(Part.HEAD if way.backbone.layout == "single" else Part.PACKING, size)
         size = abs(ours.loss - own.loss) / max(own.loss, 1.0)
         if not size <= tolerance:
             return Difference(Part.HEAD, size)
@@ -276,14 +248,6 @@ class Probe:
                 module.training = was
 
 
-def accepted(module: nn.Module, **keywords: Any) -> dict[str, Any]:
-    """Those of the arguments that the module's forward takes."""
-    parameters = signature(module.forward).parameters
-    if any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()):
-        return keywords
-    return {name: value for name, value in keywords.items() if name in parameters}
-
-
 def _outcome(logits: Tensor, loss: Tensor, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
     gradients = torch.autograd.grad(loss, [*parameters, *embedded], allow_unused=True)
     own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=False)]
@@ -308,8 +272,7 @@ def _documents(model: "PreTrainedModel") -> list[Tensor]:
     order = torch.randperm(config.vocab_size, generator=generator).tolist()
     ids = [token for token in order if token not in special][: sum(LENGTHS)]
     ids = (ids * sum(LENGTHS))[: sum(LENGTHS)]  # a vocabulary may be smaller
-    device = next(model.parameters()).device
-    return list(torch.tensor(ids, device=device).split(LENGTHS))
+    return list(torch.tensor(ids).split(LENGTHS))
 
 
 def _starts(model: "PreTrainedModel") -> list[tuple[int, ...]]:
@@ -322,29 +285,22 @@ def _starts(model: "PreTrainedModel") -> list[tuple[int, ...]]:
     return [(0, 0, 2 * change), (0, change - 2, 2 * change)]
 
 
-def _lay_out(
-    documents: Sequence[Tensor], starts: Sequence[int], layout: Layout
-) -> tuple[dict[str, Any], tuple[int, int]]:
-    """A batch of these documents, and which of its flattened tokens the supervised positions may see."""
-    device = documents[0].device
-    places = [torch.arange(len(ids), device=device) + start for ids, start in zip(documents, starts, strict=True)]
-    if layout == "packed":
-        borders = [0, *accumulate(map(len, documents))]
-        first = borders[ASKED]
-        batch = {
-            "input_ids": torch.cat(list(documents))[None],
-            "position_ids": torch.cat(places)[None],
-            "cu_seqlens": torch.tensor(borders, dtype=torch.int32, device=device),
-        }
+def _lay_out(documents: Sequence[Tensor], starts: Sequence[int], layout: Layout) -> tuple[Batch, tuple[int, int]]:
+    """A batch of these documents, whose positions begin at `starts`, and which of its flattened tokens the supervised
+    positions may see.
+    """
+    rows = []
+    for number, ids in enumerate(documents):
+        supervised = torch.zeros(len(ids), dtype=torch.bool)
+        supervised[FIRST + 1 : LAST + 1] = number == ASKED
+        rows.append(EncodedExample(ids.int(), supervised, origin="probe"))
+    batch = collate(rows, layout == "packed")
+    offsets = torch.tensor(starts)
+    if batch.attention_mask is None:
+        offsets, first = offsets.repeat_interleave(torch.tensor(LENGTHS))[None], sum(LENGTHS[:ASKED])
     else:
-        width = max(map(len, documents))
-        first = ASKED * width
-        masks = [torch.ones_like(ids) for ids in documents]
-        batch = {
-            name: torch.stack([F.pad(row, (0, width - len(row))) for row in rows])
-            for name, rows in (("input_ids", documents), ("position_ids", places), ("attention_mask", masks))
-        }
-    return batch | {"positions": torch.arange(first + FIRST, first + LAST, device=device)}, (first, first + LAST)
+        offsets, first = offsets[:, None] * batch.attention_mask, ASKED * batch.input_ids.shape[1]
+    return replace(batch, position_ids=batch.position_ids + offsets), (first, first + LAST)
 
 
 def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int], layout: Layout) -> float:

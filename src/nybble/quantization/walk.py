@@ -24,9 +24,15 @@ from torch import Tensor, nn
 from nybble.calibration.statistics import InputStatistics
 from nybble.errors import ModelError
 from nybble.kernels import block_ops
-from nybble.layers.backbone import decoder_block, rotary_angles, why_not_forward
+from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
-from nybble.layers.decoder_block import DecoderBlock, DenseWeights, Rows
+from nybble.layers.decoder_block import (
+    DecoderBlock,
+    DenseWeights,
+    PackedSequences,
+    decoder_block,
+    rotary_angles,
+)
 from nybble.sources.skeleton import is_transposed
 
 if TYPE_CHECKING:
@@ -113,7 +119,7 @@ class PackedWalk:
             if exact and len(self._chunks) % EXACT_EVERY == 0:
                 carried = slice(exact_tokens, exact_tokens + positions.shape[1])
                 exact_tokens = carried.stop
-            self._chunks.append(_Chunk(tokens, Rows(*rotary_angles(model, positions), borders), carried))
+            self._chunks.append(_Chunk(tokens, PackedSequences(*rotary_angles(model, positions), borders), carried))
         ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
         self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
         for chunk in self._chunks:
@@ -168,7 +174,7 @@ class PackedWalk:
                 step(exact, kept.take(exact, chunk.rows, states), states)
 
 
-Inputs = Callable[[DecoderBlock, Rows, Tensor], Tensor]  # (block, rows, states) -> inputs of a linear, (tokens, in)
+Inputs = Callable[[DecoderBlock, PackedSequences, Tensor], Tensor]  # (block, rows, states) -> inputs (tokens, in)
 Step = Callable[[DecoderBlock, Tensor, Tensor], None]  # (block, inputs, states): the states move on, in place
 
 
@@ -177,7 +183,7 @@ class _Chunk:
     """Windows that are computed at once: their states, where they lie, and their part of the exact states."""
 
     tokens: slice
-    rows: Rows
+    rows: PackedSequences
     exact: slice | None
 
 
@@ -189,14 +195,14 @@ class _Kept:
         self._made: dict[int, Tensor] = {}  # by where the chunk's states lie
         self._room = KEPT_BYTES
 
-    def make(self, block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    def make(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
         made = self._inputs(block, rows, states)
         if made.nbytes <= self._room:
             self._room -= made.nbytes
             self._made[states.data_ptr()] = made
         return made
 
-    def take(self, block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+    def take(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
         made = self._made.pop(states.data_ptr(), None)
         return self._inputs(block, rows, states) if made is None else made
 
@@ -208,11 +214,11 @@ def _weight(linear: nn.Module) -> Tensor:
     return weight.detach().T if is_transposed(linear) else weight.detach()
 
 
-def _attention_input(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+def _attention_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
     return _normed(block.input_norm, states)
 
 
-def _mlp_input(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+def _mlp_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
     return _normed(block.mlp_norm, states)
 
 
@@ -220,7 +226,7 @@ def _normed(norm: Any, states: Tensor) -> Tensor:
     return block_ops.rms_norm(states.to(norm.weight.dtype), norm.weight.detach(), norm.variance_epsilon)[0]
 
 
-def _mix(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+def _mix(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
     return block.mix(block.attend(states.to(block.input_norm.weight.dtype), rows).qkv, rows)[0]
 
 
@@ -228,7 +234,7 @@ def _add_attention(block: DecoderBlock, mixed: Tensor, states: Tensor) -> None:
     states.copy_(block.o.forward(mixed, None, residual=states.to(mixed.dtype)))
 
 
-def _gate(block: DecoderBlock, rows: Rows, states: Tensor) -> Tensor:
+def _gate(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
     gate, up = block.gate_up.forward(_mlp_input(block, rows, states), None).chunk(2, dim=1)
     return block_ops.swiglu(gate, up)
 

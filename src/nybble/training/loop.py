@@ -5,18 +5,15 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from nybble.data.examples import EncodedExample
-from nybble.data.packing import Batch, pack, pad
+from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.files.disk import complete_folder
-from nybble.layers.backbone import Backbone
-from nybble.layers.loss_head import Head
+from nybble.layers.causal_lm import CausalLM
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.verbs import TrainConfig
 from nybble.runs.adapter_files import write_adapter
@@ -26,12 +23,10 @@ from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progre
 from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
 from nybble.training.interrupt import InterruptOnce
+from nybble.training.objective import Objective
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.schedule import learning_rate, warmup_steps
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 TINY = 1e-30  # a norm of zero is not divided by
 
@@ -63,7 +58,8 @@ class Rehearsal:
 
 
 def train_loop(
-    model: "PreTrainedModel",
+    model: CausalLM,
+    objective: Objective,
     train: Sequence[EncodedExample],
     evaluations: Evaluations,
     config: TrainConfig,
@@ -71,7 +67,6 @@ def train_loop(
     sampler: StepSampler,
     total_steps: int,
     micro_batch_size: int,
-    backbone: Backbone,
     run: RunFolder,
     adapter_config: dict[str, object],
     events: EventLog,
@@ -85,7 +80,7 @@ def train_loop(
 
     Args:
         model: frozen base with adapters attached; only they require gradients.
-        backbone: runs micro-batches through the model.
+        objective: what is minimised over the rows of `train`.
         evaluations: which rows, and how often; without rows there are none.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
@@ -96,9 +91,7 @@ def train_loop(
             checkpoint as they were before that step are saved, and the message names the rows.
         RunError: a checkpoint could not be saved.
     """
-    device = next(model.parameters()).device
-    head = backbone.head
-    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    module, device, adapters = model.module, model.device, model.parameters()
     optimizer = AdamW(
         adapters,
         beta1=config.beta1,
@@ -112,7 +105,7 @@ def train_loop(
     torch.manual_seed(config.seed)  # dropout
     progress = Progress(0, micro_batch_size)
     if resumed is not None:
-        progress = replace(resumed.restore(model, optimizer, sampler, device), micro_batch_size=micro_batch_size)
+        progress = replace(resumed.restore(module, optimizer, sampler, device), micro_batch_size=micro_batch_size)
     checkpoints.check_space(sum(parameter.numel() for parameter in adapters))
 
     def evaluate_if_due() -> None:
@@ -120,7 +113,7 @@ def train_loop(
         due = step % evaluations.every == 0 or step == total_steps
         if not due or step == progress.evaluated_step or not evaluations.rows:
             return
-        loss, num_tokens = held_out_loss(backbone, head, evaluations.rows, micro_batch_size, interrupt)
+        loss, num_tokens = held_out_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
         events.write("eval", step=step, loss=loss, supervised_tokens=num_tokens)
@@ -130,21 +123,21 @@ def train_loop(
             progress.loss_before = loss
 
     def save(position: Position, last: bool) -> None:
-        checkpoints.save(position, model, optimizer, adapter_config, events.sync())
+        checkpoints.save(position, module, optimizer, adapter_config, events.sync())
         if last:
             with complete_folder(run.adapter) as temporary:
-                write_adapter(model, temporary, adapter_config)
+                write_adapter(module, temporary, adapter_config)
 
     with InterruptOnce() as interrupt:
         if rehearsal is not None:
             with PeakMemory(device) as memory:
                 try:
-                    rehearse(backbone, head, optimizer, rehearsal)
+                    rehearse(objective, model, optimizer, rehearsal)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     raise _rehearsal_out_of_memory(rehearsal) from error
-                checkpoints.rehearse(Position.now(progress, sampler, device), model, optimizer, adapter_config)
+                checkpoints.rehearse(Position.now(progress, sampler, device), module, optimizer, adapter_config)
             rehearsal.check(memory.peak_bytes)
         evaluate_if_due()
         while progress.step < total_steps and not interrupt.requested:
@@ -153,15 +146,15 @@ def train_loop(
             step, rows = progress.step + 1, sampler.next_step()
             model.train()
             micro_batches = [
-                collate([train[row] for row in micro], backbone.packing).to(device)
-                for micro in split_micro_batches(rows, lengths, progress.micro_batch_size, backbone.packing)
+                objective.collate([train[row] for row in micro], model.packed).to(device)
+                for micro in split_micro_batches(rows, lengths, progress.micro_batch_size, model.packed)
             ]
             # One denominator for the whole step: how it is cut into micro-batches changes nothing.
-            num_supervised = sum(batch.supervised_tokens for batch in micro_batches)
+            num_supervised = sum(objective.tokens(batch) for batch in micro_batches)
             step_loss, out_of_memory = 0.0, False
             for batch in micro_batches:
                 try:
-                    step_loss += forward_backward(backbone, head, batch, num_supervised)
+                    step_loss += forward_backward(objective, model, batch, num_supervised)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -189,7 +182,7 @@ def train_loop(
             if not math.isfinite(step_loss):
                 save(before, last=True)
                 suspects = [train[row] for row in rows if train[row].origin in batch.rows]
-                raise _not_finite("loss", step_loss, step, non_finite_rows(backbone, head, suspects), run)
+                raise _not_finite("loss", step_loss, step, non_finite_rows(objective, model, suspects), run)
             grad_norm = optimizer.gradient_norm()
             if not math.isfinite(grad_norm):
                 save(before, last=True)
@@ -221,30 +214,30 @@ def train_loop(
     return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
 
 
-def rehearse(backbone: Backbone, head: Head, optimizer: AdamW, rehearsal: Rehearsal) -> None:
+def rehearse(objective: Objective, model: CausalLM, optimizer: AdamW, rehearsal: Rehearsal) -> None:
     """Take the memory of a run's heaviest moments: its largest micro-batch, every gradient and moment in place, and
     its largest evaluation.
 
     Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
     """
-    device = head.device
-    batch = collate(rehearsal.rows, backbone.packing).to(device)
+    device = model.device
+    batch = objective.collate(rehearsal.rows, model.packed).to(device)
     rng = capture_rng(device)
-    backbone.model.train()
+    model.train()
     optimizer.settle()
-    head.loss(*supervised_states(backbone, batch), max(1, batch.supervised_tokens)).backward()
+    objective.loss(model, batch, max(1, objective.tokens(batch))).backward()
     optimizer.drop_gradients()
     if rehearsal.held_out:
-        held_out_loss(backbone, head, rehearsal.held_out, len(rehearsal.held_out))
+        held_out_loss(objective, model, rehearsal.held_out, len(rehearsal.held_out))
     restore_rng(rng, device)
 
 
-def forward_backward(backbone: Backbone, head: Head, batch: Batch, num_supervised: int) -> float:
+def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denominator: float) -> float:
     """Add a micro-batch's gradients; returns its part of the step's loss. One that is not finite adds none.
 
     A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
     """
-    loss = head.loss(*supervised_states(backbone, batch), num_supervised)
+    loss = objective.loss(model, batch, denominator)
     value = loss.item()
     if math.isfinite(value):
         loss.backward()
@@ -262,22 +255,10 @@ def paged_out(optimizer: AdamW, run: RunFolder, events: EventLog, display: Displ
     return True
 
 
-def collate(rows: Sequence[EncodedExample], packing: bool) -> Batch:
-    """The rows of one micro-batch, side by side or padded."""
-    return pack(rows) if packing else pad(rows)
-
-
-def supervised_states(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Hidden states of the supervised positions `(N, hidden)` and their targets `(N,)`."""
-    positions = batch.supervised_positions
-    states = backbone.states(batch.input_ids, batch.position_ids, positions, batch.cu_seqlens, batch.attention_mask)
-    return states, batch.targets.flatten()[positions]
-
-
 @torch.no_grad()
 def held_out_loss(
-    backbone: Backbone,
-    head: Head,
+    objective: Objective,
+    model: CausalLM,
     rows: Sequence[EncodedExample],
     micro_batch_size: int,
     interrupt: InterruptOnce | None = None,
@@ -286,27 +267,27 @@ def held_out_loss(
 
     Once `interrupt` is requested it stops early; what it returns then is over the rows it came to.
     """
-    was_training = backbone.model.training
-    backbone.model.eval()
+    was_training = model.training
+    model.eval()
     total, num_tokens = 0.0, 0
     lengths = [len(row) for row in rows]
-    for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, backbone.packing):
-        batch = collate([rows[row] for row in micro], backbone.packing).to(head.device)
-        total += head.token_losses(*supervised_states(backbone, batch)).double().sum().item()
-        num_tokens += batch.supervised_tokens
+    for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
+        batch = objective.collate([rows[row] for row in micro], model.packed).to(model.device)
+        total += objective.token_losses(model, batch).double().sum().item()
+        num_tokens += objective.tokens(batch)
         if interrupt is not None and interrupt.requested:
             break
-    backbone.model.train(was_training)
+    model.train(was_training)
     return total / num_tokens, num_tokens
 
 
 @torch.no_grad()
-def non_finite_rows(backbone: Backbone, head: Head, rows: Sequence[EncodedExample]) -> list[str]:
+def non_finite_rows(objective: Objective, model: CausalLM, rows: Sequence[EncodedExample]) -> list[str]:
     """Origins (file:line) of the rows whose own loss is not finite; of all rows if it is so only together."""
 
     def is_finite(row: EncodedExample) -> bool:
-        batch = collate([row], backbone.packing).to(head.device)
-        return bool(head.token_losses(*supervised_states(backbone, batch)).isfinite().all())
+        batch = objective.collate([row], model.packed).to(model.device)
+        return bool(objective.token_losses(model, batch).isfinite().all())
 
     return [row.origin for row in rows if not is_finite(row)] or [row.origin for row in rows]
 

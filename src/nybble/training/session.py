@@ -21,7 +21,8 @@ from nybble.errors import PlanError, RunError
 from nybble.files.disk import disk_errors, write_complete
 from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import give_back_free
-from nybble.layers.backbone import KeptTensors, choose_backbone
+from nybble.layers.backbone import KeptTensors
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, describe_untouched, quantizable_linears, resolve_targets
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory, used_bytes
@@ -66,6 +67,7 @@ from nybble.training.checkpoint import Checkpoints, newest_checkpoint
 from nybble.training.display import Display
 from nybble.training.evaluations import plan_evaluations
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
+from nybble.training.objective import SupervisedFineTuning
 from nybble.training.plots import draw_loss
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 
@@ -133,7 +135,8 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
             console.print(note, style="yellow", markup=False, highlight=False)
     same = resumed is not None and "config" not in config.allow_change
     template = open_template(config, source.load_tokenizer(), run.chat_template if same else None)
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size, partial(embedding_rows, source))
+    objective, vocab_size = SupervisedFineTuning(), source.config.get_text_config().vocab_size
+    data = prepare_data(config, template, vocab_size, partial(embedding_rows, source), objective.encode)
     data = note_context(data, config, source.config)
     show_found(console, source, data)
     data.audit.check()
@@ -190,18 +193,18 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         if started_from is not None:
             restore_adapter(model, started_from.folder)
         kept = _place_for_kept(plan, run, device)
-        backbone = choose_backbone(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
-        if backbone.packing != config.packing:
+        causal_lm = CausalLM.of(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
+        if causal_lm.packed != config.packing:
             plans, freed = _plan_padded(config, base_source, formats, data, plans, plan, dtype, device)
             again = plans.chosen or plans.smallest
             console.print(f"planned again, for padded rows: {again.describe()}", highlight=False)
             if again.keep != plan.keep:
-                backbone = choose_backbone(model, keep=again.keep, packing=config.packing, store=store, kept=kept)
+                causal_lm = CausalLM.of(model, keep=again.keep, packing=config.packing, store=store, kept=kept)
             plan = again
         if not config.resume:  # an earlier run goes only now, when nothing about the model can be refused any more
             run.create(config.overwrite)
             adopt_base(run)
-        console.print(f"computing through: {backbone.name}", highlight=False)
+        console.print(f"computing through: {causal_lm.name}", highlight=False)
         for note in describe_untouched(model):
             console.print(note, highlight=False)
         if openmp.waiting == "unknown" and device.type == "cpu":
@@ -235,14 +238,14 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
         started = time.perf_counter()
         with Display(console, num_steps) as display:
             result = train_loop(
-                model,
+                causal_lm,
+                objective,
                 data.train,
                 evaluations,
                 config,
                 sampler=sampler,
                 total_steps=num_steps,
                 micro_batch_size=plan.micro_batch_size,
-                backbone=backbone,
                 run=run,
                 adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
                 events=events,
@@ -261,7 +264,7 @@ def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
     steps = sorted(event["step_s"] for event in read_events(run.events, "step"))
     step_s = steps[len(steps) // 2] if steps else 0.0
     measured = {"peak_bytes": memory.peak_bytes, "start_bytes": memory.start_bytes, "step_s": step_s}
-    write_plan(run.plan, plans, backbone.name, choice, measured)
+    write_plan(run.plan, plans, causal_lm.name, choice, measured)
     draw_loss(run.events, run.loss_plot)
     draw_lengths(data.lengths(), config.max_seq_len, run.lengths_plot)
     console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)

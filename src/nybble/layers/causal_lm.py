@@ -1,0 +1,260 @@
+"""A causal language model as training and evaluation see it: batches in, losses, logits and hidden states out.
+
+    model = CausalLM.of(transformers_model)          # four-bit or dense, adapters attached
+    loss = model.loss(batch)                         # mean over the batch's supervised tokens, in nats
+    loss.backward()                                  # gradients of the adapters
+
+`CausalLM.of` takes the first way that agrees with the model's own forward and loss (`layers/probe.py`), and the
+`Verdict` says which, and why.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from nybble.data.packing import Batch
+from nybble.errors import ModelError
+from nybble.layers.backbone import (
+    Backbone,
+    FusedForward,
+    KeptTensors,
+    Layout,
+    ModuleForward,
+    Reason,
+    Why,
+    why_not_blocks,
+)
+from nybble.layers.decoder_block import Keep
+from nybble.layers.loss_head import Head, OwnHead, loss_head
+from nybble.layers.probe import Difference, Probe
+from nybble.layers.rotary import length_of_change, rotate_rows_alone
+from nybble.layers.streamed import BlockStore, attach_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Path = Literal["blocks", "generic"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which way through a model gives the model's own loss and gradients.
+
+    Args:
+        path: nybble's decoder blocks, or transformers' own modules.
+        layout: of the rows of a micro-batch.
+        own_head: the logits come from the model's own forward, not from a linear head.
+        reason: why not decoder blocks.
+        layouts_refused: those that were tried before, and what differed in them.
+    """
+
+    path: Path
+    layout: Layout
+    own_head: bool = False
+    reason: Reason | None = None
+    layouts_refused: tuple[tuple[Layout, Difference], ...] = ()
+
+    def describe(self) -> str:
+        """For the user: which path runs, and why."""
+        if self.path == "blocks":
+            return "decoder blocks"
+        parts = [f"generic path ({self.reason})"]
+        if self.layouts_refused:
+            differs = dict(self.layouts_refused)[self.layouts_refused[0][0]].part
+            how = "rows are padded" if self.layout == "padded" else "rows go through one at a time"
+            together = " and ".join(layout for layout, _ in self.layouts_refused)
+            parts.append(f"{how}, since {together} ones differ from the model's own forward in {differs}")
+        if self.own_head:
+            parts.append("logits by the model's own head")
+        return "; ".join(parts)
+
+
+class CausalLM:
+    """A model of transformers, its weights frozen and its adapters trained, computed from batch to loss.
+
+    Batches are on the model's device (`batch.to(model.device)`), packed where `packed` says so, else padded
+    (`nybble.data.packing.collate`).
+
+    Args:
+        module: the transformers model. Adapters attached later are not seen: make another `CausalLM` of it then.
+        backbone: from tokens to final hidden states.
+        head: from these to logits and losses.
+        verdict: which way that is, and why.
+    """
+
+    def __init__(self, module: "PreTrainedModel", backbone: Backbone, head: Head, verdict: Verdict):
+        self.module, self.backbone, self.head, self.verdict = module, backbone, head, verdict
+
+    @classmethod
+    def of(
+        cls,
+        module: "PreTrainedModel",
+        *,
+        keep: Keep = "nothing",
+        packing: bool = True,
+        store: BlockStore | None = None,
+        kept: KeptTensors | None = None,
+    ) -> "CausalLM":
+        """Through decoder blocks where they know the model and rows are packed, else through its modules.
+
+        Args:
+            module: loaded, and with its adapters, if it is to have any.
+            keep: what a layer keeps for its backward pass; less takes less memory and more time.
+            packing: rows side by side are wanted. Where the model would mix them, they are padded all the same.
+            store: of a streamed base's blocks.
+            kept: takes what is kept for backward; memory does where it is None.
+
+        Raises:
+            ModelError: no way gives what the model's own forward and loss give; the message names what differs.
+        """
+        rotate_rows_alone(module)
+        probe: Probe | None = None
+        reason = why_not_blocks(module) if packing else Reason(Why.NOT_PACKED)
+        if reason is None:
+            fused = cls(module, FusedForward(module, keep, store, kept), loss_head(module), Verdict("blocks", "packed"))
+            if length_of_change(module) is None:  # what blocks know else, they know whatever the model's weights
+                return fused
+            if store is not None:
+                attach_store(module, store)
+            probe = Probe(module, store)
+            difference = probe.difference(fused)
+            if difference is None:
+                return fused
+            reason = Reason(Why.DIFFERENCE, difference.part)
+        return _through_modules(module, keep, packing, reason, store, kept, probe)
+
+    @property
+    def name(self) -> str:
+        """For the user: which path runs, and why."""
+        return self.verdict.describe() + self.backbone.details
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return self.head.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows lie side by side in its batches, else padded."""
+        return self.backbone.layout == "packed"
+
+    # ---- batches ---------------------------------------------------------------------------------
+
+    def loss(self, batch: Batch, denominator: float | None = None) -> Tensor:
+        """Σ weight · (−log p(target)) over the batch's targets, divided by `denominator`.
+
+        Args:
+            batch: packed or padded, as `packed` says.
+            denominator: supervised tokens of the whole step, where the batch is part of one; its own where None.
+
+        Returns:
+            A scalar in fp32, in nats, whose backward gives the gradients of the adapters. The logits are never held all
+            at once.
+
+        Raises:
+            ModelError: the batch's layout is not the model's.
+        """
+        denominator = max(1, batch.supervised_tokens) if denominator is None else denominator
+        return self.head.loss(self.hidden(batch), batch.supervised_targets, denominator, batch.supervised_weights)
+
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        """What each target adds to the sum in `loss`: weight · (−log p(target)) in nats, without a gradient.
+
+        Returns:
+            fp32 `(N,)`, in the order of `batch.supervised_positions`.
+
+        Raises:
+            ModelError: the batch's layout is not the model's.
+        """
+        return self.head.token_losses(self.hidden(batch), batch.supervised_targets, batch.supervised_weights)
+
+    def logits(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """What the model says after each of the tokens at `positions`, which `hidden` describes.
+
+        Returns:
+            `(N, vocabulary)`, all of them at once, in the compute dtype or in fp32.
+
+        Raises:
+            ModelError: the batch's layout is not the model's.
+        """
+        return self.head.logits(self.hidden(batch, positions))
+
+    def hidden(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
+        """The final hidden states, which the head reads.
+
+        Args:
+            positions: int64 `(N,)`, indices into the flattened B * T positions; the supervised ones where None.
+
+        Returns:
+            `(N, hidden)` in the compute dtype.
+
+        Raises:
+            ModelError: the batch's layout is not the model's.
+        """
+        self._check_layout(batch)
+        return self.backbone.hidden(batch, batch.supervised_positions if positions is None else positions)
+
+    def _check_layout(self, batch: Batch) -> None:
+        """One document alone is the same packed or not; decoder blocks want it packed."""
+        if batch.packed == self.packed or (batch.packed and len(batch.document_lengths) == 1):
+            return
+        raise ModelError(
+            f"A {'packed' if batch.packed else 'padded'} batch of {len(batch.document_lengths)} documents.",
+            f"This model takes {'packed' if self.packed else 'padded'} ones ({self.name}).",
+            "Make batches as the model's `packed` says.",
+        )
+
+    # ---- as an nn.Module has it ------------------------------------------------------------------
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained: A and B of every adapter."""
+        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on."""
+        return self.module.training
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch dropout on, or off with `mode` False."""
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch dropout off."""
+        return self.train(False)
+
+
+def _through_modules(
+    module: "PreTrainedModel",
+    keep: Keep,
+    packing: bool,
+    reason: Reason,
+    store: BlockStore | None,
+    kept: KeptTensors | None,
+    probe: Probe | None,
+) -> CausalLM:
+    """In the first layout that agrees with the model's own forward and loss."""
+    head = loss_head(module)
+    if store is not None:
+        attach_store(module, store)
+    probe = probe or Probe(module, store)
+    refused: list[tuple[Layout, Difference]] = []
+    for layout in get_args(Layout)[0 if packing else 1 :]:
+        verdict = Verdict("generic", layout, isinstance(head, OwnHead), reason, tuple(refused))
+        forward = ModuleForward(module, layout, checkpointing=keep != "everything", store=store, kept=kept)
+        model = CausalLM(module, forward, head, verdict)
+        found = probe.difference(model)
+        if found is None:
+            return model
+        refused.append((layout, found))
+    _, difference = refused[-1]
+    raise ModelError(
+        f"nybble cannot train {type(module).__name__} on its own loss: {difference.part} differs by "
+        f"{difference.size:.1%} from its own forward's, also for a row alone.",
+        "Allowed: models whose loss comes from their decoder's last states, token by token.",
+        "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
+    )

@@ -1,0 +1,123 @@
+"""`CausalLM`: what a loop of one's own is written with."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import collate, pack, pack_tokens, pad
+from nybble.data.prepare import prepare_data
+from nybble.data.sampler import StepSampler, split_micro_batches
+from nybble.data.template import open_template
+from nybble.errors import ModelError
+from nybble.formats.quantized_tensor import QuantSpec
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.options.option import build_options
+from nybble.options.verbs import TrainConfig
+from nybble.runs.events import read_events
+from nybble.sources.load import load_model
+from nybble.sources.open import open_source
+from nybble.training.optimizer import AdamW
+from nybble.training.schedule import learning_rate, warmup_steps
+from nybble.training.session import train
+
+
+def test_a_loop_of_ones_own_gives_the_losses_of_nybble_train_to_the_bit(tiny_model: Path, data: Path, tmp_path: Path):
+    options = {"model": str(tiny_model), "data": str(data), "out": str(tmp_path / "run"), "max_steps": 3, "rank": 4}
+    options |= {"rows_per_step": 6, "micro_batch_size": 3, "keep": "everything", "compute_dtype": "fp32", "lr": 5e-3}
+    config = build_options(TrainConfig, options | {"quality": "absmax"})
+    train(config, Console(quiet=True))
+
+    source = open_source(str(tiny_model))
+    module = load_model(source, QuantSpec(config.format), torch.float32)
+    targets = resolve_targets(module, config.target_modules)
+    attach_adapters(module, targets, rank=4, alpha=config.alpha, rslora=config.rslora, seed=config.seed)
+    model = CausalLM.of(module, keep="everything")
+    rows = prepare_data(config, open_template(config, source.load_tokenizer()), source.config.vocab_size).train
+    sampler, lengths = StepSampler(len(rows), config.rows_per_step, config.seed), [len(row) for row in rows]
+    optimizer = AdamW(model.parameters(), beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay)
+    losses, num_warmup = [], warmup_steps(config.warmup, 3)
+    for step in (1, 2, 3):
+        dealt = split_micro_batches(sampler.next_step(), lengths, 3, model.packed)
+        batches = [collate([rows[row] for row in micro], model.packed) for micro in dealt]
+        tokens, loss = sum(batch.supervised_tokens for batch in batches), 0.0
+        for batch in batches:
+            part = model.loss(batch, tokens)
+            part.backward()
+            loss += part.item()
+        lr = learning_rate(step, 3, num_warmup, config.schedule, config.lr)
+        optimizer.step(lr, grad_scale=min(1.0, config.max_grad_norm / optimizer.gradient_norm()))
+        losses.append(loss)
+    assert losses == [event["loss"] for event in read_events(tmp_path / "run" / "events.jsonl", "step")]
+
+
+ROWS = [EncodedExample(torch.arange(3, 3 + n, dtype=torch.int32), torch.arange(n) >= 2, f"rows:{n}") for n in (5, 9)]
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    model.requires_grad_(False)
+    for adapter in attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=4.0).values():
+        nn.init.normal_(adapter.lora_B, std=0.1)
+    return model
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return adapted(LlamaForCausalLM(LlamaConfig(vocab_size=96, initializer_range=0.2, **shape)))
+
+
+def bloom() -> nn.Module:
+    """It takes no positions: packed rows would see each other."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
+    return adapted(BloomForCausalLM(BloomConfig(vocab_size=96, bos_token_id=None, **shape)))
+
+
+@pytest.mark.parametrize("make", [llama, bloom])
+def test_loss_token_losses_logits_and_states_belong_together(make) -> None:
+    module = make()
+    model, whole = CausalLM.of(module), [row.input_ids.long()[None] for row in ROWS]
+    assert model.packed == (make is llama) and model.device == torch.device("cpu")
+    batch = collate(ROWS, model.packed)
+    with torch.no_grad():
+        own = torch.cat([module(input_ids=ids).logits[0, 1:-1] for ids in whole])
+    targets = torch.cat([ids[0, 2:] for ids in whole])
+    losses = F.cross_entropy(own, targets, reduction="none")
+    torch.testing.assert_close(model.logits(batch), own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.head.logits(model.hidden(batch)), own, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.token_losses(batch), losses, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.loss(batch), losses.mean(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.loss(batch, 5), losses.sum() / 5, rtol=1e-4, atol=1e-4)
+    weights = torch.rand(batch.targets.shape)
+    weighted = replace(batch, weights=weights)
+    expected = losses * weights.flatten()[batch.supervised_positions]
+    torch.testing.assert_close(model.token_losses(weighted), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.loss(weighted), expected.mean(), rtol=1e-4, atol=1e-4)
+    assert model.loss(pack_tokens([[5, 6, 7]])) == 0.0  # and not 0 / 0
+
+
+def test_what_is_trained_is_the_adapters_and_dropout_is_switched_as_in_a_module() -> None:
+    module = llama()
+    model = CausalLM.of(module)
+    trained = [parameter for each in adapters_of(module).values() for parameter in (each.lora_A, each.lora_B)]
+    assert {id(p) for p in model.parameters()} == {id(p) for p in trained}
+    assert model.train() is model and module.training and model.training
+    assert model.eval() is model and not module.training and not model.training
+
+
+def test_a_batch_of_another_layout_is_refused() -> None:
+    """Packed rows would be mixed by the one, and decoder blocks do not know padding."""
+    with pytest.raises(ModelError, match=r"(?s)padded batch of 2 documents.*takes packed ones"):
+        CausalLM.of(llama()).loss(pad(ROWS))
+    model = CausalLM.of(bloom())
+    with pytest.raises(ModelError, match=r"(?s)packed batch of 2 documents.*takes padded ones"):
+        model.token_losses(pack(ROWS))
+    torch.testing.assert_close(model.loss(pack(ROWS[:1])), model.loss(pad(ROWS[:1])))  # one alone is as it is

@@ -1,0 +1,118 @@
+"""A second objective in one file, through `train_loop`: what it learns is what a plain PyTorch loop learns."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import Batch
+from nybble.data.sampler import StepSampler
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import attach_adapters, resolve_targets
+from nybble.options.option import build_options
+from nybble.options.verbs import TrainConfig
+from nybble.runs.adapter_files import adapter_config
+from nybble.runs.events import EventLog, read_events
+from nybble.runs.folder import RunFolder
+from nybble.training.checkpoint import Checkpoints
+from nybble.training.display import Display
+from nybble.training.evaluations import Evaluations
+from nybble.training.loop import train_loop
+from nybble.training.objective import SupervisedFineTuning
+
+LENGTHS = (9, 14, 5, 11, 7, 12, 6, 10)
+HELD_OUT = (8, 13)
+STEPS, ROWS_PER_STEP = 4, 4
+
+
+class LateTokensCountMore(SupervisedFineTuning):
+    """Mean over supervised tokens of (1 + position / 4) · (−log p)."""
+
+    def collate(self, rows: Sequence[EncodedExample], packed: bool) -> Batch:
+        batch = super().collate(rows, packed)
+        return replace(batch, weights=1 + batch.position_ids / 4)
+
+
+def rows(lengths: Sequence[int], seed: int) -> list[EncodedExample]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(96, (n,), generator=generator, dtype=torch.int32) for n in lengths]
+    return [EncodedExample(each, torch.arange(len(each)) >= 2, f"rows:{i}") for i, each in enumerate(ids)]
+
+
+def adapted_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, initializer_range=0.2, **shape)).requires_grad_(False)
+    for adapter in attach_adapters(model, resolve_targets(model, "all-linear"), rank=3, alpha=6.0).values():
+        nn.init.normal_(adapter.lora_B, std=0.1)
+    return model
+
+
+def plain_losses(model: nn.Module, rows: Sequence[EncodedExample]) -> Tensor:
+    """Each row alone through the model's own forward; the weighted losses of all targets."""
+    losses = []
+    for row in rows:
+        ids = row.input_ids.long()
+        nats = F.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
+        losses.append((nats * (1 + torch.arange(len(ids) - 1) / 4))[row.supervised[1:]])
+    return torch.cat(losses)
+
+
+def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], config: TrainConfig) -> list[float]:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    betas = (config.beta1, config.beta2)
+    optimizer = torch.optim.AdamW(parameters, config.lr, betas=betas, weight_decay=config.weight_decay)
+    sampler, losses = StepSampler(len(train), ROWS_PER_STEP, config.seed), []
+    for _ in range(STEPS):
+        loss = plain_losses(model, [train[row] for row in sampler.next_step()]).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path) -> None:
+    options = {"model": "tiny", "data": "rows", "out": str(tmp_path), "lr": 5e-3, "schedule": "constant", "warmup": 0}
+    config = build_options(TrainConfig, options)
+    train, held_out = rows(LENGTHS, 1), rows(HELD_OUT, 2)
+    model = adapted_model()
+    plain = copy.deepcopy(model)
+    begun = flat(model)
+    before = plain_losses(plain, held_out).mean().item()
+    expected = trained_plainly(plain, train, config)
+    result = train_loop(
+        CausalLM.of(model, packing=packing),
+        LateTokensCountMore(),
+        train,
+        Evaluations(held_out, every=STEPS),
+        config,
+        sampler=StepSampler(len(train), ROWS_PER_STEP, config.seed),
+        total_steps=STEPS,
+        micro_batch_size=3,
+        run=RunFolder(tmp_path),
+        adapter_config=adapter_config(model, "tiny", alpha=6.0, rslora=False),
+        events=EventLog(tmp_path / "events.jsonl"),
+        display=Display(Console(quiet=True), STEPS),
+        checkpoints=Checkpoints(tmp_path, save_every="99", keep=1, config="", about={}, settled={}),
+    )
+    losses = [event["loss"] for event in read_events(tmp_path / "events.jsonl", "step")]
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert result.loss_before == pytest.approx(before, rel=1e-5)
+    assert result.loss_after == pytest.approx(plain_losses(plain, held_out).mean().item(), rel=1e-4)
+    moved = flat(plain) - begun
+    assert moved.norm() > 0 and (flat(model) - flat(plain)).norm() <= 1e-2 * moved.norm()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters() if parameter.requires_grad])
