@@ -11,6 +11,7 @@ t + 1 of the *same* document, or IGNORE where that token is not supervised or do
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,8 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def collate(examples: Sequence[EncodedExample], packed: bool) -> Batch:

@@ -171,8 +171,9 @@ class CausalLM:
         """
         return self.head.token_losses(self.hidden(batch), batch.supervised_targets, batch.supervised_weights)
 
+    @torch.no_grad()
     def logits(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
-        """What the model says after each of the tokens at `positions`, which `hidden` describes.
+        """What the model says after each of the tokens at `positions`, which `hidden` describes; no gradient.
 
         Returns:
             `(N, vocabulary)`, all of them at once, in the compute dtype or in fp32.
