@@ -16,7 +16,7 @@ from nybble.data.prepare import prepare_data
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.data.template import open_template
 from nybble.errors import ModelError
-from nybble.formats.quantized_tensor import QuantSpec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.options.option import build_options
@@ -36,7 +36,7 @@ def test_a_loop_of_ones_own_gives_the_losses_of_nybble_train_to_the_bit(tiny_mod
     train(config, Console(quiet=True))
 
     source = open_source(str(tiny_model))
-    module = load_model(source, QuantSpec(config.format), torch.float32)
+    module = load_model(source, BaseFormats(QuantSpec(config.format)), torch.float32)
     targets = resolve_targets(module, config.target_modules)
     attach_adapters(module, targets, rank=4, alpha=config.alpha, rslora=config.rslora, seed=config.seed)
     model = CausalLM.of(module, keep="everything")
