@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.exporting.artefact import Artefact, write
-from nybble.exporting.consumers import _load_nf4
+from nybble.exporting.consumers import _load_four_bit
 from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.quantization.folder import save_config
 from nybble.runs.open_run import open_run
@@ -42,7 +42,7 @@ def with_transformers_4(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def with_ours(kind: str, run: Path, folder: Path) -> torch.Tensor:
     if kind == "nf4":
-        model = _load_nf4(open_run(run), folder, torch.float32).model
+        model = _load_four_bit(open_run(run), folder, torch.float32).model
     elif kind == "peft":
         base = AutoModelForCausalLM.from_pretrained(run.parent / "base", dtype=torch.float32)
         model = PeftModel.from_pretrained(base, folder)
