@@ -2,7 +2,7 @@
 
     python contender_nybble.py '{"work": "train", "base": ..., "adapter": ..., "steps": ..., "keep": "everything"}'
 
-Training runs nybble's own loop. What decides when a step begins is its sampler, and what reports it is its event log;
+Training runs nybble's own loop. What decides when a step begins is its sampler, and what reports it is its listener;
 both are replaced here by ones that talk to the parent. The time of a step is from the request to the report, batching
 and optimizer included.
 """
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from common import Channel, versions
 from inputs import IGNORE, read_steps
-from rich.console import Console
 from safetensors.torch import save_file
 
+from nybble.events import Event, Listener
 from nybble.options.verbs import TrainConfig
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import collate
@@ -35,9 +35,8 @@ from nybble.sources.load import load_model
 from nybble.sources.open import open_source
 from nybble.options.option import build_options
 from nybble.training.checkpoint import Checkpoints
-from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
-from nybble.runs.events import EventLog
+from nybble.training.events import Step
 from nybble.training.loop import train_loop
 from nybble.training.objective import SupervisedFineTuning
 from nybble.runs.folder import RunFolder
@@ -65,15 +64,14 @@ class Clock:
     started = 0.0
 
 
-class Reporter(EventLog):
-    """Tells the parent how long the step took."""
+def reporter(channel: Channel, clock: Clock) -> Listener:
+    """Tells the parent how long a step took."""
 
-    def __init__(self, channel: Channel, clock: Clock):
-        self._channel, self._clock = channel, clock
+    def report(event: Event) -> None:
+        if isinstance(event, Step):
+            channel.send(seconds=time.perf_counter() - clock.started, loss=event.loss)
 
-    def write(self, event: str, **fields: Any) -> None:
-        if event == "step":
-            self._channel.send(seconds=time.perf_counter() - self._clock.started, loss=fields["loss"])
+    return report
 
 
 def load(settings: dict[str, Any]) -> tuple["PreTrainedModel", float]:
@@ -109,8 +107,8 @@ def train(settings: dict[str, Any], channel: Channel) -> None:
             micro_batch_size=len(steps[0]),
             run=RunFolder(Path(folder)),
             adapter_config={},
-            events=Reporter(channel, clock),
-            display=Display(Console(file=sys.stderr), NEVER),
+            report=reporter(channel, clock),
+            events_bytes=lambda: 0,
             checkpoints=Checkpoints(Path(folder), save_every=str(NEVER), keep=1, config="", about={}, settled={}),
         )
 

@@ -208,7 +208,6 @@ def save_sentencepiece(folder: Path, first_only: bool = False) -> Any:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that learnt its rows well enough to be told from its base."""
     import torch
-    from rich.console import Console
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from nybble.options.option import build_options
@@ -227,7 +226,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     options |= {"max_steps": 60, "rows_per_step": 16, "lr": 1e-2, "rank": 8, "eval_every": 60, "validation_rows": 12}
     options |= {"validation_fraction": 0.2, "compute_dtype": "fp32", "quality": "search"}
-    train(build_options(TrainConfig, options), Console(quiet=True))
+    train(build_options(TrainConfig, options))
     return folder / "run"
 
 

@@ -14,7 +14,7 @@ from nybble.formats.format import FORMATS
 
 PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
-LEAVES = ("openmp", "errors", "units")  # importable from everywhere; they import nothing of nybble
+LEAVES = ("openmp", "errors", "units", "events")  # importable from everywhere; they import nothing of nybble
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "layers", "sources", "memory", "generation"),
     *("quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge", "cli"),
@@ -91,6 +91,24 @@ def test_the_rule_itself_refuses_what_it_should() -> None:
     assert violation("formats", "kernels") and violation("options", "formats") and violation("errors", "units")
     assert violation("training", "evaluation") and violation("training", "cli")
     assert not violation("kernels", "formats") and not violation("cli", "options") and not violation("data", "data")
+
+
+def test_only_the_command_line_prints() -> None:
+    """Everything else returns results and tells a listener what happens."""
+    for module, path in MODULES.items():
+        if place(module) == "cli":
+            continue
+        for imported, line, _ in imports_of(module):
+            assert imported.split(".")[0] != "rich", f"{path}:{line} imports rich"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            prints = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+            assert not prints, f"{path}:{node.lineno} prints"
+
+
+def test_runs_are_read_without_the_session_that_made_them() -> None:
+    for module in MODULES:
+        if place(module) in ("evaluation", "exporting", "serving"):
+            assert "nybble.training.session" not in {name for name, _, _ in imports_of(module)}, module
 
 
 def test_no_import_cycles() -> None:

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
+from nybble.cli.render.audit import SUPERVISED_STYLE, render_audit, render_example
 from nybble.data.audit import FINDINGS, percentiles
 from nybble.data.examples import Example
 from nybble.data.prepare import load_dataset_for_training, prepare
-from nybble.data.show import SUPERVISED_STYLE, render_audit, render_example
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.errors import DataError

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 
 from nybble.errors import ConfigError, ModelError
 from nybble.evaluation.compare_arms import bits_per_weight, compare_arms, parse_arm
@@ -77,7 +76,7 @@ def test_the_verb_measures_each_arm(tiny_model: Path, data: Path, tmp_path: Path
     options = {"model": str(tiny_model), "data": str(data), "out": str(tmp_path / "out"), "validation_fraction": "0.2"}
     arms = "nf4:absmax,int4:search,nf4:calibrated"
     given = options | {"arms": arms, "calibration_tokens": "2048", "compute_dtype": "fp32"}
-    results = compare_arms(build_options(EvalQualityConfig, given), Console(quiet=True))
+    results = compare_arms(build_options(EvalQualityConfig, given))
     assert [result.arm for result in results] == arms.split(",")
     assert results[2].quality.kl_mean < results[0].quality.kl_mean
     report = json.loads((tmp_path / "out" / "quality.json").read_text())
@@ -94,4 +93,4 @@ def test_arms_and_models_that_cannot_be_compared(tiny_model: Path, data: Path, t
     quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "four")
     given = {"model": str(tmp_path / "four"), "data": str(data)}
     with pytest.raises(ModelError, match="already in 4 bits"):
-        compare_arms(build_options(EvalQualityConfig, given), Console(quiet=True))
+        compare_arms(build_options(EvalQualityConfig, given))

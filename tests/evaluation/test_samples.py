@@ -1,14 +1,11 @@
 """The side-by-side answers that a run ends with."""
 
-import io
-
 import torch
-from rich.console import Console
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.data.examples import EncodedExample
-from nybble.evaluation.samples import PROMPT_CHARACTERS, Sample, compare_answers, show_samples
+from nybble.evaluation.samples import compare_answers
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 
 CONTEXT = 64
@@ -58,12 +55,3 @@ def test_base_and_tuned_answers_stand_beside_prompt_and_reference():
     assert all(len(sample.base) == len(sample.tuned) == 5 and sample.base != sample.tuned for sample in samples)
     assert all(adapter.enabled for adapter in adapters_of(model).values())
     assert compare_answers(model, Template(), rows[:1], max_new_tokens=5) == samples[:1]
-
-
-def test_samples_are_printed_as_they_are_and_long_prompts_from_their_end():
-    console = Console(file=io.StringIO(), width=120)
-    prompt = "start of it " + "word " * (PROMPT_CHARACTERS // 5) + "[bold] end"
-    show_samples(console, [Sample(prompt, "the reference", "the [base]", "the tuned")])
-    shown = console.file.getvalue()
-    assert "[bold]" in shown and "start of it" not in shown
-    assert all(text in shown for text in ("the reference", "the [base]", "the tuned"))

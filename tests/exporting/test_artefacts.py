@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,7 +27,6 @@ from nybble.runs.open_run import open_run
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
 
-QUIET = Console(quiet=True)
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
 
@@ -61,7 +59,7 @@ def assert_near(ours: Tensor, theirs: Tensor, relative: float) -> None:
 def test_a_16_bit_folder_is_peft_s_own_merge(make_run: Callable, tmp_path: Path, family: str, onto: str) -> None:
     run = make_run(family)
     out = tmp_path / "out"
-    write(open_run(run), Artefact(ArtefactKind.DENSE, GgufType.F16, onto), out, QUIET)
+    write(open_run(run), Artefact(ArtefactKind.DENSE, GgufType.F16, onto), out)
     theirs = merged_by_peft(run, onto == "dequantized")
     ours = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     expected = {name: tensor.to(torch.bfloat16) for name, tensor in theirs.state_dict().items()}
@@ -90,7 +88,7 @@ def test_the_generation_config_ends_answers_as_the_template_does(make_run: Calla
     settings = run.parent / "base" / "generation_config.json"
     settings.write_text(json.dumps({"eos_token_id": 0}))  # another token than the template's end of turn
     opened = open_run(run)
-    write(opened, Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized"), tmp_path / "out", QUIET)
+    write(opened, Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized"), tmp_path / "out")
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert set(ends) == {*opened.template.stop_ids, 0}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -100,7 +98,7 @@ def test_the_generation_config_ends_answers_as_the_template_does(make_run: Calla
 @pytest.mark.parametrize("rslora", [True, False])
 def test_an_exported_adapter_needs_no_rslora(make_run: Callable, tmp_path: Path, rslora: bool) -> None:
     run = make_run(rslora=rslora)
-    write(open_run(run), Artefact(ArtefactKind.PEFT, GgufType.F16, "dequantized"), tmp_path / "out", QUIET)
+    write(open_run(run), Artefact(ArtefactKind.PEFT, GgufType.F16, "dequantized"), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["use_rslora"] is False
     assert config["lora_alpha"] == pytest.approx(16.0 if rslora else 8.0)  # 8 / sqrt(4) = 16 / 4
@@ -120,7 +118,7 @@ def test_gguf_in_transformers(
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
     run = make_run(family, tie_word_embeddings=family in ("qwen2", "llama"))
     opened, out = open_run(run), tmp_path / "out"
-    write(opened, Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), out, QUIET)
+    write(opened, Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), out)
     theirs = logits(merged_by_peft(run, dequantized=True))
     assert_near(logits(load_model(open_source(str(out / "model.gguf")), None, torch.float32)), theirs, tolerance)
     if family != "qwen3":  # whose head_dim transformers' reader drops
@@ -139,7 +137,7 @@ def test_a_sentencepiece_gguf_has_the_run_s_tokens(
 ) -> None:
     """Spaces before the text and after special tokens, several, and bytes; llama.cpp's way is in test_llama_cpp.py."""
     opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
-    write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out", QUIET)
+    write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
     for text in sentencepiece_texts():
         assert read_back(text, add_special_tokens=False)["input_ids"] == opened.template.encoder.encode(text), text
@@ -173,7 +171,7 @@ def sentencepiece_texts() -> list[str]:
 def test_a_gguf_adapter_read_back(make_run: Callable, tmp_path: Path, family: str) -> None:
     run = make_run(family, rslora=True)
     opened = open_run(run)
-    write(opened, Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "dequantized"), tmp_path / "out", QUIET)
+    write(opened, Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "dequantized"), tmp_path / "out")
     scaling, matrices = read_gguf_adapter(tmp_path / "out" / "adapter.gguf", opened.source.config)
     stored = StoredAdapter(run / "adapter")
     assert scaling == pytest.approx(stored.scaling) and sorted(matrices) == stored.names
@@ -188,8 +186,8 @@ def test_rotary_rows_of_a_gguf_adapter_follow_the_weight_s(make_run: Callable, t
 
     run = make_run("llama")
     opened = open_run(run)
-    write(opened, Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "original"), tmp_path / "lora", QUIET)
-    write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "merged", QUIET)
+    write(opened, Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "original"), tmp_path / "lora")
+    write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "merged")
     adapter = {
         t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(tmp_path / "lora" / "adapter.gguf").tensors
     }
@@ -209,8 +207,8 @@ def test_survival_of_a_small_change(make_run: Callable, tmp_path: Path) -> None:
     """At 1 % of the weights, rounding from the original keeps ΔW, from the lattice trained on it swallows it."""
     run = make_run(size=0.01, hidden_size=256, intermediate_size=512)
     opened = open_run(run)
-    kept = write(opened, Artefact(ArtefactKind.FOUR_BIT, GgufType.F16, "original"), tmp_path / "original", QUIET)
-    lost = write(opened, Artefact(ArtefactKind.FOUR_BIT, GgufType.F16, "dequantized"), tmp_path / "dequantized", QUIET)
+    kept = write(opened, Artefact(ArtefactKind.FOUR_BIT, GgufType.F16, "original"), tmp_path / "original")
+    lost = write(opened, Artefact(ArtefactKind.FOUR_BIT, GgufType.F16, "dequantized"), tmp_path / "dequantized")
     assert kept is not None and lost is not None
     assert 0.8 < kept < 1.2  # the rounding's own noise is ten times ΔW; few weights average it out only so far
     assert lost < 0.4

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from nybble.exporting.artefact import Artefact, write
@@ -22,7 +21,6 @@ from nybble.sources.open import open_source
 pytestmark = pytest.mark.slow
 pytest.importorskip("llama_cpp")
 
-QUIET = Console(quiet=True)
 TEXTS = (
     "<|im_start|>user\nWhat is 12  plus 3456, don't?<|im_end|>\n<|im_start|>assistant\n",
     "naïve café 東京 🙂\n\n\n  indented\t!",
@@ -52,14 +50,14 @@ def check(found: LlamaCppConsumer, run: Path, onto: str, tolerance: float) -> No
 @pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.06)])
 def test_models(make_run: Callable, tmp_path: Path, family: str, kind: str, tolerance: float) -> None:
     run = make_run(family, tie_word_embeddings=family == "qwen2")
-    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), tmp_path / "out", QUIET)
+    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), tmp_path / "out")
     check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
 
 
 @pytest.mark.parametrize("first_only", [False, True])
 def test_sentencepiece(make_run: Callable, sentencepiece: Callable, tmp_path: Path, first_only: bool) -> None:
     opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
-    write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out", QUIET)
+    write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     found = consumer(tmp_path / "out" / "model.gguf")
     read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
     for text in ("<s>[INST] hello  there [/INST] yes</s>", "<s>\n naïve 東京\t</s> x"):
@@ -85,7 +83,7 @@ def test_sentencepiece(make_run: Callable, sentencepiece: Callable, tmp_path: Pa
 )
 def test_scaled_rotary_frequencies(make_run: Callable, tmp_path: Path, rope: dict) -> None:
     run = make_run("llama", rope_parameters=rope)
-    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out", QUIET)
+    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
 
 
@@ -96,7 +94,7 @@ def test_adapters_on_their_base(make_run: Callable, tmp_path: Path, family: str)
     shutil.copytree(run, untuned)
     tensors = load_file(run / "adapter" / WEIGHTS_NAME)
     save_file({key: torch.zeros_like(t) for key, t in tensors.items()}, untuned / "adapter" / WEIGHTS_NAME)
-    write(open_run(untuned), Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "base", QUIET)
-    write(open_run(run), Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "original"), tmp_path / "lora", QUIET)
+    write(open_run(untuned), Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "base")
+    write(open_run(run), Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "original"), tmp_path / "lora")
     found = consumer(tmp_path / "base" / "model.gguf", tmp_path / "lora" / "adapter.gguf")
     check(found, run, "original", 0.02)

@@ -22,7 +22,6 @@ ALLOWANCE_BYTES = 500_000_000  # beyond two blocks
 MERGE = """
 import json, sys, time, torch
 from pathlib import Path
-from rich.console import Console
 from nybble.runs.open_run import open_run
 from nybble.exporting.artefact import Artefact, write
 from nybble.formats.quant_spec import QuantSpec
@@ -38,7 +37,7 @@ build_skeleton(opened.source.config)
 start = time.perf_counter()
 with PeakMemory(torch.device("cpu"), interval_s=0.002) as memory:
     artefact = Artefact(ArtefactKind(sys.argv[3]), GgufType.Q8_0, sys.argv[4])
-    survival = write(opened, artefact, Path(sys.argv[2]), Console(quiet=True))
+    survival = write(opened, artefact, Path(sys.argv[2]))
 print(json.dumps({
     "peak": memory.peak_bytes - memory.start_bytes,
     "process": memory.start_bytes,

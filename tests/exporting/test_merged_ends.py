@@ -6,7 +6,6 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -51,7 +50,7 @@ def test_a_merge_carries_them_as_pefts_does(run_with_ends) -> None:
 def test_on_the_four_bits_they_go_onto_the_16_bit_ends(run_with_ends) -> None:
     opened = open_run(run_with_ends(tied=False))
     merged = load_model(MergedSource(opened, "dequantized"), None, torch.float32)
-    tuned = load_frozen(opened, torch.float32, torch.device("cpu"), Console(quiet=True))
+    tuned = load_frozen(opened, torch.float32, torch.device("cpu"))
     read_adapter(tuned, opened.run.adapter)
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():

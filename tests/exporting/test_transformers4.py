@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.exporting.artefact import Artefact, write
@@ -65,7 +64,7 @@ def test_every_folder_is_opened(make_run: Callable, tmp_path: Path, family: str)
     save_config(opened.source.config, tmp_path / "base")  # the adapter's base, in a form that transformers 4 reads
     asked = []
     for kind in ("peft", "16bit", "nf4"):
-        write(opened, Artefact(ArtefactKind(kind), GgufType.F16, "dequantized"), tmp_path / kind, Console(quiet=True))
+        write(opened, Artefact(ArtefactKind(kind), GgufType.F16, "dequantized"), tmp_path / kind)
         base = str(tmp_path / "base") if kind == "peft" else None
         asked.append({"folder": str(tmp_path / kind), "base": base, "texts": TEXTS, "ids": IDS})
     for there, found in zip(asked, with_transformers_4(asked), strict=True):

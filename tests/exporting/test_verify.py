@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -29,7 +28,6 @@ from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run
 from nybble.sources.load import load_model
 
-QUIET = Console(quiet=True)
 ROUGHER = ("absmax", "search")
 FAITHFUL = Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized")
 
@@ -67,7 +65,7 @@ def test_merge_takes_the_same_way(trained: Path, tmp_path: Path) -> None:
 
 def check(trained: Path, folder: Path) -> Verification:
     opened = open_run(trained)
-    return verify(opened, FAITHFUL, folder, held_out_rows(opened), 300, QUIET)
+    return verify(opened, FAITHFUL, folder, held_out_rows(opened), 300)
 
 
 def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path) -> None:
@@ -76,13 +74,13 @@ def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path) -> None:
 
 
 def test_a_forgotten_end_of_turn_is_found_out(trained: Path, tmp_path: Path) -> None:
-    write(open_run(trained), FAITHFUL, tmp_path / "out", QUIET)
+    write(open_run(trained), FAITHFUL, tmp_path / "out")
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     assert "end of turn is known" in failed(check(trained, tmp_path / "out"))
 
 
 def test_another_template_and_other_tokens_are_found_out(trained: Path, tmp_path: Path) -> None:
-    write(open_run(trained), FAITHFUL, tmp_path / "out", QUIET)
+    write(open_run(trained), FAITHFUL, tmp_path / "out")
     assert not failed(check(trained, tmp_path / "out"))
     template = tmp_path / "out" / "chat_template.jinja"
     template.write_text(template.read_text().replace("user", "human").replace("{{ m.role }}", "{{ m.role }}:"))
@@ -95,7 +93,7 @@ def test_another_template_and_other_tokens_are_found_out(trained: Path, tmp_path
 
 
 def test_what_cannot_be_loaded_is_not_verified(trained: Path, tmp_path: Path) -> None:
-    write(open_run(trained), FAITHFUL, tmp_path / "out", QUIET)
+    write(open_run(trained), FAITHFUL, tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     assert failed(check(trained, tmp_path / "out")) == {"loads and runs"}
@@ -132,7 +130,7 @@ def test_a_run_that_changed_too_little_to_tell_is_undecided(trained: Path, tmp_p
 
 def test_a_broken_artefact_of_such_a_run_has_failed(trained: Path, tmp_path: Path) -> None:
     small = scaled(trained, tmp_path / "small", 1e-6)
-    write(open_run(small), FAITHFUL, tmp_path / "out", QUIET)
+    write(open_run(small), FAITHFUL, tmp_path / "out")
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     assert check(small, tmp_path / "out").outcome == "failed"
 
@@ -191,7 +189,7 @@ def test_calibrated_layers_lose_less_of_their_outputs(trained: Path) -> None:
     held_out = held_out_rows(opened)
     merged = MergedSource(opened, "original")
     options = build_options(ExportConfig, {"run": trained, "out": "unused", "to": "nf4"})
-    calibration = rounding_input(opened, options, held_out, QUIET)
+    calibration = rounding_input(opened, options, held_out)
 
     def outputs(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():

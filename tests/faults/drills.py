@@ -30,10 +30,10 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_TH
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from rich.console import Console
 from tiny import make_data, make_model
 
 from nybble.errors import NybbleError
+from nybble.events import Event
 from nybble.options.verbs import load_config
 from nybble.runs.events import read_events
 from nybble.sources.folder import FolderSource
@@ -60,7 +60,7 @@ def configured(workplace: Path, out: Path, **more: Any) -> Any:
 
 
 def run(config: Any) -> None:
-    train(config, Console(quiet=True))
+    train(config)
 
 
 def adapter_sha256(out: Path) -> str:
@@ -211,7 +211,7 @@ class SaveUnderStrace:
 
     def state(self) -> int:
         """The step of the newest checkpoint; fails where one that has its name does not verify."""
-        problems: list[str] = []
+        problems: list[Event] = []
         found = newest_checkpoint(self.folder, problems.append)
         assert not problems and isinstance(found, Checkpoint), problems
         return found.step
@@ -324,7 +324,7 @@ def drill_damage(workplace: Path, runs: int) -> str:
     checkpoint = out / "checkpoints" / "step-2"
 
     def open_checkpoint() -> None:
-        newest_checkpoint(checkpoint.parent, lambda problem: None)
+        newest_checkpoint(checkpoint.parent)
 
     def open_folder() -> None:
         FolderSource(four_bit, "four-bit", "folder", None)

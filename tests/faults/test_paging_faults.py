@@ -17,17 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nybble.errors import RunError
+from nybble.events import Event
 from nybble.formats.quant_spec import QuantSpec
 from nybble.options.verbs import load_config
 from nybble.quantization.synth import synthesize
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import newest_checkpoint
-from nybble.training.display import Display
 from nybble.training.loop import paged_out
 from nybble.training.optimizer import AdamW
 from nybble.training.session import train
@@ -56,11 +55,11 @@ def run(model: Path, data: Path, out: Path, **more: Any) -> None:
         "keep_checkpoints": 99,
         "eval_every": 99,
     }
-    train(load_config(None, {key: str(value) for key, value in (given | more).items()}), Console(quiet=True))
+    train(load_config(None, {key: str(value) for key, value in (given | more).items()}))
 
 
 def resume(out: Path) -> None:
-    train(load_config(out / "config.yaml", {"out": str(out), "resume": True}), Console(quiet=True))
+    train(load_config(out / "config.yaml", {"out": str(out), "resume": True}))
 
 
 def final(out: Path) -> dict[str, bytes]:
@@ -118,7 +117,7 @@ def test_a_disk_that_fails_ends_the_run_before_the_next_update(file, fault, mode
     with pytest.raises(RunError, match=words):
         run(model, data, out, **SPARING, max_steps=60)
     assert time.monotonic() - spoiling.done_at < 10
-    problems: list[str] = []
+    problems: list[Event] = []
     checkpoint = newest_checkpoint(out / "checkpoints", problems.append)
     assert checkpoint is not None and not problems
     steps = [event["step"] for event in read_events(out / "events.jsonl", "step")]
@@ -155,10 +154,10 @@ def test_moments_of_other_bits_are_refused(model, data, tmp_path):
     run(model, data, out, max_steps=1)
     config = load_config(out / "config.yaml", {"out": str(out), "resume": True, "optimizer_bits": "8"})
     with pytest.raises(RunError, match="optimizer-bits was 32, is 8"):
-        train(config, Console(quiet=True))
+        train(config)
     insisted = config.model_copy(update={"allow_change": ("config",), "max_steps": 2})
     with pytest.raises(RunError, match=r"0.exp_avg is torch.float32 .*, here torch.uint8"):
-        train(insisted, Console(quiet=True))
+        train(insisted)
 
 
 class FailingAllocation(TorchDispatchMode):
@@ -205,10 +204,9 @@ def test_an_allocation_that_fails_anywhere_in_a_micro_batch_costs_no_step_and_no
 def test_where_the_disk_has_no_room_for_the_moments_that_is_noted(tmp_path, disk):
     optimizer = AdamW([torch.zeros(1000)], beta1=0.9, beta2=0.99, weight_decay=0.0)
     events = EventLog(tmp_path / "events.jsonl")
-    with Display(Console(quiet=True), 1) as display, disk.largest_file(1000):
-        assert not paged_out(optimizer, RunFolder(tmp_path), events, display)
+    with disk.largest_file(1000):
+        assert not paged_out(optimizer, RunFolder(tmp_path), events)
         assert not optimizer.paged
     (event,) = read_events(tmp_path / "events.jsonl", "not-paged")
     assert "File too large" in event["reason"]
-    with Display(Console(quiet=True), 1) as display:
-        assert paged_out(optimizer, RunFolder(tmp_path), events, display) and optimizer.paged
+    assert paged_out(optimizer, RunFolder(tmp_path), events) and optimizer.paged

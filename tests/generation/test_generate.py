@@ -437,3 +437,9 @@ def test_sampled_frequencies_are_those_of_transformers_warpers(options, left):
     frequencies = torch.bincount(draws, minlength=5) / len(draws)
     assert torch.equal(frequencies == 0, expected == 0)
     torch.testing.assert_close(frequencies, expected, atol=0.01, rtol=0)
+
+
+def test_few_likeliest_tokens():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 2.5]]).repeat(200, 1)
+    assert set(choose_tokens(logits, Sampling(1.0, top_k=2)).tolist()) == {1, 3}
+    assert set(choose_tokens(logits, Sampling(5.0)).tolist()) == {0, 1, 2, 3}

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import PhiConfig, PhiForCausalLM
 
 from nybble.data.packing import pack_tokens
@@ -191,7 +190,7 @@ def test_a_whole_run_streamed_and_paged_equals_a_resident_one(data, tmp_path):
     }.items():
         given = {"model": folder, "data": data, "out": tmp_path / name, "max_steps": 3, "rank": 2, "rows_per_step": 4}
         config = load_config(None, {key: str(value) for key, value in given.items()} | options)
-        train(config, Console(quiet=True))
+        train(config)
         digests[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
         plan = json.loads((tmp_path / name / "plan.json").read_text())
         assert (plan["chosen"]["resident_blocks"] is not None) == (name == "streamed")
@@ -210,7 +209,7 @@ def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, t
     for name, model, stream in (("whole", "mixed", "never"), ("streamed", "mixed", "always"), ("four", "nf4", "never")):
         given = {"model": tmp_path / model, "data": data, "out": tmp_path / name, "max_steps": 1, "rows_per_step": 2}
         options = {"stream_base": stream, "keep": "attention"}
-        train(load_config(None, {key: str(value) for key, value in given.items()} | options), Console(quiet=True))
+        train(load_config(None, {key: str(value) for key, value in given.items()} | options))
         digests[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
         plan = json.loads((tmp_path / name / "plan.json").read_text())
         assert (plan["chosen"]["resident_blocks"] is not None) == (name == "streamed")

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 from nybble.cli.main import app
+from nybble.cli.render import Terminal
 from nybble.errors import ConfigError, ModelError, PlanError
 from nybble.options.option import build_options, parse_size
 from nybble.options.verbs import PlanConfig, load_config
 from nybble.planning.from_config import foresee
 from nybble.planning.planner import Cause, require
-from nybble.planning.report import describe_left, plans_json, show_plans
+from nybble.planning.report import Planned, describe_left, plans_json
 from nybble.sources.shapes import SHAPES
 from nybble.training import checkpoint, loop, session
 from nybble.training.session import train
@@ -106,7 +107,7 @@ def test_what_would_fit_from_a_four_bit_folder_names_the_command_that_makes_one(
         require(made, asked, freed)
     assert "4-bit, base from" in refused.value.allowed and way in refused.value.fix
     shown = io.StringIO()
-    show_plans(Console(file=shown, width=300), made, asked)
+    Terminal(Console(file=shown, width=300))(Planned(made, asked))
     assert f"not 4-bit, base from disk: read from a 4-bit folder only; it would fit: {way}" in shown.getvalue()
     fixed, asked, freed = plans(**options | {"stream_base": "never", "keep": "everything"})
     with pytest.raises(PlanError, match="nybble quantize"):
@@ -167,7 +168,7 @@ def test_a_mixture_of_experts_is_not_planned_as_four_bit(tmp_path):
 
 def test_a_run_of_a_mixture_is_refused_before_anything_is_loaded(tiny_mixture, data, tmp_path):
     with pytest.raises(ModelError, match="cannot be put into four bits"):
-        train(config(tiny_mixture, data, tmp_path / "run"), Console(quiet=True))
+        train(config(tiny_mixture, data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -204,7 +205,7 @@ def test_a_config_that_transformers_cannot_build_is_refused(tmp_path):
 
 def test_a_budget_below_the_smallest_plan_says_what_would_change_it(tiny_model, data, tmp_path):
     with pytest.raises(PlanError, match=r"(?s)smallest plan takes .* budget is 0\.01 GB.*--rank 4"):
-        train(config(tiny_model, data, tmp_path / "run", memory="10MB"), Console(quiet=True))
+        train(config(tiny_model, data, tmp_path / "run", memory="10MB"))
     assert not (tmp_path / "run" / "config.yaml").exists(), "refused before anything was made"
 
 
@@ -216,7 +217,7 @@ def test_what_never_fits_is_refused_before_its_bits_are_made(tiny_model, data, t
     monkeypatch.setattr(session, "make_calibrated_base", too_late)
     monkeypatch.setattr(session, "measure_mixed", too_late)
     with pytest.raises(PlanError, match="smallest plan takes"):
-        train(config(tiny_model, data, tmp_path / "run", memory="10MB", **bits), Console(quiet=True))
+        train(config(tiny_model, data, tmp_path / "run", memory="10MB", **bits))
 
 
 def test_mixed_bits_are_planned_for():
@@ -232,7 +233,7 @@ def test_a_plan_takes_no_option_that_it_does_not_read(option):
 
 def test_a_run_and_a_plan_of_its_data_expect_the_same(tiny_model, data, tmp_path):
     out, given = tmp_path / "run", {"memory": "3GB", "max_steps": 2, "micro_batch_size": 2, "keep": "nothing"}
-    train(config(tiny_model, data, out, **given), Console(quiet=True))
+    train(config(tiny_model, data, out, **given))
     run = json.loads((out / "plan.json").read_text())
     assert {"chosen", "rejected", "measured", "machine"} <= run.keys()
     assert run["measured"]["peak_bytes"] >= run["measured"]["start_bytes"] > 0
@@ -255,13 +256,13 @@ def test_a_rehearsal_that_takes_too_much_stops_before_the_first_step(tiny_model,
     options = {"memory": "3GB"}
     monkeypatch.setattr(loop.PeakMemory, "__exit__", lambda self, *_: setattr(self, "peak_bytes", 4_000_000_000))
     with pytest.raises(PlanError, match=r"rehearsal .* took 4 GB"):
-        train(config(tiny_model, data, tmp_path / "run", **options), Console(quiet=True))
+        train(config(tiny_model, data, tmp_path / "run", **options))
 
 
 def test_a_rehearsal_changes_nothing(tiny_model, data, tmp_path):
     adapters = []
     for name, options in {"plain": {}, "rehearsed": {"memory": "3GB"}}.items():
-        train(config(tiny_model, data, tmp_path / name, dropout=0.1, **options), Console(quiet=True))
+        train(config(tiny_model, data, tmp_path / name, dropout=0.1, **options))
         adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
         torch.manual_seed(123)
     assert adapters[0] == adapters[1]
@@ -274,7 +275,7 @@ def test_a_rehearsal_evaluates_and_saves_once(tiny_model, data, tmp_path, monkey
     write = checkpoint.Checkpoints._write
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", lambda *a, **k: done.append("saved") or write(*a, **k))
     monkeypatch.setattr(session, "check_peak", lambda *a: done.append("checked"))
-    train(config(tiny_model, data, out, memory="3GB"), Console(quiet=True))
+    train(config(tiny_model, data, out, memory="3GB"))
     assert done[:3] == ["evaluated", "saved", "checked"]
     assert not list((out / "checkpoints").glob(".tmp-*")), "nothing is left of it"
     assert [folder.name for folder in (out / "checkpoints").iterdir()] == ["step-1"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from nybble.errors import FormatError, ModelError
+from nybble.events import Event, Progress
 from nybble.formats.blockwise import block_scales
 from nybble.formats.bnb import OWN_MODEL_TYPE
 from nybble.formats.format import FORMATS
@@ -217,15 +218,9 @@ def test_a_folder_of_nybble_s_own_without_its_model_type_is_refused(make_folder:
 def test_what_the_folder_holds(make_folder: Callable, tmp_path: Path) -> None:
     folder, _ = make_folder("llama", torch.float16)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7]}))
-    seen = []
-
-    def progress(tensors, total: int):
-        for item in tensors:
-            seen.append(total)
-            yield item
-
-    out = quantize(folder, tmp_path / "out", progress=progress, max_shard_bytes=30_000)
-    assert set(seen) == {len(seen)}
+    seen: list[Event] = []
+    out = quantize(folder, tmp_path / "out", report=seen.append, max_shard_bytes=30_000)
+    assert seen == [Progress("quantizing", done, 2) for done in range(3)]
     config = json.loads((out / "config.json").read_text())
     assert config["dtype"] == "float16"
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -266,13 +261,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def interrupt_after(count: int) -> Callable:
-    def progress(items, total: int):
-        for done, item in enumerate(items):
-            if done == count:
-                raise KeyboardInterrupt
-            yield item
+    def report(event: Event) -> None:
+        if isinstance(event, Progress) and event.done == count:
+            raise KeyboardInterrupt
 
-    return progress
+    return report
 
 
 def calibration(seed: int = 0) -> CalibrationInput:
@@ -292,17 +285,12 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     monkeypatch.setattr(folder_module, "STATES_EVERY_S", -1.0 if keep_states else 1e9)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        quantize(folder, out, progress=interrupt_after(1), **options)
+        quantize(folder, out, report=interrupt_after(1), **options)
     assert not out.exists()
-    done: list[int] = []
-
-    def count(items, total: int):
-        done.append(total)
-        return items
-
-    quantize(folder, out, progress=count, **options)
+    seen: list[Event] = []
+    quantize(folder, out, report=seen.append, **options)
     redone = 2 if quality != "calibrated" or not keep_states else 1  # what is listed; finished blocks are skipped
-    assert done == [redone]
+    assert seen[0] == Progress("quantizing", 0, redone)
     assert contents(out) == contents(whole)
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, "whole", "out"}
 
@@ -313,7 +301,7 @@ def test_a_damaged_block_is_made_again_and_other_work_discarded(make_folder: Cal
     for damage in (b"", b"x" * 100, None):
         with pytest.raises(KeyboardInterrupt):
             quantize(
-                folder, tmp_path / "out", progress=interrupt_after(1), quality="absmax" if damage is None else "search"
+                folder, tmp_path / "out", report=interrupt_after(1), quality="absmax" if damage is None else "search"
             )
         if damage is not None:
             (tmp_path / "out.partial" / "block-00000.safetensors").write_bytes(damage)

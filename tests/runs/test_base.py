@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig
 
 from nybble.errors import DataError, FormatError, ModelError, PlanError
+from nybble.events import Event, Progress
 from nybble.formats.blockwise import block_scales
 from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -23,6 +23,7 @@ from nybble.planning.calibration_costs import (
 from nybble.planning.costs import ModelShape
 from nybble.quantization.walk import WalkError
 from nybble.runs import base
+from nybble.runs.folder import RunFolder
 from nybble.runs.open_run import load_run
 from nybble.sources.skeleton import build_skeleton
 from nybble.training import session
@@ -43,7 +44,7 @@ LLAMA = ModelShape.of(
 
 def train(tiny_model: Path, data: Path, out: Path, **options: object):
     given = {"model": str(tiny_model), "data": str(data), "out": str(out), "max_steps": 2, "rows_per_step": 4}
-    return session.train(load_config(None, given | {"compute_dtype": "fp32"} | options), Console(quiet=True))
+    return session.train(load_config(None, given | {"compute_dtype": "fp32"} | options))
 
 
 def bits(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -82,7 +83,7 @@ def test_auto_takes_absmax_where_calibrating_would_take_long_and_says_so(tiny_mo
     assert not (tmp_path / "run" / "base").exists()
     layers = [module for module in trained.model.modules() if isinstance(module, QuantizedLinear)]
     assert layers and all((block_scales(layer.quantized()) >= 0).all() for layer in layers)  # searched ones have signs
-    assert_same_bits(trained.model, load_run(tmp_path / "run", Console(quiet=True), compute_dtype="fp32").model)
+    assert_same_bits(trained.model, load_run(tmp_path / "run", compute_dtype="fp32").model)
 
 
 def test_auto_calibrates_where_that_is_a_small_part(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -118,13 +119,13 @@ def test_a_calibrated_run_keeps_its_base_and_loads_it(tiny_model: Path, data: Pa
     trained = train(tiny_model, data, tmp_path / "run", **options)
     assert planned(tmp_path / "run") == {"quality": "calibrated", "why": "as asked", "asked": True}
     data.unlink()  # nothing is calibrated again
-    assert_same_bits(trained.model, load_run(tmp_path / "run", Console(quiet=True), compute_dtype="fp32").model)
+    assert_same_bits(trained.model, load_run(tmp_path / "run", compute_dtype="fp32").model)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     shutil.move(tmp_path / "run", tmp_path / "moved")
     weights = tmp_path / "moved" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(FormatError, match="SHA-256"):
-        load_run(tmp_path / "moved", Console(quiet=True))
+        load_run(tmp_path / "moved")
 
 
 def test_the_same_seed_gives_the_same_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -177,6 +178,28 @@ def test_an_earlier_run_is_untouched_until_training_begins(tiny_model: Path, dat
     with pytest.raises(DataError, match=r"short\.txt: 10 tokens"):
         train(tiny_model, data, tmp_path / "run", overwrite=True, calibrate=str(short))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_run_can_be_watched_from_its_first_second(tiny_model: Path, data: Path, tmp_path: Path) -> None:
+    """In a place of its own, while an earlier run is as it was; what was told there then lies in the run's log."""
+    train(tiny_model, data, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    before, seen = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()}, list[str]()
+
+    def kinds(log: Path) -> list[str]:
+        return list(dict.fromkeys(json.loads(line)["event"] for line in log.read_text().splitlines()))
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Progress) and event.what == "loading" and not seen:
+            seen.extend(kinds(run.starting.events))
+            after = {path.name: path.stat().st_mtime_ns for path in run.path.iterdir()}
+            assert after.pop(run.starting.path.name) and after == before
+
+    again = {"model": str(tiny_model), "data": str(data), "out": str(run.path), "max_steps": 1, "overwrite": True}
+    session.train(load_config(None, again), watch)
+    assert seen == ["start", "model", "audit", "quality", "plan", "progress"]
+    assert kinds(run.events) == [*seen, "note", "begin", "eval", "step", "end"]
+    assert not run.starting.path.exists()
 
 
 def test_a_model_that_is_refused_once_it_is_loaded_touches_no_earlier_run(

@@ -23,19 +23,20 @@ def finished_run(path):
 def test_an_earlier_run_is_refused_untouched_and_replaced_only_when_asked(tmp_path):
     run = RunFolder(finished_run(tmp_path / "run"))
     with pytest.raises(RunError, match="--overwrite"):
-        run.create(overwrite=False)
+        run.clear(overwrite=False)
     assert (run.adapter / "weights").read_text() == "precious"
     run.check_free(overwrite=True)
-    assert (run.adapter / "weights").read_text() == "precious"
-    run.create(overwrite=True)
-    assert list(run.path.iterdir()) == []
+    with run.locked(), run.started():
+        assert (run.adapter / "weights").read_text() == "precious"
+        run.clear(overwrite=True)
+        assert list(run.path.iterdir()) == [run.starting.path]
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years")
     for overwrite in (False, True):
         with pytest.raises(RunError, match="holds files, but no run"):
-            RunFolder(tmp_path).create(overwrite)
+            RunFolder(tmp_path).clear(overwrite)
     assert (tmp_path / "thesis.tex").read_text() == "years"
 
 
@@ -45,8 +46,50 @@ def test_a_file_or_an_unwritable_parent_is_refused(tmp_path):
         RunFolder(tmp_path / "file").check_free(False)
     with pytest.raises(RunError, match="cannot be written to"):
         RunFolder(tmp_path / "file" / "run").check_free(False)
-    with pytest.raises(RunError, match="cannot be"):
-        RunFolder(tmp_path.__class__("/proc/nybble-run")).create(False)
+    run = RunFolder(tmp_path.__class__("/proc/nybble-run"))
+    with pytest.raises(RunError, match="cannot be"), run.locked(), run.started():
+        pass
+
+
+def test_what_was_started_and_never_trained_leaves_nothing(tmp_path):
+    run = RunFolder(tmp_path / "new" / "run")
+    with pytest.raises(ZeroDivisionError), run.locked(), run.started():
+        run.starting.events.write_text("{}")
+        run.starting.base.mkdir()
+        with pytest.raises(RunError, match="Another process"), RunFolder(run.path).locked():
+            pass
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_blocks_of_a_base_wait_for_the_next_run_and_other_remains_do_not(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.locked(), run.started():
+        run.starting.resumable.mkdir()
+        run.starting.events.write_text("{}")
+    assert list(run.starting.path.iterdir()) == [run.starting.resumable]
+    run.starting.config.write_text("left by a crash")
+    run.check_free(overwrite=False)
+    with run.locked(), run.started():
+        assert list(run.starting.path.iterdir()) == [run.starting.resumable]
+        run.starting.resumable.rmdir()
+    assert list(run.path.iterdir()) == []
+
+
+def test_a_run_moves_in_with_its_log(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for kept_bytes, expected in ((0, ["first", "then"]), (19, ["first", "first", "then"])):
+        with run.locked(), run.started(), EventLog(run.starting.events) as log:
+            log.write("first")
+            run.starting.config.write_text(str(kept_bytes))
+            run.starting.base_record.write_text("{}")
+            run.starting.resumable.mkdir()
+            run.move_in(log, kept_bytes)
+            assert not run.starting.path.exists()
+            log.write("then")
+        events = [json.loads(line)["event"] for line in run.events.read_text().splitlines()]
+        assert events == expected and run.config.read_text() == str(kept_bytes)
+        assert sorted(run.path.iterdir()) == sorted([run.config, run.base_record, run.events])
 
 
 def test_a_folder_appears_complete_or_not_at_all(tmp_path):

@@ -3,8 +3,6 @@
 import json
 from pathlib import Path
 
-from rich.console import Console
-
 from nybble.data.examples import Message
 from nybble.options.option import build_options
 from nybble.options.verbs import TrainConfig
@@ -25,11 +23,11 @@ def test_a_run_keeps_the_chat_template_that_it_was_trained_with(tiny_model: Path
     rows.write_text("".join(json.dumps({"prompt": f"q {n}", "completion": f"a {n}"}) + "\n" for n in range(12)))
     options = {"model": str(tiny_model), "data": str(rows), "out": str(tmp_path / "run"), "chat_template": str(file)}
     options |= {"max_steps": 2, "save_every": "1", "rows_per_step": 2, "validation_rows": 2, "quality": "absmax"}
-    train(build_options(TrainConfig, options), Console(quiet=True))
+    train(build_options(TrainConfig, options))
     file.unlink()
 
     template = open_run(tmp_path / "run").template
     prompt = "<|im_start|>user says: hi<|im_end|><|im_start|>assistant says: "
     assert template.render([Message("user", "hi")], True) == prompt
     assert template.tokenizer.decode(template.encode_prompt([Message("user", "hi")])) == prompt
-    train(build_options(TrainConfig, options | {"resume": True}), Console(quiet=True))
+    train(build_options(TrainConfig, options | {"resume": True}))

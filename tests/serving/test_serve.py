@@ -15,7 +15,6 @@ import openai
 import pytest
 import torch
 import uvicorn
-from rich.console import Console
 
 from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
@@ -38,7 +37,7 @@ class Running:
 
     def __init__(self, runs: list[Path], token: str | None = None, max_queue: int = 32):
         self.config = ServeConfig(run=tuple(runs))
-        self.engine = Engine(load_models(runs, "cpu", "fp32", Console(quiet=True)), max_queue, threads=1)
+        self.engine = Engine(load_models(runs, "cpu", "fp32"), max_queue, threads=1)
         api = Api(self.engine, token, max_new_tokens=64, max_request_bytes=20_000)
         settings = uvicorn.Config(make_app(api, allowed_hosts(self.config)), port=0, log_level="error")
         self.server = uvicorn.Server(settings)
@@ -68,7 +67,7 @@ def second(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("second") / "other"
     config = load_config(trained / "config.yaml", {"out": str(out), "rank": 2, "max_steps": 3})
     assert isinstance(config, TrainConfig)
-    train(config, Console(quiet=True))
+    train(config)
     return out
 
 
@@ -83,7 +82,7 @@ def expected(run: Path, tuned: bool = True, max_tokens: int = 24) -> str:
     """The greedy answer of a run loaded by itself."""
     from nybble.layers.convert import enable_adapters
 
-    loaded = load_run(run, Console(quiet=True), "cpu", "fp32")
+    loaded = load_run(run, "cpu", "fp32")
     enable_adapters(loaded.model, tuned)
     prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
     ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=max_tokens)[0]
@@ -270,7 +269,7 @@ def test_an_assistants_turn_may_be_empty(running: Running) -> None:
 
 def test_sampling_options_are_honoured(running: Running, trained: Path) -> None:
     """As the model answers them alone; each changes the answer that it is tried on."""
-    loaded = load_run(trained, Console(quiet=True), "cpu", "fp32")
+    loaded = load_run(trained, "cpu", "fp32")
     prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
     hot = {"temperature": 2.0, "seed": 1}
     for changed, beside in (
@@ -298,7 +297,7 @@ def test_sampling_options_are_honoured(running: Running, trained: Path) -> None:
 
 
 def test_stop_tokens_end_an_answer(running: Running, trained: Path) -> None:
-    loaded = load_run(trained, Console(quiet=True), "cpu", "fp32")
+    loaded = load_run(trained, "cpu", "fp32")
     prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
     ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=24)[0]
     status, answer = raw(running, json.dumps(PLAIN | {"stop_token_ids": [ids[2]]}).encode())
@@ -538,12 +537,12 @@ def test_runs_of_other_layer_formats_are_not_served_together(
     formats = {"run": BaseFormats(), second.name: BaseFormats(QuantSpec("nf3"))}
     monkeypatch.setattr(engine_module, "base_formats", lambda config, run: formats[run.path.name])
     with pytest.raises(RunError, match="other formats of its layers"):
-        load_models([trained, second], "cpu", "fp32", Console(quiet=True))
+        load_models([trained, second], "cpu", "fp32")
 
 
 def test_runs_of_other_bases_or_names_are_not_served_together(trained: Path, make_run: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="share their base"):
-        load_models([trained, make_run()], "cpu", "fp32", Console(quiet=True))
+        load_models([trained, make_run()], "cpu", "fp32")
     with pytest.raises(RunError, match="Two runs are named run"):
-        load_models([trained, trained], "cpu", "fp32", Console(quiet=True))
+        load_models([trained, trained], "cpu", "fp32")
     assert torch.get_num_threads() >= 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ModelError
+from nybble.events import Event, Progress
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.dense import CastEmbedding
@@ -120,16 +121,10 @@ def test_the_makers_generation_config_is_taken(make_folder) -> None:
 
 def test_progress_sees_every_tensor(make_folder) -> None:
     folder, model = make_folder()
-    seen = []
-
-    def progress(tensors, total: int):
-        for item in tensors:
-            seen.append((item.target, total))
-            yield item
-
-    load_model(open_source(str(folder)), BaseFormats(), torch.float32, progress=progress)
-    assert {name for name, _ in seen} == set(model.state_dict())
-    assert {total for _, total in seen} == {len(seen)}
+    seen: list[Event] = []
+    load_model(open_source(str(folder)), BaseFormats(), torch.float32, report=seen.append)
+    total = len(model.state_dict())
+    assert seen == [Progress("loading", done, total) for done in range(total + 1)]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

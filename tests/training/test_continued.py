@@ -9,7 +9,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +30,7 @@ def start(tiny_model: Path, data: Path, tmp_path: Path) -> Callable[..., Path]:
     def run(out: str, **more: Any) -> Path:
         options = {"model": str(tiny_model), "data": str(data), "out": str(tmp_path / out), "rows_per_step": 6}
         options |= {"compute_dtype": "fp32", "save_every": 1, "keep_checkpoints": 99, "lr": 5e-3, "max_steps": 3}
-        train(load_config(None, options | more), Console(quiet=True))
+        train(load_config(None, options | more))
         return tmp_path / out
 
     return run
@@ -65,7 +64,7 @@ def test_resumed_it_ends_with_the_same_bytes_without_the_first_adapter(start, tm
     shutil.rmtree(first)
     for step in (2, 3):
         shutil.rmtree(second / "checkpoints" / f"step-{step}")
-    train(load_config(second / "config.yaml", {"out": str(second), "resume": True}), Console(quiet=True))
+    train(load_config(second / "config.yaml", {"out": str(second), "resume": True}))
     assert (second / ADAPTER).read_bytes() == whole
 
 
@@ -92,7 +91,7 @@ def test_an_option_that_differs_is_refused_by_name(make_run, data: Path, tmp_pat
     run = make_run()
     options = {"model": str(run.parent / "base"), "data": str(data), "out": str(tmp_path / "out"), "adapter": str(run)}
     with pytest.raises(ConfigError, match=option.replace("_", "-")):
-        train(load_config(None, options | {option: value}), Console(quiet=True))
+        train(load_config(None, options | {option: value}))
 
 
 def test_another_base_is_refused_and_its_four_bit_folder_is_not(start, tiny_model: Path, tmp_path: Path) -> None:

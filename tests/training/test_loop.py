@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import BloomConfig, BloomForCausalLM
 
 from nybble.errors import TrainingError
@@ -21,8 +20,10 @@ from nybble.layers.convert import adapters_of
 from nybble.options.option import build_options
 from nybble.options.verbs import TrainConfig
 from nybble.runs.events import read_events
-from nybble.training import loop, session
-from nybble.training.session import TrainedRun, train
+from nybble.runs.result import RunResult
+from nybble.training import session
+from nybble.training.events import Step
+from nybble.training.session import train
 
 
 def config(model: Path, data: Path, out: Path, **options: object) -> TrainConfig:
@@ -39,8 +40,8 @@ def config(model: Path, data: Path, out: Path, **options: object) -> TrainConfig
     return build_options(TrainConfig, settings | options)
 
 
-def run(*args: Path, **options: object) -> TrainedRun:
-    return train(config(*args, **options), Console(quiet=True))
+def run(*args: Path, **options: object) -> RunResult:
+    return train(config(*args, **options))
 
 
 def losses(out: Path) -> list[float]:
@@ -62,7 +63,7 @@ def test_micro_batches_packing_and_what_is_kept_do_not_change_the_losses(tiny_mo
     seen = {}
     for name, options in variants.items():
         out = tmp_path / name.replace(" ", "-")
-        result = run(tiny_model, data, out, **options).result
+        result = run(tiny_model, data, out, **options)
         seen[name] = [result.loss_before, *losses(out), result.loss_after]
     expected = seen["whole step"]
     assert expected[-1] < expected[0]
@@ -77,13 +78,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tiny_model
 
 
 def test_dropout_trains_on_the_generic_path(tiny_model, data, tmp_path):
-    result = run(tiny_model, data, tmp_path / "run", dropout=0.1).result
+    result = run(tiny_model, data, tmp_path / "run", dropout=0.1)
     assert result.loss_after < result.loss_before
 
 
 def test_sixteen_bit_lora_and_every_format_train(tiny_model, data, tmp_path):
     for format in ("none", *FORMATS):
-        result = run(tiny_model, data, tmp_path / format, format=format).result
+        result = run(tiny_model, data, tmp_path / format, format=format)
         assert result.loss_after < result.loss_before, format
 
 
@@ -121,18 +122,16 @@ def test_a_number_that_is_not_finite_stops_names_rows_and_keeps_the_adapter(
             adapter = next(iter(adapters_of(model).values()))
             adapter.lora_A.register_hook(lambda gradient: gradient * torch.nan)
 
-    original = loop.Display.stepped
-
-    def spoil_after_the_first_step(display, record):
-        original(display, record)
-        spoil(models[0])
+    def spoil_after_the_first_step(event):
+        if isinstance(event, Step):
+            spoil(models[0])
 
     models = []
     original_loop = session.train_loop
     monkeypatch.setattr(session, "train_loop", lambda m, *a, **k: models.append(m.module) or original_loop(m, *a, **k))
-    monkeypatch.setattr(loop.Display, "stepped", spoil_after_the_first_step)
     with pytest.raises(TrainingError, match=rf"(?s)Step 2: the {what} is (nan|inf).*rows\.jsonl:\d+.*--lr"):
-        run(tiny_model, data, tmp_path / "bad", max_steps=3, eval_every=3, schedule="constant", warmup=0)
+        options = {"max_steps": 3, "eval_every": 3, "schedule": "constant", "warmup": 0}
+        train(config(tiny_model, data, tmp_path / "bad", **options), spoil_after_the_first_step)
     assert adapter_digest(tmp_path / "bad") == adapter_digest(good)
 
 
@@ -163,8 +162,8 @@ def test_a_model_that_mixes_packed_rows_is_planned_for_padded_ones_and_trains_on
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2}
     BloomForCausalLM(BloomConfig(vocab_size=vocabulary, bos_token_id=None, **shape)).save_pretrained(folder)
-    first = run(folder, data, tmp_path / "asked packed", max_steps=2).result
-    second = run(folder, data, tmp_path / "asked padded", max_steps=2, packing=False).result
+    first = run(folder, data, tmp_path / "asked packed", max_steps=2)
+    second = run(folder, data, tmp_path / "asked padded", max_steps=2, packing=False)
     assert "rows are padded" in json.loads((tmp_path / "asked packed" / "plan.json").read_text())["chosen"]["path"]
     assert first.loss_before == pytest.approx(second.loss_before, rel=1e-6)
     assert losses(tmp_path / "asked packed") == pytest.approx(losses(tmp_path / "asked padded"), rel=1e-5)

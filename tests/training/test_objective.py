@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +22,6 @@ from nybble.runs.adapter_files import adapter_config
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import Checkpoints
-from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
 from nybble.training.loop import train_loop
 from nybble.training.objective import SupervisedFineTuning
@@ -91,6 +89,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path)
     begun = flat(model)
     before = plain_losses(plain, held_out).mean().item()
     expected = trained_plainly(plain, train, config)
+    events = EventLog(tmp_path / "events.jsonl")
     result = train_loop(
         CausalLM.of(model, packing=packing),
         LateTokensCountMore(),
@@ -102,8 +101,8 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path)
         micro_batch_size=3,
         run=RunFolder(tmp_path),
         adapter_config=adapter_config(model, "tiny", alpha=6.0, rslora=False),
-        events=EventLog(tmp_path / "events.jsonl"),
-        display=Display(Console(quiet=True), STEPS),
+        report=events,
+        events_bytes=events.sync,
         checkpoints=Checkpoints(tmp_path, save_every="99", keep=1, config="", about={}, settled={}),
     )
     losses = [event["loss"] for event in read_events(tmp_path / "events.jsonl", "step")]

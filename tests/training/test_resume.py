@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from nybble.cli.render import Terminal
 from nybble.errors import ModelError, RunError, TrainingError
 from nybble.files.manifest import verify_manifest
 from nybble.formats.quant_spec import BaseFormats
@@ -24,11 +25,12 @@ from nybble.planning import request as plan_module
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
 from nybble.runs.folder import RunFolder
+from nybble.runs.result import RunResult
 from nybble.sources.open import open_source
 from nybble.training import checkpoint as checkpoint_module
 from nybble.training.objective import SupervisedFineTuning
 from nybble.training.rng import capture_rng, restore_rng
-from nybble.training.session import TrainedRun, train
+from nybble.training.session import train
 
 STEPS = 7  # of 6 of 34 rows: the border of an epoch falls into one of them
 PATHS: dict[str, dict[str, Any]] = {
@@ -45,11 +47,11 @@ def options(model: Path, data: Path, out: Path, **more: Any) -> dict[str, Any]:
     return own | {"rank": 4, "lr": 5e-3, "compute_dtype": "fp32", "save_every": 1, "keep_checkpoints": 99} | more
 
 
-def run(config: TrainConfig) -> TrainedRun:
-    return train(config, Console(quiet=True))
+def run(config: TrainConfig) -> RunResult:
+    return train(config)
 
 
-def resume(out: Path, **more: Any) -> TrainedRun:
+def resume(out: Path, **more: Any) -> RunResult:
     return run(load_config(out / "config.yaml", {"out": str(out), "resume": True, **more}))
 
 
@@ -82,7 +84,7 @@ def test_resumed_after_any_step_the_bytes_are_those_of_a_run_that_never_stopped(
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(out / "checkpoints" / f"step-{later}")
     shutil.rmtree(out / "adapter")
-    result = resume(out).result
+    result = resume(out)
     assert final(out) == final(whole)
     assert losses(out, "step") == losses(whole, "step") and losses(out, "eval") == losses(whole, "eval")
     assert (result.loss_before, result.loss_after) == (losses(whole, "eval")[0][1], losses(whole, "eval")[-1][1])
@@ -143,7 +145,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tiny_model, d
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     (out / "checkpoints" / f"step-{STEPS - 1}" / "nybble-manifest.json").unlink()
-    train(load_config(out / "config.yaml", {"out": str(out), "resume": True}), Console(width=1000))
+    train(load_config(out / "config.yaml", {"out": str(out), "resume": True}), Terminal(Console(width=1000)))
     printed = capsys.readouterr().out
     for words in (f"step-{STEPS} is not as", "optimizer.safetensors", f"step-{STEPS - 1} is not as", "nybble-manifest"):
         assert words in printed

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from rich.console import Console
-
 from nybble.options.option import build_options
 from nybble.options.verbs import ChatConfig
 
@@ -11,6 +9,14 @@ from nybble.options.verbs import ChatConfig
 def chat(given: dict[str, Any]) -> int:
     """Talk to the model that a training run made."""
     config = build_options(ChatConfig, given)
-    from nybble.evaluation.chat import chat as run_chat
+    from nybble.cli.conversation import Conversation
+    from nybble.cli.render import Terminal
+    from nybble.evaluation.chat import load_chat
 
-    return run_chat(config, Console())
+    with Terminal() as terminal:
+        conversation = Conversation(load_chat(config, terminal), config, terminal)
+    if config.prompt is not None:
+        conversation.ask(config.prompt)
+    else:
+        conversation.hold()
+    return 0

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nybble.errors import ConfigError
 from nybble.options.option import build_options
@@ -23,15 +22,17 @@ def check(
 ) -> int:
     """Show what a training run would learn from: the audit, and rows with their supervised tokens coloured."""
     config = build_options(DataConfig, given)
+    from nybble.cli.render import Terminal, audit
+    from nybble.data.audit import Audited
     from nybble.data.plots import draw_lengths
     from nybble.data.prepare import prepare_data
-    from nybble.data.show import render_audit, render_example
     from nybble.data.template import open_template
     from nybble.runs.context import note_context, within_context
     from nybble.sources.embedding import embedding_rows
     from nybble.sources.open import open_source
 
-    source = open_source(config.model, config.tokenizer)
+    terminal = Terminal()
+    source = open_source(config.model, config.tokenizer, terminal)
     config = within_context(config, source.config)
     template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size, partial(embedding_rows, source))
@@ -39,10 +40,9 @@ def check(
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:
-        console = Console()
-        console.print(render_audit(data.audit))
+        terminal(Audited(data.audit))
         for row in data.train[:show]:
-            console.print(render_example(row, template.tokenizer))
+            terminal.console.print(audit.render_example(row, template.tokenizer))
     if plot is not None:
         try:
             draw_lengths(data.lengths(), config.max_seq_len, plot)

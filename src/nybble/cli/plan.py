@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nybble.options.option import build_options
 from nybble.options.verbs import PlanConfig
@@ -20,17 +19,19 @@ def plan(
 ) -> int:
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
     config = build_options(PlanConfig, given)
+    from nybble.cli.render import Terminal
     from nybble.planning.from_config import foresee
-    from nybble.planning.report import plans_json, show_plans
+    from nybble.planning.report import Planned, plans_json
     from nybble.training.plots import draw_plans
 
-    plans, ask, freed = foresee(config)
+    terminal = Terminal()
+    plans, ask, freed = foresee(config, terminal)
     if plot is not None:
         draw_plans(plans, plot)
     if as_json:
         typer.echo(json.dumps(plans_json(plans), indent=2))
     else:
-        show_plans(Console(), plans, ask)
+        terminal(Planned(plans, ask))
     from nybble.planning.planner import require
 
     require(plans, ask, freed)

@@ -1,18 +1,13 @@
 """`nybble quantize`."""
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 
 from nybble.options.option import build_options
 from nybble.options.verbs import QuantizeConfig
 
 if TYPE_CHECKING:
+    from nybble.events import Listener
     from nybble.quantization.folder import CalibrationInput, Quality
-    from nybble.quantization.partial import LayerReport
     from nybble.sources.interface import ModelSource
     from nybble.sources.inventory import Inventory
 
@@ -22,45 +17,42 @@ def quantize(given: dict[str, Any]) -> int:
     config = build_options(QuantizeConfig, given)
     import torch
 
+    from nybble.cli.render import Terminal, weights
     from nybble.formats.format import FORMATS
     from nybble.formats.quant_spec import BaseFormats, QuantSpec
     from nybble.quantization.folder import quantize_folder
     from nybble.quantization.mixed import measure_mixed
-    from nybble.runs.formats import show_mixed
     from nybble.sources.open import open_source
 
     if config.threads:
         torch.set_num_threads(config.threads)
     spec = QuantSpec(config.format, config.block_size, config.double_quant)
-    console = Console()
-    source = open_source(config.model, config.tokenizer)
-    quality = _quality(config)
-    reads_text = quality == "calibrated" or config.mixed is not None
-    calibration = _calibration(config, source, console) if reads_text else None
-    formats = BaseFormats(spec)
-    if config.mixed is not None and calibration is not None:
-        cpu = torch.device("cpu")
-        mixed = measure_mixed(source, config.mixed, spec, calibration.windows, calibration.compute_dtype, cpu)
-        show_mixed(console, mixed)
-        formats = mixed.formats
-    progress = partial(track, description="quantizing", console=console, transient=True)
-    done = quantize_folder(
-        source,
-        formats,
-        config.out,
-        progress,
-        quality=quality,
-        calibration=calibration,
-        max_dense_share=config.max_dense_share,
-    )
+    with Terminal() as terminal:
+        source = open_source(config.model, config.tokenizer, terminal)
+        quality = _quality(config)
+        reads_text = quality == "calibrated" or config.mixed is not None
+        calibration = _calibration(config, source, terminal) if reads_text else None
+        formats = BaseFormats(spec)
+        if config.mixed is not None and calibration is not None:
+            windows, dtype, cpu = calibration.windows, calibration.compute_dtype, torch.device("cpu")
+            formats = measure_mixed(source, config.mixed, spec, windows, dtype, cpu, terminal).formats
+        done = quantize_folder(
+            source,
+            formats,
+            config.out,
+            quality=quality,
+            calibration=calibration,
+            max_dense_share=config.max_dense_share,
+            report=terminal,
+        )
     if done.reports:
-        console.print(_table(done.reports, quality == "calibrated"))
+        weights.show_reports(terminal, done.reports, quality == "calibrated")
     if config.mixed is not None or not spec.entry.bitsandbytes:
         known = " and ".join(format.name for format in FORMATS.values() if format.bitsandbytes)
-        console.print(f"Only nybble loads it: bitsandbytes has {known}.", highlight=False)
+        terminal.say(f"Only nybble loads it: bitsandbytes has {known}.")
     named = config.format if config.mixed is None else "mixed formats"
-    console.print(f"{config.out} holds {config.model} in {named}, {quality}.", highlight=False, markup=False)
-    console.print(f"In 16 bits: {_in_16_bits(done.inventory)}.", highlight=False, markup=False, soft_wrap=True)
+    terminal.say(f"{config.out} holds {config.model} in {named}, {quality}.")
+    terminal.say(f"In 16 bits: {_in_16_bits(done.inventory)}.", soft_wrap=True)
     return 0
 
 
@@ -81,11 +73,12 @@ def _quality(config: QuantizeConfig) -> "Quality":
     return "absmax" if config.calibrate is None else "calibrated"
 
 
-def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console) -> "CalibrationInput":
+def _calibration(config: QuantizeConfig, source: "ModelSource", report: "Listener") -> "CalibrationInput":
     import torch
 
     from nybble.data.calibration_text import calibration_text, read_calibration_file
     from nybble.data.template import ChatTemplate
+    from nybble.events import Note
     from nybble.layers.context import context_length
     from nybble.layers.precision import resolve_compute_dtype
     from nybble.quantization.folder import CalibrationInput
@@ -96,17 +89,5 @@ def _calibration(config: QuantizeConfig, source: "ModelSource", console: Console
     context = context_length(source.config)
     name = config.calibrate or "general text"
     text = calibration_text(own, name, template, num_tokens=num_tokens, context=context)
-    console.print(f"calibrating on {text.description}", highlight=False)
+    report(Note(f"calibrating on {text.description}"))
     return CalibrationInput(text.windows, resolve_compute_dtype(config.compute_dtype, torch.device("cpu")))
-
-
-def _table(reports: "list[LayerReport]", calibrated: bool) -> Table:
-    """What each layer lost, and what it would have lost by absmax."""
-    lost = "of its output on the calibration text" if calibrated else "of its weights"
-    table = Table(title=f"relative error (rms) {lost}", title_justify="left")
-    for name in ("layer", "by", "absmax", "now", "note"):
-        table.add_column(name, justify="right" if name in ("absmax", "now") else "left")
-    for report in reports:
-        errors = [f"{error**0.5:.2%}" for error in (report.absmax_error, report.error)]
-        table.add_row(report.name, report.method, *errors, report.note)
-    return table

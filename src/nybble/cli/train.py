@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nybble.errors import ConfigError
 from nybble.options.verbs import draft_config, load_config
 from nybble.runs.folder import RunFolder
+
+NUM_SAMPLES = 3
+SIGNAL_EXIT_CODE = 128  # plus the signal's number, as shells count it
 
 
 def train(
@@ -29,11 +31,20 @@ def train(
     config = load_config(config_file, given)
     with RunFolder(config.out).locked():  # before the seconds of importing: another process may be at work there
         pass
-    from nybble.evaluation.report import show_result
+    from nybble.cli.render import Terminal, training
+    from nybble.evaluation.samples import compare_answers
     from nybble.training.session import train as run_training
 
-    console = Console()
-    return show_result(run_training(config, console), console)
+    with Terminal() as terminal:
+        trained = run_training(config, terminal)
+    if trained.interrupted:
+        training.show_interrupted(terminal, trained)
+        return SIGNAL_EXIT_CODE + trained.interrupted
+    # Where the base is streamed, an answer would read all of it for every token.
+    rows = [] if trained.streamed else trained.held_out[:NUM_SAMPLES]
+    samples = compare_answers(trained.model, trained.template, rows) if rows else []
+    training.show_result(terminal, trained, samples)
+    return 0
 
 
 def _config_of_run(given: dict[str, Any]) -> Path:

@@ -8,7 +8,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -17,6 +17,7 @@ from nybble.data.near_duplicates import NEAR_SIMILARITY, near_duplicates
 from nybble.data.readers import COLUMNS_NAMED, ReadResult
 from nybble.data.text_encoder import RowError
 from nybble.errors import ConfigError, DataError
+from nybble.events import Event
 
 Level = Literal["error", "warning"]
 ROWS_NAMED = 5
@@ -328,6 +329,17 @@ class Audit:
         findings = [{**asdict(f), "rows": list(f.rows), "level": f.level, "message": f.message} for f in self.findings]
         lists = {"notices": list(self.notices), "allowed": list(self.allowed), "findings": findings}
         return {**asdict(self), **lists}
+
+
+@dataclass(frozen=True)
+class Audited(Event):
+    """The examples have been read and looked at."""
+
+    kind: ClassVar[str] = "audit"
+    audit: Audit
+
+    def fields(self) -> dict[str, Any]:
+        return self.audit.to_json()
 
 
 def check_allowed(allowed: Iterable[str]) -> None:

@@ -5,14 +5,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
@@ -21,6 +17,7 @@ from nybble.data.template import open_template
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
 from nybble.evaluation.quality import Quality as Lost
+from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
 from nybble.formats.format import DEFAULT_FORMAT, FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
@@ -68,8 +65,15 @@ class ArmResult:
     quality: Lost
 
 
-def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]:
-    """Make each arm, compare it over held-out rows, print the table; write report and plot where `out` is given.
+@dataclass(frozen=True)
+class ArmsCompared(Event):
+    """Every arm has been compared with the 16-bit model."""
+
+    results: Sequence[ArmResult]
+
+
+def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[ArmResult]:
+    """Make each arm, compare it over held-out rows; write report and plot where `out` is given.
 
     Raises:
         ConfigError: an arm is not a known format and quality.
@@ -79,7 +83,7 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = resolve_compute_dtype(config.compute_dtype, torch.device("cpu"))
-    source = without_lattice(open_source(config.model, config.tokenizer))
+    source = without_lattice(open_source(config.model, config.tokenizer, report))
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
@@ -100,17 +104,15 @@ def compare_arms(config: EvalQualityConfig, console: Console) -> list[ArmResult]
         calibration = CalibrationInput(text.windows, dtype)
         notes.append(f"calibrated on {text.description}")
     for note in notes:
-        console.print(note, highlight=False)
+        report(Note(note))
 
-    comparison = Comparison(load_model(source, None, dtype), documents)
-    results = []
-    for arm in arms:
-        results.append(_measure(arm, config, source, calibration, comparison, dtype, console))
-    console.print(_table(results))
+    comparison = Comparison(load_model(source, None, dtype, report=report), documents)
+    results = [_measure(arm, config, source, calibration, comparison, dtype, report) for arm in arms]
+    report(ArmsCompared(results))
     if config.out is not None:
         with disk_errors(config.out, allowed="The report is not complete."):
             _write(config.out, config, notes, results)
-        console.print(f"{config.out / REPORT}, {config.out / PLOT}", highlight=False)
+        report(Note(f"{config.out / REPORT}, {config.out / PLOT}"))
     return results
 
 
@@ -155,10 +157,9 @@ def _measure(
     calibration: CalibrationInput | None,
     comparison: Comparison,
     dtype: torch.dtype,
-    console: Console,
+    report: Listener,
 ) -> ArmResult:
     formats = BaseFormats(QuantSpec(arm.format, config.block_size, config.double_quant))
-    progress = partial(track, description=arm.name, console=console, transient=True)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "arm"
         started = time.perf_counter()
@@ -166,10 +167,11 @@ def _measure(
             source,
             formats,
             out,
-            progress,
             quality=arm.quality,
             calibration=calibration,
             max_dense_share=config.max_dense_share,
+            what=arm.name,
+            report=report,
         )
         seconds = time.perf_counter() - started
         model = load_model(open_source(str(out)), formats, dtype)
@@ -188,26 +190,6 @@ def bits_per_weight(model: "PreTrainedModel") -> float:
         if id(parameter) not in counted:
             bits, weights = bits + 16 * parameter.numel(), weights + parameter.numel()
     return bits / weights
-
-
-def _table(results: Sequence[ArmResult]) -> Table:
-    table = Table(title="against the 16-bit model, in nats a token", title_justify="left")
-    table.add_column("arm")
-    for name in ("KL mean", "median", "p99", "loss difference (95 %)", "same top 1", "bits/weight", "seconds"):
-        table.add_column(name, justify="right")
-    for result in results:
-        q = result.quality
-        table.add_row(
-            result.arm,
-            f"{q.kl_mean:.4f}",
-            f"{q.kl_median:.4f}",
-            f"{q.kl_p99:.3f}",
-            f"{q.loss_difference:+.4f} ({q.difference_low:+.4f} to {q.difference_high:+.4f})",
-            f"{q.top1_agreement:.1%}",
-            f"{result.bits_per_weight:.3f}",
-            f"{result.seconds:.1f}",
-        )
-    return table
 
 
 def _write(out: Path, config: EvalQualityConfig, notes: Sequence[str], results: Sequence[ArmResult]) -> None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from nybble.data.examples import EncodedExample
 from nybble.data.general_text import read_general_text
@@ -32,6 +30,7 @@ from nybble.evaluation.scores import (
     mean_score,
     row_losses,
 )
+from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
 from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
@@ -151,29 +150,36 @@ class Evaluation:
         }
 
 
-def evaluate(config: EvalConfig, console: Console) -> int:
-    """Evaluate a run and write its report; returns the process's exit code."""
+@dataclass(frozen=True)
+class Evaluated(Event):
+    """All three models have been asked."""
+
+    evaluation: Evaluation
+
+
+def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
+    """Evaluate a run and write its report."""
     if config.threads:
         torch.set_num_threads(config.threads)
     if config.lm_eval:
         check_installed()
-    opened = open_run(config.run)
-    evaluation = run_evaluation(opened, config, console)
-    show_table(console, evaluation)
+    opened = open_run(config.run, report)
+    evaluation = run_evaluation(opened, config, report)
+    report(Evaluated(evaluation))
     folder = opened.run.report
-    report = evaluation.to_json()
+    found = evaluation.to_json()
     with disk_errors(folder, RunError, "The report is not complete."):
         folder.mkdir(exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        write_html(evaluation.opened, report, evaluation.row_change(), folder / "report.html")
-        write_card(evaluation.opened, report)
+        (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_html(evaluation.opened, found, evaluation.row_change(), folder / "report.html")
+        write_card(evaluation.opened, found)
     for note in opened.source.notes:
-        console.print(note, highlight=False, markup=False)
-    console.print(f"report: {folder / 'report.html'}\ncard:   {opened.run.adapter / 'README.md'}", highlight=False)
-    return 0
+        report(Note(note))
+    report(Note(f"report: {folder / 'report.html'}\ncard:   {opened.run.adapter / 'README.md'}"))
+    return evaluation
 
 
-def run_evaluation(opened: OpenRun, config: EvalConfig, console: Console) -> Evaluation:
+def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silent) -> Evaluation:
     """Ask the three models."""
     rows = held_out_rows(opened, config.data, config.allow)
     device = resolve_device(config.device)
@@ -184,14 +190,14 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, console: Console) -> Eva
     windows = general_windows(opened)
     arms = {}
 
-    base = load_model(opened.source, None, dtype, device)
+    base = load_model(opened.source, None, dtype, device, report=report)
     asked = _Asked(opened, rows, windows, config.answers if metrics else 0)
     kept: list[Distributions] = []
     arms[BASE_16] = asked.ask(base, kept, first=True)
     del base
     gc.collect()  # modules refer to each other, and the next model needs the room
 
-    model = load_tuned(opened, dtype, device, console)
+    model = load_tuned(opened, dtype, device, report)
     for name, enabled in ((BASE_4, False), (TUNED, True)):
         enable_adapters(model, enabled)
         arms[name] = asked.ask(model, kept, first=False)
@@ -246,28 +252,6 @@ def general_windows(opened: OpenRun) -> list[list[int]]:
         ids = opened.template.encoder.encode(text)
         windows += [ids[start : start + size] for start in range(0, len(ids), size)]
     return [window for window in windows if len(window) > size // 2][:GENERAL_WINDOWS]
-
-
-def show_table(console: Console, evaluation: Evaluation) -> None:
-    """Losses with their intervals, what was forgotten, and how answers match."""
-    title = f"{len(evaluation.rows)} held-out rows, {int(evaluation.tokens.sum())} supervised tokens"
-    table = Table(title=title, title_justify="left", caption="in brackets: 95 % of 2000 draws of the rows")
-    columns = ["model", "loss", "perplexity", "tuned minus this", "KL, general text", *evaluation.metrics]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, arm in evaluation.arms.items():
-        loss = evaluation.loss(name)
-        change = "" if name == TUNED else _interval(evaluation.change(name), "+.4f")
-        scores = [_interval(evaluation.score(name, metric), ".3f") for metric in evaluation.metrics if arm.answers]
-        cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change, f"{arm.kl_general:.4f}"]
-        table.add_row(*cells, *scores)
-    console.print(table)
-    for task, result in evaluation.lm_eval.items():
-        console.print(f"{task}: {result}", highlight=False, markup=False)
-
-
-def _interval(estimate: Estimate, form: str) -> str:
-    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
 
 
 def _text(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -5,10 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
 from nybble.generation.generate import generate
@@ -19,7 +15,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLE_TOKENS = 64
-PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
 
 @dataclass(frozen=True)
@@ -54,23 +49,3 @@ def compare_answers(
     references = [decode(row.answer_ids, skip_special_tokens=True).strip() for row in rows]
     shown = [decode(prompt, skip_special_tokens=True).strip() for prompt in prompts]
     return [Sample(*parts) for parts in zip(shown, references, answers[False], answers[True], strict=True)]
-
-
-def show_samples(console: Console, samples: Sequence[Sample]) -> None:
-    """Print each sample: the prompt, then base, tuned and reference answers."""
-    for i, sample in enumerate(samples, 1):
-        table = Table(title=f"held-out prompt {i}", title_justify="left", show_header=False, show_lines=True)
-        table.add_column(style="bold")
-        table.add_column()
-        for name, text in (
-            ("prompt", _shorten(sample.prompt)),
-            ("base", sample.base),
-            ("tuned", sample.tuned),
-            ("reference", sample.reference),
-        ):
-            table.add_row(name, Text(text))
-        console.print(table)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= PROMPT_CHARACTERS else "... " + text[-PROMPT_CHARACTERS:]

@@ -10,16 +10,14 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from nybble.data.examples import EncodedExample
 from nybble.errors import ExportError
 from nybble.evaluation.held_out import held_out_rows
+from nybble.events import Listener, Note, silent
 from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.gguf_model import (
     ADAPTER_FILE,
@@ -32,7 +30,14 @@ from nybble.exporting.gguf_model import (
 from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
-from nybble.exporting.verify import ANSWER_TOKENS, Verification, ask_run, compare, not_loaded, show_verification
+from nybble.exporting.verify import (
+    ANSWER_TOKENS,
+    Verification,
+    Verified,
+    ask_run,
+    compare,
+    not_loaded,
+)
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes
@@ -45,7 +50,6 @@ from nybble.sources.open import open_source
 from nybble.sources.skeleton import build_skeleton
 from nybble.sources.tokenizer import save_tokenizer
 
-UNVERIFIED_EXIT_CODE, UNDECIDED_EXIT_CODE = 3, 4
 REPORT, CARD = "verification.json", "README.md"
 SPARE_BYTES = 50_000_000  # tokenizer and configs
 
@@ -72,8 +76,10 @@ class Artefact:
         return name if self.onto == "dequantized" else f"{name} onto the original base"
 
 
-def export_run(config: ExportOptions, out: Path, kind: ArtefactKind, gguf_type: GgufType, console: Console) -> int:
-    """Write, verify and name the artefact; returns the process's exit code.
+def export_run(
+    config: ExportOptions, out: Path, kind: ArtefactKind, gguf_type: GgufType, report: Listener = silent
+) -> Verification:
+    """Write, verify and name the artefact; returns what verifying found.
 
     Raises:
         NybbleError: nothing that looks complete is left.
@@ -81,43 +87,43 @@ def export_run(config: ExportOptions, out: Path, kind: ArtefactKind, gguf_type: 
     unverified = out.with_name(out.name + ".unverified")
     for path in (out, unverified):
         _check_free(path)
-    opened = open_run(config.run)
+    opened = open_run(config.run, report)
     artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
     held_out = held_out_rows(opened, config.data, config.allow)  # before long work that would be in vain without them
-    calibration = rounding_input(opened, config, held_out, console) if kind.is_rounded else None
+    calibration = rounding_input(opened, config, held_out, report) if kind.is_rounded else None
     with disk_errors(out, ExportError):
-        survival = write(opened, artefact, unverified, console, quality=config.quality, calibration=calibration)
-    verification = verify(opened, artefact, unverified, held_out, config.verify_positions, console)
+        survival = write(opened, artefact, unverified, quality=config.quality, calibration=calibration, report=report)
+    verification = verify(opened, artefact, unverified, held_out, config.verify_positions, report)
     rounded = {"quality": config.quality if kind.is_rounded else None, "delta_survival": survival}
-    report = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
-    show_verification(console, verification)
+    found = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
+    report(Verified(verification))
     with disk_errors(out, ExportError):
-        (unverified / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (unverified / REPORT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         fsync(unverified / REPORT)
         if verification.outcome == "undecided":
-            console.print(_undecided(unverified, verification), highlight=False, markup=False)
-            return UNDECIDED_EXIT_CODE
+            report(Note(_undecided(unverified, verification)))
+            return verification
         if not verification.passed:
-            console.print(f"Not verified: {unverified} is kept for you to look at.", highlight=False)
-            return UNVERIFIED_EXIT_CODE
+            report(Note(f"Not verified: {unverified} is kept for you to look at."))
+            return verification
         if out.is_dir():  # empty, as was checked
             out.rmdir()
         os.rename(unverified, out)
         fsync(out.parent)
     for note in opened.source.notes:
-        console.print(note, highlight=False, markup=False)
-    console.print(f"{out} holds the tuned model of {config.run}, verified.", highlight=False, markup=False)
-    return 0
+        report(Note(note))
+    report(Note(f"{out} holds the tuned model of {config.run}, verified."))
+    return verification
 
 
 def write(
     opened: OpenRun,
     artefact: Artefact,
     out: Path,
-    console: Console,
     *,
     quality: Quality = "absmax",
     calibration: CalibrationInput | None = None,
+    report: Listener = silent,
 ) -> float | None:
     """Write the artefact; returns how much of ΔW arrived, where the weights were rounded to four bits.
 
@@ -125,7 +131,6 @@ def write(
         quality: of a rounded artefact.
         calibration: for quality "calibrated".
     """
-    progress = partial(track, description="writing", console=console, transient=True)
     if artefact.kind.is_adapter:
         _check_fits(opened)
         with staged_folder(out) as staging:
@@ -135,23 +140,24 @@ def write(
     _check_space(out, _bytes(merged, artefact))
     if artefact.kind is ArtefactKind.GGUF:
         with staged_folder(out) as staging:
-            write_gguf_model(merged, artefact.gguf_type, opened.template, staging / MODEL_FILE, progress)
+            write_gguf_model(merged, artefact.gguf_type, opened.template, staging / MODEL_FILE, report)
             _write_modelfile(staging, f"./{MODEL_FILE}", opened)
         return None
     if artefact.kind is ArtefactKind.DENSE:
-        save_dense_folder(merged, out, progress)
+        save_dense_folder(merged, out, report=report)
         return None
     quantize_folder(
         merged,
         merged_formats(opened),
         out,
-        progress,
         quality=quality,
         calibration=calibration,
         max_dense_share=opened.config.max_dense_share,
+        what="writing",
+        report=report,
     )
     survival = merged.survival(open_source(str(out)))
-    console.print(f"{survival:.1%} of ΔW survived the rounding to four bits.", highlight=False)
+    report(Note(f"{survival:.1%} of ΔW survived the rounding to four bits."))
     return survival
 
 
@@ -161,18 +167,18 @@ def verify(
     folder: Path,
     held_out: Sequence[EncodedExample],
     positions: int,
-    console: Console,
+    report: Listener = silent,
 ) -> Verification:
     """Load the run, ask it, let it go, load the artefact, ask it, and compare."""
     dtype = _verifying_dtype(opened)
-    model = load_tuned(opened, dtype, CPU, console)
+    model = load_tuned(opened, dtype, CPU, report)
     reference = ask_run(opened, model, held_out, positions)
     del model
     gc.collect()  # modules refer to each other, and the next model needs the room
     longest = max(len(row.ids) for row in reference.rows)
     context = max([longest, *(len(prompt) + ANSWER_TOKENS for prompt in reference.prompts)]) + 1
     try:
-        consumer = load_consumer(artefact.kind, opened, folder, dtype, context, console)
+        consumer = load_consumer(artefact.kind, opened, folder, dtype, context, report)
         return compare(reference, consumer, artefact.faithfulness)
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(artefact.kind, error)

@@ -2,14 +2,14 @@
 
 import gc
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from nybble.evaluation.held_out import held_out_rows
+from nybble.events import Event, Listener, silent
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.layers.causal_lm import CausalLM
@@ -28,17 +28,28 @@ CPU = torch.device("cpu")
 MICRO_BATCH = 8  # rows computed at once
 
 
-def compare_merges(config: MergeConfig, console: Console) -> int:
-    """Print the held-out loss of base, kept-separate and each merge; returns the process's exit code."""
-    opened = open_run(config.run)
+@dataclass(frozen=True)
+class MergesCompared(Event):
+    """Held-out losses in nats a token, by the way of merging: of the base in 16 bits, as it was trained on, of base and
+    adapter kept apart, then of each merge.
+    """
+
+    losses: dict[str, float]
+    num_rows: int
+    num_tokens: int
+
+
+def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesCompared:
+    """The held-out loss of base, kept-separate and each merge."""
+    opened = open_run(config.run, report)
     rows = held_out_rows(opened, config.data, config.allow)
-    calibration = rounding_input(opened, config, rows, console)
+    calibration = rounding_input(opened, config, rows, report)
     dtype = resolve_compute_dtype("auto", CPU)
     original, dequantized = MergedSource(opened, "original"), MergedSource(opened, "dequantized")
     arms: dict[str, Callable[[], PreTrainedModel]] = {
         "base, 16 bits": lambda: load_model(opened.source, None, dtype),
-        "base, as trained on": lambda: _without_adapters(load_tuned(opened, dtype, CPU, console)),
-        "kept apart: base as trained on, adapter": lambda: load_tuned(opened, dtype, CPU, console),
+        "base, as trained on": lambda: _without_adapters(load_tuned(opened, dtype, CPU, report)),
+        "kept apart: base as trained on, adapter": lambda: load_tuned(opened, dtype, CPU, report),
         "merged, 16 bits, onto dequantized": lambda: load_model(dequantized, None, dtype),
         "merged, 16 bits, onto original": lambda: load_model(original, None, dtype),
     }
@@ -54,21 +65,9 @@ def compare_merges(config: MergeConfig, console: Console) -> int:
         losses[name], num_tokens = held_out_loss(SupervisedFineTuning(), causal_lm, rows, MICRO_BATCH)
         del model, causal_lm
         gc.collect()  # modules refer to each other, and the next model needs the room
-    show_losses(console, losses, len(rows), num_tokens)
-    return 0
-
-
-def show_losses(console: Console, losses: dict[str, float], num_rows: int, num_tokens: int) -> None:
-    """Losses, and how much of what fine-tuning gained each way keeps."""
-    _, base, kept, *_ = losses.values()
-    table = Table(title=f"{num_rows} held-out rows, {num_tokens} supervised tokens", title_justify="left")
-    table.add_column("model")
-    for column in ("loss, nats a token", "against kept apart", "gain kept"):
-        table.add_column(column, justify="right")
-    for name, loss in losses.items():
-        gain = f"{(base - loss) / (base - kept):.0%}" if base > kept and "base, " not in name[:6] else ""
-        table.add_row(name, f"{loss:.4f}", f"{loss - kept:+.4f}", gain)
-    console.print(table)
+    compared = MergesCompared(losses, len(rows), num_tokens)
+    report(compared)
+    return compared
 
 
 def _without_adapters(model: "PreTrainedModel") -> "PreTrainedModel":

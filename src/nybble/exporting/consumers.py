@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from nybble.data.template import ChatTemplate
 from nybble.evaluation.divergence import text_logits
+from nybble.events import Listener, silent
 from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
 from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
@@ -172,7 +172,7 @@ class LlamaCppConsumer:
 
 
 def load_consumer(
-    kind: ArtefactKind, opened: OpenRun, artefact: Path, dtype: torch.dtype, context: int, console: Console
+    kind: ArtefactKind, opened: OpenRun, artefact: Path, dtype: torch.dtype, context: int, report: Listener = silent
 ) -> Consumer:
     """The artefact of this kind in the consumer that is made for it, or in what stands in for it.
 
@@ -182,7 +182,7 @@ def load_consumer(
         context: tokens that the longest text needs.
     """
     if kind is ArtefactKind.PEFT:
-        return _load_peft(opened, artefact, dtype, console)
+        return _load_peft(opened, artefact, dtype, report)
     if kind is ArtefactKind.DENSE:
         return _load_folder("transformers", artefact, dtype)
     if kind is ArtefactKind.FOUR_BIT:
@@ -190,11 +190,11 @@ def load_consumer(
     if kind is ArtefactKind.GGUF:
         return _load_gguf(opened, artefact / MODEL_FILE, dtype, context)
     assert kind is ArtefactKind.GGUF_ADAPTER, kind
-    return _load_gguf_adapter(opened, artefact / ADAPTER_FILE, dtype, context, console)
+    return _load_gguf_adapter(opened, artefact / ADAPTER_FILE, dtype, context, report)
 
 
-def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, console: Console) -> Consumer:
-    base = load_frozen(opened, dtype, CPU, console)
+def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, report: Listener) -> Consumer:
+    base = load_frozen(opened, dtype, CPU, report)
     if not _installed("peft"):
         read_adapter(base, artefact)
         name = "nybble's own reader of adapters (PEFT is not installed)"
@@ -246,9 +246,9 @@ def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) ->
     return NybbleConsumer(name, load_model(source, None, dtype), template)
 
 
-def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context: int, console: Console) -> Consumer:
+def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context: int, report: Listener) -> Consumer:
     """On the very base that was trained on, so that what differs is the adapter."""
-    model = load_frozen(opened, dtype, CPU, console)
+    model = load_frozen(opened, dtype, CPU, report)
     scaling, matrices = read_gguf_adapter(file, model.config)
     rank = next(iter(matrices.values()))[0].shape[0]
     adapters = attach_adapters(model, matrices, rank=rank, alpha=scaling * rank)

@@ -6,7 +6,7 @@ rows of q and k are therefore interleaved, in the adapter's B as in the weight. 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ExportError
+from nybble.events import Listener, silent, tracked
 from nybble.exporting.gguf_vocabulary import add_vocabulary
 from nybble.exporting.merged_source import MergedSource
 from nybble.files.disk import fsync
@@ -23,7 +24,6 @@ from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
 from nybble.options.verbs import GgufType
 from nybble.runs.adapter_files import StoredAdapter
-from nybble.sources.load import Progress
 from nybble.sources.skeleton import build_skeleton
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def check_family(config: "PretrainedConfig") -> None:
 
 
 def write_gguf_model(
-    merged: MergedSource, kind: GgufType, template: "ChatTemplate", file: Path, progress: Progress | None = None
+    merged: MergedSource, kind: GgufType, template: "ChatTemplate", file: Path, report: Listener = silent
 ) -> None:
     """Write a merged model to `file` (inside a staging folder: by itself it leaves a partial file when interrupted).
 
@@ -103,7 +103,7 @@ def write_gguf_model(
     if (factors := _rope_factors(config)) is not None:
         kept = gguf.GGMLQuantizationType.F32
         planned.append(_Planned("rope_freqs.weight", tuple(factors.shape), kept, lambda: factors))
-    _write(writer, planned, progress)
+    _write(writer, planned, report)
     fsync(file)
 
 
@@ -139,7 +139,7 @@ def write_gguf_adapter(adapter: StoredAdapter, config: "PretrainedConfig", file:
 
         planned.append(_Planned(f"{name}.lora_a", (adapter.rank, in_features), full, lambda read=read: read(0)))  # type: ignore[misc]
         planned.append(_Planned(f"{name}.lora_b", (out_features, adapter.rank), full, lambda read=read: read(1)))  # type: ignore[misc]
-    _write(writer, planned, None)
+    _write(writer, planned, silent)
     fsync(file)
 
 
@@ -175,7 +175,7 @@ def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:
     return total
 
 
-def _write(writer: "gguf.GGUFWriter", planned: list[_Planned], progress: Progress | None) -> None:
+def _write(writer: "gguf.GGUFWriter", planned: list[_Planned], report: Listener) -> None:
     import gguf
 
     try:
@@ -189,8 +189,7 @@ def _write(writer: "gguf.GGUFWriter", planned: list[_Planned], progress: Progres
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        wrapped: Iterable[_Planned] = planned if progress is None else progress(planned, total=len(planned))
-        for tensor in wrapped:
+        for tensor in tracked(planned, "writing", report):
             values = tensor.read()
             assert tuple(values.shape) == tensor.shape, (tensor.name, values.shape)
             writer.write_tensor_data(gguf.quantize(values.float().contiguous().numpy(), tensor.type))

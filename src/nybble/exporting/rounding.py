@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import field_names, prepare_data
 from nybble.errors import DataError
+from nybble.events import Listener, Note, silent
 from nybble.exporting.merged_source import MergedSource
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
@@ -37,7 +37,7 @@ def merged_formats(opened: OpenRun) -> BaseFormats:
 
 
 def rounding_input(
-    opened: OpenRun, options: ExportOptions, held_out: Sequence[EncodedExample], console: Console
+    opened: OpenRun, options: ExportOptions, held_out: Sequence[EncodedExample], report: Listener = silent
 ) -> CalibrationInput | None:
     """What the merged weights are calibrated with; None where they are not.
 
@@ -49,8 +49,8 @@ def rounding_input(
     """
     if options.quality != "calibrated":
         return None
-    text = _text(opened, options, held_out, console)
-    console.print(f"calibrating on {text.description}", highlight=False, markup=False)
+    text = _text(opened, options, held_out, report)
+    report(Note(f"calibrating on {text.description}"))
     return CalibrationInput(text.windows, resolve_compute_dtype("auto", torch.device("cpu")))
 
 
@@ -69,7 +69,7 @@ def load_rounded(
 
 
 def _text(
-    opened: OpenRun, options: ExportOptions, held_out: Sequence[EncodedExample], console: Console
+    opened: OpenRun, options: ExportOptions, held_out: Sequence[EncodedExample], report: Listener
 ) -> CalibrationText:
     """From --calibrate, else from the run's training rows; where those are gone or too few, general text alone."""
     config, template = opened.config, opened.template
@@ -82,5 +82,5 @@ def _text(
     try:
         return text(prepare_data(config, template, opened.source.config.get_text_config().vocab_size).train)
     except DataError as error:
-        console.print(f"The run's training rows are not calibrated on: {error.got}", highlight=False, markup=False)
+        report(Note(f"The run's training rows are not calibrated on: {error.got}"))
         return text([])

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample, Message
 from nybble.data.template import ChatTemplate
 from nybble.errors import DataError
 from nybble.evaluation.divergence import Distributions
+from nybble.events import Event
 from nybble.exporting.consumers import Consumer, NybbleConsumer
 from nybble.layers.convert import enable_adapters
 from nybble.options.verbs import ArtefactKind, GgufType
@@ -131,6 +130,13 @@ class Verification:
         checks = [vars(check) for check in self.checks]
         outcome = {"passed": self.passed, "outcome": self.outcome, "too_little": self.too_little}
         return {**outcome, "consumer": self.consumer, "figures": self.figures, "checks": checks}
+
+
+@dataclass(frozen=True)
+class Verified(Event):
+    """An artefact has been asked, whatever came of it."""
+
+    verification: Verification
 
 
 @dataclass(frozen=True)
@@ -341,26 +347,3 @@ def _check_numbers(figures: dict[str, Any], kind: str, too_little: str | None) -
         ended = figures["ended_where_text_equal"]
         checks.append(Check("stops by itself", "yes" if ended else "no", "where the tuned model does", ended))
     return checks
-
-
-def show_verification(console: Console, verification: Verification) -> None:
-    """Print what was asked of whom, and what came of it."""
-    table = Table(title=f"verified in: {verification.consumer}", title_justify="left")
-    for column in ("check", "found", "needed", ""):
-        table.add_column(column)
-    for check in verification.checks:
-        failed = "too little to tell" if verification.outcome == "undecided" else "[red]failed[/red]"
-        table.add_row(check.name, check.found, check.needed, "passed" if check.passed else failed)
-    console.print(table)
-    if not (f := verification.figures):
-        return
-    where = ", ".join("equal" if at is None else f"differs from token {at} on" for at in f["first_difference"])
-    console.print(
-        f"{f['positions']} held-out positions: "
-        f"same choice {f['top1_agreement']:.2%} (base {f['top1_agreement_of_base']:.2%}), "
-        f"KL to the tuned model {f['kl_mean']:.3g}, 99th percentile {f['kl_p99']:.3g} "
-        f"(base {f['kl_mean_of_base']:.3g}), "
-        f"loss {f['loss']:.4f} (tuned {f['loss_tuned']:.4f}, base {f['loss_base']:.4f})\n"
-        f"greedy answers: {where}; {f['ended']} of {f['texts']} ended, {f['ended_tuned']} of the tuned model's",
-        highlight=False,
-    )

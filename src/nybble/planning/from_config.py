@@ -11,6 +11,7 @@ import torch
 from nybble.data.prepare import prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
+from nybble.events import Listener, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.verbs import DataConfig, PlanConfig
@@ -31,13 +32,13 @@ QUANTIZATION = "quantization_config"  # which the tensors' own names and sizes s
 PROCESS_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 
 
-def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
+def foresee(options: PlanConfig, report: Listener = silent) -> tuple[Plans, Ask, Ask]:
     """The plans for these options, what was asked, and the same with every choice left to the planner.
 
     Raises:
         ModelError: the config cannot be found, or transformers cannot build its model.
     """
-    written = read_config(options.model)
+    written = read_config(options.model, report)
     machine, dtype, on_cpu = _machine(options)
     skeleton = build_skeleton(transformers_config(written))
     formats = formats_from_config(written)
@@ -53,7 +54,7 @@ def foresee(options: PlanConfig) -> tuple[Plans, Ask, Ask]:
     return make_plans(asked, machine), asked, freed
 
 
-def read_config(model: str) -> dict[str, Any]:
+def read_config(model: str, report: Listener = silent) -> dict[str, Any]:
     """A model's config.json as it is written, without its weights.
 
     Args:
@@ -66,7 +67,7 @@ def read_config(model: str) -> dict[str, Any]:
         return SHAPES[model]
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_file() or not looks_like_hub_id(model) or "/" not in model):
-        config: dict[str, Any] = open_source(model).config.to_dict()
+        config: dict[str, Any] = open_source(model, report=report).config.to_dict()
     else:
         file = path / "config.json" if path.is_dir() else fetch_config(model)
         try:

@@ -1,47 +1,26 @@
-"""Plans in words and tables, before a run and beside what was measured."""
+"""Plans for people and for machines."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from rich.console import Console
-from rich.table import Table
-
-from nybble.memory.measure import PeakMemory
+from nybble.events import Event
 from nybble.planning import planner
 from nybble.planning.costs import end_bytes
-from nybble.planning.planner import Ask, Plan, Plans
+from nybble.planning.planner import Ask, Plans
 from nybble.sources.inventory import without_numbers
 from nybble.units import format_bytes
 
 
-def show_plans(console: Console, plans: Plans, ask: Ask) -> None:
-    """A line for each strategy, then the chosen plan by component, and what is neither in four bits nor trained."""
-    machine = plans.machine
-    title = f"{machine.name}, {format_bytes(machine.budget_bytes)} to plan for"
-    table = Table(title=title, title_justify="left")
-    for name in ("strategy", "rows at once", "blocks keep", "peak", "step"):
-        table.add_column(name, justify="left" if name in ("strategy", "blocks keep") else "right")
-    for plan in plans.best:
-        chosen = plans.chosen is not None and plan.strategy == plans.chosen.strategy
-        shown = plans.chosen if chosen and plans.chosen is not None else plan
-        strategy = shown.strategy
-        if shown.resident_blocks is not None:
-            strategy += f" ({shown.resident_blocks} blocks stay{', optimizer paged' if shown.paged else ''})"
-        table.add_row(
-            strategy,
-            str(shown.micro_batch_size),
-            shown.keep,
-            format_bytes(shown.peak_bytes),
-            f"{shown.step_s:.3g} s",
-            style="bold" if chosen else None,
-        )
-    console.print(table)
-    for plan in plans.rejected:
-        said = f"{plans.reason(plan).sentence}{f'; it would fit: {plan.way}' if plan.way else ''}"
-        console.print(f"not {plan.strategy}: {said}", highlight=False, markup=False, soft_wrap=True)
-    if plans.chosen is not None:
-        show_components(console, plans.chosen)
-    for line in describe_left(ask):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+@dataclass(frozen=True)
+class Planned(Event):
+    """What was chosen, what lost, and what was asked."""
+
+    kind: ClassVar[str] = "plan"
+    plans: Plans
+    asked: Ask
+
+    def fields(self) -> dict[str, Any]:
+        return plans_json(self.plans)
 
 
 def describe_left(ask: Ask) -> list[str]:
@@ -66,26 +45,6 @@ def describe_left(ask: Ask) -> list[str]:
             listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in found if size)
             lines.append(f"{what}: {listed}")
     return lines
-
-
-def show_components(console: Console, plan: Plan) -> None:
-    """The predicted memory by component."""
-    table = Table(title=f"predicted memory: {plan.describe()}", title_justify="left")
-    table.add_column("component")
-    table.add_column("bytes", justify="right")
-    for name, num_bytes in plan.components.items():
-        table.add_row(name, format_bytes(num_bytes))
-    table.add_row("peak", format_bytes(plan.peak_bytes), style="bold")
-    console.print(table)
-
-
-def show_measured(console: Console, plan: Plan, memory: PeakMemory, step_s: float) -> None:
-    """Predicted against measured peak and step time."""
-    console.print(
-        f"peak memory: {format_bytes(memory.peak_bytes)} measured, {format_bytes(plan.peak_bytes)} predicted; "
-        f"a step: {step_s:.3g} s measured, at most {plan.step_s:.3g} s predicted",
-        highlight=False,
-    )
 
 
 def plans_json(plans: Plans, **about: Any) -> dict[str, Any]:

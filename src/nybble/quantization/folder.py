@@ -22,6 +22,7 @@ from torch import Tensor
 from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, search_weight
 from nybble.errors import ModelError
+from nybble.events import Listener, silent, tracked
 from nybble.files.disk import disk_errors
 from nybble.files.manifest import write_manifest
 from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
@@ -35,7 +36,6 @@ from nybble.quantization.blocks import BlockCalibrator, block_names, weight_repo
 from nybble.quantization.partial import LayerReport, PartialFolder, digest_of
 from nybble.sources.interface import ModelSource
 from nybble.sources.inventory import Inventory, check_dense_share, take_inventory
-from nybble.sources.load import Progress
 from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.sources.tokenizer import save_tokenizer
@@ -81,12 +81,13 @@ def quantize_folder(
     source: ModelSource,
     formats: BaseFormats,
     out: Path,
-    progress: Progress | None = None,
     max_shard_bytes: int = 5_000_000_000,
     *,
     quality: Quality = "absmax",
     calibration: CalibrationInput | None = None,
     max_dense_share: float = DENSE_SHARE,
+    what: str = "quantizing",
+    report: Listener = silent,
 ) -> QuantizedFolder:
     """Write the source to `out` with the linears of its blocks in four bits; `out` appears complete or not at all.
 
@@ -97,9 +98,9 @@ def quantize_folder(
     Args:
         formats: of the linears of the blocks.
         out: a new or empty folder.
-        progress: wraps the list of blocks to make, called with `total=`.
         calibration: for quality "calibrated".
         max_dense_share: of the weights of the blocks, what may stay in 16 bits.
+        what: this work is called where its progress is reported, block by block.
 
     Raises:
         ModelError: `out` is taken or cannot be written, the source is damaged or already in four bits, or too much of
@@ -128,9 +129,9 @@ def quantize_folder(
     with disk_errors(out):
         partial = PartialFolder(out, _work(source, formats, quality, calibration))
         if calibrator is not None:
-            _make_calibrated(calibrator, partial, progress)
+            _make_calibrated(calibrator, partial, what, report)
         else:
-            _make_blocks(source, formats, quality, model, placed, partial, progress)
+            _make_blocks(source, formats, quality, model, placed, partial, what, report)
         _assemble(source, formats, out, model, placed, partial, max_shard_bytes)
         reports = [report for block in block_names(model) for report in partial.reports(block)]
         partial.remove()
@@ -156,13 +157,13 @@ def _make_blocks(
     model: "PreTrainedModel",
     placed: list[PlacedTensor],
     partial: PartialFolder,
-    progress: Progress | None,
+    what: str,
+    report: Listener,
 ) -> None:
     """Every block that is not there yet, each weight by itself."""
-    blocks = block_names(model)
     linears = {f"{name}.weight" for name in quantizable_linears(model)}
     quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if quality == "absmax" else search_weight
-    for block in blocks if progress is None else progress(blocks, total=len(blocks)):
+    for block in tracked(block_names(model), what, report):
         if partial.load(block) is not None:
             continue
         stored: dict[str, Tensor] = {}
@@ -182,7 +183,7 @@ def _make_blocks(
         partial.save(block, stored, reports)
 
 
-def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, progress: Progress | None) -> None:
+def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, what: str, report: Listener) -> None:
     """Every block from the last hidden states that were kept."""
     kept = partial.load_states()
     first = 0 if kept is None else kept[0]
@@ -190,8 +191,7 @@ def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, progre
         calibrator.walk.states = kept[1]["states"]
         calibrator.walk.exact = kept[1].get("exact")
     last_kept = time.monotonic()
-    blocks = list(enumerate(calibrator.blocks))[first:]
-    for index, block in blocks if progress is None else progress(blocks, total=len(blocks)):
+    for index, block in tracked(list(enumerate(calibrator.blocks))[first:], what, report):
         weights, reports = calibrator.run(index)
         stored = {name: part for target, q in weights.items() for name, part in to_bnb(target, q).items()}
         partial.save(block, stored, reports)
@@ -237,14 +237,14 @@ def _assemble(
 
 
 def save_dense_folder(
-    source: ModelSource, out: Path, progress: Progress | None = None, max_shard_bytes: int = 5_000_000_000
+    source: ModelSource, out: Path, max_shard_bytes: int = 5_000_000_000, *, report: Listener = silent
 ) -> None:
     """Write the source to `out` in 16 bits, norms and biases as they are; `out` appears complete or not at all.
 
     Args:
         source: none of its tensors is in four bits.
         out: a new or empty folder.
-        progress: wraps the list of tensors to write, called with `total=`.
+        report: told which tensor is written.
 
     Raises:
         ModelError: `out` is taken or cannot be written, or the source is damaged.
@@ -254,7 +254,7 @@ def save_dense_folder(
         model = build_skeleton(source.config)
         placed = place_tensors(source, model)
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
-            for place in placed if progress is None else progress(placed, total=len(placed)):
+            for place in tracked(placed, "writing", report):
                 tensor = read_placed(source, place)
                 assert isinstance(tensor, Tensor)
                 writer.write(place.target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)

@@ -15,13 +15,14 @@ of a layer alike.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nybble.calibration.mixed import Option, choose_formats
 from nybble.errors import ConfigError, ModelError
+from nybble.events import Event, Listener, silent
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
@@ -29,7 +30,7 @@ from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.loss_head import Head, loss_head
 from nybble.sources.interface import ModelSource
-from nybble.sources.load import Progress, load_model
+from nybble.sources.load import load_model
 from nybble.sources.skeleton import is_transposed
 
 if TYPE_CHECKING:
@@ -53,6 +54,18 @@ class MixedFormats:
     @property
     def predicted_kl(self) -> float:
         return sum(self.losses[layer][format] for layer, format in self.formats.layers.items())
+
+
+@dataclass(frozen=True)
+class MixedMeasured(Event):
+    """The formats of a model's layers are chosen."""
+
+    kind: ClassVar[str] = "formats"
+    mixed: MixedFormats
+
+    def fields(self) -> dict[str, Any]:
+        mixed = self.mixed
+        return {"bits": mixed.bits, "predicted_kl": mixed.predicted_kl, "layers": dict(mixed.formats.layers)}
 
 
 def choose_mixed(
@@ -158,7 +171,7 @@ def measure_mixed(
     windows: Tensor,
     dtype: torch.dtype,
     device: torch.device,
-    progress: Progress | None = None,
+    report: Listener = silent,
 ) -> MixedFormats:
     """Formats for a source's layers; the 16-bit model is in memory while they are measured.
 
@@ -176,8 +189,10 @@ def measure_mixed(
             "--mixed chooses formats for a 16-bit model.",
             "Give the 16-bit model, or leave --mixed out.",
         )
-    model: PreTrainedModel = load_model(source, None, dtype, device, progress)
-    return choose_mixed(model, some_windows(windows, MEASURED_TOKENS).to(device), bits, spec)
+    model: PreTrainedModel = load_model(source, None, dtype, device, report=report)
+    mixed = choose_mixed(model, some_windows(windows, MEASURED_TOKENS).to(device), bits, spec)
+    report(MixedMeasured(mixed))
+    return mixed
 
 
 def some_windows(windows: Tensor, num_tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nybble.events import Listener, silent, tracked
 from nybble.files.disk import disk_errors
 from nybble.formats.bnb import quantization_config, to_bnb
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
@@ -20,7 +21,6 @@ from nybble.formats.safetensors import SafetensorsWriter, staged_folder
 from nybble.kernels.ops import quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import save_config
-from nybble.sources.load import Progress
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton
 from nybble.sources.tokenizer import save_tokenizer
@@ -38,11 +38,11 @@ CHATML = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, progress: Progress | None = None) -> int:
+def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, report: Listener = silent) -> int:
     """Write a model of `SHAPES[shape]` to `out`; returns the bytes of its tensors.
 
     Args:
-        progress: wraps the list of parameters, called with `total=`.
+        report: told which parameter is drawn.
 
     Raises:
         ModelError: `out` is taken or cannot be written.
@@ -55,7 +55,7 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, progress: 
         save_tokenizer(tokenizer, staging)
         config.bos_token_id, config.eos_token_id = None, tokenizer.eos_token_id
         with SafetensorsWriter(staging) as writer:
-            for name, tensor in _parameters(config, spec, seed, progress):
+            for name, tensor in _parameters(config, spec, seed, report):
                 writer.write(name, tensor)
         config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
         config.quantization_config = quantization_config(BaseFormats(spec), torch.bfloat16, ["lm_head"])
@@ -64,7 +64,7 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, progress: 
 
 
 def _parameters(
-    config: "PretrainedConfig", spec: QuantSpec, seed: int, progress: Progress | None
+    config: "PretrainedConfig", spec: QuantSpec, seed: int, report: Listener
 ) -> Iterator[tuple[str, Tensor]]:
     """What is stored, name by name: four-bit linears as bitsandbytes stores them, the rest in bf16."""
     model = build_skeleton(config)
@@ -72,7 +72,7 @@ def _parameters(
     generator = torch.Generator().manual_seed(seed)
     residual = SCALE / math.sqrt(2 * config.num_hidden_layers)
     named = list(model.named_parameters())  # tied ones once
-    for name, parameter in named if progress is None else progress(named, total=len(named)):
+    for name, parameter in tracked(named, "drawing", report):
         shape = tuple(parameter.shape)
         if len(shape) == 1:
             yield name, torch.ones(shape, dtype=torch.bfloat16)

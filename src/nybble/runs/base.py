@@ -5,16 +5,11 @@ a folder as `nybble quantize` writes it, with a manifest. Searched and absmax we
 """
 
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from nybble.calibration.search import check_searchable
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
@@ -23,6 +18,7 @@ from nybble.data.prepare import PreparedData
 from nybble.data.readers import FieldNames
 from nybble.data.template import ChatTemplate
 from nybble.errors import PlanError
+from nybble.events import Event, Listener, Note, silent
 from nybble.files.manifest import verify_manifest
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
@@ -61,6 +57,15 @@ class QualityChoice:
     quality: Quality
     why: str
     asked: bool = False
+
+
+@dataclass(frozen=True)
+class QualityChosen(Event):
+    """How the weights are put into four bits, and why so."""
+
+    kind: ClassVar[str] = "quality"
+    quality: Quality
+    why: str
 
 
 def quant_spec(config: TrainConfig) -> QuantSpec | None:
@@ -168,35 +173,27 @@ def run_calibration_text(
     return calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context, seed=seed)
 
 
-def staged_base(run: RunFolder) -> Path:
-    """Where a base waits for its run's folder, which may still hold an earlier run."""
-    return run.path.absolute().with_name(f".{run.path.name}-base")
-
-
 def make_calibrated_base(
     run: RunFolder,
     source: ModelSource,
     formats: BaseFormats,
     text: CalibrationText,
     dtype: torch.dtype,
-    console: Console,
     max_dense_share: float = DENSE_SHARE,
+    report: Listener = silent,
 ) -> ModelSource:
-    """Calibrate beside the run's folder; `adopt_base` moves the result in. Interrupted, it goes on where it stopped."""
-    folder = staged_base(run)
-    if folder.exists():
-        shutil.rmtree(folder)
-    console.print(f"calibrating on {text.description}", highlight=False)
-    progress = partial(track, description="calibrating", console=console, transient=True)
-    calibration = CalibrationInput(text.windows, dtype)
+    """Calibrate where the run lies until it trains. Interrupted, the next run goes on from the finished blocks."""
+    folder = run.starting.base
+    report(Note(f"calibrating on {text.description}"))
     quantize_folder(
         source,
         formats,
         folder,
-        progress,
         quality="calibrated",
-        calibration=calibration,
+        calibration=CalibrationInput(text.windows, dtype),
         max_dense_share=max_dense_share,
+        what="calibrating",
+        report=report,
     )
     return open_source(str(folder))
 
@@ -210,12 +207,6 @@ def without_calibration(choice: QualityChoice, error: WalkError) -> QualityChoic
     if choice.asked:
         raise error
     return QualityChoice("absmax", f"it cannot be calibrated: {error.reason}")
-
-
-def adopt_base(run: RunFolder) -> None:
-    """Move the base that waits for the run into its folder."""
-    if staged_base(run).exists():
-        staged_base(run).rename(run.base)
 
 
 def kept_base(run: RunFolder) -> ModelSource | None:
@@ -244,20 +235,18 @@ def load_base(
     formats: BaseFormats | None,
     dtype: torch.dtype,
     device: torch.device,
-    console: Console,
     store: FolderBlockStore | None = None,
     stream_ends: bool = False,
+    report: Listener = silent,
 ) -> "PreTrainedModel":
-    """The frozen base of a run, but what is streamed, with a progress bar. A source in four bits keeps its own."""
-    progress = partial(track, description="loading", console=console, transient=True)
-    names = () if store is None else store.names
+    """The frozen base of a run, but what is streamed. A source in four bits keeps its own."""
     return load_model(
         source,
         formats,
         dtype,
         device,
-        progress,
         data_free_quality(config),
-        stream_linears_of=names,
+        stream_linears_of=() if store is None else store.names,
         stream_ends=stream_ends,
+        report=report,
     )

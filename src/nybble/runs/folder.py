@@ -3,18 +3,23 @@
 config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
 events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/  report/
 
+Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
+second, its base while it is calibrated. Only then does an earlier run go, and what lies there takes its place.
+
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from nybble.errors import RunError
-from nybble.files.disk import TEMPORARY
+from nybble.files.disk import TEMPORARY, fsync
+from nybble.runs.events import EventLog
+
+STARTING = ".starting"
 
 
 class RunFolder:
@@ -40,6 +45,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"
         self.report = path / "report"
+        self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
         self._lock: int | None = None
 
     def check_free(self, overwrite: bool) -> None:
@@ -80,7 +86,8 @@ class RunFolder:
             )
 
     def _holds_something(self) -> bool:
-        return self.path.is_dir() and any(not entry.name.startswith(TEMPORARY) for entry in self.path.iterdir())
+        ours = (TEMPORARY, STARTING)
+        return self.path.is_dir() and any(not entry.name.startswith(ours) for entry in self.path.iterdir())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,6 +107,8 @@ class RunFolder:
     def _hold(self) -> None:
         if self._lock is not None or not self.path.is_dir():
             return
+        import fcntl  # which not every system has, nor needs for --help
+
         lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -112,18 +121,68 @@ class RunFolder:
             ) from None
         self._lock = lock
 
-    def create(self, overwrite: bool) -> None:
-        """Make the folder; with `overwrite`, what an earlier run left in it goes first.
+    @property
+    def starting(self) -> "RunFolder":
+        """Where the run lies until its training begins."""
+        return RunFolder(self.path / STARTING)
+
+    @contextmanager
+    def started(self) -> Iterator[None]:
+        """Make the folder and `starting` in it, and hold it. In the end what is left of both goes, bar the resumable.
 
         Raises:
-            RunError: as `check_free`, or the system refuses.
+            RunError: another process holds the folder, or the system refuses to make it.
         """
-        self.check_free(overwrite)
+        made = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._hold()
-            # The folder stays: its lock is on it. Its config goes last: without it the rest would be nobody's.
-            for entry in sorted(self.path.iterdir(), key=lambda entry: entry == self.config):
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         except OSError as error:
             raise RunError(f"{self.path} cannot be made: {error.strerror}.", "", "Choose another --out.") from error
+        self._hold()
+        self._clear_starting()
+        self.starting.path.mkdir(exist_ok=True)
+        try:
+            yield
+        finally:
+            self._clear_starting()
+            for folder in made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+    def _clear_starting(self) -> None:
+        folder = self.starting.path
+        if folder.is_dir():
+            _remove([entry for entry in folder.iterdir() if entry != self.starting.resumable])
+            if not any(folder.iterdir()):
+                folder.rmdir()
+
+    def clear(self, overwrite: bool) -> None:
+        """Remove what an earlier run left, with `overwrite`; the folder itself stays, since its lock is on it.
+
+        Raises:
+            RunError: as `check_free`.
+        """
+        self.check_free(overwrite)
+        entries = (entry for entry in self.path.iterdir() if entry.name != STARTING)
+        _remove(sorted(entries, key=lambda entry: entry == self.config))  # last: without it the rest would be nobody's
+
+    def move_in(self, log: EventLog, kept_bytes: int) -> None:
+        """Move what lies in `starting` into the folder.
+
+        Args:
+            log: of this run, in `starting`.
+            kept_bytes: of the log that the folder has, behind which it goes on.
+        """
+        starting = self.starting
+        entries = (entry for entry in starting.path.iterdir() if entry not in (starting.events, starting.resumable))
+        for entry in sorted(entries, key=lambda entry: entry != starting.config):  # first: from then on there is a run
+            entry.rename(self.path / entry.name)
+        log.continue_in(self.events, kept_bytes)
+        shutil.rmtree(starting.path)
+        fsync(self.path)
+
+
+def _remove(entries: Iterable[Path]) -> None:
+    for entry in entries:
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

@@ -2,16 +2,14 @@
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import RunError
+from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.verbs import TrainConfig, load_config
@@ -51,7 +49,7 @@ class LoadedModel:
     template: ChatTemplate
 
 
-def open_run(path: Path) -> OpenRun:
+def open_run(path: Path, report: Listener = silent) -> OpenRun:
     """Open the run in `path`.
 
     Raises:
@@ -65,48 +63,52 @@ def open_run(path: Path) -> OpenRun:
             "Check the path given to --run.",
         )
     config = load_config(run.config, {})
-    source = open_source(config.model, config.tokenizer)
+    source = open_source(config.model, config.tokenizer, report)
     config = within_context(config, source.config)
     _check_base(run, source)
     template = open_template(config, source.load_tokenizer(), run.chat_template)
     return OpenRun(run, config, source, kept_base(run) or source, template)
 
 
-def load_run(path: Path, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:
+def load_run(path: Path, device: str = "auto", compute_dtype: str = "auto", report: Listener = silent) -> LoadedModel:
     """Load the run in `path` as it was trained: same base, same format, its last adapter.
 
     Raises:
         RunError: the folder holds no run, its base is another now, or its adapter is missing or damaged.
     """
-    opened, target = open_run(path), resolve_device(device)
-    model = load_tuned(opened, resolve_compute_dtype(compute_dtype, target), target, console)
+    opened, target = open_run(path, report), resolve_device(device)
+    model = load_tuned(opened, resolve_compute_dtype(compute_dtype, target), target, report)
     return LoadedModel(model, opened.template)
 
 
-def load_plain(name: str, console: Console, device: str = "auto", compute_dtype: str = "auto") -> LoadedModel:
+def load_plain(name: str, device: str = "auto", compute_dtype: str = "auto", report: Listener = silent) -> LoadedModel:
     """Load a model that is no run, such as a merged one, in the bits that it is stored in.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    source, target = open_source(name), resolve_device(device)
+    source, target = open_source(name, report=report), resolve_device(device)
     formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
-    progress = partial(track, description="loading", console=console, transient=True)
-    model = load_model(source, formats, resolve_compute_dtype(compute_dtype, target), target, progress)
+    model = load_model(source, formats, resolve_compute_dtype(compute_dtype, target), target, report=report)
     return LoadedModel(model, ChatTemplate(source.load_tokenizer()))
 
 
-def load_tuned(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
+def load_tuned(
+    opened: OpenRun, dtype: torch.dtype, device: torch.device, report: Listener = silent
+) -> "PreTrainedModel":
     """The base of a run in its four bits with the run's adapter beside it, frozen and in eval mode."""
-    model = load_frozen(opened, dtype, device, console)
+    model = load_frozen(opened, dtype, device, report)
     read_adapter(model, opened.run.adapter)
     model.requires_grad_(False)
     return model.eval()
 
 
-def load_frozen(opened: OpenRun, dtype: torch.dtype, device: torch.device, console: Console) -> "PreTrainedModel":
+def load_frozen(
+    opened: OpenRun, dtype: torch.dtype, device: torch.device, report: Listener = silent
+) -> "PreTrainedModel":
     """The base of a run in the four bits that it was trained on, without an adapter."""
-    return load_base(opened.config, opened.base, base_formats(opened.config, opened.run), dtype, device, console)
+    formats = base_formats(opened.config, opened.run)
+    return load_base(opened.config, opened.base, formats, dtype, device, report=report)
 
 
 def _check_base(run: RunFolder, source: ModelSource) -> None:

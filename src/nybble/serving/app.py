@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
-from nybble.evaluation.chat import TextPieces
+from nybble.generation.text_pieces import TextPieces
 from nybble.layers.context import context_length
 from nybble.serving.engine import Engine, QueueFull, ServedModel, as_error
 from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse

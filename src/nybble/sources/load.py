@@ -5,14 +5,15 @@ each tensor is read, put into four bits or cast, stored, and dropped. What is in
 what was stored so far and one tensor of the source.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nybble.calibration.search import search_weight
+from nybble.events import Listener, silent, tracked
 from nybble.formats.quant_spec import BaseFormats
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops import dequantize, quantize
@@ -29,19 +30,17 @@ from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transp
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Progress = Callable[..., Iterable[Any]]  # wraps a list, as rich.progress.track does; takes `total`
-
 
 def load_model(
     source: ModelSource,
     formats: BaseFormats | None,
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
     quality: Literal["absmax", "search"] = "absmax",
     *,
     stream_linears_of: Iterable[str] = (),
     stream_ends: bool = False,
+    report: Listener = silent,
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
 
@@ -54,10 +53,10 @@ def load_model(
             in `compute_dtype`.
         compute_dtype: of the products.
         device: where the weights go.
-        progress: wraps the list of tensors to load, called with `total=`.
         quality: how scales are chosen for weights that are put into four bits here.
         stream_linears_of: linear layers whose weights are not loaded; a block store has them.
         stream_ends: embedding and head are read where they are used, from a FolderSource.
+        report: told which tensor is loaded.
 
     Raises:
         ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
@@ -80,7 +79,7 @@ def load_model(
         not_loaded |= {name for name in ends if stream_ends and name.endswith(".weight")}
         placed = [place for place in placed if place.target not in not_loaded]
 
-    for place in placed if progress is None else progress(placed, total=len(placed)):
+    for place in tracked(placed, "loading", report):
         dtype = source.dense_dtype if place.target in ends else compute_dtype
         load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed, quality)
     model.tie_weights()

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from nybble.errors import ModelError
+from nybble.events import Listener, silent
 from nybble.sources.bundled import BUNDLED, fetch_bundled
 from nybble.sources.folder import PICKLES, FolderSource
 from nybble.sources.gguf import GgufSource
@@ -16,12 +17,13 @@ from nybble.sources.hub import fetch_from_hub, looks_like_hub_id
 from nybble.sources.interface import ModelSource
 
 
-def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
+def open_source(model: str, tokenizer: str | None = None, report: Listener = silent) -> ModelSource:
     """The source that `model` names.
 
     Args:
         model: a folder, a `.gguf` file, a hub id such as "owner/name", or an alias in `BUNDLED`.
         tokenizer: a folder or hub id to take the tokenizer from instead.
+        report: told where a model is fetched.
 
     Raises:
         ModelError: there is no such model, or it cannot be read or fetched.
@@ -34,7 +36,7 @@ def open_source(model: str, tokenizer: str | None = None) -> ModelSource:
             return GgufSource(path, model, "gguf", tokenizer)
         _refuse_file(path)
     if model in BUNDLED:
-        return GgufSource(fetch_bundled(model), model, "bundled", tokenizer)
+        return GgufSource(fetch_bundled(model, report), model, "bundled", tokenizer)
     if looks_like_hub_id(model):
         return FolderSource(fetch_from_hub(model), model, "hub", tokenizer)
     raise ModelError(

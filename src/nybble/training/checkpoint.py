@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from nybble.data.sampler import StepSampler
 from nybble.errors import FormatError, NybbleError, RunError
+from nybble.events import Listener, Note, silent
 from nybble.files.disk import TEMPORARY, complete_folder, reason_of, remove_folder
 from nybble.files.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors import SafetensorsFolder, write_tensors
@@ -252,11 +253,11 @@ def step_folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted(((int(match[1]), path) for match, path in named if match), reverse=True)
 
 
-def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Checkpoint | None:
+def newest_checkpoint(folder: Path, report: Listener = silent) -> Checkpoint | None:
     """The newest checkpoint in `folder` that verifies; None where there is none at all.
 
     Args:
-        tell: is given a sentence for each newer one that does not verify.
+        report: told of each newer one that does not verify.
 
     Raises:
         RunError: there are checkpoints, and none verifies.
@@ -269,7 +270,7 @@ def newest_checkpoint(folder: Path, tell: Callable[[str], None]) -> Checkpoint |
                 raise FormatError(f"{path} holds step {about.get('step')}.")
         except FormatError as error:
             damaged.append(error.got)
-            tell(f"Passed over: {error.got}")
+            report(Note(f"Passed over: {error.got}", warning=True))
             continue
         return Checkpoint(path, about, json.loads((path / STATE).read_text(encoding="utf-8")))
     if damaged:

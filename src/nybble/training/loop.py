@@ -12,16 +12,16 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import PlanError, TrainingError, is_out_of_memory
+from nybble.events import Listener
 from nybble.files.disk import complete_folder
 from nybble.layers.causal_lm import CausalLM
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.verbs import TrainConfig
 from nybble.runs.adapter_files import write_adapter
-from nybble.runs.events import EventLog
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
-from nybble.training.display import Display
 from nybble.training.evaluations import Evaluations
+from nybble.training.events import HeldOutLoss, NotPaged, OutOfMemory, Step
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.objective import Objective
 from nybble.training.optimizer import AdamW
@@ -69,8 +69,8 @@ def train_loop(
     micro_batch_size: int,
     run: RunFolder,
     adapter_config: dict[str, object],
-    events: EventLog,
-    display: Display,
+    report: Listener,
+    events_bytes: Callable[[], int],
     checkpoints: Checkpoints,
     resumed: Checkpoint | None = None,
     paged: bool = False,
@@ -82,6 +82,7 @@ def train_loop(
         model: frozen base with adapters attached; only they require gradients.
         objective: what is minimised over the rows of `train`.
         evaluations: which rows, and how often; without rows there are none.
+        events_bytes: flushes the run's log to the disk and says its length, which a checkpoint keeps.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
         rehearsal: what to go through once before the first step.
@@ -116,14 +117,13 @@ def train_loop(
         loss, num_tokens = held_out_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
-        events.write("eval", step=step, loss=loss, supervised_tokens=num_tokens)
-        display.evaluated(step, loss)
+        report(HeldOutLoss(step, loss, num_tokens))
         progress.loss_after, progress.evaluated_step = loss, step
         if step == 0:
             progress.loss_before = loss
 
     def save(position: Position, last: bool) -> None:
-        checkpoints.save(position, module, optimizer, adapter_config, events.sync())
+        checkpoints.save(position, module, optimizer, adapter_config, events_bytes())
         if last:
             with complete_folder(run.adapter) as temporary:
                 write_adapter(module, temporary, adapter_config)
@@ -168,16 +168,14 @@ def train_loop(
                 sampler.load_state(before.sampler)
                 restore_rng(before.rng, device)
                 # Room first: the same micro-batches again, with the state in a file, if the disk has room for it.
-                if not optimizer.paged and device.type == "cpu" and paged_out(optimizer, run, events, display):
-                    events.write("out-of-memory", step=step, paged=True)
-                    display.note(f"step {step} ran out of memory: again, with the optimizer's state in a file")
+                if not optimizer.paged and device.type == "cpu" and paged_out(optimizer, run, report):
+                    report(OutOfMemory(step, paged=True))
                     continue
                 if progress.micro_batch_size == 1:
                     save(before, last=True)
                     raise _out_of_memory(step, micro_batches, run)
                 progress.micro_batch_size = (progress.micro_batch_size + 1) // 2
-                events.write("out-of-memory", step=step, micro_batch_size=progress.micro_batch_size)
-                display.note(f"step {step} ran out of memory: again, {progress.micro_batch_size} rows at once")
+                report(OutOfMemory(step, micro_batch_size=progress.micro_batch_size))
                 continue
             if not math.isfinite(step_loss):
                 save(before, last=True)
@@ -193,19 +191,19 @@ def train_loop(
 
             step_s = time.perf_counter() - started
             num_tokens = sum(batch.num_tokens for batch in micro_batches)
-            record = {
-                "step": step,
-                "loss": step_loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens": num_tokens,
-                "supervised_tokens": num_supervised,
-                "step_s": step_s,
-                "tokens_per_s": num_tokens / step_s,
-                "memory_bytes": used_bytes(device),
-            }
-            events.write("step", **record)
-            display.stepped(record)
+            report(
+                Step(
+                    step=step,
+                    loss=step_loss,
+                    lr=lr,
+                    grad_norm=grad_norm,
+                    tokens=num_tokens,
+                    supervised_tokens=num_supervised,
+                    step_s=step_s,
+                    tokens_per_s=num_tokens / step_s,
+                    memory_bytes=used_bytes(device),
+                )
+            )
             evaluate_if_due()
             if checkpoints.due(step):
                 save(Position.now(progress, sampler, device), last=False)
@@ -244,13 +242,12 @@ def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denomi
     return value
 
 
-def paged_out(optimizer: AdamW, run: RunFolder, events: EventLog, display: Display) -> bool:
+def paged_out(optimizer: AdamW, run: RunFolder, report: Listener) -> bool:
     """Whether the optimizer's state went to a file; where the disk has no room, that is noted."""
     try:
         optimizer.page_out(run.path)
     except PlanError as error:
-        events.write("not-paged", reason=error.got)
-        display.note(error.got)
+        report(NotPaged(error.got))
         return False
     return True
 

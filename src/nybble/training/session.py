@@ -3,21 +3,21 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 
 from nybble import openmp
+from nybble.data.audit import Audited
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData, field_names, prepare_data
 from nybble.data.sampler import StepSampler
-from nybble.data.show import render_audit
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import PlanError, RunError
+from nybble.events import Listener, Note, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
 from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import give_back_free
@@ -30,17 +30,18 @@ from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import FolderBlockStore, open_store
 from nybble.options.option import config_to_yaml
 from nybble.options.verbs import TrainConfig
+from nybble.planning.costs import MicroBatches
 from nybble.planning.micro_batches import dealer, total_steps
 from nybble.planning.planner import FROM_RAM, Ask, Plan, Plans
-from nybble.planning.report import show_measured, show_plans
+from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
 from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
 from nybble.quantization.mixed import MixedFormats, measure_mixed, some_windows
 from nybble.quantization.walk import WalkError
-from nybble.runs.adapter_files import adapter_config, restore_adapter
+from nybble.runs.adapter_files import StoredAdapter, adapter_config, restore_adapter
 from nybble.runs.base import (
     QualityChoice,
-    adopt_base,
+    QualityChosen,
     base_formats,
     check_calibration_fits,
     choose_quality,
@@ -53,21 +54,30 @@ from nybble.runs.base import (
 )
 from nybble.runs.context import note_context, within_context
 from nybble.runs.continued import check_base_of, open_adapter, take_options
-from nybble.runs.events import EventLog, read_events, rewind_events
+from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
-from nybble.runs.formats import show_mixed, write_formats
+from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
+from nybble.runs.result import RunResult
 from nybble.sources.embedding import embedding_rows
 from nybble.sources.folder import FolderSource
 from nybble.sources.interface import ModelSource
 from nybble.sources.open import open_source
 from nybble.sources.skeleton import build_skeleton
 from nybble.sources.tokenizer import save_tokenizer
-from nybble.training.checkpoint import Checkpoints, newest_checkpoint
-from nybble.training.display import Display
-from nybble.training.evaluations import plan_evaluations
+from nybble.training.checkpoint import Checkpoint, Checkpoints, newest_checkpoint
+from nybble.training.evaluations import Evaluations, plan_evaluations
+from nybble.training.events import (
+    AdapterTaken,
+    ModelOpened,
+    Resumed,
+    RunMeasured,
+    RunStarted,
+    TrainingBegun,
+    TrainingEnded,
+)
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
-from nybble.training.objective import SupervisedFineTuning
+from nybble.training.objective import Objective, SupervisedFineTuning
 from nybble.training.plots import draw_loss
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 
@@ -78,21 +88,7 @@ if TYPE_CHECKING:
 INIT_TOKENS = 8192  # of the text that --init activation takes the layers' inputs from
 
 
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run that ended, with everything still in memory for showing what changed."""
-
-    config: TrainConfig
-    run: RunFolder
-    source: ModelSource
-    model: "PreTrainedModel"
-    template: ChatTemplate
-    data: PreparedData
-    result: LoopResult
-    streamed: bool
-
-
-def train(config: TrainConfig, console: Console) -> TrainedRun:
+def train(config: TrainConfig, report: Listener = silent) -> RunResult:
     """Run `config` to its end or to the user's Ctrl-C; the adapter then lies in `<out>/adapter`.
 
     Raises:
@@ -104,209 +100,425 @@ def train(config: TrainConfig, console: Console) -> TrainedRun:
         f"Mend what is wrong; a run that had begun goes on with: nybble train --resume --out {run.path}",
     )
     with run.locked(), disk_errors(run.path, RunError, *refused, what="cannot be read or written"):
-        return _train(config, run, console)
+        run.check_resumable() if config.resume else run.check_free(config.overwrite)
+        with run.started(), EventLog(run.starting.events) as log:
+            return _train(config, run, log, all_of(log, report))
 
 
-def _train(config: TrainConfig, run: RunFolder, console: Console) -> TrainedRun:
-    given, resumed = config, None
-    if config.resume:
-        run.check_resumable()
-        resumed = newest_checkpoint(
-            run.checkpoints, partial(console.print, style="yellow", markup=False, highlight=False)
-        )
-        config = config if resumed is None else settle_config(resumed, config)
-    else:
-        run.check_free(config.overwrite)
+def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener) -> RunResult:
+    """The whole run, from top to bottom."""
+    report(RunStarted(config.model, config.data, config.resume))
+    opened = _open(config, run, report)
+    examples = _read_examples(opened, report)
+    base = _choose_base(opened, examples, report)
+    with PeakMemory(opened.device) as memory:
+        fit = _plan(opened, examples, base, report)
+        model = _load(opened, examples, base, fit, report)
+        fit, causal_lm = _choose_path(opened, examples, base, fit, model, report)
+        give_back_free()  # what loading took and freed
+        _move_in(opened, examples, base, log)
+        started = time.perf_counter()
+        result = _take_steps(opened, examples, base, fit, causal_lm, log, report)
+        training_s = time.perf_counter() - started
+    report(TrainingEnded(result.steps, result.interrupted is not None, memory.peak_bytes))
+    step_s = _median_step_s(run)
+    measured = {"peak_bytes": memory.peak_bytes, "start_bytes": memory.start_bytes, "step_s": step_s}
+    write_plan(run.plan, fit.plans, causal_lm.name, base.quality, measured)
+    _record(opened, examples)
+    plan = fit.plan
+    report(RunMeasured(result.steps, training_s, memory.peak_bytes, plan.peak_bytes, step_s, plan.step_s))
+    return RunResult(
+        folder=run,
+        config=opened.config,
+        steps=result.steps,
+        loss_before=result.loss_before,
+        loss_after=result.loss_after,
+        interrupted=result.interrupted,
+        peak_memory_bytes=memory.peak_bytes,
+        source=opened.source,
+        model=model,
+        streamed=fit.store is not None,
+        template=opened.template,
+        held_out=examples.data.validation,
+    )
+
+
+# ---- what the run starts from
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a run starts from.
+
+    Args:
+        run: its folder.
+        config: options as the checkpoint, the adapter and the base settle them.
+        given: those that the run folder keeps: what chooses for itself does so again.
+        resumed: the checkpoint that the run goes on from.
+        continued: the adapter that a new run trains on from.
+    """
+
+    run: RunFolder
+    config: TrainConfig
+    given: TrainConfig
+    resumed: Checkpoint | None
+    continued: StoredAdapter | None
+    source: ModelSource
+    template: ChatTemplate
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def options(self) -> str:
+        """`config.yaml`."""
+        return config_to_yaml(self.given.model_copy(update={"resume": False, "allow_change": ()}))
+
+
+def _open(given: TrainConfig, run: RunFolder, report: Listener) -> _Opened:
+    """Checkpoint, base, adapter and template; the number of threads is set."""
+    resumed = newest_checkpoint(run.checkpoints, report) if given.resume else None
+    config = given if resumed is None else settle_config(resumed, given)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
-
-    source = open_source(config.model, config.tokenizer)
+    source = open_source(config.model, config.tokenizer, report)
     config = within_context(config, source.config)
     if config.init != "default":
         check_initialisable(source, config.format != "none")
-    started_from = None
+    continued = None
     if config.adapter is not None and resumed is None:
-        started_from = open_adapter(config.adapter)
-        config = take_options(config, started_from, build_skeleton(source.config, dtype))
-        given = config
-        for note in check_base_of(started_from, source, config.allow_change):
-            console.print(note, style="yellow", markup=False, highlight=False)
-    same = resumed is not None and "config" not in config.allow_change
-    template = open_template(config, source.load_tokenizer(), run.chat_template if same else None)
+        continued = open_adapter(config.adapter)
+        config = given = take_options(config, continued, build_skeleton(source.config, dtype))
+        for note in check_base_of(continued, source, config.allow_change):
+            report(Note(note, warning=True))
+    same_options = resumed is not None and "config" not in config.allow_change
+    template = open_template(config, source.load_tokenizer(), run.chat_template if same_options else None)
+    return _Opened(run, config, given, resumed, continued, source, template, device, dtype)
+
+
+@dataclass(frozen=True)
+class _Examples:
+    """What a run learns from, and for how long.
+
+    Args:
+        base: fingerprint of the base, as the run's records name it.
+        deal: most rows at once -> what the run's micro-batches come to.
+    """
+
+    data: PreparedData
+    digests: DataDigests
+    base: str
+    objective: Objective
+    num_steps: int
+    evaluations: Evaluations
+    deal: Callable[[int], MicroBatches]
+
+
+def _read_examples(opened: _Opened, report: Listener) -> _Examples:
+    """The rows, audited, and compared with those of the run that is gone on with."""
+    config, source, resumed = opened.config, opened.source, opened.resumed
     objective, vocab_size = SupervisedFineTuning(), source.config.get_text_config().vocab_size
-    data = prepare_data(config, template, vocab_size, partial(embedding_rows, source), objective.encode)
+    data = prepare_data(config, opened.template, vocab_size, partial(embedding_rows, source), objective.encode)
     data = note_context(data, config, source.config)
-    show_found(console, source, data)
+    report(ModelOpened(source.name, tuple(source.notes)))
+    report(Audited(data.audit))
     data.audit.check()
     base, digests = source.fingerprint(), DataDigests.of(data)
     if resumed is not None:
         check_base(resumed, base, config.allow_change)
         check_data(resumed, data, digests, config.allow_change)
-
-    sampler = StepSampler(len(data.train), config.rows_per_step, config.seed)
     num_steps = total_steps(config, len(data.train), config.rows_per_step)
     begun_with = None if resumed is None else resumed.about.get("evaluated_rows")
     evaluations = plan_evaluations(config, data.train, data.validation, num_steps, begun_with)
     if evaluations.note:
-        console.print(evaluations.note, highlight=False)
-    choice = choose_quality(config, source, data, num_steps, dtype, device)
-    show_quality(console, choice)
-    plan_it = partial(plan_run, config, deal=dealer(config, data), dtype=dtype, device=device)
-    calibrated = choice is not None and choice.quality == "calibrated"
-    if config.memory is not None and (calibrated or config.mixed is not None) and not config.resume:
+        report(Note(evaluations.note))
+    return _Examples(data, digests, base, objective, num_steps, evaluations, dealer(config, data))
+
+
+# ---- its base, in few bits
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What the frozen weights are loaded from, and how they are put into four bits.
+
+    Args:
+        source: the run's own, or the calibrated folder made from it.
+        quality: None where there is nothing to put into four bits.
+        mixed: where the formats of its layers were measured for this run.
+    """
+
+    source: ModelSource
+    formats: BaseFormats | None
+    quality: QualityChoice | None
+    mixed: MixedFormats | None
+
+
+def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Base:
+    """Quality and formats, and the calibrated folder where that is the quality; a resumed run has its own."""
+    config, source, dtype, device = opened.config, opened.source, opened.dtype, opened.device
+    quality = choose_quality(config, source, examples.data, examples.num_steps, dtype, device)
+    if quality is not None:
+        report(QualityChosen(quality.quality, quality.why))
+    calibrated = quality is not None and quality.quality == "calibrated"
+    if not config.resume and config.memory is not None and (calibrated or config.mixed is not None):
         # What never fits is refused before minutes are spent on its bits.
-        plan_it(source, build_skeleton(source.config, dtype), None, folder_to_come=calibrated)
-    if calibrated and not config.resume:
+        plan_run(config, source, build_skeleton(source.config, dtype), None, examples.deal, dtype, device, calibrated)
+    if not config.resume and calibrated:
         check_calibration_fits(config, source, dtype, device)
-    text = partial(
-        run_calibration_text, config, source, data.train, data.validation, template, field_names(config), config.seed
+    mixed = None
+    if not config.resume and config.mixed is not None:
+        mixed = _measure_mixed(opened, examples, report)
+    formats = base_formats(config, opened.run) if mixed is None else mixed.formats
+    if quality is None or not calibrated:
+        return _Base(source, formats, quality, mixed)
+    kept = kept_base(opened.run) if config.resume else None
+    if kept is not None:
+        return _Base(kept, formats, quality, mixed)
+    assert formats is not None
+    try:
+        text = _calibration_text(opened, examples)
+        made = make_calibrated_base(opened.run, source, formats, text, dtype, config.max_dense_share, report)
+        return _Base(made, formats, quality, mixed)
+    except WalkError as error:
+        instead = without_calibration(quality, error)
+        report(QualityChosen(instead.quality, instead.why))
+        return _Base(source, formats, instead, mixed)
+
+
+def _calibration_text(opened: _Opened, examples: _Examples) -> CalibrationText:
+    config, data = opened.config, examples.data
+    fields = field_names(config)
+    return run_calibration_text(
+        config, opened.source, data.train, data.validation, opened.template, fields, config.seed
     )
-    mixed = None if config.mixed is None or config.resume else _measure_mixed(config, source, text, dtype, device)
-    if mixed is not None:
-        show_mixed(console, mixed)
-    formats = base_formats(config, run) if mixed is None else mixed.formats
-    base_source, choice = _base_source(config, run, source, formats, text, choice, dtype, console)
 
-    with PeakMemory(device) as memory:
-        skeleton = build_skeleton(base_source.config, dtype)
-        plans, freed = plan_it(base_source, skeleton, formats)
-        plan = plans.chosen or plans.smallest  # without --memory the smallest is tried in any case
-        show_plans(console, plans, freed)
-        store = open_blocks(base_source, skeleton, plan, device)
-        del skeleton
-        model = load_base(config, base_source, formats, dtype, device, console, store, stream_ends=plan.stream_ends)
-        attach_adapters(
-            model,
-            resolve_targets(model, _target_names(config)),
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            rslora=config.rslora,
-            seed=config.seed,
-        )
-        if config.init != "default" and resumed is None:
-            windows = some_windows(text().windows, INIT_TOKENS) if config.init == "activation" else None
-            free = (plan.peak_bytes - used_bytes(device)) // 2  # of what training will take; half for the windows' pass
-            initialise_adapters(model, source, windows, min(free, STATISTICS_BYTES))
-        if started_from is not None:
-            restore_adapter(model, started_from.folder)
-        kept = _place_for_kept(plan, run, device)
-        causal_lm = CausalLM.of(model, keep=plan.keep, packing=config.packing, store=store, kept=kept)
-        if causal_lm.packed != config.packing:
-            plans, freed = _plan_padded(config, base_source, formats, data, plans, plan, dtype, device)
-            again = plans.chosen or plans.smallest
-            console.print(f"planned again, for padded rows: {again.describe()}", highlight=False)
-            if again.keep != plan.keep:
-                causal_lm = CausalLM.of(model, keep=again.keep, packing=config.packing, store=store, kept=kept)
-            plan = again
-        if not config.resume:  # an earlier run goes only now, when nothing about the model can be refused any more
-            run.create(config.overwrite)
-            adopt_base(run)
-        console.print(f"computing through: {causal_lm.name}", highlight=False)
-        for note in describe_untouched(model):
-            console.print(note, highlight=False)
-        if openmp.waiting == "unknown" and device.type == "cpu":
-            console.print(f"threads wait {openmp.SENTENCES['unknown']}", style="yellow", highlight=False)
-        give_back_free()  # what loading took and freed
-        options = config_to_yaml(given.model_copy(update={"resume": False, "allow_change": ()}))
-        write_complete(run.config, options)  # first: from here on there is a run to go on with
-        if mixed is not None:
-            write_formats(run.formats, mixed)
-        write_complete(run.base_record, json.dumps({"model": source.name, "fingerprint": base}, indent=2) + "\n")
-        if template.chat_template is not None:
-            write_complete(run.chat_template, template.chat_template)
-        write_complete(run.audit, json.dumps(data.audit.to_json(), indent=2) + "\n")
-        digests.write(run.data_rows)
-        rewind_events(run.events, 0 if resumed is None else resumed.state["events_bytes"])
-        events = EventLog(run.events)
-        if started_from is not None:
-            events.write("adapter", path=str(started_from.folder), sha256=started_from.fingerprint())
-        if resumed is not None:
-            events.write("resume", step=resumed.step)
-            console.print(f"going on after step {resumed.step} of {num_steps}", highlight=False)
-        checkpoints = Checkpoints(
-            run.checkpoints,
-            save_every=config.save_every,
-            keep=config.keep_checkpoints,
-            config=options,
-            about={"base": base, "data": digests.fingerprint, "evaluated_rows": len(evaluations.rows)},
-            settled=_settled(config, plan, choice, dtype, device),
-            last_step=None if resumed is None else resumed.step,
-        )
-        started = time.perf_counter()
-        with Display(console, num_steps) as display:
-            result = train_loop(
-                causal_lm,
-                objective,
-                data.train,
-                evaluations,
-                config,
-                sampler=sampler,
-                total_steps=num_steps,
-                micro_batch_size=plan.micro_batch_size,
-                run=run,
-                adapter_config=adapter_config(model, config.model, alpha=config.alpha, rslora=config.rslora),
-                events=events,
-                display=display,
-                checkpoints=checkpoints,
-                resumed=resumed,
-                paged=plan.paged,
-                rehearsal=None if config.memory is None else _rehearsal(data, plans, freed),
-            )
-        training_s = time.perf_counter() - started
-    events.write(
-        "end", steps=result.steps, interrupted=result.interrupted is not None, peak_memory_bytes=memory.peak_bytes
+
+def _measure_mixed(opened: _Opened, examples: _Examples, report: Listener) -> MixedFormats:
+    """The formats of the base's layers, by what the model's answers on the calibration text would suffer."""
+    bits, spec = opened.config.mixed, quant_spec(opened.config)
+    assert spec is not None and bits is not None
+    windows = _calibration_text(opened, examples).windows
+    return measure_mixed(opened.source, bits, spec, windows, opened.dtype, opened.device, report)
+
+
+# ---- how it fits, and the model in memory
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How the run is made to fit.
+
+    Args:
+        asked: with every choice left to the planner.
+        store: of a base that is streamed.
+    """
+
+    plans: Plans
+    asked: Ask
+    store: FolderBlockStore | None
+
+    @property
+    def plan(self) -> Plan:
+        """Without --memory the smallest is tried in any case."""
+        return self.plans.chosen or self.plans.smallest
+
+
+def _plan(opened: _Opened, examples: _Examples, base: _Base, report: Listener) -> _Fit:
+    """The plan, and the streamed base's store opened."""
+    skeleton = build_skeleton(base.source.config, opened.dtype)
+    dtype, device = opened.dtype, opened.device
+    plans, asked = plan_run(opened.config, base.source, skeleton, base.formats, examples.deal, dtype, device)
+    report(Planned(plans, asked))
+    fit = _Fit(plans, asked, None)
+    return replace(fit, store=open_blocks(base.source, skeleton, fit.plan, device))
+
+
+def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: Listener) -> "PreTrainedModel":
+    """The frozen base with the adapters that training begins with."""
+    config, plan = opened.config, fit.plan
+    model = load_base(
+        config, base.source, base.formats, opened.dtype, opened.device, fit.store, plan.stream_ends, report
     )
-    events.close()
-    _save_tokenizer(template, run)
-    steps = sorted(event["step_s"] for event in read_events(run.events, "step"))
-    step_s = steps[len(steps) // 2] if steps else 0.0
-    measured = {"peak_bytes": memory.peak_bytes, "start_bytes": memory.start_bytes, "step_s": step_s}
-    write_plan(run.plan, plans, causal_lm.name, choice, measured)
-    draw_loss(run.events, run.loss_plot)
-    draw_lengths(data.lengths(), config.max_seq_len, run.lengths_plot)
-    console.print(f"{result.steps} steps in {training_s:.0f} s", highlight=False)
-    show_measured(console, plan, memory, step_s)
-    return TrainedRun(config, run, source, model, template, data, result, store is not None)
+    attach_adapters(
+        model,
+        resolve_targets(model, _target_names(config)),
+        rank=config.rank,
+        alpha=config.alpha,
+        dropout=config.dropout,
+        rslora=config.rslora,
+        seed=config.seed,
+    )
+    if config.init != "default" and opened.resumed is None:
+        windows = None
+        if config.init == "activation":
+            windows = some_windows(_calibration_text(opened, examples).windows, INIT_TOKENS)
+        free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
+        initialise_adapters(model, opened.source, windows, min(free, STATISTICS_BYTES))
+    if opened.continued is not None:
+        restore_adapter(model, opened.continued.folder)
+    return model
 
 
-def _plan_padded(
-    config: TrainConfig,
-    source: ModelSource,
-    formats: BaseFormats | None,
-    data: PreparedData,
-    packed: Plans,
-    loaded: Plan,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Plans, Ask]:
+def _choose_path(
+    opened: _Opened,
+    examples: _Examples,
+    base: _Base,
+    fit: _Fit,
+    model: "PreTrainedModel",
+    report: Listener,
+) -> tuple[_Fit, CausalLM]:
+    """What computes the model; planned again where it cannot take rows side by side."""
+    config, plan = opened.config, fit.plan
+    kept = _place_for_kept(plan, opened.run, opened.device)
+    choose = partial(CausalLM.of, model, packing=config.packing, store=fit.store, kept=kept)
+    causal_lm = choose(keep=plan.keep)
+    if causal_lm.packed != config.packing:
+        fit = _plan_padded(opened, base, examples.data, fit)
+        report(Note(f"planned again, for padded rows: {fit.plan.describe()}"))
+        if fit.plan.keep != plan.keep:
+            causal_lm = choose(keep=fit.plan.keep)
+    report(Note(f"computing through: {causal_lm.name}"))
+    for note in describe_untouched(model):
+        report(Note(note))
+    if openmp.waiting == "unknown" and opened.device.type == "cpu":
+        report(Note(f"threads wait {openmp.SENTENCES['unknown']}", warning=True))
+    return fit, causal_lm
+
+
+def _plan_padded(opened: _Opened, base: _Base, data: PreparedData, packed: _Fit) -> _Fit:
     """Plans for rows that turned out not to go side by side; how the base was loaded stays.
 
     Raises:
         PlanError: they would need it loaded otherwise, or nothing fits.
     """
+    loaded = packed.plan
     stream = "never" if loaded.resident_blocks is None else "always"
-    padded = config.model_copy(update={"packing": False, "stream_base": stream})
-    plans, freed = plan_run(
+    padded = opened.config.model_copy(update={"packing": False, "stream_base": stream})
+    plans, asked = plan_run(
         padded,
-        source,
-        build_skeleton(source.config, dtype),
-        formats,
+        base.source,
+        build_skeleton(base.source.config, opened.dtype),
+        base.formats,
         dealer(padded, data),
-        dtype,
-        device,
-        machine=packed.machine,
+        opened.dtype,
+        opened.device,
+        machine=packed.plans.machine,
     )
-    plan = plans.chosen or plans.smallest
+    fit = _Fit(plans, asked, packed.store)
+    plan = fit.plan
     if (plan.resident_blocks, plan.offloaded) != (loaded.resident_blocks, loaded.offloaded):
         raise PlanError(
             "The plan is for rows side by side, which this model mixes, and padded rows need another.",
             f"What fits padded: {plan.describe()}.",
             "Plan for them from the beginning: add --no-packing.",
         )
-    return plans, freed
+    return fit
+
+
+# ---- the folder, the steps, the record
+
+
+def _move_in(opened: _Opened, examples: _Examples, base: _Base, log: EventLog) -> None:
+    """Write what the run keeps, and let it take its folder.
+
+    An earlier run goes only now, when nothing about the model can be refused any more.
+    """
+    run, starting = opened.run, opened.run.starting
+    record = {"model": opened.source.name, "fingerprint": examples.base}
+    write_complete(starting.config, opened.options)
+    if base.mixed is not None:
+        write_formats(starting.formats, base.mixed)
+    write_complete(starting.base_record, json.dumps(record, indent=2) + "\n")
+    if opened.template.chat_template is not None:
+        write_complete(starting.chat_template, opened.template.chat_template)
+    write_complete(starting.audit, json.dumps(examples.data.audit.to_json(), indent=2) + "\n")
+    examples.digests.write(starting.data_rows)
+    if not opened.config.resume:
+        run.clear(opened.config.overwrite)
+    run.move_in(log, 0 if opened.resumed is None else opened.resumed.state["events_bytes"])
+
+
+def _take_steps(
+    opened: _Opened,
+    examples: _Examples,
+    base: _Base,
+    fit: _Fit,
+    causal_lm: CausalLM,
+    log: EventLog,
+    report: Listener,
+) -> LoopResult:
+    """Train, with checkpoints."""
+    run, config, resumed = opened.run, opened.config, opened.resumed
+    data, plan = examples.data, fit.plan
+    done = None if resumed is None else resumed.step
+    if opened.continued is not None:
+        report(AdapterTaken(str(opened.continued.folder), opened.continued.fingerprint()))
+    if resumed is not None:
+        report(Resumed(resumed.step))
+    checkpoints = Checkpoints(
+        run.checkpoints,
+        save_every=config.save_every,
+        keep=config.keep_checkpoints,
+        config=opened.options,
+        about={
+            "base": examples.base,
+            "data": examples.digests.fingerprint,
+            "evaluated_rows": len(examples.evaluations.rows),
+        },
+        settled=_settled(opened, plan, base.quality),
+        last_step=done,
+    )
+    report(TrainingBegun(examples.num_steps, done))
+    return train_loop(
+        causal_lm,
+        examples.objective,
+        data.train,
+        examples.evaluations,
+        config,
+        sampler=StepSampler(len(data.train), config.rows_per_step, config.seed),
+        total_steps=examples.num_steps,
+        micro_batch_size=plan.micro_batch_size,
+        run=run,
+        adapter_config=adapter_config(causal_lm.module, config.model, alpha=config.alpha, rslora=config.rslora),
+        report=report,
+        events_bytes=log.sync,
+        checkpoints=checkpoints,
+        resumed=resumed,
+        paged=plan.paged,
+        rehearsal=None if config.memory is None else _rehearsal(data, fit.plans, fit.asked),
+    )
+
+
+def _median_step_s(run: RunFolder) -> float:
+    """Over all sessions of the run; 0 where no step was taken."""
+    steps = sorted(event["step_s"] for event in read_events(run.events, "step"))
+    return steps[len(steps) // 2] if steps else 0.0
+
+
+def _record(opened: _Opened, examples: _Examples) -> None:
+    """The tokenizer beside the adapter, and pictures."""
+    template, run = opened.template, opened.run
+    if template.chat_template is not None:
+        template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
+    save_tokenizer(template.tokenizer, run.adapter)
+    draw_loss(run.events, run.loss_plot)
+    draw_lengths(examples.data.lengths(), opened.config.max_seq_len, run.lengths_plot)
+
+
+def _settled(opened: _Opened, plan: Plan, quality: QualityChoice | None) -> dict[str, str | int]:
+    """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
+    return {
+        "keep": plan.keep,
+        "micro_batch_size": plan.micro_batch_size,
+        "stream_base": "never" if plan.resident_blocks is None else "always",
+        "page_optimizer": "always" if plan.paged else "never",
+        "offload_activations": "always" if plan.offloaded else "never",
+        "threads": torch.get_num_threads(),
+        "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[opened.dtype],
+        "device": opened.device.type,
+    } | ({} if quality is None else {"quality": quality.quality})
 
 
 def _rehearsal(data: PreparedData, plans: Plans, freed: Ask) -> Rehearsal:
@@ -318,73 +530,6 @@ def _rehearsal(data: PreparedData, plans: Plans, freed: Ask) -> Rehearsal:
         [data.validation[row] for row in largest.heaviest_held_out],
         partial(check_peak, plans, freed),
     )
-
-
-def _base_source(
-    config: TrainConfig,
-    run: RunFolder,
-    source: ModelSource,
-    formats: BaseFormats | None,
-    text: Callable[[], CalibrationText],
-    choice: QualityChoice | None,
-    dtype: torch.dtype,
-    console: Console,
-) -> tuple[ModelSource, QualityChoice | None]:
-    """What the frozen base is loaded from: the source, or the calibrated folder made from it; and how it came to be."""
-    if choice is None or choice.quality != "calibrated":
-        return source, choice
-    kept = kept_base(run) if config.resume else None
-    if kept is not None:
-        return kept, choice
-    assert formats is not None
-    try:
-        base = make_calibrated_base(run, source, formats, text(), dtype, console, config.max_dense_share)
-        return base, choice
-    except WalkError as error:
-        instead = without_calibration(choice, error)
-        show_quality(console, instead)
-        return source, instead
-
-
-def show_quality(console: Console, choice: QualityChoice | None) -> None:
-    """How the weights are put into four bits, where they are."""
-    if choice is not None:
-        console.print(f"quality of the four bits: {choice.quality} ({choice.why})", highlight=False)
-
-
-def _measure_mixed(
-    config: TrainConfig,
-    source: ModelSource,
-    text: Callable[[], CalibrationText],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> MixedFormats:
-    """The formats of the base's layers, by what the model's answers on the calibration text would suffer."""
-    spec = quant_spec(config)
-    assert spec is not None and config.mixed is not None
-    return measure_mixed(source, config.mixed, spec, text().windows, dtype, device)
-
-
-def _save_tokenizer(template: ChatTemplate, run: RunFolder) -> None:
-    if template.chat_template is not None:
-        template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
-    save_tokenizer(template.tokenizer, run.adapter)
-
-
-def _settled(
-    config: TrainConfig, plan: Plan, choice: QualityChoice | None, dtype: torch.dtype, device: torch.device
-) -> dict[str, str | int]:
-    """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
-    return {
-        "keep": plan.keep,
-        "micro_batch_size": plan.micro_batch_size,
-        "stream_base": "never" if plan.resident_blocks is None else "always",
-        "page_optimizer": "always" if plan.paged else "never",
-        "offload_activations": "always" if plan.offloaded else "never",
-        "threads": torch.get_num_threads(),
-        "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype],
-        "device": device.type,
-    } | ({} if choice is None else {"quality": choice.quality})
 
 
 def open_blocks(
@@ -404,16 +549,7 @@ def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTen
         return None
     if device.type == "cuda":
         return PinnedActivations()
-    existing = next(folder for folder in (run.path, *run.path.parents) if folder.is_dir())  # the run's own comes later
-    return ActivationFile(existing, plan.offloaded_bytes)
-
-
-def show_found(console: Console, source: ModelSource, data: PreparedData) -> None:
-    """What the run starts from: the model, then the audit of the data."""
-    console.print(f"model: {source.name}", highlight=False)
-    for note in source.notes:
-        console.print(f"  {note}", highlight=False)
-    console.print(render_audit(data.audit))
+    return ActivationFile(run.path, plan.offloaded_bytes)
 
 
 def _target_names(config: TrainConfig) -> str | list[str]:

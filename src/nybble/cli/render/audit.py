@@ -1,13 +1,17 @@
-"""The audit and single examples for a terminal (rich renderables)."""
+"""The audit of examples, and single ones."""
 
 from typing import TYPE_CHECKING
 
-from nybble.data.audit import Audit
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from nybble.cli.render.terminal import Terminal, show
+from nybble.data.audit import Audit, Audited
 from nybble.data.examples import EncodedExample
 
 if TYPE_CHECKING:
-    from rich.console import Group
-    from rich.panel import Panel
     from transformers import PreTrainedTokenizerBase
 
 SUPERVISED_STYLE = "black on green"
@@ -15,12 +19,13 @@ CONTEXT_STYLE = "dim"
 LEVEL_STYLES = {"error": "bold red", "warning": "yellow"}
 
 
-def render_audit(audit: Audit) -> "Group":
-    """Counts as a table, then notices and findings, each with the rows it concerns and what to do."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
+@show.register
+def _(event: Audited, terminal: Terminal) -> None:
+    terminal.console.print(render_audit(event.audit))
 
+
+def render_audit(audit: Audit) -> Group:
+    """Counts as a table, then notices and findings, each with the rows it concerns and what to do."""
     table = Table.grid(padding=(0, 2))
     for name, value in _counts(audit):
         table.add_row(Text(name, style="dim"), Text(value))
@@ -54,11 +59,8 @@ def _sequences(num: int, tokens: int, supervised: int) -> str:
     return f"{num:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
 
 
-def render_example(example: EncodedExample, tokenizer: "PreTrainedTokenizerBase") -> "Panel":
+def render_example(example: EncodedExample, tokenizer: "PreTrainedTokenizerBase") -> Panel:
     """The text of a sequence, supervised tokens coloured, titled with where it comes from."""
-    from rich.panel import Panel
-    from rich.text import Text
-
     text = Text()
     supervised = example.supervised.tolist()
     start = 0

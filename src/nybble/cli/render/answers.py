@@ -1,0 +1,62 @@
+"""What models are worth: a run against its base, ways of quantising against the 16-bit model; and who serves them."""
+
+import math
+
+from rich.table import Table
+
+from nybble.cli.render.terminal import Terminal, show
+from nybble.evaluation.compare_arms import ArmsCompared
+from nybble.evaluation.evaluate import TUNED, Evaluated
+from nybble.evaluation.scores import Estimate
+from nybble.serving.server import Listening
+
+
+@show.register
+def _(event: Evaluated, terminal: Terminal) -> None:
+    """Losses with their intervals, what was forgotten, and how answers match."""
+    evaluation = event.evaluation
+    title = f"{len(evaluation.rows)} held-out rows, {int(evaluation.tokens.sum())} supervised tokens"
+    table = Table(title=title, title_justify="left", caption="in brackets: 95 % of 2000 draws of the rows")
+    columns = ["model", "loss", "perplexity", "tuned minus this", "KL, general text", *evaluation.metrics]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for name, arm in evaluation.arms.items():
+        loss = evaluation.loss(name)
+        change = "" if name == TUNED else _interval(evaluation.change(name), "+.4f")
+        scores = [_interval(evaluation.score(name, metric), ".3f") for metric in evaluation.metrics if arm.answers]
+        cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change, f"{arm.kl_general:.4f}"]
+        table.add_row(*cells, *scores)
+    terminal.console.print(table)
+    for task, result in evaluation.lm_eval.items():
+        terminal.say(f"{task}: {result}")
+
+
+def _interval(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+@show.register
+def _(event: ArmsCompared, terminal: Terminal) -> None:
+    table = Table(title="against the 16-bit model, in nats a token", title_justify="left")
+    table.add_column("arm")
+    for name in ("KL mean", "median", "p99", "loss difference (95 %)", "same top 1", "bits/weight", "seconds"):
+        table.add_column(name, justify="right")
+    for result in event.results:
+        q = result.quality
+        table.add_row(
+            result.arm,
+            f"{q.kl_mean:.4f}",
+            f"{q.kl_median:.4f}",
+            f"{q.kl_p99:.3f}",
+            f"{q.loss_difference:+.4f} ({q.difference_low:+.4f} to {q.difference_high:+.4f})",
+            f"{q.top1_agreement:.1%}",
+            f"{result.bits_per_weight:.3f}",
+            f"{result.seconds:.1f}",
+        )
+    terminal.console.print(table)
+
+
+@show.register
+def _(event: Listening, terminal: Terminal) -> None:
+    terminal.say(f"models: {', '.join(event.models)}")
+    terminal.say(f"listening on {event.url}")

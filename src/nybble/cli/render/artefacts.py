@@ -1,0 +1,45 @@
+"""What comes of merging and exporting."""
+
+from rich.table import Table
+
+from nybble.cli.render.terminal import Terminal, show
+from nybble.exporting.compare import MergesCompared
+from nybble.exporting.verify import Verified
+
+
+@show.register
+def _(event: Verified, terminal: Terminal) -> None:
+    """What was asked of whom, and what came of it."""
+    verification = event.verification
+    table = Table(title=f"verified in: {verification.consumer}", title_justify="left")
+    for column in ("check", "found", "needed", ""):
+        table.add_column(column)
+    for check in verification.checks:
+        failed = "too little to tell" if verification.outcome == "undecided" else "[red]failed[/red]"
+        table.add_row(check.name, check.found, check.needed, "passed" if check.passed else failed)
+    terminal.console.print(table)
+    if not (f := verification.figures):
+        return
+    where = ", ".join("equal" if at is None else f"differs from token {at} on" for at in f["first_difference"])
+    terminal.say(
+        f"{f['positions']} held-out positions: "
+        f"same choice {f['top1_agreement']:.2%} (base {f['top1_agreement_of_base']:.2%}), "
+        f"KL to the tuned model {f['kl_mean']:.3g}, 99th percentile {f['kl_p99']:.3g} "
+        f"(base {f['kl_mean_of_base']:.3g}), "
+        f"loss {f['loss']:.4f} (tuned {f['loss_tuned']:.4f}, base {f['loss_base']:.4f})\n"
+        f"greedy answers: {where}; {f['ended']} of {f['texts']} ended, {f['ended_tuned']} of the tuned model's"
+    )
+
+
+@show.register
+def _(event: MergesCompared, terminal: Terminal) -> None:
+    """Losses, and how much of what fine-tuning gained each way keeps."""
+    _, base, kept, *_ = event.losses.values()
+    table = Table(title=f"{event.num_rows} held-out rows, {event.num_tokens} supervised tokens", title_justify="left")
+    table.add_column("model")
+    for column in ("loss, nats a token", "against kept apart", "gain kept"):
+        table.add_column(column, justify="right")
+    for name, loss in event.losses.items():
+        gain = f"{(base - loss) / (base - kept):.0%}" if base > kept and "base, " not in name[:6] else ""
+        table.add_row(name, f"{loss:.4f}", f"{loss - kept:+.4f}", gain)
+    terminal.console.print(table)

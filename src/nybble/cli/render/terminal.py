@@ -1,0 +1,82 @@
+"""The terminal as a listener of events: each is shown in the way that belongs to its type."""
+
+from functools import singledispatch
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from nybble import events
+from nybble.cli.render.step_line import StepLine
+
+
+class Terminal:
+    """Shows events on a console. A context manager: no bar stays when it is left.
+
+    Args:
+        console: where to; the process's own output if None.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console()
+        self.steps: StepLine | None = None
+        self._work = ""
+        self._bar: Progress | None = None
+
+    def __call__(self, event: events.Event) -> None:
+        if not isinstance(event, events.Progress):
+            self._end_work()
+        show(event, self)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end_work()
+        self.end_steps()
+
+    def say(self, sentence: str, **options: Any) -> None:
+        """Print plain text; `options` are those of `Console.print`."""
+        self.console.print(sentence, highlight=False, markup=False, **options)
+
+    def work(self, what: str, done: int, total: int) -> None:
+        """Move the bar of a piece of work; it goes once that is done, and anything else that happens ends it."""
+        if self._bar is None or self._work != what:
+            self._end_work()
+            self._bar = Progress(console=self.console, transient=True, disable=not self.console.is_terminal)
+            self._bar.start()
+            self._bar.add_task(what, total=total)
+            self._work = what
+        self._bar.update(self._bar.task_ids[0], completed=done)
+        if done == total:
+            self._end_work()
+
+    def end_steps(self) -> None:
+        """Leave the line of training steps as it is."""
+        if self.steps is not None:
+            self.steps.stop()
+        self.steps = None
+
+    def _end_work(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+
+
+@singledispatch
+def show(event: events.Event, terminal: Terminal) -> None:
+    """Show an event; every type of event has an implementation, which may do nothing."""
+    raise NotImplementedError(type(event).__name__)
+
+
+@show.register
+def _(event: events.Note, terminal: Terminal) -> None:
+    terminal.say(event.sentence, style="yellow" if event.warning else None)
+
+
+@show.register
+def _(event: events.Progress, terminal: Terminal) -> None:
+    terminal.work(event.what, event.done, event.total)

@@ -1,0 +1,140 @@
+"""A training run, from what it starts from to what it changed."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nybble.cli.render.step_line import StepLine
+from nybble.cli.render.terminal import Terminal, show
+from nybble.evaluation.samples import Sample
+from nybble.runs.result import RunResult
+from nybble.sources.bundled import Fetching
+from nybble.training.events import (
+    AdapterTaken,
+    HeldOutLoss,
+    ModelOpened,
+    NotPaged,
+    OutOfMemory,
+    Resumed,
+    RunMeasured,
+    RunStarted,
+    Step,
+    TrainingBegun,
+    TrainingEnded,
+)
+from nybble.units import format_bytes
+
+PROMPT_CHARACTERS = 600  # of a prompt that are shown
+
+
+@show.register(RunStarted)
+@show.register(AdapterTaken)
+@show.register(Resumed)
+def _(event: RunStarted | AdapterTaken | Resumed, terminal: Terminal) -> None:
+    """The user asked for it; what follows says the rest."""
+
+
+@show.register
+def _(event: Fetching, terminal: Terminal) -> None:
+    sentence = f"Fetching {event.requirement} (93 MB, once) with pip."
+    Console(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)  # off --json's output
+
+
+@show.register
+def _(event: ModelOpened, terminal: Terminal) -> None:
+    terminal.say(f"model: {event.name}")
+    for note in event.notes:
+        terminal.say(f"  {note}")
+
+
+@show.register
+def _(event: TrainingBegun, terminal: Terminal) -> None:
+    if event.after is not None:
+        terminal.say(f"going on after step {event.after} of {event.total_steps}")
+    terminal.steps = StepLine(terminal.console, event.total_steps)
+
+
+@show.register
+def _(event: Step, terminal: Terminal) -> None:
+    assert terminal.steps is not None
+    figures = f"loss {event.loss:.4f}  {event.tokens_per_s:.0f} tokens/s  {format_bytes(event.memory_bytes)}"
+    terminal.steps.update(event.step, figures)
+
+
+@show.register
+def _(event: HeldOutLoss, terminal: Terminal) -> None:
+    when = "before training" if event.step == 0 else f"after step {event.step}"
+    terminal.say(f"held-out loss {when}: {event.loss:.4f} nats per supervised token")
+
+
+@show.register
+def _(event: OutOfMemory, terminal: Terminal) -> None:
+    how = "with the optimizer's state in a file" if event.paged else f"{event.micro_batch_size} rows at once"
+    terminal.say(f"step {event.step} ran out of memory: again, {how}")
+
+
+@show.register
+def _(event: NotPaged, terminal: Terminal) -> None:
+    terminal.say(event.reason)
+
+
+@show.register
+def _(event: TrainingEnded, terminal: Terminal) -> None:
+    terminal.end_steps()
+
+
+@show.register
+def _(event: RunMeasured, terminal: Terminal) -> None:
+    terminal.say(f"{event.steps} steps in {event.training_s:.0f} s")
+    terminal.say(
+        f"peak memory: {format_bytes(event.peak_bytes)} measured, {format_bytes(event.predicted_peak_bytes)} "
+        f"predicted; a step: {event.step_s:.3g} s measured, at most {event.predicted_step_s:.3g} s predicted"
+    )
+
+
+def show_interrupted(terminal: Terminal, trained: RunResult) -> None:
+    """Where what there is lies, and how to go on."""
+    terminal.say(f"Interrupted after step {trained.steps}; the adapter is in {trained.adapter}.")
+    terminal.say(f"next:\n  nybble train --resume --out {trained.folder.path}")
+
+
+def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample]) -> None:
+    """Losses before and after, answers side by side, what to type next."""
+    if not trained.held_out:
+        terminal.say("no sample answers and no held-out loss: no row is held out")
+    elif trained.streamed:
+        terminal.say("no sample answers: the base is streamed")
+    show_samples(terminal, samples)
+    before, after = trained.loss_before, trained.loss_after
+    if before is not None and after is not None:
+        gained = f"{before - after:+.4f} nats per supervised token gained"
+        terminal.say(f"held-out loss: {before:.4f} before, {after:.4f} after ({gained})")
+    for note in trained.source.notes:
+        terminal.say(note)
+    terminal.say(f"adapter: {trained.adapter}")
+    terminal.say(f"losses:  {trained.folder.loss_plot}")
+    terminal.say("next:")
+    for verb in ("chat", "eval", "merge --compare") if trained.held_out else ("chat", "merge"):
+        terminal.say(f"  nybble {verb} --run {trained.folder.path}")
+
+
+def show_samples(terminal: Terminal, samples: Sequence[Sample]) -> None:
+    """Print each sample: the prompt, then base, tuned and reference answers."""
+    for i, sample in enumerate(samples, 1):
+        table = Table(title=f"held-out prompt {i}", title_justify="left", show_header=False, show_lines=True)
+        table.add_column(style="bold")
+        table.add_column()
+        for name, text in (
+            ("prompt", _shorten(sample.prompt)),
+            ("base", sample.base),
+            ("tuned", sample.tuned),
+            ("reference", sample.reference),
+        ):
+            table.add_row(name, Text(text))
+        terminal.console.print(table)
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= PROMPT_CHARACTERS else "... " + text[-PROMPT_CHARACTERS:]

@@ -1,0 +1,53 @@
+"""What a training run gives back."""
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nybble.data.examples import EncodedExample
+from nybble.data.template import ChatTemplate
+from nybble.options.verbs import TrainConfig
+from nybble.runs.folder import RunFolder
+from nybble.sources.interface import ModelSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that ended, by itself or by the user, with its model still in memory.
+
+    Args:
+        folder: what lies where on the disk.
+        config: options as they were settled.
+        steps: done, those of earlier sessions of the run included.
+        loss_before, loss_after: over the held-out rows that were evaluated, nats a supervised token; None where no
+            evaluation came to its end, or no row is held out.
+        interrupted: the signal that ended it early.
+        peak_memory_bytes: of the process, or of the GPU's memory.
+        source: of the base.
+        model: the base with the trained adapters, in training's memory layout.
+        streamed: the base's weights are read from the disk whenever they are used.
+        held_out: rows that were not trained on.
+    """
+
+    folder: RunFolder
+    config: TrainConfig
+    steps: int
+    loss_before: float | None
+    loss_after: float | None
+    interrupted: signal.Signals | None
+    peak_memory_bytes: int
+    source: ModelSource
+    model: "PreTrainedModel"
+    streamed: bool
+    template: ChatTemplate
+    held_out: Sequence[EncodedExample]
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, in PEFT's format."""
+        return self.folder.adapter

@@ -1,0 +1,134 @@
+"""What a training run tells of itself. Those with a `kind` lie in its `events.jsonl`, under these names and fields."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nybble.events import Event
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """A run was asked for; nothing has been opened yet."""
+
+    kind: ClassVar[str] = "start"
+    model: str
+    data: tuple[str, ...]
+    resumes: bool
+
+
+@dataclass(frozen=True)
+class ModelOpened(Event):
+    """The base that the run starts from, and what there is to say about it."""
+
+    kind: ClassVar[str] = "model"
+    name: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class AdapterTaken(Event):
+    """The run trains on from this adapter."""
+
+    kind: ClassVar[str] = "adapter"
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The run goes on after this step."""
+
+    kind: ClassVar[str] = "resume"
+    step: int
+
+
+@dataclass(frozen=True)
+class TrainingBegun(Event):
+    """The steps begin.
+
+    Args:
+        total_steps: of the whole run.
+        after: the step that the run goes on after; None at its beginning.
+    """
+
+    kind: ClassVar[str] = "begin"
+    total_steps: int
+    after: int | None = None
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """An optimizer step is done.
+
+    Args:
+        loss: mean over its supervised tokens, nats.
+        grad_norm: before clipping.
+        tokens, supervised_tokens: of its rows.
+        memory_bytes: held by the process now.
+    """
+
+    kind: ClassVar[str] = "step"
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    step_s: float
+    tokens_per_s: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class HeldOutLoss(Event):
+    """Held-out rows were evaluated after this step, 0 before the first; nats a supervised token."""
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    loss: float
+    supervised_tokens: int
+
+
+@dataclass(frozen=True)
+class OutOfMemory(Event):
+    """A step is taken again.
+
+    Args:
+        micro_batch_size: rows at once from now on, where that is what changed.
+        paged: the optimizer's state went to a file, where that is what changed.
+    """
+
+    kind: ClassVar[str] = "out-of-memory"
+    step: int
+    micro_batch_size: int | None = None
+    paged: bool | None = None
+
+
+@dataclass(frozen=True)
+class NotPaged(Event):
+    """The disk has no room for the optimizer's state."""
+
+    kind: ClassVar[str] = "not-paged"
+    reason: str
+
+
+@dataclass(frozen=True)
+class TrainingEnded(Event):
+    """The last step is done, or the user interrupted; adapter and checkpoint are saved."""
+
+    kind: ClassVar[str] = "end"
+    steps: int
+    interrupted: bool
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class RunMeasured(Event):
+    """What the run took beside what was predicted: bytes at the peak, seconds of a step and of all training."""
+
+    steps: int
+    training_s: float
+    peak_bytes: int
+    predicted_peak_bytes: float
+    step_s: float
+    predicted_step_s: float
