@@ -4,12 +4,13 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/nybble/kernels/csrc/*)
 
-.PHONY: help setup demo test test-slow lint bench drills clean
+.PHONY: help setup demo test test-slow lint docs bench drills clean
 
 help:
 	@echo "make demo       fine-tune a small model on the documentation of Python's standard library"
 	@echo "make test       install what the tests need; run the linter, the type checker and the tests"
 	@echo "make test-slow  run the slow tests too"
+	@echo "make docs       build the site of the documents into build/site; a broken link fails"
 	@echo "make bench      measure the kernels, and whole steps against other stacks (in .venv-peers); an hour or two"
 	@echo "make drills     kill, starve, fill and damage runs; writes docs/reliability.md; half an hour, Linux, strace"
 	@echo "make setup      make .venv and install nybble into it"
@@ -33,6 +34,10 @@ test: lint
 test-slow: lint
 	-$(MAKE) .venv-transformers4/.installed
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
+
+docs: .venv/.installed-test
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # BENCH: options for all programs, such as --quick. BENCH_DATA: questions and answers, as for `nybble train --data`.
 BENCH ?=
@@ -68,7 +73,7 @@ clean:
 
 .venv/.installed-test: $(BUILT_FROM) | .venv/bin/python
 	@echo "Installing nybble and what its tests need into .venv (the first time this downloads PyTorch)..."
-	$(INSTALL) --editable '.[test,dev]'
+	$(INSTALL) --editable '.[test,dev,docs]'
 	@touch .venv/.installed $@
 
 .venv-peers/.installed: benchmarks/peers/requirements.txt | .venv/bin/python
