@@ -153,6 +153,14 @@ def test_the_python_page_is_made_of_docstrings() -> None:
     assert nybble.__version__ and "Nothing yet" in generate.api_page({})
 
 
+def test_the_architecture_page_has_every_room_in_the_order_of_imports() -> None:
+    page = (PROJECT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed = page.partition("holds that: ")[2].partition(".")[0].split(", ")
+    order = (PROJECT / "tests" / "test_architecture.py").read_text(encoding="utf-8").partition("ORDER = (")[2]
+    rooms = {path.parent.name for path in (PROJECT / "src" / "nybble").glob("*/__init__.py")}
+    assert listed == [room for room in re.findall(r'"(\w+)"', order.partition("\n)")[0]) if room in rooms]
+
+
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
