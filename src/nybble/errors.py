@@ -92,5 +92,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says."""
+    """The first line of what an error says."""
     return str(error).strip().partition("\n")[0]

@@ -224,7 +224,7 @@ FINDINGS: dict[str, tuple[Level, str, str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about some rows.
+    """What is wrong, or odd, with some rows.
 
     Args:
         id: a key of `FINDINGS`.
@@ -259,7 +259,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Audit:
-    """Counts and findings.
+    """What was found in the examples of a run: counts, and what is wrong.
 
     Args:
         source, validation_source: as the user gave them; the latter is None where the rows were split.

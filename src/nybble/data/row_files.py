@@ -224,7 +224,7 @@ class TextFile:
             yield from io.TextIOWrapper(file, self.encoding, errors, newline)
 
     def text(self) -> str:
-        """All of it.
+        """Read the whole file as text.
 
         Raises:
             DataError: a byte of it is not of its encoding; the line is named.

@@ -117,7 +117,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
 
 
 def parse_arm(text: str) -> Arm:
-    """`nf4:search` -> Arm.
+    """Read an arm from text such as `nf4:search`.
 
     Raises:
         ConfigError: another form, format or quality.

@@ -31,7 +31,7 @@ class Distributions:
 
     @classmethod
     def of(cls, log_p: Tensor) -> "Distributions":
-        """From log-probabilities `(N, vocabulary)`."""
+        """Keep the likeliest tokens of log-probabilities `(N, vocabulary)`."""
         top = log_p.topk(min(TOP, log_p.shape[-1]), dim=-1)
         return cls(top.indices.int(), top.values)
 

@@ -114,7 +114,7 @@ class Evaluation:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """`report.json`."""
+        """What `report.json` holds."""
         arms = {}
         for name, arm in self.arms.items():
             loss = self.loss(name)

@@ -55,7 +55,7 @@ class Layout:
         return text
 
     def go_template(self) -> str:
-        """The same in Go's text/template, over Ollama's `.Messages`."""
+        """Say what `render` does in Go's text/template, over Ollama's `.Messages`."""
         head, system, before_user = self.default_head, "", self.user[0]
         declared, opens = "", ""
         if self.folded:

@@ -34,7 +34,7 @@ class Format:
 
     @property
     def bits(self) -> int:
-        """Of an index."""
+        """Bits of one index."""
         return (len(self.levels) - 1).bit_length()
 
     @property

@@ -38,7 +38,7 @@ class QuantSpec:
 
     @property
     def entry(self) -> Format:
-        """The format itself."""
+        """The format's line in the table."""
         return FORMATS[self.format]
 
     def num_blocks(self, numel: int) -> int:
@@ -46,7 +46,7 @@ class QuantSpec:
 
     @property
     def bits(self) -> int:
-        """Of an index."""
+        """Bits of one index."""
         return self.entry.bits
 
     def packed_bytes(self, numel: int) -> int:
@@ -56,7 +56,7 @@ class QuantSpec:
         return whole * self.bits // 8 + sum(-(-rest * bits // 8) for bits in planes)
 
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of `packed`: rows stay whole (so that a row range is a byte range) where no block straddles two of them."""
+        """The shape of `packed`: rows stay whole (a row range is a byte range) where no block straddles two of them."""
         if len(shape) == 2 and shape[1] % self.block_size == 0:
             return (shape[0], shape[1] * self.bits // 8)
         return (self.packed_bytes(prod(shape)),)

@@ -292,7 +292,7 @@ def _read_header(file: Path) -> list[TensorEntry]:
 
 
 def object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `json.loads`, which by itself silently takes the last of two values."""
+    """Refuse a key given twice: a hook for `json.loads`, which by itself silently takes the last value."""
     unique = dict(pairs)
     if len(unique) != len(pairs):
         counts = Counter(name for name, _ in pairs)

@@ -183,7 +183,7 @@ class RepetitionPenalty:
             self._seen.scatter_(1, tokens[:, None], True)
 
     def keep(self, texts: Sequence[int]) -> None:
-        """Only these go on."""
+        """Forget all other texts."""
         if self._seen is not None:
             self._seen = self._seen[list(texts)]
 

@@ -29,7 +29,7 @@ class TextPieces:
         return self._give(self._new_text())
 
     def text(self) -> str:
-        """All of it."""
+        """The text of all tokens so far, stripped."""
         return self._decode(self.ids).strip()
 
     def _new_text(self) -> str:

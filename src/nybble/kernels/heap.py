@@ -34,7 +34,7 @@ class TrimmedHeap:
         self.every, self._count = every, 0
 
     def begin(self) -> None:
-        """A new micro-batch."""
+        """Begin a new micro-batch."""
         self._count = 0
 
     def next_block(self) -> None:

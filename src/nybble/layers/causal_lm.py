@@ -57,7 +57,7 @@ class Verdict:
     layouts_refused: tuple[tuple[Layout, Difference], ...] = ()
 
     def describe(self) -> str:
-        """For the user: which path runs, and why."""
+        """Say which path runs, and why."""
         if self.path == "blocks":
             return "decoder blocks"
         parts = [f"generic path ({self.reason})"]
@@ -127,7 +127,7 @@ class CausalLM:
 
     @property
     def name(self) -> str:
-        """For the user: which path runs, and why."""
+        """Say which path runs, and why."""
         return self.verdict.describe() + self.backbone.details
 
     @property

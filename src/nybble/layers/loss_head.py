@@ -65,7 +65,7 @@ class Head(Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, hidden) -> (N, vocabulary)"""
+        """Project states `(N, hidden)` onto the vocabulary: `(N, vocabulary)`."""
         ...
 
     def chunk_rows(self, itemsize: int) -> int:
@@ -304,7 +304,7 @@ class OwnHead:
         return _weighted(torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses]), weights)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(N, hidden) -> (N, vocabulary)"""
+        """Project states `(N, hidden)` onto the vocabulary: `(N, vocabulary)`."""
         with self._given(hidden[None]):
             ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
             logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]

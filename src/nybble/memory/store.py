@@ -104,7 +104,7 @@ class FolderBlockStore:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the linear layers whose bytes it has."""
+        """Names of the linear layers whose bytes it has."""
         return tuple(self._block_of)
 
     def begin(self, *, will_return: bool) -> None:

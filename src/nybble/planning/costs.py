@@ -114,7 +114,7 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of the model's."""
+        """Number of all parameters of the model."""
         return self.parts.elements
 
     @property
@@ -124,7 +124,7 @@ class ModelShape:
 
     @property
     def multiplied_elements(self) -> int:
-        """Of the matrices of all blocks, those that a token is multiplied with."""
+        """Elements of the blocks' matrices that one token is multiplied with."""
         return sum(count * (block.linear_elements + _active_elements(block)) for block, count in self.parts.blocks)
 
     @property

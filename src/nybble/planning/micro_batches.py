@@ -83,7 +83,7 @@ def total_steps(options: LengthOptions, num_rows: int, rows_per_step: int) -> in
 
 
 def even_run(length: int, *, rows_per_step: int, size: int, packed: bool) -> MicroBatches:
-    """The same where every row has `length` tokens, all supervised."""
+    """The micro-batches of a run whose rows all have `length` tokens, all supervised."""
     sizes = {size, rows_per_step % size or size}
     tokens = _tokens([length] * size, packed)
     return MicroBatches(tokens, size * length, length, len(sizes), tokens, size * length, 0)

@@ -169,7 +169,7 @@ class Plan:
         return sum(self.components.values())
 
     def describe(self) -> str:
-        """In a few words: what is chosen."""
+        """Say in a few words what is chosen."""
         rows = "row" if self.micro_batch_size == 1 else "rows"
         words = [self.strategy, f"{self.micro_batch_size} {rows} at once", f"blocks keep {self.keep}"]
         words += ["offloaded"] if self.offloaded else []
@@ -221,7 +221,7 @@ class Plans:
 
     @property
     def smallest(self) -> Plan:
-        """Of those that are allowed."""
+        """The smallest plan of those that are allowed; of all where none is."""
         allowed = [plan for plan in self.candidates if plan.barred is None]
         return min(allowed or self.candidates, key=lambda plan: plan.peak_bytes)
 

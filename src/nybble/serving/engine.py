@@ -62,7 +62,7 @@ class Job:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def give(self, token: int | Exception | None) -> None:
-        """Called by the computing thread."""
+        """Hand a token to the request; the computing thread calls this."""
         self.loop.call_soon_threadsafe(self.tokens.put_nowait, token)
 
 

@@ -75,17 +75,17 @@ class Inventory:
 
     @property
     def linear_elements(self) -> int:
-        """Of what is in four bits."""
+        """Elements of the blocks' matrices that are put into four bits."""
         return sum(count * block.linear_elements for block, count in self.blocks)
 
     @property
     def matrix_elements(self) -> int:
-        """Of matrices of blocks that are not."""
+        """Elements of the blocks' matrices that stay in 16 bits."""
         return sum(count * block.matrix_elements for block, count in self.blocks)
 
     @property
     def vector_elements(self) -> int:
-        """Of norms and biases in blocks."""
+        """Elements of norms and biases in blocks."""
         return sum(count * block.vector_elements for block, count in self.blocks)
 
     @property
@@ -95,7 +95,7 @@ class Inventory:
 
     @property
     def dense_share(self) -> float:
-        """Of the weights of all blocks' matrices, what is not in four bits."""
+        """Share of the weights of all blocks' matrices that stays in 16 bits."""
         total = self.linear_elements + self.matrix_elements
         return self.matrix_elements / total if total else 0.0
 
@@ -163,7 +163,7 @@ def check_dense_share(inventory: Inventory, name: str, most: float = DENSE_SHARE
 
 
 def partly_dense(inventory: Inventory) -> str:
-    """In words: how much of the blocks' weights stays in 16 bits, and what that is."""
+    """Say how much of the blocks' weights stays in 16 bits, and what that is."""
     names = " and ".join(name for name, _ in sorted(inventory.dense, key=lambda part: -part[1])[:2])
     return f"{inventory.dense_share:.0%} of its blocks' weights stay in 16 bits ({names})"
 

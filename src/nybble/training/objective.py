@@ -48,7 +48,7 @@ class SupervisedFineTuning:
     """The mean of −log p over supervised tokens, in nats; where the batch has weights, each term times its own."""
 
     def encode(self, template: ChatTemplate, example: Example) -> list[EncodedExample]:
-        """As the template marks what the assistant says."""
+        """Encode an example; what is learnt is what the template marks as the assistant's."""
         return template.encode_example(example)
 
     def collate(self, rows: Sequence[EncodedExample], packed: bool) -> Batch:
@@ -56,7 +56,7 @@ class SupervisedFineTuning:
         return packing.collate(rows, packed)
 
     def tokens(self, batch: Batch) -> int:
-        """Supervised ones."""
+        """Count the supervised tokens."""
         return batch.supervised_tokens
 
     def loss(self, model: CausalLM, batch: Batch, denominator: float) -> Tensor:

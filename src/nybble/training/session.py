@@ -170,7 +170,7 @@ class _Opened:
 
     @property
     def options(self) -> str:
-        """`config.yaml`."""
+        """The text of the run's `config.yaml`."""
         return config_to_yaml(self.given.model_copy(update={"resume": False, "allow_change": ()}))
 
 

@@ -9,7 +9,7 @@ PLAIN_INTERVAL_S = 20.0
 
 
 class StepLine:
-    """Begins with its making.
+    """The line that shows the progress of steps; it begins with its making.
 
     Args:
         console: where to write.
