@@ -9,6 +9,8 @@ what its former owner's kernels may still be writing.
 import torch
 from torch import Tensor
 
+from nybble.memory.measure import has_own_memory
+
 
 class Lane:
     """A GPU's copies.
@@ -43,4 +45,4 @@ class Lane:
 
 def lane_to(device: torch.device) -> Lane | None:
     """The lane of a GPU; None for a CPU, whose memory needs no copies."""
-    return Lane(device) if device.type == "cuda" else None
+    return Lane(device) if has_own_memory(device) else None

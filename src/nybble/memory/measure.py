@@ -25,14 +25,21 @@ def anonymous_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def has_own_memory(device: torch.device) -> bool:
+    """Whether a device computes in memory of its own, as a GPU does. Else its tensors lie in this process's heap, a
+    budget counts what the process holds, and files that it reads stay in the system's cache beside it.
+    """
+    return device.type == "cuda"
+
+
 def used_bytes(device: torch.device) -> int:
     """Memory in use that a budget counts: RssAnon on the CPU, the allocator's on CUDA."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
+    return torch.cuda.memory_allocated(device) if has_own_memory(device) else anonymous_bytes()
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that a run may still take: free memory of the device, on the CPU within the process's cgroup."""
-    if device.type == "cuda":
+    if has_own_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     free = _MEMINFO_DEFAULT
     if _MEMINFO.exists():
@@ -89,7 +96,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         self.start_bytes = self.peak_bytes = used_bytes(self.device)
-        if self.device.type == "cuda":
+        if has_own_memory(self.device):
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
             self._thread = threading.Thread(target=self._sample, daemon=True)

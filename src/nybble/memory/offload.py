@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble.files.scratch import ScratchFile
+from nybble.memory.measure import has_own_memory
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,15 @@ class PinnedActivations:
     def get(self, place: tuple[torch.device, Tensor]) -> Tensor:
         device, host = place
         return host.to(device, non_blocking=True)
+
+
+def activation_place(device: torch.device, folder: Path, num_bytes: int) -> ActivationFile | PinnedActivations:
+    """Where what blocks keep on this device goes.
+
+    Args:
+        folder, num_bytes: as `ActivationFile` takes them, where it is a file.
+
+    Raises:
+        PlanError: the disk has no room for it.
+    """
+    return PinnedActivations() if has_own_memory(device) else ActivationFile(folder, num_bytes)

@@ -168,7 +168,7 @@ def train_loop(
                 sampler.load_state(before.sampler)
                 restore_rng(before.rng, device)
                 # Room first: the same micro-batches again, with the state in a file, if the disk has room for it.
-                if not optimizer.paged and device.type == "cpu" and paged_out(optimizer, run, report):
+                if optimizer.can_page_out and paged_out(optimizer, run, report):
                     report(OutOfMemory(step, paged=True))
                     continue
                 if progress.micro_batch_size == 1:

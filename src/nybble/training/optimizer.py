@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 
 from nybble.kernels import block_ops
 from nybble.kernels.block_ops import ADAMW_BLOCK
+from nybble.memory.measure import has_own_memory
 from nybble.memory.pager import Layout, PagedState, State
 
 Bits = Literal[32, 8]
@@ -51,8 +52,8 @@ class AdamW:
             self._zeros() if paged_in is None else PagedState(self._layouts, paged_in, self._device)
         )
         # Made by backward passes, gradients would lie in the C library's heap among what those free, and pin gaps.
-        self._on_cpu = self._device.type == "cpu"
-        if self._on_cpu:
+        self._keeps_gradients = not has_own_memory(self._device)
+        if self._keeps_gradients:
             for parameter in self.parameters:
                 parameter.grad = torch.zeros_like(parameter)
 
@@ -83,6 +84,11 @@ class AdamW:
     @property
     def paged(self) -> bool:
         return isinstance(self._state, PagedState)
+
+    @property
+    def can_page_out(self) -> bool:
+        """Whether `page_out` would make room where steps ran out of it; a GPU's plan has said whether it pages."""
+        return not self.paged and not has_own_memory(self._device)
 
     def settle(self) -> None:
         """Write the zeros that gradients and moments begin with, so that they take the memory that they will take."""
@@ -134,7 +140,7 @@ class AdamW:
             self._drop(parameter)
 
     def _drop(self, parameter: Tensor) -> None:
-        if self._on_cpu and parameter.grad is not None:
+        if self._keeps_gradients and parameter.grad is not None:
             parameter.grad.zero_()
         else:
             parameter.grad = None
