@@ -29,8 +29,9 @@ from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.offload import ActivationFile
 from nybble.memory.store import open_store
-from nybble.planning.costs import ModelShape, end_bytes
-from nybble.planning.planner import STREAMED_ENDS_BYTES
+from nybble.planning.costs import end_bytes
+from nybble.planning.shape import shape_of
+from nybble.planning.strategies import STREAMED_ENDS_BYTES
 from nybble.quantization.synth import synthesize
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
@@ -46,7 +47,7 @@ def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: Activat
     dtype = resolve_compute_dtype("auto", torch.device("cpu"))
     store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0) if streamed else None
     names = () if store is None else store.names
-    ends = streamed and end_bytes(ModelShape.of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
+    ends = streamed and end_bytes(shape_of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
     model = load_model(source, source.layer_formats, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
     forward, head = FusedForward(model, "nothing", store, kept), loss_head(model)

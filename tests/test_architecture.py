@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -14,17 +15,23 @@ from nybble.formats.format import FORMATS
 
 PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
-LEAVES = ("openmp", "errors", "units", "events")  # importable from everywhere; they import nothing of nybble
+LEAVES = ("openmp", "errors", "units", "events", "sizes")  # importable from everywhere; they import nothing of nybble
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "layers", "sources", "memory", "generation"),
     *("quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge", "cli"),
 )
+# Which device it is matters to what runs there, to where bytes lie, and to what a plan measures; others ask these.
+DEVICE_PLACES = ("nybble.kernels", "nybble.memory", "nybble.planning.machine")
+DEVICE_PLACES += ("nybble.layers.backbone",)  # until blocks are taken where kernels say that they run
 # Imported where they are installed, needed nowhere.
 OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate", "llama-cpp-python", "lm-eval"}
 OPTIONAL_PACKAGES |= {"starlette", "uvicorn", "llama-cpp"}  # the last by its import name, where it is not installed
 # Places that may name a four-bit format in a string; what tells formats apart elsewhere is asked of the table.
 NAME_FORMATS = ("formats", "options", "kernels")
-WITHOUT_TORCH = ("nybble.formats.format", "nybble.formats.quant_spec")
+WITHOUT_TORCH = (
+    *("nybble.formats.format", "nybble.formats.quant_spec", "nybble.planning.costs", "nybble.planning.strategies"),
+    *("nybble.planning.calibration_costs", "nybble.planning.machine_table", "nybble.planning.planner"),
+)
 
 MODULES = {
     ".".join(("nybble", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -124,21 +131,12 @@ def test_no_import_cycles() -> None:
     assert not remaining, f"these import each other in a circle: {sorted(remaining)}"
 
 
-@pytest.mark.parametrize("module", WITHOUT_TORCH)
-def test_plain_numbers_need_no_torch(module: str) -> None:
-    needed, found = [module], {module}
-    while needed:
-        packages = module_and_packages(needed.pop())
-        imported = {name for each in packages for name, _, for_types in imports_of(each) if not for_types}
-        assert not [name for name in imported if name.partition(".")[0] == "torch"], packages[0]
-        needed += [name for name in imported if name in MODULES and name not in found]
-        found |= imported
-
-
-def module_and_packages(module: str) -> list[str]:
-    """`nybble.formats.format` -> itself, `nybble.formats` and `nybble`, all of which an import of it runs."""
-    parts = module.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+def test_plain_numbers_need_no_torch() -> None:
+    """Asked of a fresh process, since what is imported indirectly counts too."""
+    imports = f"import sys, {', '.join(WITHOUT_TORCH)}"
+    found = "[name for name in ('torch', 'transformers') if name in sys.modules]"
+    command = [sys.executable, "-c", f"{imports}; print({found})"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if place(module) not in NAME_FORMATS])
@@ -153,6 +151,34 @@ def test_formats_are_asked_for_by_what_they_are(module: str) -> None:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             assert not named.search(node.value), f"{MODULES[module]}:{node.lineno}: ask nybble.formats.format"
+
+
+def device_comparisons(source: str) -> list[int]:
+    """Lines in which the type of a device is compared, or a tensor is asked whether it is CUDA's."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = (node.left, *node.comparators)
+            types = [side for side in sides if isinstance(side, ast.Attribute) and side.attr == "type"]
+            named = [side for side in sides if isinstance(side, ast.Name) and side.id == "device_type"]
+            lines += [node.lineno] if types or named else []
+        if isinstance(node, ast.Attribute) and node.attr in ("is_cuda", "is_cpu"):
+            lines.append(node.lineno)
+    return lines
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_few_places_tell_devices_apart(module: str) -> None:
+    if not any(f"{module}.".startswith(f"{allowed}.") for allowed in DEVICE_PLACES):
+        lines = device_comparisons(MODULES[module].read_text(encoding="utf-8"))
+        assert not lines, f"{MODULES[module]}:{lines} compares a device's type: ask kernels/ or memory/ what is meant"
+
+
+def test_comparisons_of_devices_are_seen() -> None:
+    assert device_comparisons('device.type == "cpu"') and device_comparisons('if "cuda" != self.device.type: pass')
+    assert device_comparisons('(device or model.device).type in ("cpu", "mps")')
+    assert device_comparisons("tensor.is_cuda")
+    assert not device_comparisons("record = {'device': device.type}; rules = RULES[device.type]")
 
 
 def test_every_package_imported_is_declared() -> None:

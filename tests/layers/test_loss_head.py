@@ -1,13 +1,15 @@
 """The chunked loss head against cross-entropy over all logits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nybble.layers import loss_head
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead
+from nybble.sizes import SHAPE_RULES
 
 VOCABULARY, HIDDEN, ROWS = 257, 24, 141
 
@@ -31,8 +33,8 @@ def dense_loss(
     "extras", [{}, {"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0, "bias": torch.randn(VOCABULARY)}]
 )
 def test_loss_and_gradient_equal_the_dense_ones(monkeypatch, chunk_rows, weight_dtype, extras):
-    monkeypatch.setattr(loss_head, "CHUNK_BYTES", chunk_rows * VOCABULARY * 8)
-    monkeypatch.setattr(loss_head, "PANEL_ROWS", 100)
+    cut = replace(SHAPE_RULES["cpu"], chunk_bytes=chunk_rows * VOCABULARY * 8, panel_rows=100)
+    monkeypatch.setitem(SHAPE_RULES, "cpu", cut)
     torch.manual_seed(0)
     head = LossHead(torch.randn(VOCABULARY, HIDDEN).to(weight_dtype), **extras)
     hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
@@ -50,7 +52,7 @@ def test_loss_and_gradient_equal_the_dense_ones(monkeypatch, chunk_rows, weight_
 
 @pytest.mark.parametrize("extras", [{}, {"scale": 2.0, "softcap": 5.0, "bias": torch.randn(VOCABULARY)}])
 def test_weighted_losses_equal_the_dense_ones(monkeypatch, extras):
-    monkeypatch.setattr(loss_head, "CHUNK_BYTES", 64 * VOCABULARY * 8)
+    monkeypatch.setitem(SHAPE_RULES, "cpu", replace(SHAPE_RULES["cpu"], chunk_bytes=64 * VOCABULARY * 8))
     torch.manual_seed(3)
     head = LossHead(torch.randn(VOCABULARY, HIDDEN), **extras)
     hidden = torch.randn(ROWS, HIDDEN, requires_grad=True)
@@ -69,7 +71,7 @@ def test_weighted_losses_equal_the_dense_ones(monkeypatch, extras):
 
 def test_weighted_losses_train_an_adapter_on_the_head(monkeypatch):
     """Its A and B, against autograd over all logits at once."""
-    monkeypatch.setattr(loss_head, "CHUNK_BYTES", 64 * VOCABULARY * 8)
+    monkeypatch.setitem(SHAPE_RULES, "cpu", replace(SHAPE_RULES["cpu"], chunk_bytes=64 * VOCABULARY * 8))
     torch.manual_seed(4)
     linear = nn.Linear(HIDDEN, VOCABULARY, bias=False).requires_grad_(False)
     adapter = LoraLinear(linear, rank=3, alpha=6.0)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from nybble.layers.convert import adapters_of, attach_adapters, quantizable_line
 from nybble.layers.loss_head import LossHead, OwnHead, loss_head
 from nybble.layers.probe import Probe
 from nybble.layers.rotary import RowRotary, length_of_change, rotate_rows_alone, row_lengths
+from nybble.sizes import SHAPE_RULES
 
 SMALL: dict[str, Any] = {
     "vocab_size": 131,
@@ -172,7 +174,7 @@ class OddHead(nn.Module):
 
 @pytest.mark.parametrize("chunk_bytes", [2**25, 1])
 def test_a_head_that_is_not_linear_computes_through_the_models_own_forward(monkeypatch, chunk_bytes):
-    monkeypatch.setattr("nybble.layers.loss_head.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(SHAPE_RULES, "cpu", replace(SHAPE_RULES["cpu"], chunk_bytes=chunk_bytes))
     model, rows = tiny_model("llama"), examples((90, 30))
     model.lm_head = OddHead(model.lm_head)
     loss, gradients = own_loss_and_gradients(model, rows)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from nybble.memory.store import open_store, spread
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.synth import synthesize
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
 from nybble.sources.skeleton import build_skeleton
@@ -128,8 +130,8 @@ def test_a_streamed_head_keeps_its_bias(tmp_path):
 
 def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, monkeypatch):
     whole, _, _ = gradients(folder, None)
-    monkeypatch.setattr(loss_head, "LARGE_HEAD_BYTES", 1)
-    monkeypatch.setattr(loss_head, "PANEL_BYTES", 2 * 256 * 320)  # of 1,024 rows: three panels and a part
+    panels = replace(SHAPE_RULES["cpu"], large_head_bytes=1, panel_bytes=2 * 256 * 320)
+    monkeypatch.setitem(SHAPE_RULES, "cpu", panels)  # of 1,024 rows: three panels and a part
     expected, expected_grads, _ = gradients(folder, None)
     losses, grads, _ = gradients(folder, 1, stream_ends=True)
     assert losses == expected and expected == pytest.approx(whole, rel=1e-2)

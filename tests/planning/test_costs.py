@@ -10,14 +10,16 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 from nybble.planning.costs import (
     MicroBatches,
-    ModelShape,
-    TrainingShape,
+    RunShape,
     base_bytes,
     compiled_products,
     dense_bytes,
     mean_bits,
     predict,
 )
+from nybble.planning.shape import shape_of
+from nybble.quantization.walk import STATES_DTYPE
+from nybble.sizes import CALIBRATION_STATE_BYTES, SHAPE_RULES
 from nybble.sources.skeleton import build_skeleton
 
 LLAMA_2_70B = {
@@ -32,13 +34,13 @@ LLAMA_2_70B = {
 }
 
 
-def shape_of(config):
-    return ModelShape.of(build_skeleton(AutoConfig.for_model(**config)))
+def of_config(config):
+    return shape_of(build_skeleton(AutoConfig.for_model(**config)))
 
 
 @functools.cache
 def llama_2_70b():
-    return shape_of(LLAMA_2_70B)
+    return of_config(LLAMA_2_70B)
 
 
 def test_llama_2_70b_takes_the_bytes_that_are_published():
@@ -79,13 +81,13 @@ def test_keeping_more_costs_more(path):
     peaks = []
     for keep in ("nothing", "attention", "everything"):
         batches = MicroBatches(512, 200, 512, 1, 512, 200, 0)
-        training = TrainingShape(batches, 207_000_000, 16, 2, QuantSpec(), path, keep, 64 * 2**20)
-        peaks.append(sum(predict(shape, training).values()))
+        run = RunShape(shape, batches, 207_000_000, 16, 2, QuantSpec(), path, keep, SHAPE_RULES["cpu"])
+        peaks.append(sum(predict(run).values()))
     assert peaks == sorted(peaks) and peaks[0] < peaks[2]
 
 
 def test_products_of_the_same_widths_are_compiled_once():
-    shape = shape_of(LLAMA_2_70B | {"num_key_value_heads": 64})
+    shape = of_config(LLAMA_2_70B | {"num_key_value_heads": 64})
     forward, backward = compiled_products(shape, 16)
     grouped = compiled_products(llama_2_70b(), 16)
     assert forward < grouped[0] and backward < grouped[1], "q, k and v of one width share theirs"
@@ -125,8 +127,12 @@ def test_products_are_as_many_as_a_block_multiplies():
         states = forward_pass.hidden(pack_tokens([torch.arange(64)]), torch.arange(64))
         forward = len(seen)
         states.float().sum().backward()
-    shape = ModelShape.of(build_skeleton(config))
+    shape = shape_of(build_skeleton(config))
     assert compiled_products(shape, 8) == (forward, len(seen) - forward)
+
+
+def test_states_between_blocks_are_counted_as_they_are_kept():
+    assert STATES_DTYPE.itemsize == CALIBRATION_STATE_BYTES
 
 
 def test_the_peak_of_an_allocation_is_seen():

@@ -8,11 +8,13 @@ import torch
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.layers.backbone import TOKEN_MULTIPLE
 from nybble.options.option import build_options
 from nybble.options.verbs import PlanConfig
 from nybble.planning import micro_batches
-from nybble.planning.micro_batches import deal_run, even_run, total_steps
+from nybble.planning.micro_batches import count_micro_batches, even_micro_batches, total_steps
+from nybble.sizes import SHAPE_RULES
+
+RULES = SHAPE_RULES["cpu"]
 
 
 def rows(count, seed):
@@ -32,7 +34,9 @@ def rows(count, seed):
 def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_steps, packed, size, steps):
     monkeypatch.setattr(micro_batches, "COUNTED_STEPS", counted_steps)
     train, validation = rows(50, 0), rows(7, 1)
-    told = deal_run(train, validation, rows_per_step=8, steps=steps, seed=5, size=size, packed=packed)
+    told = count_micro_batches(
+        train, validation, rows_per_step=8, steps=steps, seed=5, size=size, packed=packed, rules=RULES
+    )
 
     sampler = StepSampler(len(train), 8, 5)
     lengths = [len(row) for row in train]
@@ -41,7 +45,7 @@ def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_step
 
     def tokens(batch):
         total = batch.input_ids.numel()
-        return -(-total // TOKEN_MULTIPLE) * TOKEN_MULTIPLE if packed else total
+        return -(-total // RULES.token_multiple) * RULES.token_multiple if packed else total
 
     assert told.tokens == max(map(tokens, batches))
     assert told.supervised == max(batch.supervised_tokens for batch in batches)
@@ -54,9 +58,9 @@ def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_step
 
 
 def test_rows_of_one_length_need_no_data():
-    told = even_run(100, rows_per_step=8, size=3, packed=True)
+    told = even_micro_batches(100, rows_per_step=8, size=3, packed=True, rules=RULES)
     assert (told.tokens, told.supervised, told.token_counts) == (320, 300, 2)
-    assert even_run(100, rows_per_step=8, size=4, packed=False).tokens == 400
+    assert even_micro_batches(100, rows_per_step=8, size=4, packed=False, rules=RULES).tokens == 400
 
 
 def test_a_plan_and_a_run_count_the_same_steps():

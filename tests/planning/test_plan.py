@@ -8,22 +8,30 @@ import shutil
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.cli.main import app
 from nybble.cli.render import Terminal
 from nybble.errors import ConfigError, ModelError, PlanError
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.options.option import build_options, parse_size
 from nybble.options.verbs import PlanConfig, load_config
-from nybble.planning.from_config import foresee
-from nybble.planning.planner import Cause, require
+from nybble.planning.costs import MicroBatches
+from nybble.planning.from_config import plan_from_config
+from nybble.planning.machine_table import Machine
+from nybble.planning.planner import require
 from nybble.planning.report import Planned, describe_left, plans_json
+from nybble.planning.request import requests
+from nybble.planning.strategies import WAYS, Cause, Strategy
 from nybble.sources.shapes import SHAPES
+from nybble.sources.skeleton import build_skeleton
 from nybble.training import checkpoint, loop, session
 from nybble.training.session import train
 
 
 def plans(**options):
-    return foresee(build_options(PlanConfig, {"model": "smollm2-135m", "max_seq_len": 512} | options))
+    return plan_from_config(build_options(PlanConfig, {"model": "smollm2-135m", "max_seq_len": 512} | options))
 
 
 def config(tiny_model, data, out, **options):
@@ -89,7 +97,7 @@ def test_70b_streams_in_a_budget_that_its_weights_exceed():
 def test_a_base_that_adapters_start_from_is_not_streamed():
     made, _, _ = plans(model="llama-2-70b", memory="20GB", rows_per_step=1, init="loftq")
     assert made.chosen is None
-    streamed = [p.barred for p in made.best if "base from" in p.strategy]
+    streamed = [p.excluded for p in made.best if p.strategy.streamed]
     assert {(bar.sentence, bar.way) for bar in streamed} == {("--init loftq needs the whole base", "--init default")}
 
 
@@ -100,18 +108,18 @@ def test_what_would_fit_from_a_four_bit_folder_names_the_command_that_makes_one(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 28672}))
     options = {"model": str(folder), "device": "24GB-gpu", "host_memory": "64GB", "rows_per_step": 1, "block_size": 128}
-    made, asked, freed = plans(**options)
+    made, asked, unconstrained = plans(**options)
     assert made.chosen is None
     way = f"nybble quantize --model '{folder}' --out 'Llama 3 70B-nf4' --block-size 128, then --model 'Llama 3 70B-nf4'"
     with pytest.raises(PlanError) as refused:
-        require(made, asked, freed)
+        require(made, asked, unconstrained)
     assert "4-bit, base from" in refused.value.allowed and way in refused.value.fix
     shown = io.StringIO()
     Terminal(Console(file=shown, width=300))(Planned(made, asked))
     assert f"not 4-bit, base from disk: read from a 4-bit folder only; it would fit: {way}" in shown.getvalue()
-    fixed, asked, freed = plans(**options | {"stream_base": "never", "keep": "everything"})
+    fixed, asked, unconstrained = plans(**options | {"stream_base": "never", "keep": "everything"})
     with pytest.raises(PlanError, match="nybble quantize"):
-        require(fixed, asked, freed)
+        require(fixed, asked, unconstrained)
 
 
 def test_the_command_that_a_refusal_names_opens_what_it_says(tiny_model, tmp_path, monkeypatch):
@@ -119,9 +127,9 @@ def test_the_command_that_a_refusal_names_opens_what_it_says(tiny_model, tmp_pat
 
     monkeypatch.chdir(tmp_path)
     options = {"model": str(tiny_model), "memory": "4GB", "stream_base": "always", "double_quant": False}
-    made, asked, freed = plans(**options)
+    made, asked, unconstrained = plans(**options)
     with pytest.raises(PlanError) as refused:
-        require(made, asked, freed)
+        require(made, asked, unconstrained)
     command, then = refused.value.fix.rstrip(".").partition("4-bit folder: ")[2].split(", then ")
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
@@ -149,16 +157,40 @@ def test_every_reason_is_a_value():
     made, _, _ = plans(memory="700MB", init="loftq")
     causes = {made.reason(plan).cause for plan in made.rejected}
     assert causes <= set(Cause) and Cause.COMPARISON in causes
-    record = plans_json(made)
-    assert all(each["cause"] in {cause.name.lower() for cause in Cause} for each in record["rejected"])
+    record = json.loads(json.dumps(plans_json(made)))
+    assert all(each["cause"] in {"comparison", "option", "budget", "slower"} for each in record["rejected"])
+    assert {each["strategy"] for each in record["rejected"]} <= set(Strategy)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": False}, {"dropout": 0.1}, {"model_type": "gpt2"}])
+def test_a_plan_and_a_run_take_the_same_path(options):
+    given = dict(options)
+    written = {"model_type": given.pop("model_type")} if "model_type" in given else SHAPES["tiny"]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 160}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**written | sizes)).requires_grad_(False)
+    machine = Machine("a test's", "cpu", 10**10, 10**8, 10**10, 1e11, 1e10, 1e10, 1e10)
+    asked, _ = requests(
+        build_options(PlanConfig, {"model": "tiny"} | given), build_skeleton(model.config), machine,
+        micro_batches=lambda size: MicroBatches(64 * size, 64 * size, 64, 1, 0, 0, 0), dtype=torch.float32,
+        in_folder=False, formats=None,
+    )  # fmt: skip
+    dropout, packing = given.get("dropout", 0), given.get("packing", True)
+    attach_adapters(model, quantizable_linears(model), rank=2, alpha=2, dropout=dropout, rslora=False, seed=0)
+    assert asked.run.path == CausalLM.of(model, packing=packing).verdict.path == ("generic" if options else "blocks")
+
+
+def test_every_strategy_has_its_function_and_is_tried():
+    assert list(WAYS) == list(Strategy)
+    made, _, _ = plans(memory="4GB")
+    assert {plan.strategy for plan in made.candidates} == set(Strategy)
 
 
 def test_a_mixture_of_experts_is_not_planned_as_four_bit(tmp_path):
     config = {"model_type": "mixtral", "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    made, asked, freed = plans(model=str(tmp_path), memory="80GB")
+    made, asked, unconstrained = plans(model=str(tmp_path), memory="80GB")
     with pytest.raises(PlanError, match=r"(?s)weights stay in 16 bits.*--format none.*--max-dense-share"):
-        require(made, asked, freed)
+        require(made, asked, unconstrained)
     experts = "model.layers.*.mlp.experts.gate_up_proj"
     assert any(experts in line and "without an adapter, not in four bits" in line for line in describe_left(asked))
     accepted = plans(model=str(tmp_path), memory="80GB", max_dense_share=1)[0]
@@ -177,7 +209,7 @@ def test_every_architecture_that_transformers_builds_is_planned(tmp_path, model_
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     made, asked, _ = plans(model=str(tmp_path), memory="400GB")
     assert made.chosen.components["base weights"] == pytest.approx(
-        asked.shape.parts.linear_elements * 4.127 / 8, rel=1e-2
+        asked.run.model.parts.linear_elements * 4.127 / 8, rel=1e-2
     )
 
 
@@ -247,9 +279,9 @@ def test_a_run_and_a_plan_of_its_data_expect_the_same(tiny_model, data, tmp_path
 
 def test_a_choice_that_does_not_fit_names_the_nearest_that_does():
     own = plans(memory="4GB")[0].machine.process_bytes
-    made, asked, freed = plans(memory=own + 500 * 10**6, micro_batch_size=8, rows_per_step=8, keep="everything")
+    made, asked, unconstrained = plans(memory=own + 500 * 10**6, micro_batch_size=8, rows_per_step=8, keep="everything")
     with pytest.raises(PlanError, match=r"(?s)What fits: 4-bit.*--micro-batch-size \d --keep"):
-        require(made, asked, freed)
+        require(made, asked, unconstrained)
 
 
 def test_a_rehearsal_that_takes_too_much_stops_before_the_first_step(tiny_model, data, tmp_path, monkeypatch):
@@ -302,4 +334,4 @@ def test_the_text_of_a_larger_model_is_planned_with_its_own_ends(tmp_path, inner
     (tmp_path / "config.json").write_text(json.dumps(written))
     asked = plans(model=str(tmp_path))[1]
     ends = 2 if inner.get("tie_word_embeddings") is not True else 1
-    assert asked.shape.parts.end_elements == ends * 1000 * 64
+    assert asked.run.model.parts.end_elements == ends * 1000 * 64

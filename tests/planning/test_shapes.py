@@ -10,12 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.planning.costs import MicroBatches, ModelShape, TrainingShape, base_bytes, predict
+from nybble.planning.costs import MicroBatches, ModelShape, Part, RunShape, base_bytes, predict
+from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.synth import byte_tokenizer
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.folder import FolderSource
-from nybble.sources.inventory import check_dense_share, take_inventory
+from nybble.sources.inventory import take_inventory
 from nybble.sources.load import load_model
+from nybble.sources.parts import check_dense_share
 from nybble.sources.skeleton import build_skeleton
 
 BASE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 160}
@@ -57,18 +60,16 @@ def held_bytes(model: torch.nn.Module) -> int:
 
 
 def planned_bytes(shape: ModelShape, spec: QuantSpec | None, dtype: torch.dtype) -> int:
-    training = TrainingShape(
-        MicroBatches(64, 64, 64, 1, 64, 64, 0), 0, 8, dtype.itemsize, spec, "generic", "nothing", 2**20
-    )
-    parts = predict(shape, training)
-    return sum(parts.get(name, 0) for name in ("base weights", "weights not in four bits", "embeddings, head, norms"))
+    batches, rules = MicroBatches(64, 64, 64, 1, 64, 64, 0), SHAPE_RULES["cpu"]
+    parts = predict(RunShape(shape, batches, 0, 8, dtype.itemsize, spec, "generic", "nothing", rules))
+    return sum(parts.get(part, 0) for part in (Part.BASE, Part.DENSE, Part.ENDS))
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_weights_are_planned_as_they_are_loaded(family: str, tmp_path: Path) -> None:
     """To the byte, in four bits and in 16, computed with in either dtype."""
     source = saved(family, tmp_path / "model")
-    shape = ModelShape.of(build_skeleton(source.config))
+    shape = shape_of(build_skeleton(source.config))
     for dtype in (torch.bfloat16, torch.float32):
         for spec in (QuantSpec(), None):
             model = load_model(source, spec and BaseFormats(spec), dtype)
@@ -87,7 +88,7 @@ def test_every_parameter_counts_once(family: str) -> None:
 def test_widths_are_those_of_the_layers() -> None:
     widths = {}
     for family in CONFIGS:
-        shape = ModelShape.of(build_skeleton(config_of(family)))
+        shape = shape_of(build_skeleton(config_of(family)))
         widths[family] = (shape.hidden_size, shape.query_width, shape.key_value_width, shape.intermediate_size)
         assert shape.num_layers == 2
     assert widths["llama"] == (64, 64, 32, 96)
@@ -100,7 +101,7 @@ def test_widths_are_those_of_the_layers() -> None:
 def test_published_mixtures_take_what_they_take() -> None:
     """Mixtral-8x7B has 46.7 B parameters, gpt-oss-120b 116.8 B."""
     for family, parameters in (("mixtral", 46.7e9), ("gpt_oss", 116.8e9)):  # what transformers has as their defaults
-        shape = ModelShape.of(build_skeleton(AutoConfig.for_model(family)))
+        shape = shape_of(build_skeleton(AutoConfig.for_model(family)))
         assert shape.parameters == pytest.approx(parameters, rel=2e-3)
         assert base_bytes(shape, QuantSpec()) < 1e9 and 2 * shape.parts.matrix_elements > 90e9
 
@@ -128,6 +129,6 @@ def test_layers_that_a_folder_keeps_in_16_bits_are_planned_so(tmp_path: Path) ->
     stored = stored_in_four_bits(four, skeleton)
     assert stored is not None and len(stored) == 14 and stored_in_four_bits(source, skeleton) is None
     some = {name for name in stored if "down_proj" not in name}
-    parts = ModelShape.of(skeleton, some).parts
+    parts = shape_of(skeleton, some).parts
     assert dict(parts.dense) == {"model.layers.*.mlp.down_proj.weight": 2 * 64 * 96}
-    assert parts.elements == ModelShape.of(skeleton).parts.elements
+    assert parts.elements == shape_of(skeleton).parts.elements

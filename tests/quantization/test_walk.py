@@ -107,7 +107,7 @@ def test_states_between_blocks_take_two_bytes_and_lose_no_more_than_that(make_fo
 @torch.no_grad()
 def test_exact_states_are_carried_for_every_second_chunk(make_folder, monkeypatch) -> None:
     """The statistics of the chunks' inputs stay those of all; the drift is that of the chunks that have it."""
-    monkeypatch.setattr("nybble.quantization.walk.CHUNK_TOKENS", 24)
+    monkeypatch.setattr("nybble.quantization.walk.CALIBRATION_TOKENS", 24)
     folder, _ = make_folder("llama")
     model = load_model(open_source(str(folder)), None, torch.float32)
     walk = make_walk(model, PackedWalk, exact=True)
@@ -127,11 +127,11 @@ def test_exact_states_are_carried_for_every_second_chunk(make_folder, monkeypatc
 @torch.no_grad()
 def test_inputs_that_there_is_no_room_for_are_computed_twice(make_folder, monkeypatch) -> None:
     """With room for all, for some and for none of them, statistics and states are the same to the bit."""
-    monkeypatch.setattr("nybble.quantization.walk.CHUNK_TOKENS", 24)
+    monkeypatch.setattr("nybble.quantization.walk.CALIBRATION_TOKENS", 24)
     folder, _ = make_folder("llama")
     found = []
     for room in (1 << 27, 30_000, 0):
-        monkeypatch.setattr("nybble.quantization.walk.KEPT_BYTES", room)
+        monkeypatch.setattr("nybble.quantization.walk.CALIBRATION_KEPT_BYTES", room)
         model = load_model(open_source(str(folder)), None, torch.float32)
         walk = make_walk(model, PackedWalk, exact=True)
         walk.exact += 0.1

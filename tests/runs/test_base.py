@@ -20,7 +20,7 @@ from nybble.planning.calibration_costs import (
     calibration_products,
     training_products,
 )
-from nybble.planning.costs import ModelShape
+from nybble.planning.shape import shape_of
 from nybble.quantization.walk import WalkError
 from nybble.runs import base
 from nybble.runs.folder import RunFolder
@@ -28,7 +28,7 @@ from nybble.runs.open_run import load_run
 from nybble.sources.skeleton import build_skeleton
 from nybble.training import session
 
-LLAMA = ModelShape.of(
+LLAMA = shape_of(
     build_skeleton(
         LlamaConfig(
             num_hidden_layers=2,

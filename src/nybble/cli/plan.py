@@ -20,19 +20,19 @@ def plan(
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
     config = build_options(PlanConfig, given)
     from nybble.cli.render import Terminal
-    from nybble.planning.from_config import foresee
+    from nybble.planning.from_config import plan_from_config
     from nybble.planning.report import Planned, plans_json
     from nybble.training.plots import draw_plans
 
     terminal = Terminal()
-    plans, ask, freed = foresee(config, terminal)
+    plans, asked, unconstrained = plan_from_config(config, terminal)
     if plot is not None:
         draw_plans(plans, plot)
     if as_json:
         typer.echo(json.dumps(plans_json(plans), indent=2))
     else:
-        terminal(Planned(plans, ask))
+        terminal(Planned(plans, asked))
     from nybble.planning.planner import require
 
-    require(plans, ask, freed)
+    require(plans, asked, unconstrained)
     return 0

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from nybble.events import Listener
     from nybble.quantization.folder import CalibrationInput, Quality
     from nybble.sources.interface import ModelSource
-    from nybble.sources.inventory import Inventory
+    from nybble.sources.parts import Inventory
 
 
 def quantize(given: dict[str, Any]) -> int:

@@ -17,15 +17,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.data.packing import Batch
 from nybble.kernels.heap import TrimmedHeap, give_back_free
-from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import DenseWeights, Keep, PackedSequences, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.streamed import BlockStore, attach_store
+from nybble.sizes import SHAPE_RULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKEN_MULTIPLE = 64  # oneDNN keeps a compiled product, some 0.8 MB, for each shape it has seen
 BLOCK_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 BLOCKS_A_TRIM = 4  # each costs 3 % of the time; at every eighth the heap would grow by a fourth more
@@ -191,46 +190,52 @@ class FusedForward:
 
 
 def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, positions and borders with a document of arbitrary tokens at the end, so that there is a multiple of
-    TOKEN_MULTIPLE tokens.
+    """Token ids, positions and borders with a document of arbitrary tokens at the end, so that there are as many as the
+    device multiplies best.
 
     Attention keeps it apart and no position of it is asked for, so it changes no state and no gradient.
     """
     input_ids, position_ids, cu_seqlens = batch.input_ids, batch.position_ids, batch.cu_seqlens
     assert cu_seqlens is not None, "decoder blocks take packed batches"
-    missing = -input_ids.shape[1] % TOKEN_MULTIPLE
+    missing = -input_ids.shape[1] % SHAPE_RULES[input_ids.device.type].token_multiple
     if not missing:
         return input_ids, position_ids, cu_seqlens
     filled, positions = F.pad(input_ids, (0, missing)), F.pad(position_ids, (0, missing))
     return filled, positions, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
 
 
-def why_not_blocks(model: "PreTrainedModel") -> Reason | None:
-    """None when nybble's decoder blocks train this model, else the reason."""
-    why = why_not_forward(model)
-    if why is None and any(adapter.dropout for adapter in adapters_of(model).values()):
-        return Reason(Why.DROPOUT)
-    return why
+def why_not_blocks(
+    model: "PreTrainedModel", *, packing: bool, dropout: bool, device: torch.device | None = None
+) -> Reason | None:
+    """None when nybble's decoder blocks train this model, as far as it shows without computing, else the reason.
+
+    Args:
+        model: loaded, or on the meta device and without adapters, as a plan has it.
+        packing: rows of a micro-batch lie side by side.
+        dropout: something of the adapters' inputs is dropped.
+        device: that trains; the model's own if not given.
+    """
+    if not packing:
+        return Reason(Why.NOT_PACKED)
+    why = why_not_forward(model, device)
+    return Reason(Why.DROPOUT) if why is None and dropout else why
 
 
-def why_not_forward(model: "PreTrainedModel") -> Reason | None:
-    """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason."""
-    why = why_not_config(model.config.get_text_config())
-    if why is not None:
-        return why
-    if next(model.parameters()).device.type != "cpu":
-        return Reason(Why.DEVICE)
-    if not is_plain(model.get_output_embeddings()):
-        return Reason(Why.HEAD)
-    return None
+def why_not_forward(model: "PreTrainedModel", device: torch.device | None = None) -> Reason | None:
+    """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason.
 
-
-def why_not_config(config: Any) -> Reason | None:
-    """None when nybble's decoder blocks know models of this config, else the reason."""
+    Args:
+        device: that computes; the model's own if not given.
+    """
+    config = model.config.get_text_config()
     if config.model_type not in BLOCK_FAMILIES:
         return Reason(Why.FAMILY, config.model_type)
     if config.hidden_act != "silu":
         return Reason(Why.ACTIVATION, config.hidden_act)
+    if (device or next(model.parameters()).device).type != "cpu":
+        return Reason(Why.DEVICE)
+    if not is_plain(model.get_output_embeddings()):
+        return Reason(Why.HEAD)
     return None
 
 

@@ -26,6 +26,7 @@ from nybble.layers.backbone import (
     Why,
     why_not_blocks,
 )
+from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import Head, OwnHead, loss_head
 from nybble.layers.probe import Difference, Probe
@@ -111,7 +112,8 @@ class CausalLM:
         """
         rotate_rows_alone(module)
         probe: Probe | None = None
-        reason = why_not_blocks(module) if packing else Reason(Why.NOT_PACKED)
+        dropout = any(adapter.dropout for adapter in adapters_of(module).values())
+        reason = why_not_blocks(module, packing=packing, dropout=dropout)
         if reason is None:
             fused = cls(module, FusedForward(module, keep, store, kept), loss_head(module), Verdict("blocks", "packed"))
             if length_of_change(module) is None:  # what blocks know else, they know whatever the model's weights

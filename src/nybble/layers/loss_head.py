@@ -26,15 +26,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels import block_ops
 from nybble.layers.lora import LoraLinear
-from nybble.layers.streamed import PANEL_BYTES, PANEL_ROWS, HeadMatrix, StreamedHead, widened
+from nybble.layers.streamed import HeadMatrix, StreamedHead, widened
+from nybble.sizes import SHAPE_RULES, ShapeRules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_BYTES = 32 * 2**20  # what a chunk of logits may take
-ROW_MULTIPLE = 64  # chunks have a multiple of so many rows: oneDNN keeps a compiled product per shape it has seen
 NO_TARGET = -1
-LARGE_HEAD_BYTES = 2**28  # from here on in panels, streamed or resident, so that both give one result
 
 PROBED_STATES = (2.0**-10, 1.0, 8.0, 64.0, 2.0**20)  # sizes of the states a head is asked about: a cap shows at last
 STATES_OF_A_SIZE = 2
@@ -96,6 +94,11 @@ class LossHead:
     def device(self) -> torch.device:
         return self.weight.device
 
+    @property
+    def rules(self) -> ShapeRules:
+        """How its device wants rows and matrices cut."""
+        return SHAPE_RULES[self.device.type]
+
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         return _LossFunction.apply(hidden, self, targets, denominator, weights, *self._low_rank(hidden))
@@ -156,20 +159,21 @@ class LossHead:
         """Rows of a panel: all, unless the head is large or is widened to another dtype while it is used."""
         rows, width = self.weight.shape
         row_bytes = width * self.weight.dtype.itemsize
-        if rows * row_bytes >= LARGE_HEAD_BYTES:
-            return max(ROW_MULTIPLE, PANEL_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE)
-        return rows if self.weight.dtype == dtype else PANEL_ROWS
+        rules = self.rules
+        if rows * row_bytes >= rules.large_head_bytes:
+            return rules.whole_rows(rules.panel_bytes // row_bytes)
+        return rows if self.weight.dtype == dtype else rules.panel_rows
 
     def chunk_rows(self, itemsize: int) -> int:
-        """Rows of a chunk, a multiple of ROW_MULTIPLE."""
-        fit = CHUNK_BYTES // (self.weight.shape[0] * (itemsize if self._is_plain else 8))
-        return max(ROW_MULTIPLE, fit // ROW_MULTIPLE * ROW_MULTIPLE)
+        """Rows of a chunk of logits."""
+        fit = self.rules.chunk_bytes // (self.weight.shape[0] * (itemsize if self._is_plain else 8))
+        return self.rules.whole_rows(fit)
 
     def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
         target.
         """
-        missing = -len(targets) % ROW_MULTIPLE
+        missing = -len(targets) % self.rules.row_multiple
         rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
         size = self.chunk_rows(hidden.dtype.itemsize)
@@ -233,7 +237,7 @@ class _LossFunction(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         grads, grads_low = [hidden[:0]], []
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
-        missing = -len(targets) % ROW_MULTIPLE  # as the chunks are filled up
+        missing = -len(targets) % head.rules.row_multiple  # as the chunks are filled up
         left = None if low is None else F.pad(low, (0, 0, 0, missing))
         left_weights = None if weights is None else F.pad(weights, (0, missing))
         for h, t, buffer in head._chunks(hidden, targets):
@@ -311,9 +315,10 @@ class OwnHead:
         return logits
 
     def chunk_rows(self, itemsize: int) -> int:
-        """Rows of a chunk, a multiple of ROW_MULTIPLE: logits, and they in fp32."""
+        """Rows of a chunk: logits, and they in fp32."""
         row_bytes = (itemsize + 4) * self.model.config.get_text_config().vocab_size
-        return int(max(ROW_MULTIPLE, CHUNK_BYTES // row_bytes // ROW_MULTIPLE * ROW_MULTIPLE))
+        rules = SHAPE_RULES[self.device.type]
+        return rules.whole_rows(rules.chunk_bytes // row_bytes)
 
     @contextmanager
     def _given(self, states: Tensor) -> Iterator[None]:

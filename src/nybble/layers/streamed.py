@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
 from nybble.kernels import ops
+from nybble.sizes import SHAPE_RULES
 
 
 class BlockStore(Protocol):
@@ -171,17 +172,14 @@ class StreamedHead(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-PANEL_ROWS = 8192  # rows of a 16-bit matrix that are widened at a time when products run in fp32,
-PANEL_BYTES = 2**25  # and where that is more than so many bytes, fewer
-
-
 class _PanelProduct(torch.autograd.Function):
     """y = x · Wᵀ and dx = dy · W, a panel of W's rows at a time, widened anew for each; W has no gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: "Tensor | HeadMatrix") -> Tensor:
         row_bytes = weight.shape[1] * weight.dtype.itemsize
-        ctx.weight, ctx.rows = weight, min(PANEL_ROWS, max(1, PANEL_BYTES // row_bytes))
+        rules = SHAPE_RULES[x.device.type]
+        ctx.weight, ctx.rows = weight, min(rules.panel_rows, max(1, rules.panel_bytes // row_bytes))
         return torch.cat([F.linear(x, panel) for panel in widened(weight, ctx.rows, x.dtype)], dim=-1)
 
     @staticmethod

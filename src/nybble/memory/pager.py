@@ -21,9 +21,8 @@ from torch import Tensor
 
 from nybble.files.scratch import ScratchFile
 from nybble.memory.lane import Lane, lane_to
+from nybble.sizes import PAGE_BUFFERS, PAGE_BYTES
 
-PAGE_BYTES = 2**22  # smaller pages cost a step more in handing over than in copying
-BUFFERS = 3  # read ahead, updated, written behind
 ALIGNMENT = 64  # bytes; a cache line
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # of one parameter's state: name -> type and shape
@@ -63,7 +62,7 @@ class PagedState:
         self._lane = lane_to(self._device) if lane is None else lane
         self._host = None if self._lane is None else self._lane.host_memory(self._largest)
         # Kept from step to step: freed, they would leave gaps that what a forward pass keeps begins to fill.
-        self._buffers = [self._room() for _ in self._pages[:BUFFERS]]
+        self._buffers = [self._room() for _ in self._pages[:PAGE_BUFFERS]]
         self._file = ScratchFile(folder, self.num_bytes, "The optimizer's state", "--page-optimizer never")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nybble-pages")
 
@@ -89,9 +88,9 @@ class PagedState:
         for number, page in enumerate(self._pages):
             coming.pop().result()
             for following in self._pages[number + 1 : number + 2]:
-                there = (number + 1) % BUFFERS
+                there = (number + 1) % PAGE_BUFFERS
                 coming.append(self._worker.submit(self._read, following, buffers[there], in_use[there]))
-            here = number % BUFFERS
+            here = number % PAGE_BUFFERS
             for i in page:
                 yield self._state(buffers[here], i, page)
             in_use[here] = self._mark()

@@ -2,8 +2,8 @@
 
 from nybble.formats.quant_spec import QuantSpec
 from nybble.planning.costs import DENSE_BYTES, SHARED_INPUTS, ModelShape, block_bytes
-from nybble.quantization.walk import CHUNK_TOKENS, KEPT_BYTES, STATES_DTYPE
-from nybble.sources.inventory import BlockParts
+from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_STATE_BYTES, CALIBRATION_TOKENS
+from nybble.sources.parts import BlockParts
 
 FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
 GRAM_SHARE = 0.6  # of XᵀX that is computed: it is symmetric
@@ -42,17 +42,17 @@ def calibration_bytes(shape: ModelShape, spec: QuantSpec, tokens: int, compute_b
     embedding.
     """
     a_feature = tokens * 3 // 2  # of all tokens and half of them again, elements
-    chunk_tokens = min(CHUNK_TOKENS, tokens)
+    chunk_tokens = min(CALIBRATION_TOKENS, tokens)
     heights = [DENSE_BYTES * shape.vocab_size * shape.hidden_size]
     for block, _ in shape.parts.blocks:
         elements = block.linear_elements + block.matrix_elements + max((i * o for _, i, o in block.linears), default=0)
         in_both = compute_bytes * elements + block_bytes(block, spec)
         for width, outs in _groups(block):
-            kept = min(KEPT_BYTES, compute_bytes * a_feature * width) if len(outs) == 1 else 0
+            kept = min(CALIBRATION_KEPT_BYTES, compute_bytes * a_feature * width) if len(outs) == 1 else 0
             chunk = chunk_tokens * ((WIDE + 3 * compute_bytes) * width + 2 * compute_bytes * shape.intermediate_size)
             held = in_both + kept + WIDE * width * (width + sum(outs))
             heights.append(held + max(chunk, (WEIGHTS_AT_WORK - 1) * WIDE * width * max(outs)))
-    return STATES_DTYPE.itemsize * a_feature * shape.hidden_size + max(heights) + AROUND_BYTES
+    return CALIBRATION_STATE_BYTES * a_feature * shape.hidden_size + max(heights) + AROUND_BYTES
 
 
 def _groups(block: BlockParts) -> list[tuple[int, list[int]]]:

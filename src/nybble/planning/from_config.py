@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,13 @@ from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.verbs import DataConfig, PlanConfig
 from nybble.planning.costs import MicroBatches
-from nybble.planning.machine import Machine, named_machine, this_machine
-from nybble.planning.micro_batches import dealer, even_run
-from nybble.planning.planner import Ask, Plans, make_plans
-from nybble.planning.request import asks, needs_folder
+from nybble.planning.machine import this_machine_later
+from nybble.planning.machine_table import GPUS, Machine, named_machine
+from nybble.planning.micro_batches import even_micro_batches, micro_batches_of
+from nybble.planning.planner import Plans, make_plans
+from nybble.planning.request import requests
+from nybble.planning.strategies import PlanRequest
+from nybble.sizes import SHAPE_RULES, ShapeRules
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import open_source
 from nybble.sources.shapes import SHAPES
@@ -29,29 +31,29 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 QUANTIZATION = "quantization_config"  # which the tensors' own names and sizes say
-PROCESS_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 
 
-def foresee(options: PlanConfig, report: Listener = silent) -> tuple[Plans, Ask, Ask]:
+def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Plans, PlanRequest, PlanRequest]:
     """The plans for these options, what was asked, and the same with every choice left to the planner.
 
     Raises:
         ModelError: the config cannot be found, or transformers cannot build its model.
     """
     written = read_config(options.model, report)
-    machine, dtype, on_cpu = _machine(options)
+    machine, dtype = _machine(options)
     skeleton = build_skeleton(transformers_config(written))
     formats = formats_from_config(written)
-    asked, freed = asks(
+    vocab_size = skeleton.config.get_text_config().vocab_size
+    asked, unconstrained = requests(
         options,
         skeleton,
-        deal=_dealer(options, skeleton.config.get_text_config().vocab_size),
+        machine,
+        micro_batches=_micro_batches(options, vocab_size, SHAPE_RULES[machine.kind]),
         dtype=dtype,
-        on_cpu=on_cpu,
-        not_streamed=None if formats is not None or options.model in SHAPES else needs_folder(options),
+        in_folder=formats is not None or options.model in SHAPES,
         formats=formats,
     )
-    return make_plans(asked, machine), asked, freed
+    return make_plans(asked, machine), asked, unconstrained
 
 
 def read_config(model: str, report: Listener = silent) -> dict[str, Any]:
@@ -97,27 +99,22 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
     return stored_text_config(config, written)
 
 
-def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype, bool]:
-    """The machine, the compute dtype, and whether it is a CPU."""
-    if options.device in ("auto", "cpu", "cuda"):
-        device = resolve_device(options.device)
-        dtype = resolve_compute_dtype(options.compute_dtype, device)
-        machine = this_machine(device, dtype, options.memory, options.host_memory)
-        if device.type == "cuda":
-            return machine, dtype, False
-        # A run imports more than this verb, and a budget for another day need not be free now.
-        process = max(PROCESS_BYTES, machine.process_bytes)
-        return replace(machine, process_bytes=process, budget_bytes=options.memory or machine.budget_bytes), dtype, True
-    dtype = torch.float32 if options.compute_dtype == "fp32" else torch.bfloat16
-    return named_machine(options.device, options.memory, options.host_memory), dtype, False
+def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype]:
+    """The machine, and what a run there computes in."""
+    if options.device in GPUS:
+        dtype = torch.float32 if options.compute_dtype == "fp32" else torch.bfloat16
+        return named_machine(options.device, options.memory, options.host_memory), dtype
+    device = resolve_device(options.device)
+    dtype = resolve_compute_dtype(options.compute_dtype, device)
+    return this_machine_later(device, dtype, options.memory, options.host_memory), dtype
 
 
-def _dealer(options: PlanConfig, vocab_size: int) -> Callable[[int], MicroBatches]:
+def _micro_batches(options: PlanConfig, vocab_size: int, rules: ShapeRules) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
     if options.data is None:
-        length, rows = options.max_seq_len, options.rows_per_step
-        return lambda size: even_run(length, rows_per_step=rows, size=size, packed=options.packing)
+        length, rows, packed = options.max_seq_len, options.rows_per_step, options.packing
+        return lambda size: even_micro_batches(length, rows_per_step=rows, size=size, packed=packed, rules=rules)
     source = open_source(options.model, options.tokenizer)
     template = open_template(options, source.load_tokenizer())
     fields = {name: getattr(options, name) for name in DataConfig.model_fields}
-    return dealer(options, prepare_data(DataConfig(**fields), template, vocab_size))
+    return micro_batches_of(options, prepare_data(DataConfig(**fields), template, vocab_size), rules)

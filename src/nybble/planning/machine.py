@@ -1,70 +1,23 @@
-"""The machine a plan is made for: this one, measured in a moment, or one of a small table."""
+"""This machine as a plan sees it, measured in a moment."""
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from nybble.kernels.heap import give_back_free
 from nybble.memory.measure import anonymous_bytes, available_bytes
+from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, LINK_BYTES_PER_S, Machine
 
 SAFE_SHARE = 0.8  # of the free memory that a run without a budget may take
-CUDA_CONTEXT_BYTES = 500_000_000
+IMPORTED_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 PROBE_S = 0.1
 PROBE_ROWS, PROBE_WIDTH = 512, 1536
 PIECE_BYTES, PIECES = 4_194_304, 16
 COPY_BYTES = 16_777_216
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What bounds a run.
-
-    Args:
-        name: for the user.
-        kind: "cpu" or "cuda".
-        budget_bytes: what the run may take, its process included; on CUDA of the device's memory.
-        process_bytes: of it, what the process takes before anything is loaded.
-        host_bytes: memory beside a GPU; on a CPU, memory beyond the budget, which caches files.
-        flops: sustained by large matrix products in the compute dtype, a second.
-        ram_bytes_per_s: of a copy, each byte counted once.
-        link_bytes_per_s: host to device; on a CPU as `ram_bytes_per_s`.
-        disk_bytes_per_s: of large sequential reads.
-    """
-
-    name: str
-    kind: str
-    budget_bytes: int
-    process_bytes: int
-    host_bytes: int
-    flops: float
-    ram_bytes_per_s: float
-    link_bytes_per_s: float
-    disk_bytes_per_s: float
-
-
-# Assumed, not measured: about 60 % of the dense bf16 figure of a card of that memory, its memory at 80 % of its
-# bandwidth, PCIe 4 x16, an NVMe disk.
-_GPUS = {
-    "12GB-gpu": (12e9, 30e12, 350e9),
-    "16GB-gpu": (16e9, 45e12, 450e9),
-    "24GB-gpu": (24e9, 80e12, 800e9),
-    "48GB-gpu": (48e9, 150e12, 750e9),
-    "80GB-gpu": (80e9, 400e12, 1600e9),
-}
-_LINK, _DISK = 20e9, 2.5e9
-
-
-def named_machine(name: str, memory: int | None, host_memory: int | None) -> Machine:
-    """A machine of the table, with other sizes where they are given."""
-    total, flops, bandwidth = _GPUS[name]
-    host = host_memory or 2 * int(total)
-    return Machine(
-        name, "cuda", memory or int(total), CUDA_CONTEXT_BYTES, host, flops, bandwidth, _LINK, _DISK
-    )  # fmt: skip
 
 
 def this_machine(
@@ -88,9 +41,20 @@ def this_machine(
     budget = min(memory, total) if memory else process + int(SAFE_SHARE * free)
     host = host_memory or (max(0, total - budget) if device.type == "cpu" else available_bytes(torch.device("cpu")))
     flops, copy = _product_speed(device, dtype), _copy_speed(device)
-    link = copy if device.type == "cpu" else _LINK
+    link = copy if device.type == "cpu" else LINK_BYTES_PER_S
     disk = _read_speed(model_files) if model_files else copy
     return Machine(f"this machine's {device.type}", device.type, budget, process, host, flops, copy, link, disk)
+
+
+def this_machine_later(
+    device: torch.device, dtype: torch.dtype, memory: int | None = None, host_memory: int | None = None
+) -> Machine:
+    """This machine as a run of another day finds it: a CPU's budget need not be free now, and more will be imported."""
+    machine = this_machine(device, dtype, memory, host_memory)
+    if not machine.on_cpu:
+        return machine
+    process = max(IMPORTED_BYTES, machine.process_bytes)
+    return replace(machine, process_bytes=process, budget_bytes=memory or machine.budget_bytes)
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype) -> float:

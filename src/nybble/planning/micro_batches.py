@@ -6,21 +6,23 @@ from collections.abc import Callable, Sequence
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.layers.backbone import TOKEN_MULTIPLE
 from nybble.options.groups import LengthOptions
 from nybble.options.verbs import PlanConfig, TrainConfig
 from nybble.planning.costs import MicroBatches
+from nybble.sizes import ShapeRules
 
 COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later ones add few
 
 
-def dealer(options: TrainConfig | PlanConfig, data: PreparedData) -> Callable[[int], MicroBatches]:
-    """Most rows at once -> what the micro-batches of the run come to; dealt once for each number of rows."""
+def micro_batches_of(
+    options: TrainConfig | PlanConfig, data: PreparedData, rules: ShapeRules
+) -> Callable[[int], MicroBatches]:
+    """Most rows at once -> what the micro-batches of the run come to; counted once for each number of rows."""
     steps = total_steps(options, len(data.train), options.rows_per_step)
 
     @functools.cache
-    def deal(size: int) -> MicroBatches:
-        return deal_run(
+    def of_size(size: int) -> MicroBatches:
+        return count_micro_batches(
             data.train,
             data.validation,
             rows_per_step=options.rows_per_step,
@@ -28,12 +30,13 @@ def dealer(options: TrainConfig | PlanConfig, data: PreparedData) -> Callable[[i
             seed=options.seed,
             size=size,
             packed=options.packing,
+            rules=rules,
         )
 
-    return deal
+    return of_size
 
 
-def deal_run(
+def count_micro_batches(
     train: Sequence[EncodedExample],
     validation: Sequence[EncodedExample],
     *,
@@ -42,6 +45,7 @@ def deal_run(
     seed: int,
     size: int,
     packed: bool,
+    rules: ShapeRules,
 ) -> MicroBatches:
     """What the micro-batches of at most `size` rows come to over `steps` optimizer steps and in evaluations."""
     lengths = [len(row) for row in train]
@@ -56,14 +60,14 @@ def deal_run(
         if within and step >= COUNTED_STEPS:
             continue
         for micro in split_micro_batches(rows, lengths, size, packed):
-            taken = _tokens([lengths[row] for row in micro], packed)
+            taken = _tokens([lengths[row] for row in micro], packed, rules)
             counts.add(taken)
             if taken > tokens:
                 tokens, heaviest = taken, micro
             targets = max(targets, sum(supervised[row] for row in micro))
     held_out = split_micro_batches(range(len(validation)), [len(row) for row in validation], size, packed)
     evaluated = [[validation[row] for row in micro] for micro in held_out]
-    own = [_tokens([len(row) for row in micro], packed) for micro in evaluated]
+    own = [_tokens([len(row) for row in micro], packed, rules) for micro in evaluated]
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
@@ -82,18 +86,18 @@ def total_steps(options: LengthOptions, num_rows: int, rows_per_step: int) -> in
     return options.max_steps or StepSampler(num_rows, rows_per_step, 0).num_steps(options.epochs)
 
 
-def even_run(length: int, *, rows_per_step: int, size: int, packed: bool) -> MicroBatches:
+def even_micro_batches(length: int, *, rows_per_step: int, size: int, packed: bool, rules: ShapeRules) -> MicroBatches:
     """The micro-batches of a run whose rows all have `length` tokens, all supervised."""
     sizes = {size, rows_per_step % size or size}
-    tokens = _tokens([length] * size, packed)
+    tokens = _tokens([length] * size, packed, rules)
     return MicroBatches(tokens, size * length, length, len(sizes), tokens, size * length, 0)
 
 
-def _tokens(lengths: Sequence[int], packed: bool) -> int:
+def _tokens(lengths: Sequence[int], packed: bool, rules: ShapeRules) -> int:
     """Of one micro-batch, padding included."""
     if not packed:
         return len(lengths) * max(lengths)
-    return -(-sum(lengths) // TOKEN_MULTIPLE) * TOKEN_MULTIPLE
+    return -(-sum(lengths) // rules.token_multiple) * rules.token_multiple
 
 
 def _largest(numbers: Sequence[int], rows: Sequence[int], size: int) -> int:

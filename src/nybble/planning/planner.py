@@ -1,123 +1,36 @@
 """What a run could do to fit: every strategy, micro-batch and choice of what blocks keep; the fastest that fits.
 
-    full 16-bit              every weight trained; for comparison, nybble trains adapters
-    LoRA 16-bit              adapters on the 16-bit base
-    4-bit                    QLoRA, all of it in memory
-    4-bit, optimizer paged   its state in a file
-    4-bit, base from RAM     blocks of the base read where they are used, from memory beside the budget: the file cache,
-                             or a GPU's pinned memory
-    4-bit, base from disk    the same from a folder that no memory holds
-
 Bytes come from `costs.predict`. Seconds are the products at the machine's speed, dequantisation and the optimizer at
 that of its memory, a constant for each block entered, and reading where it takes longer than what it hides behind.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import PlanError
-from nybble.formats.quant_spec import QuantSpec
-from nybble.memory.pager import BUFFERS, PAGE_BYTES
 from nybble.planning.costs import (
-    ADAM_BYTES,
-    MARGIN,
     MicroBatches,
-    ModelShape,
-    TrainingShape,
-    base_bytes,
-    block_bytes,
+    Part,
+    RunShape,
     end_bytes,
-    kept_bytes,
+    offloaded_bytes,
     predict,
-    resident_bytes,
+    streamed_bytes,
     work_of,
 )
-from nybble.planning.machine import Machine
+from nybble.planning.machine_table import Machine
+from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy
 
 if TYPE_CHECKING:
     from nybble.layers.decoder_block import Keep
 
-KEEPS: "tuple[Keep, ...]" = ("everything", "attention", "nothing")
 BLOCK_S = {"cpu": 5e-3, "cuda": 2e-4}  # a block's small kernels and their calls, forward or backward
-STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
+RECORDED = (
+    *("strategy", "micro_batch_size", "keep", "resident_blocks"),
+    *("stream_ends", "paged", "offloaded", "peak_bytes"),
+)  # of a plan, in `plan.json`
 STREAMING_OVERHEAD = 1.03  # of a step; where two plans take as long, the simpler one is chosen
-RUN_BYTES = 6_000_000  # modules, objects and threads that a run adds to its process after it was planned, measured
-FULL, LORA16, FOUR, PAGED = "full 16-bit", "LoRA 16-bit", "4-bit", "4-bit, optimizer paged"
-FROM_RAM, FROM_DISK = "4-bit, base from RAM", "4-bit, base from disk"
-STRATEGIES = (FULL, LORA16, FOUR, PAGED, FROM_RAM, FROM_DISK)
-
-
-class Cause(Enum):
-    """What a plan is not taken for."""
-
-    COMPARISON = auto()  # nybble has no such way to train
-    OPTION = auto()  # the user's options say otherwise
-    NEEDS_FOLDER = auto()  # blocks are read from a four-bit folder, and this base is none
-    MOSTLY_DENSE = auto()  # the model would not be four-bit
-    BUDGET = auto()  # it takes more memory than it may
-    BESIDE = auto()  # it takes more memory beside the budget than there is
-    SLOWER = auto()  # it fits, and another is faster
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why a plan is not taken.
-
-    Args:
-        sentence: for the user.
-        way: options or commands that open it; empty where nothing does.
-    """
-
-    cause: Cause
-    sentence: str
-    way: str = ""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a run wants.
-
-    Args:
-        shape: of the model.
-        batches: rows at once, to choose among -> what micro-batches of so many rows come to.
-        rows_per_step: of one optimizer step.
-        keeps: to choose among.
-        adapter_parameters, rank: P and r.
-        adapted: names of the layers that get an adapter.
-        largest_adapter: parameters of the largest A or B.
-        compute_bytes: of an activation.
-        spec: the 4-bit format; what strategies in 16 bits ignore.
-        path: "blocks" or "generic".
-        dropout: on the adapters' inputs.
-        chunk_bytes, panel_bytes: of the loss head.
-        pagings: whether the optimizer's state may be paged, to choose among.
-        offloads: whether what blocks keep may go to a file, to choose among.
-        barred: strategy -> why this run cannot use it.
-        mixed_bits: bits a weight where the layers of the base have several formats.
-        adam_bytes: of optimizer state a parameter.
-    """
-
-    shape: ModelShape
-    batches: Mapping[int, MicroBatches]
-    rows_per_step: int
-    keeps: "tuple[Keep, ...]"
-    adapter_parameters: int
-    largest_adapter: int
-    rank: int
-    compute_bytes: int
-    spec: QuantSpec
-    path: str
-    dropout: bool
-    chunk_bytes: int
-    panel_bytes: int
-    pagings: tuple[bool, ...]
-    offloads: tuple[bool, ...]
-    barred: dict[str, Reason]
-    adapted: tuple[str, ...] = ()
-    mixed_bits: float | None = None
-    adam_bytes: float = ADAM_BYTES
 
 
 @dataclass(frozen=True)
@@ -125,44 +38,66 @@ class Plan:
     """One way to run, and what it should cost.
 
     Args:
-        strategy: one of STRATEGIES.
-        resident_blocks: of a streamed base, else None.
-        stream_ends: embedding and head are read where they are used.
-        paged: the optimizer's state is in a file.
-        offloaded_bytes: what blocks keep in a file, or beside a GPU; 0 where they keep it in the memory planned.
+        micro_batch_size: rows at once.
+        run: how it is done.
         components: bytes at the highest moment; they add up to `peak_bytes`.
         step_s: seconds an optimizer step.
-        batches: what its micro-batches come to.
-        barred: why this run may not take it, whatever it needs; None where it may.
+        excluded: why this run may not take it, whatever it needs; None where it may.
         too_large: why it does not fit; None where it does.
     """
 
-    strategy: str
+    strategy: Strategy
     micro_batch_size: int
-    keep: "Keep"
-    resident_blocks: int | None
-    stream_ends: bool
-    paged: bool
-    offloaded_bytes: int
-    components: dict[str, int]
+    run: RunShape
+    components: dict[Part, int]
     step_s: float
-    batches: MicroBatches
-    barred: Reason | None = None
-    too_large: Reason | None = None
+    excluded: Reason | None
+    too_large: Reason | None
+
+    @property
+    def keep(self) -> "Keep":
+        """What each block keeps for its backward pass."""
+        return self.run.keep
+
+    @property
+    def batches(self) -> MicroBatches:
+        """What its micro-batches come to."""
+        return self.run.batches
+
+    @property
+    def resident_blocks(self) -> int | None:
+        """Of a streamed base, else None."""
+        return self.run.resident_blocks
+
+    @property
+    def stream_ends(self) -> bool:
+        """Whether embedding and head are read where they are used."""
+        return self.run.stream_ends
+
+    @property
+    def paged(self) -> bool:
+        """Whether the optimizer's state is in a file."""
+        return self.run.page_bytes is not None
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether what blocks keep goes to a file, or beside a GPU."""
+        return self.run.offload
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """What that comes to; 0 where they keep it in the memory planned."""
+        return offloaded_bytes(self.run)
 
     @property
     def why_not(self) -> Reason | None:
         """None where it may be chosen."""
-        return self.barred or self.too_large
+        return self.excluded or self.too_large
 
     @property
     def way(self) -> str:
         """What opens a plan that would fit and may not be taken as things are; empty where nothing does."""
-        return self.barred.way if self.barred is not None and self.too_large is None else ""
-
-    @property
-    def offloaded(self) -> bool:
-        return self.offloaded_bytes > 0
+        return self.excluded.way if self.excluded is not None and self.too_large is None else ""
 
     @property
     def peak_bytes(self) -> int:
@@ -188,20 +123,10 @@ class Plan:
 
     def to_json(self, reason: Reason | None = None) -> dict[str, Any]:
         """Its values, and why it was not chosen."""
-        fields = (
-            "strategy",
-            "micro_batch_size",
-            "keep",
-            "resident_blocks",
-            "stream_ends",
-            "paged",
-            "offloaded",
-            "peak_bytes",
-        )
-        record = {name: getattr(self, name) for name in fields}
+        record = {name: getattr(self, name) for name in RECORDED}
         record |= {"step_s": round(self.step_s, 4), "components": self.components}
         if reason is not None:
-            record |= {"why_not": reason.sentence, "cause": reason.cause.name.lower()}
+            record |= {"why_not": reason.sentence, "cause": reason.cause}
         return record | ({"way": self.way} if self.way else {})
 
 
@@ -222,7 +147,7 @@ class Plans:
     @property
     def smallest(self) -> Plan:
         """The smallest plan of those that are allowed; of all where none is."""
-        allowed = [plan for plan in self.candidates if plan.barred is None]
+        allowed = [plan for plan in self.candidates if plan.excluded is None]
         return min(allowed or self.candidates, key=lambda plan: plan.peak_bytes)
 
     @property
@@ -232,8 +157,8 @@ class Plans:
 
     def reason(self, plan: Plan) -> Reason:
         """Why this one was not chosen."""
-        if plan.barred is not None and plan.too_large is not None and plan.barred.cause is not Cause.COMPARISON:
-            return replace(plan.barred, sentence=f"{plan.barred.sentence}, and {plan.too_large.sentence}")
+        if plan.excluded is not None and plan.too_large is not None and plan.excluded.cause is not Cause.COMPARISON:
+            return replace(plan.excluded, sentence=f"{plan.excluded.sentence}, and {plan.too_large.sentence}")
         if plan.why_not is not None:
             return plan.why_not
         assert self.chosen is not None, "a plan that fits and may be taken is"
@@ -250,15 +175,15 @@ class Plans:
         return tuple(found.values())
 
 
-def make_plans(ask: Ask, machine: Machine) -> Plans:
-    """Every plan there is for `ask`, the choice among them, and the best of each strategy."""
-    candidates = tuple(_candidates(ask, machine))
+def make_plans(request: PlanRequest, machine: Machine) -> Plans:
+    """Every plan there is for `request`, the choice among them, and the best of each strategy."""
+    candidates = tuple(_candidates(request, machine))
     fitting = [plan for plan in candidates if not plan.why_not]
     # Within one strategy seconds decide; memory that would be left over costs nothing.
     chosen = min(fitting, key=lambda plan: (plan.step_s, plan.peak_bytes), default=None)
     best = []
-    for strategy in STRATEGIES:
-        plans = [plan for plan in candidates if plan.strategy == strategy]
+    for strategy in Strategy:
+        plans = [plan for plan in candidates if plan.strategy is strategy]
         within = [plan for plan in plans if plan.peak_bytes <= machine.budget_bytes]
         if within:
             best.append(min(within, key=lambda plan: (plan.step_s, plan.peak_bytes)))
@@ -267,110 +192,61 @@ def make_plans(ask: Ask, machine: Machine) -> Plans:
     return Plans(machine, chosen, tuple(best), candidates)
 
 
-def _candidates(ask: Ask, machine: Machine) -> Iterable[Plan]:
-    for strategy in STRATEGIES:
-        for size in ask.batches:
-            for keep in ask.keeps:
-                for paged in _pagings(ask, strategy):
-                    for offloaded in (False,) if keep == "everything" or strategy == FULL else ask.offloads:
-                        yield _plan(ask, machine, strategy, size, keep, paged, offloaded)
+def _candidates(request: PlanRequest, machine: Machine) -> Iterable[Plan]:
+    for strategy in Strategy:
+        for size, batches in request.batches.items():
+            micro_batches = -(-request.rows_per_step // size)
+            for keep in request.keeps:
+                run = replace(request.run, batches=batches, micro_batches=micro_batches, keep=keep)
+                for way in WAYS[strategy](request, run, machine):
+                    yield _plan(request, machine, strategy, size, way)
 
 
-def _pagings(ask: Ask, strategy: str) -> tuple[bool, ...]:
-    if strategy in (FOUR, PAGED):
-        return (strategy == PAGED,)
-    return (False,) if strategy == FULL else ask.pagings
+def _plan(request: PlanRequest, machine: Machine, strategy: Strategy, size: int, run: RunShape) -> Plan:
+    components = {Part.PROCESS: machine.begun_bytes} | predict(run)
+    too_large = _too_large(run, machine, sum(components.values()))
+    excluded = request.excluded.get(strategy)
+    return Plan(strategy, size, run, components, _step_seconds(run, machine), excluded, too_large)
 
 
-def _plan(ask: Ask, machine: Machine, strategy: str, size: int, keep: "Keep", paged: bool, offloaded: bool) -> Plan:
-    streamed = strategy in (FROM_RAM, FROM_DISK)
-    stream_ends = streamed and end_bytes(ask.shape) >= STREAMED_ENDS_BYTES
-    training = TrainingShape(
-        batches=ask.batches[size],
-        adapter_parameters=0 if strategy == FULL else ask.adapter_parameters,
-        rank=0 if strategy == FULL else ask.rank,
-        compute_bytes=ask.compute_bytes,
-        spec=None if strategy in (FULL, LORA16) else ask.spec,
-        path=ask.path,
-        keep=keep,
-        chunk_bytes=ask.chunk_bytes,
-        mixed_bits=ask.mixed_bits,
-        micro_batches=-(-ask.rows_per_step // size),
-        resident_blocks=0 if streamed else None,
-        stream_ends=stream_ends,
-        panel_bytes=ask.panel_bytes,
-        adam_bytes=ask.adam_bytes,
-        page_bytes=BUFFERS * max(PAGE_BYTES, int(ask.adam_bytes * ask.largest_adapter)) if paged else None,
-        offload=offloaded,
-        dropout=ask.dropout,
-        on_cpu=machine.kind == "cpu",
-        full=strategy == FULL,
-    )
-    if streamed:
-        room = machine.budget_bytes - _peak(ask, machine, training)
-        largest = max(block_bytes(block, ask.spec, ask.mixed_bits) for block, _ in ask.shape.parts.blocks)
-        per_block = (1 + (MARGIN if training.on_cpu else 0)) * max(1, largest)
-        resident = min(max(0, int(room / per_block)), ask.shape.num_layers - 1)
-        training = replace(training, resident_blocks=resident)
-    components = {"the process itself": _process_bytes(machine)} | predict(ask.shape, training)
-    offloaded_bytes = ask.shape.num_layers * kept_bytes(ask.shape, training) if offloaded else 0
-    step_s = _step_seconds(ask, machine, training, strategy, paged)
-    plan = Plan(
-        strategy, size, keep, training.resident_blocks, stream_ends, paged, offloaded_bytes, components, step_s,
-        training.batches,
-    )  # fmt: skip
-    return replace(plan, barred=ask.barred.get(strategy), too_large=_too_large(ask, machine, plan))
-
-
-def _peak(ask: Ask, machine: Machine, training: TrainingShape) -> int:
-    return _process_bytes(machine) + sum(predict(ask.shape, training).values())
-
-
-def _process_bytes(machine: Machine) -> int:
-    return machine.process_bytes + (RUN_BYTES if machine.kind == "cpu" else 0)
-
-
-def _step_seconds(ask: Ask, machine: Machine, training: TrainingShape, strategy: str, paged: bool) -> float:
+def _step_seconds(run: RunShape, machine: Machine) -> float:
     """Seconds an optimizer step: every micro-batch as the largest, then the update."""
-    work = work_of(ask.shape, training)
+    work = work_of(run)
     compute = work.flops / machine.flops + 2 * work.weight_bytes / machine.ram_bytes_per_s
     compute += work.block_passes * BLOCK_S[machine.kind]
-    speed = {FROM_RAM: machine.link_bytes_per_s, FROM_DISK: machine.disk_bytes_per_s}.get(strategy, float("inf"))
-    if training.offload:
-        compute += 2 * ask.shape.num_layers * kept_bytes(ask.shape, training) / machine.link_bytes_per_s
-    trained = ask.shape.parameters if training.full else ask.adapter_parameters
-    update = 28 * trained / machine.ram_bytes_per_s + (16 * trained / machine.link_bytes_per_s if paged else 0)
-    micro_batch = compute if speed == float("inf") else STREAMING_OVERHEAD * max(compute, work.read_bytes / speed)
-    return training.micro_batches * micro_batch + update
+    compute += 2 * offloaded_bytes(run) / machine.link_bytes_per_s
+    trained = run.model.parameters if run.full else run.adapter_parameters
+    paging = 0 if run.page_bytes is None else 16 * trained / machine.link_bytes_per_s
+    update = 28 * trained / machine.ram_bytes_per_s + paging
+    micro_batch = compute
+    if run.resident_blocks is not None:
+        speed = machine.link_bytes_per_s if run.from_ram else machine.disk_bytes_per_s
+        micro_batch = STREAMING_OVERHEAD * max(compute, work.read_bytes / speed)
+    return run.micro_batches * micro_batch + update
 
 
-def _too_large(ask: Ask, machine: Machine, plan: Plan) -> Reason | None:
-    if (excess := plan.peak_bytes - machine.budget_bytes) > 0:
-        return Reason(Cause.BUDGET, f"needs {plan.peak_bytes / 1e9:.2f} GB, {excess / 1e9:.2f} GB too many")
-    beside = _bytes_beside(ask, machine, plan)
+def _too_large(run: RunShape, machine: Machine, peak_bytes: int) -> Reason | None:
+    if (excess := peak_bytes - machine.budget_bytes) > 0:
+        return Reason(Cause.BUDGET, f"needs {peak_bytes / 1e9:.2f} GB, {excess / 1e9:.2f} GB too many")
+    beside = _bytes_beside(run)
     if beside > machine.host_bytes:
         there = f"there are {machine.host_bytes / 1e9:.2f} GB"
         return Reason(Cause.BESIDE, f"needs {beside / 1e9:.2f} GB of memory beside the budget; {there}")
     return None
 
 
-def _bytes_beside(ask: Ask, machine: Machine, plan: Plan) -> int:
-    """What the plan needs of the host's memory: blocks and ends that are streamed from there, what a GPU offloads."""
-    offloaded = plan.offloaded_bytes if machine.kind == "cuda" else 0
-    if plan.strategy != FROM_RAM:
-        return offloaded
-    assert plan.resident_blocks is not None
-    stored = (ask.spec, ask.mixed_bits, ask.compute_bytes)
-    streamed = base_bytes(ask.shape, *stored) - resident_bytes(ask.shape, *stored, plan.resident_blocks)
-    ends = end_bytes(ask.shape) if plan.stream_ends else 0
-    return offloaded + streamed + ends
+def _bytes_beside(run: RunShape) -> int:
+    """What a run needs of the host's memory: blocks and ends that are streamed from there, what a GPU offloads."""
+    offloaded = 0 if run.on_cpu else offloaded_bytes(run)
+    ends = end_bytes(run.model) if run.stream_ends else 0
+    return offloaded + (streamed_bytes(run) + ends if run.from_ram else 0)
 
 
-def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
+def require(plans: Plans, request: PlanRequest, unconstrained: PlanRequest | None) -> Plan:
     """The chosen plan.
 
     Args:
-        freed: the same run with every choice left to the planner, where the user fixed some.
+        unconstrained: the same run with every choice left to the planner, where the user fixed some.
 
     Raises:
         PlanError: nothing fits; the message names what would, with the options or commands that ask for it, else the
@@ -383,11 +259,11 @@ def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
         f"The smallest plan takes {smallest.peak_bytes / 1e9:.2f} GB ({smallest.describe()}); "
         f"the budget is {machine.budget_bytes / 1e9:.2f} GB."
     )
-    if smallest.barred is not None:
+    if smallest.excluded is not None:
         got = f"No strategy is left. Not {smallest.strategy}: {plans.reason(smallest).sentence}."
-    elsewise = make_plans(freed, machine) if freed is not None else plans
+    elsewise = make_plans(unconstrained, machine) if unconstrained is not None else plans
     if elsewise.chosen is not None:
-        folders = [plan.way for plan in plans.openings if plan.barred and plan.barred.cause is Cause.NEEDS_FOLDER]
+        folders = [plan.way for plan in plans.openings if plan.excluded and plan.excluded.cause is Cause.NEEDS_FOLDER]
         as_they_are = f" As they are, they need a 4-bit folder: {folders[0]}." if folders else ""
         raise PlanError(
             got,
@@ -400,7 +276,7 @@ def require(plans: Plans, ask: Ask, freed: Ask | None) -> Plan:
         fixed = "" if plans.openings else " Leave the other options to nybble."
         ways = "; or ".join(plan.way for plan in openings)
         raise PlanError(got, f"What would fit: {'; or '.join(described)}.", f"Way out: {ways}.{fixed}")
-    raise PlanError(got, _largest_parts(smallest), f"What would change it: {'; '.join(_ways_down(ask, machine))}.")
+    raise PlanError(got, _largest_parts(smallest), f"What would change it: {'; '.join(_ways_down(request, machine))}.")
 
 
 def _largest_parts(plan: Plan) -> str:
@@ -408,19 +284,17 @@ def _largest_parts(plan: Plan) -> str:
     return "Its largest parts: " + ", ".join(f"{name} {num_bytes / 1e9:.2f} GB" for name, num_bytes in parts) + "."
 
 
-def _ways_down(ask: Ask, machine: Machine) -> list[str]:
+def _ways_down(request: PlanRequest, machine: Machine) -> list[str]:
     """Changes of what is asked, each with the smallest plan's bytes after it."""
 
-    def smallest(changed: Ask) -> str:
+    def smallest(changed: PlanRequest) -> str:
         return f"{make_plans(changed, machine).smallest.peak_bytes / 1e9:.2f} GB"
 
-    half = replace(ask, batches={size: batches.halved() for size, batches in ask.batches.items()})
-    longest = max(batches.longest_row for batches in half.batches.values())
-    ways = [f"--max-seq-len {longest} ({smallest(half)})"]
-    if ask.rank > 4:
-        share = replace(
-            ask, rank=4, adapter_parameters=ask.adapter_parameters * 4 // ask.rank,
-            largest_adapter=ask.largest_adapter * 4 // ask.rank,
-        )  # fmt: skip
-        ways.append(f"--rank 4 ({smallest(share)})")
+    shorter = {size: batches.halved() for size, batches in request.batches.items()}
+    longest = max(batches.longest_row for batches in shorter.values())
+    ways = [f"--max-seq-len {longest} ({smallest(replace(request, batches=shorter))})"]
+    rank, adapters, largest = request.run.rank, request.run.adapter_parameters, request.largest_adapter
+    if rank > 4:
+        run = replace(request.run, rank=4, adapter_parameters=adapters * 4 // rank)
+        ways.append(f"--rank 4 ({smallest(replace(request, run=run, largest_adapter=largest * 4 // rank))})")
     return ways

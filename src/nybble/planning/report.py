@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nybble.events import Event
-from nybble.planning import planner
 from nybble.planning.costs import end_bytes
-from nybble.planning.planner import Ask, Plans
-from nybble.sources.inventory import without_numbers
+from nybble.planning.planner import Plans
+from nybble.planning.strategies import PlanRequest, Strategy
+from nybble.sources.parts import without_numbers
 from nybble.units import format_bytes
 
 
@@ -17,23 +17,24 @@ class Planned(Event):
 
     kind: ClassVar[str] = "plan"
     plans: Plans
-    asked: Ask
+    asked: PlanRequest
 
     def fields(self) -> dict[str, Any]:
         return plans_json(self.plans)
 
 
-def describe_left(ask: Ask) -> list[str]:
+def describe_left(request: PlanRequest) -> list[str]:
     """What stays as wide as it is computed with, and what gets no adapter, each with its bytes in the run."""
-    parts, spec = ask.shape.parts, None if planner.LORA16 not in ask.barred else ask.spec
-    adapted = {without_numbers(name) for name in ask.adapted}
-    dense = [(name, ask.compute_bytes * numel) for name, numel in (*parts.dense, *parts.around)]
+    run, parts = request.run, request.run.model.parts
+    spec = run.spec if Strategy.LORA_16 in request.excluded else None
+    adapted = {without_numbers(name) for name in request.adapted}
+    dense = [(name, run.compute_bytes * numel) for name, numel in (*parts.dense, *parts.around)]
     fixed = [(name, size) for name, size in dense if name.removesuffix(".weight") not in adapted]
     others = [(name, numel) for name, numel in parts.linears if name not in adapted]
-    left = [(name, ask.compute_bytes * numel if spec is None else spec.bytes(numel)) for name, numel in others]
+    left = [(name, run.compute_bytes * numel if spec is None else spec.bytes(numel)) for name, numel in others]
     said = {
         "without an adapter, not in four bits": [
-            ("embedding and head", end_bytes(ask.shape, ask.compute_bytes)),
+            ("embedding and head", end_bytes(run.model, run.compute_bytes)),
             *fixed,
         ],
         "with an adapter, not in four bits": [part for part in dense if part not in fixed],

@@ -1,7 +1,7 @@
-"""A run's plan: what is asked of the planner, what it chose, shown before and compared with what was measured."""
+"""A run's plan: what its options ask of the planner, and what it chose, compared with what was measured."""
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -11,20 +11,22 @@ import torch
 from nybble.errors import PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.layers.backbone import why_not_config
+from nybble.layers.backbone import why_not_blocks
 from nybble.layers.convert import end_modules, quantizable_linears, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
-from nybble.layers.loss_head import CHUNK_BYTES, PANEL_BYTES
 from nybble.options.option import yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
-from nybble.planning import planner
-from nybble.planning.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, mean_bits
-from nybble.planning.machine import Machine, this_machine
-from nybble.planning.planner import Ask, Cause, Plans, Reason, make_plans
+from nybble.planning.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape, mean_bits
+from nybble.planning.machine import this_machine
+from nybble.planning.machine_table import Machine
+from nybble.planning.planner import Plans, make_plans, require
+from nybble.planning.shape import shape_of
+from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.folder import FolderSource
 from nybble.sources.interface import ModelSource
-from nybble.sources.inventory import accepting, check_dense_share, partly_dense
+from nybble.sources.parts import accepting, check_dense_share, partly_dense
 from nybble.sources.placement import place_tensors
 from nybble.units import format_bytes
 
@@ -32,8 +34,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
-STREAMED = (planner.FROM_RAM, planner.FROM_DISK)
-FOUR_BIT = (planner.FOUR, planner.PAGED, *STREAMED)
+UNCONSTRAINED: Mapping[str, str | None] = {
+    "micro_batch_size": None,
+    "keep": "auto",
+    "page_optimizer": "auto",
+    "offload_activations": "auto",
+    "stream_base": "auto",
+}
 
 
 def plan_run(
@@ -41,19 +48,19 @@ def plan_run(
     source: ModelSource,
     skeleton: "PreTrainedModel",
     formats: BaseFormats | None,
-    deal: Callable[[int], MicroBatches],
+    micro_batches: Callable[[int], MicroBatches],
     dtype: torch.dtype,
     device: torch.device,
     folder_to_come: bool = False,
     machine: Machine | None = None,
-) -> tuple[Plans, Ask]:
+) -> tuple[Plans, PlanRequest]:
     """Choose how to train before anything is loaded; what the config says is not chosen.
 
     Args:
         skeleton: the model on the meta device.
         formats: what the linears of the blocks are quantised to, where the source is not quantised; None where the
             options tell it.
-        deal: most rows at once -> what the run's micro-batches come to.
+        micro_batches: most rows at once -> what the run's micro-batches come to.
         folder_to_come: the source will be calibrated into a 4-bit folder first.
         machine: as it was before anything was loaded; None where nothing is yet.
 
@@ -65,25 +72,24 @@ def plan_run(
         ModelError: most of the model would not be in four bits.
         ConfigError: target_modules names no layer.
     """
-    not_streamed = why_not_streamed(config, None if folder_to_come else source, skeleton)
     files = source.files() if isinstance(source, FolderSource) and source.quant_spec is not None else ()
-    asked, freed = asks(
+    machine = machine or this_machine(device, dtype, config.memory, model_files=files)
+    asked, unconstrained = requests(
         config,
         skeleton,
-        deal=deal,
+        machine,
+        micro_batches=micro_batches,
         dtype=dtype,
-        on_cpu=device.type == "cpu",
-        not_streamed=not_streamed,
+        in_folder=folder_to_come or stored_in_blocks(source, skeleton),
         formats=source.layer_formats if isinstance(source, FolderSource) and source.quant_spec else formats,
         in_four_bits=stored_in_four_bits(source, skeleton),
     )
     if config.format != "none":
-        check_dense_share(asked.shape.parts, source.name, config.max_dense_share)
-    machine = machine or this_machine(device, dtype, config.memory, model_files=files)
+        check_dense_share(asked.run.model.parts, source.name, config.max_dense_share)
     plans = make_plans(asked, machine)
     if config.memory is not None:
-        planner.require(plans, asked, freed)
-    return plans, freed
+        require(plans, asked, unconstrained)
+    return plans, unconstrained
 
 
 def stored_in_four_bits(source: ModelSource, skeleton: "PreTrainedModel") -> set[str] | None:
@@ -94,7 +100,7 @@ def stored_in_four_bits(source: ModelSource, skeleton: "PreTrainedModel") -> set
     return {place.target.removesuffix(".weight") for place in placed if source.is_quantized(place.name)}
 
 
-def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
+def check_peak(plans: Plans, unconstrained: PlanRequest, peak_bytes: int) -> None:
     """Refuse a plan whose rehearsal took more than the budget, and name the nearest that should not.
 
     Raises:
@@ -104,7 +110,7 @@ def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
     budget, excess = plans.machine.budget_bytes, peak_bytes - plans.chosen.peak_bytes
     if peak_bytes <= budget:
         return
-    nearest = make_plans(freed, replace(plans.machine, budget_bytes=budget - excess)).chosen
+    nearest = make_plans(unconstrained, replace(plans.machine, budget_bytes=budget - excess)).chosen
     raise PlanError(
         f"The rehearsal of the largest micro-batch took {format_bytes(peak_bytes)}, planned were "
         f"{format_bytes(plans.chosen.peak_bytes)}; the budget is {format_bytes(budget)}.",
@@ -114,46 +120,30 @@ def check_peak(plans: Plans, freed: Ask, peak_bytes: int) -> None:
     )
 
 
-def why_not_streamed(
-    options: TrainConfig | PlanConfig, source: ModelSource | None, skeleton: "PreTrainedModel"
-) -> Reason | None:
-    """None where the base's blocks can be read from its folder while it trains, else the reason.
-
-    Args:
-        source: None where it is a 4-bit folder that is still to be made.
-    """
-    if source is None:
-        return None
+def stored_in_blocks(source: ModelSource, skeleton: "PreTrainedModel") -> bool:
+    """Whether all linear layers of the model's blocks lie in four bits in a folder, where blocks can be read from."""
     linears = [f"{name}.weight" for name in quantizable_linears(skeleton)]
     stored = set(source.tensor_names())
-    if isinstance(source, FolderSource) and all(n in stored and source.is_quantized(n) for n in linears):
-        return None
-    return needs_folder(options)
+    return isinstance(source, FolderSource) and all(n in stored and source.is_quantized(n) for n in linears)
 
 
-def needs_folder(options: TrainConfig | PlanConfig) -> Reason:
-    """Blocks are read from a four-bit folder only; the way there is the command that makes one of this model."""
-    command, folder = quantize_command(options)
-    return Reason(Cause.NEEDS_FOLDER, "read from a 4-bit folder only", f"{command}, then --model {shlex.quote(folder)}")
-
-
-def asks(
+def requests(
     options: TrainConfig | PlanConfig,
     skeleton: "PreTrainedModel",
+    machine: Machine,
     *,
-    deal: Callable[[int], MicroBatches],
+    micro_batches: Callable[[int], MicroBatches],
     dtype: torch.dtype,
-    on_cpu: bool,
-    not_streamed: Reason | None,
+    in_folder: bool,
     formats: BaseFormats | None,
     in_four_bits: set[str] | None = None,
-) -> tuple[Ask, Ask]:
+) -> tuple[PlanRequest, PlanRequest]:
     """What a run with these options asks of the planner, and the same with every choice left to it.
 
     Args:
         skeleton: the model on the meta device.
-        deal: most rows at once -> what the run's micro-batches come to.
-        not_streamed: None where blocks of the base can be read from its folder.
+        micro_batches: most rows at once -> what the run's micro-batches come to.
+        in_folder: blocks of the base lie in a four-bit folder, or will.
         formats: of a model that is already in four bits, or what was chosen; None where the options tell it.
         in_four_bits: names of the linear layers that a source in four bits has so; None where all will be.
 
@@ -162,119 +152,102 @@ def asks(
     """
     names = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
     targets = resolve_targets(skeleton, names)
-    if ends := [name for name in end_modules(skeleton) if name in targets]:
-        sentence = f"the adapter on {ends[0]} needs it in memory"
-        not_streamed = Reason(Cause.OPTION, sentence, "--target-modules without it")
-    config = skeleton.config.get_text_config()
-    blocks = options.packing and not options.dropout and on_cpu and why_not_config(config) is None
-    shape = ModelShape.of(skeleton, in_four_bits)
-
-    def ask(freely: bool) -> Ask:
-        return ask_for(
-            options,
-            shape,
-            deal=deal,
-            targets={name: linear_features(skeleton.get_submodule(name)) for name in targets},
-            path="blocks" if blocks else "generic",
-            dtype=dtype,
-            on_cpu=on_cpu,
-            not_streamed=not_streamed,
-            formats=formats,
-            freely=freely,
-        )
-
-    return ask(freely=False), ask(freely=True)
-
-
-def ask_for(
-    options: TrainConfig | PlanConfig,
-    shape: ModelShape,
-    *,
-    deal: Callable[[int], MicroBatches],
-    targets: Mapping[str, tuple[int, int]],
-    path: str,
-    dtype: torch.dtype,
-    on_cpu: bool,
-    not_streamed: Reason | None,
-    formats: BaseFormats | None,
-    freely: bool,
-) -> Ask:
-    """What a run asks of the planner.
-
-    Args:
-        targets: the layers that get an adapter: name -> (in_features, out_features).
-        path: "blocks" or "generic".
-        freely: leave every choice to the planner, whatever the options say.
-
-    The others as in `asks`.
-    """
-    page = "auto" if freely else options.page_optimizer
-    keeps = get_args(Keep) if options.keep == "auto" or freely else (options.keep,)
-    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // deal(1).longest_row))]
-    while sizes[-1] > 1:
-        sizes.append(sizes[-1] // 2)
-    if options.micro_batch_size and not freely:
-        sizes = [options.micro_batch_size]
+    device = torch.device(machine.kind)
+    against = why_not_blocks(skeleton, packing=options.packing, dropout=options.dropout > 0, device=device)
+    model = shape_of(skeleton, in_four_bits)
     format = DEFAULT_FORMAT if options.format == "none" else options.format
-    return Ask(
-        shape=shape,
-        batches={size: deal(size) for size in sizes},
-        rows_per_step=options.rows_per_step,
-        keeps=tuple(keeps),
-        adapter_parameters=options.rank * sum(map(sum, targets.values())),
-        largest_adapter=options.rank * max(max(sizes) for sizes in targets.values()),
-        adapted=tuple(targets),
+    sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
+    run = RunShape(
+        model,
+        batches=micro_batches(1),
+        adapter_parameters=options.rank * sum(map(sum, sizes.values())),
         rank=options.rank,
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(format, options.block_size, options.double_quant),
-        path=path,
-        dropout=options.dropout > 0,
-        chunk_bytes=CHUNK_BYTES,
-        panel_bytes=PANEL_BYTES,
-        pagings={"auto": (False, True), "never": (False,), "always": (True,)}[page],
-        offloads=_offloads("auto" if freely else options.offload_activations, path, on_cpu),
-        mixed_bits=mean_bits(shape, formats) if formats and formats.layers else options.mixed,
+        path="blocks" if against is None else "generic",
+        keep="everything",
+        rules=SHAPE_RULES[machine.kind],
+        mixed_bits=mean_bits(model, formats) if formats and formats.layers else options.mixed,
         adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
-        barred=_barred(options, shape, "auto" if freely else options.stream_base, page, not_streamed),
+        dropout=options.dropout > 0,
+        on_cpu=machine.on_cpu,
     )
+    ends = [name for name in end_modules(skeleton) if name in targets]
+    largest_adapter = options.rank * max(max(features) for features in sizes.values())
+
+    def request(options: TrainConfig | PlanConfig) -> PlanRequest:
+        against = {strategy: list(reasons_against(strategy, options, model, in_folder, ends)) for strategy in Strategy}
+        return PlanRequest(
+            run,
+            batches={size: micro_batches(size) for size in _sizes(options, run.batches.longest_row)},
+            rows_per_step=options.rows_per_step,
+            keeps=get_args(Keep) if options.keep == "auto" else (options.keep,),
+            pagings={"auto": (False, True), "never": (False,), "always": (True,)}[options.page_optimizer],
+            offloads=_offloads(options.offload_activations, run),
+            adapted=tuple(targets),
+            largest_adapter=largest_adapter,
+            excluded={strategy: _together(reasons) for strategy, reasons in against.items() if reasons},
+        )
+
+    return request(options), request(options.model_copy(update=UNCONSTRAINED))
 
 
-def _offloads(wanted: str, path: str, on_cpu: bool) -> tuple[bool, ...]:
-    if wanted == "never" or (on_cpu and path != "blocks"):
+def _sizes(options: TrainConfig | PlanConfig, longest_row: int) -> list[int]:
+    """Rows at once to choose among."""
+    if options.micro_batch_size:
+        return [options.micro_batch_size]
+    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // longest_row))]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _offloads(wanted: str, run: RunShape) -> tuple[bool, ...]:
+    if wanted == "never" or (run.on_cpu and run.path != "blocks"):
         return (False,)
     return (True,) if wanted == "always" else (False, True)
 
 
-def _barred(
-    options: TrainConfig | PlanConfig, shape: ModelShape, stream: str, page: str, not_streamed: Reason | None
-) -> dict[str, Reason]:
-    """Strategy -> why these options do not allow it."""
-    bars: dict[str, list[Reason]] = {}
+def reasons_against(
+    strategy: Strategy, options: TrainConfig | PlanConfig, model: ModelShape, in_folder: bool, ends: list[str]
+) -> Iterator[Reason]:
+    """Why these options do not allow a strategy; nothing where they do.
 
-    def bar(strategies: Iterable[str], reason: Reason) -> None:
-        for strategy in strategies:
-            bars.setdefault(strategy, []).append(reason)
+    Args:
+        in_folder: blocks of the base lie in a four-bit folder, or will.
+        ends: embedding and head, where they get an adapter.
+    """
+    if strategy is Strategy.FULL:
+        yield Reason(Cause.COMPARISON, "nybble trains adapters; for comparison")
+    if strategy.four_bit and options.format == "none":
+        yield Reason(Cause.OPTION, "--format none keeps 16 bits", f"--format {DEFAULT_FORMAT}")
+    if strategy is Strategy.LORA_16 and options.format != "none":
+        yield Reason(Cause.OPTION, "not asked for", "--format none")
+    if strategy.four_bit and model.parts.dense_share > options.max_dense_share:
+        yield Reason(Cause.MOSTLY_DENSE, partly_dense(model.parts), accepting(model.parts))
+    page = options.page_optimizer
+    if (strategy, page) in ((Strategy.PAGED, "never"), (Strategy.FOUR_BIT, "always")):
+        yield Reason(Cause.OPTION, f"--page-optimizer {page}", "--page-optimizer auto")
+    if strategy in (Strategy.FOUR_BIT, Strategy.PAGED) and options.stream_base == "always":
+        yield Reason(Cause.OPTION, "--stream-base always", "--stream-base auto")
+    if strategy.streamed:
+        yield from why_not_streamed(options, in_folder, ends)
 
-    bar([planner.FULL], Reason(Cause.COMPARISON, "nybble trains adapters; for comparison"))
-    if options.format == "none":
-        bar(FOUR_BIT, Reason(Cause.OPTION, "--format none keeps 16 bits", f"--format {DEFAULT_FORMAT}"))
-    else:
-        bar([planner.LORA16], Reason(Cause.OPTION, "not asked for", "--format none"))
-    if shape.parts.dense_share > options.max_dense_share:
-        bar(FOUR_BIT, Reason(Cause.MOSTLY_DENSE, partly_dense(shape.parts), accepting(shape.parts)))
-    if page != "auto":
-        paged = planner.PAGED if page == "never" else planner.FOUR
-        bar([paged], Reason(Cause.OPTION, f"--page-optimizer {page}", "--page-optimizer auto"))
-    if stream == "always":
-        reason = Reason(Cause.OPTION, "--stream-base always", "--stream-base auto")
-        bar((planner.FOUR, planner.PAGED), reason)
+
+def why_not_streamed(options: TrainConfig | PlanConfig, in_folder: bool, ends: list[str]) -> Iterator[Reason]:
+    """Why blocks of the base cannot be read where they are used; nothing where they can. Arguments as
+    `reasons_against` takes them.
+    """
     if options.init != "default":
-        bar(STREAMED, Reason(Cause.OPTION, f"--init {options.init} needs the whole base", "--init default"))
-    if not_streamed is not None:
-        bar(STREAMED, not_streamed)
-    if stream == "never":
-        bar(STREAMED, Reason(Cause.OPTION, "--stream-base never", "--stream-base auto"))
-    return {strategy: _together(reasons) for strategy, reasons in bars.items()}
+        yield Reason(Cause.OPTION, f"--init {options.init} needs the whole base", "--init default")
+    if ends:
+        yield Reason(Cause.OPTION, f"the adapter on {ends[0]} needs it in memory", "--target-modules without it")
+    elif not in_folder:
+        command, folder = quantize_command(options)
+        way = f"{command}, then --model {shlex.quote(folder)}"
+        yield Reason(Cause.NEEDS_FOLDER, "read from a 4-bit folder only", way)
+    if options.stream_base == "never":
+        yield Reason(Cause.OPTION, "--stream-base never", "--stream-base auto")
 
 
 def _together(reasons: list[Reason]) -> Reason:

@@ -35,7 +35,8 @@ from nybble.options.groups import DENSE_SHARE
 from nybble.quantization.blocks import BlockCalibrator, block_names, weight_report
 from nybble.quantization.partial import LayerReport, PartialFolder, digest_of
 from nybble.sources.interface import ModelSource
-from nybble.sources.inventory import Inventory, check_dense_share, take_inventory
+from nybble.sources.inventory import take_inventory
+from nybble.sources.parts import Inventory, check_dense_share
 from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
 from nybble.sources.tokenizer import save_tokenizer

@@ -33,14 +33,13 @@ from nybble.layers.decoder_block import (
     decoder_block,
     rotary_angles,
 )
+from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_TOKENS
 from nybble.sources.skeleton import is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_TOKENS = 512  # computed at once
-KEPT_BYTES = 1 << 25  # of inputs that are needed twice
-STATES_DTYPE = torch.bfloat16  # of hidden states between two blocks, whatever is computed in
+STATES_DTYPE = torch.bfloat16  # of hidden states between two blocks; `CALIBRATION_STATE_BYTES` is its size
 EXACT_EVERY = 2  # of so many chunks, or windows, the 16-bit model's states are carried for the first
 
 Group = tuple[tuple[str, ...], InputStatistics]  # names of linears within the block, statistics of their input
@@ -107,7 +106,7 @@ class PackedWalk:
     def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool):
         self._config = model.config
         self._weights = DenseWeights()
-        per_chunk = max(1, CHUNK_TOKENS // windows.shape[1])
+        per_chunk = max(1, CALIBRATION_TOKENS // windows.shape[1])
         self._chunks: list[_Chunk] = []
         exact_tokens = 0
         for start in range(0, len(windows), per_chunk):
@@ -160,8 +159,8 @@ class PackedWalk:
     ) -> Iterator[Group]:
         """A group of one linear, and once it is quantised the step from its inputs to the next states.
 
-        The inputs of all tokens may be far larger than their states: those that `KEPT_BYTES` has no room for are
-        computed twice.
+        The inputs of all tokens may be far larger than their states: those that CALIBRATION_KEPT_BYTES have no
+        room for are computed twice.
         """
         kept = _Kept(inputs)
         yield self._group(layer, exact, parent, (leaf,), kept.make)
@@ -188,12 +187,12 @@ class _Chunk:
 
 
 class _Kept:
-    """Inputs of a linear that are needed twice, as many of them as `KEPT_BYTES` holds."""
+    """Inputs of a linear that are needed twice, as many of them as `CALIBRATION_KEPT_BYTES` holds."""
 
     def __init__(self, inputs: Inputs):
         self._inputs = inputs
         self._made: dict[int, Tensor] = {}  # by where the chunk's states lie
-        self._room = KEPT_BYTES
+        self._room = CALIBRATION_KEPT_BYTES
 
     def make(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
         made = self._inputs(block, rows, states)

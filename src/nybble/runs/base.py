@@ -23,13 +23,14 @@ from nybble.files.manifest import verify_manifest
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.context import context_length
-from nybble.memory.measure import anonymous_bytes, available_bytes
+from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
 from nybble.memory.store import FolderBlockStore
 from nybble.options.groups import DENSE_SHARE, CalibrationOptions
 from nybble.options.verbs import TrainConfig
 from nybble.planning.calibration_costs import calibration_bytes, calibration_products, training_products
 from nybble.planning.costs import ModelShape
 from nybble.planning.request import quantize_command
+from nybble.planning.shape import shape_of
 from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
 from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
@@ -148,11 +149,11 @@ def check_calibration_fits(config: TrainConfig, source: ModelSource, dtype: torc
 
 def _budget(config: TrainConfig, device: torch.device) -> int | None:
     """Of memory for the CPU, where calibrating happens."""
-    return config.memory if device.type == "cpu" else None
+    return None if has_own_memory(device) else config.memory
 
 
 def _shape(source: ModelSource) -> ModelShape:
-    return ModelShape.of(build_skeleton(source.config))
+    return shape_of(build_skeleton(source.config))
 
 
 def run_calibration_text(

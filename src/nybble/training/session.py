@@ -25,16 +25,17 @@ from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, describe_untouched, quantizable_linears, resolve_targets
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.memory.measure import PeakMemory, used_bytes
-from nybble.memory.offload import ActivationFile, PinnedActivations
+from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
+from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
 from nybble.options.option import config_to_yaml
 from nybble.options.verbs import TrainConfig
 from nybble.planning.costs import MicroBatches
-from nybble.planning.micro_batches import dealer, total_steps
-from nybble.planning.planner import FROM_RAM, Ask, Plan, Plans
+from nybble.planning.micro_batches import micro_batches_of, total_steps
+from nybble.planning.planner import Plan, Plans
 from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
+from nybble.planning.strategies import PlanRequest, Strategy
 from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
 from nybble.quantization.mixed import MixedFormats, measure_mixed, some_windows
 from nybble.quantization.walk import WalkError
@@ -59,6 +60,7 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
 from nybble.runs.result import RunResult
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.embedding import embedding_rows
 from nybble.sources.folder import FolderSource
 from nybble.sources.interface import ModelSource
@@ -203,7 +205,7 @@ class _Examples:
 
     Args:
         base: fingerprint of the base, as the run's records name it.
-        deal: most rows at once -> what the run's micro-batches come to.
+        micro_batches: most rows at once -> what the run's micro-batches come to.
     """
 
     data: PreparedData
@@ -212,7 +214,7 @@ class _Examples:
     objective: Objective
     num_steps: int
     evaluations: Evaluations
-    deal: Callable[[int], MicroBatches]
+    micro_batches: Callable[[int], MicroBatches]
 
 
 def _read_examples(opened: _Opened, report: Listener) -> _Examples:
@@ -233,7 +235,8 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     evaluations = plan_evaluations(config, data.train, data.validation, num_steps, begun_with)
     if evaluations.note:
         report(Note(evaluations.note))
-    return _Examples(data, digests, base, objective, num_steps, evaluations, dealer(config, data))
+    micro_batches = micro_batches_of(config, data, SHAPE_RULES[opened.device.type])
+    return _Examples(data, digests, base, objective, num_steps, evaluations, micro_batches)
 
 
 # ---- its base, in few bits
@@ -264,7 +267,8 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
     calibrated = quality is not None and quality.quality == "calibrated"
     if not config.resume and config.memory is not None and (calibrated or config.mixed is not None):
         # What never fits is refused before minutes are spent on its bits.
-        plan_run(config, source, build_skeleton(source.config, dtype), None, examples.deal, dtype, device, calibrated)
+        skeleton = build_skeleton(source.config, dtype)
+        plan_run(config, source, skeleton, None, examples.micro_batches, dtype, device, calibrated)
     if not config.resume and calibrated:
         check_calibration_fits(config, source, dtype, device)
     mixed = None
@@ -311,12 +315,12 @@ class _Fit:
     """How the run is made to fit.
 
     Args:
-        asked: with every choice left to the planner.
+        unconstrained: what was asked, with every choice left to the planner.
         store: of a base that is streamed.
     """
 
     plans: Plans
-    asked: Ask
+    unconstrained: PlanRequest
     store: FolderBlockStore | None
 
     @property
@@ -329,9 +333,11 @@ def _plan(opened: _Opened, examples: _Examples, base: _Base, report: Listener) -
     """The plan, and the streamed base's store opened."""
     skeleton = build_skeleton(base.source.config, opened.dtype)
     dtype, device = opened.dtype, opened.device
-    plans, asked = plan_run(opened.config, base.source, skeleton, base.formats, examples.deal, dtype, device)
-    report(Planned(plans, asked))
-    fit = _Fit(plans, asked, None)
+    plans, unconstrained = plan_run(
+        opened.config, base.source, skeleton, base.formats, examples.micro_batches, dtype, device
+    )
+    report(Planned(plans, unconstrained))
+    fit = _Fit(plans, unconstrained, None)
     return replace(fit, store=open_blocks(base.source, skeleton, fit.plan, device))
 
 
@@ -382,7 +388,7 @@ def _choose_path(
     report(Note(f"computing through: {causal_lm.name}"))
     for note in describe_untouched(model):
         report(Note(note))
-    if openmp.waiting == "unknown" and opened.device.type == "cpu":
+    if openmp.waiting == "unknown" and not has_own_memory(opened.device):
         report(Note(f"threads wait {openmp.SENTENCES['unknown']}", warning=True))
     return fit, causal_lm
 
@@ -396,17 +402,17 @@ def _plan_padded(opened: _Opened, base: _Base, data: PreparedData, packed: _Fit)
     loaded = packed.plan
     stream = "never" if loaded.resident_blocks is None else "always"
     padded = opened.config.model_copy(update={"packing": False, "stream_base": stream})
-    plans, asked = plan_run(
+    plans, unconstrained = plan_run(
         padded,
         base.source,
         build_skeleton(base.source.config, opened.dtype),
         base.formats,
-        dealer(padded, data),
+        micro_batches_of(padded, data, SHAPE_RULES[opened.device.type]),
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,
     )
-    fit = _Fit(plans, asked, packed.store)
+    fit = _Fit(plans, unconstrained, packed.store)
     plan = fit.plan
     if (plan.resident_blocks, plan.offloaded) != (loaded.resident_blocks, loaded.offloaded):
         raise PlanError(
@@ -487,7 +493,7 @@ def _take_steps(
         checkpoints=checkpoints,
         resumed=resumed,
         paged=plan.paged,
-        rehearsal=None if config.memory is None else _rehearsal(data, fit.plans, fit.asked),
+        rehearsal=None if config.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
     )
 
 
@@ -521,14 +527,14 @@ def _settled(opened: _Opened, plan: Plan, quality: QualityChoice | None) -> dict
     } | ({} if quality is None else {"quality": quality.quality})
 
 
-def _rehearsal(data: PreparedData, plans: Plans, freed: Ask) -> Rehearsal:
+def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> Rehearsal:
     """The rows of the largest micro-batches that the run will meet."""
     assert plans.chosen is not None
     largest = plans.chosen.batches
     return Rehearsal(
         [data.train[row] for row in largest.heaviest],
         [data.validation[row] for row in largest.heaviest_held_out],
-        partial(check_peak, plans, freed),
+        partial(check_peak, plans, unconstrained),
     )
 
 
@@ -539,17 +545,13 @@ def open_blocks(
     if plan.resident_blocks is None:
         return None
     assert isinstance(source, FolderSource), source
-    in_ram = device.type == "cuda" and plan.strategy == FROM_RAM  # beside a CPU the file cache has them
+    in_ram = has_own_memory(device) and plan.strategy is Strategy.FROM_RAM  # beside a CPU the file cache has them
     return open_store(source, quantizable_linears(skeleton), plan.resident_blocks, device, in_ram=in_ram)
 
 
 def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTensors | None:
     """Where blocks keep what their backward passes need; None where that is the memory they compute in."""
-    if not plan.offloaded:
-        return None
-    if device.type == "cuda":
-        return PinnedActivations()
-    return ActivationFile(run.path, plan.offloaded_bytes)
+    return activation_place(device, run.path, plan.offloaded_bytes) if plan.offloaded else None
 
 
 def _target_names(config: TrainConfig) -> str | list[str]:

@@ -19,7 +19,7 @@ def _(event: Planned, terminal: Terminal) -> None:
     for plan in plans.best:
         chosen = plans.chosen is not None and plan.strategy == plans.chosen.strategy
         shown = plans.chosen if chosen and plans.chosen is not None else plan
-        strategy = shown.strategy
+        strategy = str(shown.strategy)
         if shown.resident_blocks is not None:
             strategy += f" ({shown.resident_blocks} blocks stay{', optimizer paged' if shown.paged else ''})"
         table.add_row(

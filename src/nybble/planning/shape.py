@@ -1,0 +1,55 @@
+"""The widths that decide what a model costs, read off its own parameters."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from nybble.layers.dense import narrow_ends
+from nybble.planning.costs import ModelShape
+from nybble.sources.inventory import take_inventory
+from nybble.sources.parts import BlockParts, Inventory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = None) -> ModelShape:
+    """The shape of a model, which may be on the meta device.
+
+    Args:
+        in_four_bits: names of the linear layers that are or will be; all of the blocks' if not given.
+    """
+    parts = take_inventory(model, in_four_bits)
+    hidden = _hidden_size(parts)
+    widths = [block.widths for block, _ in parts.blocks]
+    query = max((found["q_proj"][1] for found in widths if "q_proj" in found), default=hidden)
+    key_value = max((found["k_proj"][1] for found in widths if "k_proj" in found), default=query)
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    return ModelShape(
+        parts,
+        hidden_size=hidden,
+        num_heads=heads if isinstance(heads, int) else 1,
+        query_width=query,
+        key_value_width=key_value,
+        intermediate_size=max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
+        narrow_ends=bool(narrow_ends(model)),
+    )
+
+
+def _hidden_size(parts: Inventory) -> int:
+    """What the head reads; where blocks are wider than their ends, what most of their linears take."""
+    widths = [i for block, count in parts.blocks for _, i, _ in block.linears for _ in range(count)]
+    width = parts.head[1]
+    return width if not widths or width in widths else max(set(widths), key=widths.count)
+
+
+def _mlp_width(block: BlockParts, hidden: int) -> int:
+    """Of the MLP: what its last layer takes; where none is called as in Llama, the widest there is. Experts: those that
+    a token passes.
+    """
+    linears = block.widths
+    dense = linears["down_proj"][0] if "down_proj" in linears else 0
+    inner = [size for shape in block.experts for size in shape[1:] if size != hidden]
+    experts = block.passed_experts * min(inner, default=hidden)
+    if not dense and not experts:
+        return max((max(i, o) for _, i, o in block.linears), default=hidden)
+    return dense + experts

@@ -1,0 +1,154 @@
+"""What is asked of the planner, and the strategies that can answer: one entry of `Strategy`, one function of `WAYS`.
+
+Such a function gives each way in which a run can be done: what it fixes itself is in them, what the request leaves open
+comes in every variant. Bytes and seconds are then counted for a strategy by nothing but those run shapes.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum, auto
+from typing import TYPE_CHECKING
+
+from nybble.planning.costs import MARGIN, MicroBatches, RunShape, block_bytes, end_bytes, predict
+from nybble.planning.machine_table import Machine
+from nybble.sizes import PAGE_BUFFERS, PAGE_BYTES
+
+if TYPE_CHECKING:
+    from nybble.layers.decoder_block import Keep
+
+STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
+
+
+class Strategy(StrEnum):
+    """How the weights of a run and its optimizer's state lie in memory; the value is its name for the user.
+
+    The planner tries each through `WAYS`, in this order. `request.reasons_against` says which of them options exclude.
+    Training opens a block store for those that are streamed, in pinned memory for FROM_RAM where there is a GPU.
+    """
+
+    FULL = "full 16-bit"  # every weight trained; for comparison, nybble trains adapters
+    LORA_16 = "LoRA 16-bit"  # adapters on the 16-bit base
+    FOUR_BIT = "4-bit"  # QLoRA, all of it in memory
+    PAGED = "4-bit, optimizer paged"  # its state in a file
+    FROM_RAM = "4-bit, base from RAM"  # blocks read where they are used, from memory beside the budget
+    FROM_DISK = "4-bit, base from disk"  # the same from a folder that no memory holds
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether the base is in four bits."""
+        return self not in (Strategy.FULL, Strategy.LORA_16)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks of the base are read where they are used."""
+        return self in (Strategy.FROM_RAM, Strategy.FROM_DISK)
+
+
+class Cause(StrEnum):
+    """What a plan is not taken for; the value stands in `plan.json`.
+
+    `Plans.reason` adds to no COMPARISON that it is too large besides, and gives SLOWER to what fits; `planner.require`
+    names the command that makes the folder that a plan NEEDS_FOLDER. The others are for whoever reads `plan.json`.
+    """
+
+    COMPARISON = auto()  # nybble has no such way to train
+    OPTION = auto()  # the user's options say otherwise
+    NEEDS_FOLDER = auto()  # blocks are read from a four-bit folder, and this base is none
+    MOSTLY_DENSE = auto()  # the model would not be four-bit
+    BUDGET = auto()  # it takes more memory than it may
+    BESIDE = auto()  # it takes more memory beside the budget than there is
+    SLOWER = auto()  # it fits, and another is faster
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a plan is not taken.
+
+    Args:
+        sentence: for the user.
+        way: options or commands that open it; empty where nothing does.
+    """
+
+    cause: Cause
+    sentence: str
+    way: str = ""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a run wants of the planner.
+
+    Args:
+        run: what is not chosen; its batches, and what it keeps, stand for any of those to choose among.
+        batches: rows at once, to choose among -> what micro-batches of so many rows come to.
+        rows_per_step: of one optimizer step.
+        keeps: what blocks may keep, to choose among.
+        pagings: whether the optimizer's state may be paged, to choose among.
+        offloads: whether what blocks keep may go to a file, to choose among.
+        adapted: names of the layers that get an adapter.
+        largest_adapter: parameters of the largest A or B.
+        excluded: strategy -> why this run cannot use it.
+    """
+
+    run: RunShape
+    batches: Mapping[int, MicroBatches]
+    rows_per_step: int
+    keeps: "tuple[Keep, ...]"
+    pagings: tuple[bool, ...]
+    offloads: tuple[bool, ...]
+    adapted: tuple[str, ...]
+    largest_adapter: int
+    excluded: Mapping[Strategy, Reason]
+
+
+def _full_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
+    yield replace(run, adapter_parameters=0, rank=0, spec=None, full=True)
+
+
+def _lora_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
+    return _variants(request, replace(run, spec=None), request.pagings)
+
+
+def _four_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
+    return _variants(request, run, (False,))
+
+
+def _optimizer_paged(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
+    return _variants(request, run, (True,))
+
+
+def _base_from_ram(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
+    for variant in _variants(request, run, request.pagings):
+        yield _streamed(replace(variant, from_ram=True), machine)
+
+
+def _base_from_disk(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
+    for variant in _variants(request, run, request.pagings):
+        yield _streamed(variant, machine)
+
+
+WAYS: Mapping[Strategy, Callable[[PlanRequest, RunShape, Machine], Iterable[RunShape]]] = {
+    Strategy.FULL: _full_16_bit,
+    Strategy.LORA_16: _lora_16_bit,
+    Strategy.FOUR_BIT: _four_bit,
+    Strategy.PAGED: _optimizer_paged,
+    Strategy.FROM_RAM: _base_from_ram,
+    Strategy.FROM_DISK: _base_from_disk,
+}
+
+
+def _variants(request: PlanRequest, run: RunShape, pagings: tuple[bool, ...]) -> Iterable[RunShape]:
+    """With the optimizer's state paged or not, and what blocks keep offloaded or not."""
+    largest_page = max(PAGE_BYTES, int(run.adam_bytes * request.largest_adapter))
+    for paged in pagings:
+        for offload in (False,) if run.keep == "everything" else request.offloads:
+            yield replace(run, page_bytes=PAGE_BUFFERS * largest_page if paged else None, offload=offload)
+
+
+def _streamed(run: RunShape, machine: Machine) -> RunShape:
+    """With as many blocks resident as the budget has room for, at most all but one."""
+    run = replace(run, resident_blocks=0, stream_ends=end_bytes(run.model) >= STREAMED_ENDS_BYTES)
+    room = machine.budget_bytes - machine.begun_bytes - sum(predict(run).values())
+    largest = max(block_bytes(block, run.spec, run.mixed_bits) for block, _ in run.model.parts.blocks)
+    per_block = (1 + (MARGIN if run.on_cpu else 0)) * max(1, largest)
+    return replace(run, resident_blocks=min(max(0, int(room / per_block)), run.model.num_layers - 1))

@@ -1,0 +1,50 @@
+"""Sizes that a run's tensors are cut into: plain numbers, read by what cuts and by what counts the bytes of it.
+
+`ShapeRules` are those that a device's kernels ask for, one entry a kind of device; a backend that wants others has
+them here, since importing `kernels/` brings torch and the planner counts without it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ShapeRules:
+    """How rows and matrices are cut on one kind of device.
+
+    Args:
+        token_multiple: packed micro-batches are filled up to a multiple of so many tokens.
+        row_multiple: chunks of logits and panels of a large head have a multiple of so many rows.
+        chunk_bytes: what a chunk of logits may take.
+        panel_rows: of a 16-bit matrix that are widened at a time when products run in fp32,
+        panel_bytes: and where that is more than so many bytes, fewer.
+        large_head_bytes: heads from here on go in panels, streamed or resident, so that both give one result.
+    """
+
+    token_multiple: int
+    row_multiple: int
+    chunk_bytes: int
+    panel_rows: int
+    panel_bytes: int
+    large_head_bytes: int
+
+    def whole_rows(self, fit: int) -> int:
+        """The rows of a chunk or panel that has room for `fit`: a multiple, and at least one of them."""
+        return max(self.row_multiple, fit // self.row_multiple * self.row_multiple)
+
+
+_ONEDNN = ShapeRules(
+    token_multiple=64,  # it keeps a compiled product, some 0.8 MB, for each shape it has seen
+    row_multiple=64,
+    chunk_bytes=2**25,
+    panel_rows=8192,
+    panel_bytes=2**25,
+    large_head_bytes=2**28,
+)
+SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _ONEDNN}  # a GPU asks for nothing else so far
+
+PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
+PAGE_BUFFERS = 3  # read ahead, updated, written behind
+
+CALIBRATION_TOKENS = 512  # computed at once while calibrating
+CALIBRATION_KEPT_BYTES = 2**25  # of inputs that are needed twice
+CALIBRATION_STATE_BYTES = 2  # of an element of the hidden states between two blocks, whatever is computed in
