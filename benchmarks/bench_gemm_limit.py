@@ -23,7 +23,7 @@ import torch
 from bench_attention import matmul_rate
 from common import Spread, Table, Turns, about_machine, options, report, versions, wait_for_quiet
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.packing import Batch
 from nybble.formats.quant_spec import BaseFormats
@@ -32,7 +32,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.decoder_block import Keep
 from nybble.sources.load import load_model
-from nybble.sources.skeleton import build_skeleton
+from nybble.sources.stored_model import StoredModel
 from nybble.training.optimizer import AdamW
 
 DOCUMENT, TOKENS = 256, 1024
@@ -49,26 +49,25 @@ MODELS = {
 }  # fmt: skip
 
 
-class RandomSource:
-    """A model of random weights, made one tensor at a time. The rest of the interface is ModelSource's."""
+class RandomModel(StoredModel):
+    """A model of random weights, made one tensor at a time; it has no tokenizer."""
 
-    kind, quant_spec, dense_dtype, notes = "folder", None, torch.bfloat16, ()
+    dense_dtype = torch.bfloat16
 
     def __init__(self, name: str, config: LlamaConfig):
         self.name, self.config = name, config
-        self._shapes = {name: p.shape for name, p in build_skeleton(config).named_parameters()}
 
     def tensor_names(self) -> list[str]:
-        return list(self._shapes)
-
-    def is_quantized(self, name: str) -> bool:
-        return False
+        return [name for name, _ in self.skeleton.named_parameters()]
 
     def read(self, name: str) -> Tensor:
-        return torch.randn(self._shapes[name], dtype=torch.bfloat16) * 0.02
+        return torch.randn(self.skeleton.get_parameter(name).shape, dtype=torch.bfloat16) * 0.02
 
-    def load_generation_config(self) -> GenerationConfig:
-        return GenerationConfig()
+    def fingerprint(self) -> str:
+        raise NotImplementedError
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        raise NotImplementedError
 
 
 # ---- the step ------------------------------------------------------------------------------------
@@ -219,7 +218,7 @@ def main() -> None:
     models = [arguments.only] if arguments.only else list(MODELS)
     loaded = {}
     for name in models:
-        model = load_model(RandomSource(name, MODELS[name]), BaseFormats(), torch.bfloat16)
+        model = load_model(RandomModel(name, MODELS[name]), BaseFormats(), torch.bfloat16)
         attach_adapters(model, quantizable_linears(model), rank=16, alpha=32)
         loaded[name] = model.train()
 

@@ -24,7 +24,7 @@ from torch import nn
 from nybble.data.packing import pack_tokens
 from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.backbone import FusedForward
-from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
+from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.offload import ActivationFile
@@ -35,7 +35,6 @@ from nybble.planning.strategies import STREAMED_ENDS_BYTES
 from nybble.quantization.synth import synthesize
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
-from nybble.sources.skeleton import build_skeleton
 from nybble.training.optimizer import AdamW, Bits
 
 Pass = Callable[[], float]
@@ -45,9 +44,9 @@ def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: Activat
     """A forward and backward pass that returns its loss."""
     source = open_source(str(folder))
     dtype = resolve_compute_dtype("auto", torch.device("cpu"))
-    store = open_store(source, quantizable_linears(build_skeleton(source.config)), 0) if streamed else None
+    store = open_store(source, 0) if streamed else None
     names = () if store is None else store.names
-    ends = streamed and end_bytes(shape_of(build_skeleton(source.config))) >= STREAMED_ENDS_BYTES
+    ends = streamed and end_bytes(shape_of(source.skeleton)) >= STREAMED_ENDS_BYTES
     model = load_model(source, source.layer_formats, dtype, stream_linears_of=names, stream_ends=ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
     forward, head = FusedForward(model, "nothing", store, kept), loss_head(model)
@@ -125,7 +124,7 @@ def main() -> None:
             "blocks' inputs in a file": micro_batch(folder, given.tokens, kept=ActivationFile(scratch, 10**8)),
         }
         pass_s = compare(passes, given.rounds)
-        model = build_skeleton(open_source(str(folder)).config)
+        model = open_source(str(folder)).empty_model(torch.bfloat16)
         attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
         shapes = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
         wide = compare({"32 bits": update(shapes, None), "32 bits, paged": update(shapes, scratch)}, given.rounds)

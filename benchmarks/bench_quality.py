@@ -25,18 +25,14 @@ from nybble.calibration.search import search_weight
 from nybble.data.calibration_text import calibration_text
 from nybble.data.readers import read_examples
 from nybble.data.template import ChatTemplate
-from nybble.evaluation.compare_arms import without_lattice
 from nybble.evaluation.quality import Comparison
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import quantize
-from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.measure import PeakMemory
 from nybble.quantization.blocks import BlockCalibrator
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
-from nybble.sources.placement import place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton
 
 LICENCES = Path("/usr/share/common-licenses")
 CPU = torch.device("cpu")
@@ -53,7 +49,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=BENCHMARKS / "results" / "quality-ablations.json")
     arguments = parser.parse_args()
 
-    source = without_lattice(open_source(arguments.model))
+    source = open_source(arguments.model).without_lattice()
     template, dtype = ChatTemplate(source.load_tokenizer()), resolve_compute_dtype("auto", CPU)
     kinds = {
         "own": rows(arguments.validation_data, template, arguments.eval_tokens, 0),
@@ -79,10 +75,8 @@ def main() -> None:
 def put(model: Any, source: Any, arm: str, template: ChatTemplate, data: str, dtype: torch.dtype) -> None:
     """The arm's weights into the model."""
     if arm in ("absmax", "search"):
-        skeleton = build_skeleton(source.config)
-        placed = {place.target: place for place in place_tensors(source, skeleton)}
-        for name in quantizable_linears(skeleton):
-            weight = read_placed(source, placed[f"{name}.weight"])
+        for name in source.linears:
+            weight = source.read_linear(name)
             q = quantize(weight, QuantSpec()) if arm == "absmax" else search_weight(weight, QuantSpec())
             model.get_submodule(name).load_quantized(q)
         return

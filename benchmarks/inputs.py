@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import load_dataset_for_training
+from nybble.data.prepare import prepare
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.formats.safetensors import staged_folder
@@ -48,7 +48,8 @@ def prepare_inputs(model: str, data: str, scratch: Path, num_steps: int) -> Inpu
     if not inputs.adapter.is_dir():
         _write_model(model, inputs)
     tokenizer = open_source(str(inputs.base)).load_tokenizer()
-    prepared = load_dataset_for_training(data, ChatTemplate(tokenizer, "auto"), max_seq_len=MAX_SEQ_LEN)
+    prepared = prepare(data, ChatTemplate(tokenizer, "auto"), max_seq_len=MAX_SEQ_LEN)
+    prepared.audit.check()
     _write_steps(inputs.answers, _answer_steps(prepared.train, num_steps))
     _write_steps(inputs.full, _full_steps(prepared.train, num_steps))
     return inputs

@@ -118,6 +118,21 @@ def test_runs_are_read_without_the_session_that_made_them() -> None:
             assert "nybble.training.session" not in {name for name, _, _ in imports_of(module)}, module
 
 
+def test_a_source_is_asked_what_it_can_and_never_what_it_is() -> None:
+    """Outside of `sources/` no isinstance names a place of weights, a class that is a StoredModel."""
+    trees = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+    classes = [node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    stored = {"StoredModel"}
+    while more := {each.name for each in classes if stored & set(map(ast.unparse, each.bases))} - stored:
+        stored |= more
+    assert stored >= {"FolderSource", "GgufSource", "DitheredSource", "MergedSource"}
+    for module, tree in trees.items():
+        for node in ast.walk(tree) if place(module) != "sources" else ():
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                named = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)} & stored
+                assert not named, f"{MODULES[module]}:{node.lineno} asks for {named}: let a StoredModel answer"
+
+
 def test_no_import_cycles() -> None:
     imported_by = {
         module: {name for name, _, for_types in imports_of(module) if name in MODULES and not for_types}

@@ -28,21 +28,19 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.quantization.blocks import BlockCalibrator
-from nybble.sources.gguf import DitheredSource, GgufSource
-from nybble.sources.interface import ModelSource
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
+from nybble.sources.stored_model import StoredModel
 
 TOKENS = 256  # of a window
 
 
-def open_dithered(model: str) -> ModelSource:
+def open_dithered(model: str) -> StoredModel:
     """The source; one on a four-bit lattice is dithered, as docs/lab-notes.md says."""
-    source = open_source(model)
-    return DitheredSource(source) if isinstance(source, GgufSource) else source
+    return open_source(model).without_lattice()
 
 
-def windows_of(source: ModelSource, data: str, count: int, seed: int = 0) -> Tensor:
+def windows_of(source: StoredModel, data: str, count: int, seed: int = 0) -> Tensor:
     rows = prepare(data, ChatTemplate(source.load_tokenizer(), "auto"), max_seq_len=1024).train
     return cut_windows(rows, count=count, tokens=TOKENS, seed=seed)
 
@@ -57,7 +55,7 @@ def cut_windows(rows: Sequence[EncodedExample], *, count: int, tokens: int, seed
 
 
 def quantized_model(
-    source: ModelSource, formats: BaseFormats, quality: str, calibration: Tensor, dtype: torch.dtype
+    source: StoredModel, formats: BaseFormats, quality: str, calibration: Tensor, dtype: torch.dtype
 ) -> Any:
     """The source in memory with its linears quantised."""
     if quality == "absmax":
@@ -76,7 +74,7 @@ def quantized_model(
 
 
 def calibrated_weights(
-    source: ModelSource, formats: BaseFormats, windows: Tensor, dtype: torch.dtype
+    source: StoredModel, formats: BaseFormats, windows: Tensor, dtype: torch.dtype
 ) -> dict[str, QuantizedTensor]:
     calibrator = BlockCalibrator(source, formats, windows, dtype)
     weights: dict[str, QuantizedTensor] = {}

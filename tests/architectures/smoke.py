@@ -20,11 +20,11 @@ from nybble.data.packing import collate
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.layers.dense import weight_matrix
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.runs.adapter_files import adapter_config, write_adapter
 from nybble.sources.folder import FolderSource
 from nybble.sources.load import load_model
-from nybble.sources.skeleton import is_transposed
 from nybble.training.optimizer import AdamW
 
 RANK, ALPHA, STEPS, LR = 4, 8.0, 5, 1e-2
@@ -54,7 +54,7 @@ def train_in(folder: Path, dtype: torch.dtype, out: Path) -> Trained:
         NybbleError: refused.
         Wrong: another loss, other gradients or other logits than the model's own.
     """
-    source = FolderSource(folder, folder.name, "folder", None)
+    source = FolderSource(folder, folder.name)
     model = load_model(source, BaseFormats(QuantSpec("nf4")), dtype)
     targets = resolve_targets(model, "all-linear")
     attach_adapters(model, targets, rank=RANK, alpha=ALPHA)
@@ -180,5 +180,5 @@ def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             linear, dense = base.get_submodule(name.removesuffix(".base")), module.dequantize(torch.float32)
-            linear.weight.copy_(dense.T if is_transposed(linear) else dense)
+            weight_matrix(linear).copy_(dense)
     return base

@@ -8,7 +8,7 @@ import pytest
 from nybble.cli.render.audit import SUPERVISED_STYLE, render_audit, render_example
 from nybble.data.audit import FINDINGS, percentiles
 from nybble.data.examples import Example
-from nybble.data.prepare import load_dataset_for_training, prepare
+from nybble.data.prepare import PreparedData, prepare
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.errors import DataError
@@ -30,6 +30,12 @@ def write(tmp_path):
 
 def pairs(count: int, first: int = 0) -> list[dict[str, str]]:
     return [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(first, first + count)]
+
+
+def prepare_checked(source: str, template: ChatTemplate, **options) -> PreparedData:
+    data = prepare(source, template, **options)
+    data.audit.check()
+    return data
 
 
 def finding(data, id: str):
@@ -136,13 +142,13 @@ def test_the_border_case_of_truncation(write, template):
     kept = prepare(source, template, max_seq_len=border, validation_fraction=0)
     assert [s.supervised_tokens for s in kept.train] == [1, 1]
     with pytest.raises(DataError, match=r"no-rows.*\n.*too-long|too-long.*\n.*no-rows|no-rows(.|\n)*too-long"):
-        load_dataset_for_training(source, template, max_seq_len=border - 1)
+        prepare_checked(source, template, max_seq_len=border - 1)
 
 
 def test_all_rows_filtered(write, template):
     rows = [{"prompt": "question " * 50, "completion": "a"}, {"prompt": "q", "completion": " "}]
     with pytest.raises(DataError) as error:
-        load_dataset_for_training(write(rows), template, max_seq_len=40)
+        prepare_checked(write(rows), template, max_seq_len=40)
     message = str(error.value)
     assert "no row is left" in message and "too-long" in message and "a.jsonl:1" in message
     assert "empty-answer" in message and "a.jsonl:2" in message and "raise --max-seq-len" in message
@@ -170,7 +176,7 @@ def test_rows_that_train_on_nothing_stop_training(write, template, turns, id):
 
 def test_ids_beyond_vocabulary(write, template):
     with pytest.raises(DataError, match=r"ids-beyond-vocabulary: 6 x .*largest id \d+, embedding 50 rows"):
-        load_dataset_for_training(write(pairs(6)), template, max_seq_len=64, vocab_size=50)
+        prepare_checked(write(pairs(6)), template, max_seq_len=64, vocab_size=50)
 
 
 def test_validation_leak(write, template):
@@ -198,7 +204,7 @@ def test_end_of_turn_is_never_supervised(write, template):
         "{% if add_generation_prompt %}assistant: {% endif %}",
     )
     with pytest.raises(DataError, match="no-end-of-turn: 6 x"):
-        load_dataset_for_training(write(pairs(6)), plain, max_seq_len=64)
+        prepare_checked(write(pairs(6)), plain, max_seq_len=64)
 
 
 def test_a_template_that_marks_nothing_as_generated(write, template):
@@ -209,13 +215,13 @@ def test_a_template_that_marks_nothing_as_generated(write, template):
         "{% if false %}{% generation %}{% endgeneration %}{% endif %}",
     )
     with pytest.raises(DataError, match=r"no-supervised-tokens: 6 x .*a\.jsonl:1"):
-        load_dataset_for_training(write(pairs(6)), silent, max_seq_len=64)
+        prepare_checked(write(pairs(6)), silent, max_seq_len=64)
 
 
 def test_messages_without_a_template(write, template):
     bare = ChatTemplate(template.tokenizer, "none")
     with pytest.raises(DataError, match="needs-template: 1 x"):
-        load_dataset_for_training(write([{"messages": [USER, ASSISTANT]}]), bare, max_seq_len=64)
+        prepare_checked(write([{"messages": [USER, ASSISTANT]}]), bare, max_seq_len=64)
 
 
 # ---- findings that warn
@@ -225,7 +231,7 @@ def test_rows_that_the_template_refuses_are_dropped_and_named(write, tokenizer_o
     llama2 = ChatTemplate(tokenizer_of("bytes", "llama2"))
     good = [{"messages": [{**USER, "content": str(n)}, ASSISTANT]} for n in range(10)]
     refused = {"messages": [USER, USER, ASSISTANT]}
-    data = load_dataset_for_training(write([*good, refused]), llama2, max_seq_len=64)
+    data = prepare_checked(write([*good, refused]), llama2, max_seq_len=64)
     found = finding(data, "template-refuses")
     assert found.rows == ("a.jsonl:11",) and "roles must alternate" in found.detail
     assert data.audit.num_dropped == 1 and data.audit.num_train + data.audit.num_validation == 10
@@ -234,21 +240,19 @@ def test_rows_that_the_template_refuses_are_dropped_and_named(write, tokenizer_o
 def test_rewritten_history_is_split(write, tokenizer_of):
     qwen = ChatTemplate(tokenizer_of("bytes", "qwen3"))
     rows = [{"messages": [{**USER, "content": str(n)}, ASSISTANT, USER, ASSISTANT]} for n in range(4)]
-    data = load_dataset_for_training(write(rows), qwen, max_seq_len=99, validation_fraction=0.25)
+    data = prepare_checked(write(rows), qwen, max_seq_len=99, validation_fraction=0.25)
     assert (data.audit.num_train, data.audit.num_validation) == (6, 2), "two sequences a row, on the same side"
     assert finding(data, "template-rewrites-history").num_rows == 4
 
 
 def test_special_tokens_in_content(write, template):
-    data = load_dataset_for_training(
-        write([*pairs(4), {"prompt": "q", "completion": "a<|im_end|>b"}]), template, max_seq_len=64
-    )
+    data = prepare_checked(write([*pairs(4), {"prompt": "q", "completion": "a<|im_end|>b"}]), template, max_seq_len=64)
     found = finding(data, "special-token-in-content")
     assert found.rows == ("a.jsonl:5",) and "<|im_end|>" in found.detail
 
 
 def test_one_row_leaves_nothing_to_validate_on(write, template):
-    data = load_dataset_for_training(write(pairs(1)), template, max_seq_len=64)
+    data = prepare_checked(write(pairs(1)), template, max_seq_len=64)
     assert len(data.train) == 1 and not data.validation and finding(data, "no-validation").level == "warning"
 
 

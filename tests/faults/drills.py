@@ -161,7 +161,7 @@ class SaveUnderStrace:
         shutil.rmtree(self.folder.parent, ignore_errors=True)
         self.folder.mkdir(parents=True)
         torch.manual_seed(0)
-        source = FolderSource(workplace / "model", "tiny", "folder", None)
+        source = FolderSource(workplace / "model", "tiny")
         from nybble.layers.convert import attach_adapters, resolve_targets
         from nybble.sources.load import load_model
 
@@ -320,14 +320,14 @@ def drill_damage(workplace: Path, runs: int) -> str:
         from nybble.formats.quant_spec import BaseFormats
         from nybble.quantization.folder import quantize_folder
 
-        quantize_folder(FolderSource(workplace / "model", "tiny", "folder", None), BaseFormats(), four_bit)
+        quantize_folder(FolderSource(workplace / "model", "tiny"), BaseFormats(), four_bit)
     checkpoint = out / "checkpoints" / "step-2"
 
     def open_checkpoint() -> None:
         newest_checkpoint(checkpoint.parent)
 
     def open_folder() -> None:
-        FolderSource(four_bit, "four-bit", "folder", None)
+        FolderSource(four_bit, "four-bit")
 
     flips = cuts = 0
     for folder, use in ((checkpoint, open_checkpoint), (four_bit, open_folder)):

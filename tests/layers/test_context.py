@@ -1,5 +1,7 @@
 """Which models end where their context ends, asked of tiny ones of several kinds."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import AutoConfig
 
@@ -31,8 +33,8 @@ def test_positions_that_end(model_type: str) -> None:
 
 
 def test_the_default_length_is_lowered_and_another_is_refused() -> None:
-    learned = AutoConfig.for_model("gpt2", **CONFIGS["gpt2"][0])
-    rotary = AutoConfig.for_model("llama", **CONFIGS["llama"][0])
+    configs = [AutoConfig.for_model(name, **CONFIGS[name][0]) for name in ("gpt2", "llama")]
+    learned, rotary = (SimpleNamespace(config=config, skeleton=build_skeleton(config)) for config in configs)
     default, asked = DataConfig(model="m", data="d"), DataConfig(model="m", data="d", max_seq_len=512)
     assert within_context(default, learned).max_seq_len == 48
     assert within_context(default, rotary) is default and within_context(asked, rotary) is asked

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from nybble.formats.quant_spec import QuantSpec
-from nybble.layers.convert import quantizable_linears
 from nybble.memory import pager
 from nybble.memory.offload import PinnedActivations
 from nybble.memory.pager import PagedState
 from nybble.memory.store import open_store
 from nybble.quantization.synth import synthesize
 from nybble.sources.open import open_source
-from nybble.sources.skeleton import build_skeleton
 
 RUBBISH = 170
 
@@ -121,8 +119,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("resident", [0, 1, 3, 4])
 def test_blocks_are_fetched_after_what_was_computed_with_the_one_before(folder, resident, in_ram):
     source, card = open_source(str(folder)), LateCard()
-    linears = quantizable_linears(build_skeleton(source.config))
-    store = open_store(source, linears, resident, in_ram=in_ram, lane=card)
+    store = open_store(source, resident, in_ram=in_ram, lane=card)
     found: list[tuple[str, Tensor, Tensor]] = []
 
     def use(name: str) -> None:
@@ -134,7 +131,7 @@ def test_blocks_are_fetched_after_what_was_computed_with_the_one_before(folder, 
         for name in (*store.names, *reversed(store.names)):
             use(name)
     card.wait()
-    assert len(found) == 6 * len(linears)
+    assert len(found) == 6 * len(source.linears)
     for name, packed, scales in found:
         stored = source.read(f"{name}.weight")
         assert torch.equal(packed, stored.packed) and torch.equal(scales, stored.scales), name

@@ -16,7 +16,7 @@ from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers import loss_head
 from nybble.layers.backbone import FusedForward, ModuleForward
-from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, resolve_targets
+from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
 from nybble.options.verbs import load_config
@@ -25,7 +25,6 @@ from nybble.quantization.synth import synthesize
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
-from nybble.sources.skeleton import build_skeleton
 from nybble.training.session import train
 
 TOKENS = 37
@@ -44,8 +43,7 @@ def gradients(
 ):  # fmt: skip
     """Loss and adapter gradients of two micro-batches; `resident` None loads the whole base."""
     source = open_source(str(folder))
-    linears = quantizable_linears(build_skeleton(source.config))
-    store = None if resident is None else open_store(source, linears, resident, device, in_ram=in_ram)
+    store = None if resident is None else open_store(source, resident, device, in_ram=in_ram)
     names = () if store is None else store.names
     model = load_model(source, source.layer_formats, dtype, device, stream_linears_of=names, stream_ends=stream_ends)
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=4, alpha=8, seed=1)
@@ -162,7 +160,7 @@ def test_a_folder_that_fails_stops_the_pass_before_there_are_gradients(folder, t
 def test_whatever_the_order_each_layer_has_its_own_bytes(folder, resident):
     """As after passes that broke off: what was read ahead is not what is asked for next."""
     source, dice = open_source(str(folder)), random.Random(0)
-    store = open_store(source, quantizable_linears(build_skeleton(source.config)), resident)
+    store = open_store(source, resident)
     expected = {name: source.read(f"{name}.weight") for name in store.names}
     for _ in range(300):
         if dice.random() < 0.2:
@@ -203,8 +201,7 @@ def test_a_whole_run_streamed_and_paged_equals_a_resident_one(data, tmp_path):
 
 def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, tmp_path):
     source = open_source(str(tiny_model))
-    linears = quantizable_linears(build_skeleton(source.config))
-    formats = BaseFormats(QuantSpec(), {name: ("nf4", "nf3", "nf2")[i % 3] for i, name in enumerate(linears)})
+    formats = BaseFormats(QuantSpec(), {name: ("nf4", "nf3", "nf2")[i % 3] for i, name in enumerate(source.linears)})
     quantize_folder(source, formats, tmp_path / "mixed")
     quantize_folder(source, BaseFormats(), tmp_path / "nf4")
     digests, base_bytes = {}, {}
@@ -218,5 +215,5 @@ def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, t
         base_bytes[name] = plan["chosen"]["components"].get("base weights", 0)
     assert digests["whole"] == digests["streamed"] != digests["four"]
     model = load_model(open_source(str(tmp_path / "mixed")), BaseFormats(), torch.float32)
-    held = sum(model.get_submodule(name).quantized().nbytes for name in linears)
+    held = sum(model.get_submodule(name).quantized().nbytes for name in source.linears)
     assert base_bytes["whole"] == pytest.approx(held, rel=1e-3) and held < base_bytes["four"]

@@ -52,7 +52,7 @@ def saved(family: str, folder: Path) -> FolderSource:
     model.config.save_pretrained(folder)
     save_model(model.to(torch.bfloat16), str(folder / "model.safetensors"))
     byte_tokenizer().save_pretrained(folder)
-    return FolderSource(folder, family, "folder", None)
+    return FolderSource(folder, family)
 
 
 def held_bytes(model: torch.nn.Module) -> int:
@@ -69,7 +69,7 @@ def planned_bytes(shape: ModelShape, spec: QuantSpec | None, dtype: torch.dtype)
 def test_weights_are_planned_as_they_are_loaded(family: str, tmp_path: Path) -> None:
     """To the byte, in four bits and in 16, computed with in either dtype."""
     source = saved(family, tmp_path / "model")
-    shape = shape_of(build_skeleton(source.config))
+    shape = shape_of(source.skeleton)
     for dtype in (torch.bfloat16, torch.float32):
         for spec in (QuantSpec(), None):
             model = load_model(source, spec and BaseFormats(spec), dtype)
@@ -114,21 +114,19 @@ def test_a_model_that_mostly_stays_in_16_bits_is_not_called_four_bit(family: str
         quantize_folder(source, BaseFormats(), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
     accepted = float(refused.value.fix.rpartition("--max-dense-share ")[2].rstrip("."))
-    check_dense_share(take_inventory(build_skeleton(source.config)), family, accepted)  # what it names is enough
+    check_dense_share(take_inventory(source.skeleton), family, accepted)  # what it names is enough
     done = quantize_folder(source, BaseFormats(), tmp_path / "out", max_dense_share=accepted)
     assert any("experts" in name for name, _ in done.inventory.dense)
 
 
 def test_layers_that_a_folder_keeps_in_16_bits_are_planned_so(tmp_path: Path) -> None:
-    from nybble.planning.request import stored_in_four_bits
-
     source = saved("llama", tmp_path / "model")
     quantize_folder(source, BaseFormats(), tmp_path / "four")
-    four = FolderSource(tmp_path / "four", "four", "folder", None)
-    skeleton = build_skeleton(four.config)
-    stored = stored_in_four_bits(four, skeleton)
-    assert stored is not None and len(stored) == 14 and stored_in_four_bits(source, skeleton) is None
+    four = FolderSource(tmp_path / "four", "four")
+    stored = four.in_four_bits
+    assert stored is not None and len(stored) == 14 and source.in_four_bits is None
+    assert four.is_streamable and not source.is_streamable
     some = {name for name in stored if "down_proj" not in name}
-    parts = shape_of(skeleton, some).parts
+    parts = shape_of(four.skeleton, some).parts
     assert dict(parts.dense) == {"model.layers.*.mlp.down_proj.weight": 2 * 64 * 96}
-    assert parts.elements == shape_of(skeleton).parts.elements
+    assert parts.elements == shape_of(four.skeleton).parts.elements

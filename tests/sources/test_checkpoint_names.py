@@ -114,6 +114,9 @@ def test_experts_stored_one_by_one_become_transformers_parameters(tmp_path: Path
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in stored  # transformers writes them so
+    source = open_source(str(tmp_path))
+    assert source.matrix("model.layers.0.mlp.experts.gate_up_proj") is None, "a converter makes it"
+    assert source.matrix("model.embed_tokens.weight") is not None
     assert_same_logits(loaded(tmp_path), model)
 
 

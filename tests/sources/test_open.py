@@ -18,7 +18,7 @@ from nybble.sources.open import open_source
 def test_a_folder(make_folder) -> None:
     folder, model = make_folder("llama", torch.bfloat16, shard="100KB")
     source = open_source(str(folder))
-    assert (source.kind, source.name, source.quant_spec, source.notes) == ("folder", str(folder), None, ())
+    assert (source.name, source.quant_spec, source.notes) == (str(folder), None, ())
     assert source.dense_dtype == torch.bfloat16
     assert source.config.model_type == "llama"
     assert source.load_tokenizer()("w5 w9").input_ids == [5, 9]

@@ -1,7 +1,6 @@
 """`nybble data check`."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,14 +27,13 @@ def check(
     from nybble.data.prepare import prepare_data
     from nybble.data.template import open_template
     from nybble.runs.context import note_context, within_context
-    from nybble.sources.embedding import embedding_rows
     from nybble.sources.open import open_source
 
     terminal = Terminal()
     source = open_source(config.model, config.tokenizer, terminal)
-    config = within_context(config, source.config)
+    config = within_context(config, source)
     template = open_template(config, source.load_tokenizer())
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size, partial(embedding_rows, source))
+    data = prepare_data(config, template, source.config.get_text_config().vocab_size, source.embedding_rows)
     data = note_context(data, config, source.config)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))

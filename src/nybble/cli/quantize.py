@@ -8,8 +8,8 @@ from nybble.options.verbs import QuantizeConfig
 if TYPE_CHECKING:
     from nybble.events import Listener
     from nybble.quantization.folder import CalibrationInput, Quality
-    from nybble.sources.interface import ModelSource
     from nybble.sources.parts import Inventory
+    from nybble.sources.stored_model import StoredModel
 
 
 def quantize(given: dict[str, Any]) -> int:
@@ -73,7 +73,7 @@ def _quality(config: QuantizeConfig) -> "Quality":
     return "absmax" if config.calibrate is None else "calibrated"
 
 
-def _calibration(config: QuantizeConfig, source: "ModelSource", report: "Listener") -> "CalibrationInput":
+def _calibration(config: QuantizeConfig, source: "StoredModel", report: "Listener") -> "CalibrationInput":
     import torch
 
     from nybble.data.calibration_text import calibration_text, read_calibration_file

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from nybble.data import audit as checks
 from nybble.data.audit import Audit, Finding
@@ -56,8 +55,7 @@ def prepare(
     allow: Sequence[str] = (),
     encode: Encode = ChatTemplate.encode_example,
 ) -> PreparedData:
-    """Read, encode, split and audit. Findings are in the audit, errors too, and not raised: see
-    `load_dataset_for_training`.
+    """Read, encode, split and audit. Findings are in the audit, errors too; `audit.check()` raises them.
 
     Args:
         source: what `read_examples` takes.
@@ -118,19 +116,6 @@ def prepare(
         allowed=tuple(allow),
     )
     return PreparedData(train_sequences, validation_sequences, audit)
-
-
-def load_dataset_for_training(
-    source: str | Sequence[str], template: ChatTemplate, *, max_seq_len: int, **options: Any
-) -> PreparedData:
-    """`prepare` (same arguments), then `audit.check()`.
-
-    Raises:
-        DataError: the source cannot be read, or a finding must stop training.
-    """
-    data = prepare(source, template, max_seq_len=max_seq_len, **options)
-    data.audit.check()
-    return data
 
 
 def _join(sources: str | Sequence[str]) -> str:

@@ -27,10 +27,9 @@ from nybble.options.verbs import EvalQualityConfig
 from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.context import within_context
-from nybble.sources.gguf import DitheredSource, GgufSource
-from nybble.sources.interface import ModelSource
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,14 +82,14 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = resolve_compute_dtype(config.compute_dtype, torch.device("cpu"))
-    source = without_lattice(open_source(config.model, config.tokenizer, report))
+    source = open_source(config.model, config.tokenizer, report).without_lattice()
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
-    config = within_context(config, source.config)
+    config = within_context(config, source)
     template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size)
     data.audit.check()
@@ -132,11 +131,6 @@ def parse_arm(text: str) -> Arm:
     return Arm(format, quality)  # type: ignore[arg-type]
 
 
-def without_lattice(source: ModelSource) -> ModelSource:
-    """A GGUF source off its lattice, which would flatter some formats; others as they are."""
-    return DitheredSource(source) if isinstance(source, GgufSource) else source
-
-
 def _documents(rows: Sequence[EncodedExample], num_tokens: int) -> list[Tensor]:
     """Held-out rows until there are enough tokens; a row of one token predicts nothing."""
     documents: list[Tensor] = []
@@ -153,7 +147,7 @@ def _documents(rows: Sequence[EncodedExample], num_tokens: int) -> list[Tensor]:
 def _measure(
     arm: Arm,
     config: EvalQualityConfig,
-    source: ModelSource,
+    source: StoredModel,
     calibration: CalibrationInput | None,
     comparison: Comparison,
     dtype: torch.dtype,

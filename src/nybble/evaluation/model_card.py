@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 
 from nybble.runs.open_run import OpenRun
-from nybble.sources.open import base_licence
 
 SETTINGS = (
     *("format", "rank", "alpha", "dropout", "target_modules", "rslora", "lr", "schedule", "warmup", "epochs"),
@@ -22,7 +21,7 @@ def write_card(opened: OpenRun, report: dict[str, Any]) -> None:
 
 def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     """YAML header as the hub reads it, then Markdown."""
-    licence = base_licence(opened.source) or "unknown"
+    licence = opened.source.licence or "unknown"
     header = {"base_model": opened.source.name, "library_name": "peft", "license": licence, "tags": ["lora", "nybble"]}
     settings = "\n".join(f"| {name} | {getattr(opened.config, name)} |" for name in SETTINGS)
     first, *_ = report["lm_eval"].items() or [None]

@@ -47,7 +47,6 @@ from nybble.quantization.folder import CalibrationInput, Quality, quantize_folde
 from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_source
-from nybble.sources.skeleton import build_skeleton
 from nybble.sources.tokenizer import save_tokenizer
 
 REPORT, CARD = "verification.json", "README.md"
@@ -203,7 +202,7 @@ def _choose_base(onto: str, kind: ArtefactKind, gguf_type: GgufType) -> Onto:
 
 def _verifying_dtype(opened: OpenRun) -> torch.dtype:
     """fp32, whose rounding hides nothing, where the artefact fits into half the free memory in it; else bf16."""
-    num_bytes = 4 * sum(parameter.numel() for parameter in build_skeleton(opened.source.config).parameters())
+    num_bytes = 4 * sum(parameter.numel() for parameter in opened.source.skeleton.parameters())
     return torch.float32 if num_bytes <= available_bytes(CPU) // 2 else torch.bfloat16
 
 
@@ -219,7 +218,7 @@ def _write_peft(opened: OpenRun, folder: Path) -> None:
 
 
 def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:
-    write_gguf_adapter(StoredAdapter(opened.run.adapter), opened.source.config, folder / ADAPTER_FILE)
+    write_gguf_adapter(StoredAdapter(opened.run.adapter), opened.source, folder / ADAPTER_FILE)
     base = Path(opened.source.name).absolute()
     named = str(base) if base.suffix == ".gguf" else "./BASE.gguf"  # for the user to put there
     _write_modelfile(folder, named, opened, f"./{ADAPTER_FILE}")
@@ -238,7 +237,7 @@ def _bytes(merged: MergedSource, artefact: Artefact) -> int:
     if artefact.kind is ArtefactKind.GGUF:
         check_family(merged.config)
         return gguf_bytes(merged, artefact.gguf_type)
-    return 2 * sum(p.numel() for p in build_skeleton(merged.config).parameters())  # an upper limit for four bits
+    return 2 * sum(p.numel() for p in merged.skeleton.parameters())  # an upper limit for four bits
 
 
 def _check_space(out: Path, num_bytes: int) -> None:

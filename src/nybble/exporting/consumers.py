@@ -27,11 +27,11 @@ from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adap
 from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
+from nybble.layers.lora import linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.verbs import ArtefactKind
 from nybble.runs.adapter_files import read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
-from nybble.sources.folder import FolderSource
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
 from nybble.sources.tokenizer import load_tokenizer
@@ -222,8 +222,7 @@ def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consu
     missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
     source = open_source(str(artefact))
     why = f"{' and '.join(missing)} not installed" if missing else ""
-    assert isinstance(source, FolderSource)
-    rows = [source.stored(name)[0].shape[1] for name in source.tensor_names() if source.is_quantized(name)]
+    rows = [linear_features(source.skeleton.get_submodule(layer))[0] for layer in source.in_four_bits or ()]
     if not missing and any(row % BNB_ROW for row in rows):
         why = "bitsandbytes' CPU kernel reads rows of this width wrongly"
     if why:
@@ -249,7 +248,7 @@ def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) ->
 def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context: int, report: Listener) -> Consumer:
     """On the very base that was trained on, so that what differs is the adapter."""
     model = load_frozen(opened, dtype, CPU, report)
-    scaling, matrices = read_gguf_adapter(file, model.config)
+    scaling, matrices = read_gguf_adapter(file, opened.source)
     rank = next(iter(matrices.values()))[0].shape[0]
     adapters = attach_adapters(model, matrices, rank=rank, alpha=scaling * rank)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
 from nybble.options.verbs import GgufType
 from nybble.runs.adapter_files import StoredAdapter
-from nybble.sources.skeleton import build_skeleton
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     import gguf
@@ -83,8 +83,8 @@ def write_gguf_model(
 
     config = merged.config
     check_family(config)
-    names = _names(config)
-    shapes = {name: tuple(tensor.shape) for name, tensor in build_skeleton(config).state_dict().items()}
+    names = _names(merged)
+    shapes = {target: place.shape for target, place in merged.placements.items()}
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
@@ -93,12 +93,12 @@ def write_gguf_model(
     add_vocabulary(writer, template, shapes[_embedding(names)][0])
     planned = [
         _Planned(
-            names[merged.target(name)],
-            shapes[merged.target(name)],
-            _storage(kind, names[merged.target(name)], shapes[merged.target(name)]),
-            lambda name=name: _reorder(merged.read(name), merged.target(name), config),  # type: ignore[misc]
+            names[name],
+            shape,
+            _storage(kind, names[name], shape),
+            lambda name=name: _reorder(merged.read(name), name, config),  # type: ignore[misc]
         )
-        for name in merged.tensor_names()
+        for name, shape in shapes.items()
     ]
     if (factors := _rope_factors(config)) is not None:
         kept = gguf.GGMLQuantizationType.F32
@@ -107,7 +107,7 @@ def write_gguf_model(
     fsync(file)
 
 
-def write_gguf_adapter(adapter: StoredAdapter, config: "PretrainedConfig", file: Path) -> None:
+def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) -> None:
     """Write a LoRA adapter for llama.cpp (`--lora`), in fp32. llama.cpp scales by alpha / rank: rsLoRA's factor is in
     alpha.
 
@@ -116,8 +116,9 @@ def write_gguf_adapter(adapter: StoredAdapter, config: "PretrainedConfig", file:
     """
     import gguf
 
+    config, skeleton = base.config, base.skeleton
     check_family(config)
-    names, skeleton = _names(config), build_skeleton(config)
+    names = _names(base)
     if ends := set(adapter.names) & set(end_modules(skeleton)):
         raise ExportError(
             f"The adapter changes {sorted(ends)[0]}.",
@@ -143,19 +144,19 @@ def write_gguf_adapter(adapter: StoredAdapter, config: "PretrainedConfig", file:
     fsync(file)
 
 
-def read_gguf_adapter(file: Path, config: "PretrainedConfig") -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """A GGUF adapter for a model of this config: its scaling, and layer -> (A, B) in transformers' order."""
+def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
+    """A GGUF adapter for this base: its scaling, and layer -> (A, B) in transformers' order."""
     import gguf
 
     reader = gguf.GGUFReader(file)
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
-    layers = {stored: name.removesuffix(".weight") for name, stored in _names(config).items()}
+    layers = {stored: name.removesuffix(".weight") for name, stored in _names(base).items()}
     matrices: dict[str, dict[str, Tensor]] = {}
     for tensor in reader.tensors:
         stored, _, part = tensor.name.rpartition(".")
         matrix = torch.from_numpy(np.array(tensor.data))
         matrices.setdefault(layers[stored], {})[part] = (
-            _restore(matrix, f"{layers[stored]}.weight", config) if part == "lora_b" else matrix
+            _restore(matrix, f"{layers[stored]}.weight", base.config) if part == "lora_b" else matrix
         )
     pairs = {layer: (parts["lora_a"], parts["lora_b"]) for layer, parts in matrices.items()}
     rank = next(iter(pairs.values()))[0].shape[0]
@@ -166,9 +167,9 @@ def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:
     """Bytes that the tensors of a merged model take."""
     import gguf
 
-    names = _names(merged.config)
+    names = _names(merged)
     total = 0
-    for name, tensor in build_skeleton(merged.config).state_dict().items():
+    for name, tensor in merged.skeleton.state_dict().items():
         if name in names:
             per_block, block_bytes = gguf.GGML_QUANT_SIZES[_storage(kind, names[name], tuple(tensor.shape))]
             total += tensor.numel() // per_block * block_bytes
@@ -213,13 +214,13 @@ def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> "gguf.GGMLQua
     return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _names(config: "PretrainedConfig") -> dict[str, str]:
+def _names(model: StoredModel) -> dict[str, str]:
     """transformers' name -> GGUF's, for every parameter that is stored."""
     import gguf
 
-    table = gguf.get_tensor_name_map(_architecture(config), config.num_hidden_layers)
+    table = gguf.get_tensor_name_map(_architecture(model.config), model.config.num_hidden_layers)
     names = {}
-    for name in build_skeleton(config).state_dict():
+    for name in model.skeleton.state_dict():
         module, _, leaf = name.rpartition(".")
         if (found := table.get_name(module)) is not None:
             names[name] = f"{found}.{leaf}"

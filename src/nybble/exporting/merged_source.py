@@ -11,6 +11,7 @@ memory) takes merged models too, and no more than one tensor is ever merged at o
 """
 
 import hashlib
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,17 +20,12 @@ from torch import Tensor, nn
 from nybble.calibration.search import search_weight
 from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
-from nybble.formats.quant_spec import QuantSpec
-from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops import dequantize, quantize
-from nybble.layers.convert import quantizable_linears
 from nybble.layers.lora import linear_features
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.base import base_formats, data_free_quality
 from nybble.runs.open_run import OpenRun
-from nybble.sources.interface import ModelSource
-from nybble.sources.placement import place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton, is_transposed
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +33,7 @@ if TYPE_CHECKING:
 Onto = Literal["original", "dequantized"]
 
 
-class MergedSource:
+class MergedSource(StoredModel):
     """The tuned model of a run as a source in 16 bits. Its tokenizer carries the template that was trained with,
     its generation config the tokens that end an answer.
 
@@ -45,25 +41,26 @@ class MergedSource:
         RunError: the adapter does not fit the base, or holds values that are not finite.
     """
 
-    quant_spec: QuantSpec | None = None
-
     def __init__(self, opened: OpenRun, onto: Onto):
         self.opened, self.onto = opened, onto
         base = opened.source
-        self.name, self.kind, self.config, self.dense_dtype = base.name, base.kind, base.config, base.dense_dtype
-        self.notes = base.notes
+        self.name, self.config, self.dense_dtype = base.name, base.config, base.dense_dtype
         self.adapter = StoredAdapter(opened.run.adapter)
-        self._skeleton = build_skeleton(base.config)
-        self.adapter.check_layers(self._skeleton)
-        _refuse_tied(self.adapter, self._skeleton)
-        self._places = {place.name: place for place in place_tensors(base, self._skeleton)}
+        self.adapter.check_layers(self.skeleton)
+        _refuse_tied(self.adapter, self.skeleton)
         self._formats = base_formats(opened.config, opened.run)
         self._base = opened.source if onto == "original" else opened.base
-        self._base_places = {place.target: place for place in place_tensors(self._base, self._skeleton)}
-        self._linears = {f"{name}.weight" for name in quantizable_linears(self._skeleton)}
         self._adapted = set(self.adapter.names)
         for layer in self.adapter.names:  # all of it is checked before anything is written
             self._matrices(layer)
+
+    @cached_property
+    def skeleton(self) -> "PreTrainedModel":
+        return self.opened.source.skeleton
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self.opened.source.notes
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         return tokenizer_with_template(self.opened.template)
@@ -80,19 +77,12 @@ class MergedSource:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_names(self) -> list[str]:
-        return list(self._places)
-
-    def target(self, name: str) -> str:
-        """The parameter that a stored tensor is for."""
-        return self._places[name].target
-
-    def is_quantized(self, name: str) -> bool:
-        return False
+        return list(self.opened.source.placements)
 
     def read(self, name: str) -> Tensor:
         """W + ΔW in fp32 of a block's linear layer or what else has an adapter, any other tensor as it is stored."""
-        if self._places[name].target not in self._linears and self._layer(name) not in self._adapted:
-            tensor = read_placed(self.opened.source, self._places[name])
+        if _layer(name) not in self._adapted and _layer(name) not in self.linears:
+            tensor = self.opened.source.read_parameter(name)
             assert isinstance(tensor, Tensor)
             return tensor
         weight, delta = self.read_base(name), self.read_delta(name)
@@ -100,31 +90,30 @@ class MergedSource:
 
     def read_base(self, name: str) -> Tensor:
         """The weight that ΔW goes onto, in fp32, as the module stores it."""
-        weight = read_placed(self._base, self._base_places[self.target(name)])
-        transposed = is_transposed(self._skeleton.get_submodule(self._layer(name)))
-        formats = self._formats if self.onto == "dequantized" and self.target(name) in self._linears else None
-        if isinstance(weight, Tensor) and formats is not None:
+        layer = _layer(name)
+        if self.onto == "original" or self._formats is None or layer not in self.linears:
+            return self._base.read_dense(name, torch.float32).float()
+        weight = self._base.read_linear(layer)
+        if isinstance(weight, Tensor):
             put = quantize if data_free_quality(self.opened.config) == "absmax" else search_weight
-            weight = put(weight.T if transposed else weight, formats.of(self._layer(name)))
-        if isinstance(weight, QuantizedTensor):
-            dense = dequantize(weight, torch.float32)
-            return dense.T.contiguous() if transposed else dense
-        return weight.float()
+            weight = put(weight, self._formats.of(layer))
+        return self.turned(layer, dequantize(weight, torch.float32)).contiguous()
 
     def read_delta(self, name: str) -> Tensor | None:
         """ΔW in fp32, as the module stores its weight; None where the layer has no adapter."""
-        layer = self._layer(name)
+        layer = _layer(name)
         if layer not in self._adapted:
             return None
         a, b = self._matrices(layer)
         delta = (b * self.adapter.scaling) @ a
-        begun = self.adapter.initial(layer, *linear_features(self._skeleton.get_submodule(layer)))
+        begun = self.adapter.initial(layer, *linear_features(self.skeleton.get_submodule(layer)))
         if self.onto == "original" and begun is not None:
             delta -= (begun[1] * self.adapter.scaling) @ begun[0]
-        module = self._skeleton.get_submodule(layer)
-        return delta.T.contiguous() if is_transposed(module) or isinstance(module, nn.Embedding) else delta
+        if isinstance(self.skeleton.get_submodule(layer), nn.Embedding):
+            return delta.T.contiguous()
+        return self.turned(layer, delta).contiguous()
 
-    def survival(self, written: ModelSource) -> float:
+    def survival(self, written: StoredModel) -> float:
         """How much of ΔW lies in the merged model as it was stored: <W' − W, ΔW> / <ΔW, ΔW> over all layers.
 
         1 where all of it arrived. Rounding W + ΔW back onto the lattice on which W lies can swallow nearly all.
@@ -133,24 +122,22 @@ class MergedSource:
             written: the stored model W', read back.
         """
         along, length = 0.0, 0.0
-        for name, place in self._places.items():
-            delta = self.read_delta(name) if place.target.endswith(".weight") else None
+        for name in self.tensor_names():
+            delta = self.read_delta(name) if name.endswith(".weight") else None
             if delta is None:
                 continue
-            stored = written.read(place.target)
-            if isinstance(stored, QuantizedTensor):
-                stored = dequantize(stored, torch.float32)
-                stored = stored.T if is_transposed(self._skeleton.get_submodule(self._layer(name))) else stored
-            moved = stored.float() - self.read_base(name)
+            moved = written.read_dense(name, torch.float32).float() - self.read_base(name)
             along += torch.dot(moved.flatten(), delta.flatten()).item()
             length += delta.square().sum().item()
         return along / length if length else 1.0
 
-    def _layer(self, name: str) -> str:
-        return self._places[name].target.removesuffix(".weight")
-
     def _matrices(self, layer: str) -> tuple[Tensor, Tensor]:
-        return self.adapter.matrices(layer, *linear_features(self._skeleton.get_submodule(layer)))
+        return self.adapter.matrices(layer, *linear_features(self.skeleton.get_submodule(layer)))
+
+
+def _layer(name: str) -> str:
+    """The layer whose weight is called so."""
+    return name.removesuffix(".weight")
 
 
 def _refuse_tied(adapter: StoredAdapter, skeleton: "PreTrainedModel") -> None:

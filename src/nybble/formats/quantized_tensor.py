@@ -19,7 +19,7 @@ Layout of `packed`, over the row-major flattened matrix:
 In nf2 and nf3 the bits that no element fills are zero. A whole block is a whole number of bytes in every format.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
@@ -100,6 +100,10 @@ class QuantizedTensor:
     @property
     def nbytes(self) -> int:
         return self.packed.numel() + self.scales.numel()
+
+    def to(self, device: torch.device | str) -> "QuantizedTensor":
+        """The same on another device."""
+        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
 
     def scale_parts(self) -> ScaleParts:
         return split_scales(self.scales, self.spec, self.numel)

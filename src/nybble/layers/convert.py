@@ -50,15 +50,23 @@ def _multiplies(own_class: type[nn.Linear]) -> bool:
         return False
 
 
-def block_linears(model: nn.Module) -> list[str]:
-    """Names of all linear layers inside the model's blocks.
-
-    A block is an element of an outermost `nn.ModuleList`; the head and the embeddings lie outside.
-    """
+def block_lists(model: nn.Module) -> list[str]:
+    """Names of the outermost lists of modules, whose elements are the model's blocks."""
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
             lists.append(name)
+    return lists
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """The model's blocks, in order."""
+    return [f"{name}.{child}" for name in block_lists(model) for child, _ in model.get_submodule(name).named_children()]
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """Names of all linear layers inside the model's blocks; the head and the embeddings lie outside."""
+    lists = block_lists(model)
     return [
         name
         for name, module in model.named_modules()

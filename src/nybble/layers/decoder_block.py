@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.kernels import attention, block_ops, ops
+from nybble.layers.dense import weight_matrix
 from nybble.layers.lora import LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import BlockStore, StreamedLinear
@@ -89,8 +90,7 @@ class DenseWeights:
         elif isinstance(linear, QuantizedLinear):
             quantized = linear.quantized()
         else:
-            weight = linear.weight.detach()
-            return (weight if isinstance(linear, nn.Linear) else weight.T).to(dtype)  # Conv1D keeps [in, out]
+            return weight_matrix(linear).to(dtype)
         numel = linear.in_features * linear.out_features
         if self._buffer.dtype != dtype or self._buffer.numel() < numel:
             self._buffer = torch.empty(numel, dtype=dtype, device=quantized.packed.device)

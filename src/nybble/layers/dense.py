@@ -11,12 +11,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from nybble.layers.streamed import embed_rows, panel_product
 from nybble.layers.weight_reads import weights_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as [in, out] (GPT-2's Conv1D) and not as [out, in]."""
+    return isinstance(module, Conv1D)
+
+
+def weight_matrix(linear: Any) -> Tensor:
+    """The weight of a dense linear layer, `[out, in]`."""
+    weight: Tensor = linear.weight.detach()
+    return weight.T if is_transposed(linear) else weight
 
 
 class CastEmbedding(nn.Embedding):

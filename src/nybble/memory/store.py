@@ -24,7 +24,7 @@ from nybble.formats.bnb import StoredWeight
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import TensorEntry, read_exactly
 from nybble.memory.lane import Lane, lane_to
-from nybble.sources.folder import FolderSource
+from nybble.sources.stored_model import StoredModel
 
 ALIGNMENT = 64  # bytes; a cache line
 LARGEST_GAP = 2**16  # bytes between two tensors that are read rather than skipped by another call
@@ -225,8 +225,7 @@ class _Room:
 
 
 def open_store(
-    source: FolderSource,
-    linears: Sequence[str],
+    source: StoredModel,
     num_resident: int,
     device: torch.device | str = "cpu",
     *,
@@ -236,17 +235,18 @@ def open_store(
     """The store of a model's blocks.
 
     Args:
-        linears: names of all linear layers of the blocks, block after block, each stored in four bits.
+        source: a streamable one.
         num_resident, device, in_ram, lane: as `FolderBlockStore` takes them.
 
     Raises:
         FormatError, ModelError: a weight is not stored as it is computed with, or cannot be read.
     """
     blocks: dict[str, dict[str, StoredLinear]] = {}
-    for name in linears:
+    for name in source.linears:
         block = re.match(r".*?\.\d+\.", name)
-        assert block is not None, name
-        blocks.setdefault(block.group(), {})[name] = StoredLinear(*source.stored(f"{name}.weight"))
+        stored = source.stored(source.placements[f"{name}.weight"].name)
+        assert block is not None and stored is not None, name
+        blocks.setdefault(block.group(), {})[name] = StoredLinear(*stored)
     return FolderBlockStore(list(blocks.values()), num_resident, device, in_ram=in_ram, lane=lane)
 
 

@@ -12,7 +12,7 @@ from nybble.errors import PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import why_not_blocks
-from nybble.layers.convert import end_modules, quantizable_linears, resolve_targets
+from nybble.layers.convert import end_modules, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
 from nybble.options.option import yaml_key
@@ -24,10 +24,8 @@ from nybble.planning.planner import Plans, make_plans, require
 from nybble.planning.shape import shape_of
 from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy
 from nybble.sizes import SHAPE_RULES
-from nybble.sources.folder import FolderSource
-from nybble.sources.interface import ModelSource
 from nybble.sources.parts import accepting, check_dense_share, partly_dense
-from nybble.sources.placement import place_tensors
+from nybble.sources.stored_model import StoredModel
 from nybble.units import format_bytes
 
 if TYPE_CHECKING:
@@ -45,8 +43,7 @@ UNCONSTRAINED: Mapping[str, str | None] = {
 
 def plan_run(
     config: TrainConfig,
-    source: ModelSource,
-    skeleton: "PreTrainedModel",
+    source: StoredModel,
     formats: BaseFormats | None,
     micro_batches: Callable[[int], MicroBatches],
     dtype: torch.dtype,
@@ -57,7 +54,6 @@ def plan_run(
     """Choose how to train before anything is loaded; what the config says is not chosen.
 
     Args:
-        skeleton: the model on the meta device.
         formats: what the linears of the blocks are quantised to, where the source is not quantised; None where the
             options tell it.
         micro_batches: most rows at once -> what the run's micro-batches come to.
@@ -72,17 +68,17 @@ def plan_run(
         ModelError: most of the model would not be in four bits.
         ConfigError: target_modules names no layer.
     """
-    files = source.files() if isinstance(source, FolderSource) and source.quant_spec is not None else ()
+    files = () if source.quant_spec is None else source.files
     machine = machine or this_machine(device, dtype, config.memory, model_files=files)
     asked, unconstrained = requests(
         config,
-        skeleton,
+        source.skeleton,
         machine,
         micro_batches=micro_batches,
         dtype=dtype,
-        in_folder=folder_to_come or stored_in_blocks(source, skeleton),
-        formats=source.layer_formats if isinstance(source, FolderSource) and source.quant_spec else formats,
-        in_four_bits=stored_in_four_bits(source, skeleton),
+        in_folder=folder_to_come or source.is_streamable,
+        formats=formats if source.quant_spec is None else source.layer_formats,
+        in_four_bits=source.in_four_bits,
     )
     if config.format != "none":
         check_dense_share(asked.run.model.parts, source.name, config.max_dense_share)
@@ -90,14 +86,6 @@ def plan_run(
     if config.memory is not None:
         require(plans, asked, unconstrained)
     return plans, unconstrained
-
-
-def stored_in_four_bits(source: ModelSource, skeleton: "PreTrainedModel") -> set[str] | None:
-    """The linear layers that a source in four bits has in four bits; None of any other source."""
-    if source.quant_spec is None:
-        return None
-    placed = place_tensors(source, skeleton)
-    return {place.target.removesuffix(".weight") for place in placed if source.is_quantized(place.name)}
 
 
 def check_peak(plans: Plans, unconstrained: PlanRequest, peak_bytes: int) -> None:
@@ -118,13 +106,6 @@ def check_peak(plans: Plans, unconstrained: PlanRequest, peak_bytes: int) -> Non
         f"Raise --memory to {format_bytes(1.05 * peak_bytes)}"
         + ("." if nearest is None else f", or add {nearest.flags()}."),
     )
-
-
-def stored_in_blocks(source: ModelSource, skeleton: "PreTrainedModel") -> bool:
-    """Whether all linear layers of the model's blocks lie in four bits in a folder, where blocks can be read from."""
-    linears = [f"{name}.weight" for name in quantizable_linears(skeleton)]
-    stored = set(source.tensor_names())
-    return isinstance(source, FolderSource) and all(n in stored and source.is_quantized(n) for n in linears)
 
 
 def requests(

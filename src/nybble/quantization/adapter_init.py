@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nybble.calibration.adapter_init import nearest_product
 from nybble.calibration.statistics import InputStatistics
@@ -13,9 +13,8 @@ from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import adapters_of
 from nybble.layers.lora import LoraLinear
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.sources.interface import ModelSource
-from nybble.sources.placement import place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton, is_transposed
+from nybble.quantization.watch import watched
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 STATISTICS_BYTES = 1 << 29  # of matrices H gathered in one pass over the windows
 
 
-def check_initialisable(source: ModelSource, quantized: bool) -> None:
+def check_initialisable(source: StoredModel, quantized: bool) -> None:
     """Refuse what has no error to start from.
 
     Raises:
@@ -40,7 +39,7 @@ def check_initialisable(source: ModelSource, quantized: bool) -> None:
 
 @torch.no_grad()
 def initialise_adapters(
-    model: "PreTrainedModel", source: ModelSource, windows: Tensor | None, statistics_bytes: int = STATISTICS_BYTES
+    model: "PreTrainedModel", source: StoredModel, windows: Tensor | None, statistics_bytes: int = STATISTICS_BYTES
 ) -> None:
     """Give every adapter the value nearest to its layer's error, and let it remember it as its initial one.
 
@@ -55,13 +54,9 @@ def initialise_adapters(
     """
     adapters = {name: each for name, each in adapters_of(model).items() if isinstance(each.base, QuantizedLinear)}
     check_initialisable(source, bool(adapters))
-    skeleton = build_skeleton(source.config)
-    places = {place.target: place for place in place_tensors(source, skeleton)}
     for name, adapter, hessian in _with_statistics(model, adapters, windows, statistics_bytes):
-        weight = read_placed(source, places[f"{name}.weight"])
+        weight = source.read_linear(name)
         assert isinstance(weight, Tensor)
-        if is_transposed(skeleton.get_submodule(name)):
-            weight = weight.T
         quantized: Any = adapter.base
         error = weight.to(adapter.lora_A.device).float() - quantized.dequantize(torch.float32)
         adapter.start_from(*nearest_product(error, adapter.rank, adapter.scaling, hessian))
@@ -94,15 +89,11 @@ def _input_statistics(
 ) -> dict[str, InputStatistics]:
     statistics = {name: InputStatistics(each.in_features, each.lora_A.device) for name, each in adapters.items()}
 
-    def gather(name: str) -> Any:
-        return lambda module, inputs: statistics[name].add(inputs[0].flatten(0, -2))
+    def see(name: str, adapter: nn.Module, x: Tensor, y: Tensor) -> None:
+        statistics[name].add(x.flatten(0, -2))
 
     device = next(iter(adapters.values())).lora_A.device
-    handles = [adapter.register_forward_pre_hook(gather(name)) for name, adapter in adapters.items()]
-    try:
+    with watched(adapters, see):
         for window in windows.to(device):
             decoder_states(model, window[None], torch.arange(len(window), device=window.device)[None])
-    finally:
-        for handle in handles:
-            handle.remove()
     return statistics

@@ -17,15 +17,14 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.heap import give_back_free
 from nybble.kernels.ops import dequantize, quantize
-from nybble.layers.convert import quantizable_linears, replace_linears
+from nybble.layers.convert import replace_linears
 from nybble.layers.dense import replace_dense_ends
+from nybble.layers.lora import linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.quantization.partial import LayerReport
 from nybble.quantization.walk import Walk, WalkError, start_walk
-from nybble.sources.interface import ModelSource
-from nybble.sources.load import fill_computed_buffers, load_one
-from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.sources.load import fill_computed_buffers, load_dense
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +47,7 @@ class BlockCalibrator:
 
     def __init__(
         self,
-        source: ModelSource,
+        source: StoredModel,
         formats: BaseFormats,
         windows: Tensor,
         compute_dtype: torch.dtype,
@@ -56,13 +55,12 @@ class BlockCalibrator:
     ):
         self.source, self.formats, self.dtype = source, formats, compute_dtype
         self.options = options or FeedbackOptions()
-        self.model = build_skeleton(source.config, compute_dtype)
-        self.placed = place_tensors(source, self.model)
-        self.blocks = block_names(self.model)
+        self.model = source.empty_model(compute_dtype)
+        self.blocks = source.blocks
         owner = {name.rpartition(".")[0] for name in self.blocks}
         if len(owner) != 1:
             raise WalkError(f"{type(self.model).__name__} has its layers in {len(owner)} lists")
-        _load_outside(source, self.model, self.placed, self.blocks, compute_dtype)
+        _load_outside(source, self.model, compute_dtype)
         layers: Any = self.model.get_submodule(owner.pop())
         with torch.no_grad():
             self.walk: Walk = start_walk(self.model, windows, self.options.shift > 0, layers)
@@ -73,18 +71,18 @@ class BlockCalibrator:
         """The weights of block `index` by parameter name, and how they came to be; blocks come in order."""
         name = self.blocks[index]
         layer = copy.deepcopy(self.model.get_submodule(name)).eval()
-        placed = {place.target.removeprefix(f"{name}."): place for place in self.placed_in(name)}
-        for leaf, place in placed.items():
-            load_one(layer, leaf, read_placed(self.source, place), self.dtype, "cpu", transposed=False)
-        linears = [
-            linear.removeprefix(f"{name}.") for linear in quantizable_linears(self.model) if _is_in(linear, name)
-        ]
+        for target in self.source.placements:
+            if _is_in(target, name):
+                leaf = target.removeprefix(f"{name}.")
+                load_dense(layer, leaf, self.source.read_dense(target, self.dtype), self.dtype)
+        linears = [linear.removeprefix(f"{name}.") for linear in self.source.linears if _is_in(linear, name)]
         weights: dict[str, QuantizedTensor] = {}
         reports: list[LayerReport] = []
 
         def take(group: Iterable[str], inputs: LayerInputs) -> None:
             for linear in group:
-                weight = self._read(placed[f"{linear}.weight"], is_transposed(_plain(layer.get_submodule(linear))))
+                weight = self.source.read_linear(f"{name}.{linear}")
+                assert isinstance(weight, Tensor)
                 spec = self.formats.of(f"{name}.{linear}")
                 found = calibrate_weight(weight, inputs, spec, self.options, linear)
                 weights[f"{name}.{linear}.weight"] = found.tensor
@@ -97,27 +95,10 @@ class BlockCalibrator:
             del statistics  # before the text goes on
         for linear in linears:
             if f"{name}.{linear}.weight" not in weights:  # never called
-                in_features = _plain(layer.get_submodule(linear)).weight.shape[1]
+                in_features, _ = linear_features(layer.get_submodule(linear))
                 inputs = LayerInputs(InputStatistics(in_features), self.formats.spec.block_size, self.options)
                 take([linear], inputs)
         return weights, reports
-
-    def placed_in(self, block: str) -> list[PlacedTensor]:
-        return [place for place in self.placed if _is_in(place.target, block)]
-
-    def _read(self, place: PlacedTensor, transposed: bool) -> Tensor:
-        weight = read_placed(self.source, place)
-        assert isinstance(weight, Tensor)
-        return weight.T if transposed else weight
-
-
-def block_names(model: nn.Module) -> list[str]:
-    """The blocks that hold linears which go into four bits, in order."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    outermost = [name for name in lists if not any(_is_in(name, other) for other in lists if other != name)]
-    linears = quantizable_linears(model)
-    names = [f"{name}.{child}" for name in outermost for child, _ in model.get_submodule(name).named_children()]
-    return [name for name in names if any(_is_in(linear, name) for linear in linears)]
 
 
 def weight_report(name: str, method: str, weight: Tensor, q: QuantizedTensor, note: str = "") -> LayerReport:
@@ -136,21 +117,19 @@ def _report(name: str, weight: Tensor, found: CalibratedWeight) -> LayerReport:
     return LayerReport(name, found.method, found.absmax_error, found.error, found.note)
 
 
-def _load_outside(
-    source: ModelSource, model: "PreTrainedModel", placed: list[PlacedTensor], blocks: list[str], dtype: torch.dtype
-) -> None:
+def _load_outside(source: StoredModel, model: "PreTrainedModel", dtype: torch.dtype) -> None:
     """Load what hidden states meet before the first block; the head stays on the meta device unless it is tied."""
     fill_computed_buffers(model, "cpu")
-    ends = dense_end_weights(model)
+    ends = source.ends
     head = model.get_output_embeddings()
     unneeded = {f"{name}.weight" for name, module in model.named_modules() if module is head}
     if source.dense_dtype != dtype:
         ends = replace_dense_ends(model, dtype)
-    for place in placed:
-        if place.target in unneeded or any(_is_in(place.target, block) for block in blocks):
+    for target in source.placements:
+        if target in unneeded or any(_is_in(target, block) for block in source.blocks):
             continue
-        kept = source.dense_dtype if place.target in ends else dtype
-        load_one(model, place.target, read_placed(source, place), kept, "cpu", transposed=False)
+        kept = source.dense_dtype if target in ends else dtype
+        load_dense(model, target, source.read_dense(target, kept), kept)
     model.tie_weights()
     model.requires_grad_(False).eval()
 
@@ -164,19 +143,13 @@ def _forget_ends(model: "PreTrainedModel") -> None:
 
 def _swap(layer: nn.Module, name: str, q: QuantizedTensor, dtype: torch.dtype) -> None:
     """The named linear with this weight in four bits, in place."""
-    plain = _plain(layer.get_submodule(name))
-    layer.set_submodule(name, plain)
+    bias: Any = layer.get_submodule(name).bias
     replace_linears(layer, [name], BaseFormats(q.spec), dtype)
     linear: Any = layer.get_submodule(name)
     assert isinstance(linear, QuantizedLinear)
     linear.load_quantized(q)
-    if plain.bias is not None:
-        linear.bias = plain.bias
-
-
-def _plain(module: Any) -> Any:
-    """The linear itself, where a walk is observing it."""
-    return getattr(module, "linear", module)
+    if bias is not None:
+        linear.bias = bias
 
 
 def _is_in(name: str, block: str) -> bool:

@@ -30,19 +30,17 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder
 from nybble.kernels.ops import quantize
-from nybble.layers.convert import is_linear, quantizable_linears
+from nybble.layers.convert import is_linear
 from nybble.options.groups import DENSE_SHARE
-from nybble.quantization.blocks import BlockCalibrator, block_names, weight_report
+from nybble.quantization.blocks import BlockCalibrator, weight_report
 from nybble.quantization.partial import LayerReport, PartialFolder, digest_of
-from nybble.sources.interface import ModelSource
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import Inventory, check_dense_share
-from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Quality = Literal["absmax", "search", "calibrated"]
 # what transformers 4 has beside `rope_scaling`, the last of them in it too
@@ -79,7 +77,7 @@ class QuantizedFolder:
 
 
 def quantize_folder(
-    source: ModelSource,
+    source: StoredModel,
     formats: BaseFormats,
     out: Path,
     max_shard_bytes: int = 5_000_000_000,
@@ -118,10 +116,8 @@ def quantize_folder(
     for format in formats.names if quality != "absmax" else ():
         check_searchable(format)
     check_output_free(out)
-    model = build_skeleton(source.config)
-    inventory = take_inventory(model)
+    inventory = take_inventory(source.skeleton)
     check_dense_share(inventory, source.name, max_dense_share)
-    placed = place_tensors(source, model)
     calibrator = None
     if quality == "calibrated":
         assert calibration is not None
@@ -132,15 +128,15 @@ def quantize_folder(
         if calibrator is not None:
             _make_calibrated(calibrator, partial, what, report)
         else:
-            _make_blocks(source, formats, quality, model, placed, partial, what, report)
-        _assemble(source, formats, out, model, placed, partial, max_shard_bytes)
-        reports = [report for block in block_names(model) for report in partial.reports(block)]
+            _make_blocks(source, formats, quality, partial, what, report)
+        _assemble(source, formats, out, partial, max_shard_bytes)
+        reports = [report for block in source.blocks for report in partial.reports(block)]
         partial.remove()
     return QuantizedFolder(reports, inventory)
 
 
 def _work(
-    source: ModelSource, formats: BaseFormats, quality: Quality, calibration: CalibrationInput | None
+    source: StoredModel, formats: BaseFormats, quality: Quality, calibration: CalibrationInput | None
 ) -> dict[str, object]:
     """All that decides the result."""
     work: dict[str, object] = {"source": source.fingerprint(), "quality": quality, "formats": asdict(formats)}
@@ -152,33 +148,29 @@ def _work(
 
 
 def _make_blocks(
-    source: ModelSource,
+    source: StoredModel,
     formats: BaseFormats,
     quality: Quality,
-    model: "PreTrainedModel",
-    placed: list[PlacedTensor],
     partial: PartialFolder,
     what: str,
     report: Listener,
 ) -> None:
     """Every block that is not there yet, each weight by itself."""
-    linears = {f"{name}.weight" for name in quantizable_linears(model)}
+    linears = set(source.linears)
     quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if quality == "absmax" else search_weight
-    for block in tracked(block_names(model), what, report):
+    for block in tracked(source.blocks, what, report):
         if partial.load(block) is not None:
             continue
         stored: dict[str, Tensor] = {}
         reports = []
-        for place in placed:
-            if place.target not in linears or not place.target.startswith(f"{block}."):
+        for target in source.placements:
+            name, _, leaf = target.rpartition(".")
+            if leaf != "weight" or name not in linears or not name.startswith(f"{block}."):
                 continue
-            name = place.target.removesuffix(".weight")
-            weight = read_placed(source, place)
+            weight = source.read_linear(name)
             assert isinstance(weight, Tensor)
-            if is_transposed(model.get_submodule(name)):
-                weight = weight.T
             q = quantizer(weight, formats.of(name))
-            stored |= to_bnb(place.target, q)
+            stored |= to_bnb(target, q)
             if quality != "absmax":
                 reports.append(weight_report(name, quality, weight, q))
         partial.save(block, stored, reports)
@@ -204,41 +196,38 @@ def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, what: 
 
 
 def _assemble(
-    source: ModelSource,
+    source: StoredModel,
     formats: BaseFormats,
     out: Path,
-    model: "PreTrainedModel",
-    placed: list[PlacedTensor],
     partial: PartialFolder,
     max_shard_bytes: int,
 ) -> None:
     """The folder from the finished blocks and from what stays in 16 bits."""
-    linears = {f"{name}.weight" for name in quantizable_linears(model)}
-    ends = dense_end_weights(model)
+    linears = {f"{name}.weight" for name in source.linears}
     with staged_folder(out) as staging:
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
-            for block in block_names(model):
+            for block in source.blocks:
                 stored = partial.load(block)
                 assert stored is not None, block
                 for name, part in sorted(stored.items()):
                     writer.write(name, part)
-            for place in placed:
-                if place.target in linears:
+            for target in source.placements:
+                if target in linears:
                     continue
-                tensor = read_placed(source, place)
+                tensor = source.read_parameter(target)
                 assert isinstance(tensor, Tensor)
-                rounded = place.target in ends or tensor.ndim > 1
-                writer.write(place.target, tensor.to(source.dense_dtype) if rounded else tensor)
+                rounded = target in source.ends or tensor.ndim > 1
+                writer.write(target, tensor.to(source.dense_dtype) if rounded else tensor)
 
-        kept = [n for n, module in model.named_modules() if is_linear(module) and f"{n}.weight" not in linears]
-        _save_settings(
-            source, model, source.load_tokenizer(), staging, quantization_config(formats, source.dense_dtype, kept)
-        )
+        modules = source.skeleton.named_modules()
+        kept = [n for n, module in modules if is_linear(module) and f"{n}.weight" not in linears]
+        quantization = quantization_config(formats, source.dense_dtype, kept)
+        _save_settings(source, source.load_tokenizer(), staging, quantization)
         write_manifest(staging, {"base": source.fingerprint(), "formats": sorted(formats.names)})
 
 
 def save_dense_folder(
-    source: ModelSource, out: Path, max_shard_bytes: int = 5_000_000_000, *, report: Listener = silent
+    source: StoredModel, out: Path, max_shard_bytes: int = 5_000_000_000, *, report: Listener = silent
 ) -> None:
     """Write the source to `out` in 16 bits, norms and biases as they are; `out` appears complete or not at all.
 
@@ -252,15 +241,13 @@ def save_dense_folder(
     """
     with disk_errors(out), staged_folder(out) as staging:
         tokenizer = source.load_tokenizer()
-        model = build_skeleton(source.config)
-        placed = place_tensors(source, model)
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
-            for place in tracked(placed, "writing", report):
-                tensor = read_placed(source, place)
+            for target in tracked(list(source.placements), "writing", report):
+                tensor = source.read_parameter(target)
                 assert isinstance(tensor, Tensor)
-                writer.write(place.target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)
+                writer.write(target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)
                 del tensor  # gone before the next one is read
-        _save_settings(source, model, tokenizer, staging)
+        _save_settings(source, tokenizer, staging)
 
 
 def save_config(config: "PretrainedConfig", folder: Path) -> None:
@@ -297,15 +284,14 @@ def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_settings(
-    source: ModelSource,
-    model: "PreTrainedModel",
+    source: StoredModel,
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     quantization: dict[str, Any] | None = None,
 ) -> None:
     """Config, generation config and tokenizer beside the weights."""
     config = copy.deepcopy(source.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(source.skeleton).__name__]
     config.dtype = source.dense_dtype
     if quantization is not None:
         config.quantization_config = quantization

@@ -13,7 +13,7 @@ a pass of the model each. Positions count as independent. Scales are those of ab
 of a layer alike.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,10 +28,11 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import quantizable_linears
+from nybble.layers.dense import weight_matrix
 from nybble.layers.loss_head import Head, loss_head
-from nybble.sources.interface import ModelSource
+from nybble.quantization.watch import watched
 from nybble.sources.load import load_model
-from nybble.sources.skeleton import is_transposed
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,40 +117,35 @@ def layer_losses(
     losses: dict[str, dict[str, float]] = {name: {spec.format: 0.0 for spec in specs} for name in names}
     head, generator = loss_head(model), torch.Generator().manual_seed(seed)
 
-    def record(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def from_linear(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            x = inputs[0].detach().flatten(0, -2)  # (T, in)
+    def see(name: str, linear: nn.Module, x: Tensor, y: Tensor) -> None:
+        rows = x.detach().flatten(0, -2)  # (T, in)
 
-            def add(gradient: Tensor) -> None:
-                for spec in specs:
-                    moved = x @ _error(module, spec).T  # (T, out)
-                    along = (gradient.flatten(0, -2).float() * moved.float()).sum(1)  # (T,)
-                    losses[name][spec.format] += float(along.square().sum()) / 2
+        def add(gradient: Tensor) -> None:
+            for spec in specs:
+                moved = rows @ _error(linear, spec).T  # (T, out)
+                along = (gradient.flatten(0, -2).float() * moved.float()).sum(1)  # (T,)
+                losses[name][spec.format] += float(along.square().sum()) / 2
 
-            output.register_hook(add)
+        y.register_hook(add)
 
-        return from_linear
+    def ask_for_gradient(name: str, embedding: nn.Module, ids: Tensor, embedded: Tensor) -> None:
+        embedded.requires_grad_()  # every parameter is frozen, and yet a gradient flows
 
-    handles = [model.get_submodule(name).register_forward_hook(record(name)) for name in names]
-    embedding = model.get_input_embeddings()
-    # Every parameter is frozen: a gradient flows because the embeddings ask for one.
-    handles.append(embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_()))
-    try:
+    linears = {name: model.get_submodule(name) for name in names}
+    ends = {"embedding": model.get_input_embeddings()}
+    with watched(linears, see), watched(ends, ask_for_gradient):
         for window in windows:
             positions = torch.arange(len(window), device=window.device)[None]
             states = decoder_states(model, window[None], positions)[0]  # (T, hidden)
             targets = _sample(head, states.detach(), generator)
             head.loss(states, targets, 1.0).backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: {format: loss / windows.numel() for format, loss in by.items()} for name, by in losses.items()}
 
 
 @torch.no_grad()
-def _error(linear: Any, spec: QuantSpec) -> Tensor:
+def _error(linear: nn.Module, spec: QuantSpec) -> Tensor:
     """What quantising adds to a dense linear's weight, `(out, in)`."""
-    weight = linear.weight.T if is_transposed(linear) else linear.weight
+    weight = weight_matrix(linear)
     return dequantize(quantize(weight, spec), weight.dtype) - weight
 
 
@@ -165,7 +161,7 @@ MEASURED_TOKENS = 4096  # of the text that layers' losses are measured on
 
 
 def measure_mixed(
-    source: ModelSource,
+    source: StoredModel,
     bits: float,
     spec: QuantSpec,
     windows: Tensor,

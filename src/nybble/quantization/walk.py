@@ -33,8 +33,9 @@ from nybble.layers.decoder_block import (
     decoder_block,
     rotary_angles,
 )
+from nybble.layers.dense import weight_matrix
+from nybble.quantization.watch import watched
 from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_TOKENS
-from nybble.sources.skeleton import is_transposed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +142,7 @@ class PackedWalk:
     ) -> Group:
         """Statistics of what `inputs` gives, chunk by chunk."""
         block = self._block(layer)
-        weights = {f"{parent}.{leaf}": _weight(layer.get_submodule(f"{parent}.{leaf}")) for leaf in leaves}
+        weights = {f"{parent}.{leaf}": weight_matrix(layer.get_submodule(f"{parent}.{leaf}")) for leaf in leaves}
         statistics: InputStatistics | None = None
         for chunk in self._chunks:
             x = inputs(block, chunk.rows, self.states[chunk.tokens])
@@ -206,13 +207,6 @@ class _Kept:
         return self._inputs(block, rows, states) if made is None else made
 
 
-def _weight(linear: nn.Module) -> Tensor:
-    """`(out, in)`"""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().T if is_transposed(linear) else weight.detach()
-
-
 def _attention_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
     return _normed(block.input_norm, states)
 
@@ -252,19 +246,14 @@ class ModuleWalk:
 
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
         recorder = _Recorder()
-        for name, module in list(layer.named_modules()):
-            if is_linear(module):
-                layer.set_submodule(name, _Observed(name, module, recorder))
-        for window in range(len(self.states)):
-            if self.exact is not None and window % EXACT_EVERY == 0:
-                carried = window // EXACT_EVERY
-                with recorder.exact_inputs():
-                    self.exact[carried] = self._run(index, layer, self.exact[carried])
-            self._run(index, layer, self.states[window])
+        with watched({name: each for name, each in layer.named_modules() if is_linear(each)}, recorder.see):
+            for window in range(len(self.states)):
+                if self.exact is not None and window % EXACT_EVERY == 0:
+                    carried = window // EXACT_EVERY
+                    with recorder.exact_inputs():
+                        self.exact[carried] = self._run(index, layer, self.exact[carried])
+                self._run(index, layer, self.states[window])
         yield from recorder.groups()
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, _Observed):
-                layer.set_submodule(name, module.linear)
         for window in range(len(self.states)):
             self.states[window] = self._run(index, layer, self.states[window])
 
@@ -290,7 +279,7 @@ class _Recorder:
         yield
         self._takes_exact = False
 
-    def see(self, name: str, linear: nn.Module, x: Tensor) -> None:
+    def see(self, name: str, linear: nn.Module, x: Tensor, y: Tensor) -> None:
         if self._takes_exact:
             self._exact[name] = x
             return
@@ -301,26 +290,13 @@ class _Recorder:
         statistics = self._statistics.setdefault(name, self._last[1])
         exact = self._exact.pop(name, None)
         if exact is not None:
-            statistics.add_drift(name, _weight(linear), x.flatten(0, -2), exact.flatten(0, -2))
+            statistics.add_drift(name, weight_matrix(linear), x.flatten(0, -2), exact.flatten(0, -2))
 
     def groups(self) -> list[Group]:
         names: dict[int, list[str]] = {}
         for name, statistics in self._statistics.items():
             names.setdefault(id(statistics), []).append(name)
         return [(tuple(group), self._statistics[group[0]]) for group in names.values()]
-
-
-class _Observed(nn.Module):
-    """A linear layer that shows its input to a recorder."""
-
-    def __init__(self, name: str, linear: nn.Module, recorder: _Recorder):
-        super().__init__()
-        self.name, self.linear = name, linear
-        self._recorder = [recorder]  # in a list: it is no module of this one
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._recorder[0].see(self.name, self.linear, x)
-        return self.linear(x)
 
 
 class _OtherOutputError(Exception):

@@ -35,10 +35,9 @@ from nybble.quantization.folder import CalibrationInput, Quality, quantize_folde
 from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
-from nybble.sources.interface import ModelSource
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
-from nybble.sources.skeleton import build_skeleton
+from nybble.sources.stored_model import StoredModel
 from nybble.units import format_bytes
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def data_free_quality(config: TrainConfig) -> Literal["absmax", "search"]:
 
 def choose_quality(
     config: TrainConfig,
-    source: ModelSource,
+    source: StoredModel,
     data: PreparedData,
     total_steps: int,
     dtype: torch.dtype,
@@ -122,7 +121,7 @@ def choose_quality(
     return QualityChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
 
 
-def calibration_peak(config: TrainConfig, source: ModelSource, dtype: torch.dtype) -> int:
+def calibration_peak(config: TrainConfig, source: StoredModel, dtype: torch.dtype) -> int:
     """Bytes that this process will hold at the height of calibrating."""
     spec = quant_spec(config)
     assert spec is not None
@@ -130,7 +129,7 @@ def calibration_peak(config: TrainConfig, source: ModelSource, dtype: torch.dtyp
     return anonymous_bytes() + needed
 
 
-def check_calibration_fits(config: TrainConfig, source: ModelSource, dtype: torch.dtype, device: torch.device) -> None:
+def check_calibration_fits(config: TrainConfig, source: StoredModel, dtype: torch.dtype, device: torch.device) -> None:
     """Refuse to calibrate where that takes more than --memory.
 
     Raises:
@@ -152,13 +151,13 @@ def _budget(config: TrainConfig, device: torch.device) -> int | None:
     return None if has_own_memory(device) else config.memory
 
 
-def _shape(source: ModelSource) -> ModelShape:
-    return shape_of(build_skeleton(source.config))
+def _shape(source: StoredModel) -> ModelShape:
+    return shape_of(source.skeleton)
 
 
 def run_calibration_text(
     config: CalibrationOptions,
-    source: ModelSource,
+    source: StoredModel,
     train: Sequence[EncodedExample],
     validation: Sequence[EncodedExample],
     template: ChatTemplate,
@@ -176,13 +175,13 @@ def run_calibration_text(
 
 def make_calibrated_base(
     run: RunFolder,
-    source: ModelSource,
+    source: StoredModel,
     formats: BaseFormats,
     text: CalibrationText,
     dtype: torch.dtype,
     max_dense_share: float = DENSE_SHARE,
     report: Listener = silent,
-) -> ModelSource:
+) -> StoredModel:
     """Calibrate where the run lies until it trains. Interrupted, the next run goes on from the finished blocks."""
     folder = run.starting.base
     report(Note(f"calibrating on {text.description}"))
@@ -210,7 +209,7 @@ def without_calibration(choice: QualityChoice, error: WalkError) -> QualityChoic
     return QualityChoice("absmax", f"it cannot be calibrated: {error.reason}")
 
 
-def kept_base(run: RunFolder) -> ModelSource | None:
+def kept_base(run: RunFolder) -> StoredModel | None:
     """The calibrated base in the run's folder, verified; None where there is none.
 
     Raises:
@@ -232,7 +231,7 @@ def base_formats(config: TrainConfig, run: RunFolder) -> BaseFormats | None:
 
 def load_base(
     config: TrainConfig,
-    source: ModelSource,
+    source: StoredModel,
     formats: BaseFormats | None,
     dtype: torch.dtype,
     device: torch.device,

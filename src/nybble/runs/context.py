@@ -8,7 +8,7 @@ from nybble.data.prepare import PreparedData
 from nybble.errors import ConfigError
 from nybble.layers.context import context_length, fixed_context
 from nybble.options.groups import RowOptions
-from nybble.sources.skeleton import build_skeleton
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 Config = TypeVar("Config", bound=RowOptions)
 
 
-def within_context(config: Config, base: "PretrainedConfig") -> Config:
+def within_context(config: Config, base: StoredModel) -> Config:
     """`config` with a max_seq_len that the base can compute: the default is lowered to its context.
 
     Raises:
         ConfigError: another max_seq_len was asked for, and the base has no positions for so many tokens.
     """
-    context = context_length(base)
-    if context is None or config.max_seq_len <= context or fixed_context(build_skeleton(base), base) is None:
+    context = context_length(base.config)
+    if context is None or config.max_seq_len <= context or fixed_context(base.skeleton, base.config) is None:
         return config
     if config.max_seq_len != RowOptions.model_fields["max_seq_len"].default:
         raise ConfigError(

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ConfigError, RunError
-from nybble.files.manifest import MANIFEST_NAME, verify_manifest
 from nybble.layers.convert import resolve_targets
 from nybble.options.option import yaml_key
 from nybble.options.verbs import TrainConfig
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.folder import RunFolder
-from nybble.sources.folder import FolderSource
-from nybble.sources.interface import ModelSource
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +58,7 @@ def take_options(config: TrainConfig, adapter: StoredAdapter, skeleton: "PreTrai
     return config.model_copy(update=own)
 
 
-def check_base_of(adapter: StoredAdapter, source: ModelSource, allowed: Collection[str]) -> list[str]:
+def check_base_of(adapter: StoredAdapter, source: StoredModel, allowed: Collection[str]) -> list[str]:
     """Refuse another base than the adapter's run recorded; returns sentences the user should see.
 
     Raises:
@@ -71,7 +69,7 @@ def check_base_of(adapter: StoredAdapter, source: ModelSource, allowed: Collecti
         named = adapter.config.get("base_model_name_or_path")
         return [f"The adapter says that it is for {named!r}; whether {source.name} is that cannot be checked."]
     recorded = json.loads(run.base_record.read_text(encoding="utf-8"))
-    if recorded["fingerprint"] not in _fingerprints(source) and "base" not in allowed:
+    if recorded["fingerprint"] not in (source.fingerprint(), source.made_from) and "base" not in allowed:
         raise RunError(
             f"The adapter in {adapter.folder} was trained on {recorded['model']!r}, and {source.name} is another base.",
             "An adapter is trained on on the base that it belongs to, or on its four-bit folder.",
@@ -83,14 +81,6 @@ def check_base_of(adapter: StoredAdapter, source: ModelSource, allowed: Collecti
             f"little. --model {run.base} goes on with the same."
         ]
     return []
-
-
-def _fingerprints(source: ModelSource) -> set[str]:
-    """Of a source, and of the model that it was quantised from."""
-    found = {source.fingerprint()}
-    if isinstance(source, FolderSource) and (source.path / MANIFEST_NAME).is_file():
-        found.add(verify_manifest(source.path).get("base", ""))
-    return found
 
 
 def _listed(value: object) -> str:

@@ -17,9 +17,9 @@ from nybble.runs.adapter_files import read_adapter
 from nybble.runs.base import base_formats, kept_base, load_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
-from nybble.sources.interface import ModelSource
 from nybble.sources.load import load_model
 from nybble.sources.open import open_source
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,8 +36,8 @@ class OpenRun:
 
     run: RunFolder
     config: TrainConfig
-    source: ModelSource
-    base: ModelSource
+    source: StoredModel
+    base: StoredModel
     template: ChatTemplate
 
 
@@ -64,7 +64,7 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
         )
     config = load_config(run.config, {})
     source = open_source(config.model, config.tokenizer, report)
-    config = within_context(config, source.config)
+    config = within_context(config, source)
     _check_base(run, source)
     template = open_template(config, source.load_tokenizer(), run.chat_template)
     return OpenRun(run, config, source, kept_base(run) or source, template)
@@ -111,7 +111,7 @@ def load_frozen(
     return load_base(opened.config, opened.base, formats, dtype, device, report=report)
 
 
-def _check_base(run: RunFolder, source: ModelSource) -> None:
+def _check_base(run: RunFolder, source: StoredModel) -> None:
     """Compare the base with the one that was trained on; runs from before that was recorded are let through."""
     if not run.base_record.is_file():
         return

@@ -10,7 +10,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
 from nybble.options.verbs import TrainConfig
 from nybble.runs.folder import RunFolder
-from nybble.sources.interface import ModelSource
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ class RunResult:
     loss_after: float | None
     interrupted: signal.Signals | None
     peak_memory_bytes: int
-    source: ModelSource
+    source: StoredModel
     model: "PreTrainedModel"
     streamed: bool
     template: ChatTemplate

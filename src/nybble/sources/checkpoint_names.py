@@ -130,7 +130,14 @@ def _recipes(
             recipes[renamed] = Recipe(((name, name),))
     for first, sources in groups.items():
         converter = by_pattern[sources[0][1]]
-        made = _convert(converter, model, first, sources, lambda name: torch.empty(shapes[name], device="meta"))
+        try:  # without values: memory is not what can fail
+            made = _convert(converter, model, first, sources, lambda name: torch.empty(shapes[name], device="meta"))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"{first} cannot be made of the {len(sources)} tensors stored for it: {error}",
+                "transformers' conversion table for this model says which they are, and in what shapes.",
+                "Check that config.json and the weights belong together and that no file is missing.",
+            ) from error
         recipes |= {result: Recipe(tuple(sources), converter, result, model) for result in made}
     return recipes, unknown
 
@@ -146,14 +153,7 @@ def _convert(
     taken = deepcopy(converter)
     for name, pattern in sources:
         taken.add_tensor(first, name, pattern, lambda name=name: read(name))
-    try:
-        made = taken.convert(first, model=model, config=model.config)
-    except (RuntimeError, ValueError, IndexError) as error:
-        raise ModelError(
-            f"{first} cannot be made of the {len(list(sources))} tensors stored for it: {error}",
-            "transformers' conversion table for this model says which they are, and in what shapes.",
-            "Check that config.json and the weights belong together and that no file is missing.",
-        ) from error
+    made = taken.convert(first, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 

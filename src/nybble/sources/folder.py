@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +31,8 @@ from nybble.formats.safetensors import (
     sampled_sha256,
 )
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
-from nybble.sources.interface import Kind
-from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_taken_alone, stored_text_config
+from nybble.sources.skeleton import build_whole, config_refused, is_taken_alone, stored_text_config
+from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class FolderSource:
+class FolderSource(StoredModel):
     """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer; in 16, 32 or already 4 bits.
 
     Raises:
@@ -49,20 +50,21 @@ class FolderSource:
         FormatError: quantised in a way that is not readable here; or nybble wrote it, and it is not as it was written.
     """
 
-    def __init__(self, path: Path, name: str, kind: Kind, tokenizer: str | None):
-        self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
+    def __init__(self, path: Path, name: str, tokenizer: str | None = None):
+        self.path, self.name, self._tokenizer = path, name, tokenizer
         if (path / MANIFEST_NAME).exists():  # nybble's own folders have one, others need none
-            verify_manifest(path)
+            self.made_from = verify_manifest(path).get("base")
         self._config_json = _read_config_json(path)
         _refuse_pickles(path)
         self._stored = SafetensorsFolder(path)
+        self.files = tuple(self._stored.files)
         _check_layers(path, self._config_json, len(self._stored.entries))
         self._parts = _group_by_weight(list(self._stored.entries))
         written = _written_formats(path, self._config_json)
         _refuse_codes(path, self._parts, self._stored.entries)
-        self.quant_spec = self._first_spec()
+        first = self._first_spec()
         layers = {} if written is None else written.layers
-        self.layer_formats = None if self.quant_spec is None else BaseFormats(self.quant_spec, layers)
+        self.layer_formats = None if first is None else BaseFormats(first, layers)
         self._whole_config = _load_config(path, self._config_json)
         self.config = stored_text_config(self._whole_config, self._config_json)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
@@ -71,7 +73,7 @@ class FolderSource:
     @cached_property
     def _names(self) -> CheckpointNames:
         shapes = {name: self._stored.entries[name].shape for name in self._parts}
-        names = checkpoint_names(shapes, build_skeleton(self.config), build_whole(self._whole_config))
+        names = checkpoint_names(shapes, self.skeleton, build_whole(self._whole_config))
         for target, recipe in names.recipes.items():
             if recipe.plain_name is None and any(self._is_quantized(name) for name, _ in recipe.sources):
                 raise ModelError(
@@ -80,6 +82,15 @@ class FolderSource:
                     "Start from the 16-bit model.",
                 )
         return names
+
+    @cached_property
+    def licence(self) -> str | None:
+        """What the header of the folder's README says."""
+        readme = self.path / "README.md"
+        text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+        header = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
+        licence = re.search(r"^license:[ \t]*([\w.-]+)", header[1], re.MULTILINE) if header else None
+        return licence[1] if licence else None
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
@@ -117,7 +128,7 @@ class FolderSource:
 
         if (self.path / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(self.path)
-        return GenerationConfig.from_model_config(self.config)
+        return super().load_generation_config()
 
     def fingerprint(self) -> str:
         volatile = ("transformers_version", "_name_or_path")
@@ -145,29 +156,16 @@ class FolderSource:
         return from_bnb(stored, {part: self._stored.read(part) for part in self._parts[stored]})
 
     def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]]:
-        """Where the bytes of a four-bit weight lie, and the stored tensors it consists of."""
         stored = self._names.recipes[name].sources[0][0]
         entries = {part: self._stored.entries[part] for part in self._parts[stored]}
         sizes = {part: entry.nbytes for part, entry in entries.items()}
         return stored_weight(stored, sizes, self._stored.read), entries
 
-    def matrix(self, name: str) -> MatrixFile:
-        """A 16-bit matrix, to be read row by row.
-
-        Raises:
-            ModelError: it is not stored as it is computed with.
-        """
+    def matrix(self, name: str) -> MatrixFile | None:
         stored = self._names.recipes[name].plain_name
-        if stored is None:
-            raise ModelError(
-                f"{self.name} does not store {name} as it is used, so that its rows cannot be read one by one.",
-                fix="Make a folder of it with `nybble quantize`, and train on that.",
-            )
+        if stored is None or self._is_quantized(stored):
+            return None
         return MatrixFile(self._stored.entries[stored])
-
-    def files(self) -> tuple[Path, ...]:
-        """The safetensors files."""
-        return tuple(self._stored.files)
 
     def _stored_formats(self) -> str:
         keys = [name for name in self._stored.entries if ".quant_state." in name]

@@ -22,55 +22,55 @@ from nybble.formats.gguf_vocabulary import (
     splitting_rule,
     tokenizer_of,
 )
-from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import sampled_sha256, staged_folder
 from nybble.sources.bundled import CACHE_FIX, cache_folder
-from nybble.sources.interface import Kind
 from nybble.sources.skeleton import build_skeleton
+from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 DERIVED_VERSION = 2  # raise it when what is derived from a file changes
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # kept in 16 bits: widened straight to bf16
 
 
-class GgufSource:
-    """A GGUF file as a model source: blocks are widened to fp32 one tensor at a time, the vocabulary's to bf16.
+class GgufSource(StoredModel):
+    """A GGUF file: blocks are widened to fp32 one tensor at a time, the vocabulary's to bf16.
 
     Raises:
         ModelError: damaged, or of an architecture that is not supported.
     """
 
-    quant_spec: QuantSpec | None = None
     dense_dtype = torch.bfloat16
 
-    def __init__(self, path: Path, name: str, kind: "Kind", tokenizer: str | None):
+    def __init__(self, path: Path, name: str, tokenizer: str | None = None):
         from transformers import AutoConfig
 
-        self.path, self.name, self.kind, self._tokenizer = path, name, kind, tokenizer
+        self.path, self.name, self._tokenizer = path, name, tokenizer
         self._file = GgufFile(path)
         self._derived = _derived_folder(self._file)
-        self.config: PretrainedConfig = AutoConfig.from_pretrained(self._derived)
-        self.notes = _notes(self._file, name)
-        self.licence: str | None = self._file.metadata.get("general.license")
+        self.config = AutoConfig.from_pretrained(self._derived)
 
     @cached_property
     def _names(self) -> dict[str, str]:
         """transformers' name -> the file's."""
-        names = self._file.hf_names(build_skeleton(self.config))
+        names = self._file.hf_names(self.skeleton)
         return {hf_name: gguf_name for gguf_name, hf_name in names.items()}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return _notes(self._file, self.name)
+
+    @property
+    def licence(self) -> str | None:
+        licence: str | None = self._file.metadata.get("general.license")
+        return licence
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self._tokenizer) if self._tokenizer else _tokenizer_of(self._file)
-
-    def load_generation_config(self) -> "GenerationConfig":
-        from transformers import GenerationConfig
-
-        return GenerationConfig.from_model_config(self.config)
 
     def fingerprint(self) -> str:
         text = self._file.header_sha256 + sampled_sha256(self._file.entries.values())
@@ -79,14 +79,14 @@ class GgufSource:
     def tensor_names(self) -> list[str]:
         return list(self._names)
 
-    def is_quantized(self, name: str) -> bool:
-        return False
-
     def read(self, name: str) -> Tensor | QuantizedTensor:
         gguf_name = self._names[name]
         if gguf_name in DENSE_ENDS:
             return self._file.read(gguf_name, self.dense_dtype)
         return self._file.read_as_hf(gguf_name, self.config)
+
+    def without_lattice(self) -> StoredModel:
+        return DitheredSource(self)
 
 
 class DitheredSource(GgufSource):
@@ -101,12 +101,15 @@ class DitheredSource(GgufSource):
     """
 
     def __init__(self, source: GgufSource, seed: int = 0):
-        super().__init__(source.path, source.name, source.kind, source._tokenizer)
+        super().__init__(source.path, source.name, source._tokenizer)
         self.seed = seed
+
+    @property
+    def notes(self) -> tuple[str, ...]:
         noisy = [name for name in self._file.entries if self._file.entries[name].dtype in LATTICES]
         types = sorted({self._file.entries[name].dtype for name in noisy})
-        note = f"{len(noisy)} tensors in {', '.join(types)} were dithered by half a step of their lattice, seed {seed}."
-        self.notes = (*self.notes, note)
+        what = f"{len(noisy)} tensors in {', '.join(types)}"
+        return (*super().notes, f"{what} were dithered by half a step of their lattice, seed {self.seed}.")
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{super().fingerprint()} dithered {self.seed}".encode()).hexdigest()

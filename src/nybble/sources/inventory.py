@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from nybble.layers.convert import quantizable_linears
+from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.lora import linear_features
 from nybble.sources.parts import BlockParts, Inventory, without_numbers
 from nybble.sources.skeleton import dense_end_weights
@@ -23,7 +23,7 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
     """
     linears = set(quantizable_linears(model) if in_four_bits is None else in_four_bits)
     ends = dense_end_weights(model)
-    blocks = _block_names(model)
+    blocks = set(block_names(model))
     seen: set[int] = set()
     inside: dict[str, list[tuple[str, nn.Parameter]]] = {}
     by_name = {kind: Counter[str]() for kind in ("linears", "dense", "around")}
@@ -56,15 +56,6 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
         end_elements=end_elements,
         head=(vocabulary, width),
     )
-
-
-def _block_names(model: nn.Module) -> set[str]:
-    """Elements of the outermost lists of modules."""
-    lists: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
-            lists.append(name)
-    return {f"{name}.{child}" for name in lists for child, _ in model.get_submodule(name).named_children()}
 
 
 def _parents(name: str) -> list[str]:

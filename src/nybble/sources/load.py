@@ -6,33 +6,31 @@ what was stored so far and one tensor of the source.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nybble.calibration.search import search_weight
+from nybble.errors import ModelError
 from nybble.events import Listener, silent, tracked
-from nybble.formats.quant_spec import BaseFormats
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels.ops import dequantize, quantize
-from nybble.layers.convert import quantizable_linears, replace_linears, stream_linears
+from nybble.formats.safetensors import MatrixFile
+from nybble.kernels.ops import quantize
+from nybble.layers.convert import replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.rotary import rotate_rows_alone
 from nybble.layers.streamed import StreamedEmbedding, StreamedHead
-from nybble.sources.folder import FolderSource
-from nybble.sources.interface import ModelSource
-from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton, dense_end_weights, is_transposed
+from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def load_model(
-    source: ModelSource,
+    source: StoredModel,
     formats: BaseFormats | None,
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
@@ -55,36 +53,38 @@ def load_model(
         device: where the weights go.
         quality: how scales are chosen for weights that are put into four bits here.
         stream_linears_of: linear layers whose weights are not loaded; a block store has them.
-        stream_ends: embedding and head are read where they are used, from a FolderSource.
+        stream_ends: embedding and head are read where they are used.
         report: told which tensor is loaded.
 
     Raises:
-        ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite.
+        ModelError: names the tensors that are missing, unknown, of a wrong shape or not finite, or
+            an end that cannot be read row by row.
     """
-    model = build_skeleton(source.config, compute_dtype)
+    model = source.empty_model(compute_dtype)
     fill_computed_buffers(model, device)  # now, while the model's own code finds the modules that it made
-    placed = place_tensors(source, model)
-    ends = dense_end_weights(model)
+    targets = list(source.placements)
+    ends = source.ends
     if source.dense_dtype != compute_dtype and not stream_ends:
         ends = replace_dense_ends(model, compute_dtype)
-    transposed: set[str] = set()
     if formats is not None:
-        linears = _linears_to_quantize(model, source, placed)
-        transposed = {f"{name}.weight" for name in linears if is_transposed(model.get_submodule(name))}
         streamed = set(stream_linears_of)
+        linears = [name for name in _linears_to_quantize(source) if name not in streamed]
         own = formats if source.quant_spec is None else BaseFormats(source.quant_spec)
-        replace_linears(model, [n for n in linears if n not in streamed], own, compute_dtype)
+        replace_linears(model, linears, own, compute_dtype)
         stream_linears(model, streamed, compute_dtype, device)
         not_loaded = {f"{name}.weight" for name in streamed}
         not_loaded |= {name for name in ends if stream_ends and name.endswith(".weight")}
-        placed = [place for place in placed if place.target not in not_loaded]
+        targets = [target for target in targets if target not in not_loaded]
 
-    for place in tracked(placed, "loading", report):
-        dtype = source.dense_dtype if place.target in ends else compute_dtype
-        load_one(model, place.target, read_placed(source, place), dtype, device, place.target in transposed, quality)
+    for target in tracked(targets, "loading", report):
+        layer = target.removesuffix(".weight")
+        if layer != target and isinstance(linear := model.get_submodule(layer), QuantizedLinear):
+            linear.load_quantized(_quantized(source.read_linear(layer), linear.spec, device, quality))
+            continue
+        dtype = source.dense_dtype if target in ends else compute_dtype
+        load_dense(model, target, source.read_dense(target, dtype, device), dtype, device)
     model.tie_weights()
     if stream_ends:
-        assert isinstance(source, FolderSource), source
         _stream_ends(model, source, compute_dtype, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, left
@@ -93,61 +93,57 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def _stream_ends(
-    model: "PreTrainedModel", source: FolderSource, compute_dtype: torch.dtype, device: torch.device | str
-) -> None:
-    """Swap embedding and head for ones that read their matrices in the source's files."""
-    places = {place.target: place.name for place in place_tensors(source, build_skeleton(source.config))}
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding = names[id(model.get_input_embeddings())]
-    head = names[id(model.get_output_embeddings())]
-    matrix = source.matrix(places[f"{embedding}.weight"])
-    model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype, model.get_submodule(embedding)))
-    own = places.get(f"{head}.weight")  # absent where tied
-    bias = model.get_submodule(head).bias
-    model.set_submodule(head, StreamedHead(matrix if own is None else source.matrix(own), bias, device))
+def _linears_to_quantize(source: StoredModel) -> list[str]:
+    """All linears of the blocks; of a model that is already in four bits, those that it has in four bits."""
+    stored = source.in_four_bits
+    return [name for name in source.linears if stored is None or name in stored]
 
 
-def _linears_to_quantize(model: nn.Module, source: ModelSource, placed: list[PlacedTensor]) -> list[str]:
-    """All linears of the blocks; of a source that is already in four bits, those that it has in four bits."""
-    names = quantizable_linears(model)
-    if source.quant_spec is None:
-        return names
-    stored = {place.target for place in placed if source.is_quantized(place.name)}
-    return [name for name in names if f"{name}.weight" in stored]
-
-
-@torch.no_grad()
-def load_one(
-    model: nn.Module,
-    target: str,
-    tensor: Tensor | QuantizedTensor,
-    dtype: torch.dtype,
+def _quantized(
+    weight: Tensor | QuantizedTensor,
+    spec: QuantSpec,
     device: torch.device | str,
-    transposed: bool,
-    quality: Literal["absmax", "search"] = "absmax",
+    quality: Literal["absmax", "search"],
+) -> QuantizedTensor:
+    """A linear's weight, `[out, in]`, on the device; one that is stored in four bits keeps its own."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.to(device)
+    return (quantize if quality == "absmax" else search_weight)(weight.to(device), spec)
+
+
+def load_dense(
+    model: nn.Module, target: str, tensor: Tensor, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> None:
-    """Put a tensor in its place: four bits where a QuantizedLinear waits for it, else dense in `dtype`."""
+    """Put a tensor in its place, in `dtype` where it holds fractions."""
     owner, _, leaf = target.rpartition(".")
     module = model.get_submodule(owner)
-    if isinstance(module, QuantizedLinear) and leaf == "weight":
-        if isinstance(tensor, Tensor):
-            matrix = tensor.to(device)
-            quantizer = quantize if quality == "absmax" else search_weight
-            tensor = quantizer(matrix.T if transposed else matrix, module.spec)
-        module.load_quantized(_moved(tensor, device))
-        return
     place = getattr(module, leaf)
-    if isinstance(tensor, QuantizedTensor):
-        tensor = dequantize(_moved(tensor, device), dtype)
-        if is_transposed(module):
-            tensor = tensor.T.contiguous()
     dense = tensor.to(device=device, dtype=dtype if place.is_floating_point() else place.dtype)
     setattr(module, leaf, nn.Parameter(dense, requires_grad=False) if isinstance(place, nn.Parameter) else dense)
 
 
-def _moved(q: QuantizedTensor, device: torch.device | str) -> QuantizedTensor:
-    return replace(q, packed=q.packed.to(device), scales=q.scales.to(device))
+def _stream_ends(
+    model: "PreTrainedModel", source: StoredModel, compute_dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Swap embedding and head for ones that read their matrices in the source's files."""
+    names = {id(module): name for name, module in model.named_modules()}
+    embedding = names[id(model.get_input_embeddings())]
+    head = names[id(model.get_output_embeddings())]
+    matrix = _end_matrix(source, f"{embedding}.weight")
+    model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype, model.get_submodule(embedding)))
+    if f"{head}.weight" in source.placements:  # it is not where they are tied
+        matrix = _end_matrix(source, f"{head}.weight")
+    model.set_submodule(head, StreamedHead(matrix, model.get_submodule(head).bias, device))
+
+
+def _end_matrix(source: StoredModel, target: str) -> MatrixFile:
+    matrix = source.matrix(source.placements[target].name)
+    if matrix is None:
+        raise ModelError(
+            f"{source.name} does not store {target} as it is used, so that its rows cannot be read one by one.",
+            fix="Make a folder of it with `nybble quantize`, and train on that.",
+        )
+    return matrix
 
 
 def fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str) -> None:

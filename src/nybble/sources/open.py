@@ -5,7 +5,6 @@ A source knows the model's config and tokenizer and hands out its tensors one at
 opened.
 """
 
-import re
 from pathlib import Path
 
 from nybble.errors import ModelError
@@ -14,11 +13,11 @@ from nybble.sources.bundled import BUNDLED, fetch_bundled
 from nybble.sources.folder import PICKLES, FolderSource
 from nybble.sources.gguf import GgufSource
 from nybble.sources.hub import fetch_from_hub, looks_like_hub_id
-from nybble.sources.interface import ModelSource
+from nybble.sources.stored_model import StoredModel
 
 
-def open_source(model: str, tokenizer: str | None = None, report: Listener = silent) -> ModelSource:
-    """The source that `model` names.
+def open_source(model: str, tokenizer: str | None = None, report: Listener = silent) -> StoredModel:
+    """The model that `model` names; none of its tensors is read.
 
     Args:
         model: a folder, a `.gguf` file, a hub id such as "owner/name", or an alias in `BUNDLED`.
@@ -30,31 +29,20 @@ def open_source(model: str, tokenizer: str | None = None, report: Listener = sil
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return FolderSource(path, model, "folder", tokenizer)
+        return FolderSource(path, model, tokenizer)
     if path.is_file():
         if path.suffix == ".gguf":
-            return GgufSource(path, model, "gguf", tokenizer)
+            return GgufSource(path, model, tokenizer)
         _refuse_file(path)
     if model in BUNDLED:
-        return GgufSource(fetch_bundled(model, report), model, "bundled", tokenizer)
+        return GgufSource(fetch_bundled(model, report), model, tokenizer)
     if looks_like_hub_id(model):
-        return FolderSource(fetch_from_hub(model), model, "hub", tokenizer)
+        return FolderSource(fetch_from_hub(model), model, tokenizer)
     raise ModelError(
         f"There is no model at {model}.",
         f"Allowed: a model folder, a .gguf file, a hub id such as owner/name, or {', '.join(BUNDLED)}.",
         "Check the path.",
     )
-
-
-def base_licence(source: ModelSource) -> str | None:
-    """What the base says about its licence: a GGUF file's own field, or the header of the README in its folder."""
-    if isinstance(source, GgufSource):
-        return source.licence
-    readme = source.path / "README.md" if isinstance(source, FolderSource) else Path()
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    header = re.match(r"---\n(.*?\n)---\n", text, re.DOTALL)
-    licence = re.search(r"^license:[ \t]*([\w.-]+)", header[1], re.MULTILINE) if header else None
-    return licence[1] if licence else None
 
 
 def _refuse_file(path: Path) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.sources.checkpoint_names import COMPUTED
-from nybble.sources.interface import ModelSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nybble.sources.stored_model import StoredModel
 
 SHOWN = 5
 
@@ -33,8 +34,8 @@ class PlacedTensor:
     shape: tuple[int, ...]
 
 
-def place_tensors(source: ModelSource, model: "PreTrainedModel") -> list[PlacedTensor]:
-    """Where each stored tensor goes in `model`, whose linears have not been swapped yet; each parameter once.
+def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> dict[str, PlacedTensor]:
+    """Parameter of `model`, whose linears have not been swapped yet -> the stored tensor for it; each once.
 
     Checkpoints saved from the bare backbone lack its prefix ("model.", "transformer."), some have one too many.
     Of tied parameters the first is the target, whichever is stored.
@@ -46,7 +47,7 @@ def place_tensors(source: ModelSource, model: "PreTrainedModel") -> list[PlacedT
     tied = model.all_tied_weights_keys  # {"lm_head.weight": "model.embed_tokens.weight"}
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     prefix = f"{model.base_model_prefix}."
-    placed: dict[str, PlacedTensor] = {}  # by target
+    placed: dict[str, PlacedTensor] = {}
     unused = []
     for name in source.tensor_names():
         found = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in shapes), None)
@@ -70,10 +71,10 @@ def place_tensors(source: ModelSource, model: "PreTrainedModel") -> list[PlacedT
             "Check that config.json and the weights belong together and that no file is missing."
             + _tie_hint(model, missing),
         )
-    return list(placed.values())
+    return placed
 
 
-def read_placed(source: ModelSource, place: PlacedTensor) -> Tensor | QuantizedTensor:
+def read_placed(source: "StoredModel", place: PlacedTensor) -> Tensor | QuantizedTensor:
     """The stored tensor, checked: the parameter's shape, finite values.
 
     Raises:
@@ -101,7 +102,7 @@ def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:
     return ' If its head is its embedding: set "tie_word_embeddings" to true in its config.json.'
 
 
-def _check_same(source: ModelSource, first: str, second: str) -> None:
+def _check_same(source: "StoredModel", first: str, second: str) -> None:
     if _digest(source.read(first)) != _digest(source.read(second)):
         raise ModelError(
             f"{source.name} holds different tensors for parameters that its config ties: {first} and {second}.",
@@ -115,7 +116,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _check_finite(source: ModelSource, name: str, tensor: Tensor) -> None:
+def _check_finite(source: "StoredModel", name: str, tensor: Tensor) -> None:
     """One pass without temporaries: NaN and infinity both show in the extremes."""
     if tensor.is_floating_point() and not all(torch.isfinite(end) for end in torch.aminmax(tensor)):
         count = int((~torch.isfinite(tensor)).sum())

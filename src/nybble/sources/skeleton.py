@@ -5,7 +5,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from nybble.errors import ModelError, first_line, foreign_errors
 
@@ -103,10 +102,3 @@ def dense_end_weights(model: "PreTrainedModel") -> set[str]:
         if any(module is end for end in ends)
         for leaf, _ in module.named_parameters(recurse=False)
     }
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether the module stores its weight as [in, out] (GPT-2's Conv1D) and not as [out, in]."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)

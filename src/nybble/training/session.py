@@ -23,7 +23,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import give_back_free
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import attach_adapters, describe_untouched, quantizable_linears, resolve_targets
+from nybble.layers.convert import attach_adapters, describe_untouched, resolve_targets
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
@@ -61,11 +61,8 @@ from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
 from nybble.runs.result import RunResult
 from nybble.sizes import SHAPE_RULES
-from nybble.sources.embedding import embedding_rows
-from nybble.sources.folder import FolderSource
-from nybble.sources.interface import ModelSource
 from nybble.sources.open import open_source
-from nybble.sources.skeleton import build_skeleton
+from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
 from nybble.training.checkpoint import Checkpoint, Checkpoints, newest_checkpoint
 from nybble.training.evaluations import Evaluations, plan_evaluations
@@ -165,7 +162,7 @@ class _Opened:
     given: TrainConfig
     resumed: Checkpoint | None
     continued: StoredAdapter | None
-    source: ModelSource
+    source: StoredModel
     template: ChatTemplate
     device: torch.device
     dtype: torch.dtype
@@ -185,13 +182,13 @@ def _open(given: TrainConfig, run: RunFolder, report: Listener) -> _Opened:
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     source = open_source(config.model, config.tokenizer, report)
-    config = within_context(config, source.config)
+    config = within_context(config, source)
     if config.init != "default":
         check_initialisable(source, config.format != "none")
     continued = None
     if config.adapter is not None and resumed is None:
         continued = open_adapter(config.adapter)
-        config = given = take_options(config, continued, build_skeleton(source.config, dtype))
+        config = given = take_options(config, continued, source.skeleton)
         for note in check_base_of(continued, source, config.allow_change):
             report(Note(note, warning=True))
     same_options = resumed is not None and "config" not in config.allow_change
@@ -221,7 +218,7 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     """The rows, audited, and compared with those of the run that is gone on with."""
     config, source, resumed = opened.config, opened.source, opened.resumed
     objective, vocab_size = SupervisedFineTuning(), source.config.get_text_config().vocab_size
-    data = prepare_data(config, opened.template, vocab_size, partial(embedding_rows, source), objective.encode)
+    data = prepare_data(config, opened.template, vocab_size, source.embedding_rows, objective.encode)
     data = note_context(data, config, source.config)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
@@ -252,7 +249,7 @@ class _Base:
         mixed: where the formats of its layers were measured for this run.
     """
 
-    source: ModelSource
+    source: StoredModel
     formats: BaseFormats | None
     quality: QualityChoice | None
     mixed: MixedFormats | None
@@ -267,8 +264,7 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
     calibrated = quality is not None and quality.quality == "calibrated"
     if not config.resume and config.memory is not None and (calibrated or config.mixed is not None):
         # What never fits is refused before minutes are spent on its bits.
-        skeleton = build_skeleton(source.config, dtype)
-        plan_run(config, source, skeleton, None, examples.micro_batches, dtype, device, calibrated)
+        plan_run(config, source, None, examples.micro_batches, dtype, device, calibrated)
     if not config.resume and calibrated:
         check_calibration_fits(config, source, dtype, device)
     mixed = None
@@ -331,14 +327,11 @@ class _Fit:
 
 def _plan(opened: _Opened, examples: _Examples, base: _Base, report: Listener) -> _Fit:
     """The plan, and the streamed base's store opened."""
-    skeleton = build_skeleton(base.source.config, opened.dtype)
     dtype, device = opened.dtype, opened.device
-    plans, unconstrained = plan_run(
-        opened.config, base.source, skeleton, base.formats, examples.micro_batches, dtype, device
-    )
+    plans, unconstrained = plan_run(opened.config, base.source, base.formats, examples.micro_batches, dtype, device)
     report(Planned(plans, unconstrained))
     fit = _Fit(plans, unconstrained, None)
-    return replace(fit, store=open_blocks(base.source, skeleton, fit.plan, device))
+    return replace(fit, store=open_blocks(base.source, fit.plan, device))
 
 
 def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: Listener) -> "PreTrainedModel":
@@ -405,7 +398,6 @@ def _plan_padded(opened: _Opened, base: _Base, data: PreparedData, packed: _Fit)
     plans, unconstrained = plan_run(
         padded,
         base.source,
-        build_skeleton(base.source.config, opened.dtype),
         base.formats,
         micro_batches_of(padded, data, SHAPE_RULES[opened.device.type]),
         opened.dtype,
@@ -538,15 +530,12 @@ def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> 
     )
 
 
-def open_blocks(
-    source: ModelSource, skeleton: "PreTrainedModel", plan: Plan, device: torch.device
-) -> FolderBlockStore | None:
+def open_blocks(source: StoredModel, plan: Plan, device: torch.device) -> FolderBlockStore | None:
     """The store of a base that the plan streams, else None."""
     if plan.resident_blocks is None:
         return None
-    assert isinstance(source, FolderSource), source
     in_ram = has_own_memory(device) and plan.strategy is Strategy.FROM_RAM  # beside a CPU the file cache has them
-    return open_store(source, quantizable_linears(skeleton), plan.resident_blocks, device, in_ram=in_ram)
+    return open_store(source, plan.resident_blocks, device, in_ram=in_ram)
 
 
 def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTensors | None:

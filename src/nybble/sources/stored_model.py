@@ -1,0 +1,194 @@
+"""A base model that is stored somewhere: what can be asked of it before, and instead of, loading it.
+
+A place where weights come from is a class that answers what is abstract here, and what else it can. Everything that
+follows from that is written once, here: the model's skeleton, where each stored tensor goes, which layers lie in
+blocks, and how a linear layer's weight is turned.
+"""
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nybble.formats.bnb import StoredWeight
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.formats.safetensors import MatrixFile, TensorEntry
+from nybble.kernels.ops import dequantize
+from nybble.layers.convert import block_names, quantizable_linears
+from nybble.layers.dense import is_transposed
+from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
+from nybble.sources.skeleton import build_skeleton, dense_end_weights
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class StoredModel(ABC):
+    """A model's config, tokenizer and tensors, of which none is in memory.
+
+    Attributes:
+        name: what the user called it.
+        config: of transformers, without a quantisation entry.
+        dense_dtype: in which embeddings and head are kept: fp16 where the model is stored in fp16, else bf16.
+        layer_formats: the few bits that its linear layers are already in, else None.
+        made_from: fingerprint of the model that it was quantised from, where that is known.
+        files: that its tensors can be read from a part at a time; none where they are converted or made on the way.
+    """
+
+    name: str
+    config: "PretrainedConfig"
+    dense_dtype: torch.dtype
+    layer_formats: BaseFormats | None = None
+    made_from: str | None = None
+    files: tuple[Path, ...] = ()
+
+    # ---- what every place of weights answers
+
+    @abstractmethod
+    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer, or the one that was named instead."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, every tensor's name, type and shape, and samples of its bytes."""
+
+    @abstractmethod
+    def tensor_names(self) -> list[str]:
+        """Names as transformers has them, in the order in which reading them is quickest."""
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One tensor, in memory that nothing else refers to: it is gone when the caller drops it."""
+
+    # ---- what some can, and the others say that they cannot
+
+    @property
+    def quant_spec(self) -> QuantSpec | None:
+        """The format that the model is already in; where its layers differ, that of one of them."""
+        return None if self.layer_formats is None else self.layer_formats.spec
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences the user should see."""
+        return ()
+
+    @property
+    def licence(self) -> str | None:
+        """As its makers name it, where they do."""
+        return None
+
+    def load_generation_config(self) -> "GenerationConfig":
+        """How the model's makers generate with it; end-of-turn tokens among others."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig.from_model_config(self.config)
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether `read` gives this one as a QuantizedTensor."""
+        return False
+
+    def matrix(self, name: str) -> MatrixFile | None:
+        """A 16-bit matrix, to be read row by row; None where single rows cannot be read."""
+        return None
+
+    def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]] | None:
+        """Where the bytes of a four-bit weight lie, and the stored tensors it consists of; None where in no file."""
+        return None
+
+    def without_lattice(self) -> "StoredModel":
+        """The same with weights that lie on no evenly spaced values, which would flatter some four-bit formats."""
+        return self
+
+    # ---- what follows
+
+    @cached_property
+    def skeleton(self) -> "PreTrainedModel":
+        """The model on the meta device, to be looked at; `empty_model` gives one to change."""
+        return build_skeleton(self.config)
+
+    def empty_model(self, dtype: torch.dtype) -> "PreTrainedModel":
+        """The model on the meta device, to be filled: it is the caller's own."""
+        return build_skeleton(self.config, dtype)
+
+    @cached_property
+    def placements(self) -> dict[str, PlacedTensor]:
+        """Parameter -> the stored tensor for it, in the order in which reading is quickest; tied ones once.
+
+        Raises:
+            ModelError: a stored tensor has no place, a parameter has no stored tensor, or tied parameters are stored
+                with different values.
+        """
+        return place_tensors(self, self.skeleton)
+
+    @cached_property
+    def linears(self) -> list[str]:
+        """Linear layers of the blocks: what goes into four bits and can have an adapter."""
+        return quantizable_linears(self.skeleton)
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """The blocks that hold such layers, in order."""
+        names = block_names(self.skeleton)
+        return [name for name in names if any(linear.startswith(f"{name}.") for linear in self.linears)]
+
+    @cached_property
+    def ends(self) -> set[str]:
+        """Parameters of the input embedding and the output head, which stay in 16 bits."""
+        return dense_end_weights(self.skeleton)
+
+    @cached_property
+    def in_four_bits(self) -> set[str] | None:
+        """The layers that are stored in four bits; None of a model in 16 or 32."""
+        if self.quant_spec is None:
+            return None
+        stored = [target for target, place in self.placements.items() if self.is_quantized(place.name)]
+        return {target.removesuffix(".weight") for target in stored}
+
+    @property
+    def is_streamable(self) -> bool:
+        """Whether the linears of all blocks lie in files in four bits, to be read from there while a run trains."""
+        return bool(self.files) and self.in_four_bits is not None and self.in_four_bits.issuperset(self.linears)
+
+    def read_parameter(self, target: str) -> Tensor | QuantizedTensor:
+        """The tensor that is stored for a parameter; in four bits it is `[out, in]`, whatever the layer is.
+
+        Raises:
+            ModelError: it has another shape than the parameter, or holds values that are not finite.
+        """
+        return read_placed(self, self.placements[target])
+
+    def read_dense(self, target: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A parameter's values as its module keeps them.
+
+        Args:
+            dtype, device: what a tensor in four bits is widened to, and where; any other comes as it is stored.
+        """
+        tensor = self.read_parameter(target)
+        if isinstance(tensor, QuantizedTensor):
+            dense = dequantize(tensor.to(device), dtype)
+            return self.turned(target.removesuffix(".weight"), dense).contiguous()
+        return tensor
+
+    def read_linear(self, layer: str) -> Tensor | QuantizedTensor:
+        """The weight of a linear layer, `[out, in]`."""
+        weight = self.read_parameter(f"{layer}.weight")
+        return self.turned(layer, weight) if isinstance(weight, Tensor) else weight
+
+    def turned(self, layer: str, weight: Tensor) -> Tensor:
+        """`[out, in]` of a weight as its layer keeps it, and the way back."""
+        return weight.T if is_transposed(self.skeleton.get_submodule(layer)) else weight
+
+    def embedding_rows(self, ids: list[int]) -> Tensor | None:
+        """fp32 (len(ids), hidden): what is stored for these tokens; None where single rows cannot be read.
+
+        Raises:
+            ModelError: the files cannot be read.
+        """
+        wanted = self.skeleton.get_input_embeddings().weight
+        target = next(name for name, parameter in self.skeleton.named_parameters() if parameter is wanted)
+        matrix = self.matrix(self.placements[target].name)
+        return None if matrix is None else matrix.gather(torch.tensor(ids)).float()
