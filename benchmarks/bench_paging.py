@@ -34,7 +34,7 @@ from nybble.planning.shape import shape_of
 from nybble.planning.strategies import STREAMED_ENDS_BYTES
 from nybble.quantization.synth import synthesize
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.training.optimizer import AdamW, Bits
 
 Pass = Callable[[], float]
@@ -42,7 +42,7 @@ Pass = Callable[[], float]
 
 def micro_batch(folder: Path, tokens: int, streamed: bool = False, kept: ActivationFile | None = None) -> Pass:
     """A forward and backward pass that returns its loss."""
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     dtype = resolve_compute_dtype("auto", torch.device("cpu"))
     store = open_store(source, 0) if streamed else None
     names = () if store is None else store.names
@@ -124,7 +124,7 @@ def main() -> None:
             "blocks' inputs in a file": micro_batch(folder, given.tokens, kept=ActivationFile(scratch, 10**8)),
         }
         pass_s = compare(passes, given.rounds)
-        model = open_source(str(folder)).empty_model(torch.bfloat16)
+        model = open_model(str(folder)).empty_model(torch.bfloat16)
         attach_adapters(model, resolve_targets(model, "all-linear"), rank=16, alpha=32)
         shapes = [parameter.shape for parameter in model.parameters() if parameter.requires_grad]
         wide = compare({"32 bits": update(shapes, None), "32 bits, paged": update(shapes, scratch)}, given.rounds)

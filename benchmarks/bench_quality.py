@@ -32,7 +32,7 @@ from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.measure import PeakMemory
 from nybble.quantization.blocks import BlockCalibrator
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 LICENCES = Path("/usr/share/common-licenses")
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=BENCHMARKS / "results" / "quality-ablations.json")
     arguments = parser.parse_args()
 
-    source = open_source(arguments.model).without_lattice()
+    source = open_model(arguments.model).without_lattice()
     template, dtype = ChatTemplate(source.load_tokenizer()), resolve_compute_dtype("auto", CPU)
     kinds = {
         "own": rows(arguments.validation_data, template, arguments.eval_tokens, 0),

@@ -32,7 +32,7 @@ from nybble.layers.convert import adapters_of
 from nybble.runs.adapter_files import read_adapter
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.options.option import build_options
 from nybble.training.checkpoint import Checkpoints
 from nybble.training.evaluations import Evaluations
@@ -79,7 +79,7 @@ def load(settings: dict[str, Any]) -> tuple["PreTrainedModel", float]:
     import transformers.modeling_utils  # noqa: F401  imported here, so that the time of importing it is not counted
 
     started = time.perf_counter()
-    source = open_source(settings["base"])
+    source = open_model(settings["base"])
     formats = BaseFormats() if settings.get("bits", 4) == 4 else None
     model = load_model(source, formats, resolve_compute_dtype("auto", torch.device("cpu")))
     return model, time.perf_counter() - started

@@ -16,7 +16,7 @@ from nybble.formats.safetensors import staged_folder
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.runs.adapter_files import adapter_config, write_adapter
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 RANK, ALPHA = 16, 32.0
 ROWS_PER_STEP, MAX_SEQ_LEN = 8, 512
@@ -47,7 +47,7 @@ def prepare_inputs(model: str, data: str, scratch: Path, num_steps: int) -> Inpu
     inputs = Inputs(folder / "base", folder / "adapter", folder / "answers.json", folder / "full.json")
     if not inputs.adapter.is_dir():
         _write_model(model, inputs)
-    tokenizer = open_source(str(inputs.base)).load_tokenizer()
+    tokenizer = open_model(str(inputs.base)).load_tokenizer()
     prepared = prepare(data, ChatTemplate(tokenizer, "auto"), max_seq_len=MAX_SEQ_LEN)
     prepared.audit.check()
     _write_steps(inputs.answers, _answer_steps(prepared.train, num_steps))
@@ -73,7 +73,7 @@ def describe_rows(steps: list[list[dict[str, list[int]]]]) -> dict[str, Any]:
 
 
 def _write_model(model: str, inputs: Inputs) -> None:
-    source = open_source(model)
+    source = open_model(model)
     dense = load_model(source, None, torch.bfloat16)
     if not inputs.base.is_dir():
         with staged_folder(inputs.base) as folder:

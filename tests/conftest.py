@@ -246,7 +246,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     from nybble.options.option import build_options, config_to_yaml
     from nybble.options.verbs import TrainConfig
     from nybble.runs.adapter_files import adapter_config, write_adapter
-    from nybble.sources.open import open_source
+    from nybble.sources.open import open_model
 
     def make(
         family: str = "llama",
@@ -277,7 +277,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         config = build_options(TrainConfig, options | {"validation_fraction": 0.2, "quality": "absmax"})
         (folder / "run" / "adapter").mkdir(parents=True, exist_ok=True)
         (folder / "run" / "config.yaml").write_text(config_to_yaml(config))
-        fingerprint = {"model": "base", "fingerprint": open_source(str(folder / "base")).fingerprint()}
+        fingerprint = {"model": "base", "fingerprint": open_model(str(folder / "base")).fingerprint()}
         (folder / "run" / "base.json").write_text(json.dumps(fingerprint))
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0, rslora=rslora, seed=1)

@@ -111,9 +111,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    from nybble.sources.open import open_source
+    from nybble.sources.open import open_model
 
-    source, generator = open_source(options.model), torch.Generator().manual_seed(0)
+    source, generator = open_model(options.model), torch.Generator().manual_seed(0)
     names = [f"model.layers.{layer}.{name}.weight" for layer in LAYERS for name in MATRICES]
     blocks = [dithered(source.read(name).float(), generator).view(-1, BLOCK) for name in names]
     results = {}

@@ -29,7 +29,7 @@ from nybble.layers.convert import quantizable_linears, replace_linears
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.quantization.blocks import BlockCalibrator
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 
 TOKENS = 256  # of a window
@@ -37,7 +37,7 @@ TOKENS = 256  # of a window
 
 def open_dithered(model: str) -> StoredModel:
     """The source; one on a four-bit lattice is dithered, as docs/lab-notes.md says."""
-    return open_source(model).without_lattice()
+    return open_model(model).without_lattice()
 
 
 def windows_of(source: StoredModel, data: str, count: int, seed: int = 0) -> Tensor:

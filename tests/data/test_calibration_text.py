@@ -15,9 +15,9 @@ from nybble.errors import DataError
 
 @pytest.fixture(scope="module")
 def template(tiny_model: Path) -> ChatTemplate:
-    from nybble.sources.open import open_source
+    from nybble.sources.open import open_model
 
-    return ChatTemplate(open_source(str(tiny_model)).load_tokenizer())
+    return ChatTemplate(open_model(str(tiny_model)).load_tokenizer())
 
 
 def documents(count: int, length: int = 100) -> list[torch.Tensor]:

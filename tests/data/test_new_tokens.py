@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.data.prepare import prepare
 from nybble.data.template import ChatTemplate
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 WIDTH, SPARE = 32, 24
 
@@ -80,4 +80,4 @@ def test_rows_are_those_of_the_stored_embedding(tmp_path, tied):
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path)
     ids = [3, 49, 0, 3]
-    assert open_source(str(tmp_path)).embedding_rows(ids).equal(model.get_input_embeddings().weight[ids].detach())
+    assert open_model(str(tmp_path)).embedding_rows(ids).equal(model.get_input_embeddings().weight[ids].detach())

@@ -15,14 +15,14 @@ from nybble.options.option import build_options
 from nybble.options.verbs import EvalQualityConfig
 from nybble.quantization.folder import quantize_folder
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 DOCUMENTS = [torch.randint(259, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 300, 40)]
 
 
 @pytest.fixture(scope="module")
 def models(tiny_model: Path):
-    source = open_source(str(tiny_model))
+    source = open_model(str(tiny_model))
     return load_model(source, None, torch.float32), load_model(source, BaseFormats(), torch.float32)
 
 
@@ -64,8 +64,8 @@ def test_the_interval_covers_the_mean_and_heeds_documents() -> None:
 
 
 def test_bits_per_weight_are_those_of_the_folder(tiny_model: Path, tmp_path: Path, models) -> None:
-    quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "out")
-    model = load_model(open_source(str(tmp_path / "out")), BaseFormats(), torch.float32)
+    quantize_folder(open_model(str(tiny_model)), BaseFormats(), tmp_path / "out")
+    model = load_model(open_model(str(tmp_path / "out")), BaseFormats(), torch.float32)
     linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     others = sum(p.numel() for p in models[0].parameters()) - linears
     bytes_of_linears = 2 * sum(QuantSpec().bytes(n) for n in (4096, 4096, 2048, 2048, 8192, 8192, 8192))
@@ -90,7 +90,7 @@ def test_arms_and_models_that_cannot_be_compared(tiny_model: Path, data: Path, t
     for text in ("nf4", "nf5:absmax", "nf4:best", ":"):
         with pytest.raises(ConfigError, match="FORMAT:QUALITY"):
             parse_arm(text)
-    quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "four")
+    quantize_folder(open_model(str(tiny_model)), BaseFormats(), tmp_path / "four")
     given = {"model": str(tmp_path / "four"), "data": str(data)}
     with pytest.raises(ModelError, match="already in 4 bits"):
         compare_arms(build_options(EvalQualityConfig, given))

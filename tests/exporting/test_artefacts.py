@@ -25,7 +25,7 @@ from nybble.quantization.folder import quantize_folder
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.open_run import open_run
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
@@ -120,7 +120,7 @@ def test_gguf_in_transformers(
     opened, out = open_run(run), tmp_path / "out"
     write(opened, Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), out)
     theirs = logits(merged_by_peft(run, dequantized=True))
-    assert_near(logits(load_model(open_source(str(out / "model.gguf")), None, torch.float32)), theirs, tolerance)
+    assert_near(logits(load_model(open_model(str(out / "model.gguf")), None, torch.float32)), theirs, tolerance)
     if family != "qwen3":  # whose head_dim transformers' reader drops
         loaded = AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", dtype=torch.float32)
         assert_near(logits(loaded), theirs, tolerance)
@@ -138,7 +138,7 @@ def test_a_sentencepiece_gguf_has_the_run_s_tokens(
     """Spaces before the text and after special tokens, several, and bytes; llama.cpp's way is in test_llama_cpp.py."""
     opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
     write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
-    read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
+    read_back = open_model(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
     for text in sentencepiece_texts():
         assert read_back(text, add_special_tokens=False)["input_ids"] == opened.template.encoder.encode(text), text
     assert read_back("x")["input_ids"][0] == opened.template.tokenizer.bos_token_id
@@ -233,7 +233,7 @@ def test_the_faithful_merge_is_onto_the_base_that_was_loaded(make_run: Callable,
     """A run may be trained on four bits of its own making, kept in a folder, and not on those of the options."""
     opened = open_run(make_run())
     quantize_folder(opened.source, BaseFormats(QuantSpec("fp4")), tmp_path / "kept")
-    opened = replace(opened, base=open_source(str(tmp_path / "kept")))
+    opened = replace(opened, base=open_model(str(tmp_path / "kept")))
     name = "model.layers.1.mlp.up_proj.weight"
     stored = opened.base.read(name)
     assert isinstance(stored, QuantizedTensor)

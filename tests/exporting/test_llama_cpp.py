@@ -16,7 +16,7 @@ from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("llama_cpp")
@@ -59,7 +59,7 @@ def test_sentencepiece(make_run: Callable, sentencepiece: Callable, tmp_path: Pa
     opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
     write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     found = consumer(tmp_path / "out" / "model.gguf")
-    read_back = open_source(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
+    read_back = open_model(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
     for text in ("<s>[INST] hello  there [/INST] yes</s>", "<s>\n naïve 東京\t</s> x"):
         assert found.encode(text) == opened.template.encoder.encode(text)
     for text in ("no bos", " a space", "</s>after", "  two"):

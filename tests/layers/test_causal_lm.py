@@ -23,7 +23,7 @@ from nybble.options.option import build_options
 from nybble.options.verbs import TrainConfig
 from nybble.runs.events import read_events
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.training.optimizer import AdamW
 from nybble.training.schedule import learning_rate, warmup_steps
 from nybble.training.session import train
@@ -35,7 +35,7 @@ def test_a_loop_of_ones_own_gives_the_losses_of_nybble_train_to_the_bit(tiny_mod
     config = build_options(TrainConfig, options | {"quality": "absmax"})
     train(config, Console(quiet=True))
 
-    source = open_source(str(tiny_model))
+    source = open_model(str(tiny_model))
     module = load_model(source, BaseFormats(QuantSpec(config.format)), torch.float32)
     targets = resolve_targets(module, config.target_modules)
     attach_adapters(module, targets, rank=4, alpha=config.alpha, rslora=config.rslora, seed=config.seed)

@@ -17,7 +17,7 @@ from nybble.memory.offload import PinnedActivations
 from nybble.memory.pager import PagedState
 from nybble.memory.store import open_store
 from nybble.quantization.synth import synthesize
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 RUBBISH = 170
 
@@ -118,7 +118,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("in_ram", [False, True])
 @pytest.mark.parametrize("resident", [0, 1, 3, 4])
 def test_blocks_are_fetched_after_what_was_computed_with_the_one_before(folder, resident, in_ram):
-    source, card = open_source(str(folder)), LateCard()
+    source, card = open_model(str(folder)), LateCard()
     store = open_store(source, resident, in_ram=in_ram, lane=card)
     found: list[tuple[str, Tensor, Tensor]] = []
 

@@ -24,7 +24,7 @@ from nybble.quantization.folder import quantize_folder
 from nybble.quantization.synth import synthesize
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.training.session import train
 
 TOKENS = 37
@@ -42,7 +42,7 @@ def gradients(
     keep="nothing", generic=False, device="cpu", in_ram=False, kept=None,
 ):  # fmt: skip
     """Loss and adapter gradients of two micro-batches; `resident` None loads the whole base."""
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     store = None if resident is None else open_store(source, resident, device, in_ram=in_ram)
     names = () if store is None else store.names
     model = load_model(source, source.layer_formats, dtype, device, stream_linears_of=names, stream_ends=stream_ends)
@@ -121,7 +121,7 @@ def test_a_streamed_head_keeps_its_bias(tmp_path):
     ids = torch.arange(5, 12)[None]
     with torch.no_grad():
         expected, states = whole(input_ids=ids).logits, whole.model(input_ids=ids).last_hidden_state
-    model = load_model(open_source(str(tmp_path)), None, torch.float32, stream_ends=True)
+    model = load_model(open_model(str(tmp_path)), None, torch.float32, stream_ends=True)
     assert torch.allclose(model.lm_head(states), expected, atol=1e-5)
     assert torch.allclose(loss_head.loss_head(model).logits(states[0]), expected[0], atol=1e-5)
 
@@ -159,7 +159,7 @@ def test_a_folder_that_fails_stops_the_pass_before_there_are_gradients(folder, t
 @pytest.mark.parametrize("resident", [0, 1, 3])
 def test_whatever_the_order_each_layer_has_its_own_bytes(folder, resident):
     """As after passes that broke off: what was read ahead is not what is asked for next."""
-    source, dice = open_source(str(folder)), random.Random(0)
+    source, dice = open_model(str(folder)), random.Random(0)
     store = open_store(source, resident)
     expected = {name: source.read(f"{name}.weight") for name in store.names}
     for _ in range(300):
@@ -200,7 +200,7 @@ def test_a_whole_run_streamed_and_paged_equals_a_resident_one(data, tmp_path):
 
 
 def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, tmp_path):
-    source = open_source(str(tiny_model))
+    source = open_model(str(tiny_model))
     formats = BaseFormats(QuantSpec(), {name: ("nf4", "nf3", "nf2")[i % 3] for i, name in enumerate(source.linears)})
     quantize_folder(source, formats, tmp_path / "mixed")
     quantize_folder(source, BaseFormats(), tmp_path / "nf4")
@@ -214,6 +214,6 @@ def test_a_mixed_folder_streams_each_layer_in_its_own_format(tiny_model, data, t
         assert (plan["chosen"]["resident_blocks"] is not None) == (name == "streamed")
         base_bytes[name] = plan["chosen"]["components"].get("base weights", 0)
     assert digests["whole"] == digests["streamed"] != digests["four"]
-    model = load_model(open_source(str(tmp_path / "mixed")), BaseFormats(), torch.float32)
+    model = load_model(open_model(str(tmp_path / "mixed")), BaseFormats(), torch.float32)
     held = sum(model.get_submodule(name).quantized().nbytes for name in source.linears)
     assert base_bytes["whole"] == pytest.approx(held, rel=1e-3) and held < base_bytes["four"]

@@ -16,7 +16,7 @@ from nybble.layers.lora import LoraLinear
 from nybble.quantization.adapter_init import initialise_adapters
 from nybble.runs.adapter_files import INITIAL_NAME, adapter_config, read_adapter, restore_adapter, write_adapter
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 FORMATS = BaseFormats(QuantSpec("nf2"))
 INITS = ("loftq", "activation")
@@ -28,7 +28,7 @@ def windows() -> Tensor:
 
 
 def started(folder: Path, init: str, windows: Tensor, **options: int) -> nn.Module:
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     model = load_model(source, FORMATS, torch.float32)
     attach_adapters(model, quantizable_linears(model), rank=8, alpha=16.0)
     if init != "default":
@@ -107,7 +107,7 @@ def test_what_training_added_is_right_for_the_16_bit_base(
             adapter.lora_B.add_(torch.randn_like(adapter.lora_B))
     write_adapter(model, tmp_path, adapter_config(model, "base", alpha=16.0, rslora=False))
 
-    again = load_model(open_source(str(folder)), FORMATS, torch.float32)
+    again = load_model(open_model(str(folder)), FORMATS, torch.float32)
     for read in (read_adapter(again, tmp_path), restored(started(folder, "default", windows), tmp_path)):
         for name, adapter in read.items():
             assert torch.equal(delta(adapter), delta(adapters_of(model)[name]))
@@ -152,7 +152,7 @@ def test_statistics_of_some_layers_at_a_time_give_the_same(make_folder: Callable
 
 
 def test_a_base_without_an_error_is_refused(make_folder: Callable, windows: Tensor) -> None:
-    source = open_source(str(make_folder("llama")[0]))
+    source = open_model(str(make_folder("llama")[0]))
     model = load_model(source, None, torch.float32)
     attach_adapters(model, quantizable_linears(model), rank=2, alpha=2.0)
     with pytest.raises(ModelError, match="--init default"):

@@ -24,7 +24,7 @@ from nybble.planning.from_config import read_config
 from nybble.quantization import folder as folder_module
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 SPECS = [
     QuantSpec("nf4", 64, True),
@@ -84,7 +84,7 @@ def our_logits(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def quantize(folder: Path, out: Path, spec: QuantSpec = SPECS[0], **options: object) -> Path:
-    quantize_folder(open_source(str(folder)), BaseFormats(spec), out, **options)
+    quantize_folder(open_model(str(folder)), BaseFormats(spec), out, **options)
     return out
 
 
@@ -97,7 +97,7 @@ def test_our_folder_in_transformers(
     width = {"hidden_size": 128, "intermediate_size": 256} if spec.block_size == 128 else {}
     folder, _ = make_folder(family, torch.bfloat16, tie_word_embeddings=tied, **width)
     out = quantize(folder, tmp_path / "out", spec)
-    ours = load_model(open_source(str(out)), BaseFormats(), torch.float32)  # whatever is asked, its own bits are kept
+    ours = load_model(open_model(str(out)), BaseFormats(), torch.float32)  # whatever is asked, its own bits are kept
     theirs = load_with_bitsandbytes(out)
     assert type(theirs.lm_head) is nn.Linear
     assert_same_weights(ours, theirs)
@@ -115,7 +115,7 @@ def test_better_bits_are_bitsandbytes_bytes(
     """Negative scales and chosen levels load there as they do here."""
     folder, _ = make_folder("llama", torch.bfloat16)
     out = quantize(folder, tmp_path / "out", quality=quality, calibration=calibration())
-    ours = load_model(open_source(str(out)), BaseFormats(), torch.float32)
+    ours = load_model(open_model(str(out)), BaseFormats(), torch.float32)
     scales = torch.cat([block_scales(m.quantized()) for m in ours.modules() if isinstance(m, QuantizedLinear)])
     assert (scales < 0).any() and (scales > 0).any()
     theirs = load_with_bitsandbytes(out)
@@ -141,7 +141,7 @@ def test_their_folder_in_ours(
     )
     theirs.save_pretrained(tmp_path / "theirs")
     theirs = load_with_bitsandbytes(tmp_path / "theirs")
-    source = open_source(str(tmp_path / "theirs"))
+    source = open_model(str(tmp_path / "theirs"))
     assert source.quant_spec == QuantSpec(format, 64, double_quant)
     assert "already quantised" in source.notes[0]
     ours = load_model(source, BaseFormats(), torch.float32)
@@ -156,9 +156,9 @@ def test_a_folder_comes_back_bit_for_bit(
 ) -> None:
     folder, _ = make_folder(family, torch.bfloat16)
     spec = QuantSpec(format, 32, True)
-    direct = load_model(open_source(str(folder)), BaseFormats(spec), torch.float32)
+    direct = load_model(open_model(str(folder)), BaseFormats(spec), torch.float32)
     out = quantize(folder, tmp_path / "out", spec)
-    source = open_source(str(out))
+    source = open_model(str(out))
     assert source.quant_spec == spec
     again = load_model(source, BaseFormats(spec), torch.float32)
     assert again.state_dict().keys() == direct.state_dict().keys()
@@ -202,7 +202,7 @@ def test_transformers_refuses_what_only_nybble_reads(make_folder: Callable, tmp_
     with pytest.raises(ValueError, match="a format that only nybble loads"):
         AutoModelForCausalLM.from_pretrained(out, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     assert AutoTokenizer.from_pretrained(out)("w5").input_ids == [5]
-    source = open_source(str(out))
+    source = open_model(str(out))
     assert source.config.model_type == "llama" and read_config(str(out))["model_type"] == "llama"
     assert source.quant_spec == QuantSpec(format)
 
@@ -212,7 +212,7 @@ def test_a_folder_of_nybble_s_own_without_its_model_type_is_refused(make_folder:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": OWN_MODEL_TYPE, "quantization_config": {}}))
     with pytest.raises(ModelError, match="has no model_type"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_what_the_folder_holds(make_folder: Callable, tmp_path: Path) -> None:
@@ -229,14 +229,14 @@ def test_what_the_folder_holds(make_folder: Callable, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(out)("w5").input_ids == [5]
     assert GenerationConfig.from_pretrained(out).eos_token_id == [1, 7]
     assert (out / "model.safetensors.index.json").is_file()
-    source = open_source(str(out))
+    source = open_model(str(out))
     dense = [name for name in source.tensor_names() if not source.is_quantized(name)]
     assert {source.read(name).dtype for name in dense} == {torch.float16}
 
 
 def test_vectors_keep_their_precision(make_folder: Callable, tmp_path: Path) -> None:
     folder, model = make_folder("llama", torch.float32)
-    source = open_source(str(quantize(folder, tmp_path / "out")))
+    source = open_model(str(quantize(folder, tmp_path / "out")))
     assert torch.equal(source.read("model.norm.weight"), model.model.norm.weight)
     assert source.read("model.embed_tokens.weight").dtype == torch.bfloat16
 
@@ -318,11 +318,11 @@ def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> 
 def test_a_changed_file_of_our_own_folder_is_refused_and_a_folder_without_a_manifest_is_not(make_folder, tmp_path):
     folder, _ = make_folder()
     out = tmp_path / "four-bit"
-    quantize_folder(open_source(str(folder)), BaseFormats(), out)
-    open_source(str(out))
+    quantize_folder(open_model(str(folder)), BaseFormats(), out)
+    open_model(str(out))
     config = (out / "config.json").read_bytes()
     (out / "config.json").write_bytes(config + b" ")
     with pytest.raises(FormatError, match=r"(?s)config\.json has \d+ bytes.*remove the manifest"):
-        open_source(str(out))
+        open_model(str(out))
     (out / "nybble-manifest.json").unlink()
-    open_source(str(out))
+    open_model(str(out))

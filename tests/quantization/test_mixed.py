@@ -17,7 +17,7 @@ from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.quantization.mixed import choose_mixed, layer_losses
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 MIXABLE = [format.name for format in FORMATS.values() if format.mixable]
 SPECS = [QuantSpec(format) for format in MIXABLE]
@@ -39,7 +39,7 @@ def measured_kl(model: nn.Module, windows: Tensor, layer: str, spec: QuantSpec) 
 def dense(make_folder: Callable) -> nn.Module:
     """Weights of a size at which layers matter unequally."""
     folder, _ = make_folder("llama", initializer_range=0.2)
-    return load_model(open_source(str(folder)), None, torch.float32)
+    return load_model(open_model(str(folder)), None, torch.float32)
 
 
 def test_predicted_losses_are_near_the_measured_ones(dense: nn.Module) -> None:
@@ -81,7 +81,7 @@ def test_a_mixed_folder_comes_back_bit_for_bit(
     make_folder: Callable, tmp_path: Path, tokens: Tensor, quality: str, family: str
 ) -> None:
     folder, _ = make_folder(family, torch.bfloat16)
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     names = quantizable_linears(load_model(source, None, torch.float32))
     formats = BaseFormats(QuantSpec(), {name: MIXABLE[number % 3] for number, name in enumerate(names)})
     quantize_folder(source, formats, tmp_path / "out", quality=quality)
@@ -89,7 +89,7 @@ def test_a_mixed_folder_comes_back_bit_for_bit(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "nybble"
     assert config["quantization_config"]["layers"] == formats.layers
-    stored = open_source(str(tmp_path / "out"))
+    stored = open_model(str(tmp_path / "out"))
     assert "nf2, nf3, nf4" in stored.notes[0]
     again = load_model(stored, BaseFormats(), torch.float32)
     assert all(again.get_submodule(name).spec == formats.of(name) for name in names)
@@ -109,7 +109,7 @@ def test_a_mixed_config_without_layers_is_refused() -> None:
 
 def test_calibrated_mixed_folders_lose_less_than_absmax(make_folder: Callable, tmp_path: Path) -> None:
     folder, exact = make_folder("llama", torch.float32, initializer_range=0.1)
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     names = quantizable_linears(exact)
     formats = BaseFormats(QuantSpec(), {name: MIXABLE[number % 3] for number, name in enumerate(names)})
     windows = torch.randint(160, (16, 32), generator=torch.Generator().manual_seed(6))
@@ -118,7 +118,7 @@ def test_calibrated_mixed_folders_lose_less_than_absmax(make_folder: Callable, t
     lost = {}
     for quality in ("absmax", "calibrated"):
         quantize_folder(source, formats, tmp_path / quality, quality=quality, calibration=calibration)
-        model = load_model(open_source(str(tmp_path / quality)), None, torch.float32)
+        model = load_model(open_model(str(tmp_path / quality)), None, torch.float32)
         with torch.no_grad():
             lost[quality] = float((model(held_out).logits - exact(held_out).logits).norm())
     assert lost["calibrated"] < 0.9 * lost["absmax"], lost

@@ -15,7 +15,7 @@ from nybble.quantization.blocks import BlockCalibrator
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.quantization.walk import ModuleWalk, PackedWalk, WalkError, start_walk
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 WINDOWS = torch.randint(160, (5, 24), generator=torch.Generator().manual_seed(1))
 
@@ -64,7 +64,7 @@ CASES = [
 @torch.no_grad()
 def test_statistics_and_states_are_those_of_the_models_own_forward(make_folder, family: str, kind: type) -> None:
     folder, _ = make_folder(family)
-    model = load_model(open_source(str(folder)), None, torch.float32)
+    model = load_model(open_model(str(folder)), None, torch.float32)
     expected = inputs_of_linears(model, WINDOWS)
     last = model.base_model(input_ids=WINDOWS, output_hidden_states=True).hidden_states
     walk = make_walk(model, kind, exact=True)
@@ -90,7 +90,7 @@ def test_statistics_and_states_are_those_of_the_models_own_forward(make_folder, 
 @torch.no_grad()
 def test_states_between_blocks_take_two_bytes_and_lose_no_more_than_that(make_folder) -> None:
     folder, _ = make_folder("llama")
-    model = load_model(open_source(str(folder)), None, torch.float32)
+    model = load_model(open_model(str(folder)), None, torch.float32)
     walk = make_walk(model, PackedWalk, exact=True)
     for index, layer in enumerate(model.model.layers):
         for _ in walk.groups(index, layer):
@@ -109,7 +109,7 @@ def test_exact_states_are_carried_for_every_second_chunk(make_folder, monkeypatc
     """The statistics of the chunks' inputs stay those of all; the drift is that of the chunks that have it."""
     monkeypatch.setattr("nybble.quantization.walk.CALIBRATION_TOKENS", 24)
     folder, _ = make_folder("llama")
-    model = load_model(open_source(str(folder)), None, torch.float32)
+    model = load_model(open_model(str(folder)), None, torch.float32)
     walk = make_walk(model, PackedWalk, exact=True)
     embedded = model.model.embed_tokens(WINDOWS)
     assert torch.equal(walk.exact, embedded[::2].flatten(0, 1))
@@ -132,7 +132,7 @@ def test_inputs_that_there_is_no_room_for_are_computed_twice(make_folder, monkey
     found = []
     for room in (1 << 27, 30_000, 0):
         monkeypatch.setattr("nybble.quantization.walk.CALIBRATION_KEPT_BYTES", room)
-        model = load_model(open_source(str(folder)), None, torch.float32)
+        model = load_model(open_model(str(folder)), None, torch.float32)
         walk = make_walk(model, PackedWalk, exact=True)
         walk.exact += 0.1
         grams = [statistics.gram for _, statistics in walk.groups(0, model.model.layers[0])]
@@ -143,7 +143,7 @@ def test_inputs_that_there_is_no_room_for_are_computed_twice(make_folder, monkey
 @torch.no_grad()
 def test_linears_that_share_an_input_share_their_statistics(make_folder) -> None:
     folder, _ = make_folder("llama")
-    model = load_model(open_source(str(folder)), None, torch.float32)
+    model = load_model(open_model(str(folder)), None, torch.float32)
     for kind in (PackedWalk, ModuleWalk):
         groups = [group for group, _ in make_walk(model, kind).groups(0, model.model.layers[0])]
         assert [tuple(name.split(".")[1] for name in group) for group in groups] == [
@@ -157,7 +157,7 @@ def test_linears_that_share_an_input_share_their_statistics(make_folder) -> None
 def test_decoder_blocks_are_chosen_where_they_know_the_model(make_folder) -> None:
     for family, kind in (("llama", PackedWalk), ("gpt2", ModuleWalk)):
         folder, _ = make_folder(family)
-        model = load_model(open_source(str(folder)), None, torch.float32)
+        model = load_model(open_model(str(folder)), None, torch.float32)
         blocks = model.base_model.layers if family == "llama" else model.base_model.h
         assert type(start_walk(model, WINDOWS, False, blocks)) is kind
 
@@ -167,7 +167,7 @@ def test_decoder_blocks_are_chosen_where_they_know_the_model(make_folder) -> Non
 def test_each_block_sees_the_quantised_ones_before_it(make_folder, family: str) -> None:
     """Block 1's inputs are those of the model whose block 0 is quantised."""
     folder, _ = make_folder(family)
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     calibrator = BlockCalibrator(source, BaseFormats(), WINDOWS, torch.float32)
     weights, reports = calibrator.run(0)
     model = load_model(source, BaseFormats(), torch.float32)
@@ -195,8 +195,8 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
     for quality in ("absmax", "search", "calibrated"):
         out = tmp_path / quality
         calibration = CalibrationInput(windows, torch.float32)
-        quantize_folder(open_source(str(folder)), BaseFormats(), out, quality=quality, calibration=calibration)
-        model = load_model(open_source(str(out)), None, torch.float32)
+        quantize_folder(open_model(str(folder)), BaseFormats(), out, quality=quality, calibration=calibration)
+        model = load_model(open_model(str(out)), None, torch.float32)
         with torch.no_grad():
             lost[quality] = float((model.base_model(input_ids=WINDOWS).last_hidden_state - expected).norm())
     assert lost["calibrated"] < lost["search"] < lost["absmax"]
@@ -204,7 +204,7 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
 
 def calibrated(folder: Path, out: Path) -> None:
     calibration = CalibrationInput(WINDOWS, torch.float32)
-    quantize_folder(open_source(str(folder)), BaseFormats(), out, quality="calibrated", calibration=calibration)
+    quantize_folder(open_model(str(folder)), BaseFormats(), out, quality="calibrated", calibration=calibration)
 
 
 def test_a_model_that_cannot_be_walked_is_not_put_into_four_bits_in_another_way(
@@ -277,7 +277,7 @@ def test_dead_inputs_fall_back_to_search_and_are_listed(make_folder, tmp_path: P
         dense.model.layers[1].input_layernorm.weight.zero_()
     dense.save_pretrained(folder)
     done = quantize_folder(
-        open_source(str(folder)), BaseFormats(), tmp_path / "out",
+        open_model(str(folder)), BaseFormats(), tmp_path / "out",
         quality="calibrated", calibration=CalibrationInput(WINDOWS, torch.float32),
     )  # fmt: skip
     dead = {report.name: report for report in done.reports if report.method == "search"}
@@ -288,7 +288,7 @@ def test_dead_inputs_fall_back_to_search_and_are_listed(make_folder, tmp_path: P
 
 def test_options_reach_the_feedback(make_folder) -> None:
     folder, _ = make_folder("llama")
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     packed = []
     for options in (FeedbackOptions(), FeedbackOptions(shift=0.0), FeedbackOptions(damping=0.1)):
         calibrator = BlockCalibrator(source, BaseFormats(), WINDOWS, torch.float32, copy.copy(options))

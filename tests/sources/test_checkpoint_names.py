@@ -27,7 +27,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import quantize_folder, save_dense_folder
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 TEXT = {
     "vocab_size": 160,
@@ -66,7 +66,7 @@ def llava() -> torch.nn.Module:
 
 
 def loaded(folder: Path) -> torch.nn.Module:
-    return load_model(open_source(str(folder)), None, torch.float32)
+    return load_model(open_model(str(folder)), None, torch.float32)
 
 
 def renamed(folder: Path, change: Callable[[str], str]) -> None:
@@ -93,7 +93,7 @@ def test_the_text_of_a_vision_language_model_gives_its_logits(tmp_path: Path, ma
     torch.manual_seed(0)
     whole = bf16(make())
     whole.save_pretrained(tmp_path)
-    source = open_source(str(tmp_path))
+    source = open_model(str(tmp_path))
     source.dense_dtype = torch.float32
     ours = load_model(source, None, torch.float32)
     assert_same_logits(ours, whole)
@@ -114,7 +114,7 @@ def test_experts_stored_one_by_one_become_transformers_parameters(tmp_path: Path
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in stored  # transformers writes them so
-    source = open_source(str(tmp_path))
+    source = open_model(str(tmp_path))
     assert source.matrix("model.layers.0.mlp.experts.gate_up_proj") is None, "a converter makes it"
     assert source.matrix("model.embed_tokens.weight") is not None
     assert_same_logits(loaded(tmp_path), model)
@@ -125,7 +125,7 @@ def test_experts_stored_one_by_one_become_transformers_parameters(tmp_path: Path
 def test_a_wrappers_prefix_is_taken_off_and_said(make_folder, prefix: str, tied: bool) -> None:
     folder, model = make_folder("llama", torch.bfloat16, tie_word_embeddings=tied)
     renamed(folder, lambda name: prefix + name)
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     assert_same_logits(load_model(source, None, torch.float32), model.float())
     assert f"begin with '{prefix.partition('.')[0]}." in " ".join(source.notes)
 
@@ -173,7 +173,7 @@ def test_codes_without_their_scales_are_never_widened(make_folder, dtype: torch.
     tensors[name] = tensors[name].to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(FormatError, match=r"layers\.1\.self_attn\.q_proj"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "compressed-tensors", "mxfp4"])
@@ -182,7 +182,7 @@ def test_other_quantisation_is_refused_by_name(make_folder, method: str) -> None
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": method}}))
     with pytest.raises(FormatError, match=method):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize("make", [gemma3, qwen3_5, llava])
@@ -192,7 +192,7 @@ def test_the_text_written_alone_is_a_model_to_transformers(tmp_path: Path, make:
     whole.save_pretrained(tmp_path / "whole")
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(160)}, unk_token="w2"))
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", unk_token="w2").save_pretrained(tmp_path / "whole")
-    save_dense_folder(open_source(str(tmp_path / "whole")), tmp_path / "text")
+    save_dense_folder(open_model(str(tmp_path / "whole")), tmp_path / "text")
     text, info = AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert_same_logits(text.eval(), whole)
@@ -200,11 +200,11 @@ def test_the_text_written_alone_is_a_model_to_transformers(tmp_path: Path, make:
 
 def test_four_bit_tensors_under_a_prefix_keep_their_bits(make_folder, tmp_path: Path) -> None:
     folder, _ = make_folder("llama")
-    quantize_folder(open_source(str(folder)), BaseFormats(), tmp_path / "four")
+    quantize_folder(open_model(str(folder)), BaseFormats(), tmp_path / "four")
     expected = loaded(tmp_path / "four")
     (tmp_path / "four" / MANIFEST_NAME).unlink()
     renamed(tmp_path / "four", lambda name: f"module.{name}")
-    source = open_source(str(tmp_path / "four"))
+    source = open_model(str(tmp_path / "four"))
     entries = source.stored("model.layers.0.mlp.up_proj.weight")[1]
     assert all(name.startswith("module.model.layers.0.mlp.up_proj.weight") for name in entries)
     assert_same_logits(loaded(tmp_path / "four"), expected)

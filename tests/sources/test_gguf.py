@@ -15,7 +15,7 @@ from nybble.formats.gguf import GgufFile
 from nybble.formats.quant_spec import BaseFormats
 from nybble.sources.gguf import _tokenizer_of
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 VOCABULARY = 160
 
@@ -109,7 +109,7 @@ def test_a_gguf_model_equals_the_one_it_was_made_of(
     overrides = {"sliding_window": None} if family == "mistral" else {}
     _, model = make_folder(family, torch.bfloat16, tie_word_embeddings=tied, **overrides)
     file = write_model(tmp_path / "m.gguf", model, arch)
-    source = open_source(str(file))
+    source = open_model(str(file))
     assert source.notes == ()
     ours = load_model(source, None, torch.float32)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def test_a_gguf_model_equals_the_one_it_was_made_of(
 def test_blocks_are_widened_as_transformers_widens_them(make_folder: Callable, tmp_path: Path, tokens: Tensor) -> None:
     _, model = make_folder("llama")
     file = write_model(tmp_path / "m.gguf", model, "llama", "Q4_1")
-    source = open_source(str(file))
+    source = open_model(str(file))
     assert source.notes == (f"{file} was itself published in 4 bits (Q4_1), not in 16.",)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     expected = theirs.state_dict()
@@ -134,14 +134,14 @@ def test_config_and_tokenizer_are_derived_once_and_can_be_saved(
 ) -> None:
     _, model = make_folder("qwen3", num_hidden_layers=1)
     file = write_model(tmp_path / "m.gguf", model, "qwen3")
-    config = open_source(str(file)).config
+    config = open_model(str(file)).config
     assert not hasattr(config, "quantization_config")
     assert config.architectures == ["Qwen3ForCausalLM"]
     assert config.head_dim == 16
     config.save_pretrained(tmp_path / "saved")
     (derived,) = (own_cache / "gguf").iterdir()
     (derived / "marker").touch()
-    source = open_source(str(file))
+    source = open_model(str(file))
     assert [path.name for path in (own_cache / "gguf").iterdir()] == [derived.name]
     assert (derived / "marker").exists()
     assert source.load_tokenizer().apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
@@ -151,7 +151,7 @@ def test_digits_are_split_as_smollm_was_trained(make_folder: Callable, tmp_path:
     _, model = make_folder(num_hidden_layers=1)
     file = write_model(tmp_path / "m.gguf", model, "llama")
     (tmp_path / "tokenizer.json").write_text("not this one")  # what lies beside the file is not taken
-    ours = open_source(str(file)).load_tokenizer()
+    ours = open_model(str(file)).load_tokenizer()
     assert ours.tokenize("ab  12 a") == ["ab", "ĠĠ", "1", "2", "Ġa"]
     (tmp_path / "tokenizer.json").unlink()
     plain = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
@@ -188,8 +188,8 @@ def test_an_unknown_splitting_rule_is_refused_by_name(make_folder: Callable, tmp
     folder, model = make_folder(num_hidden_layers=1)
     file = write_model(tmp_path / "m.gguf", model, "llama", pre=pre)
     with pytest.raises(ModelError, match=rf"{pre or 'does not name'}(.|\n)*gpt-2, smollm(.|\n)*--tokenizer"):
-        open_source(str(file)).load_tokenizer()
-    assert open_source(str(file), str(folder)).load_tokenizer().eos_token == "w1"  # the way out
+        open_model(str(file)).load_tokenizer()
+    assert open_model(str(file), str(folder)).load_tokenizer().eos_token == "w1"  # the way out
 
 
 def test_a_file_without_a_tokenizer_or_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
@@ -238,16 +238,16 @@ def test_sentencepiece_is_read_as_llama_cpp_reads_it(
 def test_the_fingerprint_covers_header_and_weights(make_folder: Callable, tmp_path: Path) -> None:
     _, model = make_folder(num_hidden_layers=1)
     file = write_model(tmp_path / "m.gguf", model, "llama")
-    first = open_source(str(file)).fingerprint()
-    assert open_source(str(file)).fingerprint() == first
+    first = open_model(str(file)).fingerprint()
+    assert open_model(str(file)).fingerprint() == first
     with torch.no_grad():
         model.model.norm.weight[-1] += 1
-    assert open_source(str(write_model(file, model, "llama"))).fingerprint() != first
+    assert open_model(str(write_model(file, model, "llama"))).fingerprint() != first
 
 
 def test_a_tensor_without_a_place_is_named(make_folder: Callable, tmp_path: Path) -> None:
     _, model = make_folder("llama", attention_bias=True, num_hidden_layers=1)
-    source = open_source(str(write_model(tmp_path / "m.gguf", model, "llama")))
+    source = open_model(str(write_model(tmp_path / "m.gguf", model, "llama")))
     with pytest.raises(ModelError, match=r"no place for: blk\.0\.attn_q\.bias"):
         source.tensor_names()
 
@@ -255,7 +255,7 @@ def test_a_tensor_without_a_place_is_named(make_folder: Callable, tmp_path: Path
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"hello")
     with pytest.raises(ModelError, match="does not start with GGUF"):
-        open_source(str(tmp_path / "m.gguf"))
+        open_model(str(tmp_path / "m.gguf"))
     (tmp_path / "m.gguf").write_bytes(b"")
     with pytest.raises(ModelError, match="not a complete GGUF file"):
-        open_source(str(tmp_path / "m.gguf"))
+        open_model(str(tmp_path / "m.gguf"))

@@ -17,13 +17,13 @@ from nybble.kernels.ops import dequantize, quantize
 from nybble.layers.dense import CastEmbedding
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2"]
 
 
 def load(folder: Path, spec: QuantSpec | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return load_model(open_source(str(folder)), spec and BaseFormats(spec), dtype)
+    return load_model(open_model(str(folder)), spec and BaseFormats(spec), dtype)
 
 
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_the_makers_generation_config_is_taken(make_folder) -> None:
 def test_progress_sees_every_tensor(make_folder) -> None:
     folder, model = make_folder()
     seen: list[Event] = []
-    load_model(open_source(str(folder)), BaseFormats(), torch.float32, report=seen.append)
+    load_model(open_model(str(folder)), BaseFormats(), torch.float32, report=seen.append)
     total = len(model.state_dict())
     assert seen == [Progress("loading", done, total) for done in range(total + 1)]
 

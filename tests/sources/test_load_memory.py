@@ -23,11 +23,11 @@ from nybble.kernels.ops import quantize
 from nybble.memory.measure import PeakMemory, anonymous_bytes
 from nybble.sources.load import load_model
 from nybble.sources.skeleton import build_skeleton
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 import transformers.models.llama.modeling_llama
 
 quantize(torch.ones(2, 64), QuantSpec())  # what is imported on first use
-source = open_source(sys.argv[1])
+source = open_model(sys.argv[1])
 build_skeleton(source.config)
 start = time.perf_counter()
 with PeakMemory(torch.device("cpu"), interval_s=0.002) as memory:

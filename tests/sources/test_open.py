@@ -12,12 +12,12 @@ import torch
 
 from nybble.errors import FormatError, ModelError
 from nybble.sources.hub import looks_like_hub_id
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 
 def test_a_folder(make_folder) -> None:
     folder, model = make_folder("llama", torch.bfloat16, shard="100KB")
-    source = open_source(str(folder))
+    source = open_model(str(folder))
     assert (source.name, source.quant_spec, source.notes) == (str(folder), None, ())
     assert source.dense_dtype == torch.bfloat16
     assert source.config.model_type == "llama"
@@ -34,25 +34,25 @@ def test_the_tokenizer_can_come_from_elsewhere(make_folder) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(ModelError, match="--tokenizer"):
-        open_source(str(folder)).load_tokenizer()
-    assert open_source(str(folder), str(other)).load_tokenizer()("w5").input_ids == [5]
+        open_model(str(folder)).load_tokenizer()
+    assert open_model(str(folder), str(other)).load_tokenizer()("w5").input_ids == [5]
 
 
 def test_the_fingerprint_tells_models_apart_and_stays(make_folder) -> None:
     folder, _ = make_folder()
-    first = open_source(str(folder)).fingerprint()
+    first = open_model(str(folder)).fingerprint()
     copy = folder.with_name("copy")
     shutil.copytree(folder, copy)
-    assert open_source(str(copy)).fingerprint() == first
+    assert open_model(str(copy)).fingerprint() == first
 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    assert open_source(str(folder)).fingerprint() != first
+    assert open_model(str(folder)).fingerprint() != first
 
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (copy / "model.safetensors").write_bytes(weights)
-    assert open_source(str(copy)).fingerprint() != first
+    assert open_model(str(copy)).fingerprint() != first
 
 
 # ---- refused -------------------------------------------------------------------------------------
@@ -60,14 +60,14 @@ def test_the_fingerprint_tells_models_apart_and_stays(make_folder) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="There is no model at"):
-        open_source(str(tmp_path / "nowhere"))
+        open_model(str(tmp_path / "nowhere"))
     with pytest.raises(ModelError, match=r"There is no model at missing\.gguf"):
-        open_source("missing.gguf")
+        open_model("missing.gguf")
 
 
 def test_a_folder_without_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json"):
-        open_source(str(tmp_path))
+        open_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"model_type": 3}', '{"model_type": "no-such-model"}'])
@@ -75,7 +75,7 @@ def test_a_malformed_config(make_folder, text: str) -> None:
     folder, _ = make_folder()
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=r"config\.json"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth", "weights.ckpt"])
@@ -84,22 +84,22 @@ def test_a_pickle_is_refused_unopened(make_folder, name: str) -> None:
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(ModelError, match=rf"pickle \({name}\), which is refused: opening one can run any code"):
-        open_source(str(folder))
+        open_model(str(folder))
     with pytest.raises(ModelError, match="is a pickle, which is refused"):
-        open_source(str(folder / name))
+        open_model(str(folder / name))
 
 
 def test_a_pickle_beside_safetensors_is_left_alone(make_folder) -> None:
     folder, _ = make_folder()
     (folder / "optimizer.pt").write_bytes(b"cos\nsystem\n")
-    assert open_source(str(folder)).tensor_names()
+    assert open_model(str(folder)).tensor_names()
 
 
 def test_no_weights(make_folder) -> None:
     folder, _ = make_folder()
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_a_missing_shard(make_folder) -> None:
@@ -107,7 +107,7 @@ def test_a_missing_shard(make_folder) -> None:
     shard = sorted(folder.glob("model-00002*"))[0]
     shard.unlink()
     with pytest.raises(ModelError, match=f"{shard.name} is missing"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_a_truncated_shard(make_folder) -> None:
@@ -115,13 +115,13 @@ def test_a_truncated_shard(make_folder) -> None:
     shard = sorted(folder.glob("model-00002*"))[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ModelError, match=f"{shard.name} is truncated"):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_a_single_safetensors_file(make_folder) -> None:
     folder, _ = make_folder()
     with pytest.raises(ModelError, match=r"a single file(.|\n)*Give the folder"):
-        open_source(str(folder / "model.safetensors"))
+        open_model(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_other_quantisations_are_named(make_folder, quantization: dict) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
     with pytest.raises(FormatError, match=quantization["quant_method"]):
-        open_source(str(folder))
+        open_model(str(folder))
 
 
 def test_code_of_a_model_is_not_run(make_folder) -> None:
@@ -142,7 +142,7 @@ def test_code_of_a_model_is_not_run(make_folder) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "evil.py").write_text(f"open({str(folder / 'pwned')!r}, 'w')")
     with pytest.raises(ModelError, match="never run"):
-        open_source(str(folder))
+        open_model(str(folder))
     assert not (folder / "pwned").exists()
 
 
@@ -150,9 +150,9 @@ def test_a_hub_id_without_network_says_so(tmp_path: Path) -> None:
     code = """
 import sys
 from nybble.errors import ModelError
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 try:
-    open_source(sys.argv[1])
+    open_model(sys.argv[1])
 except ModelError as error:
     print(error)
 """

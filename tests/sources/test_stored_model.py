@@ -10,13 +10,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.options.verbs import load_config
-from nybble.planning.micro_batches import even_run
+from nybble.planning.micro_batches import even_micro_batches
 from nybble.planning.request import plan_run
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.quantization.mixed import measure_mixed
+from nybble.sizes import SHAPE_RULES
 from nybble.sources import stored_model
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 
 CPU = torch.device("cpu")
@@ -56,7 +57,7 @@ def stored(request: pytest.FixtureRequest, make_folder) -> tuple[MemoryModel, Pa
 def test_it_is_loaded_as_a_folder_is(stored: tuple[MemoryModel, Path, PreTrainedModel]) -> None:
     source, folder, _ = stored
     for formats in (BaseFormats(), None):
-        ours, theirs = (load_model(each, formats, torch.float32) for each in (source, open_source(str(folder))))
+        ours, theirs = (load_model(each, formats, torch.float32) for each in (source, open_model(str(folder))))
         assert ours.state_dict().keys() == theirs.state_dict().keys()
         assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
@@ -65,14 +66,14 @@ def test_it_is_loaded_as_a_folder_is(stored: tuple[MemoryModel, Path, PreTrained
 def test_it_is_quantised_as_a_folder_is(stored, tmp_path: Path, quality: str) -> None:
     source, folder, _ = stored
     written = []
-    for name, each in (("ours", source), ("theirs", open_source(str(folder)))):
+    for name, each in (("ours", source), ("theirs", open_model(str(folder)))):
         calibration = CalibrationInput(WINDOWS, torch.float32)
         done = quantize_folder(each, BaseFormats(), tmp_path / name, quality=quality, calibration=calibration)
         written.append((load_file(tmp_path / name / "model.safetensors"), {each.name: each for each in done.reports}))
     (ours, our_reports), (theirs, their_reports) = written
     assert ours.keys() == theirs.keys() and our_reports == their_reports
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-    four = open_source(str(tmp_path / "ours"))
+    four = open_model(str(tmp_path / "ours"))
     assert four.made_from == "in memory" and four.in_four_bits == set(source.linears) and source.in_four_bits is None
 
 
@@ -84,11 +85,13 @@ def test_a_run_on_it_is_planned(stored, data: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(stored_model, "build_skeleton", lambda *given: built.append(given) or build(*given))
     config = load_config(None, {"model": "in memory", "data": str(data), "out": str(folder / "run")})
 
-    def deal(size: int):
-        return even_run(32, rows_per_step=config.rows_per_step, size=size, packed=config.packing)
+    def even(size: int):
+        return even_micro_batches(
+            32, rows_per_step=config.rows_per_step, size=size, packed=config.packing, rules=SHAPE_RULES["cpu"]
+        )
 
-    plans, _ = plan_run(config, source, None, deal, torch.float32, CPU)
-    streamed, _ = plan_run(config.model_copy(update={"stream_base": "always"}), source, None, deal, torch.float32, CPU)
+    plans, _ = plan_run(config, source, None, even, torch.float32, CPU)
+    streamed, _ = plan_run(config.model_copy(update={"stream_base": "always"}), source, None, even, torch.float32, CPU)
     assert plans.chosen is not None and plans.chosen.resident_blocks is None
     assert streamed.chosen is None
     assert source.linears and source.blocks and source.ends and source.placements

@@ -17,7 +17,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.training.session import train
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -96,7 +96,7 @@ def test_an_option_that_differs_is_refused_by_name(make_run, data: Path, tmp_pat
 
 def test_another_base_is_refused_and_its_four_bit_folder_is_not(start, tiny_model: Path, tmp_path: Path) -> None:
     first = start("first", max_steps=1)
-    quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "four")
+    quantize_folder(open_model(str(tiny_model)), BaseFormats(), tmp_path / "four")
     start("on-four-bits", model=str(tmp_path / "four"), adapter=str(first), max_steps=1)
     shutil.copytree(tiny_model, tmp_path / "other")
     file = next((tmp_path / "other").glob("*.safetensors"))

@@ -26,7 +26,7 @@ from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
 from nybble.runs.folder import RunFolder
 from nybble.runs.result import RunResult
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.training import checkpoint as checkpoint_module
 from nybble.training.objective import SupervisedFineTuning
 from nybble.training.rng import capture_rng, restore_rng
@@ -100,7 +100,7 @@ def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(
     first, then, tiny_model, data, tmp_path, monkeypatch
 ):
     """Nothing is fixed by options, and either amount alone leads to another plan."""
-    quantize_folder(open_source(str(tiny_model)), BaseFormats(), tmp_path / "base")
+    quantize_folder(open_model(str(tiny_model)), BaseFormats(), tmp_path / "base")
     measured = plan_module.this_machine
 
     def give(budget: int) -> None:

@@ -27,10 +27,10 @@ def check(
     from nybble.data.prepare import prepare_data
     from nybble.data.template import open_template
     from nybble.runs.context import note_context, within_context
-    from nybble.sources.open import open_source
+    from nybble.sources.open import open_model
 
     terminal = Terminal()
-    source = open_source(config.model, config.tokenizer, terminal)
+    source = open_model(config.model, config.tokenizer, terminal)
     config = within_context(config, source)
     template = open_template(config, source.load_tokenizer())
     data = prepare_data(config, template, source.config.get_text_config().vocab_size, source.embedding_rows)

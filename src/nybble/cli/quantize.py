@@ -22,13 +22,13 @@ def quantize(given: dict[str, Any]) -> int:
     from nybble.formats.quant_spec import BaseFormats, QuantSpec
     from nybble.quantization.folder import quantize_folder
     from nybble.quantization.mixed import measure_mixed
-    from nybble.sources.open import open_source
+    from nybble.sources.open import open_model
 
     if config.threads:
         torch.set_num_threads(config.threads)
     spec = QuantSpec(config.format, config.block_size, config.double_quant)
     with Terminal() as terminal:
-        source = open_source(config.model, config.tokenizer, terminal)
+        source = open_model(config.model, config.tokenizer, terminal)
         quality = _quality(config)
         reads_text = quality == "calibrated" or config.mixed is not None
         calibration = _calibration(config, source, terminal) if reads_text else None

@@ -28,7 +28,7 @@ from nybble.quantization.folder import CalibrationInput, Quality, quantize_folde
 from nybble.runs.base import run_calibration_text
 from nybble.runs.context import within_context
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
     if config.threads:
         torch.set_num_threads(config.threads)
     dtype = resolve_compute_dtype(config.compute_dtype, torch.device("cpu"))
-    source = open_source(config.model, config.tokenizer, report).without_lattice()
+    source = open_model(config.model, config.tokenizer, report).without_lattice()
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
@@ -168,7 +168,7 @@ def _measure(
             report=report,
         )
         seconds = time.perf_counter() - started
-        model = load_model(open_source(str(out)), formats, dtype)
+        model = load_model(open_model(str(out)), formats, dtype)
     return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.seed))
 
 

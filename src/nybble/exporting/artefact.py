@@ -46,7 +46,7 @@ from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder, save_dense_folder
 from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.tokenizer import save_tokenizer
 
 REPORT, CARD = "verification.json", "README.md"
@@ -155,7 +155,7 @@ def write(
         what="writing",
         report=report,
     )
-    survival = merged.survival(open_source(str(out)))
+    survival = merged.survival(open_model(str(out)))
     report(Note(f"{survival:.1%} of ΔW survived the rounding to four bits."))
     return survival
 

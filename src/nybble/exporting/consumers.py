@@ -33,7 +33,7 @@ from nybble.options.verbs import ArtefactKind
 from nybble.runs.adapter_files import read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _load_folder(name: str, artefact: Path, dtype: torch.dtype, **options: Any) 
 
 def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consumer:
     missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
-    source = open_source(str(artefact))
+    source = open_model(str(artefact))
     why = f"{' and '.join(missing)} not installed" if missing else ""
     rows = [linear_features(source.skeleton.get_submodule(layer))[0] for layer in source.in_four_bits or ()]
     if not missing and any(row % BNB_ROW for row in rows):
@@ -239,7 +239,7 @@ def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consu
 def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) -> Consumer:
     if _installed("llama_cpp"):
         return LlamaCppConsumer("llama.cpp", file, context)
-    source = open_source(str(file))
+    source = open_model(str(file))
     template = ChatTemplate(source.load_tokenizer(), opened.config.template)
     name = "nybble's own GGUF reader (llama-cpp-python is not installed)"
     return NybbleConsumer(name, load_model(source, None, dtype), template)

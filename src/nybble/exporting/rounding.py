@@ -25,7 +25,7 @@ from nybble.quantization.folder import CalibrationInput, Quality, quantize_folde
 from nybble.runs.base import run_calibration_text
 from nybble.runs.open_run import OpenRun
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ def load_rounded(
         out = Path(folder) / "model"
         share = merged.opened.config.max_dense_share
         quantize_folder(merged, formats, out, quality=quality, calibration=calibration, max_dense_share=share)
-        return load_model(open_source(str(out)), formats, dtype)
+        return load_model(open_model(str(out)), formats, dtype)
 
 
 def _text(

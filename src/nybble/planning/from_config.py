@@ -23,7 +23,7 @@ from nybble.planning.request import requests
 from nybble.planning.strategies import PlanRequest
 from nybble.sizes import SHAPE_RULES, ShapeRules
 from nybble.sources.hub import fetch_config, looks_like_hub_id
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton, config_refused, stored_text_config
 
@@ -69,7 +69,7 @@ def read_config(model: str, report: Listener = silent) -> dict[str, Any]:
         return SHAPES[model]
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_file() or not looks_like_hub_id(model) or "/" not in model):
-        config: dict[str, Any] = open_source(model, report=report).config.to_dict()
+        config: dict[str, Any] = open_model(model, report=report).config.to_dict()
     else:
         file = path / "config.json" if path.is_dir() else fetch_config(model)
         try:
@@ -114,7 +114,7 @@ def _micro_batches(options: PlanConfig, vocab_size: int, rules: ShapeRules) -> C
     if options.data is None:
         length, rows, packed = options.max_seq_len, options.rows_per_step, options.packing
         return lambda size: even_micro_batches(length, rows_per_step=rows, size=size, packed=packed, rules=rules)
-    source = open_source(options.model, options.tokenizer)
+    source = open_model(options.model, options.tokenizer)
     template = open_template(options, source.load_tokenizer())
     fields = {name: getattr(options, name) for name in DataConfig.model_fields}
     return micro_batches_of(options, prepare_data(DataConfig(**fields), template, vocab_size), rules)

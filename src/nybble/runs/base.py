@@ -36,7 +36,7 @@ from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 from nybble.units import format_bytes
 
@@ -195,7 +195,7 @@ def make_calibrated_base(
         what="calibrating",
         report=report,
     )
-    return open_source(str(folder))
+    return open_model(str(folder))
 
 
 def without_calibration(choice: QualityChoice, error: WalkError) -> QualityChoice:
@@ -218,7 +218,7 @@ def kept_base(run: RunFolder) -> StoredModel | None:
     if not run.base.is_dir():
         return None
     verify_manifest(run.base)
-    return open_source(str(run.base))
+    return open_model(str(run.base))
 
 
 def base_formats(config: TrainConfig, run: RunFolder) -> BaseFormats | None:

@@ -18,7 +18,7 @@ from nybble.runs.base import base_formats, kept_base, load_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
 from nybble.sources.load import load_model
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
             "Check the path given to --run.",
         )
     config = load_config(run.config, {})
-    source = open_source(config.model, config.tokenizer, report)
+    source = open_model(config.model, config.tokenizer, report)
     config = within_context(config, source)
     _check_base(run, source)
     template = open_template(config, source.load_tokenizer(), run.chat_template)
@@ -87,7 +87,7 @@ def load_plain(name: str, device: str = "auto", compute_dtype: str = "auto", rep
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    source, target = open_source(name, report=report), resolve_device(device)
+    source, target = open_model(name, report=report), resolve_device(device)
     formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
     model = load_model(source, formats, resolve_compute_dtype(compute_dtype, target), target, report=report)
     return LoadedModel(model, ChatTemplate(source.load_tokenizer()))

@@ -16,7 +16,7 @@ from nybble.sources.hub import fetch_from_hub, looks_like_hub_id
 from nybble.sources.stored_model import StoredModel
 
 
-def open_source(model: str, tokenizer: str | None = None, report: Listener = silent) -> StoredModel:
+def open_model(model: str, tokenizer: str | None = None, report: Listener = silent) -> StoredModel:
     """The model that `model` names; none of its tensors is read.
 
     Args:

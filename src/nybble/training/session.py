@@ -61,7 +61,7 @@ from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
 from nybble.runs.result import RunResult
 from nybble.sizes import SHAPE_RULES
-from nybble.sources.open import open_source
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
 from nybble.training.checkpoint import Checkpoint, Checkpoints, newest_checkpoint
@@ -181,7 +181,7 @@ def _open(given: TrainConfig, run: RunFolder, report: Listener) -> _Opened:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
-    source = open_source(config.model, config.tokenizer, report)
+    source = open_model(config.model, config.tokenizer, report)
     config = within_context(config, source)
     if config.init != "default":
         check_initialisable(source, config.format != "none")
