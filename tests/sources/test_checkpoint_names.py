@@ -208,3 +208,15 @@ def test_four_bit_tensors_under_a_prefix_keep_their_bits(make_folder, tmp_path: 
     entries = source.stored("model.layers.0.mlp.up_proj.weight")[1]
     assert all(name.startswith("module.model.layers.0.mlp.up_proj.weight") for name in entries)
     assert_same_logits(loaded(tmp_path / "four"), expected)
+
+
+def test_a_head_that_the_larger_model_ties_is_the_embedding_whatever_its_text_part_says(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = llava()
+    whole = bf16(type(whole)(type(whole.config)(**whole.config.to_dict() | {"tie_word_embeddings": True})))
+    whole.save_pretrained(tmp_path)
+    assert not any(name.endswith("lm_head.weight") for name in load_file(tmp_path / "model.safetensors"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["tie_word_embeddings"] = False
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same_logits(loaded(tmp_path), whole)

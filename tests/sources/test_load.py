@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from nybble.errors import ModelError
+from nybble.errors import ConfigError, ModelError
 from nybble.events import Event, Progress
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops import dequantize, quantize
+from nybble.layers.convert import describe_untouched, quantizable_linears, resolve_targets
 from nybble.layers.dense import CastEmbedding
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.sources.load import load_model
@@ -211,3 +212,33 @@ def test_an_architecture_without_language_model_is_refused(make_folder) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
     with pytest.raises(ModelError, match="'vit'"):
         load(folder)
+
+
+def test_what_the_makers_keep_in_fp32_stays_so(tmp_path: Path) -> None:
+    """A router's bias decides which experts a token goes to; rounded, it sends some to others."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}
+    dims = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "vocab_size": 160}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**shape, **heads, **dims, **experts, first_k_dense_replace=0))
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = model.get_buffer(name).normal_()
+    assert not torch.equal(bias, bias.bfloat16().float())
+    model.save_pretrained(tmp_path)
+    source = open_model(str(tmp_path))
+    loaded = load_model(source, BaseFormats(), torch.bfloat16)
+    assert torch.equal(loaded.get_buffer(name), bias)
+    assert loaded.get_parameter("model.norm.weight").dtype == torch.bfloat16
+    assert source.written(name).dtype == torch.float32
+
+
+def test_a_layer_that_the_makers_keep_in_fp32_goes_into_no_bits_and_is_named(make_folder) -> None:
+    _, model = make_folder("llama")
+    model._keep_in_fp32_modules_strict = ["layers.0.mlp.up_proj"]
+    assert "model.layers.0.mlp.up_proj" not in quantizable_linears(model)
+    assert "model.layers.1.mlp.up_proj" in quantizable_linears(model)
+    (said,) = describe_untouched(model)
+    assert "up_proj" in said and "fp32" in said
+    with pytest.raises(ConfigError, match="fp32"):
+        resolve_targets(model, ["layers.0.mlp.up_proj"])

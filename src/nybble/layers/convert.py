@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import BaseFormats
+from nybble.layers.dense import kept_in_fp32
 from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
@@ -85,25 +86,23 @@ def end_modules(model: nn.Module) -> list[str]:
 
 def quantizable_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers that go into four bits and can have an adapter: those of the blocks that the model
-    does nothing with but call.
+    does nothing with but call, and whose makers do not keep them in fp32.
     """
-    read = weights_read(model)
-    return [name for name in block_linears(model) if name not in read]
+    untouched = untouched_linears(model)
+    return [name for name in block_linears(model) if name not in untouched]
 
 
 def untouched_linears(model: nn.Module) -> dict[str, str]:
-    """Linear layers of the blocks that stay as they are, without adapter -> the method that reads their weights."""
-    read = weights_read(model)
-    return {name: read[name] for name in block_linears(model) if name in read}
+    """Linear layers of the blocks that stay as they are, without adapter -> why."""
+    why = {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
+    why |= {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
+    return {name: why[name] for name in block_linears(model) if name in why}
 
 
 def describe_untouched(model: nn.Module) -> list[str]:
     """A sentence for each kind of untouched layer."""
-    kinds = Counter((name.rpartition(".")[2], where) for name, where in untouched_linears(model).items())
-    return [
-        f"{count} x {leaf} stays in 16 bits, without adapter: {where} reads its weight instead of calling it"
-        for (leaf, where), count in kinds.items()
-    ]
+    kinds = Counter((name.rpartition(".")[2], why) for name, why in untouched_linears(model).items())
+    return [f"{count} x {leaf} stays as it is, without adapter: {why}" for (leaf, why), count in kinds.items()]
 
 
 def replace_linears(model: nn.Module, names: Iterable[str], formats: BaseFormats, compute_dtype: torch.dtype) -> None:
@@ -179,11 +178,11 @@ def _is_expression(text: str) -> bool:
 
 
 def _refuse_untouched(model: nn.Module, wanted: str) -> None:
-    for name, where in untouched_linears(model).items():
+    for name, why in untouched_linears(model).items():
         if _matches(name, wanted):
             raise ConfigError(
-                f"target_modules names {wanted!r}, whose weight {where} reads instead of calling the layer.",
-                "An adapter there would have no effect.",
+                f"target_modules names {wanted!r}, which stays as it is: {why}.",
+                "Adapters go onto the layers that can go into few bits.",
                 "Leave it out.",
             )
 

@@ -6,6 +6,7 @@ products would double what they take, so the few rows that are needed are widene
 
 import copy
 import functools
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module keeps its weight as [in, out] (GPT-2's Conv1D) and not as [out, in]."""
     return isinstance(module, Conv1D)
+
+
+def kept_in_fp32(model: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that a model's makers keep in fp32 where the rest is in 16 bits, such as the
+    bias that a router chooses experts with. As transformers' `from_pretrained` reads the list in the model's class.
+    """
+    listed = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    patterns = [re.compile(name.replace("*", ".*")) for name in listed]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name for name, _ in tensors if any(pattern.search(name) for pattern in patterns)}
 
 
 def weight_matrix(linear: Any) -> Tensor:

@@ -74,7 +74,8 @@ class BlockCalibrator:
         for target in self.source.placements:
             if _is_in(target, name):
                 leaf = target.removeprefix(f"{name}.")
-                load_dense(layer, leaf, self.source.read_dense(target, self.dtype), self.dtype)
+                dtype = self.source.loaded_dtype(target, self.dtype, ())
+                load_dense(layer, leaf, self.source.read_dense(target, dtype), dtype)
         linears = [linear.removeprefix(f"{name}.") for linear in self.source.linears if _is_in(linear, name)]
         weights: dict[str, QuantizedTensor] = {}
         reports: list[LayerReport] = []
@@ -128,7 +129,7 @@ def _load_outside(source: StoredModel, model: "PreTrainedModel", dtype: torch.dt
     for target in source.placements:
         if target in unneeded or any(_is_in(target, block) for block in source.blocks):
             continue
-        kept = source.dense_dtype if target in ends else dtype
+        kept = source.loaded_dtype(target, dtype, ends)
         load_dense(model, target, source.read_dense(target, kept), kept)
     model.tie_weights()
     model.requires_grad_(False).eval()

@@ -212,12 +212,8 @@ def _assemble(
                 for name, part in sorted(stored.items()):
                     writer.write(name, part)
             for target in source.placements:
-                if target in linears:
-                    continue
-                tensor = source.read_parameter(target)
-                assert isinstance(tensor, Tensor)
-                rounded = target in source.ends or tensor.ndim > 1
-                writer.write(target, tensor.to(source.dense_dtype) if rounded else tensor)
+                if target not in linears:
+                    writer.write(target, source.written(target))
 
         modules = source.skeleton.named_modules()
         kept = [n for n, module in modules if is_linear(module) and f"{n}.weight" not in linears]
@@ -243,10 +239,7 @@ def save_dense_folder(
         tokenizer = source.load_tokenizer()
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
             for target in tracked(list(source.placements), "writing", report):
-                tensor = source.read_parameter(target)
-                assert isinstance(tensor, Tensor)
-                writer.write(target, tensor.to(source.dense_dtype) if tensor.ndim > 1 else tensor)
-                del tensor  # gone before the next one is read
+                writer.write(target, source.written(target))
         _save_settings(source, tokenizer, staging)
 
 

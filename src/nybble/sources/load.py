@@ -44,7 +44,7 @@ def load_model(
 
     Linears of the blocks are put into `formats`, where the source has them in 16 or 32 bits; a source that is
     already in four bits keeps its own, bit for bit. Embeddings and head stay in 16 bits (`source.dense_dtype`).
-    Everything else is in `compute_dtype`.
+    Everything else is in `compute_dtype`, but what the model's makers keep in fp32.
 
     Args:
         formats: of the linears of the blocks; None keeps (or, from a source in four bits, makes) every linear dense,
@@ -81,7 +81,7 @@ def load_model(
         if layer != target and isinstance(linear := model.get_submodule(layer), QuantizedLinear):
             linear.load_quantized(_quantized(source.read_linear(layer), linear.spec, device, quality))
             continue
-        dtype = source.dense_dtype if target in ends else compute_dtype
+        dtype = source.loaded_dtype(target, compute_dtype, ends)
         load_dense(model, target, source.read_dense(target, dtype, device), dtype, device)
     model.tie_weights()
     if stream_ends:

@@ -61,11 +61,18 @@ def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
 
 
 def stored_text_config(config: "PretrainedConfig", written: dict[str, Any]) -> "PretrainedConfig":
-    """The text model's config, of a config.json as it is written: whether head and embedding are one may be said by
-    the part of the larger model alone.
+    """The text model's config, of a config.json as it is written. Whether head and embedding are one, the larger model
+    decides, if it is known: its parts may say otherwise.
     """
     text = text_config(config)
-    if text is not config and "tie_word_embeddings" not in (written.get("text_config") or {}):
+    if text is config:
+        return text
+    whole = build_whole(config)
+    if whole is not None and (head := whole.get_output_embeddings()) is not None:
+        names = [f"{name}.weight" for name, module in whole.named_modules() if module is head]
+        tied = whole.all_tied_weights_keys
+        text.tie_word_embeddings = any(name in (*tied.keys(), *tied.values()) for name in names)
+    elif "tie_word_embeddings" not in (written.get("text_config") or {}):
         text.tie_word_embeddings = written.get("tie_word_embeddings", text.tie_word_embeddings)
     return text
 

@@ -6,6 +6,7 @@ blocks, and how a linear layer's weight is turned.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile, TensorEntry
 from nybble.kernels.ops import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
-from nybble.layers.dense import is_transposed
+from nybble.layers.dense import is_transposed, kept_in_fp32
 from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights
 
@@ -139,6 +140,32 @@ class StoredModel(ABC):
     def ends(self) -> set[str]:
         """Parameters of the input embedding and the output head, which stay in 16 bits."""
         return dense_end_weights(self.skeleton)
+
+    @cached_property
+    def kept_in_fp32(self) -> set[str]:
+        """Parameters and buffers that stay in fp32 whatever the model computes in, as its makers say."""
+        return kept_in_fp32(self.skeleton)
+
+    def loaded_dtype(self, target: str, compute_dtype: torch.dtype, narrow: Collection[str]) -> torch.dtype:
+        """What a parameter that is not in few bits is loaded in.
+
+        Args:
+            narrow: parameters that stay in `dense_dtype`.
+        """
+        if target in narrow:
+            return self.dense_dtype
+        return torch.float32 if target in self.kept_in_fp32 else compute_dtype
+
+    def written(self, target: str) -> Tensor:
+        """A parameter as a folder in 16 bits holds it: matrices rounded, norms and biases as they are.
+
+        Raises:
+            ModelError: as `read_parameter`.
+        """
+        tensor = self.read_parameter(target)
+        assert isinstance(tensor, Tensor), target
+        rounded = tensor.ndim > 1 and target not in self.kept_in_fp32
+        return tensor.to(self.dense_dtype) if rounded else tensor
 
     @cached_property
     def in_four_bits(self) -> set[str] | None:
