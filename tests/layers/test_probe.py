@@ -18,7 +18,7 @@ from nybble.layers.backbone import FusedForward, Why, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.loss_head import LossHead, OwnHead, loss_head
-from nybble.layers.probe import Probe
+from nybble.layers.probe import ASKED, LENGTHS, Probe
 from nybble.layers.rotary import RowRotary, length_of_change, rotate_rows_alone, row_lengths
 from nybble.sizes import SHAPE_RULES
 
@@ -316,3 +316,17 @@ def test_an_own_loss_that_is_not_of_the_next_token_is_refused():
     model.forward = forward
     with pytest.raises(ModelError, match="next token"):
         Probe(model)
+
+
+def test_a_way_that_fails_in_the_models_own_code_is_refused_in_words() -> None:
+    """xLSTM in bf16 takes the probe's document alone and fails over several."""
+    model = tiny_model("granite")
+    first = model.model.layers[0]
+
+    def fails_over_several(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].shape[1] > LENGTHS[ASKED]:
+            raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    first.register_forward_pre_hook(fails_over_several)
+    with pytest.raises(ModelError, match=r"fails over packed rows of \[.*same dtype"):
+        CausalLM.of(model)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,8 @@ class Probe:
             self.store.begin(will_return=True)
         taken = accepted(self.model, **wanted)
         heap = TrimmedHeap(SAVED_A_TRIM)
-        with foreign_errors(self._fails), saved_tensors_hooks(heap.put, heap.get):
+        explain = partial(self._fails, f"a text of {LENGTHS[ASKED]} tokens")
+        with foreign_errors(explain), saved_tensors_hooks(heap.put, heap.get):
             output = self.model(**taken)
             logits = output.logits[0].float()
             loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
@@ -139,10 +141,9 @@ class Probe:
             self._check_loss(float(output.loss.detach()), [outcome.loss, float(unshifted)])
         return outcome
 
-    def _fails(self, error: Exception) -> ModelError:
+    def _fails(self, what: str, error: Exception) -> ModelError:
         return ModelError(
-            f"{type(self.model).__name__} fails over a text of {LENGTHS[ASKED]} tokens, forward or backward: "
-            f"{first_line(error)}",
+            f"{type(self.model).__name__} fails over {what}, forward or backward: {first_line(error)}",
             "Allowed: models of transformers that can be trained on text alone.",
             "Choose another model, or update transformers.",
         )
@@ -185,11 +186,13 @@ class Probe:
     ) -> Difference | None:
         batch, asked = _lay_out(self._documents, starts, way.backbone.layout)
         batch = batch.to(way.device)
-        states = way.hidden(batch)
-        loss = way.head.loss(states, batch.supervised_targets, float(batch.supervised_tokens))
-        with torch.no_grad():
-            logits = way.head.logits(states.detach()).float()
-        ours = _outcome(logits, loss, parameters, embedded)
+        lengths = [len(document) for document in self._documents]
+        with foreign_errors(partial(self._fails, f"{way.backbone.layout} rows of {lengths} tokens")):
+            states = way.hidden(batch)
+            loss = way.head.loss(states, batch.supervised_targets, float(batch.supervised_tokens))
+            with torch.no_grad():
+                logits = way.head.logits(states.detach()).float()
+            ours = _outcome(logits, loss, parameters, embedded)
         tolerance = self._tolerance
         mixed = _seen_elsewhere(ours.embeddings, asked, way.backbone.layout)
         if mixed:
