@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nybble.kernels import cpu, registry
-from nybble.kernels.attention import attention_backward, attention_forward
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops.attention import attention_backward, attention_forward
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -173,7 +174,7 @@ def main() -> None:
     clock = CLOCKS[arguments.clock]
 
     rates = {dtype: matmul_rate(dtype, clock) for dtype in (BF16, FP32)}
-    print(f"{cpu.current_isa()}, {arguments.threads} threads, {arguments.clock} time, torch {torch.__version__}")
+    print(f"{library.current_isa()}, {arguments.threads} threads, {arguments.clock} time, torch {torch.__version__}")
     print("matrix products: " + ", ".join(f"{str(d)[6:]} {r / 1e9:.0f} GFLOP/s" for d, r in rates.items()))
     print(f"{'documents x tokens, heads/kv x dim':36} {'forward':>9} {'backward':>9} {'floor':>7} {'GFLOP/s':>8}"
           f" {'PyTorch fwd':>12} {'bwd':>8} {'ratio':>6}  quartiles")  # fmt: skip
@@ -198,7 +199,7 @@ def main() -> None:
             "torch": torch.__version__,
             "clock": arguments.clock,
             "threads": arguments.threads,
-            "kernels": cpu.describe()["isa"],
+            "kernels": library.describe()["isa"],
         }
         arguments.json.write_text(json.dumps({"about": about, "results": results}, indent=2) + "\n")
 

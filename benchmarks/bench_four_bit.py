@@ -10,7 +10,7 @@ import torch
 from bench_kernels import check, copy_bytes_per_second, four_bit_cases, measure
 from common import Spread, Table, about_machine, options, report, versions, wait_for_quiet
 
-from nybble.kernels import cpu
+from nybble.kernels.backends.cpp import library
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
         "torch threads": torch.get_num_threads(),
-        "kernels": cpu.describe()["isa"],
+        "kernels": library.describe()["isa"],
         "versions": versions("nybble", "torch", "bitsandbytes"),
         "copy_bytes_per_s": copy_bytes_per_second(rounds),
     }

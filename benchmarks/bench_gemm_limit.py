@@ -27,7 +27,7 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.packing import Batch
 from nybble.formats.quant_spec import BaseFormats
-from nybble.kernels import cpu
+from nybble.kernels.backends.cpp import library
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.decoder_block import Keep
@@ -227,7 +227,7 @@ def main() -> None:
         "others_share_of_a_core_before": others,
         "GFLOP/s of a 2048^3 product in bf16": matmul_rate(torch.bfloat16, time.perf_counter) / 1e9,
         "torch threads": torch.get_num_threads(),
-        "kernels": cpu.describe()["isa"],
+        "kernels": library.describe()["isa"],
         "versions": versions("nybble", "torch", "transformers"),
     }
     kept: list[list[str]] = []

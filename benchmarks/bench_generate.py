@@ -25,7 +25,7 @@ from common import (
 )
 from inputs import IGNORE, prepare_inputs, read_steps
 
-from nybble.kernels import cpu
+from nybble.kernels.backends.cpp import library
 
 NYBBLE, PEER = "nybble", "transformers + bitsandbytes"
 COMMON_BEGINNING = 4  # tokens that half of the answers must share
@@ -70,7 +70,7 @@ def main() -> None:
     others = wait_for_quiet(arguments.wait)
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
-        "kernels": cpu.describe()["isa"],
+        "kernels": library.describe()["isa"],
     }
     prompts = prompts_of(inputs.answers, rounds + 1)
     Turns().ask(contenders, prompt=prompts[-1], new_tokens=8)  # the first answer allocates and packs

@@ -21,7 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.formats.quant_spec import QuantSpec
-from nybble.kernels import block_ops, cpu, ops, registry
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops import glu
+from nybble.kernels.ops.four_bit import dequantize, dequantize_into, gemv_4bit, quantize
+from nybble.kernels.ops.glu import swiglu
+from nybble.kernels.ops.loss import cross_entropy_
+from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
+from nybble.kernels.ops.optimizer import adamw_
+from nybble.kernels.ops.rope import rope_
 
 
 class Case(NamedTuple):
@@ -50,18 +58,18 @@ def reference(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def four_bit_cases() -> list[Case]:
     rows, columns = 4096, 11008
     weight, spec = torch.randn(rows, columns).bfloat16(), QuantSpec("nf4", 64, double_quant=True)
-    q, out, copy = ops.quantize(weight, spec), torch.empty_like(weight), torch.empty_like(weight)
+    q, out, copy = quantize(weight, spec), torch.empty_like(weight), torch.empty_like(weight)
     wide = torch.empty(rows, columns)
 
     def dequantise(into: Tensor) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            ops.dequantize_into(q, into)
+            dequantize_into(q, into)
             return into
 
         return run
 
     def quantise() -> Tensor:
-        return ops.quantize(weight, spec).packed
+        return quantize(weight, spec).packed
 
     to_bf16 = {
         "cpp": (dequantise(out), 0.0),
@@ -96,16 +104,16 @@ def gemv_cases() -> list[Case]:
         ((11008, 4096), 1, torch.float32),
         ((1536, 576), 1, torch.bfloat16),
     ):
-        q = ops.quantize(torch.randn(out_features, in_features), QuantSpec())
-        dense = ops.dequantize(q, dtype)
+        q = quantize(torch.randn(out_features, in_features), QuantSpec())
+        dense = dequantize(q, dtype)
         x = torch.randn(rows, in_features).to(dtype)
         cases.append(
             Case(
                 f"gemv {out_features}x{in_features}, {rows} x {str(dtype)[6:]}",
                 q.nbytes,
                 {
-                    "cpp": (lambda x=x, q=q: block_ops.gemv_4bit(x, q), 0.0),
-                    "dequantise + matmul": (lambda x=x, q=q, t=dtype: x @ ops.dequantize(q, t).T, 2**-6),
+                    "cpp": (lambda x=x, q=q: gemv_4bit(x, q), 0.0),
+                    "dequantise + matmul": (lambda x=x, q=q, t=dtype: x @ dequantize(q, t).T, 2**-6),
                     "dense matmul": (lambda x=x, w=dense: x @ w.T, 2**-6),
                 },
             )
@@ -117,7 +125,7 @@ def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocab
     bf16 = torch.bfloat16
     x, grad, weight = torch.randn(tokens, hidden).to(bf16), torch.randn(tokens, hidden).to(bf16), torch.ones(hidden)
     weight = weight.to(bf16)
-    y, rstd = block_ops.rms_norm(x, weight, 1e-5)
+    y, rstd = rms_norm(x, weight, 1e-5)
     dx = torch.empty_like(x)
     qkv = torch.randn(tokens, 40, 64).to(bf16)
     cos, sin = torch.randn(tokens, 32), torch.randn(tokens, 32)
@@ -138,12 +146,12 @@ def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocab
 
     def rope() -> Tensor:  # on a copy first, so that the rounds see the same values; the copy counts
         turned = qkv.clone()
-        block_ops.rope_(turned, cos, sin)
+        rope_(turned, cos, sin)
         return turned
 
     def cross_entropy() -> Tensor:
         scratch.copy_(logits)
-        return block_ops.cross_entropy_(scratch, targets, 1.0)
+        return cross_entropy_(scratch, targets, 1.0)
 
     def torch_cross_entropy() -> Tensor:
         leaf = logits.float().requires_grad_()
@@ -152,7 +160,7 @@ def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocab
         return losses.detach()
 
     def swiglu_backward() -> Tensor:
-        block_ops.swiglu_backward(dact, gate, up, grad_gate, grad_up, act)
+        glu.swiglu_backward(dact, gate, up, grad_gate, grad_up, act)
         return grad_gate
 
     def torch_swiglu_backward() -> Tensor:
@@ -162,7 +170,7 @@ def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocab
         return dact * up * s * (1 + gate * (1 - s))
 
     def adamw() -> Tensor:
-        block_ops.adamw_(*state, step=10, lr=0.0)  # lr 0: the rounds see the same parameters
+        adamw_(*state, step=10, lr=0.0)  # lr 0: the rounds see the same parameters
         return state[0]
 
     param = torch.nn.Parameter(state[0].clone())
@@ -176,17 +184,17 @@ def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocab
     n, size = x.numel(), 2
     return [
         Case(
-            "rms_norm", 2 * n * size, {"cpp": (lambda: block_ops.rms_norm(x, weight, 1e-5, out=y)[0], 0.0),
+            "rms_norm", 2 * n * size, {"cpp": (lambda: rms_norm(x, weight, 1e-5, out=y)[0], 0.0),
                                        "torch": (torch_rms, 2**-6)},
         ),
         Case(
             "rms_norm backward", 3 * n * size,
-            {"cpp": (lambda: block_ops.rms_norm_backward(grad, x, weight, rstd, out=dx), 0.0)},
+            {"cpp": (lambda: rms_norm_backward(grad, x, weight, rstd, out=dx), 0.0)},
         ),
         Case("rope (with a copy)", 4 * qkv.numel() * size, {"cpp": (rope, 0.0), "torch": (torch_rope, 2**-5)}),
         Case(
             "swiglu", 3 * gate.numel() * size,
-            {"cpp": (lambda: block_ops.swiglu(gate, up, out=act), 0.0), "torch": (lambda: F.silu(gate) * up, 2**-6)},
+            {"cpp": (lambda: swiglu(gate, up, out=act), 0.0), "torch": (lambda: F.silu(gate) * up, 2**-6)},
         ),
         Case(
             "swiglu backward", 6 * gate.numel() * size,
@@ -244,7 +252,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     about = {
-        "kernels": cpu.describe()["isa"],
+        "kernels": library.describe()["isa"],
         "torch": torch.__version__,
         "threads": arguments.threads,
         "cpu": cpu_name(),

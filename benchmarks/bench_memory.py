@@ -14,7 +14,7 @@ from bench_step import KEEPING, OURS, PEERS, RECOMPUTING, Work
 from common import Spread, Table, about_machine, model_options, options, report, wait_for_quiet
 from inputs import describe_rows, prepare_inputs
 
-from nybble.kernels import cpu
+from nybble.kernels.backends.cpp import library
 
 STEPS = 3
 TRL_RECOMPUTING, TRL_KEEPING = "TRL + bitsandbytes, recomputing", "TRL + bitsandbytes, keeping"
@@ -44,7 +44,7 @@ def main() -> None:
     others = wait_for_quiet(arguments.wait)
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
-        "kernels": cpu.describe()["isa"],
+        "kernels": library.describe()["isa"],
     }
 
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}

@@ -27,7 +27,7 @@ from nybble.data.readers import read_examples
 from nybble.data.template import ChatTemplate
 from nybble.evaluation.quality import Comparison
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.measure import PeakMemory
 from nybble.quantization.blocks import BlockCalibrator

@@ -39,7 +39,7 @@ from common import (
 from inputs import Inputs, describe_rows, prepare_inputs, read_steps
 from safetensors.torch import load_file
 
-from nybble.kernels import cpu
+from nybble.kernels.backends.cpp import library
 
 LOSS_TOLERANCE = 0.01  # relative, of the first step: bf16, and scales that bitsandbytes rounds a little otherwise
 GRADIENT_COSINE = 0.98  # least, over the gradients of every B together
@@ -232,7 +232,7 @@ def main() -> None:
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
         "GFLOP/s of a 2048^3 product in bf16": matmul_rate(torch.bfloat16, time.perf_counter) / 1e9,
-        "kernels": cpu.describe()["isa"],
+        "kernels": library.describe()["isa"],
     }
     tables: list[Table] = []
     samples: dict[str, Any] = {}

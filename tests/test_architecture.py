@@ -22,7 +22,6 @@ ORDER = (
 )
 # Which device it is matters to what runs there, to where bytes lie, and to what a plan measures; others ask these.
 DEVICE_PLACES = ("nybble.kernels", "nybble.memory", "nybble.planning.machine")
-DEVICE_PLACES += ("nybble.layers.backbone",)  # until blocks are taken where kernels say that they run
 # Imported where they are installed, needed nowhere.
 OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate", "llama-cpp-python", "lm-eval"}
 OPTIONAL_PACKAGES |= {"starlette", "uvicorn", "llama-cpp"}  # the last by its import name, where it is not installed

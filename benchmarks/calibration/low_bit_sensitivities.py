@@ -14,7 +14,7 @@ import torch
 from low_bit_kl import Exact, open_dithered, quantized_model, windows_of
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.quantization.mixed import choose_mixed

@@ -16,7 +16,7 @@ from nybble.formats.codebooks import codebook
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops.four_bit import quantize
 
 IN, OUT = 192, 96
 NF4 = QuantSpec()

@@ -25,7 +25,7 @@ from pathlib import Path
 from nybble.runs.open_run import open_run
 from nybble.exporting.artefact import Artefact, write
 from nybble.formats.quant_spec import QuantSpec
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.memory.measure import PeakMemory
 from nybble.options.verbs import ArtefactKind, GgufType
 from nybble.sources.skeleton import build_skeleton

@@ -10,7 +10,7 @@ from nybble.errors import FormatError
 from nybble.formats import blockwise, bnb
 from nybble.formats.format import FORMATS, Format, named_format
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels import ops
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.quantized_linear import QuantizedLinear
 
 # Levels without a zero, in no order; and signed scales.
@@ -41,10 +41,10 @@ def weight(*shape: int) -> torch.Tensor:
 def test_each_value_is_the_nearest_level_on_every_backend(format: Format) -> None:
     for shape in ((24, 100), (3, 7)):
         w, spec = weight(*shape), QuantSpec(format.name, 64, double_quant=False)
-        q, truth = ops.quantize(w, spec), blockwise.quantize(w, spec)
+        q, truth = quantize(w, spec), blockwise.quantize(w, spec)
         assert torch.equal(q.packed, truth.packed) and torch.equal(q.scales, truth.scales)
         assert q.nbytes == spec.bytes(w.numel())
-        values = ops.dequantize(q, torch.float32)
+        values = dequantize(q, torch.float32)
         assert torch.equal(values, blockwise.dequantize(q, torch.float32))
         levels, scale = torch.tensor(format.levels), blockwise.block_scales(q)
         scale = scale.repeat_interleave(64)[: w.numel()].view(shape)
@@ -55,7 +55,7 @@ def test_each_value_is_the_nearest_level_on_every_backend(format: Format) -> Non
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_stored_it_comes_back(format: Format, double_quant: bool) -> None:
     spec = QuantSpec(format.name, 32, double_quant)
-    q = ops.quantize(weight(24, 100), spec)
+    q = quantize(weight(24, 100), spec)
     stored = load(save(bnb.to_bnb("w.weight", q)))
     assert bnb.is_quantized("w.weight", stored)
     again = bnb.from_bnb("w.weight", stored)
@@ -68,7 +68,7 @@ def test_stored_it_comes_back(format: Format, double_quant: bool) -> None:
 
 def test_a_layer_computes_with_it(format: Format) -> None:
     layer = QuantizedLinear(100, 24, False, QuantSpec(format.name), torch.float32)
-    layer.load_quantized(ops.quantize(weight(24, 100), layer.spec))
+    layer.load_quantized(quantize(weight(24, 100), layer.spec))
     x = weight(5, 100).requires_grad_()
     dense_x = x.detach().clone().requires_grad_()
     y, dense_y = layer(x), F.linear(dense_x, layer.dequantize())
@@ -82,7 +82,7 @@ def test_its_scales_can_be_searched(format: Format) -> None:
     w, spec = weight(64, 128), QuantSpec(format.name)
     errors = [
         float((w - blockwise.dequantize(q, torch.float32)).square().sum())
-        for q in (search_weight(w, spec), ops.quantize(w, spec))
+        for q in (search_weight(w, spec), quantize(w, spec))
     ]
     assert errors[0] < errors[1]
 

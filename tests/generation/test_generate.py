@@ -27,7 +27,11 @@ from nybble.generation.generate import (
     choose_tokens,
     generate,
 )
-from nybble.kernels import cpu, ops, registry
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.backends.reference.decode import OpByOp
+from nybble.kernels.ops.decode import MAX_ROWS
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, quantizable_linears, resolve_targets
@@ -35,6 +39,7 @@ from nybble.layers.lora import LoraLinear
 from nybble.layers.quantized_linear import QuantizedLinear
 
 VOCABULARY = 101
+NF4 = QuantSpec()
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -74,7 +79,9 @@ CONFIGS = {
 PROMPTS = [[5, 17, 40, 3, 88, 21, 60], [9], [70, 2, 2, 31, 90, 14, 55, 6, 77, 41, 12, 8, 33]]
 
 
-def four_bit_model(config, dtype: torch.dtype = torch.float32, rank: int = 0, dropout: float = 0.1) -> nn.Module:
+def four_bit_model(
+    config, dtype: torch.dtype = torch.float32, rank: int = 0, dropout: float = 0.1, spec: QuantSpec = NF4
+) -> nn.Module:
     """A small model whose block linears are in four bits and whose answers depend on all of the prompt."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -87,8 +94,8 @@ def four_bit_model(config, dtype: torch.dtype = torch.float32, rank: int = 0, dr
         linear = model.get_submodule(name)
         transposed = not isinstance(linear, nn.Linear)  # GPT-2's Conv1D
         dense = linear.weight.detach().T.contiguous() if transposed else linear.weight.detach()
-        layer = QuantizedLinear(dense.shape[1], dense.shape[0], linear.bias is not None, QuantSpec(), dtype)
-        layer.load_quantized(ops.quantize(dense, QuantSpec()))
+        layer = QuantizedLinear(dense.shape[1], dense.shape[0], linear.bias is not None, spec, dtype)
+        layer.load_quantized(quantize(dense, spec))
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         model.set_submodule(name, layer)
@@ -173,9 +180,15 @@ def test_adapters_on_some_layers_only():
     assert answers(model) == [by_transformers(dense_twin(model), prompt, 24) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("format", ["nf3", "nf2"])
+def test_weights_in_fewer_bits(format):
+    model = four_bit_model(CONFIGS["llama"], rank=4, spec=QuantSpec(format))
+    assert answers(model) == [by_transformers(dense_twin(model), prompt, 24) for prompt in PROMPTS]
+
+
 def test_more_texts_than_the_matrix_vector_product_takes():
     model = four_bit_model(CONFIGS["mistral, window"], rank=4)
-    prompts = [[(7 * i + 3 * j) % VOCABULARY for j in range(1 + i % 5)] for i in range(decoding.FEW_ROWS + 3)]
+    prompts = [[(7 * i + 3 * j) % VOCABULARY for j in range(1 + i % 5)] for i in range(MAX_ROWS + 3)]
     twin = dense_twin(model)
     assert answers(model, prompts, 12) == [by_transformers(twin, prompt, 12) for prompt in prompts]
 
@@ -260,8 +273,8 @@ def test_answering_between_two_steps_changes_no_bit_of_the_second(dtype):
     assert all(torch.equal(a, b) for a, b in zip(steps[False], steps[True], strict=True))
 
 
-@pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-@pytest.mark.parametrize("rows", [1, 3, decoding.FEW_ROWS])
+@pytest.mark.skipif(library.why_unavailable() is not None, reason=str(library.why_unavailable()))
+@pytest.mark.parametrize("rows", [1, 3, MAX_ROWS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["llama, tied, biased", "mistral, window", "qwen2, window in one layer", "qwen3"])
 def test_the_kernel_and_its_twin(name, dtype, rows):
@@ -272,7 +285,7 @@ def test_the_kernel_and_its_twin(name, dtype, rows):
     def logits(model: nn.Module, backend: str) -> torch.Tensor:
         with registry.use(backend):
             decoder = CachedDecoder(model)
-            assert (decoder.kernel is None) == (backend == "reference")
+            assert isinstance(decoder.few_rows, OpByOp) == (backend == "reference")
             decoder.start(prompts, 12)
             return torch.stack([decoder.step(torch.arange(rows) + 5 * i).float() for i in range(12)])
 

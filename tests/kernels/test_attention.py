@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.errors import FormatError, KernelError
-from nybble.kernels import attention, cpu, registry
-from nybble.kernels.attention import attention_backward, attention_forward
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.backends.reference import attention
+from nybble.kernels.ops.attention import attention_backward, attention_forward
 
-WHY_NOT_BUILT = cpu.why_unavailable()
+WHY_NOT_BUILT = library.why_unavailable()
 needs_cpp = pytest.mark.skipif(WHY_NOT_BUILT is not None, reason=str(WHY_NOT_BUILT))
-ISAS = cpu.supported_isas() if WHY_NOT_BUILT is None else ()
+ISAS = library.supported_isas() if WHY_NOT_BUILT is None else ()
 
 # document lengths, query heads, key heads, head_dim, window
 SHAPES = [
@@ -44,7 +46,7 @@ ids = [f"{'+'.join(map(str, s[0]))}-{s[1]}q{s[2]}kv-d{s[3]}-w{s[4]}" for s in SH
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    with cpu.use_isa(request.param), registry.use("cpp"):
+    with library.use_isa(request.param), registry.use("cpp"):
         yield request.param
 
 
@@ -198,7 +200,7 @@ def test_any_shape(data):
     window = data.draw(st.none() | st.integers(1, 150), "window")
     isa = data.draw(st.sampled_from(ISAS), "isa")
     inputs = example(lengths, kv_heads * group, kv_heads, head_dim, torch.float32)
-    with cpu.use_isa(isa), registry.use("cpp"):
+    with library.use_isa(isa), registry.use("cpp"):
         results = run(*inputs, lengths, window)
     for got, exact in zip(results, dense(*inputs, lengths, window), strict=True):
         assert (got.double() - exact).norm() <= 2e-6 * max(exact.norm(), inputs[3].double().norm())

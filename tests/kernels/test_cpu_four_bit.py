@@ -10,17 +10,19 @@ from nybble.formats import blockwise
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BLOCK_SIZES, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels import block_ops, cpu, ops, registry
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops.four_bit import dequantize, dequantize_into, gemv_4bit, quantize
 
-pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-ISAS = cpu.supported_isas() if cpu.why_unavailable() is None else ()
+pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=str(library.why_unavailable()))
+ISAS = library.supported_isas() if library.why_unavailable() is None else ()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1,), (2,), (63,), (65,), (31, 3), (7, 33), (48, 80), (3, 5, 77), (130, 257), (256, 576))
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    with cpu.use_isa(request.param):
+    with library.use_isa(request.param):
         yield request.param
 
 
@@ -56,7 +58,7 @@ def test_quantise_gives_the_references_bytes(isa, format, double_quant, dtype):
         for shape in SHAPES:
             expected = reference(shape, dtype, spec)
             with registry.use("cpp"):
-                got = ops.quantize(weights(shape, dtype), spec)
+                got = quantize(weights(shape, dtype), spec)
             assert torch.equal(got.packed, expected.packed), (spec, shape)
             assert torch.equal(got.scales, expected.scales), (spec, shape)
             assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
@@ -72,7 +74,7 @@ def test_dequantise_gives_the_references_bits(isa, format, double_quant, dtype):
             q = reference(shape, torch.float32, spec)
             poisoned = torch.full(q.shape, torch.nan, dtype=dtype)
             with registry.use("cpp"):
-                ops.dequantize_into(q, poisoned)
+                dequantize_into(q, poisoned)
             expected = blockwise.dequantize(q, dtype)
             assert torch.equal(bits(poisoned), bits(expected)), (spec, shape)
 
@@ -90,7 +92,7 @@ def test_every_nibble_and_scale_code_dequantises_as_in_the_reference(isa):
         q = QuantizedTensor(packed, scales, spec, shape, torch.float32)
         for dtype in DTYPES:
             with registry.use("cpp"):
-                got = ops.dequantize(q, dtype)
+                got = dequantize(q, dtype)
             assert torch.equal(bits(got), bits(blockwise.dequantize(q, dtype)))
 
 
@@ -100,7 +102,7 @@ def test_nothing_is_written_beyond_the_outputs(isa):
         for dtype in DTYPES:
             buffer = torch.full((numel + 64,), 7.0, dtype=dtype)
             with registry.use("cpp"):
-                ops.dequantize_into(q, buffer[:numel])
+                dequantize_into(q, buffer[:numel])
             assert (buffer[numel:] == 7).all()
 
 
@@ -111,7 +113,7 @@ def test_weights_that_are_not_finite_are_refused(isa, format, bad, place):
     w = torch.randn(100)
     w[place] = bad
     with registry.use("cpp"), pytest.raises(FormatError, match="1 of 100 values are not finite"):
-        ops.quantize(w, QuantSpec(format))
+        quantize(w, QuantSpec(format))
 
 
 def test_the_result_does_not_depend_on_the_number_of_threads():
@@ -122,8 +124,8 @@ def test_the_result_does_not_depend_on_the_number_of_threads():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with registry.use("cpp"):
-                q = ops.quantize(w, spec)
-                results.append((q.packed, q.scales, ops.dequantize(q, torch.bfloat16)))
+                q = quantize(w, spec)
+                results.append((q.packed, q.scales, dequantize(q, torch.bfloat16)))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -137,15 +139,15 @@ def bits(x):
 def test_default_dtype_and_device_of_the_caller_do_not_matter() -> None:
     """transformers changes both while it builds a model; a buffer of another size would be written past its end."""
     weight = torch.randn(40, 64)
-    expected = ops.quantize(weight, QuantSpec())
+    expected = quantize(weight, QuantSpec())
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            q = ops.quantize(weight, QuantSpec())
-            dense = ops.dequantize(q, torch.float32)
-            product = block_ops.gemv_4bit(weight.new_ones(1, 64), q)
+            q = quantize(weight, QuantSpec())
+            dense = dequantize(q, torch.float32)
+            product = gemv_4bit(weight.new_ones(1, 64), q)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(q.packed, expected.packed) and torch.equal(q.scales, expected.scales)
-    assert torch.equal(dense, ops.dequantize(expected, torch.float32))
+    assert torch.equal(dense, dequantize(expected, torch.float32))
     torch.testing.assert_close(product[0], dense.sum(1), rtol=1e-4, atol=1e-4)

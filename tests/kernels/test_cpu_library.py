@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from nybble.errors import KernelError
-from nybble.kernels import attention, block_cpu, cpu, decode_cpu
+from nybble.kernels.backends.cpp import attention, decode, four_bit, library, loss
 
-needs_library = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
+needs_library = pytest.mark.skipif(library.why_unavailable() is not None, reason=str(library.why_unavailable()))
 
 
 def run(code, **environment):
@@ -28,12 +28,13 @@ def run(code, **environment):
 def test_one_openmp_pool_is_shared_with_torch():
     code = """
 import torch
-from nybble.kernels import ops, cpu
 from nybble.formats.quant_spec import QuantSpec
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops.four_bit import quantize
 for threads in (1, 3, 2):
     torch.set_num_threads(threads)
-    assert cpu.num_threads() == threads, (cpu.num_threads(), threads)
-ops.quantize(torch.randn(512, 512) @ torch.randn(512, 512), QuantSpec())
+    assert library.num_threads() == threads, (library.num_threads(), threads)
+quantize(torch.randn(512, 512) @ torch.randn(512, 512), QuantSpec())
 pools = {line.split()[-1] for line in open("/proc/self/maps") if "gomp" in line or "libomp" in line or "iomp" in line}
 print(len(pools))
 """
@@ -45,7 +46,7 @@ def test_threads_follow_torch():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(threads + 1)
-        assert cpu.num_threads() == threads + 1
+        assert library.num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
 
@@ -54,13 +55,13 @@ HUGE = 1 << 45  # elements: more than any address space has
 
 
 def gemv_of_huge_rows(_):
-    block_cpu._gemv(None, 0, 1, HUGE, 1, *[None] * 8, 1.0, 64, None)
+    four_bit._gemv(None, 0, 1, HUGE, 1, *[None] * 8, 1.0, 64, None)
 
 
 def decode_of_a_huge_model(_):
-    head = decode_cpu._Head(projection=decode_cpu._Projection(in_features=HUGE))
-    step = decode_cpu._Step(rows=1, capacity=1)
-    decode_cpu._decode(None, 0, ctypes.addressof(head), ctypes.addressof(step))
+    head = decode._Head(projection=decode._Projection(in_features=HUGE))
+    step = decode._Step(rows=1, capacity=1)
+    decode._decode(None, 0, ctypes.addressof(head), ctypes.addressof(step))
 
 
 def attention_of_many_heads(kernel):
@@ -75,59 +76,61 @@ def attention_of_many_heads(kernel):
 @pytest.mark.parametrize(
     ("call", "kernel"),
     [
-        (lambda _: block_cpu._cross_entropy(None, HUGE, 0, None, 1, HUGE, 1.0, None), "cross_entropy"),
+        (lambda _: loss._cross_entropy(None, HUGE, 0, None, 1, HUGE, 1.0, None), "cross_entropy"),
         (gemv_of_huge_rows, "gemv"),
         (decode_of_a_huge_model, "decode"),
         (attention_of_many_heads, "attention_forward"),
         (attention_of_many_heads, "attention_backward"),
     ],
 )
-@pytest.mark.parametrize("isa", cpu.supported_isas() if cpu.why_unavailable() is None else ())
+@pytest.mark.parametrize("isa", library.supported_isas() if library.why_unavailable() is None else ())
 def test_a_kernel_without_memory_raises_and_the_next_call_is_fine(call, kernel, isa):
     if kernel == "gemv" and isa in ("portable", "avx2"):
         pytest.skip("this body needs no scratch memory")
-    with cpu.use_isa(isa):
+    with library.use_isa(isa):
         with pytest.raises(MemoryError, match=kernel):
             call(f"_{kernel.removeprefix('attention_')}_kernel")
         logits = torch.zeros(1, 3)
-        assert torch.isfinite(block_cpu.cross_entropy_(logits, torch.tensor([1]), 1.0)).all()
+        assert torch.isfinite(loss.cross_entropy_(logits, torch.tensor([1]), 1.0)).all()
 
 
 @needs_library
 def test_an_instruction_set_can_be_asked_for(monkeypatch):
-    best = cpu.current_isa()
-    assert best == cpu.supported_isas()[-1]
-    with cpu.use_isa(best):  # put back afterwards
-        for isa in cpu.supported_isas():
+    best = library.current_isa()
+    assert best == library.supported_isas()[-1]
+    with library.use_isa(best):  # put back afterwards
+        for isa in library.supported_isas():
             monkeypatch.setenv("NYBBLE_CPU_ISA", isa)
-            cpu.load.__wrapped__()
-            assert cpu.current_isa() == isa
-    assert cpu.current_isa() == best
+            library.load.__wrapped__()
+            assert library.current_isa() == isa
+    assert library.current_isa() == best
 
 
 @needs_library
 def test_a_request_that_cannot_be_met_is_refused_and_not_replaced(monkeypatch):
-    with pytest.raises(KernelError, match="This CPU runs the kernels for portable"), cpu.use_isa("sse9"):
+    with pytest.raises(KernelError, match="This CPU runs the kernels for portable"), library.use_isa("sse9"):
         pass
-    monkeypatch.setattr(cpu, "load", cpu.load.__wrapped__)  # as in a process that has not loaded it yet
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)  # as in a process that has not loaded it yet
     monkeypatch.setenv("NYBBLE_CPU_ISA", "sse9")
     with pytest.raises(KernelError, match="'sse9' was asked for"):
-        cpu.why_unavailable()
+        library.why_unavailable()
     monkeypatch.setenv("NYBBLE_CPU_LIBRARY", "/no/such.so")
     with pytest.raises(KernelError, match=r"/no/such.so does not exist"):
-        cpu.why_unavailable()
+        library.why_unavailable()
     monkeypatch.setenv("NYBBLE_CPU_LIBRARY", __file__)
     with pytest.raises(KernelError, match="cannot be loaded"):
-        cpu.why_unavailable()
+        library.why_unavailable()
 
 
 def test_without_the_library_the_reference_runs_and_the_reason_is_told():
     code = """
 import pathlib, torch
-from nybble.kernels import cpu, ops, registry
-cpu.library_path = lambda: pathlib.Path("/no/library")
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops.four_bit import quantize
+library.library_path = lambda: pathlib.Path("/no/library")
 from nybble.formats.quant_spec import QuantSpec
-print(ops.quantize(torch.ones(4), QuantSpec()).packed.tolist(), cpu.describe()["reason"])
+print(quantize(torch.ones(4), QuantSpec()).packed.tolist(), library.describe()["reason"])
 print({row.reason for row in registry.available() if row.backend == "cpp"})
 """
     reason = "not built (no compiler at install)"
@@ -136,7 +139,7 @@ print({row.reason for row in registry.available() if row.backend == "cpp"})
 
 @needs_library
 def test_describe_says_what_doctor_shows():
-    about = cpu.describe()
+    about = library.describe()
     assert about["available"] is True
     assert about["isa"] in about["isas"]
     assert about["threads"] == torch.get_num_threads()

@@ -8,7 +8,7 @@ and outputs that are inputs get the bits that outputs of their own get.
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,9 +18,12 @@ from torch import Tensor
 from nybble.errors import FormatError, KernelError
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
-from nybble.kernels import cpu, registry
-from nybble.kernels.attention import attention_backward, attention_forward
-from nybble.kernels.ops import FLOAT_DTYPES, quantize
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops.attention import attention_backward, attention_forward
+from nybble.kernels.ops.checks import FLOAT_DTYPES
+from nybble.kernels.ops.decode import DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
+from nybble.kernels.ops.four_bit import quantize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of the largest value
 WIDTHS = (1, 7, 33, 64, 100)
@@ -66,11 +69,6 @@ def rms_norm_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         weight, rstd = normal(shape[-1], seed=4, dtype=dtype), normal(*shape[:-1], seed=5).abs() + 0.1
         yield grad, x, weight, rstd, 1.0, False, Out(x)
         yield grad, x, weight, rstd, 0.0, True, total
-
-
-def rms_norm_weight_gradient(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    for shape in norm_shapes():
-        yield (*(normal(*shape, seed=seed, dtype=dtype) for seed in (1, 2)), normal(*shape[:-1], seed=3).abs())
 
 
 def rope(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -179,10 +177,38 @@ def packed_attention_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield grad, q, k, v, out, lse, borders, 0.3, 0, *outputs
 
 
+def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Two layers, the second with head norms, adapters and a window; two texts of unequal length."""
+    seeds = itertools.count(10)
+
+    def linears(width: int, *sizes: int, rank: int) -> list[DecoderLinear]:
+        def one(out: int) -> DecoderLinear:
+            with registry.use("reference"):
+                weight = quantize(normal(out, width, seed=next(seeds)) * width**-0.5, QuantSpec("nf4", 32))
+            low = (normal(rank, width, seed=next(seeds)) * width**-0.5, normal(out, rank, seed=next(seeds)) * 0.3)
+            return DecoderLinear(weight, normal(out, seed=next(seeds)), *(low if rank else (None, None)))
+
+        return [one(out) for out in sizes]
+
+    def norm(width: int) -> DecoderNorm:
+        return DecoderNorm(1 + 0.3 * normal(width, seed=next(seeds)), 1e-5)
+
+    def layer(head_norms: bool, rank: int, window: int) -> DecoderLayer:
+        projections = ((32, 32, 16, 16), (32, 32), (32, 40, 40), (40, 32))
+        norms = (norm(32), norm(32), *(norm(16) if head_norms else None for _ in range(2)))
+        return DecoderLayer(*(linears(*sizes, rank=rank) for sizes in projections), *norms, 2, 1, 16, window, 0.25)
+
+    head = DecoderLinear(normal(21, 32, seed=next(seeds)), None)
+    model = DecoderModel([layer(False, 0, 0), layer(True, 3, 4)], norm(32), head, dtype)
+    angles = normal(2, 5, seed=1)
+    cache = normal(2, 2, 2, 1, 9, 16, seed=2, dtype=dtype)
+    where = (torch.tensor(values) for values in ([0, 1], [7, 7], [0, 5]))
+    yield model, normal(2, 32, seed=3, dtype=dtype), angles.cos(), angles.sin(), cache, *where
+
+
 CASES: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "rms_norm_out": rms_norm,
     "rms_norm_backward_out": rms_norm_backward,
-    "rms_norm_weight_gradient": rms_norm_weight_gradient,
     "rope_": rope,
     "swiglu_out": swiglu,
     "swiglu_backward_out": swiglu_backward,
@@ -197,6 +223,7 @@ CASES: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "assign_columns": assign_columns,
     "packed_attention": packed_attention,
     "packed_attention_backward": packed_attention_backward,
+    "decode": decode,
 }
 
 
@@ -220,7 +247,7 @@ def bodies() -> Iterator[Body]:
     """Of all ops, as `nybble doctor` lists them; those in C++ once for each instruction set."""
     here = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for row in registry.available():
-        isas = cpu.supported_isas() if row.backend == "cpp" and row.available else (None,)
+        isas = library.supported_isas() if row.backend == "cpp" and row.available else (None,)
         for device in here if row.device == "any" else [row.device]:
             if row.available and device in here:
                 yield from (Body(row.op, row.backend, device, isa) for isa in isas)
@@ -235,7 +262,7 @@ def body(request: pytest.FixtureRequest) -> Iterator[Body]:
         if request.param.isa is None:
             yield request.param
         else:
-            with cpu.use_isa(request.param.isa):
+            with library.use_isa(request.param.isa):
                 yield request.param
     torch.use_deterministic_algorithms(False)
 
@@ -289,11 +316,15 @@ def call(
 
 
 def overload(op: str) -> Any:
+    if op == "decode":  # no torch op: a model is handed over before the step
+        return lambda model, *arguments: decoder(model).step(*arguments)
     return getattr(torch.ops.nybble, op).default
 
 
 def written(op: str) -> list[int]:
     """Places of the arguments that the op is declared to write."""
+    if op == "decode":
+        return [4]  # the cache
     declared = overload(op)._schema.arguments
     return [place for place, argument in enumerate(declared) if argument.alias_info and argument.alias_info.is_write]
 
@@ -302,6 +333,8 @@ def widened(argument: Any) -> Any:
     """The argument in fp32, where it is a number in fewer bits."""
     if isinstance(argument, Out):
         return Out(widened(argument.like))
+    if isinstance(argument, DecoderModel):
+        return replace(argument, dtype=torch.float32)
     if isinstance(argument, Tensor) and argument.is_floating_point():
         buffer = argument if argument._base is None else argument._base
         return buffer.float().as_strided(argument.shape, argument.stride(), argument.storage_offset())

@@ -125,8 +125,34 @@ def test_registering_twice_or_for_nobody_is_a_bug(backends: None) -> None:
         registry.register_backend("cpp", devices=None, probe=lambda: None)
     with pytest.raises(AssertionError, match="two cpp"):
         registry.register("scale", "cpp")(lambda: None)
-    with pytest.raises(AssertionError, match="comes first"):
-        registry.register("scale", "triton")
+    registry.register("scale", "triton")(lambda x, factor: "triton")
+    with pytest.raises(AssertionError, match="no backend triton"):
+        registry.available()
+
+
+def test_blocks_of_ops_run_where_each_op_has_a_body(backends: None) -> None:
+    assert registry.runs(("scale", "reference_only"), "cpu") is None
+    with registry.use("fast"):
+        assert registry.runs(("scale",), "cpu") is None
+        assert (
+            registry.runs(("scale", "reference_only"), "cpu") == "reference_only on cpu (fast: has no body for this op)"
+        )
+        assert registry.runs(("scale",), "cuda") == "scale on cuda (fast: runs on cpu only)"
+    with registry.use("cpp", "fast"):
+        assert registry.runs(("scale",), "cpu") is None
+
+
+def test_plain_bodies_alone_carry_blocks_on_the_cpu_only(backends: None) -> None:
+    for device in ("cuda", "xpu"):
+        assert registry.body("reference_only", device)(None) == "reference"
+        assert str(registry.runs(("reference_only",), device)).startswith(f"reference_only on {device} (")
+        with registry.use("reference"):
+            assert registry.runs(("reference_only",), device) is not None
+    registry.register_backend("for_cuda", devices=("cuda",), probe=lambda: None)
+    registry.register("reference_only", "for_cuda")(lambda x: "for_cuda")
+    registry.PREFERENCE["cuda"] = ("for_cuda", "reference")
+    assert registry.runs(("reference_only",), "cuda") is None
+    assert "scale on cuda (for_cuda: has no body" in str(registry.runs(("reference_only", "scale"), "cuda"))
 
 
 def test_available_tells_why_not(backends: None) -> None:
@@ -157,8 +183,6 @@ def test_a_declared_op_checks_then_dispatches(backends: None) -> None:
 
 
 def test_the_four_bit_ops_always_have_a_reference() -> None:
-    from nybble.kernels import ops  # noqa: F401
-
     rows = {(row.op, row.backend): row for row in registry.available()}
     for op in ("quantize_4bit", "dequantize_4bit", "dequantize_4bit_out"):
         assert rows[op, "reference"].available

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Con
 
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels import ops
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import decoder_states
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import (
@@ -59,7 +59,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> None:
     replace_linears(model, names, BaseFormats(spec), torch.float32)
     for name, weight in weights.items():
         layer = model.get_submodule(name)
-        layer.load_quantized(ops.quantize(weight.T if name in transposed else weight, spec))
+        layer.load_quantized(quantize(weight.T if name in transposed else weight, spec))
         if biases[name] is not None:
             layer.bias = nn.Parameter(biases[name].detach(), requires_grad=False)
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import IGNORE, Batch, pack, pack_tokens
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels import ops
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, ModuleForward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
@@ -71,7 +71,7 @@ def tuned_model(name: str, targets: str = "all-linear") -> nn.Module:
     dense = {layer: model.get_submodule(layer) for layer in names}
     replace_linears(model, names, BaseFormats(), torch.float32)
     for layer, linear in dense.items():
-        model.get_submodule(layer).load_quantized(ops.quantize(linear.weight.detach(), QuantSpec()))
+        model.get_submodule(layer).load_quantized(quantize(linear.weight.detach(), QuantSpec()))
         if linear.bias is not None:
             model.get_submodule(layer).bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
     attach_adapters(model, resolve_targets(model, targets), rank=3, alpha=6.0, seed=1)

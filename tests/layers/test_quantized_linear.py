@@ -9,7 +9,7 @@ from torch import nn
 
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
-from nybble.kernels import ops
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.lora import LoraLinear, lora_scaling
 from nybble.layers.quantized_linear import QuantizedLinear
 
@@ -19,7 +19,7 @@ SHAPES = [(192, 128), (70, 96), (33, 64), (5, 7), (1, 1)]  # (in, out); some wit
 def quantized_linear(in_features: int, out_features: int, spec: QuantSpec, bias: bool = False) -> QuantizedLinear:
     weight = torch.randn(out_features, in_features)
     layer = QuantizedLinear(in_features, out_features, bias, spec, torch.float32)
-    layer.load_quantized(ops.quantize(weight, spec))
+    layer.load_quantized(quantize(weight, spec))
     if bias:
         layer.bias.data.copy_(torch.randn(out_features))
     return layer

@@ -12,7 +12,7 @@ from nybble.errors import ConfigError, FormatError
 from nybble.formats.bnb import formats_from_config
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import CalibrationInput, quantize_folder
 from nybble.quantization.mixed import choose_mixed, layer_losses

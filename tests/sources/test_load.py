@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 from nybble.errors import ConfigError, ModelError
 from nybble.events import Event, Progress
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import describe_untouched, quantizable_linears, resolve_targets
 from nybble.layers.dense import CastEmbedding
 from nybble.layers.quantized_linear import QuantizedLinear

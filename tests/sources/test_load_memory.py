@@ -19,7 +19,7 @@ ALLOWANCE_BYTES = 200_000_000
 LOAD = """
 import json, sys, time, torch
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops.four_bit import quantize
 from nybble.memory.measure import PeakMemory, anonymous_bytes
 from nybble.sources.load import load_model
 from nybble.sources.skeleton import build_skeleton

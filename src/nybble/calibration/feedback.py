@@ -21,8 +21,8 @@ from nybble.calibration.search import STARTS, assemble, check_searchable, scale_
 from nybble.calibration.statistics import InputStatistics
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels.calibration_ops import MAX_ROWS, ScaleGrid, assign_columns, search_scales
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.calibration import MAX_ROWS, ScaleGrid, assign_columns, search_scales
+from nybble.kernels.ops.four_bit import dequantize, quantize
 
 NO_INPUTS = "its inputs were all zero"
 NOT_FINITE = "its inputs were not finite"

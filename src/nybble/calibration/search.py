@@ -20,7 +20,7 @@ from nybble.formats.double_quant import quantize_scales
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
-from nybble.kernels.calibration_ops import FoundScales, ScaleGrid, search_scales
+from nybble.kernels.ops.calibration import FoundScales, ScaleGrid, search_scales
 
 STARTS = (0.8, 0.9, 1.0, 1.1)  # multiples of absmax that the search begins from
 

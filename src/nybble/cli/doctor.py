@@ -37,7 +37,8 @@ def examine() -> dict[str, Any]:
     """What `nybble doctor` reports, ready for JSON; sizes in bytes."""
     import torch
 
-    from nybble.kernels import cpu, registry
+    from nybble.kernels import registry
+    from nybble.kernels.backends.cpp import library
     from nybble.sources.bundled import cache_folder
 
     return {
@@ -56,7 +57,7 @@ def examine() -> dict[str, Any]:
         "memory": {"total_bytes": _memory("MemTotal"), "available_bytes": _memory("MemAvailable")},
         "cuda": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "cache": str(cache_folder()),
-        "cpu_kernels": cpu.describe(),
+        "cpu_kernels": library.describe(),
         "kernels": [row._asdict() for row in registry.available()],
     }
 

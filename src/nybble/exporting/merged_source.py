@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nybble.calibration.search import search_weight
 from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.lora import linear_features
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.base import base_formats, data_free_quality

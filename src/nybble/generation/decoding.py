@@ -1,29 +1,34 @@
 """Answers token by token through the decoder blocks: the same four-bit weights, and a KV cache.
 
     prefill   the prompts, packed side by side, through dequantised weights and packed attention
-    step      one token of each text; up to FEW_ROWS texts multiply the packed weights as they lie, all layers and
-              the head in one kernel (kernels/decode_cpu.py); more texts share one dequantisation
+    step      one token of each text; up to MAX_ROWS texts multiply the packed weights as they lie, all layers and
+              the head in one op (kernels/ops/decode.py); more texts share one dequantisation
 
-Where that kernel is missing or does not know a weight's format, few rows go through the layers op by op, which is
-also the kernel's twin. Keys and values of all layers lie in one tensor, contiguous for the kernel. A's and B's
-products run in fp32: on few rows nothing is gained by less.
+Keys and values of all layers lie in one tensor.
 
 Left out: a ring buffer for sliding windows; the cache keeps all positions and attention reads the window.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.data.packing import pack_tokens
-from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels import block_ops, decode_cpu
-from nybble.kernels.decode_cpu import DecoderKernel, DecoderLayer, DecoderLinear, DecoderNorm
+from nybble.kernels.ops.decode import (
+    MAX_ROWS,
+    Attend,
+    DecoderLayer,
+    DecoderLinear,
+    DecoderModel,
+    DecoderNorm,
+    attend_to_cache,
+    decoder,
+    through_layer,
+)
 from nybble.layers.backbone import FusedForward
 from nybble.layers.decoder_block import DecoderBlock, Projection, rotary_angles
 from nybble.layers.lora import LoraLinear
@@ -33,11 +38,16 @@ from nybble.layers.quantized_linear import QuantizedLinear
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FEW_ROWS = decode_cpu.MAX_ROWS  # up to which multiplying packed weights beats dequantising them first
 FIRST_ROOM = 64  # tokens that the cache has room for beyond the prompts before it grows
-
-Product = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
-Attend = Callable[[int, Tensor], Tensor]  # layer, heads (T, heads + 2 kv heads, head_dim) -> (T, heads * head_dim)
+DECODER_OPS = (
+    "dequantize_4bit_out",
+    "gemv_4bit",
+    "rms_norm_out",
+    "rope_",
+    "packed_attention",
+    "swiglu_out",
+    "decode",
+)
 
 
 class KeyValueCache:
@@ -82,22 +92,6 @@ class KeyValueCache:
             self._grow()
         self.end += 1
 
-    def last_column(self) -> tuple[Tensor, ...]:
-        """Where to write it, for each layer `(2, texts, kv heads, head_dim)`."""
-        return self.data[..., self.end - 1, :].unbind()
-
-    def visible(self, window: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Keys and values `(texts, kv heads, columns, head_dim)` of each layer: the last `window`, 0 for all."""
-        columns = self.data[..., self._first_visible(window) : self.end, :]
-        return columns[:, 0].unbind(), columns[:, 1].unbind()
-
-    def mask(self, window: int) -> Tensor | None:
-        """Which of the visible columns each text has, bool `(texts, 1, 1, columns)`; None where all have all."""
-        first = self._first_visible(window)
-        if int(self.starts.max()) <= first:
-            return None
-        return (torch.arange(first, self.end) >= self.starts[:, None])[:, None, None]
-
     def last_places(self) -> tuple[Tensor, Tensor, Tensor]:
         """For the last column, int64 `(texts)` each: the texts, their columns, and their first columns."""
         texts = torch.arange(len(self.starts))
@@ -111,9 +105,6 @@ class KeyValueCache:
         """Forget all other texts."""
         index = torch.tensor(texts, dtype=torch.int64)
         self.data, self.starts = self.data.index_select(2, index), self.starts[index]
-
-    def _first_visible(self, window: int) -> int:
-        return max(0, self.end - window) if window else 0
 
     def _grow(self) -> None:
         assert self.end < self.limit, (self.end, self.limit)
@@ -135,10 +126,10 @@ class CachedDecoder:
         head = loss_head(model)
         assert isinstance(head, LossHead), head
         self.head = head
-        described = [_describe(block) for block in self.backbone.blocks]
-        self.layers = [_Layer(*pair) for pair in zip(self.backbone.blocks, described, strict=True)]
-        self.kernel = _kernel(described, model.base_model.norm, self.head)
-        self.windows = {block.window for block in self.backbone.blocks}
+        blocks = self.backbone.blocks
+        self.layers = [_describe(block) for block in blocks]
+        self.products = [[partial(_product, each) for each in block.projections] for block in blocks]
+        self.few_rows = decoder(_describe_model(self.layers, model.base_model.norm, self.head))
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
@@ -156,7 +147,8 @@ class CachedDecoder:
                 self.cache.fill(layer, text, heads[first:last, block.num_heads :])
             return block.mix(heads.flatten(1), rows)[0]
 
-        x = self._through_layers(x, rows.cos, rows.sin, attend)
+        attends = [partial(attend, layer) for layer in range(len(self.layers))]
+        x = self._through_layers(x, rows.cos, rows.sin, attends)
         return self._logits(x[torch.tensor(borders[1:]) - 1])
 
     @torch.no_grad()
@@ -165,118 +157,41 @@ class CachedDecoder:
         self.cache.open_column()
         x = self.model.base_model.embed_tokens(tokens)  # (texts, hidden)
         cos, sin = rotary_angles(self.model, self.cache.positions()[:, None])
-        if self.kernel and len(tokens) <= FEW_ROWS:
-            return self.head.finish(self.kernel.step(x, cos, sin, self.cache.data, *self.cache.last_places()))
-        return self._logits(self._through_layers(x, cos, sin, self._attend_to_cache()))
-
-    def _attend_to_cache(self) -> Attend:
-        """Attention of one new token of each text."""
-        slots = self.cache.last_column()
-        visible = {window: self.cache.visible(window) for window in self.windows}
-        masks = {window: self.cache.mask(window) for window in self.windows}
-
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            block = self.backbone.blocks[layer]
-            texts, _, head_dim = heads.shape
-            kv_heads = heads[:, block.num_heads :].view(texts, 2, block.num_kv_heads, head_dim)
-            slots[layer].copy_(kv_heads.transpose(0, 1))
-            # The heads that share a key head stand where attention expects queries of one head.
-            queries = heads[:, : block.num_heads].view(texts, block.num_kv_heads, -1, head_dim)
-            keys, values = visible[block.window]
-            out = F.scaled_dot_product_attention(
-                queries, keys[layer], values[layer], masks[block.window], scale=block.scale
-            )
-            return out.reshape(texts, -1)
-
-        return attend
+        if len(tokens) <= MAX_ROWS:
+            return self.head.finish(self.few_rows.step(x, cos, sin, self.cache.data, *self.cache.last_places()))
+        attends = attend_to_cache(self.layers, self.cache.data, *self.cache.last_places())
+        return self._logits(self._through_layers(x, cos, sin, attends))
 
     def keep(self, texts: Sequence[int]) -> None:
         """Go on with these texts only, in this order."""
         self.cache.keep(texts)
 
-    def _through_layers(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, partial(attend, index))
+    def _through_layers(self, x: Tensor, cos: Tensor, sin: Tensor, attends: Sequence[Attend]) -> Tensor:
+        for layer, products, attend in zip(self.layers, self.products, attends, strict=True):
+            x = through_layer(layer, products, x, cos, sin, attend)
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
-        if self.kernel and len(x) <= FEW_ROWS:
-            return self.head.finish(self.kernel.logits(x))
+        if len(x) <= MAX_ROWS:
+            return self.head.finish(self.few_rows.logits(x))
         return self.head.logits(self.model.base_model.norm(x))
 
 
-class _Layer:
-    """The forward of one decoder block, op by op, on rows whose attention is the caller's.
-
-    Args:
-        block: whose products many rows go through.
-        described: the same, as few rows see it.
-    """
-
-    def __init__(self, block: DecoderBlock, described: DecoderLayer):
-        self.block = block
-        few = (described.qkv, described.o, described.gate_up, described.down)
-        many = (block.qkv, block.o, block.gate_up, block.down)
-        self.few_rows: list[Product] = [partial(_few_rows_product, linears) for linears in few]
-        self.many_rows: list[Product] = [partial(_many_rows_product, projection) for projection in many]
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
-        """(T, hidden) -> (T, hidden)."""
-        block = self.block
-        qkv, o, gate_up, down = self.few_rows if x.shape[0] <= FEW_ROWS else self.many_rows
-        heads = qkv(_norm(block.input_norm, x)).view(x.shape[0], -1, block.head_dim)
-        rotated = heads[:, : block.num_heads + block.num_kv_heads]
-        if block.q_norm is not None:
-            queries, keys = rotated.split([block.num_heads, block.num_kv_heads], dim=1)
-            _norm(block.q_norm, queries, out=queries)
-            _norm(block.k_norm, keys, out=keys)
-        block_ops.rope_(rotated, cos, sin)
-        x = x + o(attend(heads))
-        gate, up = gate_up(_norm(block.mlp_norm, x)).chunk(2, dim=1)
-        return x + down(block_ops.swiglu(gate, up))
-
-
-def _norm(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
-    return block_ops.rms_norm(x, norm.weight, norm.variance_epsilon, out=out)[0]
-
-
-def _few_rows_product(linears: Sequence[DecoderLinear], x: Tensor) -> Tensor:
-    """(T, in) -> (T, Σ out); packed weights are multiplied as they lie."""
-    parts = []
-    for each in linears:
-        if isinstance(each.weight, QuantizedTensor):
-            part = block_ops.gemv_4bit(x, each.weight)
-        else:
-            part = F.linear(x, each.weight.to(x.dtype))
-        if each.bias is not None:
-            part += each.bias.to(x.dtype)
-        if each.a is not None and each.b is not None:
-            part += F.linear(F.linear(x.float(), each.a), each.b)
-        parts.append(part)
-    return torch.cat(parts, dim=1)
-
-
-def _many_rows_product(projection: Projection, x: Tensor) -> Tensor:
+def _product(projection: Projection, x: Tensor) -> Tensor:
+    """(T, in) -> (T, Σ out), on many rows."""
     adapters = [adapter for adapter in projection.adapters if adapter]
     enabled = any(adapter.enabled for adapter in adapters)
     assert all(adapter.enabled == enabled for adapter in adapters), "adapters are switched on and off together"
     return projection.forward(x, projection.low_rank(x) if enabled else None)
 
 
-# ---- what the kernel is told ---------------------------------------------------------------------
+# ---- what the op is told -------------------------------------------------------------------------
 
 
-def _kernel(layers: Sequence[DecoderLayer], norm: Any, head: LossHead) -> DecoderKernel | None:
-    """The kernel for few rows, where it knows how to multiply every weight."""
+def _describe_model(layers: Sequence[DecoderLayer], norm: Any, head: LossHead) -> DecoderModel:
     assert isinstance(head.weight, Tensor), "a streamed model does not generate"
-    if head.adapter is not None:  # the kernel's head has none
-        return None
-    dtype = norm.weight.dtype  # of keys and values
-    every = [linear.weight for layer in layers for linear in (*layer.qkv, *layer.o, *layer.gate_up, *layer.down)]
-    kinds = {each.spec if isinstance(each, QuantizedTensor) else each.dtype: each for each in (head.weight, *every)}
-    if not all(decode_cpu.can_multiply(weight, dtype) for weight in kinds.values()):
-        return None
-    return DecoderKernel(layers, _describe_norm(norm), DecoderLinear(head.weight, None), dtype)
+    described = DecoderLinear(head.weight.detach(), None, *_describe_adapter(head.adapter))
+    return DecoderModel(layers, _describe_norm(norm), described, norm.weight.dtype)
 
 
 def _describe(block: DecoderBlock) -> DecoderLayer:
@@ -305,9 +220,13 @@ def _describe(block: DecoderBlock) -> DecoderLayer:
 def _describe_linear(linear: Any, adapter: LoraLinear | None) -> DecoderLinear:
     weight = linear.quantized() if isinstance(linear, QuantizedLinear) else linear.weight.detach()
     bias = None if linear.bias is None else linear.bias.detach()
+    return DecoderLinear(weight, bias, *_describe_adapter(adapter))
+
+
+def _describe_adapter(adapter: LoraLinear | None) -> tuple[Tensor | None, Tensor | None]:
     if adapter is None or not adapter.enabled:
-        return DecoderLinear(weight, bias)
-    return DecoderLinear(weight, bias, adapter.lora_A.detach() * adapter.scaling, adapter.lora_B.detach())
+        return None, None
+    return adapter.lora_A.detach() * adapter.scaling, adapter.lora_B.detach()
 
 
 def _describe_norm(norm: Any) -> DecoderNorm:

@@ -7,7 +7,13 @@ modules of a decoder it grows by several times what is alive.
 import ctypes
 import sys
 
+import torch
 from torch import Tensor
+
+
+def lies_in_heap(device: torch.device) -> bool:
+    """Whether the small tensors of a device do."""
+    return device.type == "cpu"
 
 
 def give_back_free() -> None:

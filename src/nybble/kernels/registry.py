@@ -1,6 +1,6 @@
 """Which body runs an op: each op is declared once, backends register bodies for it.
 
-    registry.register_backend("cpp", devices=("cpu",), probe=why_not_built)
+    registry.register_backend("cpp", devices=("cpu",), probe=why_unavailable)
 
     @registry.register("dequantize_4bit", "cpp")
     def dequantize_4bit(packed, scales, ...):      # the op's own arguments
@@ -10,11 +10,13 @@ A call takes the first backend of the device's preference that is available and 
 arguments. An explicit request, by `use("cpp")` or NYBBLE_KERNELS=cpp, replaces the preference:
 nothing outside the request runs, and a request that cannot be met is an error that says why. Several
 names ("cpp", "reference" or NYBBLE_KERNELS=cpp,reference) are tried in the order given.
+
+Parts of nybble that replace a model's own modules, such as its decoder blocks, ask `runs` first.
 """
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from nybble.errors import KernelError
 
 ENVIRONMENT_VARIABLE = "NYBBLE_KERNELS"
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "reference"), "cuda": ("bitsandbytes", "reference")}
+PLAIN_BLOCKS = ("cpu",)  # devices where blocks of plain PyTorch bodies are worth more than a model's own modules
 
 Body = Callable[..., Any]
 
@@ -75,7 +78,6 @@ def register(op: str, backend: str, unsupported: Callable[..., str | None] | Non
     Args:
         unsupported: called with the op's arguments; returns None, or what the body lacks for them.
     """
-    assert backend in _backends, f"register_backend({backend!r}) comes first"
 
     def add(body: Body) -> Body:
         bodies = _registrations.setdefault(op, {})
@@ -126,7 +128,7 @@ def backend_of(op: str, device_type: str, backend: str | None = None, args: tupl
     Raises:
         KernelError: no backend of those asked for can run it; says why for each.
     """
-    wanted = (backend,) if backend else _request() or PREFERENCE.get(device_type, ("reference",))
+    wanted = (backend,) if backend else _request() or _preference(device_type)
     reasons = []
     for name in wanted:
         reason = _reason_against(op, name, device_type, args)
@@ -138,6 +140,21 @@ def backend_of(op: str, device_type: str, backend: str | None = None, args: tupl
         f"Backends with a body for {op}: {', '.join(_registrations.get(op, {})) or 'none'}.",
         f"Unset {ENVIRONMENT_VARIABLE}, or name one that is available (nybble doctor lists them).",
     )
+
+
+def runs(ops: Iterable[str], device_type: str) -> str | None:
+    """None where blocks made of these ops may replace a model's own modules on `device_type`, else the op and who of
+    those asked for lacks it.
+    """
+    wanted = [
+        name for name in _request() or _preference(device_type) if name != "reference" or device_type in PLAIN_BLOCKS
+    ]
+    for op in ops:
+        reasons = [_reason_against(op, name, device_type, None) for name in wanted]
+        if None not in reasons:
+            against = "; ".join(f"{name}: {reason}" for name, reason in zip(wanted, reasons, strict=True))
+            return f"{op} on {device_type} ({against or 'no backend is made for it'})"
+    return None
 
 
 @contextmanager
@@ -161,6 +178,7 @@ def available() -> list[Row]:
     rows = []
     for op, registrations in _registrations.items():
         for name in registrations:
+            assert name in _backends, f"{op} has a body of no backend {name}"
             for device in _backends[name].devices or ("any",):
                 reason = _reason_against(op, name, device, None)
                 rows.append(Row(op, name, device, reason is None, reason or ""))
@@ -181,6 +199,10 @@ def _reason_against(op: str, name: str, device_type: str, args: tuple[Any, ...] 
     if reason is None and args and registration.unsupported:
         return registration.unsupported(*args)
     return reason
+
+
+def _preference(device_type: str) -> tuple[str, ...]:
+    return PREFERENCE.get(device_type, ("reference",))
 
 
 def _request() -> tuple[str, ...]:

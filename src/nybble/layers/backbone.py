@@ -5,6 +5,7 @@ Two ways, same numbers. `FusedForward` runs packed batches through nybble's deco
 alone, else padded, else a row at a time. `CausalLM.of` (`layers/causal_lm.py`) chooses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from inspect import Parameter, signature
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.data.packing import Batch
-from nybble.kernels.heap import TrimmedHeap, give_back_free
-from nybble.layers.decoder_block import DenseWeights, Keep, PackedSequences, decoder_block, rotary_angles
+from nybble.kernels import registry
+from nybble.kernels.heap import TrimmedHeap, give_back_free, lies_in_heap
+from nybble.layers.decoder_block import BLOCK_OPS, DenseWeights, Keep, PackedSequences, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.sizes import SHAPE_RULES
@@ -39,7 +41,7 @@ class Why(StrEnum):
     FAMILY = f"decoder blocks know {', '.join(BLOCK_FAMILIES)}; this is {{}}"
     ACTIVATION = "decoder blocks know SwiGLU; this model's activation is {}"
     DROPOUT = "decoder blocks have no adapter dropout"
-    DEVICE = "decoder blocks are made for the CPU"
+    KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
 
@@ -111,7 +113,7 @@ class ModuleForward:
         kept: KeptTensors | None = None,
     ):
         self.model, self.layout, self.store, self.kept = model, layout, store, kept
-        self._trims = checkpointing and kept is None and next(model.parameters()).device.type == "cpu"
+        self._trims = checkpointing and kept is None and lies_in_heap(next(model.parameters()).device)
         if store is not None:
             attach_store(model, store)
         if checkpointing and model.supports_gradient_checkpointing:
@@ -221,19 +223,23 @@ def why_not_blocks(
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
 
-def why_not_forward(model: "PreTrainedModel", device: torch.device | None = None) -> Reason | None:
+def why_not_forward(
+    model: "PreTrainedModel", device: torch.device | None = None, ops: Sequence[str] = BLOCK_OPS
+) -> Reason | None:
     """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason.
 
     Args:
         device: that computes; the model's own if not given.
+        ops: what it must have kernels for.
     """
     config = model.config.get_text_config()
     if config.model_type not in BLOCK_FAMILIES:
         return Reason(Why.FAMILY, config.model_type)
     if config.hidden_act != "silu":
         return Reason(Why.ACTIVATION, config.hidden_act)
-    if (device or next(model.parameters()).device).type != "cpu":
-        return Reason(Why.DEVICE)
+    missing = registry.runs(ops, (device or next(model.parameters()).device).type)
+    if missing is not None:
+        return Reason(Why.KERNELS, missing)
     if not is_plain(model.get_output_embeddings()):
         return Reason(Why.HEAD)
     return None

@@ -28,7 +28,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nybble.kernels import attention, block_ops, ops
+from nybble.kernels.ops.attention import attention_backward, attention_forward
+from nybble.kernels.ops.four_bit import dequantize_into
+from nybble.kernels.ops.glu import swiglu, swiglu_backward
+from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
+from nybble.kernels.ops.rope import rope_, rope_backward_
 from nybble.layers.dense import weight_matrix
 from nybble.layers.lora import LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -38,6 +42,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Keep = Literal["nothing", "attention", "everything"]
+
+BLOCK_OPS = (
+    "dequantize_4bit_out",
+    "rms_norm_out",
+    "rms_norm_backward_out",
+    "rope_",
+    "packed_attention",
+    "packed_attention_backward",
+    "swiglu_out",
+    "swiglu_backward_out",
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ class DenseWeights:
         if self._buffer.dtype != dtype or self._buffer.numel() < numel:
             self._buffer = torch.empty(numel, dtype=dtype, device=quantized.packed.device)
         weight = self._buffer[:numel].view(linear.out_features, linear.in_features)
-        ops.dequantize_into(quantized, weight)
+        dequantize_into(quantized, weight)
         return weight
 
 
@@ -261,13 +276,17 @@ class DecoderBlock:
         """(T, hidden) -> (T, hidden)."""
         return _BlockFunction.apply(x, self, rows, keep, *self.parameters())
 
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
     def parameters(self) -> list[Tensor]:
         """The adapters' parameters, in the order in which `backward` returns their gradients."""
-        return [p for projection in (self.qkv, self.o, self.gate_up, self.down) for p in projection.parameters()]
+        return [p for projection in self.projections for p in projection.parameters()]
 
     def refresh_adapters(self, dtype: torch.dtype) -> None:
         """Bring the copies of the block's adapters up to date."""
-        for projection in (self.qkv, self.o, self.gate_up, self.down):
+        for projection in self.projections:
             projection.refresh_adapters(dtype)
 
     # ---- forward ---------------------------------------------------------------------------------
@@ -279,13 +298,13 @@ class DecoderBlock:
         qkv = self.qkv.forward(normed, z)
         head_norms = self._norm_heads(qkv) if self.q_norm is not None else None
         rotated = self._heads(qkv)[:, : self.num_heads + self.num_kv_heads]
-        block_ops.rope_(rotated, rows.cos, rows.sin)
+        rope_(rotated, rows.cos, rows.sin)
         return Attended(rstd, z, qkv, head_norms)
 
     def mix(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
         """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, T)."""
         q, k, v = self._split_heads(qkv)
-        out, lse = attention.attention_forward(q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window)
+        out, lse = attention_forward(q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window)
         return out.flatten(1), lse
 
     def _heads(self, qkv: Tensor) -> Tensor:
@@ -309,7 +328,7 @@ class DecoderBlock:
     def backward_attend(self, grad_qkv: Tensor, head_norms: list["HeadNorm"] | None, rows: PackedSequences) -> None:
         """Undo rope and head norms on the gradient of attention's operands, in place."""
         grads = self._heads(grad_qkv)
-        block_ops.rope_backward_(grads[:, : self.num_heads + self.num_kv_heads], rows.cos, rows.sin)
+        rope_backward_(grads[:, : self.num_heads + self.num_kv_heads], rows.cos, rows.sin)
         grad_q, grad_k, _ = self._split_heads(grad_qkv)
         for grad, kept in zip((grad_q, grad_k), head_norms or (), strict=False):
             _norm_backward(kept.norm, grad, kept.before, kept.rstd, out=grad)
@@ -379,7 +398,7 @@ def _compute(
     normed, rstd2 = _norm(block.mlp_norm, x2)
     z_gate_up = block.gate_up.low_rank(normed)
     gate_up = block.gate_up.forward(normed, z_gate_up)
-    act = block_ops.swiglu(*gate_up.chunk(2, dim=1))
+    act = swiglu(*gate_up.chunk(2, dim=1))
     z_down = block.down.low_rank(act)
     return Intermediates(attended, out, lse, z_o, x2, rstd2, z_gate_up, gate_up, z_down), act
 
@@ -411,9 +430,9 @@ class _BlockFunction(torch.autograd.Function):
         gate, up = s.gate_up.chunk(2, dim=1)
         if act is None:
             act = torch.empty_like(grad_act)
-            block_ops.swiglu_backward(grad_act, gate, up, gate, up, act)  # s.gate_up now holds its own gradient
+            swiglu_backward(grad_act, gate, up, gate, up, act)  # s.gate_up now holds its own gradient
         else:
-            block_ops.swiglu_backward(grad_act, gate, up, gate, up)
+            swiglu_backward(grad_act, gate, up, gate, up)
         del grad_act
         down = block.down.backward_adapters(grad_y, grad_z, act, s.z_down)
         del act
@@ -428,7 +447,7 @@ class _BlockFunction(torch.autograd.Function):
         grad_out = block.o.backward_input(grad_x2, grad_z)
         grad_qkv = torch.empty_like(s.attended.qkv)
         q, k, v = block._split_heads(s.attended.qkv)
-        attention.attention_backward(
+        attention_backward(
             grad_out.view(q.shape), q, k, v, s.attention_out.view(q.shape), s.lse, rows.cu_seqlens,
             scale=block.scale, window=block.window, grads=block._split_heads(grad_qkv),
         )  # fmt: skip
@@ -445,8 +464,8 @@ class _BlockFunction(torch.autograd.Function):
 
 def _norm(norm: Any, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The normed rows and 1 / RMS of each."""
-    return block_ops.rms_norm(x, norm.weight.detach(), norm.variance_epsilon, out=out)
+    return rms_norm(x, norm.weight.detach(), norm.variance_epsilon, out=out)
 
 
 def _norm_backward(norm: Any, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    return block_ops.rms_norm_backward(grad, x, norm.weight.detach(), rstd, out=out, accumulate=accumulate)
+    return rms_norm_backward(grad, x, norm.weight.detach(), rstd, out=out, accumulate=accumulate)

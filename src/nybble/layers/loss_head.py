@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nybble.errors import ModelError, first_line, foreign_errors
-from nybble.kernels import block_ops
+from nybble.kernels.ops.loss import cross_entropy_
 from nybble.layers.lora import LoraLinear
 from nybble.layers.streamed import HeadMatrix, StreamedHead, widened
 from nybble.sizes import SHAPE_RULES, ShapeRules
@@ -113,7 +113,7 @@ class LossHead:
     def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         chunks = self._chunks(hidden, targets)
-        losses = [block_ops.cross_entropy_(self.logits(h, buffer), t, 0.0) for h, t, buffer in chunks]
+        losses = [cross_entropy_(self.logits(h, buffer), t, 0.0) for h, t, buffer in chunks]
         return _weighted(torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])[: len(targets)], weights)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
@@ -206,7 +206,7 @@ class LossHead:
         """
         logits = self._logits(hidden, buffer, low, b)
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
-        losses = block_ops.cross_entropy_(logits, targets, factor * self.scale)  # logits now holds the gradient
+        losses = cross_entropy_(logits, targets, factor * self.scale)  # logits now holds the gradient
         if slope is not None:
             logits *= slope
         grad = logits.to(hidden.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels import ops
+from nybble.kernels.ops.four_bit import dequantize
 
 
 class _FrozenProduct(torch.autograd.Function):
@@ -89,7 +89,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, `[out_features, in_features]`."""
-        return ops.dequantize(self.quantized(), dtype or self.compute_dtype)
+        return dequantize(self.quantized(), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _FrozenProduct.apply(x, self.weight, self.scales, self.spec, (self.out_features, self.in_features))

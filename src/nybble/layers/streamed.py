@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
-from nybble.kernels import ops
+from nybble.kernels.ops.four_bit import dequantize
 from nybble.sizes import SHAPE_RULES
 
 
@@ -79,7 +79,7 @@ class StreamedLinear(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight, `[out_features, in_features]`."""
         assert self.store is not None, f"{self.name} is streamed, and there is no block store"
-        return ops.dequantize(self.store.fetch(self.name), dtype)
+        return dequantize(self.store.fetch(self.name), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         y = _StreamedProduct.apply(x, self)

@@ -16,7 +16,7 @@ from nybble.calibration.statistics import InputStatistics
 from nybble.formats.quant_spec import BaseFormats
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.heap import give_back_free
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import replace_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.lora import linear_features

@@ -29,7 +29,7 @@ from nybble.formats.bnb import quantization_config, refused_by_transformers, to_
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import is_linear
 from nybble.options.groups import DENSE_SHARE
 from nybble.quantization.blocks import BlockCalibrator, weight_report

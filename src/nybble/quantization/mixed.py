@@ -25,7 +25,7 @@ from nybble.errors import ConfigError, ModelError
 from nybble.events import Event, Listener, silent
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.dense import weight_matrix

@@ -18,7 +18,7 @@ from nybble.files.disk import disk_errors
 from nybble.formats.bnb import quantization_config, to_bnb
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.safetensors import SafetensorsWriter, staged_folder
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import save_config
 from nybble.sources.shapes import SHAPES

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from nybble.calibration.statistics import InputStatistics
 from nybble.errors import ModelError
-from nybble.kernels import block_ops
+from nybble.kernels.ops.glu import swiglu
+from nybble.kernels.ops.norm import rms_norm
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
 from nybble.layers.decoder_block import (
@@ -216,7 +217,7 @@ def _mlp_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Te
 
 
 def _normed(norm: Any, states: Tensor) -> Tensor:
-    return block_ops.rms_norm(states.to(norm.weight.dtype), norm.weight.detach(), norm.variance_epsilon)[0]
+    return rms_norm(states.to(norm.weight.dtype), norm.weight.detach(), norm.variance_epsilon)[0]
 
 
 def _mix(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
@@ -229,7 +230,7 @@ def _add_attention(block: DecoderBlock, mixed: Tensor, states: Tensor) -> None:
 
 def _gate(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
     gate, up = block.gate_up.forward(_mlp_input(block, rows, states), None).chunk(2, dim=1)
-    return block_ops.swiglu(gate, up)
+    return swiglu(gate, up)
 
 
 def _add_mlp(block: DecoderBlock, gated: Tensor, states: Tensor) -> None:

@@ -17,7 +17,7 @@ from nybble.events import Listener, silent, tracked
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
-from nybble.kernels.ops import quantize
+from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear

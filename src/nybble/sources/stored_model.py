@@ -18,7 +18,7 @@ from nybble.formats.bnb import StoredWeight
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile, TensorEntry
-from nybble.kernels.ops import dequantize
+from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
 from nybble.sources.placement import PlacedTensor, place_tensors, read_placed

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from nybble.kernels import block_ops
-from nybble.kernels.block_ops import ADAMW_BLOCK
+from nybble.kernels.ops.optimizer import ADAMW_BLOCK, adamw_, adamw_8bit_
 from nybble.memory.measure import has_own_memory
 from nybble.memory.pager import Layout, PagedState, State
 
@@ -24,7 +23,7 @@ class AdamW:
         beta1, beta2: decay of the two moments.
         weight_decay: each step multiplies a parameter by 1 - lr * weight_decay.
         eps: added to the root of the second moment.
-        bits: of a moment between steps; 8 are codes with a scale for each 256 (see `block_ops.adamw_8bit_`).
+        bits: of a moment between steps; 8 are codes with a scale for each 256 (see `adamw_8bit_`).
         paged_in: the folder that the moments are paged in from the start (see `page_out`); None keeps them in memory.
 
     Raises:
@@ -45,7 +44,7 @@ class AdamW:
         self.parameters = list(parameters)
         self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
         self.num_steps = 0
-        self._update = block_ops.adamw_ if bits == 32 else block_ops.adamw_8bit_
+        self._update = adamw_ if bits == 32 else adamw_8bit_
         self._device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._layouts = [moments_layout(parameter.shape, bits) for parameter in self.parameters]
         self._state: list[State] | PagedState = (
@@ -75,11 +74,6 @@ class AdamW:
             if self.num_steps:  # else both are zeros
                 _copy(self._state, paged)
             self._state = paged
-
-    def page_in(self) -> None:
-        """Move the moments back into memory."""
-        if isinstance(self._state, PagedState):
-            self._state = [{name: t.clone() for name, t in state.items()} for state in self._state.reading()]
 
     @property
     def paged(self) -> bool:

@@ -8,7 +8,7 @@
 // among threads changes no bit. 16 bytes read and 12 written an element: memory sets the pace.
 //
 // `adamw_8bit` keeps m and v as codes of the dynamic map with a scale for each 256 elements (arXiv 2110.02861; see
-// kernels/block_ops.py): a block is widened, updated as above, and rounded to the nearest codes of its new scales.
+// kernels/ops/optimizer.py): a block is widened, updated as above, and rounded to the nearest codes of its new scales.
 #include "dispatch.h"
 #include "vec.h"
 

@@ -1,4 +1,4 @@
-// The arguments of nybble_attention_forward and nybble_attention_backward; kernels/attention.py mirrors this struct.
+// The arguments of nybble_attention_forward and nybble_attention_backward; backends/cpp/attention.py mirrors this struct.
 #pragma once
 
 #include <cstdint>

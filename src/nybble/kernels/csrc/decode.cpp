@@ -10,7 +10,7 @@
 // threads walk through the layers together and meet at barriers. Between products all rows are fp32, and only keys and
 // values are rounded, to the cache's type; four-bit products run in that type (gemv.h), dense ones and adapters in fp32.
 //
-// The structs below are filled by kernels/decode_cpu.py, once a model but for Step.
+// The structs below are filled by backends/cpp/decode.py, once a model but for Step.
 #include "dispatch.h"
 #include "gemv.h"
 #include "rms_norm.h"

@@ -9,7 +9,7 @@
 // multiply from there. Floor: packed bytes and scales, read once.
 //
 // The codebook comes multiplied by a factor that the results are divided by in the end: the caller chooses one for
-// which the 16 values hardly change when rounded to bf16 (kernels/block_cpu.py).
+// which the 16 values hardly change when rounded to bf16 (backends/cpp/four_bit.py).
 #pragma once
 
 #include <cstdlib>

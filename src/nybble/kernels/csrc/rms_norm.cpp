@@ -47,20 +47,6 @@ static void backward_rows(const T* dy, int64_t dy_stride, const T* x, int64_t x_
     }
 }
 
-// Columns are shared out, and each is summed over the rows in their order: the same bits with any number of threads.
-template <typename T>
-static void weight_gradient(const T* dy, const T* x, const float* rstd, int64_t rows, int64_t width, float* dw) {
-#pragma omp parallel for schedule(static) if (rows * width > 16384)
-    for (int64_t i = 0; i < width; i += kLanes) {
-        F32 total = {};
-        for (int64_t row = 0; row < rows; ++row) {
-            const int64_t at = row * width + i;
-            total = fma(load_up_to(dy + at, width - i), load_up_to(x + at, width - i) * rstd[row], total);
-        }
-        store_up_to(dw + i, total, width - i);
-    }
-}
-
 // x and y share one type, the weight has its own; y may be x.
 void rms_norm(const void* x, int64_t x_stride, int dtype, const void* weight, int weight_dtype, float weight_offset,
               float eps, int64_t outer, int64_t inner, int64_t width, void* y, int64_t y_stride, float* rstd) {
@@ -87,12 +73,6 @@ void rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t
 #undef RUN
 }
 
-void rms_norm_weight_gradient(const void* dy, const void* x, int dtype, const float* rstd, int64_t rows, int64_t width,
-                              float* dw) {
-    if (dtype == NYBBLE_F32) weight_gradient((const float*)dy, (const float*)x, rstd, rows, width, dw);
-    if (dtype == NYBBLE_BF16) weight_gradient((const bf16*)dy, (const bf16*)x, rstd, rows, width, dw);
-}
-
 }  // namespace nybble::NYBBLE_ISA
 
 NYBBLE_ENTRY(rms_norm,
@@ -106,7 +86,3 @@ NYBBLE_ENTRY(rms_norm_backward,
               void* dx, int64_t dx_stride, int accumulate),
              (dy, dy_stride, x, x_stride, dtype, weight, weight_dtype, weight_offset, rstd, outer, inner, width, dx,
               dx_stride, accumulate))
-
-NYBBLE_ENTRY(rms_norm_weight_gradient,
-             (const void* dy, const void* x, int dtype, const float* rstd, int64_t rows, int64_t width, float* dw),
-             (dy, x, dtype, rstd, rows, width, dw))

@@ -13,7 +13,7 @@
 #include <immintrin.h>
 #endif
 
-// What the C ABI calls an element type; kernels/cpu.py holds the same numbers.
+// What the C ABI calls an element type; backends/cpp/library.py holds the same numbers.
 enum NybbleDtype : int { NYBBLE_F32 = 0, NYBBLE_BF16 = 1, NYBBLE_F16 = 2 };
 
 namespace nybble::NYBBLE_ISA {

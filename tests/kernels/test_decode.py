@@ -1,28 +1,44 @@
-"""The kernel of a whole decoding step against the formulas in fp64, on every instruction set.
+"""A whole decoding step against the formulas in fp64: op by op, and in C++ on every instruction set.
 
-Fresh tensors start as NaN, and so does every column of the cache that a text does not have.
+Fresh tensors start as NaN, and so does every column of the cache that a text does not have, or as a large number.
 """
+
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nybble.errors import KernelError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels import cpu, ops, registry
-from nybble.kernels.decode_cpu import MAX_ROWS, DecoderKernel, DecoderLayer, DecoderLinear, DecoderNorm, can_multiply
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.backends.cpp.decode import Kernel
+from nybble.kernels.backends.reference.decode import OpByOp
+from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
+from nybble.kernels.ops.four_bit import dequantize, quantize
 
-pytestmark = pytest.mark.skipif(cpu.why_unavailable() is not None, reason=str(cpu.why_unavailable()))
-ISAS = cpu.supported_isas() if cpu.why_unavailable() is None else ()
+ISAS = library.supported_isas() if library.why_unavailable() is None else ()
 # Of the logits' norm; bf16: keys, values and what enters a product are rounded, some ten times in two layers.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 VOCABULARY, CAPACITY, LAYERS = 37, 21, 2
 
 
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request):
-    with cpu.use_isa(request.param), registry.use("cpp"):
-        yield request.param
+# Op by op in fp32 alone: oneDNN compiles each shape of bf16 anew, which takes a minute.
+RUNS = [("reference", torch.float32), *itertools.product(ISAS, TOLERANCE)]
+
+
+@pytest.fixture(params=RUNS, ids=str)
+def run(request):
+    """The body that runs, and the type of the cache."""
+    body, dtype = request.param
+    if body == "reference":
+        with registry.use("reference"):
+            yield body, dtype
+    else:
+        with library.use_isa(body), registry.use("cpp"):
+            yield body, dtype
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +59,7 @@ class Random:
         """`weight`: a QuantSpec, or the dtype of a dense one."""
         dense = self.normal(out, width, std=width**-0.5)
         return DecoderLinear(
-            ops.quantize(dense, weight) if isinstance(weight, QuantSpec) else dense.to(weight),
+            quantize(dense, weight) if isinstance(weight, QuantSpec) else dense.to(weight),
             self.normal(out, std=0.3) if bias else None,
             self.normal(rank, width, std=width**-0.5) if rank else None,
             self.normal(out, rank, std=0.3) if rank else None,
@@ -79,11 +95,7 @@ class Random:
 
 def project(linears, x):
     def one(linear):
-        w = (
-            ops.dequantize(linear.weight, torch.float32)
-            if isinstance(linear.weight, QuantizedTensor)
-            else linear.weight
-        )
+        w = dequantize(linear.weight, torch.float32) if isinstance(linear.weight, QuantizedTensor) else linear.weight
         y = x @ w.double().T
         if linear.bias is not None:
             y = y + linear.bias.double()
@@ -153,34 +165,35 @@ PLACES = {  # texts, columns, starts
 }
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_step_is_what_the_formulas_say(shape, dtype):
+def test_a_step_is_what_the_formulas_say(run, shape):
+    body, dtype = run
     random = Random()
     arguments = SHAPES[shape]
     hidden, _, kv_heads, head_dim = arguments[:4]
     ranks = (*arguments[7], 0, 0, 0)
     layers = [random.layer(*arguments[:7], ranks, *arguments[8:]) for _ in range(LAYERS)]
     last_norm, head = random.norm(hidden), random.linear(VOCABULARY, hidden, torch.bfloat16)
-    assert can_multiply(layers[0].qkv[0].weight, dtype)
-    kernel = DecoderKernel(layers, last_norm, head, dtype)
+    ready = decoder(DecoderModel(layers, last_norm, head, dtype))
+    poison = 1e4 if body == "reference" else torch.nan  # op by op, what is not seen is multiplied by zero
     for places in PLACES.values():
         texts, columns, starts = map(torch.tensor, places)
         x, half = random.normal(len(texts), hidden).to(dtype), head_dim // 2 - head_dim // 8  # the rest is not turned
         angles = columns[:, None] / 100 ** (torch.arange(half) / half)
         cache = random.normal(LAYERS, 2, int(texts.max()) + 1, kv_heads, CAPACITY, head_dim).to(dtype)
         for text, (first, last) in enumerate(columns_before(places, cache.shape[2])):
-            cache[:, :, text, :, :first] = torch.nan
-            cache[:, :, text, :, last:] = torch.nan
-        exact = cache.double()
+            cache[:, :, text, :, :first] = poison
+            cache[:, :, text, :, last:] = poison
+        before, exact = cache.clone(), cache.double()
         rest = layers, last_norm, head, x, angles.cos(), angles.sin(), exact, texts, columns, starts
         expected = expected_logits(*rest)
-        got = kernel.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
+        got = ready.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
         assert got.dtype == torch.float32 and got.isfinite().all()
         assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
-        assert torch.equal(cache.isnan(), exact.isnan()), "no other column was written"
-        known = ~exact.isnan()
-        assert (cache.double()[known] - exact[known]).norm() <= TOLERANCE[dtype] * exact[known].norm()
+        new = torch.zeros_like(cache, dtype=torch.bool)
+        new[:, :, texts, :, columns] = True
+        torch.testing.assert_close(cache[~new], before[~new], rtol=0, atol=0, equal_nan=True)
+        assert (cache.double()[new] - exact[new]).norm() <= TOLERANCE[dtype] * exact[new].norm()
 
 
 def columns_before(places, num_texts):
@@ -191,21 +204,35 @@ def columns_before(places, num_texts):
         yield (starts[rows[0]], min(columns[row] for row in rows)) if rows else (0, 0)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_the_head_alone(dtype):
+def test_the_head_alone(run):
+    _, dtype = run
     random = Random()
     layers = [random.layer(64, 2, 1, 32, 64, NF4, False, (0, 0, 0), 0, False)]
     last_norm, head = random.norm(64), random.linear(VOCABULARY, 64, torch.float32)
-    kernel = DecoderKernel(layers, last_norm, head, dtype)
+    ready = decoder(DecoderModel(layers, last_norm, head, dtype))
     x = random.normal(5, 64).to(dtype)
     before = x.clone()
     expected = project([head], norm(last_norm, x.double()))
-    assert (kernel.logits(x).double() - expected).norm() <= 3e-6 * expected.norm()
+    assert (ready.logits(x).double() - expected).norm() <= 3e-6 * expected.norm()
     assert torch.equal(x, before)
 
 
-def test_where_the_reference_is_asked_for_the_kernel_is_not_used():
-    q = ops.quantize(Random().normal(4, 64), NF4)
-    assert can_multiply(q, torch.bfloat16) and can_multiply(torch.zeros(4, 64), torch.float32)
+def model_in(weight, dtype):
+    random = Random()
+    layers = [random.layer(64, 2, 1, 32, 64, weight, False, (0, 0, 0), 0, False)]
+    return DecoderModel(layers, random.norm(64), random.linear(VOCABULARY, 64, torch.float32), dtype)
+
+
+@pytest.mark.skipif(not ISAS, reason=str(library.why_unavailable()))
+def test_what_the_kernel_lacks_goes_op_by_op_unless_it_was_asked_for():
+    assert isinstance(decoder(model_in(NF4, torch.bfloat16)), Kernel)
     with registry.use("reference"):
-        assert not can_multiply(q, torch.bfloat16) and not can_multiply(torch.zeros(4, 64), torch.float32)
+        assert isinstance(decoder(model_in(NF4, torch.bfloat16)), OpByOp)
+    for weight, dtype, lacks in (
+        (QuantSpec("nf3"), torch.float32, "not nf3"),
+        (NF4, torch.float16, "not torch.float16"),
+    ):
+        model = model_in(weight, dtype)
+        assert isinstance(decoder(model), OpByOp)
+        with registry.use("cpp"), pytest.raises(KernelError, match=lacks):
+            decoder(model)

@@ -1,10 +1,9 @@
-"""The inner loops of calibration, declared once: schema, checks, fake.
+"""The inner loops of calibration.
 
     nybble::search_scales     weights -> scales (and their 8-bit codes), indices
     nybble::assign_columns    targets, one column after the other -> indices, what each lost
 
-Call the functions below; bodies are in calibration_reference.py (plain PyTorch) and calibration_cpu.py (C++). All
-arithmetic is fp32. Both take formats of any number of levels up to 16 without zero points.
+All arithmetic is fp32. Both take formats of any number of levels up to 16 without zero points.
 """
 
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from nybble.errors import KernelError
 from nybble.kernels import registry
+from nybble.kernels.ops.checks import FP32, check_tensor
 
 MAX_ROWS = 128  # of `assign_columns`: a column's targets stay in the first-level cache
 
@@ -86,15 +86,6 @@ def assign_columns(target: Tensor, scale: Tensor, factors: Tensor, format: str) 
     return torch.ops.nybble.assign_columns(target, scale, factors, format)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    right = tuple(tensor.shape) == shape and tensor.dtype == torch.float32 and tensor.device == like.device
-    if not (right and tensor.is_contiguous()):
-        raise KernelError(
-            f"{name} is {tensor.dtype}, shape {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}.",
-            f"Allowed: fp32, contiguous, shape {shape}, on {like.device}.",
-        )
-
-
 def _check_search(
     weight: Tensor,
     importance: Tensor,
@@ -104,14 +95,14 @@ def _check_search(
     block_size: int,
     starts: list[float],
 ) -> None:
-    _check("weight", weight, tuple(weight.shape), weight)
+    check_tensor("weight", weight, weight, weight.shape, FP32)
     if weight.numel() == 0 or importance.numel() == 0:
         raise KernelError("weight or importance is empty.", "Allowed: at least one element.")
-    _check("importance", importance, (importance.numel(),), weight)
+    check_tensor("importance", importance, weight, (importance.numel(),), FP32)
     if step is not None:
         assert offset is not None
-        _check("step", step, (-(-weight.numel() // block_size),), weight)
-        _check("offset", offset, (1,), weight)
+        check_tensor("step", step, weight, (-(-weight.numel() // block_size),), FP32)
+        check_tensor("offset", offset, weight, (1,), FP32)
 
 
 def _fake_search(
@@ -132,9 +123,9 @@ def _check_assign(target: Tensor, scale: Tensor, factors: Tensor, format: str) -
     if target.dim() != 2 or not 0 < target.shape[0] <= MAX_ROWS:
         raise KernelError(f"target has shape {tuple(target.shape)}.", f"Allowed: 1 to {MAX_ROWS} rows.")
     rows, columns = target.shape
-    _check("target", target, (rows, columns), target)
-    _check("scale", scale, (columns,), target)
-    _check("factors", factors, (rows, rows), target)
+    check_tensor("target", target, target, (rows, columns), FP32)
+    check_tensor("scale", scale, target, (columns,), FP32)
+    check_tensor("factors", factors, target, (rows, rows), FP32)
 
 
 registry.declare(

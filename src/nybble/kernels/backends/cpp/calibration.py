@@ -1,11 +1,12 @@
-"""The C++ bodies of calibration_ops.py (csrc/calibrate.cpp)."""
+"""csrc/calibrate.cpp."""
 
 import torch
 from torch import Tensor
 
 from nybble.formats import codebooks
 from nybble.kernels import registry
-from nybble.kernels.cpu import FLOAT, INT, INT64, POINTER, code_search, function, pointer
+from nybble.kernels.backends.cpp.four_bit import code_search
+from nybble.kernels.backends.cpp.library import FLOAT, INT, INT64, POINTER, function, pointer
 
 _LEVELS = (POINTER, POINTER, POINTER, INT)
 _search_scales = function(

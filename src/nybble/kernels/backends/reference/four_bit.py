@@ -1,4 +1,4 @@
-"""The plain-PyTorch bodies of the four-bit ops, on every device: nybble.formats.blockwise behind the op signatures."""
+"""nybble.formats.blockwise behind the op signatures."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,6 @@ from nybble.formats import blockwise
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-
-registry.register_backend("reference", devices=None, probe=lambda: None)
 
 
 @registry.register("quantize_4bit", "reference")
@@ -47,3 +45,11 @@ def dequantize_4bit_out(
     sizes, spec = tuple(shape), QuantSpec(format, block_size, double_quant)
     q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
     blockwise.dequantize_into(q, out)
+
+
+@registry.register("gemv_4bit", "reference")
+def gemv_4bit(
+    x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
+) -> Tensor:
+    weight = dequantize_4bit(packed, scales, shape, format, block_size, double_quant, x.dtype)
+    return x @ weight.T

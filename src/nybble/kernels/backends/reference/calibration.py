@@ -1,5 +1,3 @@
-"""The plain-PyTorch bodies of calibration_ops.py, on every device: what the kernels are compared with."""
-
 import torch
 from torch import Tensor
 

@@ -9,12 +9,13 @@ from nybble.errors import KernelError
 from nybble.formats import codebooks
 from nybble.formats.double_quant import quantize_scales
 from nybble.formats.format import FORMATS
-from nybble.kernels import calibration_ops, cpu, registry
-from nybble.kernels.calibration_ops import ScaleGrid, assign_columns, search_scales
+from nybble.kernels import registry
+from nybble.kernels.backends.cpp import library
+from nybble.kernels.ops.calibration import MAX_ROWS, ScaleGrid, assign_columns, search_scales
 
 SEARCHABLE = [format.name for format in FORMATS.values() if format.searchable]
 STARTS = (0.8, 0.9, 1.0, 1.1, -0.8, -0.9, -1.0, -1.1)
-BACKENDS = ("reference", "cpp") if cpu.why_unavailable() is None else ("reference",)
+BACKENDS = ("reference", "cpp") if library.why_unavailable() is None else ("reference",)
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -135,8 +136,8 @@ def test_every_instruction_set_gives_the_same_bytes() -> None:
     grid = ScaleGrid(torch.full((65 * 9,), 3.0), torch.tensor([0.1]))
     target, scale, factors = random(100, 77), random(77, seed=4), random(100, 100, seed=5) / 100
     results = []
-    for isa in cpu.supported_isas():
-        with registry.use("cpp"), cpu.use_isa(isa):
+    for isa in library.supported_isas():
+        with registry.use("cpp"), library.use_isa(isa):
             searched = [*search_scales(w, "nf4", 64, STARTS, h), *search_scales(w, "fp4", 64, STARTS, h, grid)]
             results.append([*searched, *assign_columns(target, scale, factors, "nf4")])
     for result in results[1:]:
@@ -159,6 +160,6 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(KernelError, match="step"):
         search_scales(random(4, 64), "nf4", 64, STARTS, grid=ScaleGrid(torch.ones(3), torch.zeros(1)))
     with pytest.raises(KernelError, match="128 rows"):
-        assign_columns(random(calibration_ops.MAX_ROWS + 1, 3), random(3), random(129, 129), "nf4")
+        assign_columns(random(MAX_ROWS + 1, 3), random(3), random(129, 129), "nf4")
     with pytest.raises(KernelError, match="factors"):
         assign_columns(random(4, 3), random(3), random(4, 5), "nf4")

@@ -1,8 +1,9 @@
-"""The four-bit ops, declared once: schema, checks, fake. Bodies are registered in reference.py, cpu.py, ...
+"""Frozen weights in four bits: quantising, dequantising, multiplying by a few rows.
 
     nybble::quantize_4bit        weight -> packed, scales
     nybble::dequantize_4bit      packed, scales -> weight
     nybble::dequantize_4bit_out  packed, scales -> written into `out`
+    nybble::gemv_4bit            x, packed, scales -> x @ weight.T
 
 They serve the three- and two-bit formats too. `packed` and `scales` are laid out as
 nybble.formats.quantized_tensor says. A body gets contiguous tensors whose sizes have been checked. None of
@@ -15,12 +16,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from nybble.errors import FormatError
+from nybble.errors import FormatError, KernelError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from nybble.kernels.ops.checks import FLOAT_DTYPES, check_tensor, nothing
 
 
 def quantize(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
@@ -59,6 +59,22 @@ def dequantize_into(q: QuantizedTensor, out: Tensor) -> None:
     torch.ops.nybble.dequantize_4bit_out(
         q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, out
     )
+
+
+def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
+    """`x @ W.T` for a few rows x, without ever writing W out; fp32 accumulation.
+
+    For generation: from about 8 rows on, dequantising once and a matrix product are faster.
+
+    Args:
+        x: [rows, in_features], contiguous.
+        q: the weight, shape (out_features, in_features).
+
+    Returns:
+        [rows, out_features], the dtype of x.
+    """
+    spec = q.spec
+    return torch.ops.nybble.gemv_4bit(x, q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
 
 
 def _check_quantize(weight: Tensor, format: str, block_size: int, double_quant: bool) -> None:
@@ -138,16 +154,13 @@ def _check_dequantize_out(
         )
 
 
-def _fake_dequantize_out(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    out: Tensor,
+def _check_gemv(
+    x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> None:
-    return None
+    if len(shape) != 2:
+        raise KernelError(f"The weight has shape {tuple(shape)}.", "Allowed: (out_features, in_features).")
+    _check_packed(packed, scales, shape, format, block_size, double_quant)
+    check_tensor("x", x, packed, torch.Size((x.shape[0], shape[1])), FLOAT_DTYPES)
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -172,5 +185,11 @@ registry.declare(
     "dequantize_4bit_out",
     "(Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant, Tensor(a!) out) -> ()",
     _check_dequantize_out,
-    _fake_dequantize_out,
+    nothing,
+)
+registry.declare(
+    "gemv_4bit",
+    "(Tensor x, Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant) -> Tensor",
+    _check_gemv,
+    lambda x, packed, scales, shape, *rest: x.new_empty((x.shape[0], shape[0])),
 )

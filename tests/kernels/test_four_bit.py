@@ -10,7 +10,9 @@ from nybble.formats import blockwise
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels import ops, registry
+from nybble.kernels import registry
+from nybble.kernels.ops import four_bit
+from nybble.kernels.ops.four_bit import dequantize_into, quantize
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -33,7 +35,7 @@ def dequantize_arguments(q: QuantizedTensor) -> tuple[Any, ...]:
 @pytest.mark.parametrize("shape", [(4, 128), (3, 7)])
 def test_opcheck(shape: tuple[int, ...], double_quant: bool, format: str) -> None:
     with registry.use("reference"):
-        q = ops.quantize(weight(shape), QuantSpec(format, 64, double_quant))
+        q = quantize(weight(shape), QuantSpec(format, 64, double_quant))
         torch.library.opcheck(torch.ops.nybble.quantize_4bit, (weight(shape), format, 64, double_quant))
         torch.library.opcheck(torch.ops.nybble.dequantize_4bit, (*dequantize_arguments(q), torch.bfloat16))
         torch.library.opcheck(
@@ -48,19 +50,19 @@ def test_wrappers_give_the_truth(shape: tuple[int, ...], double_quant: bool, for
     spec = QuantSpec(format, 64, double_quant)
     for dtype in FLOATS:
         w = weight(shape, dtype).requires_grad_()
-        q, truth = ops.quantize(w, spec), blockwise.quantize(w, spec)
+        q, truth = quantize(w, spec), blockwise.quantize(w, spec)
         assert (q.shape, q.dtype, q.spec) == (truth.shape, dtype, spec)
         assert torch.equal(q.packed, truth.packed) and torch.equal(q.scales, truth.scales)
-        values = ops.dequantize(q, dtype)
+        values = four_bit.dequantize(q, dtype)
         assert not values.requires_grad and torch.equal(values, blockwise.dequantize(truth, dtype))
         out = torch.full(shape, torch.nan, dtype=dtype)
-        ops.dequantize_into(q, out)
+        dequantize_into(q, out)
         assert torch.equal(out, values)
 
 
 def test_a_strided_weight() -> None:
     w = weight((64, 96))
-    q = ops.quantize(w.t(), QuantSpec())
+    q = quantize(w.t(), QuantSpec())
     assert q.shape == (96, 64) and torch.equal(q.packed, blockwise.quantize(w.t(), QuantSpec()).packed)
 
 
@@ -68,14 +70,14 @@ def test_a_strided_weight() -> None:
 def test_meta_and_compile_see_the_same_shapes(format: str) -> None:
     spec = QuantSpec(format, 64)
     for shape in ((4, 128), (3, 7)):
-        q = ops.quantize(weight(shape), spec)
-        skeleton = ops.quantize(weight(shape).to("meta"), spec)
+        q = quantize(weight(shape), spec)
+        skeleton = quantize(weight(shape).to("meta"), spec)
         assert (skeleton.packed.shape, skeleton.scales.shape) == (q.packed.shape, q.scales.shape)
-        assert ops.dequantize(skeleton, torch.float16).shape == shape
+        assert four_bit.dequantize(skeleton, torch.float16).shape == shape
 
 
 def test_torch_compile_keeps_the_op_in_the_graph() -> None:
-    q = ops.quantize(weight((4, 128)), QuantSpec())
+    q = quantize(weight((4, 128)), QuantSpec())
 
     def linear(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return x @ torch.ops.nybble.dequantize_4bit(packed, scales, [4, 128], "nf4", 64, True, torch.float32).t()
@@ -86,7 +88,7 @@ def test_torch_compile_keeps_the_op_in_the_graph() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    q = ops.quantize(weight(), QuantSpec())
+    q = quantize(weight(), QuantSpec())
     packed, scales, *rest = dequantize_arguments(q)
     dequantize, into = torch.ops.nybble.dequantize_4bit, torch.ops.nybble.dequantize_4bit_out
     for arguments in (
@@ -105,13 +107,13 @@ def test_wrong_arguments_are_refused() -> None:
         with pytest.raises(FormatError):
             dequantize(*arguments, torch.float32)
     with pytest.raises(FormatError, match=r"torch\.int32"):
-        ops.dequantize(q, torch.int32)
+        four_bit.dequantize(q, torch.int32)
     for out in (torch.empty(600), torch.empty(100, 6).t(), torch.empty(6, 100, device="meta"), torch.empty(6, 99)):
         with pytest.raises(FormatError, match="out has shape"):
             into(packed, scales, *rest, out)
     for bad in (torch.empty(0, 3), torch.ones(3, dtype=torch.int32), torch.ones(3, dtype=torch.float64)):
         with pytest.raises(FormatError):
-            ops.quantize(bad, QuantSpec())
+            quantize(bad, QuantSpec())
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -119,12 +121,12 @@ def test_non_finite_weights_are_refused(format: str) -> None:
     w = weight()
     w[3, 5] = torch.nan
     with pytest.raises(FormatError, match="1 of 600 values are not finite"):
-        ops.quantize(w, QuantSpec(format))
+        quantize(w, QuantSpec(format))
 
 
 def test_a_backend_of_another_device_is_refused() -> None:
     with registry.use("bitsandbytes"), pytest.raises(KernelError, match="runs on cuda only"):
-        ops.quantize(weight(), QuantSpec())
+        quantize(weight(), QuantSpec())
 
 
 def test_the_environment_forces_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +139,7 @@ def test_the_environment_forces_the_reference(monkeypatch: pytest.MonkeyPatch) -
     truth = blockwise.dequantize_into
     monkeypatch.setattr(blockwise, "dequantize_into", count)
     monkeypatch.setenv("NYBBLE_KERNELS", "reference")
-    ops.dequantize(blockwise.quantize(weight(), QuantSpec()), torch.float32)
+    four_bit.dequantize(blockwise.quantize(weight(), QuantSpec()), torch.float32)
     assert calls == [(6, 100)]
 
 
@@ -150,11 +152,11 @@ def test_cuda_reads_the_same_values(shape: tuple[int, ...], double_quant: bool, 
     on_gpu = QuantizedTensor(q.packed.cuda(), q.scales.cuda(), q.spec, q.shape, q.dtype)
     for dtype in FLOATS:
         truth = blockwise.dequantize(q, dtype)
-        assert torch.equal(ops.dequantize(on_gpu, dtype).cpu(), truth)
+        assert torch.equal(four_bit.dequantize(on_gpu, dtype).cpu(), truth)
         with registry.use("reference"):
-            assert torch.equal(ops.dequantize(on_gpu, dtype).cpu(), truth)
+            assert torch.equal(four_bit.dequantize(on_gpu, dtype).cpu(), truth)
         out = torch.full(shape, torch.nan, dtype=dtype, device="cuda")
-        ops.dequantize_into(on_gpu, out)
+        dequantize_into(on_gpu, out)
         assert torch.equal(out.cpu(), truth)
 
 
@@ -162,7 +164,7 @@ def test_cuda_reads_the_same_values(shape: tuple[int, ...], double_quant: bool, 
 @pytest.mark.parametrize("format", FORMATS)
 def test_cuda_quantizes_as_near_as_the_truth(format: str) -> None:
     w, spec = weight((64, 128)), QuantSpec(format, 64)
-    error = (ops.dequantize(ops.quantize(w.cuda(), spec), torch.float32).cpu() - w).norm()
+    error = (four_bit.dequantize(quantize(w.cuda(), spec), torch.float32).cpu() - w).norm()
     truth = (blockwise.dequantize(blockwise.quantize(w, spec), torch.float32) - w).norm()
     assert float(error) <= float(truth) * 1.001
 
@@ -172,4 +174,4 @@ def test_cuda_refuses_non_finite_weights() -> None:
     w = weight().cuda()
     w[0, 0] = torch.inf
     with pytest.raises(FormatError, match="1 of 600"):
-        ops.quantize(w, QuantSpec())
+        quantize(w, QuantSpec())

@@ -1,87 +1,21 @@
-"""All decoder layers and the head on a few rows in one call of csrc/decode.cpp.
-
-What does not change from token to token is handed over once: a `DecoderKernel` holds the structs that the kernel reads,
-and every tensor that they point into. Its twin in plain PyTorch is the op-by-op step of generation/decoding.py.
-"""
+"""csrc/decode.cpp: all layers and the head in one call and one parallel region."""
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.block_cpu import codebook_for_bf16
-from nybble.kernels.cpu import DTYPES, FLOAT, INT64, POINTER, function, pointer, scale_pointers
-
-MAX_ROWS = 8  # kRowsAtOnce of csrc/gemv.h
+from nybble.kernels.backends.cpp.four_bit import codebook_for_bf16, scale_pointers
+from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT64, POINTER, function, pointer
+from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 
 _decode = function("decode", POINTER, INT64, POINTER, POINTER)
 
 
-# ---- what a model is made of ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DecoderLinear:
-    """A frozen linear layer and its adapter.
-
-    Args:
-        weight: `(out, in)`, in four bits or dense.
-        bias: `(out)` or None.
-        a, b: of the adapter, `(r, in)` with the scaling in it and `(out, r)`; None without one.
-    """
-
-    weight: QuantizedTensor | Tensor
-    bias: Tensor | None
-    a: Tensor | None = None
-    b: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class DecoderNorm:
-    """An RMSNorm: its weight, and what is added to the mean square."""
-
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """A decoder layer of the Llama family; each projection is the linears that read the same rows.
-
-    Args:
-        q_norm, k_norm: of each head, or None.
-        window: columns that a token attends to, its own included; 0 for all.
-    """
-
-    qkv: Sequence[DecoderLinear]
-    o: Sequence[DecoderLinear]
-    gate_up: Sequence[DecoderLinear]
-    down: Sequence[DecoderLinear]
-    input_norm: DecoderNorm
-    mlp_norm: DecoderNorm
-    q_norm: DecoderNorm | None
-    k_norm: DecoderNorm | None
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window: int
-    scale: float
-
-
-def can_multiply(weight: QuantizedTensor | Tensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel multiplies `weight` by rows of `dtype`: where the C++ body of `gemv_4bit` would."""
-    arguments: tuple[object, ...] = (torch.empty(0, dtype=dtype),)
-    if isinstance(weight, QuantizedTensor):
-        q, spec = weight, weight.spec
-        arguments += (q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
-    return registry.backend_of("gemv_4bit", "cpu", args=arguments) == "cpp"
-
-
-# ---- the structs of csrc/decode.cpp, field by field ----------------------------------------------
+# ---- the structs of the kernel, field by field ---------------------------------------------------
 
 
 class _Linear(ctypes.Structure):
@@ -137,41 +71,33 @@ class _Step(ctypes.Structure):
     )
 
 
-# ---- the kernel ----------------------------------------------------------------------------------
+# ---- the body ------------------------------------------------------------------------------------
 
 
-class DecoderKernel:
-    """A model as the kernel reads it.
+def _missing(model: DecoderModel, *others: object) -> str | None:
+    """What the kernel lacks for this model, or None."""
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"keeps keys and values in float32 and bfloat16, not {model.dtype}"
+    specs = {each.weight.spec for each in model.linears() if isinstance(each.weight, QuantizedTensor)}
+    formats = sorted({spec.format for spec in specs if spec.bits != 4})
+    return f"multiplies weights in four bits, not {formats[0]}" if formats else None
 
-    Args:
-        layers: from the first to the last.
-        norm, head: what comes after them.
-        dtype: of keys and values, and of four-bit products where the CPU multiplies it.
-    """
 
-    def __init__(self, layers: Sequence[DecoderLayer], norm: DecoderNorm, head: DecoderLinear, dtype: torch.dtype):
+@registry.register("decode", "cpp", _missing)
+class Kernel:
+    """A `Decoder`. It holds the structs that the kernel reads, and every tensor that they point into."""
+
+    def __init__(self, model: DecoderModel):
         self._kept: list[object] = []  # what the structs point into
-        self.dtype = dtype
-        self._num_layers = len(layers)
-        self._layers = (_Layer * len(layers))(*map(self._layer, layers))
-        self._head = _Head(self._norm(norm), self._projection([head]))
-        self._vocabulary, self._hidden = head.weight.shape
+        self.dtype = model.dtype
+        self._num_layers = len(model.layers)
+        self._layers = (_Layer * len(model.layers))(*map(self._layer, model.layers))
+        self._head = _Head(self._norm(model.norm), self._projection([model.head]))
+        self._vocabulary, self._hidden = model.head.weight.shape
 
     def step(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
     ) -> Tensor:
-        """Through all layers; keys and values of the rows are written into the cache.
-
-        Args:
-            x: `(rows, hidden)`, embeddings of up to MAX_ROWS tokens.
-            cos, sin: fp32 `(rows, rotary_dim / 2)`.
-            cache: `(layers, 2, texts, kv_heads, capacity, head_dim)`, keys before values.
-            texts, columns, starts: int64 `(rows)`: each token's text, its column in the cache, and the first
-                column of its text. A token attends to its text's columns up to its own.
-
-        Returns:
-            Logits, fp32 `(rows, vocabulary)`.
-        """
         num_layers, _, num_texts, num_kv_heads, capacity, head_dim = cache.shape
         layer = self._layers[0]
         assert cache.dtype == self.dtype and cache.is_contiguous()
@@ -186,7 +112,6 @@ class DecoderKernel:
         )  # fmt: skip
 
     def logits(self, x: Tensor) -> Tensor:
-        """Only the last norm and the head: `(rows, hidden)`, up to MAX_ROWS of them, to fp32 `(rows, vocabulary)`."""
         return self._run(0, x)
 
     def _run(self, num_layers: int, x: Tensor, **fields: int | None) -> Tensor:
@@ -201,7 +126,7 @@ class DecoderKernel:
 
     def _layer(self, layer: DecoderLayer) -> _Layer:
         return _Layer(
-            *map(self._projection, (layer.qkv, layer.o, layer.gate_up, layer.down)),
+            *map(self._projection, layer.projections),
             *map(self._norm, (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
             layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window, layer.scale,
         )  # fmt: skip

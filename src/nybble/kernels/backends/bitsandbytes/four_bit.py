@@ -1,10 +1,9 @@
-"""CUDA bodies of the four-bit ops from bitsandbytes, for its own formats: the bytes are the same, so its kernels serve.
+"""For its own formats: the bytes are the same, so its kernels serve.
 
 The scales stay nybble's: double quantisation is decoded by nybble.formats.double_quant (one value per
 block), and bitsandbytes gets fp32 scales.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +16,6 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 from nybble.kernels import registry
-
-
-def _why_unavailable() -> str | None:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return "bitsandbytes is not installed"
-    return None
-
-
-registry.register_backend("bitsandbytes", devices=("cuda",), probe=_why_unavailable)
 
 
 def _unsupported(*args: Any) -> str | None:

@@ -1,0 +1,5 @@
+"""Who can run the ops: a folder a backend, with a file for each file of `ops/` that it has bodies for (README.md)."""
+
+from nybble.kernels.backends import bitsandbytes as bitsandbytes
+from nybble.kernels.backends import cpp as cpp
+from nybble.kernels.backends import reference as reference

@@ -1,0 +1,197 @@
+"""The next token of a few texts: all decoder layers and the head on up to MAX_ROWS rows.
+
+    decode    model -> what takes steps through it
+
+What does not change from token to token is handed over once, so this is no torch op: a body is a class whose instances
+keep a model the way they read it. `through_layer` is a layer op by op, for the plain body and for more rows than these.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.kernels import registry
+from nybble.kernels.ops.glu import swiglu
+from nybble.kernels.ops.norm import rms_norm
+from nybble.kernels.ops.rope import rope_
+
+MAX_ROWS = 8  # up to which multiplying packed weights beats dequantising them first; kRowsAtOnce of csrc/gemv.h
+
+Product = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
+Attend = Callable[[Tensor], Tensor]  # heads (T, heads + 2 kv heads, head_dim) -> (T, heads * head_dim)
+
+
+# ---- what a model is made of ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DecoderLinear:
+    """A frozen linear layer and its adapter.
+
+    Args:
+        weight: `(out, in)`, in four bits or dense.
+        bias: `(out)` or None.
+        a, b: of the adapter, `(r, in)` with the scaling in it and `(out, r)`; None without one.
+    """
+
+    weight: QuantizedTensor | Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderNorm:
+    """An RMSNorm: its weight, and what is added to the mean square."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer of the Llama family; each projection is the linears that read the same rows.
+
+    Args:
+        q_norm, k_norm: of each head, or None.
+        window: columns that a token attends to, its own included; 0 for all.
+    """
+
+    qkv: Sequence[DecoderLinear]
+    o: Sequence[DecoderLinear]
+    gate_up: Sequence[DecoderLinear]
+    down: Sequence[DecoderLinear]
+    input_norm: DecoderNorm
+    mlp_norm: DecoderNorm
+    q_norm: DecoderNorm | None
+    k_norm: DecoderNorm | None
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    scale: float
+
+    @property
+    def projections(self) -> tuple[Sequence[DecoderLinear], ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class DecoderModel:
+    """A causal language model of such layers.
+
+    Args:
+        layers: from the first to the last.
+        norm, head: what comes after them.
+        dtype: of keys and values, and of four-bit products where the device multiplies it.
+    """
+
+    layers: Sequence[DecoderLayer]
+    norm: DecoderNorm
+    head: DecoderLinear
+    dtype: torch.dtype
+
+    def linears(self) -> list[DecoderLinear]:
+        return [*(linear for layer in self.layers for each in layer.projections for linear in each), self.head]
+
+
+class Decoder(Protocol):
+    """A model that is ready for steps; what the body of `decode` for it gives."""
+
+    def step(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
+    ) -> Tensor:
+        """Through all layers; keys and values of the rows are written into the cache.
+
+        Args:
+            x: `(rows, hidden)`, embeddings of up to MAX_ROWS tokens.
+            cos, sin: fp32 `(rows, rotary_dim / 2)`.
+            cache: `(layers, 2, texts, kv_heads, capacity, head_dim)`, keys before values; finite, also where nothing
+                has been written.
+            texts, columns, starts: int64 `(rows)`: each token's text, its column in the cache, and the first
+                column of its text. A token attends to its text's columns up to its own.
+
+        Returns:
+            Logits, fp32 `(rows, vocabulary)`.
+        """
+        ...
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Only the last norm and the head: `(rows, hidden)`, up to MAX_ROWS of them, to fp32 `(rows, vocabulary)`."""
+        ...
+
+
+def decoder(model: DecoderModel) -> Decoder:
+    """`model`, made ready by the backend that takes steps through it on its device.
+
+    Raises:
+        KernelError: the backend asked for cannot run.
+    """
+    device_type = model.norm.weight.device.type
+    make: Callable[[DecoderModel], Decoder] = registry.body("decode", device_type, args=(model,))
+    return make(model)
+
+
+# ---- op by op ------------------------------------------------------------------------------------
+
+
+def through_layer(
+    layer: DecoderLayer, products: Sequence[Product], x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
+) -> Tensor:
+    """(T, hidden) -> (T, hidden); `products` are those of the layer's projections, in their order."""
+    qkv, o, gate_up, down = products
+    heads = qkv(norm_rows(layer.input_norm, x)).view(x.shape[0], -1, layer.head_dim)
+    rotated = heads[:, : layer.num_heads + layer.num_kv_heads]
+    queries, keys = rotated.split([layer.num_heads, layer.num_kv_heads], dim=1)
+    for norm, part in ((layer.q_norm, queries), (layer.k_norm, keys)):
+        if norm is not None:
+            norm_rows(norm, part, out=part)
+    rope_(rotated, cos, sin)
+    x = x + o(attend(heads))
+    gate, up = gate_up(norm_rows(layer.mlp_norm, x)).chunk(2, dim=1)
+    return x + down(swiglu(gate, up))
+
+
+def norm_rows(norm: DecoderNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
+    return rms_norm(x, norm.weight, norm.eps, out=out)[0]
+
+
+def attend_to_cache(
+    layers: Sequence[DecoderLayer], cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
+) -> list[Attend]:
+    """Attention of each layer for one token a row, which first writes the row's keys and values into the cache.
+
+    Args:
+        cache, texts, columns, starts: as `Decoder.step` takes them.
+    """
+    end = int(columns.max()) + 1
+    all_texts = torch.equal(texts, torch.arange(cache.shape[2], device=texts.device))  # else they are picked: a copy
+    visible = {window: _visible(window, columns, starts, end) for window in {layer.window for layer in layers}}
+
+    def attend(layer: DecoderLayer, keys_values: Tensor, heads: Tensor) -> Tensor:
+        rows, _, head_dim = heads.shape
+        keys_values[:, texts, :, columns] = heads[:, layer.num_heads :].view(rows, 2, layer.num_kv_heads, head_dim)
+        first, mask = visible[layer.window]
+        keys, values = keys_values[:, :, :, first:end] if all_texts else keys_values[:, texts, :, first:end]
+        # The heads that share a key head stand where attention expects queries of one head.
+        queries = heads[:, : layer.num_heads].view(rows, layer.num_kv_heads, -1, head_dim)
+        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=layer.scale).reshape(rows, -1)
+
+    return [partial(attend, *each) for each in zip(layers, cache, strict=True)]
+
+
+def _visible(window: int, columns: Tensor, starts: Tensor, end: int) -> tuple[int, Tensor | None]:
+    """The first column that some row may see, and which from there to `end` each row sees, bool `(rows, 1, 1, seen)`;
+    None where all see all.
+    """
+    first = max(0, int(columns.min()) + 1 - window) if window else 0
+    least = torch.maximum(starts, columns + 1 - window) if window else starts
+    column = torch.arange(first, end, device=columns.device)
+    mask = (column >= least[:, None]) & (column <= columns[:, None])
+    return first, None if mask.all() else mask[:, None, None]
