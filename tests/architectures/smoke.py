@@ -143,11 +143,15 @@ def _compare_with_peft(model: PreTrainedModel, folder: Path, adapter: Path, dtyp
     """How PEFT reads the adapter; where it has all of it on the layers it was trained on, the logits must be the same.
 
     Of models whose experts became one tensor, PEFT takes every `down_proj` among the targets for the experts'. Of some
-    it renames an adapter's keys as it would a checkpoint's, and then finds no layer for them.
+    it renames an adapter's keys as it would a checkpoint's, and then finds no layer for them. Of some larger models
+    transformers cannot take the text alone, which then has no PEFT.
     """
+    base = dequantized(model, folder)
+    if base is None:
+        return "the whole model only"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        peft = PeftModel.from_pretrained(dequantized(model, folder), adapter).eval()
+        peft = PeftModel.from_pretrained(base, adapter).eval()
     theirs = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}
     if theirs != adapters_of(model).keys():
         return "takes other layers"
@@ -168,9 +172,13 @@ def _compare_with_peft(model: PreTrainedModel, folder: Path, adapter: Path, dtyp
 
 
 @torch.no_grad()
-def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in transformers, fp32, with the weights that the four bits stand for and the ends that ours has."""
-    base = type(model).from_pretrained(folder, dtype=torch.float32)
+def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:
+    """The model in transformers, fp32, with the weights that the four bits stand for and the ends that ours has; None
+    where transformers finds no weights for it in the folder.
+    """
+    base, found = type(model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"] - base.all_tied_weights_keys.keys():
+        return None
     for theirs, ours in (
         (base.get_input_embeddings(), model.get_input_embeddings()),
         (base.get_output_embeddings(), model.get_output_embeddings()),
