@@ -24,17 +24,15 @@ def check(
     from nybble.cli.render import Terminal, audit
     from nybble.data.audit import Audited
     from nybble.data.plots import draw_lengths
-    from nybble.data.prepare import prepare_data
     from nybble.data.template import open_template
-    from nybble.runs.context import note_context, within_context
+    from nybble.runs.context import read_rows, within_context
     from nybble.sources.open import open_model
 
     terminal = Terminal()
     source = open_model(config.model, config.tokenizer, terminal)
     config = within_context(config, source)
     template = open_template(config, source.load_tokenizer())
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size, source.embedding_rows)
-    data = note_context(data, config, source.config)
+    data = read_rows(config, source, template)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:

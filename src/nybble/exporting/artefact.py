@@ -32,6 +32,7 @@ from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
 from nybble.exporting.verify import (
     ANSWER_TOKENS,
+    Outcome,
     Verification,
     Verified,
     ask_run,
@@ -75,10 +76,37 @@ class Artefact:
         return name if self.onto == "dequantized" else f"{name} onto the original base"
 
 
+@dataclass(frozen=True)
+class ExportResult:
+    """An artefact, and what its consumer said of it.
+
+    Args:
+        folder: where it is: `out` where it is verified, else `<out>.unverified`.
+        verification: the checks and the figures that they were made from.
+    """
+
+    folder: Path
+    verification: Verification
+
+    @property
+    def outcome(self) -> Outcome:
+        """The verdict; "undecided" where the run changed too little to tell its artefact from its base."""
+        return self.verification.outcome
+
+    @property
+    def verified(self) -> bool:
+        return self.verification.passed
+
+    @property
+    def files(self) -> list[Path]:
+        """What was written."""
+        return sorted(path for path in self.folder.rglob("*") if path.is_file())
+
+
 def export_run(
     config: ExportOptions, out: Path, kind: ArtefactKind, gguf_type: GgufType, report: Listener = silent
-) -> Verification:
-    """Write, verify and name the artefact; returns what verifying found.
+) -> ExportResult:
+    """Write, verify and name the artefact.
 
     Raises:
         NybbleError: nothing that looks complete is left.
@@ -101,10 +129,10 @@ def export_run(
         fsync(unverified / REPORT)
         if verification.outcome == "undecided":
             report(Note(_undecided(unverified, verification)))
-            return verification
+            return ExportResult(unverified, verification)
         if not verification.passed:
             report(Note(f"Not verified: {unverified} is kept for you to look at."))
-            return verification
+            return ExportResult(unverified, verification)
         if out.is_dir():  # empty, as was checked
             out.rmdir()
         os.rename(unverified, out)
@@ -112,7 +140,7 @@ def export_run(
     for note in opened.source.notes:
         report(Note(note))
     report(Note(f"{out} holds the tuned model of {config.run}, verified."))
-    return verification
+    return ExportResult(out, verification)
 
 
 def write(

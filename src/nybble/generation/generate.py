@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MIN_TEMPERATURE = 1e-6  # with the bounds of the penalty: no logit, divided by both, leaves fp32's range
 PENALTIES = (1e-6, 1e6)
 
-OnToken = Callable[[int, int], None]  # index of the prompt, token
+OnToken = Callable[[int, int], object]  # index of the prompt, token
 
 
 @dataclass(frozen=True)

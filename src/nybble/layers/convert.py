@@ -4,7 +4,7 @@ import difflib
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -126,7 +126,7 @@ def stream_linears(
         model.set_submodule(name, StreamedLinear(name, *linear_features(linear), has_bias, compute_dtype, device))
 
 
-def resolve_targets(model: nn.Module, target_modules: str | list[str]) -> list[str]:
+def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """Names of the layers that get an adapter.
 
     Args:

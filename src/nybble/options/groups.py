@@ -216,7 +216,7 @@ class BaseFormat(Options):
 
 
 class AdapterSizes(Options):
-    """What decides which adapters there are and what they cost."""
+    """Which adapters there are, and how large."""
 
     group: ClassVar[str] = "Adapters"
 
@@ -227,12 +227,6 @@ class AdapterSizes(Options):
         "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj,lm_head,embed_tokens; or"
         " patterns: layers.1*.q_proj, or a regular expression for whole names.",
         elsewhere=("lora_target_modules", "targets"),
-    )
-    init: Literal["default", "loftq", "activation"] = knob(
-        "default",
-        "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
-        " layers' outputs on the training rows.",
-        elsewhere=("init_lora_weights",),
     )
 
     @field_validator("target_modules", mode="after")
@@ -248,11 +242,27 @@ class AdapterSizes(Options):
         return names
 
 
-class AdapterOptions(AdapterSizes):
+class AdapterInit(Options):
+    group: ClassVar[str] = "Adapters"
+
+    init: Literal["default", "loftq", "activation"] = knob(
+        "default",
+        "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
+        " layers' outputs on the training rows.",
+        elsewhere=("init_lora_weights",),
+    )
+
+
+class AdapterScaling(Options):
     group: ClassVar[str] = "Adapters"
 
     alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
     rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
+
+
+class AdapterOptions(AdapterScaling, AdapterInit, AdapterSizes):
+    group: ClassVar[str] = "Adapters"
+
     adapter: Name | None = knob(
         None,
         "Adapter folder, nybble's or PEFT's, to train on from; its rank, alpha and layers are taken.",

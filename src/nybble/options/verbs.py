@@ -9,7 +9,9 @@ from pydantic import model_validator
 
 from nybble.errors import ConfigError
 from nybble.options.groups import (
+    AdapterInit,
     AdapterOptions,
+    AdapterScaling,
     AdapterSizes,
     AnswerOptions,
     BaseFormat,
@@ -80,6 +82,7 @@ class PlanConfig(
     PlannedMachine,
     LengthOptions,
     MemoryOptions,
+    AdapterInit,
     AdapterSizes,
     MixedOptions,
     DenseShareOptions,
@@ -159,6 +162,38 @@ class ChatConfig(MachineOptions, AnswerOptions):
                 "Add --run RUN or --model MODEL, and only one of them.",
             )
         return self
+
+
+class OpenConfig(MachineOptions):
+    """What `nybble.open_run` needs to know."""
+
+    group: ClassVar[str] = "Run"
+
+    run: Folder = knob(..., "Run folder that `nybble train` made.")
+
+
+class LoadConfig(MachineOptions, FourBitOptions, BaseFormat):
+    """What `nybble.load` needs to know."""
+
+    group: ClassVar[str] = "Memory"
+
+    quality: Literal["absmax", "search"] = knob("absmax", "How scales and levels are chosen, as in train.")
+    keep: Literal["nothing", "attention", "everything"] = knob(
+        "nothing", "What each block keeps for its backward pass; the rest is computed again."
+    )
+    packing: bool = knob(True, "Rows of a batch lie side by side instead of being padded.")
+
+
+class AttachConfig(AdapterScaling, AdapterSizes):
+    """What `nybble.add_adapters` needs to know."""
+
+    group: ClassVar[str] = "Adapters"
+
+    seed: int = knob(0, "Seed of the adapters.", ge=0, le=2**32 - 1)
+
+
+class StepConfig(MemoryOptions, LengthOptions):
+    """What `TrainingData.steps` needs to know."""
 
 
 class ServeConfig(MachineOptions):

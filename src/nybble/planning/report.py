@@ -1,11 +1,12 @@
 """Plans for people and for machines."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nybble.events import Event
 from nybble.planning.costs import end_bytes
-from nybble.planning.planner import Plans
+from nybble.planning.planner import Plan, Plans
 from nybble.planning.strategies import PlanRequest, Strategy
 from nybble.sources.parts import without_numbers
 from nybble.units import format_bytes
@@ -21,6 +22,61 @@ class Planned(Event):
 
     def fields(self) -> dict[str, Any]:
         return plans_json(self.plans)
+
+
+STRATEGY_COLUMNS = ("strategy", "rows at once", "blocks keep", "peak", "step")
+
+
+def strategy_rows(plans: Plans) -> list[tuple[str, ...]]:
+    """A row of STRATEGY_COLUMNS for each of `plans.best`."""
+    rows: list[tuple[str, ...]] = []
+    for plan in plans.best:
+        chosen = plans.chosen is not None and plan.strategy == plans.chosen.strategy
+        shown = plans.chosen if chosen and plans.chosen is not None else plan
+        strategy = str(shown.strategy)
+        if shown.resident_blocks is not None:
+            strategy += f" ({shown.resident_blocks} blocks stay{', optimizer paged' if shown.paged else ''})"
+        peak, step = format_bytes(shown.peak_bytes), f"{shown.step_s:.3g} s"
+        rows.append((strategy, str(shown.micro_batch_size), shown.keep, peak, step))
+    return rows
+
+
+def component_rows(plan: Plan) -> list[tuple[str, str]]:
+    """The predicted memory by component, and the peak."""
+    parts = {**plan.components, "peak": plan.peak_bytes}
+    return [(name, format_bytes(num_bytes)) for name, num_bytes in parts.items()]
+
+
+def describe_rejected(plans: Plans) -> list[str]:
+    """What lost, and by what."""
+    lines = []
+    for plan in plans.rejected:
+        said = f"{plans.reason(plan).sentence}{f'; it would fit: {plan.way}' if plan.way else ''}"
+        lines.append(f"not {plan.strategy}: {said}")
+    return lines
+
+
+def describe_machine(plans: Plans) -> str:
+    return f"{plans.machine.name}, {format_bytes(plans.machine.budget_bytes)} to plan for"
+
+
+def describe_plans(plans: Plans, request: PlanRequest) -> str:
+    """All of it as plain text: a line for each strategy, the chosen plan by component, what is left out."""
+    lines = [describe_machine(plans), *_aligned([STRATEGY_COLUMNS, *strategy_rows(plans)], left=(0, 2))]
+    lines += describe_rejected(plans)
+    if plans.chosen is not None:
+        lines += [f"predicted memory: {plans.chosen.describe()}", *_aligned(component_rows(plans.chosen), left=(0,))]
+    return "\n".join(lines + describe_left(request))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+    """Columns as wide as their widest cell, those in `left` flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = (
+        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in rows
+    )
+    return ["  ".join(row).rstrip() for row in cells]
 
 
 def describe_left(request: PlanRequest) -> list[str]:

@@ -4,10 +4,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from nybble.data import audit as checks
-from nybble.data.prepare import PreparedData
+from nybble.data.prepare import Encode, PreparedData, prepare_data
+from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
 from nybble.layers.context import context_length, fixed_context
-from nybble.options.groups import RowOptions
+from nybble.options.groups import DataOptions, RowOptions
 from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -34,7 +35,16 @@ def within_context(config: Config, base: StoredModel) -> Config:
     return config.model_copy(update={"max_seq_len": context})
 
 
-def note_context(data: PreparedData, config: RowOptions, base: "PretrainedConfig") -> PreparedData:
+def read_rows(
+    config: DataOptions, source: StoredModel, template: ChatTemplate, encode: Encode = ChatTemplate.encode_example
+) -> PreparedData:
+    """Read, encode, split and audit the examples that the options name, for a base; as `prepare`."""
+    vocab_size = source.config.get_text_config().vocab_size
+    data = prepare_data(config, template, vocab_size, source.embedding_rows, encode)
+    return _note_context(data, config, source.config)
+
+
+def _note_context(data: PreparedData, config: RowOptions, base: "PretrainedConfig") -> PreparedData:
     """`data` with what there is to say about the base's context in its audit."""
     context = context_length(base)
     if context is None:

@@ -81,10 +81,10 @@ def rewind_events(path: Path, num_bytes: int) -> None:
         log.truncate(kept.rfind(b"\n") + 1)
 
 
-def read_events(path: Path, event: str) -> Iterator[dict[str, Any]]:
-    """The events of one kind, in order."""
+def read_events(path: Path, event: str | None = None) -> Iterator[dict[str, Any]]:
+    """The events of one kind, or all, in order."""
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             record = json.loads(line)
-            if record["event"] == event:
+            if event in (None, record["event"]):
                 yield record

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nybble import __version__
 from nybble.data.template import ChatTemplate, open_template
-from nybble.errors import RunError
+from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -53,7 +54,8 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
     """Open the run in `path`.
 
     Raises:
-        RunError: the folder holds no run, or what its options name is no longer the base it was trained on.
+        RunError: the folder holds no run, another version of nybble made it and this one cannot read its options, or
+            what these name is no longer the base it was trained on.
     """
     run = RunFolder(path)
     if not run.config.is_file():
@@ -62,7 +64,10 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
             "A run folder is what `nybble train --out` makes.",
             "Check the path given to --run.",
         )
-    config = load_config(run.config, {})
+    try:
+        config = load_config(run.config, {})
+    except ConfigError as error:
+        raise _unreadable(run, error) from error
     source = open_model(config.model, config.tokenizer, report)
     config = within_context(config, source)
     _check_base(run, source)
@@ -111,15 +116,35 @@ def load_frozen(
     return load_base(opened.config, opened.base, formats, dtype, device, report=report)
 
 
-def _check_base(run: RunFolder, source: StoredModel) -> None:
-    """Compare the base with the one that was trained on; runs from before that was recorded are let through."""
+def _unreadable(run: RunFolder, error: ConfigError) -> NybbleError:
+    """The error itself where this version made the run: then someone has changed its options."""
+    made_by = _recorded(run).get("nybble")
+    if made_by == __version__:
+        return error
+    maker = "an earlier nybble" if made_by is None else f"nybble {made_by}"
+    return RunError(
+        f"{run.path} was made by {maker}, and this one, {__version__}, cannot read its options. {error.got}",
+        error.allowed,
+        "Open it with the version that made it, or train again.",
+    )
+
+
+def _recorded(run: RunFolder) -> dict[str, str]:
+    """What the run's record says of its base and its maker; nothing of runs from before it was written."""
     if not run.base_record.is_file():
-        return
+        return {}
     try:
-        recorded = json.loads(run.base_record.read_text(encoding="utf-8"))["fingerprint"]
+        record: dict[str, str] = json.loads(run.base_record.read_text(encoding="utf-8"))
+        record["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{run.base_record} is damaged: {error!r}.", "", "Restore it, or train again.") from error
-    if recorded != source.fingerprint():
+    return record
+
+
+def _check_base(run: RunFolder, source: StoredModel) -> None:
+    """Compare the base with the one that was trained on; runs from before that was recorded are let through."""
+    recorded = _recorded(run).get("fingerprint")
+    if recorded is not None and recorded != source.fingerprint():
         raise RunError(
             f"{source.name} is not the base that {run.path} was trained on: its fingerprint is another.",
             f"Allowed: the base with the fingerprint {recorded[:16]}...",

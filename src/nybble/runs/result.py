@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunResult:
-    """A run that ended, by itself or by the user, with its model still in memory.
+    """A run that ended, by itself or by the user, with its model still in memory. Wherever a run's path is taken, it is
+    too.
 
     Args:
         folder: what lies where on the disk.
@@ -46,6 +47,9 @@ class RunResult:
     streamed: bool
     template: ChatTemplate
     held_out: Sequence[EncodedExample]
+
+    def __fspath__(self) -> str:
+        return str(self.folder.path)
 
     @property
     def adapter(self) -> Path:

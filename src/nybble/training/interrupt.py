@@ -1,6 +1,7 @@
 """Ctrl-C or SIGTERM once: finish the step and save. Ctrl-C twice: stop at once."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -13,7 +14,9 @@ class InterruptOnce:
         self.requested: signal.Signals | None = None
 
     def __enter__(self) -> "InterruptOnce":
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        # Only the main thread may, and only it gets signals.
+        watched = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+        self._previous = {number: signal.signal(number, self._on_signal) for number in watched}
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nybble import openmp
+from nybble import __version__, openmp
 from nybble.data.audit import Audited
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.plots import draw_lengths
-from nybble.data.prepare import PreparedData, field_names, prepare_data
+from nybble.data.prepare import PreparedData, field_names
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import PlanError, RunError
@@ -53,7 +53,7 @@ from nybble.runs.base import (
     run_calibration_text,
     without_calibration,
 )
-from nybble.runs.context import note_context, within_context
+from nybble.runs.context import read_rows, within_context
 from nybble.runs.continued import check_base_of, open_adapter, take_options
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
@@ -217,9 +217,8 @@ class _Examples:
 def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     """The rows, audited, and compared with those of the run that is gone on with."""
     config, source, resumed = opened.config, opened.source, opened.resumed
-    objective, vocab_size = SupervisedFineTuning(), source.config.get_text_config().vocab_size
-    data = prepare_data(config, opened.template, vocab_size, source.embedding_rows, objective.encode)
-    data = note_context(data, config, source.config)
+    objective = SupervisedFineTuning()
+    data = read_rows(config, source, opened.template, objective.encode)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
@@ -342,7 +341,7 @@ def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: 
     )
     attach_adapters(
         model,
-        resolve_targets(model, _target_names(config)),
+        resolve_targets(model, config.target_modules),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
@@ -424,7 +423,7 @@ def _move_in(opened: _Opened, examples: _Examples, base: _Base, log: EventLog) -
     An earlier run goes only now, when nothing about the model can be refused any more.
     """
     run, starting = opened.run, opened.run.starting
-    record = {"model": opened.source.name, "fingerprint": examples.base}
+    record = {"model": opened.source.name, "fingerprint": examples.base, "nybble": __version__}
     write_complete(starting.config, opened.options)
     if base.mixed is not None:
         write_formats(starting.formats, base.mixed)
@@ -541,7 +540,3 @@ def open_blocks(source: StoredModel, plan: Plan, device: torch.device) -> Folder
 def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTensors | None:
     """Where blocks keep what their backward passes need; None where that is the memory they compute in."""
     return activation_place(device, run.path, plan.offloaded_bytes) if plan.offloaded else None
-
-
-def _target_names(config: TrainConfig) -> str | list[str]:
-    return config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
