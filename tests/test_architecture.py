@@ -18,7 +18,7 @@ SOURCE = PROJECT / "src" / "nybble"
 LEAVES = ("openmp", "errors", "units", "events", "sizes")  # importable from everywhere; they import nothing of nybble
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "layers", "sources", "memory", "generation"),
-    *("quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge", "cli"),
+    *("quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge", "api", "cli"),
 )
 # Which device it is matters to what runs there, to where bytes lie, and to what a plan measures; others ask these.
 DEVICE_PLACES = ("nybble.kernels", "nybble.memory", "nybble.planning.machine")

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.options.option import build_options
-from nybble.options.verbs import PlanConfig
+import nybble
+from nybble.cli.listening import Listening
 
 
 def plan(
@@ -18,21 +18,16 @@ def plan(
     ] = None,
 ) -> int:
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
-    config = build_options(PlanConfig, given)
-    from nybble.cli.render import Terminal
-    from nybble.planning.from_config import plan_from_config
-    from nybble.planning.report import Planned, plans_json
+    with Listening() as listener:
+        planned = nybble.plan(on_event=listener, **given)
+    from nybble.planning.report import Planned
     from nybble.training.plots import draw_plans
 
-    terminal = Terminal()
-    plans, asked, unconstrained = plan_from_config(config, terminal)
     if plot is not None:
-        draw_plans(plans, plot)
+        draw_plans(planned.plans, plot)
     if as_json:
-        typer.echo(json.dumps(plans_json(plans), indent=2))
+        typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
-        terminal(Planned(plans, asked))
-    from nybble.planning.planner import require
-
-    require(plans, asked, unconstrained)
+        listener(Planned(planned.plans, planned.asked))
+    planned.check()
     return 0

@@ -1,0 +1,83 @@
+"""`nybble.merge` and `nybble.export`."""
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from nybble.api.keywords import RunLike, as_options
+from nybble.events import Listener, silent
+from nybble.options.option import build_options
+from nybble.options.verbs import ExportConfig, GgufType, MergeConfig
+
+if TYPE_CHECKING:
+    from nybble.exporting.artefact import ExportResult
+    from nybble.exporting.compare import MergesCompared
+
+
+@overload
+def merge(
+    run: RunLike | None = None, *, compare: Literal[True], on_event: Listener = silent, **options: Any
+) -> "MergesCompared": ...
+
+
+@overload
+def merge(
+    run: RunLike | None = None, *, compare: Literal[False] = False, on_event: Listener = silent, **options: Any
+) -> "ExportResult": ...
+
+
+def merge(
+    run: RunLike | None = None, *, compare: bool = False, on_event: Listener = silent, **options: Any
+) -> "ExportResult | MergesCompared":
+    """Merge a run's adapter into its base, verified against the run before it is called done.
+
+    Args:
+        run: what `nybble.train` or `nybble.open_run` returned, or the path of its folder.
+        compare: only measure what each way of merging costs in held-out loss, and write nothing.
+        on_event: told what happens, as it happens.
+        options: the flags of `nybble merge` with underscores. `out`, a new folder, is needed unless `compare`.
+
+    Returns:
+        What was written and the verdict; with `compare` the losses, in nats a token.
+
+    Raises:
+        NybbleError: there is no such run, `out` exists, or nothing can be written. Nothing that looks complete is left.
+
+    Example:
+        >>> merged = nybble.merge(run, out="models/merged")
+        >>> merged.outcome, (merged.folder / "config.json").exists()
+        ('verified', True)
+    """
+    config = build_options(MergeConfig, as_options({"run": run, "compare": compare} | options))
+    if config.out is None:
+        from nybble.exporting.compare import compare_merges
+
+        return compare_merges(config, on_event)
+    from nybble.exporting.artefact import export_run
+
+    return export_run(config, config.out, config.to, GgufType.F16, on_event)
+
+
+def export(run: RunLike | None = None, *, on_event: Listener = silent, **options: Any) -> "ExportResult":
+    """Write a run for other programs (PEFT, transformers, bitsandbytes, llama.cpp), verified in them.
+
+    Args:
+        run: what `nybble.train` or `nybble.open_run` returned, or the path of its folder.
+        on_event: told what happens, as it happens.
+        options: the flags of `nybble export` with underscores. `to` ("peft", "16bit", "nf4", "gguf", "gguf-lora") and
+            `out`, a new folder, are needed.
+
+    Returns:
+        The files and the verdict. What is not verified lies in `<out>.unverified`.
+
+    Raises:
+        NybbleError: there is no such run, `out` exists, or this model has no such form. Nothing that looks complete is
+            left.
+
+    Example:
+        >>> exported = nybble.export(run, to="peft", out="models/adapter")
+        >>> exported.folder.name, [file.name for file in exported.files if "adapter" in file.name]
+        ('adapter', ['adapter_config.json', 'adapter_model.safetensors'])
+    """
+    config = build_options(ExportConfig, as_options({"run": run} | options))
+    from nybble.exporting.artefact import export_run
+
+    return export_run(config, config.out, config.to, config.gguf_type, on_event)

@@ -1,0 +1,156 @@
+"""`nybble.open_run`: a run of `nybble.train`, from its folder."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.api.keywords import RunLike, as_options
+from nybble.data.examples import Message
+from nybble.errors import ConfigError
+from nybble.events import Listener, silent
+from nybble.generation.generate import Sampling, generate
+from nybble.generation.text_pieces import TextPieces
+from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.options.groups import AnswerOptions
+from nybble.options.option import build_options
+from nybble.options.verbs import OpenConfig, TrainConfig
+from nybble.runs import open_run as opening
+from nybble.runs.events import read_events
+
+
+class Run:
+    """An opened run; its model is loaded by the first answer. Wherever a run's path is taken, it is too.
+
+    Args:
+        opened: its folder, options, base and template.
+        machine: where, and in which type, answers are computed.
+        report: told what is loaded.
+    """
+
+    def __init__(self, opened: opening.OpenRun, machine: OpenConfig, report: Listener = silent):
+        self._opened, self._machine, self._report = opened, machine, report
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self._opened.run.path
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options that it was trained with."""
+        return self._opened.config
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained adapter, in PEFT's format."""
+        return self._opened.run.adapter
+
+    @property
+    def loss_before(self) -> float | None:
+        """Held-out loss before the first step, nats a supervised token; None where it was not evaluated."""
+        return next((event["loss"] for event in self._evaluations() if event["step"] == 0), None)
+
+    @property
+    def loss_after(self) -> float | None:
+        """Held-out loss of the last evaluation, nats a supervised token; None where there was none."""
+        return next((event["loss"] for event in reversed(self._evaluations())), None)
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """What happened in the run, in order: `{"event": kind, ...}`, as `events.jsonl` has it."""
+        return read_events(self._opened.run.events)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+    ) -> str:
+        """The tuned model's answer.
+
+        Args:
+            prompt: what the user says; or a conversation, turns of `{"role": ..., "content": ...}`.
+            system: system message before it.
+            max_new_tokens: most tokens in the answer.
+            temperature: 0 takes the likeliest token every time.
+            top_p, top_k: sample among the likeliest tokens only; 1 and 0 sample among all.
+            seed: of the sampling.
+
+        Raises:
+            ConfigError: an argument is not allowed.
+            DataError: the prompt does not fit into the model's context, or the template refuses the conversation.
+            RunError: the adapter is missing or damaged.
+
+        Example:
+            >>> nybble.open_run(run).generate("What is 3 plus 3?", max_new_tokens=8)
+            'It is 6.'
+        """
+        said = {"system": system, "prompt": prompt if isinstance(prompt, str) else None}
+        numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
+        options = build_options(AnswerOptions, said | numbers | {"seed": seed})
+        first = [] if options.system is None else [Message("system", options.system)]
+        template = self._opened.template
+        pieces = TextPieces(template.tokenizer)
+        generate(
+            self._model,
+            [template.encode_prompt([*first, *_turns(prompt)])],
+            stop_ids=template.stop_ids,
+            max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(options.temperature, options.top_p, options.top_k, seed=options.seed),
+            on_token=lambda _, token: pieces.add(token),
+        )
+        return pieces.text()
+
+    @cached_property
+    def _model(self) -> Any:
+        if self._machine.threads:
+            torch.set_num_threads(self._machine.threads)
+        device = resolve_device(self._machine.device)
+        dtype = resolve_compute_dtype(self._machine.compute_dtype, device)
+        return opening.load_tuned(self._opened, dtype, device, self._report)
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return list(read_events(self._opened.run.events, "eval"))
+
+
+def _turns(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+    if isinstance(prompt, str):
+        return [Message("user", prompt)]
+    try:
+        return [Message(**turn) for turn in prompt]
+    except TypeError as error:
+        allowed = "Allowed: text, or a list of turns such as {'role': 'user', 'content': 'Hello.'}."
+        raise ConfigError(f"prompt is {prompt!r}.", allowed) from error
+
+
+def open_run(run: RunLike, *, on_event: Listener = silent, **options: Any) -> Run:
+    """Open a run that `nybble.train` or the command line made; no weights are read yet.
+
+    Args:
+        run: the path of its folder, or what `nybble.train` returned.
+        on_event: told what is loaded, once something is.
+        options: `device`, `compute_dtype` and `threads` as the flags of `nybble chat`.
+
+    Raises:
+        NybbleError: the folder holds no run, another version of nybble made it and this one cannot read it, or its base
+            is another now.
+
+    Example:
+        >>> opened = nybble.open_run("runs/first")
+        >>> opened.config.rank, opened.loss_after < opened.loss_before
+        (4, True)
+        >>> [event["step"] for event in opened.events() if event["event"] == "step"]
+        [1, 2]
+    """
+    machine = build_options(OpenConfig, as_options({"run": run} | options))
+    return Run(opening.open_run(machine.run, on_event), machine, on_event)

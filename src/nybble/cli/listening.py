@@ -1,0 +1,34 @@
+"""The terminal as the listener of a verb."""
+
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from nybble.events import Event
+
+if TYPE_CHECKING:
+    from nybble.cli.render import Terminal
+
+
+class Listening:
+    """Shows events. What shows them takes a second to import, so that comes with the first: a mistake in the options
+    is told before.
+    """
+
+    @cached_property
+    def terminal(self) -> "Terminal":
+        from nybble.cli.render import Terminal
+
+        return Terminal()
+
+    def __call__(self, event: Event) -> None:
+        self.terminal(event)
+
+    def __enter__(self) -> "Listening":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if "terminal" in self.__dict__:
+            self.terminal.__exit__(kind, error, trace)
