@@ -1,62 +1,18 @@
 """`CausalLM`: what a loop of one's own is written with."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import collate, pack, pack_tokens, pad
-from nybble.data.prepare import prepare_data
-from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.data.template import open_template
 from nybble.errors import ModelError
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
-from nybble.options.option import build_options
-from nybble.options.verbs import TrainConfig
-from nybble.runs.events import read_events
-from nybble.sources.load import load_model
-from nybble.sources.open import open_model
-from nybble.training.optimizer import AdamW
-from nybble.training.schedule import learning_rate, warmup_steps
-from nybble.training.session import train
-
-
-def test_a_loop_of_ones_own_gives_the_losses_of_nybble_train_to_the_bit(tiny_model: Path, data: Path, tmp_path: Path):
-    options = {"model": str(tiny_model), "data": str(data), "out": str(tmp_path / "run"), "max_steps": 3, "rank": 4}
-    options |= {"rows_per_step": 6, "micro_batch_size": 3, "keep": "everything", "compute_dtype": "fp32", "lr": 5e-3}
-    config = build_options(TrainConfig, options | {"quality": "absmax"})
-    train(config, Console(quiet=True))
-
-    source = open_model(str(tiny_model))
-    module = load_model(source, BaseFormats(QuantSpec(config.format)), torch.float32)
-    targets = resolve_targets(module, config.target_modules)
-    attach_adapters(module, targets, rank=4, alpha=config.alpha, rslora=config.rslora, seed=config.seed)
-    model = CausalLM.of(module, keep="everything")
-    rows = prepare_data(config, open_template(config, source.load_tokenizer()), source.config.vocab_size).train
-    sampler, lengths = StepSampler(len(rows), config.rows_per_step, config.seed), [len(row) for row in rows]
-    optimizer = AdamW(model.parameters(), beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay)
-    losses, num_warmup = [], warmup_steps(config.warmup, 3)
-    for step in (1, 2, 3):
-        dealt = split_micro_batches(sampler.next_step(), lengths, 3, model.packed)
-        batches = [collate([rows[row] for row in micro], model.packed) for micro in dealt]
-        tokens, loss = sum(batch.supervised_tokens for batch in batches), 0.0
-        for batch in batches:
-            part = model.loss(batch, tokens)
-            part.backward()
-            loss += part.item()
-        lr = learning_rate(step, 3, num_warmup, config.schedule, config.lr)
-        optimizer.step(lr, grad_scale=min(1.0, config.max_grad_norm / optimizer.gradient_norm()))
-        losses.append(loss)
-    assert losses == [event["loss"] for event in read_events(tmp_path / "run" / "events.jsonl", "step")]
-
 
 ROWS = [EncodedExample(torch.arange(3, 3 + n, dtype=torch.int32), torch.arange(n) >= 2, f"rows:{n}") for n in (5, 9)]
 
