@@ -43,8 +43,8 @@ def strategy_rows(plans: Plans) -> list[tuple[str, ...]]:
 
 def component_rows(plan: Plan) -> list[tuple[str, str]]:
     """The predicted memory by component, and the peak."""
-    parts = {**plan.components, "peak": plan.peak_bytes}
-    return [(name, format_bytes(num_bytes)) for name, num_bytes in parts.items()]
+    parts = (*plan.components.items(), ("peak", plan.peak_bytes))
+    return [(str(name), format_bytes(num_bytes)) for name, num_bytes in parts]
 
 
 def describe_rejected(plans: Plans) -> list[str]:
