@@ -119,10 +119,7 @@ def _cell(text: str | None) -> str:
 
 def api_page(exported: dict[str, Any]) -> str:
     """A page of names and what they are, in their order."""
-    parts = [
-        f"\n## {name}\n\n{_signature(name, thing)}{_prose(inspect.getdoc(thing))}\n" for name, thing in exported.items()
-    ]
-    return API_HEAD + ("".join(parts) or API_EMPTY)
+    return API_HEAD + ("".join(_entry(name, thing) for name, thing in exported.items()) or API_EMPTY)
 
 
 def exported() -> dict[str, Any]:
@@ -130,10 +127,16 @@ def exported() -> dict[str, Any]:
     return {name: getattr(nybble, name) for name in names}
 
 
-def _signature(name: str, thing: Any) -> str:
-    if not callable(thing):
-        return ""
-    return f"    {name}{inspect.signature(thing)}\n\n"
+def _entry(name: str, thing: Any) -> str:
+    if not inspect.isfunction(thing) and not inspect.isclass(thing):  # another name for a type has no text of its own
+        return f"\n## {name}\n\n    {name} = {_short(thing)}\n"
+    return f"\n## {name}\n\n    {name}{_short(inspect.signature(thing))}\n\n{_prose(inspect.getdoc(thing))}\n"
+
+
+def _short(signature: Any) -> str:
+    """As text, without the modules of names and the addresses of functions."""
+    text = re.sub(r"<function (\w+) at 0x[0-9a-f]+>", r"\1", str(signature))
+    return re.sub(r"\b(?:[a-zA-Z_]\w*\.)+(\w+)", r"\1", text)
 
 
 def _prose(docstring: str | None) -> str:
