@@ -215,7 +215,8 @@ class Workplace:
 
     def run(self, block: Block) -> None:
         if block.language == "python":
-            exec(compile(self._address(block.text), f"{block.document.name}:{block.line}", "exec"), {})
+            text = self._address(block.text).replace(ALIAS, str(self.trained.parent / "base"))
+            exec(compile(text, f"{block.document.name}:{block.line}", "exec"), {})
             return
         for words in block.commands():
             words, redirected = _without_redirection(words)
