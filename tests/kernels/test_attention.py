@@ -90,7 +90,7 @@ def example(lengths, heads, kv_heads, head_dim, dtype, seed=0, size=1.0):
     return q, k, v, torch.randn(q.shape, generator=generator).to(dtype)
 
 
-def dense(q, k, v, dout, lengths, window=None, scale=None):
+def dense(q, k, v, dout, lengths, window=None, scale=None, softcap=0.0):
     """out, lse, dq, dk, dv in fp64 from the whole masked score matrix and autograd."""
     q, k, v = (x.detach().double().clone().requires_grad_() for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -99,18 +99,20 @@ def dense(q, k, v, dout, lengths, window=None, scale=None):
     distance = position[:, None] - position
     seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or len(q)))
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * (scale or q.shape[-1] ** -0.5)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     scores = scores.masked_fill(~seen, -torch.inf)
     out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(group, 1))
     out.backward(dout.double())
     return [x.detach() for x in (out, scores.logsumexp(-1), q.grad, k.grad, v.grad)]
 
 
-def run(q, k, v, dout, lengths, window=None, scale=None):
+def run(q, k, v, dout, lengths, window=None, scale=None, softcap=0.0):
     """out, lse, dq, dk, dv of the ops, the gradients written into a fused buffer."""
     cu_seqlens = starts(lengths)
-    out, lse = attention_forward(q, k, v, cu_seqlens, scale=scale, window=window)
+    how = {"scale": scale, "window": window, "softcap": softcap}
+    out, lse = attention_forward(q, k, v, cu_seqlens, **how)
     grads, remainder = fused(len(q), q.shape[1], k.shape[1], q.shape[2], q.dtype)
-    returned = attention_backward(dout, q, k, v, out, lse, cu_seqlens, scale=scale, window=window, grads=grads)
+    returned = attention_backward(dout, q, k, v, out, lse, cu_seqlens, **how, grads=grads)
     assert all(a is b for a, b in zip(returned, grads, strict=True))
     assert remainder.isnan().all()
     return [out, lse, *grads]
@@ -204,6 +206,22 @@ def test_any_shape(data):
         results = run(*inputs, lengths, window)
     for got, exact in zip(results, dense(*inputs, lengths, window), strict=True):
         assert (got.double() - exact).norm() <= 2e-6 * max(exact.norm(), inputs[3].double().norm())
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("softcap", "size"), [(50.0, 1.0), (1.5, 1.0), (0.5, 3.0)])
+@pytest.mark.parametrize("index", [3, 8, 12])
+def test_a_soft_cap_on_the_scores(isa, backend, dtype, softcap, size, index):
+    """Far above the scores, about as large as they are, and far below."""
+    *sizes, window = SHAPES[index]
+    inputs = example(*sizes, dtype, size=size)
+    exact_results = dense(*inputs, sizes[0], window, softcap=softcap)
+    with registry.use(backend):
+        results = run(*inputs, sizes[0], window, softcap=softcap)
+    tolerance = 2e-6 if dtype == torch.float32 else 6e-3
+    for got, exact in zip(results, exact_results, strict=True):
+        assert (got.double() - exact).norm() <= tolerance * max(exact.norm(), inputs[3].double().norm())
 
 
 @pytest.mark.parametrize("size", [1e-3, 30.0])
@@ -314,12 +332,12 @@ def test_opcheck(backend):
     torch.use_deterministic_algorithms(False)  # opcheck compares fresh gradients' memory, which NaN would spoil
     q, k, v, dout = (x.contiguous() for x in example([9, 20], 4, 2, 16, torch.float32))
     with registry.use(backend):
-        torch.library.opcheck(torch.ops.nybble.packed_attention.default, (q, k, v, starts([9, 20]), 0.25, 8))
+        torch.library.opcheck(torch.ops.nybble.packed_attention.default, (q, k, v, starts([9, 20]), 0.25, 8, 0.5))
         out, lse = attention_forward(q, k, v, starts([9, 20]))
         grads = [torch.zeros_like(x) for x in (q, k, v)]
         torch.library.opcheck(
             torch.ops.nybble.packed_attention_backward.default,
-            (dout, q, k, v, out, lse, starts([9, 20]), 0.25, 0, *grads),
+            (dout, q, k, v, out, lse, starts([9, 20]), 0.25, 0, 0.0, *grads),
         )
 
 

@@ -14,7 +14,7 @@ from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp import library
 from nybble.kernels.ops.four_bit import dequantize, gemv_4bit, quantize
-from nybble.kernels.ops.glu import swiglu, swiglu_backward
+from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.loss import cross_entropy_
 from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
 from nybble.kernels.ops.optimizer import adamw_, adamw_8bit_
@@ -122,39 +122,50 @@ def test_rope_is_hugging_faces_and_its_backward_is_the_transpose(dtype, head_dim
     assert_close(grad, x64.grad, dtype)
 
 
-# ---- SwiGLU --------------------------------------------------------------------------------------
+# ---- gated linear units --------------------------------------------------------------------------
+
+
+def gelu(g):
+    return 0.5 * g * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)))
+
+
+GATES = {"swiglu": (swiglu, swiglu_backward, F.silu), "geglu": (geglu, geglu_backward, gelu)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_swiglu_and_its_gradients(dtype, width):
+@pytest.mark.parametrize("gates", GATES)
+def test_gates_and_their_gradients(gates, dtype, width):
+    forward, backward, activation = GATES[gates]
     fused, remainder = rows_apart(3 * randn(7, 2 * width, dtype=dtype))
     gate, up = fused[:, :width], fused[:, width:]
     grad = randn(7, width, dtype=dtype, seed=1)
     g64, u64 = gate.double().requires_grad_(), up.double().requires_grad_()
-    y64 = F.silu(g64) * u64
+    y64 = activation(g64) * u64
     y64.backward(grad.double())
 
-    y = swiglu(gate, up, out=torch.full((7, width), torch.nan, dtype=dtype))
+    y = forward(gate, up, out=torch.full((7, width), torch.nan, dtype=dtype))
     assert_close(y, y64.detach(), dtype)
-    grad_gate, grad_up = swiglu_backward(grad, gate, up)
+    grad_gate, grad_up = backward(grad, gate, up)
     assert_close(grad_gate, g64.grad, dtype)
     assert_close(grad_up, u64.grad, dtype)
 
-    swiglu_backward(grad, gate, up, grad_gate=gate, grad_up=up, act=grad)  # everything in place
+    backward(grad, gate, up, grad_gate=gate, grad_up=up, act=grad)  # everything in place
     assert torch.equal(gate, grad_gate)
     assert torch.equal(up, grad_up)
     assert torch.equal(grad, y)
     assert remainder.isnan().all()
 
 
-def test_swiglu_of_large_gates_stays_finite():
-    gate = torch.tensor([[-1e4, -200.0, -100.0, -88.0, 0.0, 88.0, 100.0, 200.0, 1e4]])
-    up = torch.ones_like(gate)
-    assert torch.allclose(swiglu(gate, up), F.silu(gate), atol=1e-30)
-    grad_gate, grad_up = swiglu_backward(up, gate, up)
-    assert torch.allclose(grad_gate, torch.tensor([[0.0, 0, 0, 0, 0.5, 1, 1, 1, 1]]), atol=1e-30)
-    assert torch.allclose(grad_up, F.silu(gate), atol=1e-30)
+@pytest.mark.parametrize("gates", GATES)
+def test_large_gates_stay_finite(gates):
+    forward, backward, activation = GATES[gates]
+    gate = torch.tensor([[-1e15, -1e4, -200.0, -100.0, -88.0, 0.0, 88.0, 100.0, 200.0, 1e4, 1e20]])
+    up, expected = torch.ones_like(gate), activation(gate.double()).float()
+    assert torch.allclose(forward(gate, up), expected, atol=1e-17)
+    grad_gate, grad_up = backward(up, gate, up)
+    assert torch.allclose(grad_gate, (gate > 0) + 0.5 * (gate == 0), atol=1e-17)
+    assert torch.allclose(grad_up, expected, atol=1e-17)
 
 
 # ---- cross-entropy -------------------------------------------------------------------------------
@@ -308,6 +319,8 @@ def examples():
     nans = [torch.full((4, 33), torch.nan) for _ in range(3)]
     yield "swiglu_backward_out", (flat, flat, flat, *nans)
     yield "swiglu_backward_out", (flat, flat, flat, nans[0], nans[1], None)
+    yield "geglu_out", (flat, flat, torch.full((4, 33), torch.nan))
+    yield "geglu_backward_out", (flat, flat, flat, *nans)
     yield "cross_entropy_", (flat, torch.tensor([1, -1, 32, 0]), 0.5)
     yield "adamw_", (flat, flat.clone(), flat.clone(), flat.abs(), 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
     eight = [torch.randint(0, 256, (300,), dtype=torch.uint8) for _ in range(2)] + [torch.rand(2), torch.rand(2)]

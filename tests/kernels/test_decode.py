@@ -4,6 +4,7 @@ Fresh tensors start as NaN, and so does every column of the cache that a text do
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,7 +122,8 @@ def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns,
     for layer, (keys, values) in zip(layers, cache, strict=True):
         heads = project(layer.qkv, norm(layer.input_norm, x)).unflatten(-1, (-1, layer.head_dim))
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
-        q, k = rotate(norm(layer.q_norm, q), cos, sin), rotate(norm(layer.k_norm, k), cos, sin)
+        angles = cos[layer.rope], sin[layer.rope]
+        q, k = rotate(norm(layer.q_norm, q), *angles), rotate(norm(layer.k_norm, k), *angles)
         keys[texts, :, columns], values[texts, :, columns] = k, v
         mixed = []
         for row, (text, column, start) in enumerate(zip(texts, columns, starts, strict=True)):
@@ -130,10 +132,13 @@ def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns,
             group = layer.num_heads // layer.num_kv_heads
             k_seen, v_seen = (kv[text, :, seen].repeat_interleave(group, dim=0) for kv in (keys, values))
             scores = torch.einsum("hd,hcd->hc", q[row], k_seen) * layer.scale
+            if layer.softcap:
+                scores = layer.softcap * torch.tanh(scores / layer.softcap)
             mixed.append(torch.einsum("hc,hcd->hd", scores.softmax(-1), v_seen).flatten())
-        x = x + project(layer.o, torch.stack(mixed))
+        x = x + norm(layer.attention_output_norm, project(layer.o, torch.stack(mixed)))
         gate, up = project(layer.gate_up, norm(layer.mlp_norm, x)).chunk(2, dim=-1)
-        x = x + project(layer.down, F.silu(gate) * up)
+        act = F.silu(gate) if layer.activation == "silu" else F.gelu(gate, approximate="tanh")
+        x = x + norm(layer.mlp_output_norm, project(layer.down, act * up))
     return project([head], norm(last_norm, x))
 
 
@@ -185,9 +190,9 @@ def test_a_step_is_what_the_formulas_say(run, shape):
             cache[:, :, text, :, :first] = poison
             cache[:, :, text, :, last:] = poison
         before, exact = cache.clone(), cache.double()
-        rest = layers, last_norm, head, x, angles.cos(), angles.sin(), exact, texts, columns, starts
+        rest = layers, last_norm, head, x, angles.cos()[None], angles.sin()[None], exact, texts, columns, starts
         expected = expected_logits(*rest)
-        got = ready.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
+        got = ready.step(x, angles.cos()[None], angles.sin()[None], cache, texts, columns, starts)
         assert got.dtype == torch.float32 and got.isfinite().all()
         assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
         new = torch.zeros_like(cache, dtype=torch.bool)
@@ -202,6 +207,28 @@ def columns_before(places, num_texts):
     for text in range(num_texts):
         rows = [row for row, each in enumerate(texts) if each == text]
         yield (starts[rows[0]], min(columns[row] for row in rows)) if rows else (0, 0)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 0.5])
+def test_what_other_families_have(run, softcap):
+    """GeGLU, norms of what is added, a soft cap, and rotary angles of each layer's own."""
+    _, dtype = run
+    random = Random()
+    layers = []
+    for rope, window in enumerate((3, 0)):
+        plain = random.layer(48, 4, 2, 18, 56, NF4, False, (2, 2, 2), window, True)
+        others = {"attention_output_norm": random.norm(48), "mlp_output_norm": random.norm(48), "softcap": softcap}
+        layers.append(replace(plain, activation="gelu_pytorch_tanh", rope=rope, **others))
+    last_norm, head = random.norm(48), random.linear(VOCABULARY, 48, torch.bfloat16)
+    ready = decoder(DecoderModel(layers, last_norm, head, dtype))
+    texts, columns, starts = map(torch.tensor, PLACES["ragged"])
+    x, cache = random.normal(3, 48).to(dtype), random.normal(LAYERS, 2, 3, 2, CAPACITY, 18).to(dtype)
+    angles = columns[None, :, None] / torch.tensor([10.0, 100.0])[:, None, None] ** (torch.arange(9) / 9)
+    exact = cache.double()
+    expected = expected_logits(layers, last_norm, head, x, angles.cos(), angles.sin(), exact, texts, columns, starts)
+    got = ready.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
+    assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert (cache.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
 
 def test_the_head_alone(run):

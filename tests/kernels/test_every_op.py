@@ -166,19 +166,22 @@ def heads(dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
 
 def packed_attention(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for q, k, v, borders, _ in heads(dtype):
-        yield from ((q, k, v, borders, 0.3, window) for window in (0, 5))
+        yield from ((q, k, v, borders, 0.3, *others) for others in ((0, 0.0), (5, 0.0), (0, 0.7), (5, 0.7)))
 
 
 def packed_attention_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for q, k, v, borders, grad in heads(dtype):
-        with registry.use("reference"):
-            out, lse = attention_forward(q, k, v, borders, scale=0.3)
-        outputs = (Out(x, may_be_input=False) for x in (q, k, v))  # a gradient is written before all inputs are read
-        yield grad, q, k, v, out, lse, borders, 0.3, 0, *outputs
+        for window, softcap in ((0, 0.0), (5, 0.7)):
+            with registry.use("reference"):
+                out, lse = attention_forward(q, k, v, borders, scale=0.3, window=window, softcap=softcap)
+            outputs = (Out(x, may_be_input=False) for x in (q, k, v))  # written before all inputs are read
+            yield grad, q, k, v, out, lse, borders, 0.3, window, softcap, *outputs
 
 
 def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Two layers, the second with head norms, adapters and a window; two texts of unequal length."""
+    """Two layers, the second with head norms, adapters and a window; one with all else that there is. Two texts of
+    unequal length.
+    """
     seeds = itertools.count(10)
 
     def linears(width: int, *sizes: int, rank: int) -> list[DecoderLinear]:
@@ -193,17 +196,20 @@ def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     def norm(width: int) -> DecoderNorm:
         return DecoderNorm(1 + 0.3 * normal(width, seed=next(seeds)), 1e-5)
 
-    def layer(head_norms: bool, rank: int, window: int) -> DecoderLayer:
+    def layer(head_norms: bool, rank: int, window: int, *others: Any) -> DecoderLayer:
         projections = ((32, 32, 16, 16), (32, 32), (32, 40, 40), (40, 32))
         norms = (norm(32), norm(32), *(norm(16) if head_norms else None for _ in range(2)))
-        return DecoderLayer(*(linears(*sizes, rank=rank) for sizes in projections), *norms, 2, 1, 16, window, 0.25)
+        sizes = 2, 1, 16, window, 0.25
+        return DecoderLayer(*(linears(*each, rank=rank) for each in projections), *norms, *sizes, *others)
 
     head = DecoderLinear(normal(21, 32, seed=next(seeds)), None)
-    model = DecoderModel([layer(False, 0, 0), layer(True, 3, 4)], norm(32), head, dtype)
-    angles = normal(2, 5, seed=1)
-    cache = normal(2, 2, 2, 1, 9, 16, seed=2, dtype=dtype)
-    where = (torch.tensor(values) for values in ([0, 1], [7, 7], [0, 5]))
-    yield model, normal(2, 32, seed=3, dtype=dtype), angles.cos(), angles.sin(), cache, *where
+    others = norm(32), norm(32), "gelu_pytorch_tanh", 0.7, 1
+    angles = normal(2, 2, 5, seed=1)
+    for layers in ([layer(False, 0, 0), layer(True, 3, 4)], [layer(True, 0, 3, *others)]):
+        model = DecoderModel(layers, norm(32), head, dtype)
+        cache = normal(len(layers), 2, 2, 1, 9, 16, seed=2, dtype=dtype)
+        where = (torch.tensor(values) for values in ([0, 1], [7, 7], [0, 5]))
+        yield model, normal(2, 32, seed=3, dtype=dtype), angles.cos(), angles.sin(), cache, *where
 
 
 CASES: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
@@ -212,6 +218,8 @@ CASES: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "rope_": rope,
     "swiglu_out": swiglu,
     "swiglu_backward_out": swiglu_backward,
+    "geglu_out": swiglu,
+    "geglu_backward_out": swiglu_backward,
     "cross_entropy_": cross_entropy,
     "adamw_": adamw,
     "adamw_8bit_": adamw_8bit,

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack
+from nybble.families.gemma3 import GEMMA3
+from nybble.families.qwen3 import QWEN3
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.generation.decoding import DECODER_OPS
+from nybble.generation.decoding import decoder_ops
 from nybble.generation.generate import generate
 from nybble.kernels import registry
 from nybble.kernels.ops.decode import MAX_ROWS
@@ -20,9 +22,10 @@ from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, ModuleForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears, replace_linears, resolve_targets
-from nybble.layers.decoder_block import BLOCK_OPS
+from nybble.layers.decoder_block import block_ops
 from nybble.training.optimizer import AdamW
 
+BLOCK_OPS, DECODER_OPS = block_ops(QWEN3), decoder_ops(QWEN3)
 STEP_OPS = (*BLOCK_OPS, "cross_entropy_", "adamw_")
 
 NewBackend = Callable[..., set[str]]
@@ -131,4 +134,10 @@ def test_one_that_lacks_a_body_for_answers_is_refused_by_name(new_backend: NewBa
     new_backend("partial", {*DECODER_OPS, *BLOCK_OPS} - {"decode"})
     with registry.use("partial"):
         assert why_not_forward(model) is None
-        assert "decode on cpu (partial: has no body" in str(why_not_forward(model, ops=DECODER_OPS))
+        assert "decode on cpu (partial: has no body" in str(why_not_forward(model, ops=decoder_ops))
+
+
+def test_a_family_with_another_gate_needs_that_ones_ops() -> None:
+    gates = {op for op in (*block_ops(GEMMA3), *decoder_ops(GEMMA3)) if "glu" in op}
+    assert gates == {"geglu_out", "geglu_backward_out"}
+    assert not gates & {*BLOCK_OPS, *DECODER_OPS}

@@ -19,6 +19,7 @@ from nybble.errors import ExportError
 from nybble.events import Listener, silent, tracked
 from nybble.exporting.gguf_vocabulary import add_vocabulary
 from nybble.exporting.merged_source import MergedSource
+from nybble.families import FAMILIES
 from nybble.files.disk import fsync
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from nybble.data.template import ChatTemplate
 
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type -> MODEL_ARCH
+ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # in q8_0 where the rest is in four bits, as llama-quantize does
 

@@ -11,6 +11,7 @@ Left out: a ring buffer for sliding windows; the cache keeps all positions and a
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.packing import pack_tokens
+from nybble.families.family import Family
 from nybble.kernels.ops.decode import (
     MAX_ROWS,
     Attend,
@@ -27,10 +29,9 @@ from nybble.kernels.ops.decode import (
     DecoderNorm,
     attend_to_cache,
     decoder,
-    through_layer,
 )
 from nybble.layers.backbone import FusedForward
-from nybble.layers.decoder_block import DecoderBlock, Projection, rotary_angles
+from nybble.layers.decoder_block import Angles, DecoderBlock, Norm, Projection, block_ops, rotary_angles
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead, loss_head
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -39,15 +40,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FIRST_ROOM = 64  # tokens that the cache has room for beyond the prompts before it grows
-DECODER_OPS = (
-    "dequantize_4bit_out",
-    "gemv_4bit",
-    "rms_norm_out",
-    "rope_",
-    "packed_attention",
-    "swiglu_out",
-    "decode",
-)
+
+
+def decoder_ops(family: Family) -> tuple[str, ...]:
+    """The ops that answers of a family's models are made of."""
+    forward = tuple(op for op in block_ops(family) if "backward" not in op)
+    return (*forward, "gemv_4bit", "decode")
 
 
 class KeyValueCache:
@@ -126,10 +124,11 @@ class CachedDecoder:
         head = loss_head(model)
         assert isinstance(head, LossHead), head
         self.head = head
-        blocks = self.backbone.blocks
-        self.layers = [_describe(block) for block in blocks]
-        self.products = [[partial(_product, each) for each in block.projections] for block in blocks]
-        self.few_rows = decoder(_describe_model(self.layers, model.base_model.norm, self.head))
+        self.blocks = self.backbone.blocks
+        self.kinds = sorted({block.kind for block in self.blocks})
+        self.layers = [_describe(block, self.kinds.index(block.kind)) for block in self.blocks]
+        norm = replace(self.blocks[0].input_norm, module=model.base_model.norm)
+        self.few_rows = decoder(_describe_model(self.layers, norm, self.head))
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
@@ -137,18 +136,17 @@ class CachedDecoder:
         lengths = [len(prompt) for prompt in prompts]
         borders = list(itertools.accumulate(lengths, initial=0))
         x, rows = self.backbone.embed(pack_tokens(prompts))
-        block = self.backbone.blocks[0]
+        block = self.blocks[0]
         limit = max(lengths) + max_new_tokens
         self.cache = KeyValueCache(len(self.layers), block.num_kv_heads, block.head_dim, lengths, limit, x.dtype)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
-            block = self.backbone.blocks[layer]
+            block = self.blocks[layer]
             for text, (first, last) in enumerate(itertools.pairwise(borders)):
                 self.cache.fill(layer, text, heads[first:last, block.num_heads :])
-            return block.mix(heads.flatten(1), rows)[0]
+            return block.attend(heads.flatten(1), rows)[0]
 
-        attends = [partial(attend, layer) for layer in range(len(self.layers))]
-        x = self._through_layers(x, rows.cos, rows.sin, attends)
+        x = self._through_blocks(x, rows.angles, [partial(attend, layer) for layer in range(len(self.blocks))])
         return self._logits(x[torch.tensor(borders[1:]) - 1])
 
     @torch.no_grad()
@@ -156,19 +154,22 @@ class CachedDecoder:
         """Append a token to each text, int64 `(texts)`; the logits of the next ones, `(texts, vocabulary)`."""
         self.cache.open_column()
         x = self.model.base_model.embed_tokens(tokens)  # (texts, hidden)
-        cos, sin = rotary_angles(self.model, self.cache.positions()[:, None])
+        angles = rotary_angles(self.model, self.cache.positions()[:, None])
         if len(tokens) <= MAX_ROWS:
+            cos, sin = (torch.stack(parts) for parts in zip(*(angles[kind] for kind in self.kinds), strict=True))
             return self.head.finish(self.few_rows.step(x, cos, sin, self.cache.data, *self.cache.last_places()))
         attends = attend_to_cache(self.layers, self.cache.data, *self.cache.last_places())
-        return self._logits(self._through_layers(x, cos, sin, attends))
+        return self._logits(self._through_blocks(x, angles, attends))
 
     def keep(self, texts: Sequence[int]) -> None:
         """Go on with these texts only, in this order."""
         self.cache.keep(texts)
 
-    def _through_layers(self, x: Tensor, cos: Tensor, sin: Tensor, attends: Sequence[Attend]) -> Tensor:
-        for layer, products, attend in zip(self.layers, self.products, attends, strict=True):
-            x = through_layer(layer, products, x, cos, sin, attend)
+    def _through_blocks(self, x: Tensor, angles: Angles, attends: Sequence[Attend]) -> Tensor:
+        for block, attend in zip(self.blocks, attends, strict=True):
+            heads = block.queries_keys_values(block.attention_input(x)[0], angles)
+            x, _ = block.attention_output(attend(block.by_head(heads.qkv)), x)
+            x, _ = block.mlp_output(block.gate(block.mlp_input(x)[0])[0], x)
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -177,29 +178,25 @@ class CachedDecoder:
         return self.head.logits(self.model.base_model.norm(x))
 
 
-def _product(projection: Projection, x: Tensor) -> Tensor:
-    """(T, in) -> (T, Σ out), on many rows."""
-    adapters = [adapter for adapter in projection.adapters if adapter]
-    enabled = any(adapter.enabled for adapter in adapters)
-    assert all(adapter.enabled == enabled for adapter in adapters), "adapters are switched on and off together"
-    return projection.forward(x, projection.low_rank(x) if enabled else None)
-
-
 # ---- what the op is told -------------------------------------------------------------------------
 
 
-def _describe_model(layers: Sequence[DecoderLayer], norm: Any, head: LossHead) -> DecoderModel:
+def _describe_model(layers: Sequence[DecoderLayer], norm: Norm, head: LossHead) -> DecoderModel:
     assert isinstance(head.weight, Tensor), "a streamed model does not generate"
     described = DecoderLinear(head.weight.detach(), None, *_describe_adapter(head.adapter))
     return DecoderModel(layers, _describe_norm(norm), described, norm.weight.dtype)
 
 
-def _describe(block: DecoderBlock) -> DecoderLayer:
+def _describe(block: DecoderBlock, rope: int) -> DecoderLayer:
     """A block as it is now: an adapter counts if it is enabled now."""
 
     def linears(projection: Projection) -> list[DecoderLinear]:
         return [_describe_linear(*each) for each in zip(projection.linears, projection.adapters, strict=True)]
 
+    def norm(each: Norm | None) -> DecoderNorm | None:
+        return None if each is None else _describe_norm(each)
+
+    q_norm, k_norm = map(norm, block.head_norms or (None, None))
     return DecoderLayer(
         qkv=linears(block.qkv),
         o=linears(block.o),
@@ -207,13 +204,18 @@ def _describe(block: DecoderBlock) -> DecoderLayer:
         down=linears(block.down),
         input_norm=_describe_norm(block.input_norm),
         mlp_norm=_describe_norm(block.mlp_norm),
-        q_norm=None if block.q_norm is None else _describe_norm(block.q_norm),
-        k_norm=None if block.k_norm is None else _describe_norm(block.k_norm),
+        q_norm=q_norm,
+        k_norm=k_norm,
         num_heads=block.num_heads,
         num_kv_heads=block.num_kv_heads,
         head_dim=block.head_dim,
         window=block.window,
         scale=block.scale,
+        attention_output_norm=norm(block.attention_output_norm),
+        mlp_output_norm=norm(block.mlp_output_norm),
+        activation=block.activation,
+        softcap=block.softcap,
+        rope=rope,
     )
 
 
@@ -229,5 +231,5 @@ def _describe_adapter(adapter: LoraLinear | None) -> tuple[Tensor | None, Tensor
     return adapter.lora_A.detach() * adapter.scaling, adapter.lora_B.detach()
 
 
-def _describe_norm(norm: Any) -> DecoderNorm:
-    return DecoderNorm(norm.weight.detach(), norm.variance_epsilon)
+def _describe_norm(norm: Norm) -> DecoderNorm:
+    return DecoderNorm(norm.weight.float() + norm.offset if norm.offset else norm.weight, norm.eps)

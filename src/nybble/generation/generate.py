@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ConfigError, DataError
-from nybble.generation.decoding import DECODER_OPS, CachedDecoder
+from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.context import context_length
 
@@ -101,7 +101,7 @@ def generate(
     if not prompts:
         return []
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
-    through = _through_blocks if why_not_forward(model, ops=DECODER_OPS) is None else _through_transformers
+    through = _through_blocks if why_not_forward(model, ops=decoder_ops) is None else _through_transformers
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or _ignore)
 
 

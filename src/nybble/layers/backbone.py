@@ -5,7 +5,7 @@ Two ways, same numbers. `FusedForward` runs packed batches through nybble's deco
 alone, else padded, else a row at a time. `CausalLM.of` (`layers/causal_lm.py`) chooses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from inspect import Parameter, signature
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.data.packing import Batch
+from nybble.families import FAMILIES
+from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, give_back_free, lies_in_heap
-from nybble.layers.decoder_block import BLOCK_OPS, DenseWeights, Keep, PackedSequences, decoder_block, rotary_angles
+from nybble.layers.decoder_block import DenseWeights, Keep, PackedSequences, block_ops, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.sizes import SHAPE_RULES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-BLOCK_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 BLOCKS_A_TRIM = 4  # each costs 3 % of the time; at every eighth the heap would grow by a fourth more
 
@@ -38,8 +38,10 @@ class Why(StrEnum):
     """Why decoder blocks do not compute a model."""
 
     NOT_PACKED = "rows are not packed"
-    FAMILY = f"decoder blocks know {', '.join(BLOCK_FAMILIES)}; this is {{}}"
-    ACTIVATION = "decoder blocks know SwiGLU; this model's activation is {}"
+    FAMILY = f"decoder blocks know {', '.join(FAMILIES)}; this is {{}}"
+    ACTIVATION = "decoder blocks know another activation in this family than {}"
+    OPTION = "decoder blocks do not know {}"
+    MODULES = "decoder blocks know other layers in this family: {}"
     DROPOUT = "decoder blocks have no adapter dropout"
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
@@ -187,8 +189,8 @@ class FusedForward:
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
         input_ids, position_ids, cu_seqlens = _fill_up(batch)
-        cos, sin = rotary_angles(self.model, position_ids)
-        return self.model.base_model.embed_tokens(input_ids[0]), PackedSequences(cos, sin, cu_seqlens)
+        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens)
+        return self.model.base_model.embed_tokens(input_ids[0]), sequences
 
 
 def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +226,9 @@ def why_not_blocks(
 
 
 def why_not_forward(
-    model: "PreTrainedModel", device: torch.device | None = None, ops: Sequence[str] = BLOCK_OPS
+    model: "PreTrainedModel",
+    device: torch.device | None = None,
+    ops: Callable[[Family], Sequence[str]] = block_ops,
 ) -> Reason | None:
     """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason.
 
@@ -233,16 +237,37 @@ def why_not_forward(
         ops: what it must have kernels for.
     """
     config = model.config.get_text_config()
-    if config.model_type not in BLOCK_FAMILIES:
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         return Reason(Why.FAMILY, config.model_type)
-    if config.hidden_act != "silu":
-        return Reason(Why.ACTIVATION, config.hidden_act)
-    missing = registry.runs(ops, (device or next(model.parameters()).device).type)
+    activation = getattr(config, family.activation_option)
+    if activation != family.activation:
+        return Reason(Why.ACTIVATION, str(activation))
+    for option in family.off:
+        if getattr(config, option, None):
+            return Reason(Why.OPTION, option)
+    other = _other_modules(model.base_model.layers, family)
+    if other:
+        return Reason(Why.MODULES, ", ".join(other))
+    missing = registry.runs(ops(family), (device or next(model.parameters()).device).type)
     if missing is not None:
         return Reason(Why.KERNELS, missing)
     if not is_plain(model.get_output_embeddings()):
         return Reason(Why.HEAD)
     return None
+
+
+def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:
+    """Names of what these layers have weights in beside what their family does, and of what they lack."""
+    other: dict[str, None] = {}
+    for layer in layers:
+        found = {name: module for name, module in layer.named_modules() if name}
+        other |= dict.fromkeys(f"no {name}" for name in family.modules if name not in found)
+        for name, module in found.items():
+            known = any(name == each or name.startswith(f"{each}.") for each in family.modules)
+            if not known and next(module.parameters(recurse=False), None) is not None:
+                other[name] = None
+    return list(other)
 
 
 def decoder_states(

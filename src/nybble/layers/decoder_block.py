@@ -1,15 +1,19 @@
-"""One decoder layer of the Llama family, forward and backward, over transformers' own modules.
+"""One decoder layer, forward and backward, over transformers' own modules.
 
     x2 = x  + o(attention(rope(qkv(rms_norm(x)))))
     y  = x2 + down(silu(gate) * up),   gate, up = gate_up(rms_norm(x2))
 
+So it is for Llama; what other families have beside that (norms of heads and of what is added to x, norms whose weights
+lie around zero, GeGLU, a soft cap on the scores) their `Family` says. The stages of a layer are methods, which
+training, answers and calibration share.
+
 Autograd through transformers' layer keeps some twenty tensors of a layer's width and casts most of them to
 fp32 and back. Written out by hand, a layer keeps what its caller asks for:
 
-    "nothing"     the input; backward recomputes all but down_proj's base product, whose result it never needs
+    "nothing"     the input; backward recomputes all but down_proj's base product, whose result only a norm after it needs
     "attention"   also attention's output and log-sum-exp: no second pass of attention, and no o_proj product
                   is spared, since x2 comes from it
-    "everything"  also what the products gave: backward recomputes only norms and SwiGLU
+    "everything"  also what the products gave: backward recomputes only norms and the gate
 
 The frozen weights are fetched (dequantised) where a product needs them, again in backward, so that they may
 come from anywhere. Adapters sit in the same LoraLinear modules as on the generic path; A of layers that share
@@ -17,20 +21,22 @@ an input are stacked into one product. With no gradient wanted for x (nothing be
 are skipped.
 
 Source of the formulas: LoRA (arXiv 2106.09685), RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864),
-SwiGLU (arXiv 2002.05202), FlashAttention-2's backward (arXiv 2307.08691). Left out: dropout, mixture of
-experts, layer-scale and post-norms; such models run on the generic path.
+SwiGLU and GeGLU (arXiv 2002.05202), FlashAttention-2's backward (arXiv 2307.08691). Left out: dropout, mixture of
+experts and layer-scale; such models run on the generic path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from nybble.families import FAMILIES
+from nybble.families.family import Activation, Family
 from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.four_bit import dequantize_into
-from nybble.kernels.ops.glu import swiglu, swiglu_backward
+from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
 from nybble.layers.dense import weight_matrix
@@ -43,16 +49,27 @@ if TYPE_CHECKING:
 
 Keep = Literal["nothing", "attention", "everything"]
 
-BLOCK_OPS = (
-    "dequantize_4bit_out",
-    "rms_norm_out",
-    "rms_norm_backward_out",
-    "rope_",
-    "packed_attention",
-    "packed_attention_backward",
-    "swiglu_out",
-    "swiglu_backward_out",
-)
+Angles = Mapping[str, tuple[Tensor, Tensor]]  # kind of layer -> cos and sin, each fp32 (T, rotary_dim / 2)
+
+GATES: Mapping[Activation, tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]] = {
+    "silu": (swiglu, swiglu_backward),
+    "gelu_pytorch_tanh": (geglu, geglu_backward),
+}
+
+
+def block_ops(family: Family) -> tuple[str, ...]:
+    """The ops that a family's blocks are made of."""
+    gate = GATES[family.activation][0].__name__
+    return (
+        "dequantize_4bit_out",
+        "rms_norm_out",
+        "rms_norm_backward_out",
+        "rope_",
+        "packed_attention",
+        "packed_attention_backward",
+        f"{gate}_out",
+        f"{gate}_backward_out",
+    )
 
 
 @dataclass(frozen=True)
@@ -60,21 +77,29 @@ class PackedSequences:
     """Where the T tokens of a packed batch lie, the same for every block.
 
     Args:
-        cos, sin: fp32 `(T, rotary_dim / 2)`, of each token's position.
+        angles: of each token's position, for each kind of layer.
         cu_seqlens: int32 `(num_documents + 1)`, the documents' borders.
     """
 
-    cos: Tensor
-    sin: Tensor
+    angles: Angles
     cu_seqlens: Tensor
 
 
-def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of the model's own RoPE variant, each fp32 `(B * T, rotary_dim / 2)`, for positions `(B, T)`.
+def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
+    """cos and sin of the model's own RoPE variants, each fp32 `(B * T, rotary_dim / 2)`, for positions `(B, T)`.
 
     In fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
     """
-    cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids)
+    config = model.config.get_text_config()
+    family = FAMILIES[config.model_type]
+    kinds = sorted(set(family.kinds(config)))
+    if family.rope_by_kind:
+        return {kind: _angles(model, position_ids, kind) for kind in kinds}
+    return dict.fromkeys(kinds, _angles(model, position_ids))
+
+
+def _angles(model: "PreTrainedModel", position_ids: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
+    cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids, *kind)
     half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
     return cos[..., :half].flatten(0, 1).contiguous(), sin[..., :half].flatten(0, 1).contiguous()
 
@@ -144,8 +169,9 @@ class Projection:
 
     def low_rank(self, x: Tensor) -> Tensor | None:
         """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
-        enabled = any(adapter and adapter.enabled for adapter in self.adapters)
-        return x @ self._adapter_copies(x.dtype).a.T if enabled else None
+        enabled = {adapter.enabled for adapter in self.adapters if adapter}
+        assert len(enabled) <= 1, "adapters are switched on and off together"
+        return x @ self._adapter_copies(x.dtype).a.T if True in enabled else None
 
     def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out)."""
@@ -248,29 +274,62 @@ def _slices(widths: Sequence[int]) -> list[slice]:
     return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
 
 
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm over a module's weight.
+
+    Args:
+        offset: added to the weight.
+    """
+
+    module: Any
+    eps: float
+    offset: float
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight.detach()
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The normed rows and 1 / RMS of each."""
+        return rms_norm(x, self.weight, self.eps, self.offset, out=out)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor | None = None, accumulate: bool = False
+    ) -> Tensor:
+        return rms_norm_backward(grad, x, self.weight, rstd, self.offset, out=out, accumulate=accumulate)
+
+
 class DecoderBlock:
     """The forward and backward of one transformers decoder layer; it owns no parameters.
 
     Args:
-        layer: a Llama, Mistral, Qwen2 or Qwen3 decoder layer, its linears quantised and adapted or not.
-        head_dim: width of an attention head.
-        window: tokens a token attends to, itself included; 0 for all before it.
+        layer: a decoder layer of the family, its linears quantised and adapted or not.
+        config: the text model's.
         weights: where the dense weights come from, shared by all blocks.
     """
 
-    def __init__(self, layer: Any, head_dim: int, window: int, weights: DenseWeights):
-        attention_module, mlp = layer.self_attn, layer.mlp
-        self.qkv = Projection([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj], weights)
-        self.o = Projection([attention_module.o_proj], weights)
-        self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], weights)
-        self.down = Projection([mlp.down_proj], weights)
-        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
-        self.q_norm = getattr(attention_module, "q_norm", None)
-        self.k_norm = getattr(attention_module, "k_norm", None)
-        self.head_dim, self.window = head_dim, window
-        self.scale = attention_module.scaling
+    def __init__(self, layer: Any, family: Family, config: Any, weights: DenseWeights):
+        def projection(*names: str) -> Projection:
+            return Projection([layer.get_submodule(name) for name in names], weights)
+
+        def norm(name: str) -> Norm:
+            return Norm(layer.get_submodule(name), config.rms_norm_eps, family.norm_offset)
+
+        self.qkv, self.o = projection(*family.qkv), projection(family.o)
+        self.gate_up, self.down = projection(*family.gate_up), projection(family.down)
+        self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
+        self.attention_output_norm = norm(family.attention_output_norm) if family.attention_output_norm else None
+        self.mlp_output_norm = norm(family.mlp_output_norm) if family.mlp_output_norm else None
+        self.head_norms = [norm(name) for name in family.head_norms]
+        self.activation = family.activation
+        self.kind = family.kinds(config)[layer.self_attn.layer_idx]
+        self.window, self.softcap = family.window(config, self.kind), family.softcap(config)
+        self.scale = layer.self_attn.scaling
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         q_width, k_width = self.qkv.columns[0].stop, self.qkv.columns[1].stop - self.qkv.columns[0].stop
-        self.num_heads, self.num_kv_heads = q_width // head_dim, k_width // head_dim
+        self.num_heads, self.num_kv_heads = q_width // self.head_dim, k_width // self.head_dim
 
     def __call__(self, x: Tensor, rows: PackedSequences, keep: Keep) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
@@ -289,118 +348,177 @@ class DecoderBlock:
         for projection in self.projections:
             projection.refresh_adapters(dtype)
 
-    # ---- forward ---------------------------------------------------------------------------------
+    # ---- the stages of forward -------------------------------------------------------------------
 
-    def attend(self, x: Tensor, rows: PackedSequences) -> "Attended":
-        """From the block's input to attention's operands."""
-        normed, rstd = _norm(self.input_norm, x)
+    def attention_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What q, k and v are made of, (T, hidden), and 1 / RMS of the block's input."""
+        return self.input_norm.forward(x)
+
+    def queries_keys_values(self, normed: Tensor, angles: Angles) -> "Heads":
+        """Attention's operands."""
         z = self.qkv.low_rank(normed)
         qkv = self.qkv.forward(normed, z)
-        head_norms = self._norm_heads(qkv) if self.q_norm is not None else None
-        rotated = self._heads(qkv)[:, : self.num_heads + self.num_kv_heads]
-        rope_(rotated, rows.cos, rows.sin)
-        return Attended(rstd, z, qkv, head_norms)
+        normed_heads = self._norm_heads(qkv)
+        rope_(self._rotated(qkv), *angles[self.kind])
+        return Heads(z, qkv, normed_heads)
 
-    def mix(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
+    def attend(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
         """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, T)."""
         q, k, v = self._split_heads(qkv)
-        out, lse = attention_forward(q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window)
+        out, lse = attention_forward(
+            q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window, softcap=self.softcap
+        )
         return out.flatten(1), lse
 
-    def _heads(self, qkv: Tensor) -> Tensor:
+    def attention_output(self, out: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
+        """The states after attention: its output (T, q), and what came into the block, to (T, hidden)."""
+        return _add(self.o, self.attention_output_norm, out, x)
+
+    def mlp_input(self, x2: Tensor) -> tuple[Tensor, Tensor]:
+        """What gate and up are made of, (T, hidden), and 1 / RMS of the states after attention."""
+        return self.mlp_norm.forward(x2)
+
+    def gate(self, normed: Tensor) -> tuple[Tensor, "Gated"]:
+        """What down_proj reads, (T, f)."""
+        z = self.gate_up.low_rank(normed)
+        gate_up = self.gate_up.forward(normed, z)
+        activate, _ = GATES[self.activation]
+        return activate(*gate_up.chunk(2, dim=1)), Gated(z, gate_up)
+
+    def mlp_output(self, act: Tensor, x2: Tensor) -> tuple[Tensor, "Added"]:
+        """The block's result: what `gate` gave (T, f), and the states after attention, to (T, hidden)."""
+        return _add(self.down, self.mlp_output_norm, act, x2)
+
+    def mlp_added(self, act: Tensor, x2: Tensor) -> "Added":
+        """What `mlp_output` leaves for backward, without the product where nothing after it needs it."""
+        return Added(self.down.low_rank(act)) if self.mlp_output_norm is None else self.mlp_output(act, x2)[1]
+
+    def by_head(self, qkv: Tensor) -> Tensor:
         return qkv.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
 
-    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return self._heads(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+    def _rotated(self, qkv: Tensor) -> Tensor:
+        return self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads]
 
-    def _norm_heads(self, qkv: Tensor) -> list["HeadNorm"]:
-        """Qwen3's norm of each query and key head, in place."""
-        q, k, _ = self._split_heads(qkv)
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        return self.by_head(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+
+    def _norm_heads(self, qkv: Tensor) -> list["Normed"]:
+        """Norms queries and keys in place, each head by itself, where the family does."""
         kept = []
-        for heads, norm in ((q, self.q_norm), (k, self.k_norm)):
+        for heads, norm in zip(self._split_heads(qkv), self.head_norms, strict=False):
             before = heads.clone(memory_format=torch.contiguous_format)
-            _, rstd = _norm(norm, before, out=heads)
-            kept.append(HeadNorm(norm, before, rstd))
+            _, rstd = norm.forward(before, out=heads)
+            kept.append(Normed(norm, before, rstd))
         return kept
 
     # ---- backward --------------------------------------------------------------------------------
 
-    def backward_attend(self, grad_qkv: Tensor, head_norms: list["HeadNorm"] | None, rows: PackedSequences) -> None:
-        """Undo rope and head norms on the gradient of attention's operands, in place."""
-        grads = self._heads(grad_qkv)
-        rope_backward_(grads[:, : self.num_heads + self.num_kv_heads], rows.cos, rows.sin)
-        grad_q, grad_k, _ = self._split_heads(grad_qkv)
-        for grad, kept in zip((grad_q, grad_k), head_norms or (), strict=False):
-            _norm_backward(kept.norm, grad, kept.before, kept.rstd, out=grad)
+    def backward_attend(
+        self, grad_out: Tensor, heads: "Heads", out: Tensor, lse: Tensor, rows: PackedSequences
+    ) -> Tensor:
+        """From the gradient of attention's output, (T, q), to that of what qkv gave, (T, q + 2 kv)."""
+        grad_qkv = torch.empty_like(heads.qkv)
+        grads = self._split_heads(grad_qkv)
+        q, k, v = self._split_heads(heads.qkv)
+        attention_backward(
+            grad_out.view(q.shape), q, k, v, out.view(q.shape), lse, rows.cu_seqlens,
+            scale=self.scale, window=self.window, softcap=self.softcap, grads=grads,
+        )  # fmt: skip
+        rope_backward_(self._rotated(grad_qkv), *rows.angles[self.kind])
+        for grad, normed in zip(grads, heads.normed, strict=False):
+            normed.backward(grad, out=grad)
+        return grad_qkv
 
 
 def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBlock:
     """The decoder block over one layer of a model with this config, as the layer's linears are now."""
     config = config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return DecoderBlock(layer, head_dim, _window(layer, config), weights)
+    return DecoderBlock(layer, FAMILIES[config.model_type], config, weights)
 
 
-def _window(layer: Any, config: Any) -> int:
-    """Tokens a layer's attention sees, 0 for all: Qwen sets it per layer, Mistral for the whole model."""
-    attention = layer.self_attn
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window or 0
-    return getattr(config, "sliding_window", None) or 0
-
-
-@dataclass
-class HeadNorm:
-    """What the backward of a norm over heads needs."""
-
-    norm: Any  # an RMSNorm module of transformers
-    before: Tensor  # (T, heads, head_dim)
-    rstd: Tensor  # (T, heads)
+def _add(projection: Projection, norm: Norm | None, inputs: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
+    """x + norm(projection(inputs))"""
+    z = projection.low_rank(inputs)
+    if norm is None:
+        return projection.forward(inputs, z, residual=x), Added(z)
+    before = projection.forward(inputs, z)
+    normed, rstd = norm.forward(before)
+    return normed.add_(x), Added(z, Normed(norm, before, rstd))
 
 
 @dataclass
-class Attended:
-    """What `DecoderBlock.attend` computes."""
+class Normed:
+    """What the backward of a norm needs."""
 
-    rstd: Tensor  # (T), of the input's norm
+    norm: Norm
+    before: Tensor  # (T, width) or (T, heads, head_dim)
+    rstd: Tensor  # (T) or (T, heads)
+
+    def backward(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.norm.backward(grad, self.before, self.rstd, out=out)
+
+
+@dataclass
+class Heads:
+    """What `DecoderBlock.queries_keys_values` computes."""
+
     z: Tensor | None  # (T, Σ ranks)
     qkv: Tensor  # (T, q + 2 kv), normed and rotated
-    head_norms: list[HeadNorm] | None  # where heads are normed
+    normed: list[Normed]  # queries and keys, where they are
+
+
+@dataclass
+class Gated:
+    """What `DecoderBlock.gate` leaves for backward."""
+
+    z: Tensor | None  # (T, Σ ranks)
+    gate_up: Tensor  # (T, 2 f)
+
+
+@dataclass
+class Added:
+    """What a projection back into the states leaves for backward."""
+
+    z: Tensor | None  # (T, r)
+    normed: Normed | None = None  # its result, where that is normed
+
+    def backward(self, grad: Tensor) -> Tensor:
+        """From the gradient of the states to that of the projection's result."""
+        return grad if self.normed is None else self.normed.backward(grad)
 
 
 @dataclass
 class Intermediates:
     """Everything a block's backward reads besides its input."""
 
-    attended: Attended
+    rstd: Tensor  # (T), of the input's norm
+    heads: Heads
     attention_out: Tensor  # (T, q)
     lse: Tensor  # (heads, T)
-    z_o: Tensor | None
+    attention_added: Added
     x2: Tensor  # (T, hidden)
     rstd2: Tensor  # (T), of its norm
-    z_gate_up: Tensor | None
-    gate_up: Tensor  # (T, 2 f)
-    z_down: Tensor | None
+    gated: Gated
+    mlp_added: Added
 
 
 def _compute(
-    block: DecoderBlock, x: Tensor, rows: PackedSequences, kept: tuple[Tensor, Tensor] | None
+    block: DecoderBlock, x: Tensor, rows: PackedSequences, kept: tuple[Tensor, Tensor] | None, *, result: bool
 ) -> tuple[Intermediates, Tensor]:
-    """The block up to down_proj, and what that reads, (T, f).
+    """The block, and its result (T, hidden); or with `result` False what down_proj reads, (T, f).
 
     Args:
         kept: attention's output and log-sum-exp when they were kept.
     """
-    attended = block.attend(x, rows)
-    out, lse = kept or block.mix(attended.qkv, rows)
-    z_o = block.o.low_rank(out)
-    x2 = block.o.forward(out, z_o, residual=x)
-    normed, rstd2 = _norm(block.mlp_norm, x2)
-    z_gate_up = block.gate_up.low_rank(normed)
-    gate_up = block.gate_up.forward(normed, z_gate_up)
-    act = swiglu(*gate_up.chunk(2, dim=1))
-    z_down = block.down.low_rank(act)
-    return Intermediates(attended, out, lse, z_o, x2, rstd2, z_gate_up, gate_up, z_down), act
+    normed, rstd = block.attention_input(x)
+    heads = block.queries_keys_values(normed, rows.angles)
+    del normed
+    out, lse = kept or block.attend(heads.qkv, rows)
+    x2, attention_added = block.attention_output(out, x)
+    normed, rstd2 = block.mlp_input(x2)
+    act, gated = block.gate(normed)
+    last, mlp_added = block.mlp_output(act, x2) if result else (act, block.mlp_added(act, x2))
+    return Intermediates(rstd, heads, out, lse, attention_added, x2, rstd2, gated, mlp_added), last
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -408,8 +526,7 @@ class _BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, block: DecoderBlock, rows: PackedSequences, keep: Keep, *parameters: Tensor
     ) -> Tensor:
-        parts, act = _compute(block, x, rows, None)
-        y = block.down.forward(act, parts.z_down, residual=parts.x2)
+        parts, y = _compute(block, x, rows, None, result=True)
         ctx.block, ctx.rows = block, rows
         ctx.kept = parts if keep == "everything" else None
         ctx.save_for_backward(x, *((parts.attention_out, parts.lse) if keep == "attention" else ()))
@@ -421,51 +538,41 @@ class _BlockFunction(torch.autograd.Function):
         x, *kept_attention = ctx.saved_tensors
         grad_y = grad_outputs[0].contiguous()
         if ctx.kept is None:
-            s, act = _compute(block, x, rows, tuple(kept_attention) or None)
+            s, act = _compute(block, x, rows, tuple(kept_attention) or None, result=False)
         else:
             s, act, ctx.kept = ctx.kept, None, None
 
-        grad_z = block.down.backward_low_rank(grad_y)
-        grad_act = block.down.backward_input(grad_y, grad_z)
-        gate, up = s.gate_up.chunk(2, dim=1)
+        grad_down = s.mlp_added.backward(grad_y)
+        grad_z = block.down.backward_low_rank(grad_down)
+        grad_act = block.down.backward_input(grad_down, grad_z)
+        gate, up = s.gated.gate_up.chunk(2, dim=1)
+        _, activate_backward = GATES[block.activation]
         if act is None:
             act = torch.empty_like(grad_act)
-            swiglu_backward(grad_act, gate, up, gate, up, act)  # s.gate_up now holds its own gradient
+            activate_backward(grad_act, gate, up, gate, up, act)  # gate_up now holds its own gradient
         else:
-            swiglu_backward(grad_act, gate, up, gate, up)
+            activate_backward(grad_act, gate, up, gate, up)
         del grad_act
-        down = block.down.backward_adapters(grad_y, grad_z, act, s.z_down)
-        del act
+        down = block.down.backward_adapters(grad_down, grad_z, act, s.mlp_added.z)
+        del act, grad_down
 
-        grad_z = block.gate_up.backward_low_rank(s.gate_up)
-        gate_up = block.gate_up.backward_adapters(s.gate_up, grad_z, _norm(block.mlp_norm, s.x2)[0], s.z_gate_up)
-        grad_normed = block.gate_up.backward_input(s.gate_up, grad_z)
-        grad_x2 = _norm_backward(block.mlp_norm, grad_normed, s.x2, s.rstd2, out=grad_y.clone(), accumulate=True)
+        grad_gate_up = s.gated.gate_up
+        grad_z = block.gate_up.backward_low_rank(grad_gate_up)
+        gate_up = block.gate_up.backward_adapters(grad_gate_up, grad_z, block.mlp_input(s.x2)[0], s.gated.z)
+        grad_normed = block.gate_up.backward_input(grad_gate_up, grad_z)
+        grad_x2 = block.mlp_norm.backward(grad_normed, s.x2, s.rstd2, out=grad_y.clone(), accumulate=True)
 
-        grad_z = block.o.backward_low_rank(grad_x2)
-        o = block.o.backward_adapters(grad_x2, grad_z, s.attention_out, s.z_o)
-        grad_out = block.o.backward_input(grad_x2, grad_z)
-        grad_qkv = torch.empty_like(s.attended.qkv)
-        q, k, v = block._split_heads(s.attended.qkv)
-        attention_backward(
-            grad_out.view(q.shape), q, k, v, s.attention_out.view(q.shape), s.lse, rows.cu_seqlens,
-            scale=block.scale, window=block.window, grads=block._split_heads(grad_qkv),
-        )  # fmt: skip
-        block.backward_attend(grad_qkv, s.attended.head_norms, rows)
+        grad_o = s.attention_added.backward(grad_x2)
+        grad_z = block.o.backward_low_rank(grad_o)
+        o = block.o.backward_adapters(grad_o, grad_z, s.attention_out, s.attention_added.z)
+        grad_out = block.o.backward_input(grad_o, grad_z)
+        del grad_o
+        grad_qkv = block.backward_attend(grad_out, s.heads, s.attention_out, s.lse, rows)
 
         grad_z = block.qkv.backward_low_rank(grad_qkv)
-        qkv = block.qkv.backward_adapters(grad_qkv, grad_z, _norm(block.input_norm, x)[0], s.attended.z)
+        qkv = block.qkv.backward_adapters(grad_qkv, grad_z, block.attention_input(x)[0], s.heads.z)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = block.qkv.backward_input(grad_qkv, grad_z)
-            grad_x = _norm_backward(block.input_norm, grad_normed, x, s.attended.rstd, out=grad_x2, accumulate=True)
+            grad_x = block.input_norm.backward(grad_normed, x, s.rstd, out=grad_x2, accumulate=True)
         return grad_x, None, None, None, *qkv, *o, *gate_up, *down
-
-
-def _norm(norm: Any, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The normed rows and 1 / RMS of each."""
-    return rms_norm(x, norm.weight.detach(), norm.variance_epsilon, out=out)
-
-
-def _norm_backward(norm: Any, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    return rms_norm_backward(grad, x, norm.weight.detach(), rstd, out=out, accumulate=accumulate)

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from nybble.calibration.statistics import InputStatistics
 from nybble.errors import ModelError
-from nybble.kernels.ops.glu import swiglu
-from nybble.kernels.ops.norm import rms_norm
+from nybble.families import FAMILIES
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
 from nybble.layers.decoder_block import (
@@ -107,6 +106,7 @@ class PackedWalk:
 
     def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool):
         self._config = model.config
+        self._family = FAMILIES[model.config.get_text_config().model_type]
         self._weights = DenseWeights()
         per_chunk = max(1, CALIBRATION_TOKENS // windows.shape[1])
         self._chunks: list[_Chunk] = []
@@ -120,7 +120,7 @@ class PackedWalk:
             if exact and len(self._chunks) % EXACT_EVERY == 0:
                 carried = slice(exact_tokens, exact_tokens + positions.shape[1])
                 exact_tokens = carried.stop
-            self._chunks.append(_Chunk(tokens, PackedSequences(*rotary_angles(model, positions), borders), carried))
+            self._chunks.append(_Chunk(tokens, PackedSequences(rotary_angles(model, positions), borders), carried))
         ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
         self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
         for chunk in self._chunks:
@@ -130,20 +130,19 @@ class PackedWalk:
 
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
         exact = None if self.exact is None else self._block(layer)  # keeps the 16-bit linears
-        yield self._group(layer, exact, "self_attn", ("q_proj", "k_proj", "v_proj"), _attention_input)
-        yield from self._group_and_step(layer, exact, "self_attn", "o_proj", _mix, _add_attention)
-        yield self._group(layer, exact, "mlp", ("gate_proj", "up_proj"), _mlp_input)
-        yield from self._group_and_step(layer, exact, "mlp", "down_proj", _gate, _add_mlp)
+        family = self._family
+        yield self._group(layer, exact, family.qkv, _attention_input)
+        yield from self._group_and_step(layer, exact, family.o, _attend, _add_attention)
+        yield self._group(layer, exact, family.gate_up, _mlp_input)
+        yield from self._group_and_step(layer, exact, family.down, _gate, _add_mlp)
 
     def _block(self, layer: nn.Module) -> DecoderBlock:
         return decoder_block(layer, self._config, self._weights)
 
-    def _group(
-        self, layer: nn.Module, exact: DecoderBlock | None, parent: str, leaves: Sequence[str], inputs: "Inputs"
-    ) -> Group:
+    def _group(self, layer: nn.Module, exact: DecoderBlock | None, names: Sequence[str], inputs: "Inputs") -> Group:
         """Statistics of what `inputs` gives, chunk by chunk."""
         block = self._block(layer)
-        weights = {f"{parent}.{leaf}": weight_matrix(layer.get_submodule(f"{parent}.{leaf}")) for leaf in leaves}
+        weights = {name: weight_matrix(layer.get_submodule(name)) for name in names}
         statistics: InputStatistics | None = None
         for chunk in self._chunks:
             x = inputs(block, chunk.rows, self.states[chunk.tokens])
@@ -157,7 +156,7 @@ class PackedWalk:
         return tuple(weights), statistics
 
     def _group_and_step(
-        self, layer: nn.Module, exact: DecoderBlock | None, parent: str, leaf: str, inputs: "Inputs", step: "Step"
+        self, layer: nn.Module, exact: DecoderBlock | None, name: str, inputs: "Inputs", step: "Step"
     ) -> Iterator[Group]:
         """A group of one linear, and once it is quantised the step from its inputs to the next states.
 
@@ -165,7 +164,7 @@ class PackedWalk:
         room for are computed twice.
         """
         kept = _Kept(inputs)
-        yield self._group(layer, exact, parent, (leaf,), kept.make)
+        yield self._group(layer, exact, (name,), kept.make)
         block = self._block(layer)
         for chunk in self._chunks:
             states = self.states[chunk.tokens]
@@ -209,32 +208,28 @@ class _Kept:
 
 
 def _attention_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    return _normed(block.input_norm, states)
+    return block.attention_input(states.to(block.input_norm.weight.dtype))[0]
+
+
+def _attend(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
+    heads = block.queries_keys_values(_attention_input(block, rows, states), rows.angles)
+    return block.attend(heads.qkv, rows)[0]
+
+
+def _add_attention(block: DecoderBlock, attended: Tensor, states: Tensor) -> None:
+    states.copy_(block.attention_output(attended, states.to(attended.dtype))[0])
 
 
 def _mlp_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    return _normed(block.mlp_norm, states)
-
-
-def _normed(norm: Any, states: Tensor) -> Tensor:
-    return rms_norm(states.to(norm.weight.dtype), norm.weight.detach(), norm.variance_epsilon)[0]
-
-
-def _mix(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    return block.mix(block.attend(states.to(block.input_norm.weight.dtype), rows).qkv, rows)[0]
-
-
-def _add_attention(block: DecoderBlock, mixed: Tensor, states: Tensor) -> None:
-    states.copy_(block.o.forward(mixed, None, residual=states.to(mixed.dtype)))
+    return block.mlp_input(states.to(block.mlp_norm.weight.dtype))[0]
 
 
 def _gate(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    gate, up = block.gate_up.forward(_mlp_input(block, rows, states), None).chunk(2, dim=1)
-    return swiglu(gate, up)
+    return block.gate(_mlp_input(block, rows, states))[0]
 
 
 def _add_mlp(block: DecoderBlock, gated: Tensor, states: Tensor) -> None:
-    states.copy_(block.down.forward(gated, None, residual=states.to(gated.dtype)))
+    states.copy_(block.mlp_output(gated, states.to(gated.dtype))[0])
 
 
 class ModuleWalk:

@@ -9,6 +9,7 @@
 // dimension (what vdpbf16ps multiplies). One micro-kernel, `multiply`, serves all seven:
 //     forward    S = K Qt         Ot += Vt P
 //     backward   S = K Qt         dP = V dOt      dV += P dO      dK += dS Q      dQt += Kt dS
+// A soft cap on the scores is applied to a tile where it is made, and its slope to dS; without one, nothing is asked.
 // On the diagonal only the lanes that see a key are computed, at the grain of one vector.
 //
 // Tasks write disjoint results and each sums in a fixed order, so results do not depend on the number of threads.
@@ -53,10 +54,17 @@ struct ForwardScratch {
     }
 };
 
+// A soft cap c on scores that are still to be multiplied by `scale`: x -> (c / scale) tanh(x scale / c).
+struct Softcap {
+    float inner, outer;  // scale / c, c / scale
+
+    explicit Softcap(const NybbleAttention& p) : inner(p.scale / p.softcap), outer(p.softcap / p.scale) {}
+};
+
 // scores[key][query], masked, and their maximum by query.
-template <class W>
+template <bool kCapped, class W>
 void score_tile(ForwardScratch<W>& s, const float* q_lanes, const Layout<W>& layout, const Mask& mask, int keys,
-                int groups) {
+                int groups, const Softcap& cap) {
     for (int i = 0; i < kTile; i += kLanes) store(s.tile_maximum + i, splat(kMasked));
     for (int key = 0; key < keys; key += kStep)
         by_width(mask.first_group(key), groups, [&](auto width, int g) __attribute__((always_inline)) {
@@ -69,6 +77,7 @@ void score_tile(ForwardScratch<W>& s, const float* q_lanes, const Layout<W>& lay
                     F32 best = load(s.tile_maximum + (g + n) * kLanes);
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) {
+                        if constexpr (kCapped) sum[m][n] = tanh(sum[m][n] * cap.inner) * cap.outer;
                         if (mask.partial) sum[m][n] = mask.apply(sum[m][n], row + m, g + n);
                         best = max(best, sum[m][n]);
                         store(s.scores + (row + m) * kTile + (g + n) * kLanes, sum[m][n]);
@@ -113,6 +122,7 @@ void forward_task(const NybbleAttention& p, const ForwardTask& task, const Layou
     const int64_t first_row = task.start + int64_t(task.tile) * kTile;
     const int rows = smaller(kTile, task.length - task.tile * kTile), groups = (rows + kLanes - 1) / kLanes;
     const float scale = p.scale;
+    const Softcap cap(p);
     const int64_t out_tile = int64_t(layout.padded) * kTile;
 
     const T* q_rows = (const T*)p.q + first_row * p.q_stride + task.head * layout.dim;
@@ -134,7 +144,12 @@ void forward_task(const NybbleAttention& p, const ForwardTask& task, const Layou
         layout.rows(s.k, k_rows + key_tile * kTile * p.k_stride, p.k_stride, valid);
         for (int h = 0; h < task.num_heads; ++h) {
             float* out = s.out + h * out_tile;
-            score_tile(s, s.q_lanes + h * layout.row_tile, layout, mask, keys, groups);
+            const float* q_lanes = s.q_lanes + h * layout.row_tile;
+            if (p.softcap > 0.0f) {
+                score_tile<true>(s, q_lanes, layout, mask, keys, groups, cap);
+            } else {
+                score_tile<false>(s, q_lanes, layout, mask, keys, groups, cap);
+            }
             softmax_tile(s, s.maximum + h * kTile, s.sum + h * kTile, mask, keys, groups, scale);
             for (int g = 0; g < groups; g = mask.diagonal ? g + 1 : groups)
                 accumulate<W, true>(out, kTile, s.v_columns, kTile / W::kPack, s.weights, kTile, layout.padded, g,
@@ -237,21 +252,27 @@ struct BackwardScratch {
 };
 
 // P and dS of one tile; the vectors of queries that see no key of a row are left unwritten.
-template <class W>
+template <bool kCapped, class W>
 void dscore_tile(BackwardScratch<W>& s, const float* k, const float* v, const Layout<W>& layout, const Mask& mask,
-                 int keys, int groups, float scale) {
+                 int keys, int groups, float scale, const Softcap& cap) {
     auto *weights = (typename W::Element*)s.weights, *dscores = (typename W::Element*)s.dscores;
     for (int key = 0; key < keys; key += kStep)
         by_width(mask.first_group(key), groups, [&](auto width, int g) __attribute__((always_inline)) {
             constexpr int N = decltype(width)::value, M = rows_at_once<N>();
             for (int row = key; row < key + kStep; row += M) {
                 F32 weight[M][N] = {}, dweight[M][N] = {};
+                [[maybe_unused]] F32 slope[M][N];  // of the soft cap
                 multiply<W>(weight, k + row * layout.words, layout.words, s.q_lanes + g * kLanes, kTile, layout.summed);
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) {
                         const int lane = (g + n) * kLanes;
+                        if constexpr (kCapped) {
+                            const F32 capped = tanh(weight[m][n] * cap.inner);
+                            slope[m][n] = 1.0f - capped * capped;
+                            weight[m][n] = capped * cap.outer;
+                        }
                         if (mask.partial) weight[m][n] = mask.apply(weight[m][n], row + m, g + n);
                         weight[m][n] = exp_below_0(fma(weight[m][n], splat(scale), -load(s.lse + lane)));
                         store(weights + (row + m) * kTile + lane, weight[m][n]);
@@ -264,8 +285,9 @@ void dscore_tile(BackwardScratch<W>& s, const float* k, const float* v, const La
                     for (int m = 0; m < M; m += 2) {
                         const int lane = (g + n) * kLanes;
                         const F32 delta = load(s.delta + lane);
-                        const F32 even = weight[m][n] * (dweight[m][n] - delta);
-                        const F32 odd = weight[m + 1][n] * (dweight[m + 1][n] - delta);
+                        F32 even = weight[m][n] * (dweight[m][n] - delta);
+                        F32 odd = weight[m + 1][n] * (dweight[m + 1][n] - delta);
+                        if constexpr (kCapped) even *= slope[m][n], odd *= slope[m + 1][n];
                         store(dscores + (row + m) * kTile + lane, even);
                         store(dscores + (row + m + 1) * kTile + lane, odd);
                         if constexpr (W::kPack == 2)
@@ -285,6 +307,7 @@ void backward_tile(const NybbleAttention& p, const BackwardTask& task, int tile,
     const T* dout = (const T*)p.dout + first_row * p.dout_stride + column;
     const T* out = (const T*)p.out + first_row * p.out_stride + column;
     const float* lse = p.lse + head * p.num_tokens + first_row;
+    const Softcap cap(p);
 
     layout.rows(s.q_rows, (const T*)p.q + first_row * p.q_stride + column, p.q_stride, rows);
     layout.rows(s.dout_rows, dout, p.dout_stride, rows);
@@ -303,7 +326,11 @@ void backward_tile(const NybbleAttention& p, const BackwardTask& task, int tile,
         const int64_t packed = key_tile * layout.row_tile;
         const int64_t first_sum = int64_t(key_tile) * kTile * layout.padded;
         float *dk = s.dk + first_sum, *dv = s.dv + first_sum;
-        dscore_tile(s, s.k + packed, s.v + packed, layout, mask, keys, groups, p.scale);
+        if (p.softcap > 0.0f) {
+            dscore_tile<true>(s, s.k + packed, s.v + packed, layout, mask, keys, groups, p.scale, cap);
+        } else {
+            dscore_tile<false>(s, s.k + packed, s.v + packed, layout, mask, keys, groups, p.scale, cap);
+        }
         // Rows of keys sum over the queries that see them, vectors of queries over the keys that they see.
         const int rows_together = mask.diagonal ? kLanes : keys, words = kTile / W::kPack;
         for (int key = 0; key < keys; key += rows_together) {

@@ -12,6 +12,7 @@ struct NybbleAttention {
     int64_t num_tokens, num_heads, num_kv_heads, head_dim;
     int64_t window;  // a token sees this many tokens, itself included; 0: all before it
     float scale;
+    float softcap;  // c in c tanh(scores / c); 0: none
 
     const void *q, *k, *v;
     int64_t q_stride, k_stride, v_stride;

@@ -5,6 +5,8 @@
 //     x += down(silu(gate) * up)    gate, up = gate_up(rms_norm(x))
 //     logits = head(rms_norm(x))
 //
+// and what else a layer may have: a norm of what is added to x, gelu in place of silu, a soft cap on the scores.
+//
 // A product reads each weight once for all rows, so memory sets the pace as long as nothing else does: with a parallel
 // region for each product of a small model, threads spent as long at the regions' ends as on the weights. Here all
 // threads walk through the layers together and meet at barriers. Between products all rows are fp32, and only keys and
@@ -13,9 +15,9 @@
 // The structs below are filled by backends/cpp/decode.py, once a model but for Step.
 #include "dispatch.h"
 #include "gemv.h"
+#include "glu.h"
 #include "rms_norm.h"
 #include "rope.h"
-#include "swiglu.h"
 #include "threads.h"
 
 namespace nybble::NYBBLE_ISA {
@@ -45,9 +47,10 @@ struct Norm {
 
 struct Layer {
     Projection qkv, o, gate_up, down;
-    Norm input_norm, mlp_norm, q_norm, k_norm;
+    Norm input_norm, mlp_norm, q_norm, k_norm, attention_output_norm, mlp_output_norm;
     int64_t heads, kv_heads, head_dim, window;  // window 0: all columns
-    float scale;
+    int64_t rope, gate;                         // which of a step's angles; a Gate
+    float scale, softcap;                       // softcap 0: none
 };
 
 struct Head {
@@ -58,7 +61,7 @@ struct Head {
 struct Step {
     int64_t rows;
     float* x;                                // [rows, hidden], overwritten
-    const float *cos, *sin;                  // [rows, half]
+    const float *cos, *sin;                  // [kinds, rows, half]
     int64_t half;
     void* cache;                             // [layers, 2, texts, kv_heads, capacity, head_dim]
     int64_t cache_dtype, texts, capacity;
@@ -227,6 +230,21 @@ static void norm_rows(const Team& team, const Norm& norm, const float* x, int64_
     team.meet();
 }
 
+// The projection of `from`, normed where there is a norm, is added to x; `room` is [rows, hidden].
+template <typename T>
+static void add_projection(const Team& team, const Projection& p, const Norm& norm, const Buffers& buffers,
+                           const float* from, int64_t rows, int64_t hidden, float* room, float* x) {
+    if (!norm.weight) return project<T>(team, p, buffers, from, rows, x, true);
+    project<T>(team, p, buffers, from, rows, room, false);
+    for (int64_t row = team.begin(rows); row < team.end(rows); ++row) {
+        float *added = room + row * hidden, *to = x + row * hidden;
+        rms_norm_row(added, norm.weight, 0.0f, norm.eps, hidden, added);
+        for (int64_t i = 0; i < hidden; i += kLanes)
+            store_up_to(to + i, load_up_to(to + i, hidden - i) + load_up_to(added + i, hidden - i), hidden - i);
+    }
+    team.meet();
+}
+
 // Where keys (0) or values (1) of a text's head begin in the cache.
 template <typename T>
 static T* columns_of(const Step& s, const Layer& l, int64_t layer, int values, int64_t text, int64_t head) {
@@ -244,7 +262,8 @@ static void place_heads(const Team& team, const Layer& l, int64_t layer, const S
         if (!is_value) {
             const Norm& norm = is_query ? l.q_norm : l.k_norm;
             if (norm.weight) rms_norm_row(x, norm.weight, 0.0f, norm.eps, l.head_dim, x);
-            rotate_head(x, s.cos + row * s.half, s.sin + row * s.half, s.half, 1.0f);
+            const int64_t angles = (l.rope * s.rows + row) * s.half;
+            rotate_head(x, s.cos + angles, s.sin + angles, s.half, 1.0f);
         }
         if (is_query) continue;
         T* to = columns_of<T>(s, l, layer, is_value, s.text[row], kv_head) + s.column[row] * l.head_dim;
@@ -257,7 +276,7 @@ static void place_heads(const Team& team, const Layer& l, int64_t layer, const S
 // out = softmax(scale * q K^T) V for one head over `count` columns; `scores` has room for whole vectors of them.
 template <typename T>
 static void attend_head(const float* q, const T* keys, const T* values, int64_t count, int64_t head_dim, float scale,
-                        float* scores, float* out) {
+                        float softcap, float* scores, float* out) {
     F32 most = splat(-__builtin_inff());
     for (int64_t column = 0; column < count; column += kLanes) {
         F32 dots = splat(-__builtin_inff());  // beyond the last column: e^-inf = 0
@@ -267,6 +286,10 @@ static void attend_head(const float* q, const T* keys, const T* values, int64_t 
             for (int64_t i = 0; i < head_dim; i += kLanes)
                 products = fma(load_up_to(q + i, head_dim - i), load_up_to(key + i, head_dim - i), products);
             dots[j] = sum(products) * scale;
+        }
+        if (softcap > 0.0f) {
+            const F32 capped = tanh(dots / softcap) * softcap;
+            for (int64_t j = 0; j < kLanes && column + j < count; ++j) dots[j] = capped[j];
         }
         store(scores + column, dots);
         most = max(most, dots);
@@ -302,18 +325,19 @@ static void attend(const Team& team, const Layer& l, int64_t layer, const Step& 
         attend_head(buffers.heads + (row * (l.heads + 2 * l.kv_heads) + head) * l.head_dim,
                     columns_of<T>(s, l, layer, 0, text, kv_head) + begin * l.head_dim,
                     columns_of<T>(s, l, layer, 1, text, kv_head) + begin * l.head_dim, end - begin, l.head_dim, l.scale,
-                    buffers.scores + team.thread * buffers.columns, buffers.mixed + task * l.head_dim);
+                    l.softcap, buffers.scores + team.thread * buffers.columns, buffers.mixed + task * l.head_dim);
     }
     team.meet();
 }
 
-// act = silu(gate) * up, [rows, f] from [rows, 2 f]; the columns are shared out.
+// act = activation(gate) * up, [rows, f] from [rows, 2 f]; the columns are shared out.
+template <class A>
 static void activate(const Team& team, int64_t rows, int64_t width, const float* gate_up, float* act) {
     const int64_t units = (width + kLanes - 1) / kLanes, begin = team.begin(units) * kLanes;
     const int64_t end = team.end(units) * kLanes < width ? team.end(units) * kLanes : width;
     for (int64_t row = 0; row < rows; ++row) {
         const float* gate = gate_up + row * 2 * width;
-        swiglu_row(gate + begin, gate + width + begin, end - begin, act + row * width + begin);
+        glu_row<A>(gate + begin, gate + width + begin, end - begin, act + row * width + begin);
     }
     team.meet();
 }
@@ -325,11 +349,15 @@ static void through_layer(const Team& team, const Layer& l, int64_t layer, const
     project<T>(team, l.qkv, b, b.normed, rows, b.heads, false);
     place_heads<T>(team, l, layer, s, b.heads);
     attend<T>(team, l, layer, s, b);
-    project<T>(team, l.o, b, b.mixed, rows, s.x, true);
+    add_projection<T>(team, l.o, l.attention_output_norm, b, b.mixed, rows, hidden, b.normed, s.x);
     norm_rows(team, l.mlp_norm, s.x, rows, hidden, b.normed);
     project<T>(team, l.gate_up, b, b.normed, rows, b.gate_up, false);
-    activate(team, rows, l.down.in, b.gate_up, b.act);
-    project<T>(team, l.down, b, b.act, rows, s.x, true);
+    if (l.gate == GATE_GELU) {
+        activate<Gelu>(team, rows, l.down.in, b.gate_up, b.act);
+    } else {
+        activate<Silu>(team, rows, l.down.in, b.gate_up, b.act);
+    }
+    add_projection<T>(team, l.down, l.mlp_output_norm, b, b.act, rows, hidden, b.normed, s.x);
 }
 
 // ---- the whole step ------------------------------------------------------------------------------------------------

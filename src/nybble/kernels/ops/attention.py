@@ -3,7 +3,8 @@
     nybble::packed_attention            q, k, v -> out, lse
     nybble::packed_attention_backward   dout, q, k, v, out, lse -> written into dq, dk, dv
 
-With S = scale * q kᵀ, masked, and P = softmax(S): out = P v and lse = log Σ exp(S). Backward recomputes
+With S = scale * q kᵀ, masked, and P = softmax(S): out = P v and lse = log Σ exp(S). A soft cap c makes c tanh(S / c) of
+S before the mask (Gemma 2, arXiv 2408.00118); dS is then times 1 - tanh²(S / c). Backward recomputes
 P = exp(S - lse) and takes, with delta = Σ dout * out over the head: dv = Pᵀ dout, dS = P * (dout vᵀ - delta),
 dq = scale * dS k and dk = scale * dSᵀ q. (FlashAttention-2: Dao 2023, arXiv 2307.08691.)
 No body holds a tokens x tokens matrix. Nothing here registers a gradient: callers own their backward.
@@ -25,7 +26,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Attention over documents that lie side by side.
 
@@ -35,6 +43,7 @@ def attention_forward(
         cu_seqlens: int32 [documents + 1], where each document starts, then tokens.
         scale: multiplies the scores; None for 1 / sqrt(head_dim).
         window: a token sees itself and the window - 1 tokens before it; None for all of its document before it.
+        softcap: c in c * tanh(scores / c); 0 for none.
 
     Returns:
         out [tokens, heads, head_dim] in q's dtype, and lse [heads, tokens], fp32 (fp64 for fp64 inputs).
@@ -44,7 +53,7 @@ def attention_forward(
         KernelError: the backend asked for cannot run.
     """
     return torch.ops.nybble.packed_attention(
-        _laid_out(q), _laid_out(k), _laid_out(v), cu_seqlens, _scale(scale, q), window or 0
+        _laid_out(q), _laid_out(k), _laid_out(v), cu_seqlens, _scale(scale, q), window or 0, softcap
     )
 
 
@@ -59,13 +68,14 @@ def attention_backward(
     *,
     scale: float | None = None,
     window: int | None = None,
+    softcap: float = 0.0,
     grads: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `attention_forward` from that of its `out`.
 
     Args:
         dout: [tokens, heads, head_dim].
-        q, k, v, cu_seqlens, scale, window: as given to `attention_forward`.
+        q, k, v, cu_seqlens, scale, window, softcap: as given to `attention_forward`.
         out, lse: as it returned them.
         grads: where to write dq, dk and dv, shaped as q, k and v, in memory of their own: they are written while
             what they are made of is still read. None allocates them.
@@ -88,6 +98,7 @@ def attention_backward(
         cu_seqlens,
         _scale(scale, q),
         window or 0,
+        softcap,
         dq,
         dk,
         dv,
@@ -109,7 +120,9 @@ def _laid_out(x: Tensor) -> Tensor:
     return x if x.dim() == 3 and _has_layout(x) else x.contiguous()
 
 
-def _check_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int) -> None:
+def _check_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
+) -> None:
     tensors = {"q": q, "k": k, "v": v}
     if any(x.dim() != 3 for x in tensors.values()):
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
@@ -132,6 +145,8 @@ def _check_forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: f
         )
     if not (math.isfinite(scale) and scale > 0) or window < 0:
         raise FormatError(f"scale is {scale}, window {window}.", "scale must be above 0, window 0 (none) or more.")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise FormatError(f"softcap is {softcap}.", "It must be 0 (none) or more.")
 
 
 def _check_backward(
@@ -144,11 +159,12 @@ def _check_backward(
     cu_seqlens: Tensor,
     scale: float,
     window: int,
+    softcap: float,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    _check_forward(q, k, v, cu_seqlens, scale, window)
+    _check_forward(q, k, v, cu_seqlens, scale, window, softcap)
     for name, x in (("dout", dout), ("out", out), ("dq", dq)):
         _check_like(name, x, tuple(q.shape), q)
     for name, x in (("dk", dk), ("dv", dv)):
@@ -177,7 +193,7 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def new_outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
 
@@ -187,13 +203,13 @@ _INPUTS = "Tensor q, Tensor k, Tensor v"
 
 registry.declare(
     "packed_attention",
-    f"({_INPUTS}, Tensor cu_seqlens, float scale, int window) -> (Tensor out, Tensor lse)",
+    f"({_INPUTS}, Tensor cu_seqlens, float scale, int window, float softcap) -> (Tensor out, Tensor lse)",
     _check_forward,
     new_outputs,
 )
 registry.declare(
     "packed_attention_backward",
-    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, Tensor cu_seqlens, float scale, int window,"
+    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, Tensor cu_seqlens, float scale, int window, float softcap,"
     " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()",
     _check_backward,
     nothing,

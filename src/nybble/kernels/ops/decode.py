@@ -3,9 +3,10 @@
     decode    model -> what takes steps through it
 
 What does not change from token to token is handed over once, so this is no torch op: a body is a class whose instances
-keep a model the way they read it. `through_layer` is a layer op by op, for the plain body and for more rows than these.
+keep a model the way they read it. `attend_to_cache` is attention for the plain body and for more rows than these.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +18,9 @@ from torch import Tensor
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.ops.glu import swiglu
-from nybble.kernels.ops.norm import rms_norm
-from nybble.kernels.ops.rope import rope_
 
 MAX_ROWS = 8  # up to which multiplying packed weights beats dequantising them first; kRowsAtOnce of csrc/gemv.h
 
-Product = Callable[[Tensor], Tensor]  # (T, in) -> (T, out)
 Attend = Callable[[Tensor], Tensor]  # heads (T, heads + 2 kv heads, head_dim) -> (T, heads * head_dim)
 
 
@@ -56,11 +53,15 @@ class DecoderNorm:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A decoder layer of the Llama family; each projection is the linears that read the same rows.
+    """A decoder layer; each projection is the linears that read the same rows.
 
     Args:
         q_norm, k_norm: of each head, or None.
         window: columns that a token attends to, its own included; 0 for all.
+        attention_output_norm, mlp_output_norm: of what is added to the rows, or None.
+        activation: of the gate, "silu" or "gelu_pytorch_tanh".
+        softcap: c in c · tanh(scores / c); 0 for none.
+        rope: which of a step's rotary angles are its own.
     """
 
     qkv: Sequence[DecoderLinear]
@@ -76,6 +77,11 @@ class DecoderLayer:
     head_dim: int
     window: int
     scale: float
+    attention_output_norm: DecoderNorm | None = None
+    mlp_output_norm: DecoderNorm | None = None
+    activation: str = "silu"
+    softcap: float = 0.0
+    rope: int = 0
 
     @property
     def projections(self) -> tuple[Sequence[DecoderLinear], ...]:
@@ -111,7 +117,7 @@ class Decoder(Protocol):
 
         Args:
             x: `(rows, hidden)`, embeddings of up to MAX_ROWS tokens.
-            cos, sin: fp32 `(rows, rotary_dim / 2)`.
+            cos, sin: fp32 `(kinds, rows, rotary_dim / 2)`; a layer's `rope` says which kind is its own.
             cache: `(layers, 2, texts, kv_heads, capacity, head_dim)`, keys before values; finite, also where nothing
                 has been written.
             texts, columns, starts: int64 `(rows)`: each token's text, its column in the cache, and the first
@@ -138,28 +144,7 @@ def decoder(model: DecoderModel) -> Decoder:
     return make(model)
 
 
-# ---- op by op ------------------------------------------------------------------------------------
-
-
-def through_layer(
-    layer: DecoderLayer, products: Sequence[Product], x: Tensor, cos: Tensor, sin: Tensor, attend: Attend
-) -> Tensor:
-    """(T, hidden) -> (T, hidden); `products` are those of the layer's projections, in their order."""
-    qkv, o, gate_up, down = products
-    heads = qkv(norm_rows(layer.input_norm, x)).view(x.shape[0], -1, layer.head_dim)
-    rotated = heads[:, : layer.num_heads + layer.num_kv_heads]
-    queries, keys = rotated.split([layer.num_heads, layer.num_kv_heads], dim=1)
-    for norm, part in ((layer.q_norm, queries), (layer.k_norm, keys)):
-        if norm is not None:
-            norm_rows(norm, part, out=part)
-    rope_(rotated, cos, sin)
-    x = x + o(attend(heads))
-    gate, up = gate_up(norm_rows(layer.mlp_norm, x)).chunk(2, dim=1)
-    return x + down(swiglu(gate, up))
-
-
-def norm_rows(norm: DecoderNorm, x: Tensor, out: Tensor | None = None) -> Tensor:
-    return rms_norm(x, norm.weight, norm.eps, out=out)[0]
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def attend_to_cache(
@@ -181,9 +166,20 @@ def attend_to_cache(
         keys, values = keys_values[:, :, :, first:end] if all_texts else keys_values[:, texts, :, first:end]
         # The heads that share a key head stand where attention expects queries of one head.
         queries = heads[:, : layer.num_heads].view(rows, layer.num_kv_heads, -1, head_dim)
+        if layer.softcap:
+            return _capped(queries, keys, values, mask, layer).reshape(rows, -1)
         return F.scaled_dot_product_attention(queries, keys, values, mask, scale=layer.scale).reshape(rows, -1)
 
     return [partial(attend, *each) for each in zip(layers, cache, strict=True)]
+
+
+def _capped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, layer: DecoderLayer) -> Tensor:
+    """Attention whose scores have a soft cap, which PyTorch's own has not."""
+    scores = (queries.float() @ keys.float().mT) * layer.scale
+    scores = layer.softcap * torch.tanh(scores / layer.softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return (scores.softmax(-1) @ values.float()).to(queries.dtype)
 
 
 def _visible(window: int, columns: Tensor, starts: Tensor, end: int) -> tuple[int, Tensor | None]:

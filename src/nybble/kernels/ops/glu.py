@@ -1,7 +1,7 @@
-"""SwiGLU of rows.
+"""Gated linear units of rows (arXiv 2002.05202): SwiGLU, and GeGLU with the tanh approximation of GELU.
 
-    nybble::swiglu_out            gate, up -> written into `out`
-    nybble::swiglu_backward_out   the gradients for gate and up, and the result once more
+    nybble::swiglu_out, geglu_out                     gate, up -> written into `out`
+    nybble::swiglu_backward_out, geglu_backward_out   the gradients for gate and up, and the result once more
 
 Forward and backward are ops of their own, for modules that write their backward out. Arithmetic is fp32 with one
 rounding to the result's dtype. Outputs may be inputs: elements are read before they are written.
@@ -15,7 +15,7 @@ from nybble.kernels.ops.checks import check_rows, nothing
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    """`silu(gate) * up` (arXiv 2002.05202).
+    """`silu(gate) * up`.
 
     Args:
         gate, up: rows [tokens, width].
@@ -23,6 +23,13 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     """
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     torch.ops.nybble.swiglu_out(gate, up, out)
+    return out
+
+
+def geglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`gelu(gate) * up`, gelu(g) = g/2 · (1 + tanh(√(2/π) · (g + 0.044715 g³))) (arXiv 1606.08415), as `swiglu`."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    torch.ops.nybble.geglu_out(gate, up, out)
     return out
 
 
@@ -41,17 +48,36 @@ def swiglu_backward(
         grad_gate, grad_up: where to put them, may be gate and up; fresh tensors where None.
         act: where to put silu(gate) * up once more, may be grad; not computed where None.
     """
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if grad_gate is None else grad_gate
-    grad_up = torch.empty(up.shape, dtype=up.dtype, device=up.device) if grad_up is None else grad_up
+    grad_gate, grad_up = _gradients(gate, up, grad_gate, grad_up)
     torch.ops.nybble.swiglu_backward_out(grad, gate, up, grad_gate, grad_up, act)
     return grad_gate, grad_up
 
 
-def _check_swiglu(gate: Tensor, up: Tensor, out: Tensor) -> None:
+def geglu_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    grad_gate: Tensor | None = None,
+    grad_up: Tensor | None = None,
+    act: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `geglu` for gate and up, as `swiglu_backward` gives those of `swiglu`."""
+    grad_gate, grad_up = _gradients(gate, up, grad_gate, grad_up)
+    torch.ops.nybble.geglu_backward_out(grad, gate, up, grad_gate, grad_up, act)
+    return grad_gate, grad_up
+
+
+def _gradients(gate: Tensor, up: Tensor, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor, Tensor]:
+    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if grad_gate is None else grad_gate
+    grad_up = torch.empty(up.shape, dtype=up.dtype, device=up.device) if grad_up is None else grad_up
+    return grad_gate, grad_up
+
+
+def _check_forward(gate: Tensor, up: Tensor, out: Tensor) -> None:
     check_rows(2, gate=gate, up=up, out=out)
 
 
-def _check_swiglu_backward(
+def _check_backward(
     grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, act: Tensor | None
 ) -> None:
     check_rows(2, gate=gate, grad=grad, up=up, grad_gate=grad_gate, grad_up=grad_up)
@@ -59,12 +85,11 @@ def _check_swiglu_backward(
         check_rows(2, gate=gate, act=act)
 
 
-registry.declare("swiglu_out", "(Tensor gate, Tensor up, Tensor(a!) out) -> ()", _check_swiglu, nothing)
-
-
-registry.declare(
-    "swiglu_backward_out",
-    "(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor(c!)? act) -> ()",
-    _check_swiglu_backward,
-    nothing,
-)
+for _name in ("swiglu", "geglu"):
+    registry.declare(f"{_name}_out", "(Tensor gate, Tensor up, Tensor(a!) out) -> ()", _check_forward, nothing)
+    registry.declare(
+        f"{_name}_backward_out",
+        "(Tensor grad, Tensor gate, Tensor up, Tensor(a!) grad_gate, Tensor(b!) grad_up, Tensor(c!)? act) -> ()",
+        _check_backward,
+        nothing,
+    )

@@ -25,6 +25,7 @@ class _Arguments(ctypes.Structure):
         ("head_dim", ctypes.c_int64),
         ("window", ctypes.c_int64),
         ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
         ("q", ctypes.c_void_p),
         ("k", ctypes.c_void_p),
         ("v", ctypes.c_void_p),
@@ -49,7 +50,9 @@ _forward_kernel = function("attention_forward", POINTER)
 _backward_kernel = function("attention_backward", POINTER)
 
 
-def _arguments(cu_seqlens: Tensor, scale: float, window: int, lse: Tensor, **tensors: Tensor) -> _Arguments:
+def _arguments(
+    cu_seqlens: Tensor, scale: float, window: int, softcap: float, lse: Tensor, **tensors: Tensor
+) -> _Arguments:
     q, k = tensors["q"], tensors["k"]
     bounds = document_bounds(cu_seqlens, q.shape[0])
     arguments = _Arguments(
@@ -62,6 +65,7 @@ def _arguments(cu_seqlens: Tensor, scale: float, window: int, lse: Tensor, **ten
         head_dim=q.shape[2],
         window=window,
         scale=scale,
+        softcap=softcap,
         lse=lse.data_ptr(),
     )
     for name, tensor in tensors.items():
@@ -85,10 +89,10 @@ def _missing_backward(dout: Tensor, *others: object) -> str | None:
 
 @registry.register("packed_attention", "cpp", _missing_forward)
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = new_outputs(q, k, v, cu_seqlens, scale, window)
-    _forward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, lse, q=q, k=k, v=v, out=out)))
+    out, lse = new_outputs(q, k, v, cu_seqlens, scale, window, softcap)
+    _forward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, softcap, lse, q=q, k=k, v=v, out=out)))
     return out, lse
 
 
@@ -103,9 +107,10 @@ def packed_attention_backward(
     cu_seqlens: Tensor,
     scale: float,
     window: int,
+    softcap: float,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
 ) -> None:
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
-    _backward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, lse, **tensors)))
+    _backward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, softcap, lse, **tensors)))

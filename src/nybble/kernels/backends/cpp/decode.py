@@ -12,6 +12,8 @@ from nybble.kernels.backends.cpp.four_bit import codebook_for_bf16, scale_pointe
 from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT64, POINTER, function, pointer
 from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 
+GATES = {"silu": 0, "gelu_pytorch_tanh": 1}  # enum Gate of csrc/glu.h
+
 _decode = function("decode", POINTER, INT64, POINTER, POINTER)
 
 
@@ -51,8 +53,9 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, _Projection) for name in ("qkv", "o", "gate_up", "down")),
         *((name, _Norm) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, INT64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
-        ("scale", FLOAT),
+        *((name, _Norm) for name in ("attention_output_norm", "mlp_output_norm")),
+        *((name, INT64) for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rope", "gate")),
+        *((name, FLOAT) for name in ("scale", "softcap")),
     )
 
 
@@ -102,12 +105,13 @@ class Kernel:
         layer = self._layers[0]
         assert cache.dtype == self.dtype and cache.is_contiguous()
         assert (num_layers, num_kv_heads, head_dim) == (self._num_layers, layer.num_kv_heads, layer.head_dim)
-        assert cos.shape == sin.shape and len(cos) == len(x) and 2 * cos.shape[1] <= head_dim
+        assert cos.shape == sin.shape and cos.shape[1] == len(x) and 2 * cos.shape[2] <= head_dim
+        assert max(layer.rope for layer in self._layers) < len(cos)
         assert all(each.dtype == torch.int64 and each.shape == x.shape[:1] for each in (texts, columns, starts))
         where = [each.contiguous() for each in (cos, sin, texts, columns, starts)]
         cos, sin, texts, columns, starts = where
         return self._run(
-            self._num_layers, x, cos=pointer(cos), sin=pointer(sin), half=cos.shape[1], cache=pointer(cache),
+            self._num_layers, x, cos=pointer(cos), sin=pointer(sin), half=cos.shape[2], cache=pointer(cache),
             texts=num_texts, capacity=capacity, text=pointer(texts), column=pointer(columns), start=pointer(starts),
         )  # fmt: skip
 
@@ -128,7 +132,9 @@ class Kernel:
         return _Layer(
             *map(self._projection, layer.projections),
             *map(self._norm, (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
-            layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window, layer.scale,
+            *map(self._norm, (layer.attention_output_norm, layer.mlp_output_norm)),
+            layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window, layer.rope, GATES[layer.activation],
+            layer.scale, layer.softcap,
         )  # fmt: skip
 
     def _norm(self, norm: DecoderNorm | None) -> _Norm:

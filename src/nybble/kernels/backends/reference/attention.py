@@ -30,24 +30,31 @@ def _by_token(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, window: int) -> Tensor:
-    """Masked scores [kv_heads, group, queries, keys] of a document's last `queries` among its first `keys` tokens."""
-    queries, keys = q.shape[2], k.shape[2]
-    distance = torch.arange(keys - queries, keys, device=q.device)[:, None] - torch.arange(keys, device=q.device)
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """Scores [kv_heads, group, queries, keys]."""
+    scores = q @ k.mT * scale
+    return softcap * torch.tanh(scores / softcap) if softcap else scores
+
+
+def _masked(scores: Tensor, window: int) -> Tensor:
+    """The scores of a document's last `queries` among its first `keys` tokens, -inf where a key is not seen."""
+    queries, keys = scores.shape[-2:]
+    positions = torch.arange(keys, device=scores.device)
+    distance = positions[keys - queries :, None] - positions
     hidden = (distance < 0) | (distance >= (window or keys))
-    return (q @ k.mT * scale).masked_fill(hidden, -math.inf)
+    return scores.masked_fill(hidden, -math.inf)
 
 
 @registry.register("packed_attention", "reference")
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = new_outputs(q, k, v, cu_seqlens, scale, window)
+    out, lse = new_outputs(q, k, v, cu_seqlens, scale, window, softcap)
     kv_heads = k.shape[1]
     for start, first, end in _query_blocks(cu_seqlens, q.shape[0]):
         queries = _by_kv_head(q[first:end], kv_heads, lse.dtype)
         keys, values = (_by_kv_head(x[start:end], kv_heads, lse.dtype) for x in (k, v))
-        scores = _scores(queries, keys, scale, window)
+        scores = _masked(_scores(queries, keys, scale, softcap), window)
         block_lse = scores.logsumexp(-1)  # [kv_heads, group, queries]
         out[first:end] = _by_token((scores - block_lse[..., None]).exp() @ values)
         lse[:, first:end] = block_lse.flatten(0, 1)
@@ -65,6 +72,7 @@ def packed_attention_backward(
     cu_seqlens: Tensor,
     scale: float,
     window: int,
+    softcap: float,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -75,9 +83,12 @@ def packed_attention_backward(
         queries, douts, outs = (_by_kv_head(x[first:end], kv_heads, lse.dtype) for x in (q, dout, out))
         keys, values = (_by_kv_head(x[start:end], kv_heads, lse.dtype) for x in (k, v))
         block_lse = lse[:, first:end].view(kv_heads, -1, end - first)
-        weights = (_scores(queries, keys, scale, window) - block_lse[..., None]).exp()
+        scores = _scores(queries, keys, scale, softcap)
+        weights = (_masked(scores, window) - block_lse[..., None]).exp()
         delta = (douts * outs).sum(-1, keepdim=True)
         dscores = weights * (douts @ values.mT - delta) * scale
+        if softcap:
+            dscores *= 1 - (scores / softcap).square()
         dq[first:end] = _by_token(dscores @ keys)
         dk_sum[start:end] += _by_token((dscores.mT @ queries).sum(1, keepdim=True))
         dv_sum[start:end] += _by_token((weights.mT @ douts).sum(1, keepdim=True))

@@ -1,7 +1,6 @@
 """Op by op, each by whichever backend runs it."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +8,20 @@ from torch import Tensor
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.ops.decode import DecoderLinear, DecoderModel, attend_to_cache, norm_rows, through_layer
+from nybble.kernels.ops.decode import (
+    Attend,
+    DecoderLayer,
+    DecoderLinear,
+    DecoderModel,
+    DecoderNorm,
+    attend_to_cache,
+)
 from nybble.kernels.ops.four_bit import gemv_4bit
+from nybble.kernels.ops.glu import geglu, swiglu
+from nybble.kernels.ops.norm import rms_norm
+from nybble.kernels.ops.rope import rope_
 
+GATES = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
 WIDENED_ROWS = 4096  # of a dense weight of another dtype than the rows it multiplies
 
 
@@ -21,19 +31,37 @@ class OpByOp:
 
     def __init__(self, model: DecoderModel):
         self.model = model
-        self._products = [[partial(_product, each) for each in layer.projections] for layer in model.layers]
 
     def step(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
     ) -> Tensor:
         layers = self.model.layers
         attends = attend_to_cache(layers, cache, texts, columns, starts)
-        for layer, products, attend in zip(layers, self._products, attends, strict=True):
-            x = through_layer(layer, products, x, cos, sin, attend)
+        for layer, attend in zip(layers, attends, strict=True):
+            x = _through_layer(layer, x, cos[layer.rope], sin[layer.rope], attend)
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        return _product([self.model.head], norm_rows(self.model.norm, x)).float()
+        return _product([self.model.head], _norm(self.model.norm, x)).float()
+
+
+def _through_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    """(T, hidden) -> (T, hidden)"""
+    heads = _product(layer.qkv, _norm(layer.input_norm, x)).view(x.shape[0], -1, layer.head_dim)
+    rotated = heads[:, : layer.num_heads + layer.num_kv_heads]
+    queries, keys = rotated.split([layer.num_heads, layer.num_kv_heads], dim=1)
+    for norm, part in ((layer.q_norm, queries), (layer.k_norm, keys)):
+        _norm(norm, part, out=part)
+    rope_(rotated, cos, sin)
+    x = x + _norm(layer.attention_output_norm, _product(layer.o, attend(heads)))
+    gate, up = _product(layer.gate_up, _norm(layer.mlp_norm, x)).chunk(2, dim=1)
+    act = GATES[layer.activation](gate, up)
+    return x + _norm(layer.mlp_output_norm, _product(layer.down, act))
+
+
+def _norm(norm: DecoderNorm | None, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The normed rows; they themselves where there is no norm."""
+    return x if norm is None else rms_norm(x, norm.weight, norm.eps, out=out)[0]
 
 
 def _product(linears: Sequence[DecoderLinear], x: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""What is known of a family of decoders. Plain data, so that nothing here needs torch.
+
+A layer of every family is
+
+    x = x + attention_output_norm(o(attention(rope(head_norms(qkv(input_norm(x)))))))
+    x = x + mlp_output_norm(down(activation(gate) * up)),   gate, up = gate_up(mlp_norm(x))
+
+and a `Family` says which of its parts there are and what transformers calls them. What a layer or config of
+transformers holds as a number (head widths, the factor on the scores, epsilon) is read there; scaled embeddings are the
+embedding module's own business.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Activation = Literal["silu", "gelu_pytorch_tanh"]  # as transformers names them: SwiGLU, GeGLU
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as in a config's `layer_types`
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of decoders; what is not said is Llama's.
+
+    Args:
+        model_type: of its configs.
+        activation, activation_option: of the MLP's gate, and the config's option that names it.
+        norm_offset: what is added to the weights of its norms.
+        input_norm, mlp_norm: modules that norm what attention and the MLP read.
+        attention_output_norm, mlp_output_norm: modules that norm what these two add to the states, or None.
+        head_norms: modules that norm each query and each key head, or none.
+        windows: layers that attend to the last `sliding_window` tokens only: none, all, or those of that kind.
+        rope_by_kind: each kind of layer has its own rotary angles.
+        attention_softcap: the config's option for c in c · tanh(scores / c), or None.
+        off: options that, where a config sets them, make of its layers something else than this.
+        gguf: its architecture in GGUF files, a name of gguf.MODEL_ARCH, or None where it is not exported.
+    """
+
+    model_type: str
+    activation: Activation = "silu"
+    activation_option: str = "hidden_act"
+    norm_offset: float = 0.0
+    input_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    head_norms: tuple[str, ...] = ()
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    o: str = "self_attn.o_proj"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    windows: Literal["none", "all", "by kind"] = "none"
+    rope_by_kind: bool = False
+    attention_softcap: str | None = None
+    off: tuple[str, ...] = ()
+    gguf: str | None = None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names within a layer of all that has weights."""
+        norms = (self.input_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm, *self.head_norms)
+        return (*self.qkv, self.o, *self.gate_up, self.down, *(name for name in norms if name is not None))
+
+    def kinds(self, config: Any) -> list[str]:
+        """Each layer's kind."""
+        if self.windows == "by kind":
+            return list(config.layer_types)
+        return [FULL if self.windows == "none" else SLIDING] * config.num_hidden_layers
+
+    def window(self, config: Any, kind: str) -> int:
+        """Tokens that a token of a layer of this kind attends to, itself included; 0 for all before it."""
+        return (config.sliding_window or 0) if kind == SLIDING else 0
+
+    def softcap(self, config: Any) -> float:
+        """c of the scores' soft cap; 0 where there is none."""
+        return (getattr(config, self.attention_softcap) or 0.0) if self.attention_softcap else 0.0
