@@ -10,7 +10,7 @@ training, answers and calibration share.
 Autograd through transformers' layer keeps some twenty tensors of a layer's width and casts most of them to
 fp32 and back. Written out by hand, a layer keeps what its caller asks for:
 
-    "nothing"     the input; backward recomputes all but down_proj's base product, whose result only a norm after it needs
+    "nothing"     the input; backward recomputes all but down_proj's base product, which only a norm after it needs
     "attention"   also attention's output and log-sum-exp: no second pass of attention, and no o_proj product
                   is spared, since x2 comes from it
     "everything"  also what the products gave: backward recomputes only norms and the gate

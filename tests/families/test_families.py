@@ -1,0 +1,317 @@
+"""Each family through nybble's decoder blocks against transformers' own layers: training, answers, calibration, streaming.
+
+A new family is one line of `CONFIGS`.
+"""
+
+import copy
+import functools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from nybble.data.packing import IGNORE, Batch, pack_tokens
+from nybble.families import FAMILIES
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.generation.decoding import CachedDecoder, decoder_ops
+from nybble.generation.generate import Sampling, generate
+from nybble.kernels.ops.four_bit import quantize
+from nybble.layers.backbone import FusedForward, Why, why_not_forward
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
+from nybble.layers.loss_head import loss_head
+from nybble.memory.store import open_store
+from nybble.quantization.folder import quantize_folder
+from nybble.quantization.walk import ModuleWalk, PackedWalk, start_walk
+from nybble.sources.load import load_model
+from nybble.sources.open import open_model
+
+VOCABULARY, WINDOW = 101, 5
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+GEMMA = {**KINDS, "head_dim": 18, "query_pre_attn_scalar": 11, "attn_implementation": "eager"}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(**SHAPE, **KINDS, use_sliding_window=True),
+    "qwen3": Qwen3Config(**SHAPE, **KINDS, use_sliding_window=True, head_dim=16),
+    "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
+}
+DOCUMENTS = (7, 1, 20, 13)
+
+
+def test_every_family_is_in_the_table() -> None:
+    assert CONFIGS.keys() == FAMILIES.keys()
+    assert all(config.model_type == name == FAMILIES[name].model_type for name, config in CONFIGS.items())
+
+
+def dense_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name:
+            nn.init.normal_(parameter, mean=1.0 - FAMILIES[name].norm_offset, std=0.3)
+        else:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def tuned_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """In four bits, with adapters that do something."""
+    model = dense_model(name, seed)
+    names = quantizable_linears(model)
+    dense = {layer: model.get_submodule(layer) for layer in names}
+    replace_linears(model, names, BaseFormats(), torch.float32)
+    for layer, linear in dense.items():
+        model.get_submodule(layer).load_quantized(quantize(linear.weight.detach(), QuantSpec()))
+        if linear.bias is not None:
+            model.get_submodule(layer).bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    attach_adapters(model, resolve_targets(model, "all-linear"), rank=3, alpha=6.0, seed=1)
+    for adapter in adapters_of(model).values():
+        nn.init.normal_(adapter.lora_B, std=0.2)
+    return model
+
+
+def written_out(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with dense weights, its adapters added to them."""
+    twin = copy.deepcopy(model)
+    for name, adapter in adapters_of(twin).items():
+        linear = nn.Linear(adapter.in_features, adapter.out_features, adapter.base.bias is not None)
+        weight = adapter.base.dequantize() + adapter.scaling * (adapter.lora_B @ adapter.lora_A).detach()
+        linear.weight, linear.bias = nn.Parameter(weight), adapter.base.bias
+        twin.set_submodule(name, linear)
+    return twin
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def packed_batch() -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = sum(DOCUMENTS)
+    ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
+    targets = torch.where(torch.rand(1, tokens, generator=generator) < 0.7, ids.roll(1), IGNORE)
+    return replace(pack_tokens(ids.split(DOCUMENTS)), targets=targets)
+
+
+def gradients_of(model: PreTrainedModel) -> Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+def by_transformers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, float, Tensor]:
+    """States and loss at the supervised positions, and the adapters' gradients: each document alone, by the model's own
+    forward and autograd.
+    """
+    model.zero_grad()
+    states, logits = [], []
+    for ids in batch.input_ids[0].split(DOCUMENTS):
+        states.append(model.base_model(input_ids=ids[None]).last_hidden_state[0])
+        logits.append(model(input_ids=ids[None]).logits[0])
+    places = batch.supervised_positions
+    loss = F.cross_entropy(torch.cat(logits)[places].float(), batch.supervised_targets)
+    loss.backward()
+    return torch.cat(states)[places].detach(), loss.item(), gradients_of(model)
+
+
+def by_blocks(model: PreTrainedModel, batch: Batch, keep: str) -> tuple[Tensor, float, Tensor]:
+    model.zero_grad()
+    states = FusedForward(model, keep).hidden(batch, batch.supervised_positions)
+    loss = loss_head(model).loss(states, batch.supervised_targets, len(states))
+    loss.backward()
+    return states.detach(), loss.item(), gradients_of(model)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+@functools.cache
+def transformers_own(name: str) -> tuple[PreTrainedModel, tuple[Tensor, float, Tensor]]:
+    model = tuned_model(name)
+    return model, by_transformers(model, packed_batch())
+
+
+@pytest.mark.parametrize("keep", ["nothing", "attention", "everything"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_states_loss_and_gradients_are_the_models_own(kernels: str, name: str, keep: str) -> None:
+    model, (expected_states, expected_loss, expected) = transformers_own(name)
+    states, loss, gradients = by_blocks(model, packed_batch(), keep)
+    assert relative_error(states, expected_states) <= 3e-6
+    assert loss == pytest.approx(expected_loss, rel=3e-6)
+    assert relative_error(gradients, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_takes_the_blocks(name: str) -> None:
+    assert CausalLM.of(transformers_own(name)[0]).verdict.path == "blocks"
+
+
+def in_bf16(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model with its frozen parameters in bf16, and the same numbers in fp32."""
+    narrow = copy.deepcopy(model)
+    for parameter in narrow.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    wide = copy.deepcopy(narrow)
+    for parameter in wide.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return narrow, wide
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_is_no_worse_than_the_models_own(name: str) -> None:
+    """States and gradients of some draws together: one of so small a model says little."""
+    ours, theirs = torch.zeros(2), torch.zeros(2)
+    for seed in range(4):
+        narrow, wide = in_bf16(tuned_model(name, seed))
+        batch = packed_batch()
+        exact_states, _, exact = by_transformers(wide, batch)
+        for errors, (states, _, gradients) in (
+            (ours, by_blocks(narrow, batch, "nothing")),
+            (theirs, by_transformers(narrow, batch)),
+        ):
+            errors += torch.tensor([relative_error(states, exact_states), relative_error(gradients, exact)])
+    assert (ours <= 1.05 * theirs).all(), (ours, theirs)
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+PROMPTS = [[5, 17, 40, 3, 88, 21, 60], [9], [70, 2, 2, 31, 90, 14, 55, 6, 77, 41, 12, 8, 33]]
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    mask = torch.ones_like(ids)
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_answers_are_the_models_own(kernels: str, name: str) -> None:
+    """A few texts at once, and more than are multiplied with packed weights."""
+    model, _ = transformers_own(name)
+    assert why_not_forward(model, ops=decoder_ops) is None
+    expected = [greedy(written_out(model), prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(ids) for ids in expected}) == len(PROMPTS), "the answers must tell the prompts apart"
+    for times in (1, 4):
+        answers = generate(model, PROMPTS * times, stop_ids=(), max_new_tokens=12, sampling=Sampling())
+        assert answers == expected * times
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_in_bf16_are_no_worse_than_the_models_own(name: str) -> None:
+    narrow, wide = in_bf16(tuned_model(name))
+    text, count = PROMPTS[2] + PROMPTS[0], len(PROMPTS[0])
+    with torch.no_grad():
+        exact, theirs = (model(torch.tensor([text])).logits[0, -count - 1 : -1] for model in (wide, narrow))
+    decoder = CachedDecoder(narrow)
+    ours = [decoder.start([PROMPTS[2]], count), *(decoder.step(torch.tensor([token])) for token in text[-count:-1])]
+    assert relative_error(torch.cat(ours), exact) <= 1.3 * relative_error(theirs, exact) < 0.1
+
+
+# ---- calibration ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_calibrations_walk_sees_what_the_models_own_layers_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups, statistics and states, while each group is moved before the next is asked for."""
+    monkeypatch.setattr("nybble.quantization.walk.STATES_DTYPE", torch.float32)
+    windows = torch.randint(VOCABULARY, (5, 23), generator=torch.Generator().manual_seed(1))
+    ours, own = dense_model(name), dense_model(name)
+    walk = start_walk(ours, windows, exact=False, blocks=ours.base_model.layers)
+    assert isinstance(walk, PackedWalk)
+    other = ModuleWalk(own, windows, exact=False, blocks=own.base_model.layers)
+    for index, (layer, own_layer) in enumerate(zip(ours.base_model.layers, own.base_model.layers, strict=True)):
+        found = {name: statistics.finish() for name, statistics in walk.groups(index, layer)}
+        for names, statistics in other.groups(index, own_layer):
+            expected = statistics.finish()
+            torch.testing.assert_close(found.pop(names), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+        assert not found
+        assert relative_error(walk.states, other.states.flatten(0, 1)) <= 1e-5
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_streamed_base_changes_no_bit(name: str, tmp_path: Path) -> None:
+    dense_model(name).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    quantize_folder(open_model(str(tmp_path / "dense")), BaseFormats(), tmp_path / "base", quality="absmax")
+    source, batch, results = open_model(str(tmp_path / "base")), packed_batch(), []
+    for resident in (None, 1):
+        store = None if resident is None else open_store(source, resident)
+        names = () if store is None else store.names
+        model = load_model(source, source.layer_formats, torch.bfloat16, stream_linears_of=names)
+        attach_adapters(model, resolve_targets(model, "all-linear"), rank=3, alpha=6.0, seed=1)
+        causal_lm = CausalLM.of(model, store=store)
+        assert causal_lm.verdict.path == "blocks"
+        loss = causal_lm.loss(batch)
+        loss.backward()
+        results.append((loss.item(), gradients_of(model)))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+
+
+# ---- what a family does not cover ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "why"),
+    [
+        ("llama", "hidden_act", "gelu", Why.ACTIVATION),
+        ("qwen3", "hidden_act", "gelu_pytorch_tanh", Why.ACTIVATION),
+        ("gemma2", "hidden_activation", "gelu", Why.ACTIVATION),
+        ("gemma2", "use_bidirectional_attention", True, Why.OPTION),
+        ("gemma3_text", "use_bidirectional_attention", True, Why.OPTION),
+    ],
+)
+def test_what_a_config_asks_for_beyond_its_family_is_named(name: str, option: str, value: object, why: Why) -> None:
+    model = dense_model(name)
+    setattr(model.config, option, value)
+    reason = why_not_forward(model)
+    assert reason is not None and reason.why is why and str(value if why is Why.ACTIVATION else option) in str(reason)
+
+
+def test_layers_beyond_their_family_are_named() -> None:
+    model = dense_model("gemma3_text")
+    model.model.layers[1].self_attn.v_norm = nn.LayerNorm(18)
+    model.model.layers[2].mlp_norm = model.model.layers[2].__dict__["_modules"].pop("post_feedforward_layernorm")
+    reason = why_not_forward(model)
+    assert reason is not None and reason.why is Why.MODULES
+    assert "self_attn.v_norm, no post_feedforward_layernorm, mlp_norm" in str(reason)
+
+
+def test_biases_of_attention_are_covered() -> None:
+    """As Gemma's configs may ask for them."""
+    config = copy.deepcopy(CONFIGS["gemma3_text"])
+    config.attention_bias = True
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, std=0.3 if name.endswith("bias") else 0.1)
+    attach_adapters(model, resolve_targets(model, "all-linear"), rank=3, alpha=6.0, seed=1)
+    batch = packed_batch()
+    states, _, gradients = by_blocks(model, batch, "nothing")
+    expected_states, _, expected = by_transformers(model, batch)
+    assert relative_error(states, expected_states) <= 3e-6 and relative_error(gradients, expected) <= 1e-5
