@@ -1,16 +1,20 @@
-"""Each family through nybble's decoder blocks against transformers' own layers: training, answers, calibration, streaming.
+"""Each family through nybble's decoder blocks against transformers' own layers, in training, answers and calibration.
 
 A new family is one line of `CONFIGS`.
 """
 
 import copy
 import functools
+import sys
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_families import save_tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -258,6 +262,7 @@ def test_calibrations_walk_sees_what_the_models_own_layers_do(name: str, monkeyp
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_streamed_base_changes_no_bit(name: str, tmp_path: Path) -> None:
     dense_model(name).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
     quantize_folder(open_model(str(tmp_path / "dense")), BaseFormats(), tmp_path / "base", quality="absmax")
     source, batch, results = open_model(str(tmp_path / "base")), packed_batch(), []
     for resident in (None, 1):
