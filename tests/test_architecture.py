@@ -17,8 +17,9 @@ PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
 LEAVES = ("openmp", "errors", "units", "events", "sizes")  # importable from everywhere; they import nothing of nybble
 ORDER = (
-    *("options", "files", "formats", "kernels", "calibration", "data", "layers", "sources", "memory", "generation"),
-    *("quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge", "api", "cli"),
+    *("options", "files", "formats", "kernels", "calibration", "data", "families", "layers", "sources", "memory"),
+    *("generation", "quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge"),
+    *("api", "cli"),
 )
 # Which device it is matters to what runs there, to where bytes lie, and to what a plan measures; others ask these.
 DEVICE_PLACES = ("nybble.kernels", "nybble.memory", "nybble.planning.machine")
@@ -30,6 +31,7 @@ NAME_FORMATS = ("formats", "options", "kernels")
 WITHOUT_TORCH = (
     *("nybble.formats.format", "nybble.formats.quant_spec", "nybble.planning.costs", "nybble.planning.strategies"),
     *("nybble.planning.calibration_costs", "nybble.planning.machine_table", "nybble.planning.planner"),
+    "nybble.families",
 )
 
 MODULES = {

@@ -203,11 +203,11 @@ def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         return DecoderLayer(*(linears(*each, rank=rank) for each in projections), *norms, *sizes, *others)
 
     head = DecoderLinear(normal(21, 32, seed=next(seeds)), None)
+    plain = DecoderModel([layer(False, 0, 0), layer(True, 3, 4)], norm(32), head, dtype)
     others = norm(32), norm(32), "gelu_pytorch_tanh", 0.7, 1
     angles = normal(2, 2, 5, seed=1)
-    for layers in ([layer(False, 0, 0), layer(True, 3, 4)], [layer(True, 0, 3, *others)]):
-        model = DecoderModel(layers, norm(32), head, dtype)
-        cache = normal(len(layers), 2, 2, 1, 9, 16, seed=2, dtype=dtype)
+    for model in (plain, DecoderModel([layer(True, 0, 3, *others)], norm(32), head, dtype)):
+        cache = normal(len(model.layers), 2, 2, 1, 9, 16, seed=2, dtype=dtype)
         where = (torch.tensor(values) for values in ([0, 1], [7, 7], [0, 5]))
         yield model, normal(2, 32, seed=3, dtype=dtype), angles.cos(), angles.sin(), cache, *where
 
