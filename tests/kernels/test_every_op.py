@@ -205,7 +205,7 @@ def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     head = DecoderLinear(normal(21, 32, seed=next(seeds)), None)
     plain = DecoderModel([layer(False, 0, 0), layer(True, 3, 4)], norm(32), head, dtype)
     others = norm(32), norm(32), "gelu_pytorch_tanh", 0.7, 1
-    angles = normal(2, 2, 5, seed=1)
+    angles = torch.stack([normal(2, 5, seed=seed) for seed in (1, 4)])
     for model in (plain, DecoderModel([layer(True, 0, 3, *others)], norm(32), head, dtype)):
         cache = normal(len(model.layers), 2, 2, 1, 9, 16, seed=2, dtype=dtype)
         where = (torch.tensor(values) for values in ([0, 1], [7, 7], [0, 5]))

@@ -399,8 +399,9 @@ class DecoderBlock:
     def _rotated(self, qkv: Tensor) -> Tensor:
         return self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads]
 
-    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
-        return self.by_head(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.by_head(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return q, k, v
 
     def _norm_heads(self, qkv: Tensor) -> list["Normed"]:
         """Norms queries and keys in place, each head by itself, where the family does."""
