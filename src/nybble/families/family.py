@@ -29,6 +29,7 @@ class Family:
         input_norm, mlp_norm: modules that norm what attention and the MLP read.
         attention_output_norm, mlp_output_norm: modules that norm what these two add to the states, or None.
         head_norms: modules that norm each query and each key head, or none.
+        qkv, o, gate_up, down: linear layers; those that read the same states together.
         windows: layers that attend to the last `sliding_window` tokens only: none, all, or those of that kind.
         rope_by_kind: each kind of layer has its own rotary angles.
         attention_softcap: the config's option for c in c · tanh(scores / c), or None.
@@ -54,6 +55,11 @@ class Family:
     attention_softcap: str | None = None
     off: tuple[str, ...] = ()
     gguf: str | None = None
+
+    @property
+    def added_norms(self) -> int:
+        """How many norms there are of what is added to the states."""
+        return sum(name is not None for name in (self.attention_output_norm, self.mlp_output_norm))
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ class ModelShape:
         query_width, key_value_width: of all heads together; h where no layer is called so.
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
+        added_norms: norms in a block of what attention and the MLP add to the states.
     """
 
     parts: Inventory
@@ -76,6 +77,7 @@ class ModelShape:
     key_value_width: int
     intermediate_size: int
     narrow_ends: bool
+    added_norms: int = 0
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -107,7 +109,9 @@ class ModelShape:
 
     @property
     def last_products(self) -> int:
-        """Elements of the linears that a block ends with, whose products are never computed again."""
+        """Elements of the linears that a block ends with, whose products are never computed again but for a norm."""
+        if self.added_norms:
+            return 0
         return sum(
             count * rows * columns
             for block, count in self.parts.blocks
@@ -294,7 +298,9 @@ def kept_bytes(run: RunShape) -> int:
     elif run.keep == "attention":
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
-        per_token = c * (2 * h + 2 * q + 2 * kv + 2 * f + 7 * run.rank) + LSE_BYTES * (run.model.num_heads + 2)
+        norms = run.model.added_norms  # each keeps what it was given
+        per_token = c * ((2 + norms) * h + 2 * q + 2 * kv + 2 * f + 7 * run.rank)
+        per_token += LSE_BYTES * (run.model.num_heads + 2 + norms)
     return run.batches.tokens * per_token
 
 
@@ -316,15 +322,18 @@ def working_bytes(run: RunShape) -> int:
 
     Decoder blocks: at SwiGLU's backward the gradients of output and of the MLP's input to down_proj, SwiGLU's
     output; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was recomputed
-    also x2, q/k/v, attention's output, gate and up, the low-rank products.
+    also x2, q/k/v, attention's output, gate and up, the low-rank products. A norm of what is added to the states has a
+    gradient of its own, and what it was given was recomputed.
     Transformers' modules: what they keep within a block, where that was recomputed; else gradients.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
+        norms = run.model.added_norms
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
+        swiglu += run.batches.tokens * c * h * bool(norms)
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
-        recomputed = h + q + 2 * kv + 2 * f + 7 * r  # x2, q/k/v, gate and up
+        recomputed = (1 + norms) * h + q + 2 * kv + 2 * f + 7 * r  # x2, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
         return max(swiglu, attention) + run.batches.tokens * c * made

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from nybble.families import FAMILIES
 from nybble.layers.dense import narrow_ends
 from nybble.planning.costs import ModelShape
 from nybble.sources.inventory import take_inventory
@@ -23,7 +24,9 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     widths = [block.widths for block, _ in parts.blocks]
     query = max((found["q_proj"][1] for found in widths if "q_proj" in found), default=hidden)
     key_value = max((found["k_proj"][1] for found in widths if "k_proj" in found), default=query)
-    heads = getattr(model.config.get_text_config(), "num_attention_heads", None)
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    family = FAMILIES.get(config.model_type)
     return ModelShape(
         parts,
         hidden_size=hidden,
@@ -32,6 +35,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         key_value_width=key_value,
         intermediate_size=max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
+        added_norms=family.added_norms if family else 0,
     )
 
 
