@@ -325,13 +325,13 @@ def test_plan_prints_one_json_object_and_draws(tmp_path):
     assert (tmp_path / "plans.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("inner", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}])
-def test_the_text_of_a_larger_model_is_planned_with_its_own_ends(tmp_path, inner):
-    """Whether head and embedding are one may be said by the larger model's config alone, as in training."""
+def test_the_text_of_a_larger_model_is_planned_with_its_own_ends(tmp_path, inner, tied):
+    """Whether head and embedding are one is said by the larger model's config, as in training."""
     text = {"model_type": "gemma3_text", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2} | inner
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000}
-    written = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": False}
+    written = {"model_type": "gemma3", "text_config": text, "tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(written))
     asked = plans(model=str(tmp_path))[1]
-    ends = 2 if inner.get("tie_word_embeddings") is not True else 1
-    assert asked.run.model.parts.end_elements == ends * 1000 * 64
+    assert asked.run.model.parts.end_elements == (1 if tied else 2) * 1000 * 64
