@@ -34,7 +34,7 @@ def test_finetune(
     monkeypatch.setattr(sys, "argv", ["finetune.py", str(tiny_model), str(data), str(tmp_path / "run")])
     runpy.run_path(str(EXAMPLES / "finetune.py"))
     shown = capsys.readouterr().out.splitlines()
-    assert shown[0].startswith("held-out loss: ") and shown[-1] in ("verified", "undecided", "failed")
+    assert shown[0].startswith("held-out loss: ") and shown[-1] in ("verified", "undecided")
     assert len((EXAMPLES / "finetune.py").read_text().splitlines()) <= 12
 
 

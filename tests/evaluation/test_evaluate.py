@@ -110,4 +110,4 @@ def test_what_is_missing_is_said_first(trained: Path, tmp_path: Path) -> None:
 
     if importlib.util.find_spec("lm_eval") is None:
         code, shown = run("eval", "--run", trained, "--lm-eval", "arc_easy")
-        assert code == 2 and "pip install 'nybble[lm-eval]'" in shown
+        assert code == 2 and "pip install lm-eval" in shown

@@ -34,7 +34,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.generation.generate import Sampling, generate
 from nybble.kernels.ops.four_bit import quantize
-from nybble.layers.backbone import FusedForward, Why, why_not_forward
+from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
 from nybble.layers.loss_head import loss_head
@@ -296,6 +296,15 @@ def test_what_a_config_asks_for_beyond_its_family_is_named(name: str, option: st
     setattr(model.config, option, value)
     reason = why_not_forward(model)
     assert reason is not None and reason.why is why and str(value if why is Why.ACTIVATION else option) in str(reason)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dropout_of_attention_is_not_left_out_in_silence(name: str) -> None:
+    model = dense_model(name)
+    model.config.attention_dropout = 0.1
+    reason = why_not_blocks(model, packing=True, dropout=False)
+    assert reason is not None and "attention_dropout" in str(reason)
+    assert why_not_forward(model, ops=decoder_ops) is None, "answers drop nothing"
 
 
 def test_layers_beyond_their_family_are_named() -> None:

@@ -330,3 +330,12 @@ def test_a_way_that_fails_in_the_models_own_code_is_refused_in_words() -> None:
     first.register_forward_pre_hook(fails_over_several)
     with pytest.raises(ModelError, match=r"fails over packed rows of \[.*same dtype"):
         CausalLM.of(model)
+
+
+def test_a_fault_of_decoder_blocks_is_not_told_as_the_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise TypeError("a fault of ours")
+
+    monkeypatch.setattr(FusedForward, "hidden", fails)
+    with pytest.raises(TypeError, match="a fault of ours"):
+        CausalLM.of(tiny_model("dynamic"))  # whose angles can change, so that its blocks are probed too

@@ -33,7 +33,7 @@ from nybble.events import Listener, silent
 from nybble.files.disk import complete_folder
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets, trained_parameters
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, ModelOptions
 from nybble.options.option import build_options
@@ -41,8 +41,10 @@ from nybble.options.verbs import AttachConfig, LoadConfig, StepConfig
 from nybble.planning.micro_batches import total_steps
 from nybble.runs.adapter_files import adapter_config, write_adapter
 from nybble.runs.context import read_rows, within_context
+from nybble.sources.inventory import take_inventory
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model as open_stored
+from nybble.sources.parts import check_dense_share
 from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -213,7 +215,7 @@ class Model:
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained: A `(rank, in)` and B `(out, rank)` of every adapter, fp32."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return trained_parameters(self.module)
 
     def train(self, mode: bool = True) -> Self:
         """Switch dropout on, or off with `mode` False."""
@@ -263,12 +265,13 @@ def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) ->
     Args:
         source: what `open_model` returned. One that is stored in four bits keeps its own, bit for bit.
         on_event: told how far loading has come.
-        options: `format` ("nf4", ..., "none" for 16 bits), `block_size`, `double_quant`, `device`, `compute_dtype`,
-            `threads` and `packing` as the flags of `nybble train`. `quality` is "absmax" or "search". `keep` is
-            "nothing" (least memory), "attention" or "everything" (fastest).
+        options: `format` ("nf4", ..., "none" for 16 bits), `block_size`, `double_quant`, `max_dense_share`, `device`,
+            `compute_dtype`, `threads` and `packing` as the flags of `nybble train`. `quality` is "absmax" or "search".
+            `keep` is "nothing" (least memory), "attention" or "everything" (fastest).
 
     Raises:
-        NybbleError: an option is wrong, or the weights are damaged, missing or not finite.
+        NybbleError: an option is wrong, most of the model would stay in 16 bits, or the weights are damaged, missing or
+            not finite.
 
     Example:
         >>> model = nybble.load(nybble.open_model(tiny), format="nf4", keep="everything")
@@ -282,6 +285,7 @@ def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) ->
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     formats = None
     if config.format != "none":
+        check_dense_share(take_inventory(source.skeleton, source.in_four_bits), source.name, config.max_dense_share)
         formats = BaseFormats(QuantSpec(config.format, config.block_size, config.double_quant))
     module = load_model(source, formats, dtype, device, config.quality, report=on_event)
     return Model(module, source.name, config)

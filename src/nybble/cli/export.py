@@ -3,14 +3,14 @@
 from typing import Any
 
 import nybble
-from nybble.cli.listening import Listening
+from nybble.cli.lazy_terminal import LazyTerminal
 
 EXIT_CODES = {"verified": 0, "failed": 3, "undecided": 4}
 
 
 def merge(given: dict[str, Any]) -> int:
     """Merge a run's adapter into its base, verified against the run before it is called done."""
-    with Listening() as listener:
+    with LazyTerminal() as listener:
         if given.get("compare"):
             nybble.merge(on_event=listener, **given)
             return 0
@@ -19,5 +19,5 @@ def merge(given: dict[str, Any]) -> int:
 
 def export(given: dict[str, Any]) -> int:
     """Write a run for other programs (PEFT, transformers, bitsandbytes, llama.cpp), verified in them."""
-    with Listening() as listener:
+    with LazyTerminal() as listener:
         return EXIT_CODES[nybble.export(on_event=listener, **given).outcome]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import nybble
-from nybble.cli.listening import Listening
+from nybble.cli.lazy_terminal import LazyTerminal
 
 
 def plan(
@@ -18,7 +18,7 @@ def plan(
     ] = None,
 ) -> int:
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
-    with Listening() as listener:
+    with LazyTerminal() as listener:
         planned = nybble.plan(on_event=listener, **given)
     from nybble.planning.report import Planned
     from nybble.training.plots import draw_plans

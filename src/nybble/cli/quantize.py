@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import nybble
-from nybble.cli.listening import Listening
+from nybble.cli.lazy_terminal import LazyTerminal
 
 if TYPE_CHECKING:
     from nybble.sources.parts import Inventory
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 def quantize(given: dict[str, Any]) -> int:
     """Write a model in four bits, as a folder that transformers with bitsandbytes reads too."""
-    with Listening() as listener:
+    with LazyTerminal() as listener:
         done = nybble.quantize(on_event=listener, **given)
     from nybble.cli.render import weights
     from nybble.formats.format import FORMATS

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 import nybble
-from nybble.cli.listening import Listening
+from nybble.cli.lazy_terminal import LazyTerminal
 from nybble.options.verbs import draft_config
 
 NUM_SAMPLES = 3
@@ -26,7 +26,7 @@ def train(
     if print_config:
         typer.echo(draft_config(config_file, given), nl=False)
         return 0
-    with Listening() as listener:
+    with LazyTerminal() as listener:
         trained = nybble.train(config_file, on_event=listener, **given)
     from nybble.cli.render import training
     from nybble.evaluation.samples import compare_answers

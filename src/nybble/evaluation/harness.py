@@ -23,7 +23,7 @@ def check_installed() -> None:
         raise ConfigError(
             "lm-eval is given, but the package lm-eval is not installed.",
             "It is not among nybble's own requirements.",
-            "Run `pip install 'nybble[lm-eval]'`, or leave --lm-eval out.",
+            "Run `pip install lm-eval`, or leave --lm-eval out.",
         )
 
 

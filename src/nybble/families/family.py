@@ -33,7 +33,7 @@ class Family:
         windows: layers that attend to the last `sliding_window` tokens only: none, all, or those of that kind.
         rope_by_kind: each kind of layer has its own rotary angles.
         attention_softcap: the config's option for c in c · tanh(scores / c), or None.
-        off: options that, where a config sets them, make of its layers something else than this.
+        unsupported: options that, where a config sets them, make of its layers something else than this.
         gguf: its architecture in GGUF files, a name of gguf.MODEL_ARCH, or None where it is not exported.
     """
 
@@ -53,7 +53,7 @@ class Family:
     windows: Literal["none", "all", "by kind"] = "none"
     rope_by_kind: bool = False
     attention_softcap: str | None = None
-    off: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     gguf: str | None = None
 
     @property

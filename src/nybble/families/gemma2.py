@@ -14,5 +14,5 @@ GEMMA2 = Family(
     mlp_output_norm="post_feedforward_layernorm",
     windows="by kind",
     attention_softcap="attn_logit_softcapping",
-    off=("use_bidirectional_attention",),
+    unsupported=("use_bidirectional_attention",),
 )

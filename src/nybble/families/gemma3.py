@@ -2,18 +2,14 @@
 under a window, another for the others.
 """
 
-from nybble.families.family import Family
+from dataclasses import replace
 
-GEMMA3 = Family(
-    "gemma3_text",
-    activation="gelu_pytorch_tanh",
-    activation_option="hidden_activation",
-    norm_offset=1.0,
-    mlp_norm="pre_feedforward_layernorm",
-    attention_output_norm="post_attention_layernorm",
-    mlp_output_norm="post_feedforward_layernorm",
+from nybble.families.gemma2 import GEMMA2
+
+GEMMA3 = replace(
+    GEMMA2,
+    model_type="gemma3_text",
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
-    windows="by kind",
     rope_by_kind=True,
-    off=("use_bidirectional_attention",),
+    attention_softcap=None,
 )

@@ -221,6 +221,8 @@ def why_not_blocks(
     """
     if not packing:
         return Reason(Why.NOT_PACKED)
+    if getattr(model.config.get_text_config(), "attention_dropout", 0):
+        return Reason(Why.OPTION, "attention_dropout")
     why = why_not_forward(model, device)
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
@@ -243,7 +245,7 @@ def why_not_forward(
     activation = getattr(config, family.activation_option)
     if activation != family.activation:
         return Reason(Why.ACTIVATION, str(activation))
-    for option in family.off:
+    for option in family.unsupported:
         if getattr(config, option, None):
             return Reason(Why.OPTION, option)
     other = _other_modules(model.base_model.layers, family)

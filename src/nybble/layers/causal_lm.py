@@ -26,7 +26,7 @@ from nybble.layers.backbone import (
     Why,
     why_not_blocks,
 )
-from nybble.layers.convert import adapters_of
+from nybble.layers.convert import adapters_of, trained_parameters
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import Head, OwnHead, loss_head
 from nybble.layers.probe import Difference, Probe
@@ -214,7 +214,7 @@ class CausalLM:
 
     def parameters(self) -> list[nn.Parameter]:
         """What is trained: A and B of every adapter."""
-        return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return trained_parameters(self.module)
 
     @property
     def training(self) -> bool:

@@ -88,15 +88,20 @@ def quantizable_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers that go into four bits and can have an adapter: those of the blocks that the model
     does nothing with but call, and whose makers do not keep them in fp32.
     """
-    untouched = untouched_linears(model)
-    return [name for name in block_linears(model) if name not in untouched]
+    why = _why_untouched(model)
+    return [name for name in block_linears(model) if name not in why]
 
 
 def untouched_linears(model: nn.Module) -> dict[str, str]:
     """Linear layers of the blocks that stay as they are, without adapter -> why."""
-    why = {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
-    why |= {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
+    why = _why_untouched(model)
     return {name: why[name] for name in block_linears(model) if name in why}
+
+
+def _why_untouched(model: nn.Module) -> dict[str, str]:
+    """Modules, linear layers or not, whose weights stay as they are -> why."""
+    why = {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
+    return why | {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
 
 
 def describe_untouched(model: nn.Module) -> list[str]:
@@ -185,6 +190,11 @@ def _refuse_untouched(model: nn.Module, wanted: str) -> None:
                 "Adapters go onto the layers that can go into few bits.",
                 "Leave it out.",
             )
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """A `(rank, in)` and B `(out, rank)` of every adapter."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def attach_adapters(

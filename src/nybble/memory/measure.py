@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from nybble.kernels.heap import lies_in_heap
+
 _STATUS = Path("/proc/self/status")
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -29,7 +31,7 @@ def has_own_memory(device: torch.device) -> bool:
     """Whether a device computes in memory of its own, as a GPU does. Else its tensors lie in this process's heap, a
     budget counts what the process holds, and files that it reads stay in the system's cache beside it.
     """
-    return device.type == "cuda"
+    return not lies_in_heap(device)
 
 
 def used_bytes(device: torch.device) -> int:

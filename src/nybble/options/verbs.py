@@ -172,7 +172,7 @@ class OpenConfig(MachineOptions):
     run: Folder = knob(..., "Run folder that `nybble train` made.")
 
 
-class LoadConfig(MachineOptions, FourBitOptions, BaseFormat):
+class LoadConfig(MachineOptions, DenseShareOptions, FourBitOptions, BaseFormat):
     """What `nybble.load` needs to know."""
 
     group: ClassVar[str] = "Memory"

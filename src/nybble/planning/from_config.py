@@ -25,7 +25,7 @@ from nybble.sizes import SHAPE_RULES, ShapeRules
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import open_model
 from nybble.sources.shapes import SHAPES
-from nybble.sources.skeleton import build_skeleton, config_refused, stored_text_config
+from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, stored_text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -96,7 +96,7 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
         raise refused(ValueError("it has no such model type"))
     with foreign_errors(refused):
         config = AutoConfig.for_model(**{name: value for name, value in written.items() if name != QUANTIZATION})
-    return stored_text_config(config, written)
+    return stored_text_config(config, written, build_whole(config))
 
 
 def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype]:

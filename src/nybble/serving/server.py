@@ -15,7 +15,7 @@ SHUTDOWN_S = 5  # that running answers are given when the server is told to stop
 
 
 @dataclass(frozen=True)
-class Listening(Event):
+class ServerReady(Event):
     """The server is about to answer: for which models, and where."""
 
     models: tuple[str, ...]
@@ -38,7 +38,7 @@ def serve(config: ServeConfig, report: Listener = silent) -> None:
     models = load_models(config.run, config.device, config.compute_dtype, report)
     engine = Engine(models, config.max_queue, config.threads)
     api = Api(engine, token, config.max_new_tokens, config.max_request_bytes)
-    report(Listening(tuple(engine.models), f"http://{config.host}:{config.port}/v1"))
+    report(ServerReady(tuple(engine.models), f"http://{config.host}:{config.port}/v1"))
     settings = {"log_level": "warning", "timeout_graceful_shutdown": SHUTDOWN_S, "server_header": False}
     try:
         uvicorn.run(make_app(api, allowed_hosts(config)), host=config.host, port=config.port, **settings)  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def check_installed() -> None:
         raise ConfigError(
             f"`nybble serve` needs {' and '.join(missing)}.",
             "They are not among nybble's own requirements.",
-            "Run `pip install 'nybble[serve]'`.",
+            "Run `pip install starlette uvicorn`.",
         )
 
 

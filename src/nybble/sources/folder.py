@@ -66,14 +66,15 @@ class FolderSource(StoredModel):
         layers = {} if written is None else written.layers
         self.layer_formats = None if first is None else BaseFormats(first, layers)
         self._whole_config = _load_config(path, self._config_json)
-        self.config = stored_text_config(self._whole_config, self._config_json)
+        self._whole = build_whole(self._whole_config)
+        self.config = stored_text_config(self._whole_config, self._config_json, self._whole)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
 
     @cached_property
     def _names(self) -> CheckpointNames:
         shapes = {name: self._stored.entries[name].shape for name in self._parts}
-        names = checkpoint_names(shapes, self.skeleton, build_whole(self._whole_config))
+        names = checkpoint_names(shapes, self.skeleton, self._whole)
         for target, recipe in names.recipes.items():
             if recipe.plain_name is None and any(self._is_quantized(name) for name, _ in recipe.sources):
                 raise ModelError(

@@ -60,14 +60,18 @@ def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
     return text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config
 
 
-def stored_text_config(config: "PretrainedConfig", written: dict[str, Any]) -> "PretrainedConfig":
+def stored_text_config(
+    config: "PretrainedConfig", written: dict[str, Any], whole: "PreTrainedModel | None"
+) -> "PretrainedConfig":
     """The text model's config, of a config.json as it is written. Whether head and embedding are one, the larger model
     decides, if it is known: its parts may say otherwise.
+
+    Args:
+        whole: what `build_whole` gives for the config.
     """
     text = text_config(config)
     if text is config:
         return text
-    whole = build_whole(config)
     if whole is not None and (head := whole.get_output_embeddings()) is not None:
         names = [f"{name}.weight" for name, module in whole.named_modules() if module is head]
         tied = whole.all_tied_weights_keys

@@ -8,7 +8,7 @@ from nybble.cli.render.terminal import Terminal, show
 from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
 from nybble.evaluation.scores import Estimate
-from nybble.serving.server import Listening
+from nybble.serving.server import ServerReady
 
 
 @show.register
@@ -57,6 +57,6 @@ def _(event: ArmsCompared, terminal: Terminal) -> None:
 
 
 @show.register
-def _(event: Listening, terminal: Terminal) -> None:
+def _(event: ServerReady, terminal: Terminal) -> None:
     terminal.say(f"models: {', '.join(event.models)}")
     terminal.say(f"listening on {event.url}")

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nybble.cli.render import Terminal
 
 
-class Listening:
+class LazyTerminal:
     """Shows events. What shows them takes a second to import, so that comes with the first: a mistake in the options
     is told before.
     """
@@ -24,7 +24,7 @@ class Listening:
     def __call__(self, event: Event) -> None:
         self.terminal(event)
 
-    def __enter__(self) -> "Listening":
+    def __enter__(self) -> "LazyTerminal":
         return self
 
     def __exit__(
