@@ -3,12 +3,14 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import ROWS, byte_tokenizer, make_data, make_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub, which reads it once
 
@@ -44,53 +46,38 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 INST = (  # Mistral's
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
-ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of two blocks with a byte-level tokenizer, saved as transformers saves it, in two shards."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
     folder = tmp_path_factory.mktemp("tiny")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
-    fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(fast),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=fast.eos_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
-    assert len(list(folder.glob("*.safetensors"))) > 1
+    make_model(folder)
     return folder
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
+    return make_data(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def tiny_mixture(tmp_path: Path, tiny_model: Path) -> Path:
+    """A Mixtral with the tokenizer of the tiny Llama."""
+    from safetensors.torch import save_model
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "mixture"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    mixture = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **sizes)
+    mixture.save_pretrained(folder)
+    save_model(MixtralForCausalLM(mixture).bfloat16(), str(folder / "model.safetensors"))
+    return folder
 
 
 # ---- disks that fail ----------------------------------------------------------------------------
@@ -151,26 +138,14 @@ SHAPE = {
 
 
 def write_rows(path: Path) -> Path:
-    rows = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(60)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return make_data(path, [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(60)])
 
 
 def save_tokenizer(folder: Path) -> Any:
     """A byte-level tokenizer with merges, without which llama.cpp takes none."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([row["prompt"] + row["completion"] for row in ROWS], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
-    fast.save_pretrained(folder)
-    return fast
+    tokenizer = byte_tokenizer(merged_to=300)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def save_sentencepiece(folder: Path, first_only: bool = False) -> Any:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import nybble
 from nybble.cli.main import app
-from nybble.errors import ConfigError, NybbleError, RunError
+from nybble.errors import ConfigError, ModelError, NybbleError, RunError
 
 VERBS: dict[str, Callable[..., Any]] = {
     "train": nybble.train,
@@ -113,6 +113,13 @@ def test_mistakes_with_the_parts(places: dict[str, Path], tmp_path: Path) -> Non
     nybble.add_adapters(model, rank=2)
     with pytest.raises(ConfigError, match="has adapters"):
         nybble.add_adapters(model, rank=2)
+
+
+def test_a_model_that_stays_in_16_bits_is_not_loaded_as_one_in_four(tiny_mixture: Path) -> None:
+    source = nybble.open_model(tiny_mixture)
+    with pytest.raises(ModelError, match="cannot be put into four bits"):
+        nybble.load(source)
+    assert nybble.load(source, format="none").module and nybble.load(source, max_dense_share=1.0).module
 
 
 def test_a_run_of_another_version_says_which(trained: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import BILLION
 from transformers import LlamaConfig
 
 from nybble.formats.safetensors import SafetensorsWriter
@@ -52,15 +53,7 @@ def billion(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     """A run on a Llama of a billion random weights, ‖ΔW‖ about 1 % of ‖W‖; and the bytes of a block in 16 bits."""
     folder = tmp_path_factory.mktemp("billion")
     generator = torch.Generator().manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32768,
-        tie_word_embeddings=False,
-    )
+    config = LlamaConfig(**BILLION)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder / "base")
     for file in tiny_model.glob("*token*"):

@@ -5,15 +5,13 @@ A new family is one line of `CONFIGS`.
 
 import copy
 import functools
-import sys
 from dataclasses import replace
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import put_into_four_bits, tune
 from tiny_families import save_tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -30,13 +28,12 @@ from transformers import (
 
 from nybble.data.packing import IGNORE, Batch, pack_tokens
 from nybble.families import FAMILIES
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.generation.generate import Sampling, generate
-from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
+from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
 from nybble.memory.store import open_store
 from nybble.quantization.folder import quantize_folder
@@ -83,17 +80,8 @@ def dense_model(name: str, seed: int = 0) -> PreTrainedModel:
 def tuned_model(name: str, seed: int = 0) -> PreTrainedModel:
     """In four bits, with adapters that do something."""
     model = dense_model(name, seed)
-    names = quantizable_linears(model)
-    dense = {layer: model.get_submodule(layer) for layer in names}
-    replace_linears(model, names, BaseFormats(), torch.float32)
-    for layer, linear in dense.items():
-        model.get_submodule(layer).load_quantized(quantize(linear.weight.detach(), QuantSpec()))
-        if linear.bias is not None:
-            model.get_submodule(layer).bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-    attach_adapters(model, resolve_targets(model, "all-linear"), rank=3, alpha=6.0, seed=1)
-    for adapter in adapters_of(model).values():
-        nn.init.normal_(adapter.lora_B, std=0.2)
-    return model
+    put_into_four_bits(model)
+    return tune(model)
 
 
 def written_out(model: PreTrainedModel) -> PreTrainedModel:

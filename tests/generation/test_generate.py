@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import put_into_four_bits, tune
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.generation.logits_process import (
@@ -31,12 +32,10 @@ from nybble.kernels import registry
 from nybble.kernels.backends.cpp import library
 from nybble.kernels.backends.reference.decode import OpByOp
 from nybble.kernels.ops.decode import MAX_ROWS
-from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, quantizable_linears, resolve_targets
 from nybble.layers.lora import LoraLinear
-from nybble.layers.quantized_linear import QuantizedLinear
 
 VOCABULARY = 101
 NF4 = QuantSpec()
@@ -90,19 +89,9 @@ def four_bit_model(
             nn.init.normal_(parameter, mean=1.0, std=0.3)
         else:
             nn.init.normal_(parameter, std=0.2)
-    for name in quantizable_linears(model):
-        linear = model.get_submodule(name)
-        transposed = not isinstance(linear, nn.Linear)  # GPT-2's Conv1D
-        dense = linear.weight.detach().T.contiguous() if transposed else linear.weight.detach()
-        layer = QuantizedLinear(dense.shape[1], dense.shape[0], linear.bias is not None, spec, dtype)
-        layer.load_quantized(quantize(dense, spec))
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        model.set_submodule(name, layer)
+    put_into_four_bits(model, spec, dtype)
     if rank:
-        attach_adapters(model, resolve_targets(model, "all-linear"), rank=rank, alpha=2 * rank, dropout=dropout)
-        for adapter in adapters_of(model).values():
-            nn.init.normal_(adapter.lora_B, std=0.2)
+        tune(model, rank=rank, dropout=dropout, seed=0)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from tiny import put_into_four_bits, tune
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -13,15 +14,12 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack
 from nybble.families.gemma3 import GEMMA3
 from nybble.families.qwen3 import QWEN3
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.decoding import decoder_ops
 from nybble.generation.generate import generate
 from nybble.kernels import registry
 from nybble.kernels.ops.decode import MAX_ROWS
-from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, ModuleForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import attach_adapters, quantizable_linears, replace_linears, resolve_targets
 from nybble.layers.decoder_block import block_ops
 from nybble.training.optimizer import AdamW
 
@@ -62,14 +60,8 @@ def small_model() -> nn.Module:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
     model = AutoModelForCausalLM.from_config(Qwen3Config(vocab_size=64, **shape, **heads), dtype=torch.float32)
-    names = quantizable_linears(model)
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
-    replace_linears(model, names, BaseFormats(), torch.float32)
-    for name, weight in weights.items():
-        model.get_submodule(name).load_quantized(quantize(weight, QuantSpec()))
-    for adapter in attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=4, seed=1).values():
-        nn.init.normal_(adapter.lora_B, std=0.2)
-    return model
+    put_into_four_bits(model)
+    return tune(model, rank=2)
 
 
 def after_a_step(model: nn.Module) -> list[Tensor]:

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from tiny import put_into_four_bits
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from nybble.errors import ConfigError, RunError
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops.four_bit import quantize
+from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.backbone import decoder_states
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import (
@@ -17,7 +17,6 @@ from nybble.layers.convert import (
     attach_adapters,
     enable_adapters,
     quantizable_linears,
-    replace_linears,
     resolve_targets,
 )
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -50,20 +49,6 @@ def dense_model(family: str) -> nn.Module:
     return AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32).eval()
 
 
-def quantize_model(model: nn.Module, spec: QuantSpec) -> None:
-    """Put a small dense model into four bits in place, its dense weights replaced by their dequantised values."""
-    names = quantizable_linears(model)
-    weights = {name: model.get_submodule(name).weight.detach() for name in names}
-    biases = {name: model.get_submodule(name).bias for name in names}
-    transposed = {name for name in names if type(model.get_submodule(name)).__name__ == "Conv1D"}
-    replace_linears(model, names, BaseFormats(spec), torch.float32)
-    for name, weight in weights.items():
-        layer = model.get_submodule(name)
-        layer.load_quantized(quantize(weight.T if name in transposed else weight, spec))
-        if biases[name] is not None:
-            layer.bias = nn.Parameter(biases[name].detach(), requires_grad=False)
-
-
 def dequantized_twin(model: nn.Module, family: str) -> nn.Module:
     """A plain transformers model whose dense weights are what the four-bit model computes with."""
     twin = dense_model(family)
@@ -87,7 +72,7 @@ def test_every_linear_of_the_blocks_and_nothing_else(family):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_four_bit_model_equals_the_dense_model_of_its_dequantised_weights(family):
     model = dense_model(family)
-    quantize_model(model, QuantSpec())
+    put_into_four_bits(model, QuantSpec())
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == len(quantizable_linears(model))
     ids = torch.randint(96, (2, 9))
     torch.testing.assert_close(
@@ -102,7 +87,7 @@ def test_peft_reads_our_adapter_and_gives_the_same_logits(family, targets, rslor
     from peft import PeftModel
 
     model = dense_model(family)
-    quantize_model(model, QuantSpec())
+    put_into_four_bits(model, QuantSpec())
     twin = dequantized_twin(model, family)
     adapters = attach_adapters(model, resolve_targets(model, targets), rank=3, alpha=6.0, rslora=rslora, seed=5)
     for adapter in adapters.values():

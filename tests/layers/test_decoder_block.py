@@ -10,16 +10,15 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import put_into_four_bits, tune
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import IGNORE, Batch, pack, pack_tokens
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.backbone import FusedForward, ModuleForward
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears, replace_linears, resolve_targets
+from nybble.layers.convert import adapters_of
 from nybble.layers.loss_head import loss_head
 from nybble.training.optimizer import AdamW
 
@@ -67,17 +66,8 @@ def tuned_model(name: str, targets: str = "all-linear") -> nn.Module:
             nn.init.normal_(parameter, std=0.1)
         elif "norm" in parameter_name:
             nn.init.normal_(parameter, mean=1.0, std=0.3)
-    names = quantizable_linears(model)
-    dense = {layer: model.get_submodule(layer) for layer in names}
-    replace_linears(model, names, BaseFormats(), torch.float32)
-    for layer, linear in dense.items():
-        model.get_submodule(layer).load_quantized(quantize(linear.weight.detach(), QuantSpec()))
-        if linear.bias is not None:
-            model.get_submodule(layer).bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-    attach_adapters(model, resolve_targets(model, targets), rank=3, alpha=6.0, seed=1)
-    for adapter in adapters_of(model).values():
-        nn.init.normal_(adapter.lora_B, std=0.2)
-    return model
+    put_into_four_bits(model)
+    return tune(model, targets)
 
 
 def packed_batch(lengths: tuple[int, ...]) -> Batch:

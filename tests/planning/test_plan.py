@@ -3,7 +3,6 @@
 import io
 import json
 import shlex
-import shutil
 
 import pytest
 import torch
@@ -37,21 +36,6 @@ def plans(**options):
 def config(tiny_model, data, out, **options):
     given = {"model": str(tiny_model), "data": str(data), "out": str(out), "max_steps": 1, "rows_per_step": 4}
     return load_config(None, given | options)
-
-
-@pytest.fixture
-def tiny_mixture(tmp_path, tiny_model):
-    """A Mixtral with the tokenizer of the tiny Llama."""
-    from safetensors.torch import save_model
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    folder = tmp_path / "mixture"
-    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    mixture = MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **sizes)
-    mixture.save_pretrained(folder)
-    save_model(MixtralForCausalLM(mixture).bfloat16(), str(folder / "model.safetensors"))
-    return folder
 
 
 @pytest.mark.parametrize(

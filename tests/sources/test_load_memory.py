@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import BILLION, WIDE
 from transformers import LlamaConfig
 
 from nybble.formats.quant_spec import QuantSpec
@@ -79,27 +80,10 @@ def check(folder: Path, config: LlamaConfig, allowance_bytes: int = ALLOWANCE_BY
 
 def test_peak_memory_of_a_small_model(tmp_path: Path) -> None:
     """Holding the 16-bit model (430 MB) would go over the limit (330 MB)."""
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=3,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=16384,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig(**WIDE, num_hidden_layers=3, vocab_size=16384, tie_word_embeddings=True)
     check(tmp_path, config, allowance_bytes=100_000_000)
 
 
 @pytest.mark.slow
 def test_peak_memory_of_a_1b_model(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32768,
-        tie_word_embeddings=False,
-    )
-    print(check(tmp_path, config))
+    print(check(tmp_path, LlamaConfig(**BILLION)))

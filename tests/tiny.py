@@ -1,0 +1,100 @@
+"""What many tests are made of: a tiny model and examples as files, small models in four bits with adapters.
+
+Nothing here needs pytest, since the drills run outside of it, and nothing heavy is imported before it is asked for.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
+WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+BILLION = WIDE | {"num_hidden_layers": 16, "vocab_size": 32768, "tie_word_embeddings": False}  # of a Llama
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def byte_tokenizer(merged_to: int | None = None) -> Any:
+    """A byte-level tokenizer; with merges, learnt from ROWS, up to that many tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    size = {} if merged_to is None else {"vocab_size": merged_to}
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, **size)
+    text = [] if merged_to is None else [row["prompt"] + row["completion"] for row in ROWS]
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=CHATML)
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of two blocks with a byte-level tokenizer, as transformers saves it, in two shards."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="200KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+
+
+def make_data(path: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ---- in memory -----------------------------------------------------------------------------------
+
+
+def put_into_four_bits(model: Any, spec: Any = None, dtype: Any = None) -> None:
+    """Put the linear layers of a model's blocks into few bits, in place: nf4, computed in fp32, unless said."""
+    import torch
+    from torch import nn
+
+    from nybble.formats.quant_spec import BaseFormats, QuantSpec
+    from nybble.kernels.ops.four_bit import quantize
+    from nybble.layers.convert import quantizable_linears, replace_linears
+    from nybble.layers.dense import weight_matrix
+
+    spec = spec or QuantSpec()
+    dense = {name: model.get_submodule(name) for name in quantizable_linears(model)}
+    replace_linears(model, dense, BaseFormats(spec), dtype or torch.float32)
+    for name, linear in dense.items():
+        layer = model.get_submodule(name)
+        layer.load_quantized(quantize(weight_matrix(linear), spec))
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+
+def tune(model: Any, targets: str = "all-linear", *, rank: int = 3, std: float = 0.2, **options: Any) -> Any:
+    """The model with adapters that do something: their B is random, not zero."""
+    from torch import nn
+
+    from nybble.layers.convert import attach_adapters, resolve_targets
+
+    options = {"alpha": 2.0 * rank, "seed": 1} | options
+    for adapter in attach_adapters(model, resolve_targets(model, targets), rank=rank, **options).values():
+        nn.init.normal_(adapter.lora_B, std=std)
+    return model
