@@ -10,7 +10,7 @@ nybble.formats.quantized_tensor says. A body gets contiguous tensors whose sizes
 the ops has a gradient: the weights are frozen.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -77,6 +77,25 @@ def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
     return torch.ops.nybble.gemv_4bit(x, q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
 
 
+def allocating(dequantize_out: Callable[..., None]) -> Callable[..., Tensor]:
+    """The body of `dequantize_4bit` that a backend's body of `dequantize_4bit_out` makes."""
+
+    def dequantize_4bit(
+        packed: Tensor,
+        scales: Tensor,
+        shape: Sequence[int],
+        format: str,
+        block_size: int,
+        double_quant: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out = packed.new_empty(shape, dtype=dtype)
+        dequantize_out(packed, scales, shape, format, block_size, double_quant, out)
+        return out
+
+    return dequantize_4bit
+
+
 def _check_quantize(weight: Tensor, format: str, block_size: int, double_quant: bool) -> None:
     QuantSpec(format, block_size, double_quant)
     _check_dtype(weight.dtype)
@@ -124,18 +143,6 @@ def _check_dequantize(
     _check_dtype(dtype)
 
 
-def _fake_dequantize(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    return packed.new_empty(shape, dtype=dtype)
-
-
 def _check_dequantize_out(
     packed: Tensor,
     scales: Tensor,
@@ -179,7 +186,7 @@ registry.declare(
     "(Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant, ScalarType dtype)"
     " -> Tensor",
     _check_dequantize,
-    _fake_dequantize,
+    allocating(nothing),
 )
 registry.declare(
     "dequantize_4bit_out",

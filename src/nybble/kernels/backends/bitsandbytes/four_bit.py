@@ -16,6 +16,7 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 from nybble.kernels import registry
+from nybble.kernels.ops.four_bit import allocating
 
 
 def _unsupported(*args: Any) -> str | None:
@@ -44,21 +45,6 @@ def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bo
     return packed.view(spec.packed_shape(tuple(weight.shape))), join_scales(parts)
 
 
-@registry.register("dequantize_4bit", "bitsandbytes", _unsupported)
-def dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = packed.new_empty(shape, dtype=dtype)
-    dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out)
-    return out
-
-
 @registry.register("dequantize_4bit_out", "bitsandbytes", _unsupported)
 def dequantize_4bit_out(
     packed: Tensor,
@@ -73,3 +59,6 @@ def dequantize_4bit_out(
     spec = QuantSpec(format, block_size, double_quant)
     q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
     _ops().dequantize_4bit.out(packed.view(-1, 1), block_scales(q), block_size, format, shape, out.dtype, out=out)
+
+
+dequantize_4bit = registry.register("dequantize_4bit", "bitsandbytes", _unsupported)(allocating(dequantize_4bit_out))

@@ -15,6 +15,7 @@ from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import ScaleParts, split_scales
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT, INT64, POINTER, function, no_fp16, pointer
+from nybble.kernels.ops.four_bit import allocating
 
 _quantize = function("quantize", POINTER, INT, INT64, INT64, INT, POINTER, POINTER, POINTER, POINTER, POINTER)
 _quantize_scales = function("quantize_scales", POINTER, INT64, FLOAT, POINTER, POINTER, POINTER, POINTER)
@@ -68,21 +69,6 @@ def code_search() -> tuple[Tensor, Tensor]:
     return torch.cat([midpoints, torch.tensor([torch.inf])]), first_code.to(torch.uint8)
 
 
-@registry.register("dequantize_4bit", "cpp")
-def dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = packed.new_empty(tuple(shape), dtype=dtype)
-    dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out)
-    return out
-
-
 @registry.register("dequantize_4bit_out", "cpp")
 def dequantize_4bit_out(
     packed: Tensor,
@@ -98,6 +84,9 @@ def dequantize_4bit_out(
         pointer(_sixteen_values(format)), FORMATS[format].bits,
         out.numel(), block_size, DTYPES[out.dtype], pointer(out),
     )  # fmt: skip
+
+
+dequantize_4bit = registry.register("dequantize_4bit", "cpp")(allocating(dequantize_4bit_out))
 
 
 @registry.register("gemv_4bit", "cpp", unsupported=no_fp16)

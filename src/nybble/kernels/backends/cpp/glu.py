@@ -1,40 +1,34 @@
 """csrc/glu.cpp."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp.library import DTYPES, INT, INT64, ROWS, function, no_fp16, rows
 
-_FORWARD, _BACKWARD = (*ROWS * 2, INT, INT64, INT64, *ROWS), (*ROWS * 3, INT, INT64, INT64, *ROWS * 3)
-_swiglu, _swiglu_backward = function("swiglu", *_FORWARD), function("swiglu_backward", *_BACKWARD)
-_geglu, _geglu_backward = function("geglu", *_FORWARD), function("geglu_backward", *_BACKWARD)
+
+def _forward(gate_name: str) -> Callable[..., None]:
+    kernel = function(gate_name, *ROWS * 2, INT, INT64, INT64, *ROWS)
+
+    def body(gate: Tensor, up: Tensor, out: Tensor) -> None:
+        kernel(*rows(gate), *rows(up), DTYPES[gate.dtype], *gate.shape, *rows(out))
+
+    return body
 
 
-@registry.register("swiglu_out", "cpp", unsupported=no_fp16)
-def swiglu_out(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    _swiglu(*rows(gate), *rows(up), DTYPES[gate.dtype], *gate.shape, *rows(out))
+def _backward(gate_name: str) -> Callable[..., None]:
+    kernel = function(f"{gate_name}_backward", *ROWS * 3, INT, INT64, INT64, *ROWS * 3)
+
+    def body(grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, act: Tensor | None) -> None:
+        kernel(
+            *rows(grad), *rows(gate), *rows(up), DTYPES[gate.dtype], *gate.shape,
+            *rows(grad_gate), *rows(grad_up), *rows(act),
+        )  # fmt: skip
+
+    return body
 
 
-@registry.register("geglu_out", "cpp", unsupported=no_fp16)
-def geglu_out(gate: Tensor, up: Tensor, out: Tensor) -> None:
-    _geglu(*rows(gate), *rows(up), DTYPES[gate.dtype], *gate.shape, *rows(out))
-
-
-@registry.register("swiglu_backward_out", "cpp", unsupported=no_fp16)
-def swiglu_backward_out(
-    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, act: Tensor | None
-) -> None:
-    _swiglu_backward(
-        *rows(grad), *rows(gate), *rows(up), DTYPES[gate.dtype], *gate.shape,
-        *rows(grad_gate), *rows(grad_up), *rows(act),
-    )  # fmt: skip
-
-
-@registry.register("geglu_backward_out", "cpp", unsupported=no_fp16)
-def geglu_backward_out(
-    grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, act: Tensor | None
-) -> None:
-    _geglu_backward(
-        *rows(grad), *rows(gate), *rows(up), DTYPES[gate.dtype], *gate.shape,
-        *rows(grad_gate), *rows(grad_up), *rows(act),
-    )  # fmt: skip
+for _name in ("swiglu", "geglu"):
+    registry.register(f"{_name}_out", "cpp", unsupported=no_fp16)(_forward(_name))
+    registry.register(f"{_name}_backward_out", "cpp", unsupported=no_fp16)(_backward(_name))

@@ -2,34 +2,19 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from nybble.formats import blockwise
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
+from nybble.kernels.ops.four_bit import allocating
 
 
 @registry.register("quantize_4bit", "reference")
 def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bool) -> tuple[Tensor, Tensor]:
     q = blockwise.quantize(weight, QuantSpec(format, block_size, double_quant))
     return q.packed, q.scales
-
-
-@registry.register("dequantize_4bit", "reference")
-def dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = packed.new_empty(shape, dtype=dtype)
-    dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out)
-    return out
 
 
 @registry.register("dequantize_4bit_out", "reference")
@@ -45,6 +30,9 @@ def dequantize_4bit_out(
     sizes, spec = tuple(shape), QuantSpec(format, block_size, double_quant)
     q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
     blockwise.dequantize_into(q, out)
+
+
+dequantize_4bit = registry.register("dequantize_4bit", "reference")(allocating(dequantize_4bit_out))
 
 
 @registry.register("gemv_4bit", "reference")
