@@ -75,7 +75,7 @@ def _groups() -> dict[str, dict[tuple[str, ...], list[str]]]:
     for verb, options in OPTIONS.items():
         for group, fields in fields_by_group(options).items():
             for name, field in fields.items():
-                elsewhere = ", ".join(f"`{alias}`" for alias in field.json_schema_extra["elsewhere"])  # type: ignore
+                elsewhere = ", ".join(f"`{alias}`" for alias in field.json_schema_extra["aliases"])  # type: ignore
                 row = f"`--{yaml_key(name)}`", _cell(field.description), _cell(allowed_values(field)), _default(field)
                 groups.setdefault(group, {}).setdefault((*row, elsewhere), []).append(verb)
     return groups

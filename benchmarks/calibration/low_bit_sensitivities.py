@@ -1,4 +1,4 @@
-"""Predicted losses of layers (nybble.quantization.mixed) against the measured: one layer quantised at a time.
+"""Predicted losses of layers (nybble.quantization.sensitivity) against the measured: one layer quantised at a time.
 
     python benchmarks/calibration/low_bit_sensitivities.py --data train.jsonl --out sensitivities.json
 
@@ -17,7 +17,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.quantization.mixed import choose_mixed
+from nybble.quantization.sensitivity import allocate_bits
 from nybble.sources.load import load_model
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     source = open_dithered(options.model)
     windows = windows_of(source, options.data, options.windows)
     model = load_model(source, None, dtype)
-    mixed = {bits: choose_mixed(model, windows, float(bits), QuantSpec()) for bits in options.bits.split(",")}
+    mixed = {bits: allocate_bits(model, windows, float(bits), QuantSpec()) for bits in options.bits.split(",")}
     losses = next(iter(mixed.values())).losses
 
     torch.set_grad_enabled(False)

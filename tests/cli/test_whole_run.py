@@ -54,9 +54,9 @@ def test_the_events_are_the_documented_ones(finished: tuple[Path, str]) -> None:
     for step in steps:
         assert set(keys.split()) <= step.keys()
         assert math.isfinite(step["loss"]) and 0 < step["supervised_tokens"] < step["tokens"]
-    held_out = events(folder, "eval")
-    assert held_out[0]["step"] == 0 and held_out[-1]["step"] == 3, "before the first step, and at the end"
-    assert held_out[-1]["loss"] < held_out[0]["loss"]
+    validation = events(folder, "eval")
+    assert validation[0]["step"] == 0 and validation[-1]["step"] == 3, "before the first step, and at the end"
+    assert validation[-1]["loss"] < validation[0]["loss"]
 
 
 def test_what_is_shown(finished: tuple[Path, str]) -> None:

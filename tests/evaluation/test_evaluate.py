@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from nybble.cli.main import app
-from nybble.evaluation.held_out import held_out_rows
+from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.runs.open_run import open_run
 
 
@@ -36,7 +36,7 @@ def report(path: Path) -> dict:
 
 def test_losses_are_transformers_own(evaluated: tuple[Path, str]) -> None:
     path, _ = evaluated
-    rows = held_out_rows(open_run(path))
+    rows = evaluation_rows(open_run(path))
     model = AutoModelForCausalLM.from_pretrained(path.parent / "base", dtype=torch.bfloat16).float().eval()
     total, count = 0.0, 0
     for row in rows:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from nybble.cli.main import app
 from nybble.errors import NybbleError
 from nybble.evaluation.divergence import lumped_kl
-from nybble.evaluation.held_out import held_out_rows
+from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.exporting.artefact import Artefact, verify, write
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
@@ -65,7 +65,7 @@ def test_merge_takes_the_same_way(trained: Path, tmp_path: Path) -> None:
 
 def check(trained: Path, folder: Path) -> Verification:
     opened = open_run(trained)
-    return verify(opened, FAITHFUL, folder, held_out_rows(opened), 300)
+    return verify(opened, FAITHFUL, folder, evaluation_rows(opened), 300)
 
 
 def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path) -> None:
@@ -186,14 +186,14 @@ def test_four_bits_are_calibrated_on_the_training_rows(trained: Path, tmp_path: 
 def test_calibrated_layers_lose_less_of_their_outputs(trained: Path) -> None:
     """Against the merged model in 16 bits, on rows that neither training nor calibration saw."""
     opened = open_run(trained)
-    held_out = held_out_rows(opened)
+    validation = evaluation_rows(opened)
     merged = MergedSource(opened, "original")
     options = build_options(ExportConfig, {"run": trained, "out": "unused", "to": "nf4"})
-    calibration = rounding_input(opened, options, held_out)
+    calibration = rounding_input(opened, options, validation)
 
     def outputs(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([model(input_ids=row.input_ids[None].long()).logits[0] for row in held_out])
+            return torch.cat([model(input_ids=row.input_ids[None].long()).logits[0] for row in validation])
 
     exact = outputs(load_model(merged, None, torch.float32))
     losses = {

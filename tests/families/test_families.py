@@ -251,7 +251,7 @@ def test_calibrations_walk_sees_what_the_models_own_layers_do(name: str, monkeyp
 def test_a_streamed_base_changes_no_bit(name: str, tmp_path: Path) -> None:
     dense_model(name).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
-    quantize_folder(open_model(str(tmp_path / "dense")), BaseFormats(), tmp_path / "base", quality="absmax")
+    quantize_folder(open_model(str(tmp_path / "dense")), BaseFormats(), tmp_path / "base", rounding="absmax")
     source, batch, results = open_model(str(tmp_path / "base")), packed_batch(), []
     for resident in (None, 1):
         store = None if resident is None else open_store(source, resident)

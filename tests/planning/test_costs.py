@@ -61,9 +61,9 @@ def test_four_bits_and_double_quantisation_cost_what_the_format_says():
     assert 8 * base_bytes(shape, QuantSpec()) / elements == pytest.approx(4.127, rel=1e-3)
     assert 8 * base_bytes(shape, QuantSpec("nf3")) / elements == pytest.approx(3.127, rel=1e-3)
     assert 8 * base_bytes(shape, QuantSpec("nf2")) / elements == pytest.approx(2.127, rel=1e-3)
-    assert 8 * base_bytes(shape, QuantSpec(), mixed_bits=2.75) / elements == pytest.approx(2.75, rel=1e-6)
+    assert 8 * base_bytes(shape, QuantSpec(), average_bits=2.75) / elements == pytest.approx(2.75, rel=1e-6)
     assert 8 * base_bytes(shape, None) / elements == 16
-    assert base_bytes(shape, None, mixed_bits=2.75) == base_bytes(shape, None), "16 bits whatever was chosen for four"
+    assert base_bytes(shape, None, average_bits=2.75) == base_bytes(shape, None), "16 bits whatever was chosen for four"
 
 
 def test_layers_of_several_formats_take_their_mean_by_size():

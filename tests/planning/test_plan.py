@@ -231,7 +231,7 @@ def test_what_never_fits_is_refused_before_its_bits_are_made(tiny_model, data, t
         raise AssertionError("spent minutes on a base that does not fit")
 
     monkeypatch.setattr(session, "make_calibrated_base", too_late)
-    monkeypatch.setattr(session, "measure_mixed", too_late)
+    monkeypatch.setattr(session, "measure_formats", too_late)
     with pytest.raises(PlanError, match="smallest plan takes"):
         train(config(tiny_model, data, tmp_path / "run", memory="10MB", **bits))
 
@@ -286,8 +286,8 @@ def test_a_rehearsal_changes_nothing(tiny_model, data, tmp_path):
 
 def test_a_rehearsal_evaluates_and_saves_once(tiny_model, data, tmp_path, monkeypatch):
     out, done = tmp_path / "run", []
-    held_out = loop.held_out_loss
-    monkeypatch.setattr(loop, "held_out_loss", lambda *a: done.append("evaluated") or held_out(*a))
+    validation = loop.validation_loss
+    monkeypatch.setattr(loop, "validation_loss", lambda *a: done.append("evaluated") or validation(*a))
     write = checkpoint.Checkpoints._write
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", lambda *a, **k: done.append("saved") or write(*a, **k))
     monkeypatch.setattr(session, "check_peak", lambda *a: done.append("checked"))

@@ -108,13 +108,13 @@ def test_our_folder_in_transformers(
     torch.testing.assert_close(reference_logits(theirs, tokens), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("quality", ["search", "calibrated"])
+@pytest.mark.parametrize("rounding", ["search", "calibrated"])
 def test_better_bits_are_bitsandbytes_bytes(
-    make_folder: Callable, tmp_path: Path, tokens: Tensor, quality: str
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, rounding: str
 ) -> None:
     """Negative scales and chosen levels load there as they do here."""
     folder, _ = make_folder("llama", torch.bfloat16)
-    out = quantize(folder, tmp_path / "out", quality=quality, calibration=calibration())
+    out = quantize(folder, tmp_path / "out", rounding=rounding, calibration=calibration())
     ours = load_model(open_model(str(out)), BaseFormats(), torch.float32)
     scales = torch.cat([block_scales(m.quantized()) for m in ours.modules() if isinstance(m, QuantizedLinear)])
     assert (scales < 0).any() and (scales > 0).any()
@@ -170,9 +170,9 @@ def test_a_folder_comes_back_bit_for_bit(
     torch.testing.assert_close(our_logits(dense, tokens), our_logits(again, tokens), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("quality", ["search", "calibrated"])
+@pytest.mark.parametrize("rounding", ["search", "calibrated"])
 def test_a_full_disk_is_a_message_and_leaves_nothing_that_looks_complete(
-    tiny_model: Path, tmp_path: Path, quality: str
+    tiny_model: Path, tmp_path: Path, rounding: str
 ) -> None:
     """The system refuses to let any file grow beyond a limit: in the blocks, in the folder, in the tokenizer."""
     code = """
@@ -183,7 +183,7 @@ limit = int(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 app(sys.argv[2:])
 """
-    arguments = ["quantize", "--model", str(tiny_model), "--quality", quality, "--calibration-tokens", "512"]
+    arguments = ["quantize", "--model", str(tiny_model), "--quality", rounding, "--calibration-tokens", "512"]
     for limit in (300, 10_000, 100_000):
         out = tmp_path / f"out-{limit}"
         command = [sys.executable, "-c", code, str(limit), *arguments, "--out", str(out)]
@@ -274,13 +274,13 @@ def calibration(seed: int = 0) -> CalibrationInput:
 
 
 @pytest.mark.parametrize("keep_states", [True, False])
-@pytest.mark.parametrize("quality", ["absmax", "search", "calibrated"])
+@pytest.mark.parametrize("rounding", ["absmax", "search", "calibrated"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
-    make_folder: Callable, tmp_path: Path, monkeypatch, family: str, quality: str, keep_states: bool
+    make_folder: Callable, tmp_path: Path, monkeypatch, family: str, rounding: str, keep_states: bool
 ) -> None:
     folder, _ = make_folder(family, torch.bfloat16)
-    options = {"quality": quality, "calibration": calibration()}
+    options = {"rounding": rounding, "calibration": calibration()}
     whole = quantize(folder, tmp_path / "whole", **options)
     monkeypatch.setattr(folder_module, "STATES_EVERY_S", -1.0 if keep_states else 1e9)
     out = tmp_path / "out"
@@ -289,7 +289,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     assert not out.exists()
     seen: list[Event] = []
     quantize(folder, out, report=seen.append, **options)
-    redone = 2 if quality != "calibrated" or not keep_states else 1  # what is listed; finished blocks are skipped
+    redone = 2 if rounding != "calibrated" or not keep_states else 1  # what is listed; finished blocks are skipped
     assert seen[0] == Progress("quantizing", 0, redone)
     assert contents(out) == contents(whole)
     assert {path.name for path in tmp_path.iterdir()} == {folder.name, "whole", "out"}
@@ -297,15 +297,15 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 
 def test_a_damaged_block_is_made_again_and_other_work_discarded(make_folder: Callable, tmp_path: Path) -> None:
     folder, _ = make_folder()
-    whole = quantize(folder, tmp_path / "whole", quality="search")
+    whole = quantize(folder, tmp_path / "whole", rounding="search")
     for damage in (b"", b"x" * 100, None):
         with pytest.raises(KeyboardInterrupt):
             quantize(
-                folder, tmp_path / "out", report=interrupt_after(1), quality="absmax" if damage is None else "search"
+                folder, tmp_path / "out", report=interrupt_after(1), rounding="absmax" if damage is None else "search"
             )
         if damage is not None:
             (tmp_path / "out.partial" / "block-00000.safetensors").write_bytes(damage)
-    assert contents(quantize(folder, tmp_path / "out", quality="search")) == contents(whole)
+    assert contents(quantize(folder, tmp_path / "out", rounding="search")) == contents(whole)
 
 
 def test_an_unwritable_output_says_so(make_folder: Callable, tmp_path: Path) -> None:

@@ -192,19 +192,19 @@ def test_calibrated_moves_the_output_less_than_search_and_absmax(make_folder, tm
     with torch.no_grad():
         expected = dense.base_model(input_ids=WINDOWS).last_hidden_state
     lost = {}
-    for quality in ("absmax", "search", "calibrated"):
-        out = tmp_path / quality
+    for rounding in ("absmax", "search", "calibrated"):
+        out = tmp_path / rounding
         calibration = CalibrationInput(windows, torch.float32)
-        quantize_folder(open_model(str(folder)), BaseFormats(), out, quality=quality, calibration=calibration)
+        quantize_folder(open_model(str(folder)), BaseFormats(), out, rounding=rounding, calibration=calibration)
         model = load_model(open_model(str(out)), None, torch.float32)
         with torch.no_grad():
-            lost[quality] = float((model.base_model(input_ids=WINDOWS).last_hidden_state - expected).norm())
+            lost[rounding] = float((model.base_model(input_ids=WINDOWS).last_hidden_state - expected).norm())
     assert lost["calibrated"] < lost["search"] < lost["absmax"]
 
 
 def calibrated(folder: Path, out: Path) -> None:
     calibration = CalibrationInput(WINDOWS, torch.float32)
-    quantize_folder(open_model(str(folder)), BaseFormats(), out, quality="calibrated", calibration=calibration)
+    quantize_folder(open_model(str(folder)), BaseFormats(), out, rounding="calibrated", calibration=calibration)
 
 
 def test_a_model_that_cannot_be_walked_is_not_put_into_four_bits_in_another_way(
@@ -278,7 +278,7 @@ def test_dead_inputs_fall_back_to_search_and_are_listed(make_folder, tmp_path: P
     dense.save_pretrained(folder)
     done = quantize_folder(
         open_model(str(folder)), BaseFormats(), tmp_path / "out",
-        quality="calibrated", calibration=CalibrationInput(WINDOWS, torch.float32),
+        rounding="calibrated", calibration=CalibrationInput(WINDOWS, torch.float32),
     )  # fmt: skip
     dead = {report.name: report for report in done.reports if report.method == "search"}
     # v's outputs are zero too, so that o_proj gets nothing either

@@ -63,7 +63,7 @@ def assert_same_bits(first: torch.nn.Module, second: torch.nn.Module) -> None:
 
 
 def planned(out: Path) -> dict[str, str]:
-    return json.loads((out / "plan.json").read_text())["chosen"]["quality"]
+    return json.loads((out / "plan.json").read_text())["chosen"]["rounding"]
 
 
 def test_products_are_counted_as_the_formulas_say() -> None:
@@ -78,8 +78,8 @@ def test_products_are_counted_as_the_formulas_say() -> None:
 
 def test_auto_takes_absmax_where_calibrating_would_take_long_and_says_so(tiny_model: Path, data: Path, tmp_path: Path):
     trained = train(tiny_model, data, tmp_path / "run")
-    quality = planned(tmp_path / "run")
-    assert quality["quality"] == "absmax" and "of the training's time" in quality["why"]
+    rounding = planned(tmp_path / "run")
+    assert rounding["rounding"] == "absmax" and "of the training's time" in rounding["why"]
     assert not (tmp_path / "run" / "base").exists()
     layers = [module for module in trained.model.modules() if isinstance(module, QuantizedLinear)]
     assert layers and all((block_scales(layer.quantized()) >= 0).all() for layer in layers)  # searched ones have signs
@@ -89,7 +89,7 @@ def test_auto_takes_absmax_where_calibrating_would_take_long_and_says_so(tiny_mo
 def test_auto_calibrates_where_that_is_a_small_part(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(base, "AFFORDABLE", 1e9)
     train(tiny_model, data, tmp_path / "run", calibration_tokens=2048)
-    assert planned(tmp_path / "run")["quality"] == "calibrated"
+    assert planned(tmp_path / "run")["rounding"] == "calibrated"
 
 
 def test_calibration_that_takes_more_than_the_budget(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_calibration_that_takes_more_than_the_budget(tiny_model: Path, data: Pat
         train(tiny_model, data, tmp_path / "run", quality="calibrated", **options)
     assert not list(tmp_path.glob("*run*"))
     train(tiny_model, data, tmp_path / "run", **options)
-    quality = planned(tmp_path / "run")
-    assert quality["quality"] == "absmax" and "calibrating would take about" in quality["why"]
+    rounding = planned(tmp_path / "run")
+    assert rounding["rounding"] == "absmax" and "calibrating would take about" in rounding["why"]
 
 
 def test_bytes_of_calibrating_are_those_of_its_largest_group() -> None:
@@ -117,7 +117,7 @@ def test_bytes_of_calibrating_are_those_of_its_largest_group() -> None:
 def test_a_calibrated_run_keeps_its_base_and_loads_it(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     options = {"quality": "calibrated", "calibration_tokens": 2048}
     trained = train(tiny_model, data, tmp_path / "run", **options)
-    assert planned(tmp_path / "run") == {"quality": "calibrated", "why": "as asked", "asked": True}
+    assert planned(tmp_path / "run") == {"rounding": "calibrated", "why": "as asked", "asked": True}
     data.unlink()  # nothing is calibrated again
     assert_same_bits(trained.model, load_run(tmp_path / "run", compute_dtype="fp32").model)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
@@ -154,8 +154,8 @@ def test_what_cannot_be_calibrated_is_refused_where_that_was_asked_for(
             train(tiny_model, data, tmp_path / "run", calibration_tokens=2048, **options)
         assert not list(tmp_path.glob("*run*"))
     train(tiny_model, data, tmp_path / "run", calibration_tokens=2048)
-    quality = planned(tmp_path / "run")
-    assert quality["quality"] == "absmax" and "cannot be calibrated: its layers are a maze" in quality["why"]
+    rounding = planned(tmp_path / "run")
+    assert rounding["rounding"] == "absmax" and "cannot be calibrated: its layers are a maze" in rounding["why"]
 
 
 def test_a_resumed_run_goes_on_with_its_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_run_can_be_watched_from_its_first_second(tiny_model: Path, data: Path
 
     again = {"model": str(tiny_model), "data": str(data), "out": str(run.path), "max_steps": 1, "overwrite": True}
     session.train(load_config(None, again), watch)
-    assert seen == ["start", "model", "audit", "quality", "plan", "progress"]
+    assert seen == ["start", "model", "audit", "rounding", "plan", "progress"]
     assert kinds(run.events) == [*seen, "note", "begin", "eval", "step", "end"]
     assert not run.starting.path.exists()
 
@@ -232,6 +232,6 @@ def test_absmax_is_still_bitsandbytes(tiny_model: Path, data: Path, tmp_path: Pa
 
 def test_zero_points_keep_absmax(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     train(tiny_model, data, tmp_path / "run", format="int4_asym")
-    assert planned(tmp_path / "run")["quality"] == "absmax"
+    assert planned(tmp_path / "run")["rounding"] == "absmax"
     with pytest.raises(FormatError, match="zero points"):
         train(tiny_model, data, tmp_path / "other", format="int4_asym", quality="search")

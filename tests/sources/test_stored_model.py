@@ -13,7 +13,7 @@ from nybble.options.verbs import load_config
 from nybble.planning.micro_batches import even_micro_batches
 from nybble.planning.request import plan_run
 from nybble.quantization.folder import CalibrationInput, quantize_folder
-from nybble.quantization.mixed import measure_mixed
+from nybble.quantization.sensitivity import measure_formats
 from nybble.sizes import SHAPE_RULES
 from nybble.sources import stored_model
 from nybble.sources.load import load_model
@@ -62,13 +62,13 @@ def test_it_is_loaded_as_a_folder_is(stored: tuple[MemoryModel, Path, PreTrained
         assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
-@pytest.mark.parametrize("quality", ["absmax", "search", "calibrated"])
-def test_it_is_quantised_as_a_folder_is(stored, tmp_path: Path, quality: str) -> None:
+@pytest.mark.parametrize("rounding", ["absmax", "search", "calibrated"])
+def test_it_is_quantised_as_a_folder_is(stored, tmp_path: Path, rounding: str) -> None:
     source, folder, _ = stored
     written = []
     for name, each in (("ours", source), ("theirs", open_model(str(folder)))):
         calibration = CalibrationInput(WINDOWS, torch.float32)
-        done = quantize_folder(each, BaseFormats(), tmp_path / name, quality=quality, calibration=calibration)
+        done = quantize_folder(each, BaseFormats(), tmp_path / name, rounding=rounding, calibration=calibration)
         written.append((load_file(tmp_path / name / "model.safetensors"), {each.name: each for each in done.reports}))
     (ours, our_reports), (theirs, their_reports) = written
     assert ours.keys() == theirs.keys() and our_reports == their_reports
@@ -100,7 +100,7 @@ def test_a_run_on_it_is_planned(stored, data: Path, monkeypatch: pytest.MonkeyPa
 
 def test_formats_of_its_layers_are_measured(stored) -> None:
     source, _, _ = stored
-    found = measure_mixed(source, 3.6, QuantSpec(), WINDOWS, torch.float32, CPU)
+    found = measure_formats(source, 3.6, QuantSpec(), WINDOWS, torch.float32, CPU)
     assert list(found.formats.layers) == source.linears and found.bits <= 3.6
 
 

@@ -83,18 +83,18 @@ def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], config: T
 def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path) -> None:
     options = {"model": "tiny", "data": "rows", "out": str(tmp_path), "lr": 5e-3, "schedule": "constant", "warmup": 0}
     config = build_options(TrainConfig, options)
-    train, held_out = rows(LENGTHS, 1), rows(HELD_OUT, 2)
+    train, validation = rows(LENGTHS, 1), rows(HELD_OUT, 2)
     model = adapted_model()
     plain = copy.deepcopy(model)
     begun = flat(model)
-    before = plain_losses(plain, held_out).mean().item()
+    before = plain_losses(plain, validation).mean().item()
     expected = trained_plainly(plain, train, config)
     events = EventLog(tmp_path / "events.jsonl")
     result = train_loop(
         CausalLM.of(model, packing=packing),
         LateTokensCountMore(),
         train,
-        Evaluations(held_out, every=STEPS),
+        Evaluations(validation, every=STEPS),
         config,
         sampler=StepSampler(len(train), ROWS_PER_STEP, config.seed),
         total_steps=STEPS,
@@ -108,7 +108,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path)
     losses = [event["loss"] for event in read_events(tmp_path / "events.jsonl", "step")]
     assert losses == pytest.approx(expected, rel=1e-4)
     assert result.loss_before == pytest.approx(before, rel=1e-5)
-    assert result.loss_after == pytest.approx(plain_losses(plain, held_out).mean().item(), rel=1e-4)
+    assert result.loss_after == pytest.approx(plain_losses(plain, validation).mean().item(), rel=1e-4)
     moved = flat(plain) - begun
     assert moved.norm() > 0 and (flat(model) - flat(plain)).norm() <= 1e-2 * moved.norm()
 

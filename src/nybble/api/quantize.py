@@ -11,7 +11,7 @@ from nybble.options.verbs import QuantizeConfig
 
 if TYPE_CHECKING:
     from nybble.formats.quant_spec import BaseFormats
-    from nybble.quantization.folder import CalibrationInput, Quality, QuantizedFolder
+    from nybble.quantization.folder import CalibrationInput, QuantizedFolder, Rounding
     from nybble.sources.stored_model import StoredModel
 
 
@@ -22,13 +22,13 @@ class QuantizedModel:
     Args:
         config: options as they were settled.
         formats: of the layers.
-        quality: how scales and levels were chosen.
+        rounding: how scales and levels were chosen.
         written: what each layer lost, and what is not in four bits.
     """
 
     config: QuantizeConfig
     formats: "BaseFormats"
-    quality: "Quality"
+    rounding: "Rounding"
     written: "QuantizedFolder"
 
     @property
@@ -56,7 +56,7 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
         NybbleError: there is no such model, it is in few bits already, or `out` exists.
 
     Example:
-        >>> small = nybble.quantize(model=tiny, out="models/small", quality="search")
+        >>> small = nybble.quantize(model=tiny, out="models/small", rounding="search")
         >>> small.folder.name, small.bitsandbytes, (small.folder / "config.json").exists()
         ('small', True, True)
     """
@@ -65,33 +65,33 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
 
     from nybble.formats.quant_spec import BaseFormats, QuantSpec
     from nybble.quantization.folder import quantize_folder
-    from nybble.quantization.mixed import measure_mixed
+    from nybble.quantization.sensitivity import measure_formats
     from nybble.sources.open import open_model
 
     if config.threads:
         torch.set_num_threads(config.threads)
     spec = QuantSpec(config.format, config.block_size, config.double_quant)
     source = open_model(config.model, config.tokenizer, on_event)
-    quality = _quality(config)
-    reads_text = quality == "calibrated" or config.mixed is not None
+    rounding = _rounding(config)
+    reads_text = rounding == "calibrated" or config.mixed is not None
     calibration = _calibration(config, source, on_event) if reads_text else None
     formats = BaseFormats(spec)
     if config.mixed is not None and calibration is not None:
         windows, dtype, cpu = calibration.windows, calibration.compute_dtype, torch.device("cpu")
-        formats = measure_mixed(source, config.mixed, spec, windows, dtype, cpu, on_event).formats
+        formats = measure_formats(source, config.mixed, spec, windows, dtype, cpu, on_event).formats
     written = quantize_folder(
         source,
         formats,
         config.out,
-        quality=quality,
+        rounding=rounding,
         calibration=calibration,
         max_dense_share=config.max_dense_share,
         report=on_event,
     )
-    return QuantizedModel(config, formats, quality, written)
+    return QuantizedModel(config, formats, rounding, written)
 
 
-def _quality(config: QuantizeConfig) -> "Quality":
+def _rounding(config: QuantizeConfig) -> "Rounding":
     """What "auto" means here: calibrated where text for it was named, else as bitsandbytes does."""
     if config.quality != "auto":
         return config.quality

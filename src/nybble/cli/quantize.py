@@ -18,12 +18,12 @@ def quantize(given: dict[str, Any]) -> int:
 
     config, terminal = done.config, listener.terminal
     if done.written.reports:
-        weights.show_reports(terminal, done.written.reports, done.quality == "calibrated")
+        weights.show_reports(terminal, done.written.reports, done.rounding == "calibrated")
     if not done.bitsandbytes:
         known = " and ".join(format.name for format in FORMATS.values() if format.bitsandbytes)
         terminal.say(f"Only nybble loads it: bitsandbytes has {known}.")
     named = config.format if config.mixed is None else "mixed formats"
-    terminal.say(f"{config.out} holds {config.model} in {named}, {done.quality}.")
+    terminal.say(f"{config.out} holds {config.model} in {named}, {done.rounding}.")
     terminal.say(f"In 16 bits: {_in_16_bits(done.written.inventory)}.", soft_wrap=True)
     return 0
 

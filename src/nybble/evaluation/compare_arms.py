@@ -24,7 +24,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.verbs import EvalQualityConfig
-from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
+from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.context import within_context
 from nybble.sources.load import load_model
@@ -42,11 +42,11 @@ class Arm:
     """A format and how its scales and levels are chosen."""
 
     format: str
-    quality: Quality
+    rounding: Rounding
 
     @property
     def name(self) -> str:
-        return f"{self.format}:{self.quality}"
+        return f"{self.format}:{self.rounding}"
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
     documents = _documents(data.validation, config.eval_tokens)
     notes = [*source.notes, f"{len(documents)} held-out documents, {sum(map(len, documents))} tokens"]
     calibration = None
-    if any(arm.quality == "calibrated" for arm in arms):
+    if any(arm.rounding == "calibrated" for arm in arms):
         text = run_calibration_text(
             config, source, data.train, data.validation, template, field_names(config), config.seed
         )
@@ -121,14 +121,14 @@ def parse_arm(text: str) -> Arm:
     Raises:
         ConfigError: another form, format or quality.
     """
-    format, _, quality = text.partition(":")
-    if format not in FORMATS or quality not in get_args(Quality):
+    format, _, rounding = text.partition(":")
+    if format not in FORMATS or rounding not in get_args(Rounding):
         raise ConfigError(
             f"arms names {text!r}.",
-            f"Allowed: FORMAT:QUALITY, formats {', '.join(FORMATS)}, qualities {', '.join(get_args(Quality))}.",
+            f"Allowed: FORMAT:QUALITY, formats {', '.join(FORMATS)}, qualities {', '.join(get_args(Rounding))}.",
             f"For instance --arms {DEFAULT_FORMAT}:absmax,{DEFAULT_FORMAT}:calibrated.",
         )
-    return Arm(format, quality)  # type: ignore[arg-type]
+    return Arm(format, rounding)  # type: ignore[arg-type]
 
 
 def _documents(rows: Sequence[EncodedExample], num_tokens: int) -> list[Tensor]:
@@ -161,7 +161,7 @@ def _measure(
             source,
             formats,
             out,
-            quality=arm.quality,
+            rounding=arm.rounding,
             calibration=calibration,
             max_dense_share=config.max_dense_share,
             what=arm.name,

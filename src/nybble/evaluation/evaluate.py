@@ -17,8 +17,8 @@ from nybble.data.examples import EncodedExample
 from nybble.data.general_text import read_general_text
 from nybble.errors import RunError
 from nybble.evaluation.divergence import Distributions, text_logits
+from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.evaluation.harness import check_installed, run_tasks
-from nybble.evaluation.held_out import held_out_rows
 from nybble.evaluation.html_report import write_html
 from nybble.evaluation.model_card import write_card
 from nybble.evaluation.scores import (
@@ -181,7 +181,7 @@ def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
 
 def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silent) -> Evaluation:
     """Ask the three models."""
-    rows = held_out_rows(opened, config.data, config.allow)
+    rows = evaluation_rows(opened, config.data, config.allow)
     device = resolve_device(config.device)
     dtype = resolve_compute_dtype(config.compute_dtype, device)
     tokenizer = opened.template.tokenizer

@@ -16,7 +16,7 @@ import torch
 
 from nybble.data.examples import EncodedExample
 from nybble.errors import ExportError
-from nybble.evaluation.held_out import held_out_rows
+from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Listener, Note, silent
 from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.gguf_model import (
@@ -44,7 +44,7 @@ from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes
 from nybble.options.groups import ExportOptions
 from nybble.options.verbs import ArtefactKind, GgufType
-from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder, save_dense_folder
+from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder, save_dense_folder
 from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_model
@@ -116,11 +116,11 @@ def export_run(
         _check_free(path)
     opened = open_run(config.run, report)
     artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
-    held_out = held_out_rows(opened, config.data, config.allow)  # before long work that would be in vain without them
-    calibration = rounding_input(opened, config, held_out, report) if kind.is_rounded else None
+    validation = evaluation_rows(opened, config.data, config.allow)  # first: without them all else is in vain
+    calibration = rounding_input(opened, config, validation, report) if kind.is_rounded else None
     with disk_errors(out, ExportError):
-        survival = write(opened, artefact, unverified, quality=config.quality, calibration=calibration, report=report)
-    verification = verify(opened, artefact, unverified, held_out, config.verify_positions, report)
+        survival = write(opened, artefact, unverified, rounding=config.quality, calibration=calibration, report=report)
+    verification = verify(opened, artefact, unverified, validation, config.verify_positions, report)
     rounded = {"quality": config.quality if kind.is_rounded else None, "delta_survival": survival}
     found = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
     report(Verified(verification))
@@ -148,15 +148,15 @@ def write(
     artefact: Artefact,
     out: Path,
     *,
-    quality: Quality = "absmax",
+    rounding: Rounding = "absmax",
     calibration: CalibrationInput | None = None,
     report: Listener = silent,
 ) -> float | None:
     """Write the artefact; returns how much of ΔW arrived, where the weights were rounded to four bits.
 
     Args:
-        quality: of a rounded artefact.
-        calibration: for quality "calibrated".
+        rounding: of a rounded artefact.
+        calibration: for rounding "calibrated".
     """
     if artefact.kind.is_adapter:
         _check_fits(opened)
@@ -177,7 +177,7 @@ def write(
         merged,
         merged_formats(opened),
         out,
-        quality=quality,
+        rounding=rounding,
         calibration=calibration,
         max_dense_share=opened.config.max_dense_share,
         what="writing",
@@ -192,14 +192,14 @@ def verify(
     opened: OpenRun,
     artefact: Artefact,
     folder: Path,
-    held_out: Sequence[EncodedExample],
+    validation: Sequence[EncodedExample],
     positions: int,
     report: Listener = silent,
 ) -> Verification:
     """Load the run, ask it, let it go, load the artefact, ask it, and compare."""
     dtype = _verifying_dtype(opened)
     model = load_tuned(opened, dtype, CPU, report)
-    reference = ask_run(opened, model, held_out, positions)
+    reference = ask_run(opened, model, validation, positions)
     del model
     gc.collect()  # modules refer to each other, and the next model needs the room
     longest = max(len(row.ids) for row in reference.rows)

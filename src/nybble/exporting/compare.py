@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nybble.evaluation.held_out import held_out_rows
+from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Event, Listener, silent
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
@@ -18,7 +18,7 @@ from nybble.layers.precision import resolve_compute_dtype
 from nybble.options.verbs import ArtefactKind, MergeConfig
 from nybble.runs.open_run import load_tuned, open_run
 from nybble.sources.load import load_model
-from nybble.training.loop import held_out_loss
+from nybble.training.loop import validation_loss
 from nybble.training.objective import SupervisedFineTuning
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class MergesCompared(Event):
 def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesCompared:
     """The held-out loss of base, kept-separate and each merge."""
     opened = open_run(config.run, report)
-    rows = held_out_rows(opened, config.data, config.allow)
+    rows = evaluation_rows(opened, config.data, config.allow)
     calibration = rounding_input(opened, config, rows, report)
     dtype = resolve_compute_dtype("auto", CPU)
     original, dequantized = MergedSource(opened, "original"), MergedSource(opened, "dequantized")
@@ -53,16 +53,16 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
         "merged, 16 bits, onto dequantized": lambda: load_model(dequantized, None, dtype),
         "merged, 16 bits, onto original": lambda: load_model(original, None, dtype),
     }
-    for quality in dict.fromkeys(("absmax", config.quality)):  # the plain way for comparison
+    for rounding in dict.fromkeys(("absmax", config.quality)):  # the plain way for comparison
         for onto, merged in (("original", original), ("dequantized", dequantized)):
-            arms[f"merged, {ArtefactKind.FOUR_BIT} {quality}, onto {onto}"] = partial(
-                load_rounded, merged, quality, calibration, dtype
+            arms[f"merged, {ArtefactKind.FOUR_BIT} {rounding}, onto {onto}"] = partial(
+                load_rounded, merged, rounding, calibration, dtype
             )
     losses = {}
     for name, load in arms.items():
         model = load()
         causal_lm = CausalLM.of(model)
-        losses[name], num_tokens = held_out_loss(SupervisedFineTuning(), causal_lm, rows, MICRO_BATCH)
+        losses[name], num_tokens = validation_loss(SupervisedFineTuning(), causal_lm, rows, MICRO_BATCH)
         del model, causal_lm
         gc.collect()  # modules refer to each other, and the next model needs the room
     compared = MergesCompared(losses, len(rows), num_tokens)

@@ -21,7 +21,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.options.groups import ExportOptions
 from nybble.options.verbs import ArtefactKind
-from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
+from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.open_run import OpenRun
 from nybble.sources.load import load_model
@@ -37,45 +37,47 @@ def merged_formats(opened: OpenRun) -> BaseFormats:
 
 
 def rounding_input(
-    opened: OpenRun, options: ExportOptions, held_out: Sequence[EncodedExample], report: Listener = silent
+    opened: OpenRun, options: ExportOptions, validation: Sequence[EncodedExample], report: Listener = silent
 ) -> CalibrationInput | None:
     """What the merged weights are calibrated with; None where they are not.
 
     Args:
-        held_out: rows that the result is judged by, which --calibrate must not hold.
+        validation: rows that the result is judged by, which --calibrate must not hold.
 
     Raises:
         DataError: --calibrate cannot be read, is too short, or holds held-out rows.
     """
     if options.quality != "calibrated":
         return None
-    text = _text(opened, options, held_out, report)
+    text = _text(opened, options, validation, report)
     report(Note(f"calibrating on {text.description}"))
     return CalibrationInput(text.windows, resolve_compute_dtype("auto", torch.device("cpu")))
 
 
 def load_rounded(
-    merged: MergedSource, quality: Quality, calibration: CalibrationInput | None, dtype: torch.dtype
+    merged: MergedSource, rounding: Rounding, calibration: CalibrationInput | None, dtype: torch.dtype
 ) -> "PreTrainedModel":
     """The merged model in four bits, in memory."""
     formats = merged_formats(merged.opened)
-    if quality != "calibrated":
-        return load_model(merged, formats, dtype, quality=quality)
+    if rounding != "calibrated":
+        return load_model(merged, formats, dtype, rounding=rounding)
     with tempfile.TemporaryDirectory(prefix=".tmp-rounded-", dir=merged.opened.run.path) as folder:
         out = Path(folder) / "model"
         share = merged.opened.config.max_dense_share
-        quantize_folder(merged, formats, out, quality=quality, calibration=calibration, max_dense_share=share)
+        quantize_folder(merged, formats, out, rounding=rounding, calibration=calibration, max_dense_share=share)
         return load_model(open_model(str(out)), formats, dtype)
 
 
 def _text(
-    opened: OpenRun, options: ExportOptions, held_out: Sequence[EncodedExample], report: Listener
+    opened: OpenRun, options: ExportOptions, validation: Sequence[EncodedExample], report: Listener
 ) -> CalibrationText:
     """From --calibrate, else from the run's training rows; where those are gone or too few, general text alone."""
     config, template = opened.config, opened.template
 
     def text(train: Sequence[EncodedExample]) -> CalibrationText:
-        return run_calibration_text(options, opened.source, train, held_out, template, field_names(config), config.seed)
+        return run_calibration_text(
+            options, opened.source, train, validation, template, field_names(config), config.seed
+        )
 
     if options.calibrate is not None:
         return text([])

@@ -150,10 +150,10 @@ class Reference:
     template: ChatTemplate
 
 
-def choose_rows(held_out: Sequence[EncodedExample], num_positions: int) -> list[Row]:
+def choose_rows(validation: Sequence[EncodedExample], num_positions: int) -> list[Row]:
     """Rows with `num_positions` supervised positions in all, or all there are."""
     rows, left = [], num_positions
-    for row in held_out:
+    for row in validation:
         positions = row.supervised[1:].nonzero().squeeze(1)[:left]  # position p predicts token p + 1
         if len(positions):
             ids = row.input_ids[: int(positions[-1]) + 2].tolist()
@@ -164,10 +164,12 @@ def choose_rows(held_out: Sequence[EncodedExample], num_positions: int) -> list[
     return rows
 
 
-def ask_run(opened: OpenRun, model: "PreTrainedModel", held_out: Sequence[EncodedExample], positions: int) -> Reference:
+def ask_run(
+    opened: OpenRun, model: "PreTrainedModel", validation: Sequence[EncodedExample], positions: int
+) -> Reference:
     """The tuned model's answers and its base's, from a loaded run."""
-    rows = choose_rows(held_out, positions)
-    prompts = [row.prompt_ids for row in held_out if row.prompt_ids][:NUM_PROMPTS]
+    rows = choose_rows(validation, positions)
+    prompts = [row.prompt_ids for row in validation if row.prompt_ids][:NUM_PROMPTS]
     consumer = NybbleConsumer("the run", model, opened.template)
     tuned = ask(consumer, rows, prompts)
     enable_adapters(model, False)

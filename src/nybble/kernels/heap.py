@@ -16,7 +16,7 @@ def lies_in_heap(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def give_back_free() -> None:
+def trim_heap() -> None:
     """Return what the heap holds free to the system, where the library can (glibc).
 
     What is returned and needed again is paged in again: at every block of a decoder that costs a third of the time.
@@ -49,7 +49,7 @@ class TrimmedHeap:
     def put(self, tensor: Tensor) -> Tensor:
         self._count += 1
         if self._count % self.every == 0:
-            give_back_free()
+            trim_heap()
         return tensor.detach()  # the tensor itself would hold the graph that holds it
 
     get = put

@@ -20,7 +20,7 @@ from nybble.data.packing import Batch
 from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.kernels import registry
-from nybble.kernels.heap import TrimmedHeap, give_back_free, lies_in_heap
+from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.decoder_block import DenseWeights, Keep, PackedSequences, block_ops, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.streamed import BlockStore, attach_store
@@ -135,7 +135,7 @@ class ModuleForward:
         with saved_tensors_hooks(kept.put, kept.get):
             states = self._all_states(batch)
         if self._trims:
-            give_back_free()  # the head needs much at once
+            trim_heap()  # the head needs much at once
         return states.flatten(0, 1)[positions]
 
     def _all_states(self, batch: Batch) -> Tensor:

@@ -33,10 +33,10 @@ class ModelOptions(Options):
     model: Name = knob(
         ...,
         "Base model: a Hugging Face folder or hub id, a .gguf file, or the alias smollm2-135m-instruct.",
-        elsewhere=("base_model", "model_name_or_path", "model_id"),
+        aliases=("base_model", "model_name_or_path", "model_id"),
     )
     tokenizer: Name | None = knob(
-        None, "Folder or hub id of the tokenizer; the model's own if not given.", elsewhere=("tokenizer_name",)
+        None, "Folder or hub id of the tokenizer; the model's own if not given.", aliases=("tokenizer_name",)
     )
 
 
@@ -58,16 +58,16 @@ class RowOptions(AcceptOptions):
     validation_data: Sources | None = knob(
         None,
         "Held-out examples; a part of --data if not given. Given again: further ones.",
-        elsewhere=("eval_file", "validation_file", "eval_data"),
+        aliases=("eval_file", "validation_file", "eval_data"),
     )
     validation_fraction: float = knob(
-        0.05, "Part of --data held out for validation.", gt=0, lt=1, elsewhere=("val_set_size", "validation_split")
+        0.05, "Part of --data held out for validation.", gt=0, lt=1, aliases=("val_set_size", "validation_split")
     )
-    validation_rows: int = knob(512, "Most rows held out for validation.", ge=1, elsewhere=("max_eval_samples",))
-    prompt_field: Name | None = knob(None, "Column that holds the prompt.", elsewhere=("instruction_field",))
-    completion_field: Name | None = knob(None, "Column that holds the answer.", elsewhere=("response_field",))
+    validation_rows: int = knob(512, "Most rows held out for validation.", ge=1, aliases=("max_eval_samples",))
+    prompt_field: Name | None = knob(None, "Column that holds the prompt.", aliases=("instruction_field",))
+    completion_field: Name | None = knob(None, "Column that holds the answer.", aliases=("response_field",))
     messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
-    text_field: Name | None = knob(None, "Column that holds plain text to continue.", elsewhere=("dataset_text_field",))
+    text_field: Name | None = knob(None, "Column that holds plain text to continue.", aliases=("dataset_text_field",))
     template: Literal["auto", "none"] = knob(
         "auto",
         "auto: a chat template, the tokenizer's own unless --chat-template names another. none: prompt and completion "
@@ -77,13 +77,13 @@ class RowOptions(AcceptOptions):
         None,
         "Chat template in place of the tokenizer's own: a Jinja file, or plain, chatml, llama3, gemma, phi, deepseek. "
         "The run keeps it, and chat, serve and export use it.",
-        elsewhere=("jinja_template", "chat_template_jinja"),
+        aliases=("jinja_template", "chat_template_jinja"),
     )
     max_seq_len: int = knob(
         1024,
         "Tokens a row may have; longer rows are cut at the end, counted and named.",
         ge=8,
-        elsewhere=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
+        aliases=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
     )
     seed: int = knob(0, "Seed of the split, the order of rows, the adapters and dropout.", ge=0, le=2**32 - 1)
 
@@ -105,7 +105,7 @@ class ExampleOptions(Options):
         ...,
         "Examples: a JSONL, JSON, CSV, Parquet or text file (packed too), a folder, a pattern, a hub id, or "
         "builtin:pydoc. Given again: further ones.",
-        elsewhere=("dataset", "train_file", "dataset_name", "training_data"),
+        aliases=("dataset", "train_file", "dataset_name", "training_data"),
     )
 
 
@@ -119,12 +119,12 @@ class FourBitOptions(Options):
     block_size: BlockSize = knob(
         64,
         "Consecutive weights that share one scale: 32 to 4096, a power of two.",
-        elsewhere=("blocksize", "group_size"),
+        aliases=("blocksize", "group_size"),
     )
     double_quant: bool = knob(
         True,
         "Store the scales in 8 bits too: 4.13 instead of 4.5 bits a weight.",
-        elsewhere=("bnb_4bit_use_double_quant",),
+        aliases=("bnb_4bit_use_double_quant",),
     )
 
 
@@ -148,10 +148,10 @@ class CalibrationOptions(Options):
         None,
         "Text (.txt, .md) or examples to calibrate on. Not given: train, merge and export take the training rows, "
         "others general text. A slice of general text is always mixed in.",
-        elsewhere=("calibration_data", "calib_data"),
+        aliases=("calibration_data", "calib_data"),
     )
     calibration_tokens: int = knob(
-        32768, "Tokens to calibrate on.", ge=512, elsewhere=("nsamples", "num_calibration_samples")
+        32768, "Tokens to calibrate on.", ge=512, aliases=("nsamples", "num_calibration_samples")
     )
 
 
@@ -163,7 +163,7 @@ class MixedOptions(Options):
         "Give each layer 4, 3 or 2 bits (nf4, nf3, nf2) so that this many bits a weight, scales included, lose least.",
         gt=2,
         lt=5,
-        elsewhere=("average_bits",),
+        aliases=("average_bits",),
     )
 
 
@@ -199,7 +199,7 @@ class OutputFormat(Options):
     format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2"] = knob(
         "nf4",
         "Format of the weights; nf3 and nf2 take three and two bits.",
-        elsewhere=("bnb_4bit_quant_type", "quant_type"),
+        aliases=("bnb_4bit_quant_type", "quant_type"),
     )
 
 
@@ -211,7 +211,7 @@ class BaseFormat(Options):
     format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "none"] = knob(
         "nf4",
         "Format of the frozen weights; nf3 and nf2 take three and two bits. none: keep 16 bits.",
-        elsewhere=("bnb_4bit_quant_type", "quant_type"),
+        aliases=("bnb_4bit_quant_type", "quant_type"),
     )
 
 
@@ -220,13 +220,13 @@ class AdapterSizes(Options):
 
     group: ClassVar[str] = "Adapters"
 
-    rank: int = knob(16, "Rank of each adapter.", ge=1, elsewhere=("r", "lora_r", "lora_rank"))
-    dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, elsewhere=("lora_dropout",))
+    rank: int = knob(16, "Rank of each adapter.", ge=1, aliases=("r", "lora_r", "lora_rank"))
+    dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, aliases=("lora_dropout",))
     target_modules: str | tuple[Name, ...] = knob(
         "all-linear",
         "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj,lm_head,embed_tokens; or"
         " patterns: layers.1*.q_proj, or a regular expression for whole names.",
-        elsewhere=("lora_target_modules", "targets"),
+        aliases=("lora_target_modules", "targets"),
     )
 
     @field_validator("target_modules", mode="after")
@@ -249,15 +249,15 @@ class AdapterInit(Options):
         "default",
         "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
         " layers' outputs on the training rows.",
-        elsewhere=("init_lora_weights",),
+        aliases=("init_lora_weights",),
     )
 
 
 class AdapterScaling(Options):
     group: ClassVar[str] = "Adapters"
 
-    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, elsewhere=("lora_alpha",))
-    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", elsewhere=("use_rslora",))
+    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, aliases=("lora_alpha",))
+    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", aliases=("use_rslora",))
 
 
 class AdapterOptions(AdapterScaling, AdapterInit, AdapterSizes):
@@ -266,7 +266,7 @@ class AdapterOptions(AdapterScaling, AdapterInit, AdapterSizes):
     adapter: Name | None = knob(
         None,
         "Adapter folder, nybble's or PEFT's, to train on from; its rank, alpha and layers are taken.",
-        elsewhere=("adapter_name_or_path", "lora_model_dir", "peft_model_id"),
+        aliases=("adapter_name_or_path", "lora_model_dir", "peft_model_id"),
     )
 
     @model_validator(mode="after")
@@ -286,45 +286,45 @@ class MemoryOptions(Options):
     memory: Bytes | None = knob(
         None,
         "Most memory the run may take, such as 8GB or 8GiB: anonymous memory on a CPU. What is free, if not given.",
-        elsewhere=("max_memory", "memory_budget"),
+        aliases=("max_memory", "memory_budget"),
     )
     rows_per_step: int = knob(
         16,
         "Rows that make one optimizer step.",
         ge=1,
-        elsewhere=("batch_size", "gradient_accumulation_steps", "train_batch_size"),
+        aliases=("batch_size", "gradient_accumulation_steps", "train_batch_size"),
     )
     micro_batch_size: int | None = knob(
         None,
         "Rows computed at once; chosen to fit if not given. It changes memory and speed, not the result.",
         ge=1,
-        elsewhere=("per_device_train_batch_size",),
+        aliases=("per_device_train_batch_size",),
     )
     packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
     keep: Literal["auto", "nothing", "attention", "everything"] = knob(
         "auto",
         "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
-        elsewhere=("gradient_checkpointing", "checkpointing"),
+        aliases=("gradient_checkpointing", "checkpointing"),
     )
     stream_base: Literal["auto", "never", "always"] = knob(
         "auto",
         "Read blocks of the base from its 4-bit folder when they are used. auto: only where it does not fit otherwise.",
-        elsewhere=("cpu_offload", "offload_folder"),
+        aliases=("cpu_offload", "offload_folder"),
     )
     offload_activations: Literal["auto", "never", "always"] = knob(
         "auto",
         "Keep what blocks keep in a file of the run folder. auto: only where it does not fit otherwise.",
-        elsewhere=("activation_offloading",),
+        aliases=("activation_offloading",),
     )
     page_optimizer: Literal["auto", "never", "always"] = knob(
         "auto",
         "Keep the optimizer's state in a file of the run folder. auto: only where it does not fit otherwise.",
-        elsewhere=("paged_optimizer", "paged_adamw"),
+        aliases=("paged_optimizer", "paged_adamw"),
     )
     optimizer_bits: MomentBits = knob(
         32,
         "Bits of each of AdamW's two moments between steps; 8 are blocks of 256 codes that share a scale.",
-        elsewhere=("optim_bits", "optim", "adamw_8bit"),
+        aliases=("optim_bits", "optim", "adamw_8bit"),
     )
 
     @model_validator(mode="after")
@@ -342,36 +342,36 @@ class LengthOptions(Options):
     group: ClassVar[str] = "Training"
 
     max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
-    epochs: float = knob(1.0, "Passes over the training rows.", gt=0, elsewhere=("num_train_epochs", "num_epochs"))
+    epochs: float = knob(1.0, "Passes over the training rows.", gt=0, aliases=("num_train_epochs", "num_epochs"))
 
 
 class LoopOptions(LengthOptions):
     group: ClassVar[str] = "Training"
 
-    lr: float = knob(2e-4, "Peak learning rate.", gt=0, elsewhere=("learning_rate",))
+    lr: float = knob(2e-4, "Peak learning rate.", gt=0, aliases=("learning_rate",))
     schedule: Literal["constant", "cosine", "linear"] = knob(
-        "cosine", "How the learning rate goes on after the warm-up.", elsewhere=("lr_scheduler_type", "lr_scheduler")
+        "cosine", "How the learning rate goes on after the warm-up.", aliases=("lr_scheduler_type", "lr_scheduler")
     )
     warmup: float = knob(
         0.03,
         "Warm-up: a fraction of all steps if below 1, else a number of steps.",
         ge=0,
-        elsewhere=("warmup_ratio", "warmup_steps"),
+        aliases=("warmup_ratio", "warmup_steps"),
     )
     weight_decay: float = knob(0.0, "AdamW's decoupled weight decay.", ge=0)
-    beta1: float = knob(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1, elsewhere=("adam_beta1",))
-    beta2: float = knob(0.999, "AdamW's decay of the gradient's square.", ge=0, lt=1, elsewhere=("adam_beta2",))
+    beta1: float = knob(0.9, "AdamW's decay of the gradient's mean.", ge=0, lt=1, aliases=("adam_beta1",))
+    beta2: float = knob(0.999, "AdamW's decay of the gradient's square.", ge=0, lt=1, aliases=("adam_beta2",))
     max_grad_norm: float = knob(
-        0.3, "Gradients with a larger norm are scaled down to it.", gt=0, elsewhere=("gradient_clipping", "clip")
+        0.3, "Gradients with a larger norm are scaled down to it.", gt=0, aliases=("gradient_clipping", "clip")
     )
     eval_every: int | None = knob(
-        None, "Steps between evaluations; about five a run if not given.", ge=1, elsewhere=("eval_steps",)
+        None, "Steps between evaluations; about five a run if not given.", ge=1, aliases=("eval_steps",)
     )
     save_every: Interval = knob(
-        "10m", "How often a checkpoint is saved: steps, or minutes as in 10m.", elsewhere=("save_steps",)
+        "10m", "How often a checkpoint is saved: steps, or minutes as in 10m.", aliases=("save_steps",)
     )
     keep_checkpoints: int = knob(
-        2, "Checkpoints that stay; older ones are removed.", ge=1, elsewhere=("save_total_limit", "keep_last")
+        2, "Checkpoints that stay; older ones are removed.", ge=1, aliases=("save_total_limit", "keep_last")
     )
 
 
@@ -381,7 +381,7 @@ class ComputeOptions(Options):
     compute_dtype: Literal["auto", "bf16", "fp32"] = knob(
         "auto",
         "Type of activations and products. auto: bf16 where the hardware multiplies it, else fp32.",
-        elsewhere=("dtype", "bnb_4bit_compute_dtype", "bf16"),
+        aliases=("dtype", "bnb_4bit_compute_dtype", "bf16"),
     )
     threads: int | None = knob(None, "CPU threads; PyTorch's choice if not given.", ge=1)
 
@@ -395,10 +395,10 @@ class MachineOptions(ComputeOptions):
 class RunOptions(Options):
     group: ClassVar[str] = "Run"
 
-    out: Folder = knob(..., "Run folder to make.", elsewhere=("output_dir", "run_dir"))
-    overwrite: bool = knob(False, "Replace an earlier run in that folder.", elsewhere=("overwrite_output_dir",))
+    out: Folder = knob(..., "Run folder to make.", aliases=("output_dir", "run_dir"))
+    overwrite: bool = knob(False, "Replace an earlier run in that folder.", aliases=("overwrite_output_dir",))
     resume: bool = knob(
-        False, "Go on with the run in --out from its newest whole checkpoint.", elsewhere=("resume_from_checkpoint",)
+        False, "Go on with the run in --out from its newest whole checkpoint.", aliases=("resume_from_checkpoint",)
     )
     allow_change: Annotated[tuple[Literal["base", "data", "config"], ...], BeforeValidator(split_names)] = knob(
         (), "With --resume or --adapter: what may differ from what the run, or the adapter, began with."
@@ -430,7 +430,7 @@ class ComparisonOptions(Options):
 class EvaluationOptions(AcceptOptions):
     group: ClassVar[str] = "Evaluation"
 
-    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    run: Folder = knob(..., "Run folder that `nybble train` made.", aliases=("adapter",))
     data: Sources | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
     metric: Literal["auto", "exact", "f1", "number", "none"] = knob(
         "auto", "How answers are compared with their references. auto: as the references allow. none: no answers."
@@ -442,11 +442,11 @@ class EvaluationOptions(AcceptOptions):
 class AnswerOptions(Options):
     group: ClassVar[str] = "Chat"
 
-    run: Folder | None = knob(None, "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    run: Folder | None = knob(None, "Run folder that `nybble train` made.", aliases=("adapter",))
     model: Name | None = knob(None, "Model without a run, such as a merged one: what --model of `nybble train` takes.")
-    system: Name | None = knob(None, "System message that conversations begin with.", elsewhere=("system_prompt",))
+    system: Name | None = knob(None, "System message that conversations begin with.", aliases=("system_prompt",))
     prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
-    max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens", "max_length"))
+    max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, aliases=("max_tokens", "max_length"))
     temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
     top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
     top_k: int = knob(0, "Sample among so many likeliest tokens; 0 among all.", ge=0)
@@ -467,7 +467,7 @@ class RoundingOptions(CalibrationOptions):
 class MergedRun(AcceptOptions):
     group: ClassVar[str] = "Run"
 
-    run: Folder = knob(..., "Run folder that `nybble train` made.", elsewhere=("adapter",))
+    run: Folder = knob(..., "Run folder that `nybble train` made.", aliases=("adapter",))
     onto: Literal["auto", "original", "dequantized"] = knob(
         "auto",
         "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "

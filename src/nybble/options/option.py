@@ -28,9 +28,9 @@ from pydantic.fields import FieldInfo
 from nybble.errors import ConfigError
 
 
-def knob(default: Any, description: str, *, elsewhere: tuple[str, ...] = (), **bounds: Any) -> Any:
-    """One option. `elsewhere`: what other tools call it, so that an error can name ours."""
-    return Field(default, description=description, json_schema_extra={"elsewhere": list(elsewhere)}, **bounds)
+def knob(default: Any, description: str, *, aliases: tuple[str, ...] = (), **bounds: Any) -> Any:
+    """One option. `aliases`: what other tools call it, so that an error can name ours."""
+    return Field(default, description=description, json_schema_extra={"aliases": list(aliases)}, **bounds)
 
 
 def _digits_to_int(value: Any) -> Any:
@@ -220,12 +220,12 @@ def known_names(options: type[Options]) -> dict[str, str]:
     return {
         yaml_key(alias): yaml_key(name)
         for name, field in options.model_fields.items()
-        for alias in (*_elsewhere(field), name)
+        for alias in (*_aliases(field), name)
     }
 
 
-def _elsewhere(field: FieldInfo) -> list[str]:
-    return cast(dict[str, list[str]], field.json_schema_extra)["elsewhere"]
+def _aliases(field: FieldInfo) -> list[str]:
+    return cast(dict[str, list[str]], field.json_schema_extra)["aliases"]
 
 
 _BOUNDS: dict[str, str] = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}

@@ -113,7 +113,7 @@ class SynthConfig(FourBitOptions, OutputFormat):
     shape: Literal["llama-2-70b", "llama-65b", "llama-3-8b", "llama-3.2-1b", "smollm2-360m", "smollm2-135m", "tiny"] = (
         knob(..., "Model whose shape to take.")
     )
-    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", aliases=("output_dir",))
     seed: int = knob(0, "Seed of the weights.", ge=0, le=2**32 - 1)
 
 
@@ -122,7 +122,7 @@ class QuantizeConfig(ComputeOptions, QualityOptions, DenseShareOptions, FourBitO
 
     group: ClassVar[str] = "Output"
 
-    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", aliases=("output_dir",))
 
     @model_validator(mode="after")
     def _mixed_chooses_formats(self) -> Self:
@@ -204,7 +204,7 @@ class ServeConfig(MachineOptions):
     run: tuple[Folder, ...] = knob(
         ...,
         "Run folder that `nybble train` made; given again, further ones on the same base.",
-        elsewhere=("adapter", "lora_modules"),
+        aliases=("adapter", "lora_modules"),
     )
     host: Name = knob("127.0.0.1", "Address to listen on. Anything but this machine's own needs --token.")
     port: int = knob(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
@@ -212,7 +212,7 @@ class ServeConfig(MachineOptions):
         None, "What clients must send as their API key; NYBBLE_TOKEN in the environment hides it from other users."
     )
     allow_host: Name | None = knob(None, "Names, separated by commas, that clients may reach this server by.")
-    max_new_tokens: int = knob(512, "Most tokens in an answer.", ge=1, elsewhere=("max_tokens",))
+    max_new_tokens: int = knob(512, "Most tokens in an answer.", ge=1, aliases=("max_tokens",))
     max_queue: int = knob(32, "Requests that may wait or run; more are refused with 429.", ge=1)
     max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)
 
@@ -264,7 +264,7 @@ class MergeConfig(ExportOptions):
 
     group: ClassVar[str] = "Output"
 
-    out: Folder | None = knob(None, "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    out: Folder | None = knob(None, "Folder to write; it must not exist, or be empty.", aliases=("output_dir",))
     to: Literal[ArtefactKind.DENSE, ArtefactKind.FOUR_BIT] = knob(ArtefactKind.DENSE, "Form of the merged model.")
     compare: bool = knob(False, "Only compare the ways to merge on the held-out rows, and write nothing.")
 
@@ -285,7 +285,7 @@ class ExportConfig(ExportOptions):
 
     group: ClassVar[str] = "Output"
 
-    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", elsewhere=("output_dir",))
+    out: Folder = knob(..., "Folder to write; it must not exist, or be empty.", aliases=("output_dir",))
     to: ArtefactKind = knob(..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model.")
     gguf_type: GgufType = knob(GgufType.F16, "Block type of a GGUF model's matrices.")
 

@@ -129,25 +129,25 @@ class MicroBatches:
         supervised: of those, how many are projected by the head at most.
         longest_row: tokens of the longest row.
         token_counts: different numbers of tokens that training meets.
-        held_out_tokens, held_out_supervised: the same of evaluations.
-        held_out_counts: different numbers of tokens that only evaluations meet.
-        heaviest, heaviest_held_out: the rows of the largest micro-batches, by number; empty where there is no data.
+        validation_tokens, validation_supervised: the same of evaluations.
+        validation_counts: different numbers of tokens that only evaluations meet.
+        heaviest, heaviest_validation: the rows of the largest micro-batches, by number; empty where there is no data.
     """
 
     tokens: int
     supervised: int
     longest_row: int
     token_counts: int
-    held_out_tokens: int
-    held_out_supervised: int
-    held_out_counts: int
+    validation_tokens: int
+    validation_supervised: int
+    validation_counts: int
     heaviest: tuple[int, ...] = ()
-    heaviest_held_out: tuple[int, ...] = ()
+    heaviest_validation: tuple[int, ...] = ()
 
     def halved(self) -> "MicroBatches":
         """With rows of half the length."""
         half = {name: -(-getattr(self, name) // 2) for name in ("tokens", "supervised", "longest_row")}
-        half |= {name: -(-getattr(self, name) // 2) for name in ("held_out_tokens", "held_out_supervised")}
+        half |= {name: -(-getattr(self, name) // 2) for name in ("validation_tokens", "validation_supervised")}
         return replace(self, **half)
 
 
@@ -164,7 +164,7 @@ class RunShape:
         path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
         keep: what each block keeps: "nothing" (its input), "attention" or "everything".
         rules: how rows and matrices are cut.
-        mixed_bits: bits a weight where the layers of the base have several formats.
+        average_bits: bits a weight where the layers of the base have several formats.
         micro_batches: of one optimizer step.
         resident_blocks: of a streamed base; None where the whole base is resident.
         from_ram: the others are read from memory beside the budget, else from a disk.
@@ -186,7 +186,7 @@ class RunShape:
     path: "Path"
     keep: "Keep"
     rules: ShapeRules
-    mixed_bits: float | None = None
+    average_bits: float | None = None
     micro_batches: int = 2
     resident_blocks: int | None = None
     from_ram: bool = False
@@ -225,7 +225,7 @@ class Part(StrEnum):
 
 
 def block_bytes(
-    block: BlockParts, spec: QuantSpec | None, mixed_bits: float | None = None, dense: int = DENSE_BYTES
+    block: BlockParts, spec: QuantSpec | None, average_bits: float | None = None, dense: int = DENSE_BYTES
 ) -> int:
     """The linear layers of one block; where layers have several formats, of a mean one.
 
@@ -234,23 +234,23 @@ def block_bytes(
     """
     if spec is None:
         return dense * block.linear_elements
-    if mixed_bits is not None:
-        return round(block.linear_elements * mixed_bits / 8)
+    if average_bits is not None:
+        return round(block.linear_elements * average_bits / 8)
     return sum(spec.bytes(i * o) for _, i, o in block.linears)
 
 
 def base_bytes(
-    shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None = None, dense: int = DENSE_BYTES
+    shape: ModelShape, spec: QuantSpec | None, average_bits: float | None = None, dense: int = DENSE_BYTES
 ) -> int:
     """The linear layers of all blocks."""
-    return resident_bytes(shape, spec, mixed_bits, dense, shape.num_layers)
+    return resident_bytes(shape, spec, average_bits, dense, shape.num_layers)
 
 
 def resident_bytes(
-    shape: ModelShape, spec: QuantSpec | None, mixed_bits: float | None, dense: int, num_blocks: int
+    shape: ModelShape, spec: QuantSpec | None, average_bits: float | None, dense: int, num_blocks: int
 ) -> int:
     """The linear layers of so many blocks, where they differ of the largest."""
-    sizes = [(block_bytes(block, spec, mixed_bits, dense), count) for block, count in shape.parts.blocks]
+    sizes = [(block_bytes(block, spec, average_bits, dense), count) for block, count in shape.parts.blocks]
     total = 0
     for size, count in sorted(sizes, reverse=True):
         total += min(count, num_blocks) * size
@@ -313,7 +313,7 @@ def streamed_bytes(run: RunShape) -> int:
     """The blocks of a base that pass through memory; 0 where all of them are resident."""
     if run.resident_blocks is None:
         return 0
-    stored = (run.spec, run.mixed_bits, run.compute_bytes)
+    stored = (run.spec, run.average_bits, run.compute_bytes)
     return base_bytes(run.model, *stored) - resident_bytes(run.model, *stored, run.resident_blocks)
 
 
@@ -378,7 +378,7 @@ def logits_bytes(run: RunShape) -> int:
     c = run.compute_bytes
     fit = run.rules.whole_rows(run.rules.chunk_bytes // (run.model.vocab_size * c))
     multiple = run.rules.row_multiple
-    needed = -(-max(run.batches.supervised, run.batches.held_out_supervised) // multiple) * multiple
+    needed = -(-max(run.batches.supervised, run.batches.validation_supervised) // multiple) * multiple
     return min(fit, needed) * run.model.vocab_size * c
 
 
@@ -392,12 +392,12 @@ def head_bytes(run: RunShape) -> int:
     return states + _panels(run)
 
 
-def held_out_bytes(run: RunShape) -> int:
+def validation_bytes(run: RunShape) -> int:
     """Height of an evaluation: one block forward at a time, its input and output; then the states of the head."""
     c, batches = run.compute_bytes, run.batches
     h, q, kv, f = run.model.widths
-    block = batches.held_out_tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank)
-    states = batches.held_out_supervised * h * (2 * c + 8) + _panels(run)
+    block = batches.validation_tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank)
+    states = batches.validation_supervised * h * (2 * c + 8) + _panels(run)
     return max(block, states)
 
 
@@ -445,7 +445,7 @@ def compiled_bytes(run: RunShape) -> int:
         return MATRIX_BUFFERS if run.on_cpu else 0
     forward, backward = compiled_products(run.model, run.rank)
     batches = run.batches
-    counts = batches.token_counts * (forward + backward) + batches.held_out_counts * forward
+    counts = batches.token_counts * (forward + backward) + batches.validation_counts * forward
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))
     return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head)
 
@@ -462,7 +462,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     streamed = run.resident_blocks is not None
     resident = layers if run.resident_blocks is None else run.resident_blocks
     assert resident <= layers, (resident, layers)
-    stored = (run.spec, run.mixed_bits, c)  # how a linear's weight is
+    stored = (run.spec, run.average_bits, c)  # how a linear's weight is
     buffers = resident_bytes(run.model, *stored, min(STREAM_BUFFERS, layers - resident)) if streamed else 0
     masters = run.adapter_parameters * MASTER_BYTES
     copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" else 0
@@ -488,7 +488,7 @@ def predict(run: RunShape) -> dict[Part, int]:
         {Part.GRADIENTS: gradients, Part.KEPT: layers * per_block, Part.HEAD: head_bytes(run)},
         {Part.GRADIENTS: max(gradients, masters // layers), Part.KEPT: layers * per_block, Part.AT_WORK: work},
         {Part.GRADIENTS: masters, Part.KEPT: per_block, Part.AT_WORK: work},
-        {Part.GRADIENTS: masters if run.on_cpu else 0, Part.EVALUATION: held_out_bytes(run)},
+        {Part.GRADIENTS: masters if run.on_cpu else 0, Part.EVALUATION: validation_bytes(run)},
     ]
     highest = max(heights, key=lambda height: sum(height.values()))
     parts = always | highest

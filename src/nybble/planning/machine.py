@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nybble.kernels.heap import give_back_free
+from nybble.kernels.heap import trim_heap
 from nybble.memory.measure import anonymous_bytes, available_bytes
 from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, LINK_BYTES_PER_S, Machine
 
@@ -34,7 +34,7 @@ def this_machine(
         memory: the user's budget; SAFE_SHARE of what is free where there is none. Never more than what is free.
         model_files: sampled for the disk's speed, in the state they are in: cached files are as fast as memory.
     """
-    give_back_free()
+    trim_heap()
     free = available_bytes(device)
     process = anonymous_bytes() if device.type == "cpu" else CUDA_CONTEXT_BYTES
     total = free + (process if device.type == "cpu" else 0)

@@ -65,19 +65,19 @@ def count_micro_batches(
             if taken > tokens:
                 tokens, heaviest = taken, micro
             targets = max(targets, sum(supervised[row] for row in micro))
-    held_out = split_micro_batches(range(len(validation)), [len(row) for row in validation], size, packed)
-    evaluated = [[validation[row] for row in micro] for micro in held_out]
+    dealt = split_micro_batches(range(len(validation)), [len(row) for row in validation], size, packed)
+    evaluated = [[validation[row] for row in micro] for micro in dealt]
     own = [_tokens([len(row) for row in micro], packed, rules) for micro in evaluated]
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
         longest_row=max(lengths),
         token_counts=len(counts),
-        held_out_tokens=max(own, default=0),
-        held_out_supervised=max((sum(row.supervised_tokens for row in micro) for micro in evaluated), default=0),
-        held_out_counts=len(set(own) - counts),
+        validation_tokens=max(own, default=0),
+        validation_supervised=max((sum(row.supervised_tokens for row in micro) for micro in evaluated), default=0),
+        validation_counts=len(set(own) - counts),
         heaviest=tuple(heaviest),
-        heaviest_held_out=tuple(held_out[own.index(max(own))]) if own else (),
+        heaviest_validation=tuple(dealt[own.index(max(own))]) if own else (),
     )
 
 

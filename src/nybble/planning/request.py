@@ -148,7 +148,7 @@ def requests(
         path="blocks" if against is None else "generic",
         keep="everything",
         rules=SHAPE_RULES[machine.kind],
-        mixed_bits=mean_bits(model, formats) if formats and formats.layers else options.mixed,
+        average_bits=mean_bits(model, formats) if formats and formats.layers else options.mixed,
         adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         dropout=options.dropout > 0,
         on_cpu=machine.on_cpu,

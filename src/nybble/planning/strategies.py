@@ -149,6 +149,6 @@ def _streamed(run: RunShape, machine: Machine) -> RunShape:
     """With as many blocks resident as the budget has room for, at most all but one."""
     run = replace(run, resident_blocks=0, stream_ends=end_bytes(run.model) >= STREAMED_ENDS_BYTES)
     room = machine.budget_bytes - machine.begun_bytes - sum(predict(run).values())
-    largest = max(block_bytes(block, run.spec, run.mixed_bits) for block, _ in run.model.parts.blocks)
+    largest = max(block_bytes(block, run.spec, run.average_bits) for block, _ in run.model.parts.blocks)
     per_block = (1 + (MARGIN if run.on_cpu else 0)) * max(1, largest)
     return replace(run, resident_blocks=min(max(0, int(room / per_block)), run.model.num_layers - 1))

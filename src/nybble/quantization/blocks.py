@@ -15,7 +15,7 @@ from nybble.calibration.feedback import CalibratedWeight, FeedbackOptions, Layer
 from nybble.calibration.statistics import InputStatistics
 from nybble.formats.quant_spec import BaseFormats
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels.heap import give_back_free
+from nybble.kernels.heap import trim_heap
 from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import replace_linears
 from nybble.layers.dense import replace_dense_ends
@@ -91,7 +91,7 @@ class BlockCalibrator:
                 _swap(layer, linear, found.tensor, self.dtype)
 
         for group, statistics in self.walk.groups(index, layer):
-            give_back_free()  # what the text left behind in pieces
+            trim_heap()  # what the text left behind in pieces
             take(group, LayerInputs(statistics, self.formats.spec.block_size, self.options))
             del statistics  # before the text goes on
         for linear in linears:

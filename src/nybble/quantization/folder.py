@@ -42,7 +42,7 @@ from nybble.sources.tokenizer import save_tokenizer
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-Quality = Literal["absmax", "search", "calibrated"]
+Rounding = Literal["absmax", "search", "calibrated"]
 # what transformers 4 has beside `rope_scaling`, the last of them in it too
 _OWN_ROPE_KEYS = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 STATES_EVERY_S = 30.0  # hidden states are kept no more often: they are large, and blocks since then are quickly redone
@@ -82,7 +82,7 @@ def quantize_folder(
     out: Path,
     max_shard_bytes: int = 5_000_000_000,
     *,
-    quality: Quality = "absmax",
+    rounding: Rounding = "absmax",
     calibration: CalibrationInput | None = None,
     max_dense_share: float = DENSE_SHARE,
     what: str = "quantizing",
@@ -97,7 +97,7 @@ def quantize_folder(
     Args:
         formats: of the linears of the blocks.
         out: a new or empty folder.
-        calibration: for quality "calibrated".
+        calibration: for rounding "calibrated".
         max_dense_share: of the weights of the blocks, what may stay in 16 bits.
         what: this work is called where its progress is reported, block by block.
 
@@ -113,22 +113,22 @@ def quantize_folder(
             "Allowed: a model in 16 or 32 bits; quantising twice loses quality each time.",
             "Use it as it is, or start from the 16-bit model.",
         )
-    for format in formats.names if quality != "absmax" else ():
+    for format in formats.names if rounding != "absmax" else ():
         check_searchable(format)
     check_output_free(out)
     inventory = take_inventory(source.skeleton)
     check_dense_share(inventory, source.name, max_dense_share)
     calibrator = None
-    if quality == "calibrated":
+    if rounding == "calibrated":
         assert calibration is not None
         windows, dtype = calibration.windows, calibration.compute_dtype
         calibrator = BlockCalibrator(source, formats, windows, dtype, calibration.options)
     with disk_errors(out):
-        partial = PartialFolder(out, _work(source, formats, quality, calibration))
+        partial = PartialFolder(out, _work(source, formats, rounding, calibration))
         if calibrator is not None:
             _make_calibrated(calibrator, partial, what, report)
         else:
-            _make_blocks(source, formats, quality, partial, what, report)
+            _make_blocks(source, formats, rounding, partial, what, report)
         _assemble(source, formats, out, partial, max_shard_bytes)
         reports = [report for block in source.blocks for report in partial.reports(block)]
         partial.remove()
@@ -136,11 +136,11 @@ def quantize_folder(
 
 
 def _work(
-    source: StoredModel, formats: BaseFormats, quality: Quality, calibration: CalibrationInput | None
+    source: StoredModel, formats: BaseFormats, rounding: Rounding, calibration: CalibrationInput | None
 ) -> dict[str, object]:
     """All that decides the result."""
-    work: dict[str, object] = {"source": source.fingerprint(), "quality": quality, "formats": asdict(formats)}
-    if calibration is not None and quality == "calibrated":
+    work: dict[str, object] = {"source": source.fingerprint(), "quality": rounding, "formats": asdict(formats)}
+    if calibration is not None and rounding == "calibrated":
         work["windows"] = digest_of(calibration.windows)
         work["compute_dtype"] = str(calibration.compute_dtype)
         work["options"] = asdict(calibration.options)
@@ -150,14 +150,14 @@ def _work(
 def _make_blocks(
     source: StoredModel,
     formats: BaseFormats,
-    quality: Quality,
+    rounding: Rounding,
     partial: PartialFolder,
     what: str,
     report: Listener,
 ) -> None:
     """Every block that is not there yet, each weight by itself."""
     linears = set(source.linears)
-    quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if quality == "absmax" else search_weight
+    quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if rounding == "absmax" else search_weight
     for block in tracked(source.blocks, what, report):
         if partial.load(block) is not None:
             continue
@@ -171,8 +171,8 @@ def _make_blocks(
             assert isinstance(weight, Tensor)
             q = quantizer(weight, formats.of(name))
             stored |= to_bnb(target, q)
-            if quality != "absmax":
-                reports.append(weight_report(name, quality, weight, q))
+            if rounding != "absmax":
+                reports.append(weight_report(name, rounding, weight, q))
         partial.save(block, stored, reports)
 
 

@@ -31,7 +31,7 @@ from nybble.planning.calibration_costs import calibration_bytes, calibration_pro
 from nybble.planning.costs import ModelShape
 from nybble.planning.request import quantize_command
 from nybble.planning.shape import shape_of
-from nybble.quantization.folder import CalibrationInput, Quality, quantize_folder
+from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
@@ -47,24 +47,24 @@ AFFORDABLE = 0.1  # of the training's time that calibrating may take before it i
 
 
 @dataclass(frozen=True)
-class QualityChoice:
+class RoundingChoice:
     """How a run's weights are put into four bits, and why so.
 
     Args:
         asked: the user did; what was asked for is done, or the run refused.
     """
 
-    quality: Quality
+    rounding: Rounding
     why: str
     asked: bool = False
 
 
 @dataclass(frozen=True)
-class QualityChosen(Event):
+class RoundingChosen(Event):
     """How the weights are put into four bits, and why so."""
 
-    kind: ClassVar[str] = "quality"
-    quality: Quality
+    kind: ClassVar[str] = "rounding"
+    rounding: Rounding
     why: str
 
 
@@ -75,19 +75,19 @@ def quant_spec(config: TrainConfig) -> QuantSpec | None:
     return QuantSpec(config.format, config.block_size, config.double_quant)
 
 
-def data_free_quality(config: TrainConfig) -> Literal["absmax", "search"]:
+def data_free_rounding(config: TrainConfig) -> Literal["absmax", "search"]:
     """What weights that were not calibrated get."""
     return "search" if config.quality == "search" else "absmax"
 
 
-def choose_quality(
+def choose_rounding(
     config: TrainConfig,
     source: StoredModel,
     data: PreparedData,
     total_steps: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> QualityChoice | None:
+) -> RoundingChoice | None:
     """What the options ask for; of "auto", what time and memory allow. None where there is nothing to put into four
     bits.
 
@@ -99,16 +99,16 @@ def choose_quality(
     if config.quality in ("search", "calibrated") or config.calibrate is not None:
         check_searchable(config.format)
     if config.quality in ("absmax", "search"):
-        return QualityChoice(config.quality, "as asked", asked=True)
+        return RoundingChoice(config.quality, "as asked", asked=True)
     if not FORMATS[config.format].searchable:
-        return QualityChoice("absmax", f"{config.format} has zero points, which are not calibrated")
+        return RoundingChoice("absmax", f"{config.format} has zero points, which are not calibrated")
     if config.quality == "calibrated" or config.calibrate is not None:
         why = "as asked" if config.calibrate is None else "text to calibrate on was given"
-        return QualityChoice("calibrated", why, asked=True)
+        return RoundingChoice("calibrated", why, asked=True)
     needed = calibration_peak(config, source, dtype)
     room = _budget(config, device) or anonymous_bytes() + available_bytes(torch.device("cpu"))
     if needed > room:
-        return QualityChoice("absmax", f"calibrating would take about {format_bytes(needed)} of memory")
+        return RoundingChoice("absmax", f"calibrating would take about {format_bytes(needed)} of memory")
     shape = _shape(source)
     tokens_a_row = sum(len(row) for row in data.train) / len(data.train)
     supervised = sum(row.supervised_tokens for row in data.train) / len(data.train)
@@ -116,9 +116,9 @@ def choose_quality(
     training = training_products(shape, rows * tokens_a_row, rows * supervised)
     share = calibration_products(shape, config.calibration_tokens, dtype.itemsize) / training
     if share < AFFORDABLE:
-        return QualityChoice("calibrated", f"predicted to take {share:.1%} of the training's time")
+        return RoundingChoice("calibrated", f"predicted to take {share:.1%} of the training's time")
     # Not "search": without data it lowers the error of the weights, not reliably that of the model (docs/lab-notes.md).
-    return QualityChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
+    return RoundingChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
 
 
 def calibration_peak(config: TrainConfig, source: StoredModel, dtype: torch.dtype) -> int:
@@ -189,7 +189,7 @@ def make_calibrated_base(
         source,
         formats,
         folder,
-        quality="calibrated",
+        rounding="calibrated",
         calibration=CalibrationInput(text.windows, dtype),
         max_dense_share=max_dense_share,
         what="calibrating",
@@ -198,7 +198,7 @@ def make_calibrated_base(
     return open_model(str(folder))
 
 
-def without_calibration(choice: QualityChoice, error: WalkError) -> QualityChoice:
+def without_calibration(choice: RoundingChoice, error: WalkError) -> RoundingChoice:
     """What is done instead, where calibrating was nybble's own choice.
 
     Raises:
@@ -206,7 +206,7 @@ def without_calibration(choice: QualityChoice, error: WalkError) -> QualityChoic
     """
     if choice.asked:
         raise error
-    return QualityChoice("absmax", f"it cannot be calibrated: {error.reason}")
+    return RoundingChoice("absmax", f"it cannot be calibrated: {error.reason}")
 
 
 def kept_base(run: RunFolder) -> StoredModel | None:
@@ -245,7 +245,7 @@ def load_base(
         formats,
         dtype,
         device,
-        data_free_quality(config),
+        data_free_rounding(config),
         stream_linears_of=() if store is None else store.names,
         stream_ends=stream_ends,
         report=report,

@@ -6,7 +6,7 @@ from pathlib import Path
 from nybble.errors import RunError
 from nybble.files.disk import write_complete
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.quantization.mixed import MixedFormats
+from nybble.quantization.sensitivity import MixedFormats
 
 
 def write_formats(path: Path, mixed: MixedFormats) -> None:

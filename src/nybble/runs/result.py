@@ -32,7 +32,7 @@ class RunResult:
         source: of the base.
         model: the base with the trained adapters, in training's memory layout.
         streamed: the base's weights are read from the disk whenever they are used.
-        held_out: rows that were not trained on.
+        validation: rows that were not trained on.
     """
 
     folder: RunFolder
@@ -46,7 +46,7 @@ class RunResult:
     model: "PreTrainedModel"
     streamed: bool
     template: ChatTemplate
-    held_out: Sequence[EncodedExample]
+    validation: Sequence[EncodedExample]
 
     def __fspath__(self) -> str:
         return str(self.folder.path)

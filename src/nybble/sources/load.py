@@ -34,7 +34,7 @@ def load_model(
     formats: BaseFormats | None,
     compute_dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    quality: Literal["absmax", "search"] = "absmax",
+    rounding: Literal["absmax", "search"] = "absmax",
     *,
     stream_linears_of: Iterable[str] = (),
     stream_ends: bool = False,
@@ -51,7 +51,7 @@ def load_model(
             in `compute_dtype`.
         compute_dtype: of the products.
         device: where the weights go.
-        quality: how scales are chosen for weights that are put into four bits here.
+        rounding: how scales are chosen for weights that are put into four bits here.
         stream_linears_of: linear layers whose weights are not loaded; a block store has them.
         stream_ends: embedding and head are read where they are used.
         report: told which tensor is loaded.
@@ -79,7 +79,7 @@ def load_model(
     for target in tracked(targets, "loading", report):
         layer = target.removesuffix(".weight")
         if layer != target and isinstance(linear := model.get_submodule(layer), QuantizedLinear):
-            linear.load_quantized(_quantized(source.read_linear(layer), linear.spec, device, quality))
+            linear.load_quantized(_quantized(source.read_linear(layer), linear.spec, device, rounding))
             continue
         dtype = source.loaded_dtype(target, compute_dtype, ends)
         load_dense(model, target, source.read_dense(target, dtype, device), dtype, device)
@@ -103,12 +103,12 @@ def _quantized(
     weight: Tensor | QuantizedTensor,
     spec: QuantSpec,
     device: torch.device | str,
-    quality: Literal["absmax", "search"],
+    rounding: Literal["absmax", "search"],
 ) -> QuantizedTensor:
     """A linear's weight, `[out, in]`, on the device; one that is stored in four bits keeps its own."""
     if isinstance(weight, QuantizedTensor):
         return weight.to(device)
-    return (quantize if quality == "absmax" else search_weight)(weight.to(device), spec)
+    return (quantize if rounding == "absmax" else search_weight)(weight.to(device), spec)
 
 
 def load_dense(

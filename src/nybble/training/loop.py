@@ -48,12 +48,12 @@ class Rehearsal:
     """What is gone through once before the first step, because memory is limited.
 
     Args:
-        rows, held_out: of the largest micro-batches that training and evaluations will meet.
+        rows, validation: of the largest micro-batches that training and evaluations will meet.
         check: given the peak in bytes, raises where it is too much.
     """
 
     rows: Sequence[EncodedExample]
-    held_out: Sequence[EncodedExample]
+    validation: Sequence[EncodedExample]
     check: Callable[[int], None]
 
 
@@ -114,7 +114,7 @@ def train_loop(
         due = step % evaluations.every == 0 or step == total_steps
         if not due or step == progress.evaluated_step or not evaluations.rows:
             return
-        loss, num_tokens = held_out_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
+        loss, num_tokens = validation_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
         report(HeldOutLoss(step, loss, num_tokens))
@@ -222,11 +222,11 @@ def rehearse(objective: Objective, model: CausalLM, optimizer: AdamW, rehearsal:
     batch = objective.collate(rehearsal.rows, model.packed).to(device)
     rng = capture_rng(device)
     model.train()
-    optimizer.settle()
+    optimizer.materialise()
     objective.loss(model, batch, max(1, objective.tokens(batch))).backward()
     optimizer.drop_gradients()
-    if rehearsal.held_out:
-        held_out_loss(objective, model, rehearsal.held_out, len(rehearsal.held_out))
+    if rehearsal.validation:
+        validation_loss(objective, model, rehearsal.validation, len(rehearsal.validation))
     restore_rng(rng, device)
 
 
@@ -253,7 +253,7 @@ def paged_out(optimizer: AdamW, run: RunFolder, report: Listener) -> bool:
 
 
 @torch.no_grad()
-def held_out_loss(
+def validation_loss(
     objective: Objective,
     model: CausalLM,
     rows: Sequence[EncodedExample],

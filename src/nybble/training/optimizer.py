@@ -84,7 +84,7 @@ class AdamW:
         """Whether `page_out` would make room where steps ran out of it; a GPU's plan has said whether it pages."""
         return not self.paged and not has_own_memory(self._device)
 
-    def settle(self) -> None:
+    def materialise(self) -> None:
         """Write the zeros that gradients and moments begin with, so that they take the memory that they will take."""
         for parameter in self.parameters:
             parameter.grad = torch.full_like(parameter, 0.0) if parameter.grad is None else parameter.grad.zero_()

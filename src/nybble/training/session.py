@@ -20,7 +20,7 @@ from nybble.errors import PlanError, RunError
 from nybble.events import Listener, Note, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
 from nybble.formats.quant_spec import BaseFormats
-from nybble.kernels.heap import give_back_free
+from nybble.kernels.heap import trim_heap
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, describe_untouched, resolve_targets
@@ -37,15 +37,15 @@ from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
 from nybble.planning.strategies import PlanRequest, Strategy
 from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
-from nybble.quantization.mixed import MixedFormats, measure_mixed, some_windows
+from nybble.quantization.sensitivity import MixedFormats, measure_formats, some_windows
 from nybble.quantization.walk import WalkError
 from nybble.runs.adapter_files import StoredAdapter, adapter_config, restore_adapter
 from nybble.runs.base import (
-    QualityChoice,
-    QualityChosen,
+    RoundingChoice,
+    RoundingChosen,
     base_formats,
     check_calibration_fits,
-    choose_quality,
+    choose_rounding,
     kept_base,
     load_base,
     make_calibrated_base,
@@ -114,7 +114,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
         fit = _plan(opened, examples, base, report)
         model = _load(opened, examples, base, fit, report)
         fit, causal_lm = _choose_path(opened, examples, base, fit, model, report)
-        give_back_free()  # what loading took and freed
+        trim_heap()  # what loading took and freed
         _move_in(opened, examples, base, log)
         started = time.perf_counter()
         result = _take_steps(opened, examples, base, fit, causal_lm, log, report)
@@ -122,7 +122,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     report(TrainingEnded(result.steps, result.interrupted is not None, memory.peak_bytes))
     step_s = _median_step_s(run)
     measured = {"peak_bytes": memory.peak_bytes, "start_bytes": memory.start_bytes, "step_s": step_s}
-    write_plan(run.plan, fit.plans, causal_lm.name, base.quality, measured)
+    write_plan(run.plan, fit.plans, causal_lm.name, base.rounding, measured)
     _record(opened, examples)
     plan = fit.plan
     report(RunMeasured(result.steps, training_s, memory.peak_bytes, plan.peak_bytes, step_s, plan.step_s))
@@ -138,7 +138,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
         model=model,
         streamed=fit.store is not None,
         template=opened.template,
-        held_out=examples.data.validation,
+        validation=examples.data.validation,
     )
 
 
@@ -244,23 +244,23 @@ class _Base:
 
     Args:
         source: the run's own, or the calibrated folder made from it.
-        quality: None where there is nothing to put into four bits.
+        rounding: None where there is nothing to put into four bits.
         mixed: where the formats of its layers were measured for this run.
     """
 
     source: StoredModel
     formats: BaseFormats | None
-    quality: QualityChoice | None
+    rounding: RoundingChoice | None
     mixed: MixedFormats | None
 
 
 def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Base:
-    """Quality and formats, and the calibrated folder where that is the quality; a resumed run has its own."""
+    """Rounding and formats, and the calibrated folder where that is the rounding; a resumed run has its own."""
     config, source, dtype, device = opened.config, opened.source, opened.dtype, opened.device
-    quality = choose_quality(config, source, examples.data, examples.num_steps, dtype, device)
-    if quality is not None:
-        report(QualityChosen(quality.quality, quality.why))
-    calibrated = quality is not None and quality.quality == "calibrated"
+    rounding = choose_rounding(config, source, examples.data, examples.num_steps, dtype, device)
+    if rounding is not None:
+        report(RoundingChosen(rounding.rounding, rounding.why))
+    calibrated = rounding is not None and rounding.rounding == "calibrated"
     if not config.resume and config.memory is not None and (calibrated or config.mixed is not None):
         # What never fits is refused before minutes are spent on its bits.
         plan_run(config, source, None, examples.micro_batches, dtype, device, calibrated)
@@ -270,19 +270,19 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
     if not config.resume and config.mixed is not None:
         mixed = _measure_mixed(opened, examples, report)
     formats = base_formats(config, opened.run) if mixed is None else mixed.formats
-    if quality is None or not calibrated:
-        return _Base(source, formats, quality, mixed)
+    if rounding is None or not calibrated:
+        return _Base(source, formats, rounding, mixed)
     kept = kept_base(opened.run) if config.resume else None
     if kept is not None:
-        return _Base(kept, formats, quality, mixed)
+        return _Base(kept, formats, rounding, mixed)
     assert formats is not None
     try:
         text = _calibration_text(opened, examples)
         made = make_calibrated_base(opened.run, source, formats, text, dtype, config.max_dense_share, report)
-        return _Base(made, formats, quality, mixed)
+        return _Base(made, formats, rounding, mixed)
     except WalkError as error:
-        instead = without_calibration(quality, error)
-        report(QualityChosen(instead.quality, instead.why))
+        instead = without_calibration(rounding, error)
+        report(RoundingChosen(instead.rounding, instead.why))
         return _Base(source, formats, instead, mixed)
 
 
@@ -299,7 +299,7 @@ def _measure_mixed(opened: _Opened, examples: _Examples, report: Listener) -> Mi
     bits, spec = opened.config.mixed, quant_spec(opened.config)
     assert spec is not None and bits is not None
     windows = _calibration_text(opened, examples).windows
-    return measure_mixed(opened.source, bits, spec, windows, opened.dtype, opened.device, report)
+    return measure_formats(opened.source, bits, spec, windows, opened.dtype, opened.device, report)
 
 
 # ---- how it fits, and the model in memory
@@ -464,7 +464,7 @@ def _take_steps(
             "data": examples.digests.fingerprint,
             "evaluated_rows": len(examples.evaluations.rows),
         },
-        settled=_settled(opened, plan, base.quality),
+        settled=_settled(opened, plan, base.rounding),
         last_step=done,
     )
     report(TrainingBegun(examples.num_steps, done))
@@ -504,7 +504,7 @@ def _record(opened: _Opened, examples: _Examples) -> None:
     draw_lengths(examples.data.lengths(), opened.config.max_seq_len, run.lengths_plot)
 
 
-def _settled(opened: _Opened, plan: Plan, quality: QualityChoice | None) -> dict[str, str | int]:
+def _settled(opened: _Opened, plan: Plan, rounding: RoundingChoice | None) -> dict[str, str | int]:
     """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
     return {
         "keep": plan.keep,
@@ -515,7 +515,7 @@ def _settled(opened: _Opened, plan: Plan, quality: QualityChoice | None) -> dict
         "threads": torch.get_num_threads(),
         "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[opened.dtype],
         "device": opened.device.type,
-    } | ({} if quality is None else {"quality": quality.quality})
+    } | ({} if rounding is None else {"quality": rounding.rounding})
 
 
 def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> Rehearsal:
@@ -524,7 +524,7 @@ def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> 
     largest = plans.chosen.batches
     return Rehearsal(
         [data.train[row] for row in largest.heaviest],
-        [data.validation[row] for row in largest.heaviest_held_out],
+        [data.validation[row] for row in largest.heaviest_validation],
         partial(check_peak, plans, unconstrained),
     )
 

@@ -102,7 +102,7 @@ def show_interrupted(terminal: Terminal, trained: RunResult) -> None:
 
 def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample]) -> None:
     """Losses before and after, answers side by side, what to type next."""
-    if not trained.held_out:
+    if not trained.validation:
         terminal.say("no sample answers and no held-out loss: no row is held out")
     elif trained.streamed:
         terminal.say("no sample answers: the base is streamed")
@@ -116,7 +116,7 @@ def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample
     terminal.say(f"adapter: {trained.adapter}")
     terminal.say(f"losses:  {trained.folder.loss_plot}")
     terminal.say("next:")
-    for verb in ("chat", "eval", "merge --compare") if trained.held_out else ("chat", "merge"):
+    for verb in ("chat", "eval", "merge --compare") if trained.validation else ("chat", "merge"):
         terminal.say(f"  nybble {verb} --run {trained.folder.path}")
 
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from nybble.cli.render.terminal import Terminal, show
-from nybble.quantization.mixed import MixedMeasured
 from nybble.quantization.partial import LayerReport
-from nybble.runs.base import QualityChosen
+from nybble.quantization.sensitivity import MixedMeasured
+from nybble.runs.base import RoundingChosen
 
 
 @show.register
-def _(event: QualityChosen, terminal: Terminal) -> None:
-    terminal.say(f"quality of the four bits: {event.quality} ({event.why})")
+def _(event: RoundingChosen, terminal: Terminal) -> None:
+    terminal.say(f"quality of the four bits: {event.rounding} ({event.why})")
 
 
 @show.register

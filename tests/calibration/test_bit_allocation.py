@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nybble.calibration.mixed import Option, choose_formats
+from nybble.calibration.bit_allocation import Option, choose_formats
 
 
 def total(options: dict[str, list[Option]], chosen: dict[str, str]) -> tuple[int, float]:

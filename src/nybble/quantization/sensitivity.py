@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.mixed import Option, choose_formats
+from nybble.calibration.bit_allocation import Option, choose_formats
 from nybble.errors import ConfigError, ModelError
 from nybble.events import Event, Listener, silent
 from nybble.formats.format import FORMATS
@@ -69,7 +69,7 @@ class MixedMeasured(Event):
         return {"bits": mixed.bits, "predicted_kl": mixed.predicted_kl, "layers": dict(mixed.formats.layers)}
 
 
-def choose_mixed(
+def allocate_bits(
     model: "PreTrainedModel", windows: Tensor, bits: float, spec: QuantSpec, *, seed: int = 0
 ) -> MixedFormats:
     """Formats among those of --mixed that take `bits` a weight at most and are predicted to lose least.
@@ -160,7 +160,7 @@ def _sample(head: Head, states: Tensor, generator: torch.Generator) -> Tensor:
 MEASURED_TOKENS = 4096  # of the text that layers' losses are measured on
 
 
-def measure_mixed(
+def measure_formats(
     source: StoredModel,
     bits: float,
     spec: QuantSpec,
@@ -186,7 +186,7 @@ def measure_mixed(
             "Give the 16-bit model, or leave --mixed out.",
         )
     model: PreTrainedModel = load_model(source, None, dtype, device, report=report)
-    mixed = choose_mixed(model, some_windows(windows, MEASURED_TOKENS).to(device), bits, spec)
+    mixed = allocate_bits(model, some_windows(windows, MEASURED_TOKENS).to(device), bits, spec)
     report(MixedMeasured(mixed))
     return mixed
 

@@ -9,7 +9,7 @@ from nybble.errors import DataError
 from nybble.runs.open_run import OpenRun
 
 
-def held_out_rows(
+def evaluation_rows(
     opened: OpenRun, data: Sequence[str] | None = None, allow: Sequence[str] = ()
 ) -> list[EncodedExample]:
     """The rows that the run did not train on, or all rows of `data`, encoded as the run encodes its own.

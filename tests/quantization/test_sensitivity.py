@@ -15,7 +15,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.convert import quantizable_linears
 from nybble.quantization.folder import CalibrationInput, quantize_folder
-from nybble.quantization.mixed import choose_mixed, layer_losses
+from nybble.quantization.sensitivity import allocate_bits, layer_losses
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
@@ -58,13 +58,13 @@ def test_predicted_losses_are_near_the_measured_ones(dense: nn.Module) -> None:
 def test_the_choice_keeps_to_the_bits_and_beats_one_format_for_all(dense: nn.Module) -> None:
     windows = torch.randint(160, (16, 16), generator=torch.Generator().manual_seed(2))
     uniform = 3 + 8 / 64 + 0.1  # tiny matrices: the second level of scales weighs more than in real ones
-    chosen = choose_mixed(dense, windows, uniform, QuantSpec())
+    chosen = allocate_bits(dense, windows, uniform, QuantSpec())
     assert chosen.bits <= uniform and chosen.formats.layers.keys() == set(quantizable_linears(dense))
     assert set(chosen.formats.names) <= set(MIXABLE)
     assert chosen.predicted_kl < sum(losses["nf3"] for losses in chosen.losses.values())
-    assert choose_mixed(dense, windows, 4.9, QuantSpec()).formats.names == ["nf4"]
+    assert allocate_bits(dense, windows, 4.9, QuantSpec()).formats.names == ["nf4"]
     with pytest.raises(ConfigError, match=r"all nf2\) to"):
-        choose_mixed(dense, windows, 2.01, QuantSpec())
+        allocate_bits(dense, windows, 2.01, QuantSpec())
 
 
 def test_measuring_leaves_the_model_as_it_was(dense: nn.Module) -> None:
@@ -76,15 +76,15 @@ def test_measuring_leaves_the_model_as_it_was(dense: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("quality", ["absmax", "search"])
+@pytest.mark.parametrize("rounding", ["absmax", "search"])
 def test_a_mixed_folder_comes_back_bit_for_bit(
-    make_folder: Callable, tmp_path: Path, tokens: Tensor, quality: str, family: str
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, rounding: str, family: str
 ) -> None:
     folder, _ = make_folder(family, torch.bfloat16)
     source = open_model(str(folder))
     names = quantizable_linears(load_model(source, None, torch.float32))
     formats = BaseFormats(QuantSpec(), {name: MIXABLE[number % 3] for number, name in enumerate(names)})
-    quantize_folder(source, formats, tmp_path / "out", quality=quality)
+    quantize_folder(source, formats, tmp_path / "out", rounding=rounding)
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "nybble"
@@ -93,7 +93,7 @@ def test_a_mixed_folder_comes_back_bit_for_bit(
     assert "nf2, nf3, nf4" in stored.notes[0]
     again = load_model(stored, BaseFormats(), torch.float32)
     assert all(again.get_submodule(name).spec == formats.of(name) for name in names)
-    if quality == "absmax":
+    if rounding == "absmax":
         direct = load_model(source, formats, torch.float32)
         for name, tensor in direct.state_dict().items():
             assert torch.equal(again.state_dict()[name], tensor), name
@@ -113,12 +113,12 @@ def test_calibrated_mixed_folders_lose_less_than_absmax(make_folder: Callable, t
     names = quantizable_linears(exact)
     formats = BaseFormats(QuantSpec(), {name: MIXABLE[number % 3] for number, name in enumerate(names)})
     windows = torch.randint(160, (16, 32), generator=torch.Generator().manual_seed(6))
-    held_out = torch.randint(160, (8, 32), generator=torch.Generator().manual_seed(7))
+    validation = torch.randint(160, (8, 32), generator=torch.Generator().manual_seed(7))
     calibration = CalibrationInput(windows, torch.float32)
     lost = {}
-    for quality in ("absmax", "calibrated"):
-        quantize_folder(source, formats, tmp_path / quality, quality=quality, calibration=calibration)
-        model = load_model(open_model(str(tmp_path / quality)), None, torch.float32)
+    for rounding in ("absmax", "calibrated"):
+        quantize_folder(source, formats, tmp_path / rounding, rounding=rounding, calibration=calibration)
+        model = load_model(open_model(str(tmp_path / rounding)), None, torch.float32)
         with torch.no_grad():
-            lost[quality] = float((model(held_out).logits - exact(held_out).logits).norm())
+            lost[rounding] = float((model(validation).logits - exact(validation).logits).norm())
     assert lost["calibrated"] < 0.9 * lost["absmax"], lost
