@@ -73,7 +73,7 @@ clean:
 
 .venv/.installed-test: $(BUILT_FROM) | .venv/bin/python
 	@echo "Installing nybble and what its tests need into .venv (the first time this downloads PyTorch)..."
-	$(INSTALL) --editable '.[test,dev,docs]'
+	$(INSTALL) --editable '.[test,gpu-check,dev,docs]'
 	@touch .venv/.installed $@
 
 .venv-peers/.installed: benchmarks/peers/requirements.txt | .venv/bin/python
