@@ -26,9 +26,11 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A process for each core; their threads sleep while they wait, since they outnumber the cores.
+# A process for each core; their threads sleep while they wait, since they outnumber the cores. Triton decides as it is
+# imported whether to interpret, so the tests of its bodies, which have its name in theirs, run once more by themselves.
 test: lint
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
+	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -k triton tests/kernels
 
 # Folders that nybble writes are opened by transformers 4 too; those tests are skipped where this cannot be made.
 test-slow: lint

@@ -1,0 +1,30 @@
+"""Triton's kernels, for NVIDIA and AMD cards: bodies here, the kernels themselves in `jit/`.
+
+Triton is imported by the first call of a body: it takes time, and machines without a card need not have it. With
+TRITON_INTERPRET=1 its interpreter runs the kernels on the CPU, very slowly; tests do that.
+"""
+
+import importlib.util
+
+import torch
+
+from nybble.kernels import registry
+from nybble.kernels.backends.triton import four_bit as four_bit
+from nybble.kernels.backends.triton.launch import INTERPRETED
+
+OLDEST = (8, 0)  # compute capability with bf16 arithmetic
+
+
+def why_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if INTERPRETED:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < OLDEST:
+        return f"the card has compute capability {'.'.join(map(str, capability))}, 8.0 is the least"
+    return None
+
+
+registry.register_backend("triton", devices=("cuda", "cpu") if INTERPRETED else ("cuda",), probe=why_unavailable)

@@ -1,0 +1,20 @@
+"""What kernels share."""
+
+import triton
+import triton.language as tl
+
+from nybble.kernels.backends.triton import launch
+
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x, fp32, to the nearest of `dtype`, ties to even. The interpreter's own conversion to bf16 cuts off; here it
+    takes finite values only.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
