@@ -155,6 +155,17 @@ def test_plain_numbers_need_no_torch() -> None:
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_triton_is_imported_by_calls_only() -> None:
+    """It takes time, and most machines have no card: importing nybble imports none of the modules that need it."""
+    kernels = "nybble.kernels.backends.triton.jit"
+    for module, path in MODULES.items():
+        if module.startswith(kernels):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert not ast.unparse(node).startswith((f"from {kernels}", "import triton", "from triton")), module
+
+
 @pytest.mark.parametrize("module", [module for module in MODULES if place(module) not in NAME_FORMATS])
 def test_formats_are_asked_for_by_what_they_are(module: str) -> None:
     """A format's name in a string is a case that a new format has to be added to."""

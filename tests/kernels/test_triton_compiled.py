@@ -1,0 +1,177 @@
+"""Triton's kernels compiled for cards that are not here: no spills, no fused multiply-adds where results are to the
+bit, and as many registers as triton_registers.json says.
+
+A kernel is added by a line in KERNELS. Where other registers are meant: `python tests/kernels/test_triton_compiled.py`
+rewrites the file.
+"""
+
+import json
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from nybble.kernels.backends.triton.launch import INTERPRETED, WARPS
+
+if INTERPRETED:
+    pytest.skip("the interpreter runs, not the compiler", allow_module_level=True)
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import triton.language as tl  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from nybble.kernels.backends.triton.jit import four_bit  # noqa: E402
+
+REGISTERS = Path(__file__).with_name("triton_registers.json")
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DEFAULT = ("sm_80", "sm_90", "gfx942")
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as a body starts it.
+
+    Args:
+        function: decorated by `triton.jit`.
+        arguments: name -> type: `*bf16` is a pointer, `i32` a number; with `:16` a multiple of 16, as those
+            of whole tensors are. Triton compiles another kernel where they are not.
+        constants: name -> value; of `THREADS`, the threads of a program.
+        exact: results are the reference's to the bit.
+    """
+
+    function: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    exact: bool = False
+    num_warps: int = WARPS
+
+
+THREADS = "threads"
+
+
+def dequantize(dtype: str = "bf16", per_word: int = 8, **constants: Any) -> Kernel:
+    tables = {"levels": "*fp32:16", "dynamic_map": "*fp32:16"}
+    arguments = {"packed": "*u8:16", "scales": "*u8:16", **tables, "out": f"*{dtype}:16", "numel": "i32:16"}
+    default = {"BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64, "WORDS": THREADS}
+    return Kernel(four_bit.dequantize_kernel, arguments, default | {"PER_WORD": per_word} | constants, exact=True)
+
+
+KERNELS = {
+    "dequantize nf4": dequantize(),
+    "dequantize nf4, fp16": dequantize("fp16"),
+    "dequantize nf4, fp32": dequantize("fp32"),
+    "dequantize nf4, bytes": dequantize(per_word=2),
+    "dequantize nf4, scales in fp32": dequantize(DOUBLE_QUANT=False),
+    "dequantize int4_asym": dequantize(ZERO_POINTS=True),
+    "dequantize nf3": dequantize(BITS=3),
+    "dequantize nf2": dequantize(BITS=2),
+}
+
+
+# ---- compiling -----------------------------------------------------------------------------------
+
+
+class Compiled(NamedTuple):
+    registers: int
+    spills: int
+    fused: list[str]  # instructions that multiply and add without rounding between
+
+
+def compiled(kernel: Kernel, target: GPUTarget, folder: Path) -> Compiled:
+    threads = kernel.num_warps * target.warp_size
+    constants = {name: threads if value is THREADS else value for name, value in kernel.constants.items()}
+    assert {*kernel.arguments, *constants} == {*kernel.function.arg_names}
+    types = {name: kernel.arguments.get(name, "constexpr").split(":") for name in kernel.function.arg_names}
+    signature = {name: type for name, (type, *_) in types.items()}
+    attributes = {(at,): [["tt.divisibility", 16]] for at, (_, *multiple) in enumerate(types.values()) if multiple}
+    made = triton.compile(
+        ASTSource(kernel.function, signature, constants, attributes),
+        target=target,
+        options={"num_warps": kernel.num_warps, "enable_fp_fusion": False},
+    )
+    return of_amd(made.asm["amdgcn"]) if target.backend == "hip" else of_nvidia(made.asm["cubin"], folder)
+
+
+def of_nvidia(cubin: bytes, folder: Path) -> Compiled:
+    (path := folder / "kernel.cubin").write_bytes(cubin)
+
+    def output(*command: str) -> str:
+        return subprocess.run(
+            [TOOLS / command[0], *command[1:], path], check=True, capture_output=True, text=True
+        ).stdout
+
+    usage = output("cuobjdump", "-res-usage")
+    number = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
+    return Compiled(
+        number["REG"], number["STACK"] + number["LOCAL"], re.findall(r"\b[FH]FMA\S*", output("nvdisasm", "-c"))
+    )
+
+
+def of_amd(assembly: str) -> Compiled:
+    number = {
+        name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+    }
+    spills = number["vgpr_spill_count"] + number["sgpr_spill_count"]
+    return Compiled(number["vgpr_count"], spills, re.findall(r"\bv_(?:pk_)?(?:fma|fmac|mad|mac)_f\S*", assembly))
+
+
+# ---- tests ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, dict[str, int]]:
+    return json.loads(REGISTERS.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.slow) for name in TARGETS]
+)
+def test_a_compiled_kernel(target: str, name: str, recorded: dict[str, dict[str, int]], tmp_path: Path) -> None:
+    got = compiled(KERNELS[name], TARGETS[target], tmp_path)
+    assert got.spills == 0
+    assert not (KERNELS[name].exact and got.fused), got.fused
+    assert got.registers == recorded[name][target], (
+        "if this is meant, run: python tests/kernels/test_triton_compiled.py"
+    )
+
+
+@triton.jit
+def greedy_kernel(x, SIZE: tl.constexpr):
+    at = x + tl.arange(0, SIZE)
+    values = tl.load(at)
+    tl.store(at, tl.fma(values, tl.max(values), values))
+
+
+@pytest.mark.parametrize(("target", "too_many"), [("sm_90", 1 << 13), ("gfx942", 1 << 15)])
+def test_what_is_looked_for_is_found(target: str, too_many: int, tmp_path: Path) -> None:
+    """A fused multiply-add, and more values at once than there are registers."""
+    few, many = (
+        compiled(Kernel(greedy_kernel, {"x": "*fp32:16"}, {"SIZE": size}, num_warps=1), TARGETS[target], tmp_path)
+        for size in (128, too_many)
+    )
+    assert few.fused and few.spills == 0 < many.spills
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = {
+            name: {target: compiled(kernel, gpu, Path(folder)).registers for target, gpu in TARGETS.items()}
+            for name, kernel in KERNELS.items()
+        }
+    lines = (f"{json.dumps(name)}: {json.dumps(registers)}" for name, registers in table.items())
+    REGISTERS.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
