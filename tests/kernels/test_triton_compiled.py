@@ -85,7 +85,7 @@ KERNELS = {
 class Compiled(NamedTuple):
     registers: int
     spills: int
-    fused: list[str]  # instructions that multiply and add without rounding between
+    fused: list[str]  # instructions that multiply and add in fp32 without rounding between
 
 
 def compiled(kernel: Kernel, target: GPUTarget, folder: Path) -> Compiled:
@@ -114,7 +114,7 @@ def of_nvidia(cubin: bytes, folder: Path) -> Compiled:
     usage = output("cuobjdump", "-res-usage")
     number = {name: int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
     return Compiled(
-        number["REG"], number["STACK"] + number["LOCAL"], re.findall(r"\b[FH]FMA\S*", output("nvdisasm", "-c"))
+        number["REG"], number["STACK"] + number["LOCAL"], re.findall(r"\bFFMA\S*", output("nvdisasm", "-c"))
     )
 
 
