@@ -5,8 +5,11 @@ A new family is one line of `CONFIGS`.
 
 import copy
 import functools
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,16 +31,20 @@ from transformers import (
 
 from nybble.data.packing import IGNORE, Batch, pack_tokens
 from nybble.families import FAMILIES
-from nybble.formats.quant_spec import BaseFormats
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.generation.generate import Sampling, generate
 from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.layers.decoder_block import Norm
 from nybble.layers.loss_head import loss_head
 from nybble.memory.store import open_store
+from nybble.planning.costs import MicroBatches, RunShape, kept_bytes
+from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.walk import ModuleWalk, PackedWalk, start_walk
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
@@ -151,6 +158,33 @@ def test_states_loss_and_gradients_are_the_models_own(kernels: str, name: str, k
     assert relative_error(states, expected_states) <= 3e-6
     assert loss == pytest.approx(expected_loss, rel=3e-6)
     assert relative_error(gradients, expected) <= 1e-5
+
+
+def storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors in it, but not of the model's own."""
+    if isinstance(value, Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(storages, value))
+    elif is_dataclass(value) and not isinstance(value, Norm):
+        yield from storages([getattr(value, field.name) for field in fields(value)])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_blocks_keep_what_plans_count(name: str) -> None:
+    model = transformers_own(name)[0]
+    blocks, batch = FusedForward(model, "everything"), packed_batch()
+    x, rows = blocks.embed(batch)
+    found = {}
+    for block in blocks.blocks:
+        x = block(x, rows, "everything")
+        kept = [x.grad_fn.kept, x.grad_fn.saved_tensors[0]]
+        found |= {storage.data_ptr(): storage.nbytes() for storage in storages(kept)}
+    batches = MicroBatches(len(x), 0, 0, 1, 0, 0, 0)
+    run = RunShape(
+        shape_of(dense_model(name)), batches, 0, 3, 4, QuantSpec(), "blocks", "everything", SHAPE_RULES["cpu"]
+    )
+    assert sum(found.values()) == len(blocks.blocks) * kept_bytes(run)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -68,6 +68,7 @@ class ModelShape:
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
         added_norms: norms in a block of what attention and the MLP add to the states.
+        normed_heads: queries and keys are normed, head by head.
     """
 
     parts: Inventory
@@ -78,11 +79,24 @@ class ModelShape:
     intermediate_size: int
     narrow_ends: bool
     added_norms: int = 0
+    normed_heads: bool = False
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
         """h, the widths of queries and of keys or values, and that of the MLP."""
         return self.hidden_size, self.query_width, self.key_value_width, self.intermediate_size
+
+    @property
+    def normed_width(self) -> int:
+        """Elements a token that the norms of a block keep beside its input and x2: each what it was given."""
+        heads = self.query_width + self.key_value_width if self.normed_heads else 0
+        return self.added_norms * self.hidden_size + heads
+
+    @property
+    def normed_rows(self) -> int:
+        """Rows a token that these norms see, each of which has a root of its own."""
+        heads = self.num_heads * (self.query_width + self.key_value_width) // self.query_width
+        return self.added_norms + (heads if self.normed_heads else 0)
 
     @property
     def num_layers(self) -> int:
@@ -298,9 +312,8 @@ def kept_bytes(run: RunShape) -> int:
     elif run.keep == "attention":
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
-        norms = run.model.added_norms  # each keeps what it was given
-        per_token = c * ((2 + norms) * h + 2 * q + 2 * kv + 2 * f + 7 * run.rank)
-        per_token += LSE_BYTES * (run.model.num_heads + 2 + norms)
+        per_token = c * (2 * h + run.model.normed_width + 2 * q + 2 * kv + 2 * f + 7 * run.rank)
+        per_token += LSE_BYTES * (run.model.num_heads + 2 + run.model.normed_rows)
     return run.batches.tokens * per_token
 
 
@@ -322,18 +335,17 @@ def working_bytes(run: RunShape) -> int:
 
     Decoder blocks: at SwiGLU's backward the gradients of output and of the MLP's input to down_proj, SwiGLU's
     output; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was recomputed
-    also x2, q/k/v, attention's output, gate and up, the low-rank products. A norm of what is added to the states has a
-    gradient of its own, and what it was given was recomputed.
+    also x2, q/k/v, attention's output, gate and up, the low-rank products, and what norms of heads and of what is added
+    to the states were given; the latter have gradients of their own.
     Transformers' modules: what they keep within a block, where that was recomputed; else gradients.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
-        norms = run.model.added_norms
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
-        swiglu += run.batches.tokens * c * h * bool(norms)
+        swiglu += run.batches.tokens * c * h * bool(run.model.added_norms)
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
-        recomputed = (1 + norms) * h + q + 2 * kv + 2 * f + 7 * r  # x2, q/k/v, gate and up
+        recomputed = h + run.model.normed_width + q + 2 * kv + 2 * f + 7 * r  # x2, norms, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
         return max(swiglu, attention) + run.batches.tokens * c * made

@@ -36,6 +36,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         intermediate_size=max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
         added_norms=family.added_norms if family else 0,
+        normed_heads=bool(family and family.head_norms),
     )
 
 
