@@ -4,7 +4,7 @@
 them here, since importing `kernels/` brings torch and the planner counts without it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ShapeRules:
         panel_rows: of a 16-bit matrix that are widened at a time when products run in fp32,
         panel_bytes: and where that is more than so many bytes, fewer.
         large_head_bytes: heads from here on go in panels, streamed or resident, so that both give one result.
+        block_buffers: that blocks of a streamed base pass through: the one at work, and those read ahead.
     """
 
     token_multiple: int
@@ -26,6 +27,7 @@ class ShapeRules:
     panel_rows: int
     panel_bytes: int
     large_head_bytes: int
+    block_buffers: int
 
     def whole_rows(self, fit: int) -> int:
         """The rows of a chunk or panel that has room for `fit`: a multiple, and at least one of them."""
@@ -39,8 +41,10 @@ _ONEDNN = ShapeRules(
     panel_rows=8192,
     panel_bytes=2**25,
     large_head_bytes=2**28,
+    block_buffers=2,
 )
-SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _ONEDNN}  # a GPU asks for nothing else so far
+# A GPU is told its work ahead of time: two blocks on their way keep its link busy while one waits for its buffer.
+SHAPE_RULES = {"cpu": _ONEDNN, "cuda": replace(_ONEDNN, block_buffers=3)}
 
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind

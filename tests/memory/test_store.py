@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from late_lane import LateLane
 from transformers import PhiConfig, PhiForCausalLM
 
 from nybble.data.packing import pack_tokens
@@ -17,6 +18,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers import loss_head
 from nybble.layers.backbone import FusedForward, ModuleForward
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.memory.lane import lane_to
 from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
 from nybble.options.verbs import load_config
@@ -74,8 +76,8 @@ def test_streaming_changes_no_bit(folder, resident, dtype):
     losses, grads, store = gradients(folder, resident, stream_ends=True, dtype=dtype)
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
-    if resident == 0:  # up 0 1 2 3, down 2 1 0, up 1 2 3, down 2 1 0: ends are still there; 1 may be on its way again
-        assert store.block_reads in (13, 14)
+    if resident == 0:  # up 0 1 2 3, down 1 0, up 2 3, down 1 0: the last two are still there where the way turns
+        assert store.block_reads == 10
 
 
 @pytest.mark.parametrize("keep", ["nothing", "everything"])
@@ -83,7 +85,7 @@ def test_streaming_changes_no_bit(folder, resident, dtype):
 def test_streaming_through_transformers_own_modules_changes_no_bit(folder, tmp_path, resident, keep):
     """And what is kept goes to a file or to memory beside, with no other result."""
     expected, expected_grads, _ = gradients(folder, None, generic=True, keep=keep)
-    for kept in (None, ActivationFile(tmp_path, 10), PinnedActivations()):
+    for kept in (None, ActivationFile(tmp_path, 10), PinnedActivations(LateLane(), 10, 50_000)):
         losses, grads, _ = gradients(folder, resident, stream_ends=True, generic=True, keep=keep, kept=kept)
         assert losses == expected
         assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
@@ -103,7 +105,7 @@ def test_a_store_in_host_memory_reads_its_folder_once(folder, tmp_path):
 @pytest.mark.parametrize("resident", [0, 1, 3])
 def test_streaming_to_a_gpu_changes_no_bit(folder, resident, in_ram, keep):
     expected, expected_grads, _ = gradients(folder, None, generic=True, keep=keep, device="cuda", passes=4)
-    for kept in (None, PinnedActivations()):
+    for kept in (None, PinnedActivations(lane_to(torch.device("cuda")), 10, 50_000)):
         losses, grads, _ = gradients(
             folder, resident, stream_ends=True, generic=True, keep=keep, device="cuda", in_ram=in_ram, kept=kept,
             passes=4,

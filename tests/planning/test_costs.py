@@ -1,6 +1,7 @@
 import functools
 import mmap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,16 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 from nybble.planning.costs import (
     MicroBatches,
+    Part,
     RunShape,
     base_bytes,
     compiled_products,
     dense_bytes,
+    input_bytes,
+    kept_bytes,
     mean_bits,
     predict,
+    working_bytes,
 )
 from nybble.planning.shape import shape_of
 from nybble.quantization.walk import STATES_DTYPE
@@ -84,6 +89,20 @@ def test_keeping_more_costs_more(path):
         run = RunShape(shape, batches, 207_000_000, 16, 2, QuantSpec(), path, keep, SHAPE_RULES["cpu"])
         peaks.append(sum(predict(run).values()))
     assert peaks == sorted(peaks) and peaks[0] < peaks[2]
+
+
+def test_buffers_and_tensors_on_their_way_are_counted_as_each_device_has_them():
+    batches = MicroBatches(512, 512, 512, 1, 512, 512, 0)
+    cpu = RunShape(llama_2_70b(), batches, 10**6, 16, 2, QuantSpec(), "blocks", "attention", SHAPE_RULES["cpu"])
+    cpu = replace(cpu, resident_blocks=0, offload=True)
+    gpu = replace(cpu, rules=SHAPE_RULES["cuda"], on_cpu=False)
+    block = base_bytes(cpu.model, cpu.spec) // 80
+    assert predict(cpu)[Part.STREAMED] == 2 * block
+    assert predict(gpu)[Part.STREAMED] == 3 * block
+    assert predict(replace(gpu, resident_blocks=78))[Part.STREAMED] == 2 * block
+    working = working_bytes(cpu)
+    assert Part.KEPT not in predict(cpu) and predict(cpu)[Part.AT_WORK] == working + 2 * input_bytes(cpu)
+    assert predict(gpu)[Part.KEPT] == kept_bytes(gpu) and predict(gpu)[Part.AT_WORK] == working + kept_bytes(gpu)
 
 
 def test_products_of_the_same_widths_are_compiled_once():

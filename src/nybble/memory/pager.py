@@ -4,8 +4,7 @@ QLoRA's paged optimizers (Dettmers et al. 2023, arXiv 2305.14314, section 3) let
 under pressure. Here the order of visits is known, so a thread reads one page ahead of the update and writes one behind
 it, in three buffers; and state of any size is paged, for there is no threshold. The thread does one thing after the
 other, in the order asked for: a buffer that is read into again has been written before. Buffers lie where the
-parameters do; a GPU's are filled and emptied through one pinned page of host memory, each after what the GPU was given
-to do with it (memory/lane.py).
+parameters do; a GPU's are filled and emptied through one pinned page of host memory (memory/lane.py).
 
 A disk that fails is an exception in the step that met it: parameters are then half updated, and the run ends without
 saving them.
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nybble.files.scratch import ScratchFile
-from nybble.memory.lane import Lane, lane_to
+from nybble.memory.lane import Event, Lane, lane_to
 from nybble.sizes import PAGE_BUFFERS, PAGE_BYTES
 
 ALIGNMENT = 64  # bytes; a cache line
@@ -60,9 +59,8 @@ class PagedState:
         self._pages = _pages(sizes)
         self._largest = max(map(self._bytes, self._pages), default=0)
         self._lane = lane_to(self._device) if lane is None else lane
-        self._host = None if self._lane is None else self._lane.host_memory(self._largest)
         # Kept from step to step: freed, they would leave gaps that what a forward pass keeps begins to fill.
-        self._buffers = [self._room() for _ in self._pages[:PAGE_BUFFERS]]
+        self._buffers = [self._lane.device_memory(self._largest) for _ in self._pages[:PAGE_BUFFERS]]
         self._file = ScratchFile(folder, self.num_bytes, "The optimizer's state", "--page-optimizer never")
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="nybble-pages")
 
@@ -81,22 +79,20 @@ class PagedState:
         return self._pass(write=False)
 
     def _pass(self, write: bool) -> Iterator[State]:
-        buffers = self._buffers
-        in_use = [self._mark() for _ in buffers]  # until then a GPU may compute with what is in each
-        coming = [self._worker.submit(self._read, page, buffers[0], in_use[0]) for page in self._pages[:1]]
+        buffers = self._buffers  # a GPU may compute with what is in them up to the mark
+        coming = [self._worker.submit(self._read, page, buffers[0], self._lane.mark()) for page in self._pages[:1]]
         written: Future[None] | None = None
         for number, page in enumerate(self._pages):
-            coming.pop().result()
+            self._lane.wait(coming.pop().result())
             for following in self._pages[number + 1 : number + 2]:
-                there = (number + 1) % PAGE_BUFFERS
-                coming.append(self._worker.submit(self._read, following, buffers[there], in_use[there]))
-            here = number % PAGE_BUFFERS
+                there = buffers[(number + 1) % PAGE_BUFFERS]
+                coming.append(self._worker.submit(self._read, following, there, self._lane.mark()))
+            here = buffers[number % PAGE_BUFFERS]
             for i in page:
-                yield self._state(buffers[here], i, page)
-            in_use[here] = self._mark()
+                yield self._state(here, i, page)
             if written is not None:
                 written.result()
-            written = self._worker.submit(self._write, page, buffers[here], in_use[here]) if write else None
+            written = self._worker.submit(self._write, page, here, self._lane.mark()) if write else None
         if written is not None:
             written.result()
 
@@ -112,33 +108,13 @@ class PagedState:
     def _bytes(self, page: range) -> int:
         return self._starts[page.stop] - self._starts[page.start]
 
-    def _room(self) -> Tensor:
-        if self._lane is not None:
-            return self._lane.device_memory(self._largest)
-        return torch.empty(self._largest, dtype=torch.uint8, device=self._device)
+    def _read(self, page: range, buffer: Tensor, in_use: Event) -> Event:
+        start = self._starts[page.start]
+        return self._lane.fill(buffer[: self._bytes(page)], lambda host: self._file.read(host, start), in_use)
 
-    def _mark(self) -> torch.cuda.Event | None:
-        return None if self._lane is None else self._lane.mark()
-
-    def _read(self, page: range, buffer: Tensor, in_use: torch.cuda.Event | None) -> None:
-        used, start = buffer[: self._bytes(page)], self._starts[page.start]
-        if self._lane is None:
-            self._file.read(used, start)
-            return
-        assert self._host is not None and in_use is not None
-        host = self._host[: len(used)]
-        self._file.read(host, start)
-        self._lane.copy(host, used, in_use)
-
-    def _write(self, page: range, buffer: Tensor, updated: torch.cuda.Event | None) -> None:
-        used, start = buffer[: self._bytes(page)], self._starts[page.start]
-        if self._lane is None:
-            self._file.write(used, start)
-            return
-        assert self._host is not None and updated is not None
-        host = self._host[: len(used)]
-        self._lane.copy(used, host, updated)
-        self._file.write(host, start)
+    def _write(self, page: range, buffer: Tensor, updated: Event) -> None:
+        start = self._starts[page.start]
+        self._lane.drain(buffer[: self._bytes(page)], lambda host: self._file.write(host, start), updated)
 
 
 def _bytes(layout: Layout) -> int:

@@ -1,10 +1,11 @@
 """The block store: a streamed base's blocks, read from its 4-bit folder where they are used.
 
 A run visits blocks 0, 1, .. L-1 and in backward L-1, .. 0. Least-recently-used caching keeps nothing useful on such a
-scan, so a fixed set of blocks, spread evenly, stays resident, and the others pass through two buffers: one is computed
-with while a thread reads the next in the direction of travel into the other. A block's recomputation and backward
+scan, so a fixed set of blocks, spread evenly, stays resident, and the others pass through a few buffers: one is
+computed with while a thread reads those that are visited next into the others. A block's recomputation and backward
 share one fetch. Where pages of the folder fit into memory beside the run, the system's file cache keeps them; a GPU's
-blocks are kept in pinned memory there, or pass through one pinned buffer on their way from the disk.
+blocks are kept in pinned memory there, or pass through one pinned buffer on their way from the disk, and the GPU itself
+waits for their copies (memory/lane.py).
 
 Reads are plain `pread`s, not mapped pages: a disk that fails or a file that shrank is an exception in the step that
 needed it, before the optimizer touches anything.
@@ -12,9 +13,10 @@ needed it, before the optimizer touches anything.
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor
 from nybble.formats.bnb import StoredWeight
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import TensorEntry, read_exactly
-from nybble.memory.lane import Lane, lane_to
+from nybble.memory.lane import Event, Lane, lane_to
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.stored_model import StoredModel
 
 ALIGNMENT = 64  # bytes; a cache line
@@ -84,23 +87,22 @@ class FolderBlockStore:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="nybble-blocks")
         self.block_reads = 0
         self._lane = lane_to(self.device) if lane is None else lane
-        self._staging = None if self._lane is None else self._host(max(map(self._bytes, range(len(blocks)))))
         self._in_ram: dict[int, Tensor] = {}
-        resident = spread(num_resident, len(blocks))
-        streamed = [i for i in range(len(blocks)) if i not in resident]
         self._resident: dict[int, Tensor] = {}
-        for i in resident:
-            room = self._room(self._bytes(i))
-            self._bring(i, room)
-            self._resident[i] = room.buffer
+        for i in spread(num_resident, len(blocks)):
+            self._resident[i] = self._lane.device_memory(self._bytes(i))
+            self._lane.wait(self._bring(i, self._resident[i], self._lane.mark()))
+        streamed = [i for i in range(len(blocks)) if i not in self._resident]
         for i in streamed if in_ram else ():
-            self._in_ram[i] = self._host(self._bytes(i))
+            self._in_ram[i] = self._lane.host_memory(self._bytes(i))
             self._read(i, self._in_ram[i])
         largest = max(map(self._bytes, streamed), default=0)
-        self._free = [self._room(largest) for _ in streamed[:2]]
-        self._current: tuple[int, _Room] | None = None
-        self._coming: tuple[int, _Room, Future[None]] | None = None
-        self._at, self._forward, self._will_return = 0, True, False
+        self._num_buffers = min(len(streamed), SHAPE_RULES[self.device.type].block_buffers)
+        self._free = [self._lane.device_memory(largest) for _ in range(self._num_buffers)]
+        self._coming: dict[int, tuple[Tensor, Future[Event]]] = {}  # and what has come, the block at work included
+        self._at: int | None = None
+        self._buffer = torch.empty(0)  # of the block at work
+        self._forward, self._will_return = True, False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -108,97 +110,61 @@ class FolderBlockStore:
         return tuple(self._block_of)
 
     def begin(self, *, will_return: bool) -> None:
-        self._at, self._forward, self._will_return = 0, True, will_return
+        self._at, self._forward, self._will_return = None, True, will_return
 
     def fetch(self, name: str) -> QuantizedTensor:
         block = self._block_of[name]
-        if block < self._at:
-            self._forward = False
-        self._at = block
-        buffer = self._resident.get(block)
-        if buffer is None:
-            buffer = self._stream(block)
-        self._prefetch()
+        if block != self._at:
+            self._enter(block)
         start, end = self._places[block][name]
-        return self._blocks[block][name].weight.view(buffer[start:end])
+        return self._blocks[block][name].weight.view(self._buffer[start:end])
 
-    def _stream(self, block: int) -> Tensor:
-        """The block's bytes in one of the two buffers."""
-        if self._current is not None and self._current[0] == block:
-            return self._current[1].buffer
-        if self._coming is None or self._coming[0] != block:
-            self._start(block)
-        assert self._coming is not None
-        _, room, reading = self._coming
-        self._coming = None
-        if self._current is not None:
-            self._free.append(self._left(self._current[1]))
-            self._current = None
-        try:
-            reading.result()
-        except BaseException:
-            self._free.append(room)
-            raise
-        self._current = (block, room)
-        return room.buffer
+    def _enter(self, block: int) -> None:
+        """Leave the block at work for another; those that follow it are on their way as far as buffers go."""
+        if self._at is not None and block < self._at:
+            self._forward = False
+        self._at = None  # until the other is there
+        self._prefetch(block)
+        if block in self._resident:
+            self._buffer = self._resident[block]
+        else:
+            self._buffer, coming = self._coming[block]
+            try:
+                arrived = coming.result()
+            except BaseException:
+                self._free.append(self._coming.pop(block)[0])
+                raise
+            self._lane.wait(arrived)
+        self._at = block
 
-    def _left(self, room: "_Room") -> "_Room":
-        """A buffer that nothing more will be asked of; a GPU may still be computing with it."""
-        return _Room(room.buffer, self._mark())
+    def _prefetch(self, block: int) -> None:
+        """Fill buffers with what is visited from `block` on; those with anything else are free for it."""
+        wanted = [i for i in dict.fromkeys(self._visits(block)) if i not in self._resident][: self._num_buffers]
+        for i in self._coming.keys() - wanted:
+            self._free.append(self._coming.pop(i)[0])
+        for i in wanted:
+            if i not in self._coming:
+                buffer = self._free.pop()
+                self._coming[i] = buffer, self._reader.submit(self._bring, i, buffer, self._lane.mark())
 
-    def _prefetch(self) -> None:
-        coming = self._next()
-        if coming is not None and self._free and self._coming is None:
-            self._start(coming)
-
-    def _start(self, block: int) -> None:
-        if self._coming is not None:  # the guess was wrong: let it finish, its buffer is needed
-            _, room, reading = self._coming
-            reading.exception()
-            self._coming = None
-            self._free.append(room)
-        room = self._free.pop()
-        self._coming = (block, room, self._reader.submit(self._bring, block, room))
-
-    def _next(self) -> int | None:
-        """The next block on the way that has to be read; None when there is only the one at work."""
+    def _visits(self, block: int) -> Iterator[int]:
+        """Blocks in the order that they are visited in, from `block` to the end of the pass after it."""
         last = len(self._blocks) - 1
-        onward = range(self._at + 1, last + 1) if self._forward else range(self._at - 1, -1, -1)
-        back = range(last, -1, -1) if self._forward and self._will_return else range(last + 1)
-        held = self._current[0] if self._current is not None else None
-        return next((i for way in (onward, back) for i in way if i not in self._resident and i != held), None)
-
-    def _room(self, num_bytes: int) -> "_Room":
-        if self._lane is not None:
-            return _Room(self._lane.device_memory(num_bytes), self._mark())
-        return _Room(torch.empty(num_bytes, dtype=torch.uint8, device=self.device))
-
-    def _host(self, num_bytes: int) -> Tensor:
-        if self._lane is not None:
-            return self._lane.host_memory(num_bytes)
-        return torch.empty(num_bytes, dtype=torch.uint8)
-
-    def _mark(self) -> torch.cuda.Event | None:
-        return None if self._lane is None else self._lane.mark()
+        yield from range(block, last + 1) if self._forward else range(block, -1, -1)
+        if self._forward and self._will_return:
+            yield from range(last, -1, -1)
+        yield from range(last + 1)
 
     def _bytes(self, block: int) -> int:
         return max(end for _, end in self._places[block].values())
 
-    def _bring(self, block: int, room: "_Room") -> None:
-        """A block's bytes into a buffer on the device."""
-        num_bytes = self._bytes(block)
-        host = self._in_ram.get(block)
-        if host is None:
-            host = room.buffer if self._staging is None else self._staging[:num_bytes]
-            self._read(block, host)
+    def _bring(self, block: int, buffer: Tensor, free: Event) -> Event:
+        """A block's bytes into a buffer on the device; until `free` it may still be computed with."""
+        target = buffer[: self._bytes(block)]
         self.block_reads += 1
-        if host is room.buffer:
-            return
-        if self._lane is None:
-            room.buffer[:num_bytes].copy_(host)
-            return
-        assert room.in_use is not None
-        self._lane.copy(host, room.buffer[:num_bytes], room.in_use)  # arrived: nobody computes with half a block
+        if block in self._in_ram:
+            return self._lane.copy(self._in_ram[block], target, free)
+        return self._lane.fill(target, partial(self._read, block), free)
 
     def _read(self, block: int, buffer: Tensor) -> None:
         """A block's bytes from its files into host memory."""
@@ -210,18 +176,6 @@ class FolderBlockStore:
             if linear.weight.offset is not None:
                 at = self._places[block][name][0] + linear.weight.packed_bytes
                 data[at : at + 4] = struct.pack("=f", linear.weight.offset)
-
-
-@dataclass(frozen=True)
-class _Room:
-    """A buffer that blocks pass through.
-
-    Args:
-        in_use: until this event a GPU may compute with what is in it, or with what its former owner left there.
-    """
-
-    buffer: Tensor
-    in_use: torch.cuda.Event | None = None
 
 
 def open_store(

@@ -28,7 +28,6 @@ ADAM_BYTES = 8  # two fp32 moments
 ADAM_8BIT_BYTES = 2 + 8 / 256  # two codes, two fp32 scales for each 256
 FULL_BYTES = 12  # full fine-tuning in 16 bits, a parameter: weight 2, gradient 2, two fp32 moments
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
-STREAM_BUFFERS = 2  # blocks of a streamed base in memory besides the resident ones: at work, and the next
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
 MAPPED_BYTES = 2**25  # tensors from here on are mapped by themselves and leave no gaps in the C library's heap
@@ -475,7 +474,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     resident = layers if run.resident_blocks is None else run.resident_blocks
     assert resident <= layers, (resident, layers)
     stored = (run.spec, run.average_bits, c)  # how a linear's weight is
-    buffers = resident_bytes(run.model, *stored, min(STREAM_BUFFERS, layers - resident)) if streamed else 0
+    buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
     masters = run.adapter_parameters * MASTER_BYTES
     copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" else 0
     optimizer = int(run.adapter_parameters * run.adam_bytes)
@@ -488,18 +487,22 @@ def predict(run: RunShape) -> dict[Part, int]:
         Part.OPTIMIZER: optimizer if run.page_bytes is None else 0,
         Part.PAGES: run.page_bytes or 0,
     }
-    per_block = 0 if run.offload else kept_bytes(run)
-    inputs = 2 * input_bytes(run) if run.offload else 0  # on their way to and from the file
+    kept = kept_bytes(run)
+    all_kept, moving = layers * kept, 0
+    if run.offload and run.on_cpu:
+        all_kept, kept, moving = 0, 0, 2 * input_bytes(run)  # on their way to and from the file
+    elif run.offload:
+        all_kept, moving = kept, kept  # one block's have not left yet or are used, one's are on their way back
     stay = run.on_cpu or run.micro_batches > 1  # from step to step, or from micro-batch to micro-batch
     gradients = masters if stay else 0  # before the step's last backward pass
-    work = working_bytes(run) + inputs
+    work = working_bytes(run) + moving
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
     always[Part.DENSE_WEIGHT] = 0 if run.spec is None else c * run.model.largest_linear
     heights = [
-        {Part.GRADIENTS: gradients, Part.KEPT: layers * per_block, Part.HEAD: head_bytes(run)},
-        {Part.GRADIENTS: max(gradients, masters // layers), Part.KEPT: layers * per_block, Part.AT_WORK: work},
-        {Part.GRADIENTS: masters, Part.KEPT: per_block, Part.AT_WORK: work},
+        {Part.GRADIENTS: gradients, Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
+        {Part.GRADIENTS: max(gradients, masters // layers), Part.KEPT: all_kept, Part.AT_WORK: work},
+        {Part.GRADIENTS: masters, Part.KEPT: kept, Part.AT_WORK: work},
         {Part.GRADIENTS: masters if run.on_cpu else 0, Part.EVALUATION: validation_bytes(run)},
     ]
     highest = max(heights, key=lambda height: sum(height.values()))

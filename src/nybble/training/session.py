@@ -539,4 +539,6 @@ def open_blocks(source: StoredModel, plan: Plan, device: torch.device) -> Folder
 
 def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTensors | None:
     """Where blocks keep what their backward passes need; None where that is the memory they compute in."""
-    return activation_place(device, run.path, plan.offloaded_bytes) if plan.offloaded else None
+    if not plan.offloaded:
+        return None
+    return activation_place(device, run.path, plan.offloaded_bytes, plan.run.model.num_layers)
