@@ -166,9 +166,7 @@ def _pinned(num_bytes: int) -> Tensor:
     memory = torch.frombuffer(pages, dtype=torch.uint8)  # holds the pages
     error = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
     if error:
-        warnings.warn(
-            f"CUDA does not pin {num_bytes / 1e9:.2f} GB in place (error {error}); PyTorch does", stacklevel=2
-        )
+        warnings.warn(f"CUDA pins no {num_bytes / 1e9:.2f} GB in place (error {error}); PyTorch does", stacklevel=2)
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     pages.address = memory.data_ptr()
     return memory
