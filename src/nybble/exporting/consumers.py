@@ -58,15 +58,12 @@ class Consumer(Protocol):
 
     def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
         """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32."""
-        ...
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
         """The greedy continuation, as far as it goes by itself; a stop token, where it came to one, is not part."""
-        ...
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text that spells its special tokens."""
-        ...
 
 
 class NybbleConsumer:

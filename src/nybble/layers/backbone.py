@@ -76,7 +76,6 @@ class Backbone(Protocol):
         Returns:
             `(N, hidden)` in the compute dtype.
         """
-        ...
 
 
 class KeptTensors(Protocol):
@@ -84,11 +83,9 @@ class KeptTensors(Protocol):
 
     def begin(self) -> None:
         """A new micro-batch: what the last one left is forgotten."""
-        ...
 
     def next_block(self) -> None:
         """What follows is kept by the next block."""
-        ...
 
     def put(self, tensor: Tensor) -> Any: ...
 

@@ -56,19 +56,15 @@ class Head(Protocol):
         Returns:
             A scalar in fp32 (nats) whose backward gives the gradient of `hidden`, and of the adapter.
         """
-        ...
 
     def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """weight · (−log p(target)) of each row in nats, `(N,)` fp32; no gradient."""
-        ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project states `(N, hidden)` onto the vocabulary: `(N, vocabulary)`."""
-        ...
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows whose logits are made at once, for states of elements of so many bytes."""
-        ...
 
 
 @dataclass(frozen=True)

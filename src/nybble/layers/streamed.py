@@ -25,11 +25,9 @@ class BlockStore(Protocol):
 
     def begin(self, *, will_return: bool) -> None:
         """A pass over the blocks starts at the first; `will_return`: a backward pass follows it."""
-        ...
 
     def fetch(self, name: str) -> QuantizedTensor:
         """The weight of the linear layer called `name`, valid until a layer of another block is fetched."""
-        ...
 
 
 class _StreamedProduct(torch.autograd.Function):

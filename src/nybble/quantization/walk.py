@@ -63,7 +63,6 @@ class Walk(Protocol):
         Args:
             layer: the block with its dense weights.
         """
-        ...
 
 
 def start_walk(model: "PreTrainedModel", windows: Tensor, exact: bool, blocks: nn.ModuleList) -> Walk:

@@ -21,15 +21,12 @@ class Objective(Protocol):
         Raises:
             RowError: it cannot be trained on; its `finding` says why.
         """
-        ...
 
     def collate(self, rows: Sequence[EncodedExample], packed: bool) -> Batch:
         """One micro-batch, on the CPU: rows side by side, or padded."""
-        ...
 
     def tokens(self, batch: Batch) -> int:
         """What the batch adds to the denominator of its step's loss, and of an evaluation's."""
-        ...
 
     def loss(self, model: CausalLM, batch: Batch, denominator: float) -> Tensor:
         """The batch's part of its step's loss: a scalar in fp32, whose backward gives the adapters' gradients.
@@ -37,11 +34,9 @@ class Objective(Protocol):
         Args:
             denominator: `tokens` of all batches of the step: how it is cut into batches changes nothing.
         """
-        ...
 
     def token_losses(self, model: CausalLM, batch: Batch) -> Tensor:
         """The terms of the sum in `loss`, fp32 `(N,)`, without a gradient: what evaluations add up."""
-        ...
 
 
 class SupervisedFineTuning:

@@ -126,11 +126,9 @@ class Decoder(Protocol):
         Returns:
             Logits, fp32 `(rows, vocabulary)`.
         """
-        ...
 
     def logits(self, x: Tensor) -> Tensor:
         """Only the last norm and the head: `(rows, hidden)`, up to MAX_ROWS of them, to fp32 `(rows, vocabulary)`."""
-        ...
 
 
 def decoder(model: DecoderModel) -> Decoder:
