@@ -7,16 +7,13 @@ told by what does not mention them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from nybble.data.audit import Finding, find
 from nybble.data.examples import EncodedExample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ReadRows = Callable[[list[int]], Tensor | None]  # token ids -> fp32 (N, hidden)
 SAMPLE = 512  # ordinary rows that stand for all
@@ -25,7 +22,7 @@ NEAR = 0.1  # of what is usual
 
 def find_new_tokens(
     sequences: Sequence[EncodedExample],
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     chat_template: str | None,
     vocab_size: int,
     read_rows: ReadRows,
@@ -48,9 +45,7 @@ def find_new_tokens(
     return find("untrained-tokens", (origin for origin, ids in used.items() if ids & new), names)
 
 
-def _unmentioned(
-    candidates: Iterable[int], tokenizer: "PreTrainedTokenizerBase", chat_template: str | None
-) -> set[int]:
+def _unmentioned(candidates: Iterable[int], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> set[int]:
     """Tokens beyond the vocabulary that the tokenizer was made with, which neither its settings nor its chat template
     mention."""
     if not tokenizer.is_fast:  # it does not tell them apart

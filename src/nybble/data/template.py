@@ -9,9 +9,11 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
 
 from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES, find_template
 from nybble.data.examples import EncodedExample, Example, Message
@@ -21,16 +23,13 @@ from nybble.data.text_encoder import RowError, TextEncoder
 from nybble.errors import ConfigError, DataError
 from nybble.options.groups import RowOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RENDER_SECONDS, RENDER_BYTES = 2.0, 200_000_000  # of processor time, for one conversation
 Tools = Sequence[dict[str, Any]]
 
 
 def open_template(
-    options: RowOptions, tokenizer: "PreTrainedTokenizerBase", recorded: Path | None = None
+    options: RowOptions, tokenizer: PreTrainedTokenizerBase, recorded: Path | None = None
 ) -> "ChatTemplate":
     """The template that the options choose.
 
@@ -73,7 +72,7 @@ class ChatTemplate:
 
     def __init__(
         self,
-        tokenizer: "PreTrainedTokenizerBase",
+        tokenizer: PreTrainedTokenizerBase,
         mode: Literal["auto", "none"] = "auto",
         chat_template: str | None = None,
         notices: tuple[str, ...] = (),
@@ -112,8 +111,6 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
         try:
             if self.chat_template is None:
                 return self.encode_text(self.render(messages, True))
@@ -136,8 +133,6 @@ class ChatTemplate:
         Raises:
             RowError: the row cannot be trained on; its `finding` says why.
         """
-        from jinja2 import TemplateError
-
         try:
             if example.text is not None:
                 return [self._encode_bare(example.origin, "", example.text)]
@@ -214,7 +209,6 @@ class ChatTemplate:
             jinja2.TemplateError: the template refuses the conversation, or does something wrong.
             DataError: it takes too long or too much.
         """
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         render: Any = render_jinja_template  # annotated as returning a string; it returns texts and spans
@@ -284,8 +278,6 @@ class ChatTemplate:
 
     def _refusal(self, messages: Sequence[Message]) -> Exception | None:
         """What the template says to a conversation that it does not take."""
-        from jinja2 import TemplateError
-
         try:
             self._render(messages, False)
         except TemplateError as error:

@@ -9,12 +9,10 @@ tokenisation has a border at the same place, the result is the whole tokenisatio
 
 import re
 from functools import lru_cache
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from nybble.errors import DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 class RowError(DataError):
@@ -46,7 +44,7 @@ class TextEncoder:
     # has a longer token with the control character in it; the others are for tokenizers that drop control characters.
     STAND_INS = ("\x01", "\n", "x")
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.values()
         self.special_tokens = tuple(

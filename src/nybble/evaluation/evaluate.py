@@ -65,7 +65,7 @@ class Arm:
         answers: greedy answers to the first rows.
     """
 
-    losses: "np.ndarray"
+    losses: np.ndarray
     kl_general: float
     answers: list[str] = field(default_factory=list)
 
@@ -82,7 +82,7 @@ class Evaluation:
     lm_eval: dict[str, Any]
 
     @property
-    def tokens(self) -> "np.ndarray":
+    def tokens(self) -> np.ndarray:
         return np.array([row.supervised_tokens for row in self.rows])
 
     def loss(self, arm: str) -> Estimate:
@@ -92,7 +92,7 @@ class Evaluation:
         """The tuned model's loss minus another's, paired."""
         return loss_difference(self.arms[TUNED].losses, self.arms[other].losses, self.tokens)
 
-    def row_change(self) -> "np.ndarray":
+    def row_change(self) -> np.ndarray:
         """Loss a token of the tuned model minus its base's, of each row."""
         return (self.arms[TUNED].losses - self.arms[BASE_4].losses) / self.tokens
 

@@ -5,11 +5,13 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jinja2 import Environment
+
 from nybble.runs.open_run import OpenRun
 from nybble.training.plots import draw_loss
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 PAGE = """<!doctype html>
@@ -47,10 +49,8 @@ In brackets: 95 % confidence intervals, rows drawn again 2000 times; differences
 """
 
 
-def write_html(opened: OpenRun, report: dict[str, Any], row_change: "np.ndarray", out: Path) -> None:
+def write_html(opened: OpenRun, report: dict[str, Any], row_change: np.ndarray, out: Path) -> None:
     """Write the page; `report` is the contents of report.json, `row_change` the change of each row's loss a token."""
-    from jinja2 import Environment
-
     pictures = {"Losses of the run": _losses(opened), "Change of each row's loss": _encode(_draw_changes(row_change))}
     pictures["Loss by length of the row"] = _encode(_draw_buckets(report["length_buckets"]))
     metrics = list(dict.fromkeys(metric for arm in report["arms"].values() for metric in arm["scores"]))
@@ -73,7 +73,7 @@ def _losses(opened: OpenRun) -> str:
     return base64.b64encode(picture.getvalue()).decode()
 
 
-def _draw_changes(changes: "np.ndarray") -> "Figure":
+def _draw_changes(changes: np.ndarray) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 3.5), layout="constrained")

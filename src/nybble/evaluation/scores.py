@@ -36,7 +36,7 @@ class Estimate:
 @torch.no_grad()
 def row_losses(
     objective: Objective, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int
-) -> "np.ndarray":
+) -> np.ndarray:
     """The summed loss of each row's supervised tokens in nats, fp64 `(rows,)`."""
     losses = np.zeros(len(rows))
     lengths = [len(row) for row in rows]
@@ -48,12 +48,12 @@ def row_losses(
     return losses
 
 
-def mean_loss(losses: "np.ndarray", tokens: "np.ndarray", seed: int = 0) -> Estimate:
+def mean_loss(losses: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate:
     """Loss a token over all rows, `(rows,)` each; rows are drawn again with replacement for the interval."""
     return _bootstrap(lambda rows: losses[rows].sum(-1) / tokens[rows].sum(-1), len(losses), seed)
 
 
-def loss_difference(ours: "np.ndarray", theirs: "np.ndarray", tokens: "np.ndarray", seed: int = 0) -> Estimate:
+def loss_difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate:
     """`mean_loss` of ours minus theirs, paired: both are taken from the same rows at each draw (Efron 1979)."""
     return mean_loss(ours - theirs, tokens, seed)
 
@@ -64,7 +64,7 @@ def mean_score(scores: Sequence[float], seed: int = 0) -> Estimate:
     return _bootstrap(lambda rows: values[rows].mean(-1), len(values), seed)
 
 
-def _bootstrap(statistic: Callable[["np.ndarray"], "np.ndarray"], num_rows: int, seed: int) -> Estimate:
+def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], num_rows: int, seed: int) -> Estimate:
     """The statistic of all rows, and the percentile interval over RESAMPLES draws of as many rows."""
     draws = np.random.default_rng(seed).integers(num_rows, size=(RESAMPLES, num_rows))
     outside = (1 - CONFIDENCE) / 2

@@ -9,12 +9,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
+from nybble.data.template import ChatTemplate
 from nybble.errors import ExportError
 from nybble.events import Listener, silent, tracked
 from nybble.exporting.gguf_vocabulary import add_vocabulary
@@ -27,12 +30,6 @@ from nybble.options.verbs import GgufType
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.sources.stored_model import StoredModel
 
-if TYPE_CHECKING:
-    import gguf
-    from transformers import PretrainedConfig
-
-    from nybble.data.template import ChatTemplate
-
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # in q8_0 where the rest is in four bits, as llama-quantize does
@@ -44,11 +41,11 @@ class _Planned:
 
     name: str
     shape: tuple[int, ...]
-    type: "gguf.GGMLQuantizationType"
+    type: gguf.GGMLQuantizationType
     read: Callable[[], Tensor]
 
 
-def check_family(config: "PretrainedConfig") -> None:
+def check_family(config: PretrainedConfig) -> None:
     """Refuse a model that cannot be written as GGUF, before any long work.
 
     Raises:
@@ -70,7 +67,7 @@ def check_family(config: "PretrainedConfig") -> None:
 
 
 def write_gguf_model(
-    merged: MergedSource, kind: GgufType, template: "ChatTemplate", file: Path, report: Listener = silent
+    merged: MergedSource, kind: GgufType, template: ChatTemplate, file: Path, report: Listener = silent
 ) -> None:
     """Write a merged model to `file` (inside a staging folder: by itself it leaves a partial file when interrupted).
 
@@ -80,8 +77,6 @@ def write_gguf_model(
     Raises:
         ExportError: a family or tokenizer that llama.cpp has no counterpart for.
     """
-    import gguf
-
     config = merged.config
     check_family(config)
     names = _names(merged)
@@ -115,8 +110,6 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
     Raises:
         ExportError: the family is none of those that GGUF export knows.
     """
-    import gguf
-
     config, skeleton = base.config, base.skeleton
     check_family(config)
     names = _names(base)
@@ -147,8 +140,6 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
 
 def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
     """A GGUF adapter for this base: its scaling, and layer -> (A, B) in transformers' order."""
-    import gguf
-
     reader = gguf.GGUFReader(file)
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     layers = {stored: name.removesuffix(".weight") for name, stored in _names(base).items()}
@@ -166,8 +157,6 @@ def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, t
 
 def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:
     """Bytes that the tensors of a merged model take."""
-    import gguf
-
     names = _names(merged)
     total = 0
     for name, tensor in merged.skeleton.state_dict().items():
@@ -177,9 +166,7 @@ def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:
     return total
 
 
-def _write(writer: "gguf.GGUFWriter", planned: list[_Planned], report: Listener) -> None:
-    import gguf
-
+def _write(writer: gguf.GGUFWriter, planned: list[_Planned], report: Listener) -> None:
     try:
         for tensor in planned:
             nbytes = math.prod(tensor.shape) // gguf.GGML_QUANT_SIZES[tensor.type][0]
@@ -199,15 +186,13 @@ def _write(writer: "gguf.GGUFWriter", planned: list[_Planned], report: Listener)
         writer.close()
 
 
-def _numpy_dtype(stored: "gguf.GGMLQuantizationType") -> "np.dtype[Any]":
+def _numpy_dtype(stored: gguf.GGMLQuantizationType) -> np.dtype[Any]:
     """What `gguf.quantize` gives: bytes, for all but the types that numpy has."""
     known: dict[str, type] = {"F32": np.float32, "F16": np.float16}
     return np.dtype(known.get(stored.name, np.uint8))
 
 
-def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> "gguf.GGMLQuantizationType":
-    import gguf
-
+def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuantizationType:
     types = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return types.F32
@@ -217,8 +202,6 @@ def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> "gguf.GGMLQua
 
 def _names(model: StoredModel) -> dict[str, str]:
     """transformers' name -> GGUF's, for every parameter that is stored."""
-    import gguf
-
     table = gguf.get_tensor_name_map(_architecture(model.config), model.config.num_hidden_layers)
     names = {}
     for name in model.skeleton.state_dict():
@@ -232,13 +215,11 @@ def _embedding(names: dict[str, str]) -> str:
     return next(name for name, stored in names.items() if stored == "token_embd.weight")
 
 
-def _architecture(config: "PretrainedConfig") -> "gguf.MODEL_ARCH":
-    import gguf
-
+def _architecture(config: PretrainedConfig) -> gguf.MODEL_ARCH:
     return gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
 
 
-def _reorder(tensor: Tensor, target: str, config: "PretrainedConfig") -> Tensor:
+def _reorder(tensor: Tensor, target: str, config: PretrainedConfig) -> Tensor:
     """Rows of q and k as llama.cpp's rotation wants them: element i of a head's first half beside that of its second.
 
     (heads · 2 · half, ...) -> (heads · half · 2, ...)
@@ -247,13 +228,13 @@ def _reorder(tensor: Tensor, target: str, config: "PretrainedConfig") -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else tensor
 
 
-def _restore(tensor: Tensor, target: str, config: "PretrainedConfig") -> Tensor:
+def _restore(tensor: Tensor, target: str, config: PretrainedConfig) -> Tensor:
     """The inverse of `_reorder`."""
     heads = _rotated_heads(target, config)
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2) if heads else tensor
 
 
-def _rotated_heads(target: str, config: "PretrainedConfig") -> int:
+def _rotated_heads(target: str, config: PretrainedConfig) -> int:
     """Heads of a parameter whose rows are reordered, else 0."""
     module = target.rpartition(".")[0]
     if ARCHITECTURES[config.model_type] != "LLAMA" or not module.endswith(("q_proj", "k_proj")):
@@ -262,18 +243,16 @@ def _rotated_heads(target: str, config: "PretrainedConfig") -> int:
     return heads
 
 
-def _rope(config: "PretrainedConfig") -> dict[str, Any]:
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0} | dict(getattr(config, "rope_parameters", None) or {})
 
 
-def _head_dim(config: "PretrainedConfig") -> int:
+def _head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _add_shape(writer: "gguf.GGUFWriter", config: "PretrainedConfig") -> None:
+def _add_shape(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """The hyperparameters, under llama.cpp's keys."""
-    import gguf
-
     writer.add_name(str(getattr(config, "_name_or_path", "")).rpartition("/")[2] or config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -297,7 +276,7 @@ def _add_shape(writer: "gguf.GGUFWriter", config: "PretrainedConfig") -> None:
         )
 
 
-def _rope_factors(config: "PretrainedConfig") -> Tensor | None:
+def _rope_factors(config: PretrainedConfig) -> Tensor | None:
     """Llama 3's scaling as llama.cpp keeps it: what each of the head_dim / 2 frequencies is divided by.
 
     Wavelengths below original / high stay, those above original / low are stretched by the factor, and those between

@@ -4,7 +4,9 @@ SentencePiece's pieces join by descending score, so the score of a token is minu
 """
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import gguf
 
 from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
@@ -21,9 +23,6 @@ from nybble.formats.gguf_vocabulary import (
     USER_DEFINED,
     Vocabulary,
 )
-
-if TYPE_CHECKING:
-    import gguf
 
 
 def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
@@ -64,7 +63,7 @@ def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
     return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=begun.startswith(SPACE))
 
 
-def add_vocabulary(writer: "gguf.GGUFWriter", template: ChatTemplate, size: int) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, template: ChatTemplate, size: int) -> None:
     """Write the run's tokenizer, its chat template and the tokens that end an answer.
 
     Raises:

@@ -19,6 +19,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,7 +28,6 @@ from nybble.errors import ModelError
 from nybble.formats.safetensors import TensorEntry, read_exactly
 
 if TYPE_CHECKING:
-    import gguf
     from transformers import PretrainedConfig, PreTrainedModel
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -147,8 +147,6 @@ class GgufFile:
 
     def _type_and_bytes(self, name: str, shape: tuple[int, ...], type_id: int) -> tuple[str, int]:
         """A tensor's block type and its bytes."""
-        import gguf
-
         block_type = next((known for known in gguf.GGMLQuantizationType if known == type_id), None)
         if block_type is None or not _can_widen(block_type):
             unknown = f"the block type {type_id}, which the installed gguf package does not know"
@@ -172,8 +170,6 @@ class GgufFile:
 
     def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """One tensor widened to `dtype`, in fresh memory; rows are as llama.cpp orders them."""
-        import gguf
-
         entry = self.entries[name]
         columns = entry.shape[-1]
         rows = math.prod(entry.shape[:-1])
@@ -206,8 +202,6 @@ class GgufFile:
 
         Both types begin a block with its fp16 step.
         """
-        import gguf
-
         entry = self.entries[name]
         if entry.dtype not in LATTICES:
             return None
@@ -225,8 +219,6 @@ class GgufFile:
         Raises:
             ModelError: a tensor of the file has no place in the model.
         """
-        import gguf
-
         architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         gguf_names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
         names = {}
@@ -356,9 +348,7 @@ class _Cursor:
 
 
 @cache
-def _can_widen(block_type: "gguf.GGMLQuantizationType") -> bool:
-    import gguf
-
+def _can_widen(block_type: gguf.GGMLQuantizationType) -> bool:
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[block_type][1]), dtype=np.uint8), block_type)
     except NotImplementedError:

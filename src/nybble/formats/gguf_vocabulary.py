@@ -10,10 +10,9 @@ Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer";
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -94,7 +93,7 @@ def splitting_rule(name: str) -> SplittingRule | None:
     return next((rule for key, rule in SPLITTING_RULES.items() if name in (key, *rule.aliases)), None)
 
 
-def tokenizer_of(vocabulary: Vocabulary) -> "Tokenizer":
+def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
     """A tokenizer that gives the tokens that llama.cpp gives, special tokens spelled out in the text included.
 
     Nothing is put before a text but SentencePiece's space.
@@ -102,8 +101,6 @@ def tokenizer_of(vocabulary: Vocabulary) -> "Tokenizer":
     Raises:
         ValueError: tokens, merges or scores do not belong together.
     """
-    from tokenizers import AddedToken
-
     if len(vocabulary.types) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and types of {len(vocabulary.types)}")
     tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
@@ -114,9 +111,7 @@ def tokenizer_of(vocabulary: Vocabulary) -> "Tokenizer":
     return tokenizer
 
 
-def _byte_level(vocabulary: Vocabulary) -> "Tokenizer":
-    from tokenizers import Tokenizer, decoders, models
-
+def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
     rule = splitting_rule(vocabulary.pre)
     if rule is None:
         raise ValueError(f"it splits text by the unknown rule {vocabulary.pre!r}")
@@ -127,9 +122,7 @@ def _byte_level(vocabulary: Vocabulary) -> "Tokenizer":
     return tokenizer
 
 
-def _sentencepiece(vocabulary: Vocabulary) -> "Tokenizer":
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
+def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     if len(vocabulary.scores) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and scores of {len(vocabulary.scores)}")
     unknown = next((t for t, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == UNKNOWN), None)
@@ -160,8 +153,6 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
 
 
 def _pre_tokenizer(rule: SplittingRule) -> Any:
-    from tokenizers import Regex, pre_tokenizers
-
     def build(part: str) -> Any:
         if part == "digits":
             return pre_tokenizers.Digits(individual_digits=True)

@@ -14,10 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, search_weight
@@ -38,9 +39,6 @@ from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import Inventory, check_dense_share
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Rounding = Literal["absmax", "search", "calibrated"]
 # what transformers 4 has beside `rope_scaling`, the last of them in it too
@@ -243,7 +241,7 @@ def save_dense_folder(
         _save_settings(source, tokenizer, staging)
 
 
-def save_config(config: "PretrainedConfig", folder: Path) -> None:
+def save_config(config: PretrainedConfig, folder: Path) -> None:
     """Write config.json as transformers 4 and 5 both read it; they refuse the folder where only nybble reads its
     weights.
     """
@@ -278,7 +276,7 @@ def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
 
 def _save_settings(
     source: StoredModel,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     quantization: dict[str, Any] | None = None,
 ) -> None:

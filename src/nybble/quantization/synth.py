@@ -8,10 +8,11 @@ is byte-level with ChatML's markers: 259 tokens, which any of the vocabularies h
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.events import Listener, silent, tracked
 from nybble.files.disk import disk_errors
@@ -24,9 +25,6 @@ from nybble.quantization.folder import save_config
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton
 from nybble.sources.tokenizer import save_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 SCALE = 0.02
 ROWS_DRAWN = 4096  # of a matrix at a time
@@ -63,9 +61,7 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, report: Li
     return writer.total_bytes
 
 
-def _parameters(
-    config: "PretrainedConfig", spec: QuantSpec, seed: int, report: Listener
-) -> Iterator[tuple[str, Tensor]]:
+def _parameters(config: PretrainedConfig, spec: QuantSpec, seed: int, report: Listener) -> Iterator[tuple[str, Tensor]]:
     """What is stored, name by name: four-bit linears as bitsandbytes stores them, the rest in bf16."""
     model = build_skeleton(config)
     linears = {f"{name}.weight" for name in quantizable_linears(model)}
@@ -87,11 +83,8 @@ def _parameters(
             yield name, matrix
 
 
-def byte_tokenizer() -> "PreTrainedTokenizerBase":
+def byte_tokenizer() -> PreTrainedTokenizerBase:
     """A token a byte, and ChatML's markers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

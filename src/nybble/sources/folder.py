@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.files.manifest import MANIFEST_NAME, verify_manifest
@@ -34,9 +35,6 @@ from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.skeleton import build_whole, config_refused, is_taken_alone, stored_text_config
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -121,12 +119,10 @@ class FolderSource(StoredModel):
             sizes.setdefault(start, []).append(sum(self._stored.entries[part].nbytes for part in self._parts[name]))
         return [f"{start}* ({len(each)} tensors, {sum(each) / 1e6:,.1f} MB)" for start, each in sizes.items()]
 
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._tokenizer or str(self.path))
 
-    def load_generation_config(self) -> "GenerationConfig":
-        from transformers import GenerationConfig
-
+    def load_generation_config(self) -> GenerationConfig:
         if (self.path / "generation_config.json").is_file():
             return GenerationConfig.from_pretrained(self.path)
         return super().load_generation_config()
@@ -226,7 +222,7 @@ def _check_layers(folder: Path, config: dict[str, Any], num_tensors: int) -> Non
                 )
 
 
-def _load_config(folder: Path, config_json: dict[str, Any]) -> "PretrainedConfig":
+def _load_config(folder: Path, config_json: dict[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
     with foreign_errors(config_refused(folder / "config.json")):

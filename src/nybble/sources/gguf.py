@@ -6,10 +6,11 @@ import re
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import processors
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import ModelError, foreign_errors
 from nybble.files.disk import disk_errors
@@ -28,10 +29,6 @@ from nybble.sources.bundled import CACHE_FIX, cache_folder
 from nybble.sources.skeleton import build_skeleton
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 DERIVED_VERSION = 2  # raise it when what is derived from a file changes
 DENSE_ENDS = ("token_embd.weight", "output.weight")  # kept in 16 bits: widened straight to bf16
@@ -69,7 +66,7 @@ class GgufSource(StoredModel):
         licence: str | None = self._file.metadata.get("general.license")
         return licence
 
-    def load_tokenizer(self) -> "PreTrainedTokenizerBase":
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._tokenizer) if self._tokenizer else _tokenizer_of(self._file)
 
     def fingerprint(self) -> str:
@@ -167,15 +164,12 @@ def _derive(file: GgufFile, out: Path) -> None:
     config.save_pretrained(out)
 
 
-def _tokenizer_of(file: GgufFile) -> "PreTrainedTokenizerBase":
+def _tokenizer_of(file: GgufFile) -> PreTrainedTokenizerBase:
     """The file's tokenizer: the tokens that llama.cpp gives, bos put before a text where llama.cpp puts it.
 
     Raises:
         ModelError: none, of an unknown kind, with an unknown splitting rule, or damaged.
     """
-    from tokenizers import processors
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = _vocabulary_of(file)
     with foreign_errors(lambda error: _no_tokenizer(file, f"is damaged: {error}")):
         backend = tokenizer_of(vocabulary)

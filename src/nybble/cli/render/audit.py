@@ -1,18 +1,14 @@
 """The audit of examples, and single ones."""
 
-from typing import TYPE_CHECKING
-
 from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from nybble.cli.render.terminal import Terminal, show
 from nybble.data.audit import Audit, Audited
 from nybble.data.examples import EncodedExample
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SUPERVISED_STYLE = "black on green"
 CONTEXT_STYLE = "dim"
@@ -59,7 +55,7 @@ def _sequences(num: int, tokens: int, supervised: int) -> str:
     return f"{num:,} sequences, {tokens:,} tokens, {supervised:,} of them supervised"
 
 
-def render_example(example: EncodedExample, tokenizer: "PreTrainedTokenizerBase") -> Panel:
+def render_example(example: EncodedExample, tokenizer: PreTrainedTokenizerBase) -> Panel:
     """The text of a sequence, supervised tokens coloured, titled with where it comes from."""
     text = Text()
     supervised = example.supervised.tolist()
