@@ -52,9 +52,8 @@ def attention_forward(
         FormatError: shapes, dtypes or cu_seqlens do not fit together.
         KernelError: the backend asked for cannot run.
     """
-    return torch.ops.nybble.packed_attention(
-        _laid_out(q), _laid_out(k), _laid_out(v), cu_seqlens, _scale(scale, q), window or 0, softcap
-    )
+    q, k, v = map(_laid_out, (q, k, v))
+    return torch.ops.nybble.packed_attention(q, k, v, cu_seqlens, _scale(scale, q), window or 0, softcap)
 
 
 def attention_backward(
@@ -88,20 +87,9 @@ def attention_backward(
         KernelError: the backend asked for cannot run.
     """
     dq, dk, dv = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    dout, q, k, v, out = map(_laid_out, (dout, q, k, v, out))
     torch.ops.nybble.packed_attention_backward(
-        _laid_out(dout),
-        _laid_out(q),
-        _laid_out(k),
-        _laid_out(v),
-        _laid_out(out),
-        lse,
-        cu_seqlens,
-        _scale(scale, q),
-        window or 0,
-        softcap,
-        dq,
-        dk,
-        dv,
+        dout, q, k, v, out, lse, cu_seqlens, _scale(scale, q), window or 0, softcap, dq, dk, dv
     )
     return dq, dk, dv
 

@@ -71,21 +71,8 @@ def adamw_8bit_(
     )  # fmt: skip
 
 
-def _check_adamw(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float,
-) -> None:
-    if step < 1:
-        raise KernelError(f"AdamW step {step}.", "Steps are counted from 1.")
+def _check_adamw(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, *numbers: float) -> None:
+    _check_step(step)
     for name, tensor in (("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
         check_tensor(name, tensor, param, param.shape, FP32)
 
@@ -100,8 +87,7 @@ def _check_adamw_8bit(
     step: int,
     *numbers: float,
 ) -> None:
-    if step < 1:
-        raise KernelError(f"AdamW step {step}.", "Steps are counted from 1.")
+    _check_step(step)
     blocks = torch.Size((-(-param.numel() // ADAMW_BLOCK),))
     for name, tensor in (("param", param), ("grad", grad)):
         check_tensor(name, tensor, param, param.shape, FP32)
@@ -109,6 +95,11 @@ def _check_adamw_8bit(
         check_tensor(name, tensor, param, param.shape, (torch.uint8,))
     for name, tensor in (("exp_avg_absmax", exp_avg_absmax), ("exp_avg_sq_absmax", exp_avg_sq_absmax)):
         check_tensor(name, tensor, param, blocks, FP32)
+
+
+def _check_step(step: int) -> None:
+    if step < 1:
+        raise KernelError(f"AdamW step {step}.", "Steps are counted from 1.")
 
 
 registry.declare(

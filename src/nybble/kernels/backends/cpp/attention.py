@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import registry
-from nybble.kernels.backends.cpp.library import DTYPES, POINTER, function
+from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT64, POINTER, function
 from nybble.kernels.ops.attention import document_bounds, new_outputs
 
 MAX_HEAD_DIM = 256
@@ -15,35 +15,17 @@ MAX_HEAD_DIM = 256
 class _Arguments(ctypes.Structure):
     """struct NybbleAttention of csrc/attention.h."""
 
-    _fields_ = [
-        ("dtype", ctypes.c_int32),
-        ("num_docs", ctypes.c_int32),
-        ("cu_seqlens", ctypes.c_void_p),
-        ("num_tokens", ctypes.c_int64),
-        ("num_heads", ctypes.c_int64),
-        ("num_kv_heads", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_float),
-        ("softcap", ctypes.c_float),
-        ("q", ctypes.c_void_p),
-        ("k", ctypes.c_void_p),
-        ("v", ctypes.c_void_p),
-        ("q_stride", ctypes.c_int64),
-        ("k_stride", ctypes.c_int64),
-        ("v_stride", ctypes.c_int64),
-        ("out", ctypes.c_void_p),
-        ("out_stride", ctypes.c_int64),
-        ("lse", ctypes.c_void_p),
-        ("dout", ctypes.c_void_p),
-        ("dout_stride", ctypes.c_int64),
-        ("dq", ctypes.c_void_p),
-        ("dk", ctypes.c_void_p),
-        ("dv", ctypes.c_void_p),
-        ("dq_stride", ctypes.c_int64),
-        ("dk_stride", ctypes.c_int64),
-        ("dv_stride", ctypes.c_int64),
-    ]
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("dtype", "num_docs")),
+        ("cu_seqlens", POINTER),
+        *((name, INT64) for name in ("num_tokens", "num_heads", "num_kv_heads", "head_dim", "window")),
+        *((name, FLOAT) for name in ("scale", "softcap")),
+        *((name, POINTER) for name in ("q", "k", "v")),
+        *((name, INT64) for name in ("q_stride", "k_stride", "v_stride")),
+        *(("out", POINTER), ("out_stride", INT64), ("lse", POINTER), ("dout", POINTER), ("dout_stride", INT64)),
+        *((name, POINTER) for name in ("dq", "dk", "dv")),
+        *((name, INT64) for name in ("dq_stride", "dk_stride", "dv_stride")),
+    )
 
 
 _forward_kernel = function("attention_forward", POINTER)

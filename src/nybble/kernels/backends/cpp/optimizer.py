@@ -11,23 +11,8 @@ _adamw_8bit = function("adamw_8bit", *[POINTER] * 10, INT64, *[FLOAT] * 8)
 
 
 @registry.register("adamw_", "cpp")
-def adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float,
-) -> None:
-    _adamw(
-        pointer(param), pointer(grad), pointer(exp_avg), pointer(exp_avg_sq), param.numel(),
-        *_adamw_numbers(step, lr, beta1, beta2, eps, weight_decay, grad_scale),
-    )  # fmt: skip
+def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *numbers: float) -> None:
+    _adamw(*map(pointer, (param, grad, exp_avg, exp_avg_sq)), param.numel(), *_adamw_numbers(*numbers))
 
 
 @registry.register("adamw_8bit_", "cpp")
@@ -38,16 +23,15 @@ def adamw_8bit_(
     exp_avg_sq: Tensor,
     exp_avg_absmax: Tensor,
     exp_avg_sq_absmax: Tensor,
-    step: int,
     *numbers: float,
 ) -> None:
     tables = [table(signed=signed) for signed in (True, False) for table in (dynamic_map, dynamic_midpoints)]
     states = (param, grad, exp_avg, exp_avg_sq, exp_avg_absmax, exp_avg_sq_absmax)
-    _adamw_8bit(*map(pointer, (*states, *tables)), param.numel(), *_adamw_numbers(step, *numbers))
+    _adamw_8bit(*map(pointer, (*states, *tables)), param.numel(), *_adamw_numbers(*numbers))
 
 
 def _adamw_numbers(
-    step: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, grad_scale: float
+    step: float, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, grad_scale: float
 ) -> tuple[float, ...]:
     """What both kernels take after the number of elements."""
     corrected, root_correction = lr / (1 - beta1**step), (1 - beta2**step) ** 0.5
