@@ -4,40 +4,13 @@ QLoRA (Dettmers et al. 2023, arXiv 2305.14314), eq. 5: Y = X · dequantise(W)ᵀ
 only while a product uses it: backward dequantises again rather than keep it.
 """
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops.four_bit import dequantize
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """y = x · dq(W)ᵀ and dx = dy · dq(W); W has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-        ctx.save_for_backward(packed, scales)
-        ctx.spec, ctx.shape = spec, shape
-        return F.linear(x, _dequantize(packed, scales, spec, shape, x.dtype))  # (..., in) -> (..., out)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None, None
-        packed, scales = ctx.saved_tensors
-        (grad_y,) = grad_outputs
-        weight = _dequantize(packed, scales, ctx.spec, ctx.shape, grad_y.dtype)
-        return grad_y @ weight, None, None, None, None  # (..., out) -> (..., in)
-
-
-def _dequantize(packed: Tensor, scales: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return torch.ops.nybble.dequantize_4bit(
-        packed, scales, shape, spec.format, spec.block_size, spec.double_quant, dtype
-    )
+from nybble.layers.streamed import FrozenProduct
 
 
 class QuantizedLinear(nn.Module):
@@ -92,7 +65,7 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.quantized(), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _FrozenProduct.apply(x, self.weight, self.scales, self.spec, (self.out_features, self.in_features))
+        y = FrozenProduct.apply(x, self.dequantize)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ when a decoder block, or its own forward and backward, asks for them. Embedding 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -30,18 +30,18 @@ class BlockStore(Protocol):
         """The weight of the linear layer called `name`, valid until a layer of another block is fetched."""
 
 
-class _StreamedProduct(torch.autograd.Function):
-    """y = x · dq(W)ᵀ and dx = dy · dq(W), W fetched for each; it has no gradient."""
+class FrozenProduct(torch.autograd.Function):
+    """y = x · Wᵀ and dx = dy · W, `dense(dtype)` making W anew for each; it has no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, linear: "StreamedLinear") -> Tensor:
-        ctx.linear = linear
-        return F.linear(x, linear.dense(x.dtype))  # (..., in) -> (..., out)
+    def forward(ctx: Any, x: Tensor, dense: Callable[[torch.dtype], Tensor]) -> Tensor:
+        ctx.dense = dense
+        return F.linear(x, dense(x.dtype))  # (..., in) -> (..., out)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None]:
         (grad_y,) = grad_outputs
-        return (grad_y @ ctx.linear.dense(grad_y.dtype) if ctx.needs_input_grad[0] else None), None
+        return (grad_y @ ctx.dense(grad_y.dtype) if ctx.needs_input_grad[0] else None), None
 
 
 class StreamedLinear(nn.Module):
@@ -80,7 +80,7 @@ class StreamedLinear(nn.Module):
         return dequantize(self.store.fetch(self.name), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _StreamedProduct.apply(x, self)
+        y = FrozenProduct.apply(x, self.dense)
         return y if self.bias is None else y + self.bias
 
 
