@@ -75,10 +75,10 @@ def assemble(
         dtype: of the weight it was made from.
     """
     if grid is None:
-        parts = ScaleParts(scale, None, None, None, None)
+        parts = ScaleParts(absmax=scale)
     else:
         firsts = torch.arange(0, len(grid.step), NESTED_BLOCK_SIZE, device=codes.device)
-        parts = ScaleParts(None, grid.offset, grid.step[firsts], codes, None)
+        parts = ScaleParts(None, grid.offset, grid.step[firsts], codes)
     shape = tuple(indices.shape)
     packed = pack_indices(indices.reshape(-1), spec).view(spec.packed_shape(shape))
     return QuantizedTensor(packed, join_scales(parts), spec, shape, dtype)

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from nybble.errors import FormatError
 from nybble.formats import codebooks
-from nybble.formats.double_quant import MIN_SCALE, dequantize_scales, quantize_scales
+from nybble.formats.double_quant import MIN_SCALE, dequantize_scales, scale_parts
 from nybble.formats.quant_spec import QuantSpec
-from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
+from nybble.formats.quantized_tensor import QuantizedTensor, join_scales
 
 PANEL = 1 << 19  # elements at a time: 2 MB in fp32, about what the caches of two cores hold
 
@@ -67,11 +67,7 @@ def quantize(w: Tensor, spec: QuantSpec) -> QuantizedTensor:
 
     if not torch.isfinite(absmax).all():
         raise not_finite(flat)
-    if spec.double_quant:
-        codes, absmax2, offset = quantize_scales(absmax)
-        parts = ScaleParts(None, offset, absmax2, codes, zero_points)
-    else:
-        parts = ScaleParts(absmax, None, None, None, zero_points)
+    parts = scale_parts(absmax, spec.double_quant, zero_points)
     shape = tuple(w.shape)
     return QuantizedTensor(packed.view(spec.packed_shape(shape)), join_scales(parts), spec, shape, w.dtype)
 

@@ -207,7 +207,7 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         absmax2 = _floats(f"{name}.nested_absmax", tensors, -(-num_blocks // NESTED_BLOCK_SIZE))
         parts = ScaleParts(None, _offset(key, state).to(codes.device), absmax2, codes, zero_points)
     else:
-        parts = ScaleParts(_floats(f"{name}.absmax", tensors, num_blocks), None, None, None, zero_points)
+        parts = ScaleParts(absmax=_floats(f"{name}.absmax", tensors, num_blocks), zero_points=zero_points)
     return QuantizedTensor(packed.view(spec.packed_shape(shape)), join_scales(parts), spec, shape, dtype)
 
 

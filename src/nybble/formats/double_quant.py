@@ -12,6 +12,7 @@ from torch import Tensor
 from nybble.errors import FormatError
 from nybble.formats.codebooks import dynamic_map, dynamic_midpoints
 from nybble.formats.quant_spec import NESTED_BLOCK_SIZE
+from nybble.formats.quantized_tensor import ScaleParts
 
 MIN_SCALE = 1e-38  # scales below it count as it when dividing; bitsandbytes' figure
 
@@ -42,6 +43,14 @@ def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scaled = centred * _spread(1.0 / absmax2.clamp(min=MIN_SCALE), len(centred))
     codes = torch.bucketize(scaled, dynamic_midpoints(scaled.device), out_int32=True).to(torch.uint8)
     return codes, absmax2, offset
+
+
+def scale_parts(absmax: Tensor, double_quant: bool, zero_points: Tensor | None = None) -> ScaleParts:
+    """What is stored of block scales, fp32 `[B]`; raises as `quantize_scales`."""
+    if not double_quant:
+        return ScaleParts(absmax=absmax, zero_points=zero_points)
+    codes, absmax2, offset = quantize_scales(absmax)
+    return ScaleParts(None, offset, absmax2, codes, zero_points)
 
 
 def dequantize_scales(codes: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:

@@ -33,11 +33,11 @@ from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, QuantSpec
 class ScaleParts(NamedTuple):
     """Views into a `scales` tensor; absent parts are None."""
 
-    absmax: Tensor | None  # f32 [B], when not double-quantised
-    offset: Tensor | None  # f32 [1]
-    absmax2: Tensor | None  # f32 [ceil(B / 256)]
-    codes: Tensor | None  # u8 [B]
-    zero_points: Tensor | None  # u8 [B]
+    absmax: Tensor | None = None  # f32 [B], when not double-quantised
+    offset: Tensor | None = None  # f32 [1]
+    absmax2: Tensor | None = None  # f32 [ceil(B / 256)]
+    codes: Tensor | None = None  # u8 [B]
+    zero_points: Tensor | None = None  # u8 [B]
 
 
 def split_scales(scales: Tensor, spec: QuantSpec, numel: int) -> ScaleParts:
@@ -52,7 +52,7 @@ def split_scales(scales: Tensor, spec: QuantSpec, numel: int) -> ScaleParts:
     num_blocks = spec.num_blocks(numel)
     zero_points = scales[-num_blocks:] if spec.entry.zero_points else None
     if not spec.double_quant:
-        return ScaleParts(scales[: 4 * num_blocks].view(torch.float32), None, None, None, zero_points)
+        return ScaleParts(absmax=scales[: 4 * num_blocks].view(torch.float32), zero_points=zero_points)
     end = 4 + 4 * -(-num_blocks // NESTED_BLOCK_SIZE)
     return ScaleParts(
         None,

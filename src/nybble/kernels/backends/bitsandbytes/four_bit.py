@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from nybble.formats.blockwise import block_scales, not_finite
-from nybble.formats.double_quant import quantize_scales
+from nybble.formats.double_quant import scale_parts
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
-from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
+from nybble.formats.quantized_tensor import QuantizedTensor, join_scales
 from nybble.kernels import registry
 from nybble.kernels.ops.four_bit import allocating
 
@@ -37,12 +37,8 @@ def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bo
         raise not_finite(weight)
     spec = QuantSpec(format, block_size, double_quant)
     packed, absmax = _ops().quantize_4bit(weight, block_size, format, torch.uint8)
-    if double_quant:
-        codes, absmax2, offset = quantize_scales(absmax)
-        parts = ScaleParts(None, offset, absmax2, codes, None)
-    else:
-        parts = ScaleParts(absmax, None, None, None, None)
-    return packed.view(spec.packed_shape(tuple(weight.shape))), join_scales(parts)
+    scales = join_scales(scale_parts(absmax, double_quant))
+    return packed.view(spec.packed_shape(tuple(weight.shape))), scales
 
 
 @registry.register("dequantize_4bit_out", "bitsandbytes", _unsupported)
