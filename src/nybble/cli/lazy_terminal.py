@@ -1,7 +1,6 @@
 """The terminal as the listener of a verb."""
 
 from functools import cached_property
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from nybble.events import Event
@@ -27,8 +26,6 @@ class LazyTerminal:
     def __enter__(self) -> "LazyTerminal":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if "terminal" in self.__dict__:
-            self.terminal.__exit__(kind, error, trace)
+            self.terminal.__exit__(*error)

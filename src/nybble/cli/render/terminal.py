@@ -1,7 +1,6 @@
 """The terminal as a listener of events: each is shown in the way that belongs to its type."""
 
 from functools import singledispatch
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console
@@ -32,9 +31,7 @@ class Terminal:
     def __enter__(self) -> "Terminal":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._end_work()
         self.end_steps()
 
