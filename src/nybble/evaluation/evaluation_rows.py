@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import prepare, prepare_data
-from nybble.data.readers import FieldNames
+from nybble.data.prepare import field_names, prepare, prepare_data
 from nybble.errors import DataError
 from nybble.runs.open_run import OpenRun
 
@@ -25,15 +24,8 @@ def evaluation_rows(
         vocab_size = opened.source.config.get_text_config().vocab_size
         rows = prepare_data(config, opened.template, vocab_size).validation
     else:
-        fields = FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
-        prepared = prepare(
-            data,
-            opened.template,
-            max_seq_len=config.max_seq_len,
-            fields=fields,
-            validation_fraction=0,
-            allow=allow,
-        )
+        fields, length = field_names(config), config.max_seq_len
+        prepared = prepare(data, opened.template, max_seq_len=length, fields=fields, validation_fraction=0, allow=allow)
         prepared.audit.check("used to judge a run")
         rows = prepared.train
     if not rows:

@@ -30,15 +30,7 @@ from nybble.exporting.gguf_model import (
 from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
-from nybble.exporting.verify import (
-    ANSWER_TOKENS,
-    Outcome,
-    Verification,
-    Verified,
-    ask_run,
-    compare,
-    not_loaded,
-)
+from nybble.exporting.verify import ANSWER_TOKENS, Outcome, Verification, Verified, ask_run, compare, not_loaded
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes

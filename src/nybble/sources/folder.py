@@ -14,14 +14,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.files.manifest import MANIFEST_NAME, verify_manifest
-from nybble.formats.bnb import (
-    StoredWeight,
-    formats_from_config,
-    from_bnb,
-    is_quantized,
-    stored_weight,
-    true_config,
-)
+from nybble.formats.bnb import StoredWeight, formats_from_config, from_bnb, is_quantized, stored_weight, true_config
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import (

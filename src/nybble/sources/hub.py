@@ -24,9 +24,7 @@ def fetch_config(repo_id: str) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    def not_fetched(
-        error: Exception,
-    ) -> ModelError:  # the errors' classes have no common base
+    def not_fetched(error: Exception) -> ModelError:  # the errors' classes have no common base
         return ModelError(
             f"config.json of {repo_id} cannot be fetched: {type(error).__name__}.",
             "Allowed: a folder, a hub id that can be reached, a .gguf file, or a shape that `nybble synth` knows.",

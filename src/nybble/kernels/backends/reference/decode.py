@@ -8,14 +8,7 @@ from torch import Tensor
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.ops.decode import (
-    Attend,
-    DecoderLayer,
-    DecoderLinear,
-    DecoderModel,
-    DecoderNorm,
-    attend_to_cache,
-)
+from nybble.kernels.ops.decode import Attend, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, attend_to_cache
 from nybble.kernels.ops.four_bit import gemv_4bit
 from nybble.kernels.ops.glu import geglu, swiglu
 from nybble.kernels.ops.norm import rms_norm
