@@ -24,6 +24,7 @@ from nybble.exporting.gguf_vocabulary import add_vocabulary
 from nybble.exporting.merged_source import MergedSource
 from nybble.families import FAMILIES
 from nybble.files.disk import fsync
+from nybble.formats.gguf import DENSE_ENDS, gguf_names, llama3_divisors
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
 from nybble.options.verbs import GgufType
@@ -32,7 +33,6 @@ from nybble.sources.stored_model import StoredModel
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
-DENSE_ENDS = ("token_embd.weight", "output.weight")  # in q8_0 where the rest is in four bits, as llama-quantize does
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def write_gguf_model(
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(writer, config)
-    add_vocabulary(writer, template, shapes[_embedding(names)][0])
+    add_vocabulary(writer, template, merged.skeleton.get_input_embeddings().num_embeddings)
     planned = [
         _Planned(
             names[name],
@@ -196,23 +196,14 @@ def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuan
     types = gguf.GGMLQuantizationType
     if len(shape) == 1:
         return types.F32
+    # llama-quantize, too, puts the ends into q8_0 where the rest is in four bits.
     wanted = types[(GgufType.Q8_0 if kind.in_four_bits and name in DENSE_ENDS else kind).name]
     return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 
 def _names(model: StoredModel) -> dict[str, str]:
     """transformers' name -> GGUF's, for every parameter that is stored."""
-    table = gguf.get_tensor_name_map(_architecture(model.config), model.config.num_hidden_layers)
-    names = {}
-    for name in model.skeleton.state_dict():
-        module, _, leaf = name.rpartition(".")
-        if (found := table.get_name(module)) is not None:
-            names[name] = f"{found}.{leaf}"
-    return names
-
-
-def _embedding(names: dict[str, str]) -> str:
-    return next(name for name, stored in names.items() if stored == "token_embd.weight")
+    return gguf_names(model.skeleton, _architecture(model.config))
 
 
 def _architecture(config: PretrainedConfig) -> gguf.MODEL_ARCH:
@@ -277,17 +268,9 @@ def _add_shape(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _rope_factors(config: PretrainedConfig) -> Tensor | None:
-    """Llama 3's scaling as llama.cpp keeps it: what each of the head_dim / 2 frequencies is divided by.
-
-    Wavelengths below original / high stay, those above original / low are stretched by the factor, and those between
-    are blended (transformers' `_compute_llama3_parameters`).
-    """
+    """Llama 3's scaling as llama.cpp keeps it; None where the model has another."""
     rope = _rope(config)
     if rope["rope_type"] != "llama3":
         return None
-    half = _head_dim(config) // 2
-    frequencies = rope["rope_theta"] ** -(torch.arange(half, dtype=torch.float64) / half)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()
+    return llama3_divisors(rope | {"original_max_position_embeddings": original}, _head_dim(config) // 2).float()

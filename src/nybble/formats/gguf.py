@@ -13,7 +13,7 @@ import hashlib
 import math
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 PANEL_ELEMENTS = 1 << 20  # widened at a time
 MAX_DIMS = 4
+DENSE_ENDS = ("token_embd.weight", "output.weight")
 LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a block
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -220,12 +221,7 @@ class GgufFile:
             ModelError: a tensor of the file has no place in the model.
         """
         architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        gguf_names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
-        names = {}
-        for hf_name in model.state_dict():
-            module, _, leaf = hf_name.rpartition(".")
-            if (gguf_module := gguf_names.get_name(module)) is not None:
-                names[f"{gguf_module}.{leaf}"] = hf_name
+        names = {gguf_name: name for name, gguf_name in gguf_names(model, architecture).items()}
         unplaced = [name for name in self.entries if name not in names and name != "rope_freqs.weight"]
         if unplaced:
             raise ModelError(
@@ -270,22 +266,44 @@ class GgufFile:
     def _llama3_scaling(self, theta: float) -> dict[str, Any]:
         """Llama 3's scaling, recognised by the frequency divisors that the file stores in its place."""
         divisors = self.read("rope_freqs.weight").double()  # (head_dim / 2)
-        factor, low, high, original = float(divisors.max()), 1.0, 4.0, 8192
-        frequencies = theta ** -(torch.arange(len(divisors), dtype=torch.float64) / len(divisors))
-        smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        if not torch.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(divisors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        expected = llama3_divisors(scaling | {"rope_theta": theta}, len(divisors))
+        if not torch.allclose(divisors, expected, rtol=1e-3):
             raise ModelError(
                 f"{self.path} scales its rotary frequencies by a table (rope_freqs.weight) that is not Llama 3's.",
                 "Known: none, linear, yarn, and Llama 3's.",
                 "Use the model's safetensors folder.",
             )
-        return {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
+        return scaling
+
+
+def gguf_names(model: "PreTrainedModel", architecture: gguf.MODEL_ARCH) -> dict[str, str]:
+    """transformers' name -> GGUF's, for every parameter that is stored."""
+    table = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
+    names = {}
+    for name in model.state_dict():
+        module, _, leaf = name.rpartition(".")
+        if (found := table.get_name(module)) is not None:
+            names[name] = f"{found}.{leaf}"
+    return names
+
+
+def llama3_divisors(rope: Mapping[str, Any], count: int) -> Tensor:
+    """Llama 3's scaling as llama.cpp keeps it: what each of `count` frequencies, head_dim / 2, is divided by, fp64.
+
+    Wavelengths below original / high stay, those above original / low are stretched by the factor, and those between
+    are blended (transformers' `_compute_llama3_parameters`); `rope` has transformers' keys.
+    """
+    frequencies = rope["rope_theta"] ** -(torch.arange(count, dtype=torch.float64) / count)
+    low, high, original = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
+    smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
 class _Cursor:

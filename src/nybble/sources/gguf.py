@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import ModelError, foreign_errors
 from nybble.files.disk import disk_errors
-from nybble.formats.gguf import LATTICES, GgufFile
+from nybble.formats.gguf import DENSE_ENDS, LATTICES, GgufFile
 from nybble.formats.gguf_vocabulary import (
     KNOWN_MODELS,
     NORMAL,
@@ -31,7 +31,6 @@ from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
 
 DERIVED_VERSION = 2  # raise it when what is derived from a file changes
-DENSE_ENDS = ("token_embd.weight", "output.weight")  # kept in 16 bits: widened straight to bf16
 
 
 class GgufSource(StoredModel):
@@ -78,7 +77,7 @@ class GgufSource(StoredModel):
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         gguf_name = self._names[name]
-        if gguf_name in DENSE_ENDS:
+        if gguf_name in DENSE_ENDS:  # kept in 16 bits: widened straight to bf16
             return self._file.read(gguf_name, self.dense_dtype)
         return self._file.read_as_hf(gguf_name, self.config)
 
