@@ -27,198 +27,148 @@ NEVER_ALLOWED = ("no-rows", "ids-beyond-vocabulary")  # training could not go on
 MOST_OF_AT_LEAST = 10  # rows, below which "most rows" says nothing
 MOST_DROPPED = 0.1  # of the rows; losing more changes what is learnt
 
-# id: (level, what it means, what to do)
-FINDINGS: dict[str, tuple[Level, str, str]] = {
-    "no-rows": ("error", "no row is left to train on", "see the other findings for what became of the rows"),
-    "unreadable-row": (
-        "error",
-        "rows cannot be read, as if the file were damaged or cut off",
-        "mend or remove them",
-    ),
+# id: (what it means, what to do)
+FINDINGS: dict[str, tuple[str, str]] = {
+    "no-rows": ("no row is left to train on", "see the other findings for what became of the rows"),
+    "unreadable-row": ("rows cannot be read, as if the file were damaged or cut off", "mend or remove them"),
     "unread-lesson": (
-        "error",
         "rows have columns that nybble does not read, though they are part of what is to be learnt",
         "remove the rows or the columns, or put what they say into the text",
     ),
     "beyond-text": (
-        "error",
         "rows have turns with tool calls, or with content that is no text",
         "remove them, or write what these say into the content",
     ),
     "unread-weight": (
-        "error",
         "rows weigh turns otherwise than by 0 and 1: a turn is learnt or it is not",
         "round the weights to 0 or 1, or remove them",
     ),
     "no-assistant-turn": (
-        "error",
         "rows without an assistant's turn train on nothing",
         "remove them, or give the text to learn as a `text` column",
     ),
     "no-user-turn": (
-        "error",
         "rows in which no user's turn precedes an assistant's have no prompt",
         "remove them, or give the text to learn as a `text` column",
     ),
     "no-supervised-tokens": (
-        "error",
         "rows in which not one token is supervised",
         "check the chat template's {% generation %} blocks, choose another with --chat-template, or remove the rows",
     ),
     "nothing-to-learn": (
-        "warning",
         "rows in which every assistant's turn is marked as not to be learnt were dropped",
         "nothing, if the marks (weight, train, loss) are meant so",
     ),
     "no-end-of-turn": (
-        "error",
         "rows have answers that do not end in a supervised end-of-turn token, so the model would not learn to stop",
         "choose a template that ends answers in a special token: --chat-template FILE|NAME; rows of a prompt and a "
         "completion can do without (--template none), and end in eos",
     ),
     "template-loses-content": (
-        "error",
         "the chat template leaves out part of what the rows say",
         "choose a template that renders it: --chat-template FILE|NAME, or move that content to a role that is rendered",
     ),
     "template-rewrites-prompt": (
-        "error",
         "the chat template renders answers so that they do not follow the prompt that chat would send",
         "choose a template that does not: --chat-template FILE|NAME (a Jinja file, or one of nybble's own)",
     ),
     "unread-message-keys": (
-        "error",
         "rows have turns with keys that nybble does not read, and that may change what is to be learnt",
         "remove these keys, or put what they say into the content",
     ),
     "marked-prompt": (
-        "error",
         "rows mark turns as to be learnt that are not the assistant's; only the assistant's are",
         "remove the mark, or give the text to learn as a `text` column",
     ),
     "system-folded": (
-        "warning",
         "rows have system turns, which the chat template refuses: their words go before the next user's",
         "nothing: chat, serve and export do the same; to have it otherwise, choose another --chat-template",
     ),
     "needs-template": (
-        "error",
         "rows of messages need a chat template",
         "leave out --template none, or give prompt/completion columns",
     ),
     "ids-beyond-vocabulary": (
-        "error",
         "the tokenizer gives ids that the model's embedding does not have",
         "use the tokenizer that belongs to the model; where tokens were added to it, spell them as ordinary text, or "
         "resize and train the base's embedding first",
     ),
     "untrained-tokens": (
-        "warning",
         "rows use tokens that were added to the tokenizer and that nothing shows to be trained; embeddings are frozen, "
         "so the model reads and writes them as noise",
         "spell them as ordinary text, or train them into the base's embedding first; nothing, if they are trained",
     ),
     "validation-leak": (
-        "error",
         "validation rows that also stand in the training data",
         "remove them from one of the two, or leave the validation data out and let nybble split",
     ),
     "huge-row": (
-        "error",
         f"rows of more than {MAX_ROW_CHARACTERS:,} characters, of which training would see a small part at most",
         "split them, or remove them",
     ),
     "many-dropped": (
-        "error",
         f"rows, more than {MOST_DROPPED:.0%} of all, would be left out",
         "see the other findings for what takes them out",
     ),
-    "unread-columns": ("warning", "rows have columns that nothing reads", "nothing, if they are not to be learnt"),
+    "unread-columns": ("rows have columns that nothing reads", "nothing, if they are not to be learnt"),
     "number-as-text": (
-        "warning",
         "rows have numbers, true or false where text is needed; they are read as JSON writes them",
         "nothing, unless you want them written otherwise: then make them text",
     ),
     "near-leak": (
-        "warning",
         f"validation rows share {NEAR_SIMILARITY:.0%} or more of their wording with a training row",
         "remove them from one of the two, else the held-out loss looks better than it is",
     ),
     "same-answer": (
-        "warning",
         "most rows have one and the same answer",
         "check which column holds the answer; a model that always gives this one would look good",
     ),
-    "missing-column": (
-        "warning",
-        "rows without a column that the others have were dropped",
-        "add it, or remove them",
-    ),
-    "not-text": (
-        "warning",
-        "rows with something else where text is needed were dropped",
-        "put text there, or remove them",
-    ),
-    "odd-turn": (
-        "warning",
-        "rows with conversations that nybble cannot read were dropped",
-        "mend them, or remove them",
-    ),
-    "template-refuses": (
-        "warning",
-        "rows that the chat template refuses were dropped",
-        "check the order of their roles",
-    ),
+    "missing-column": ("rows without a column that the others have were dropped", "add it, or remove them"),
+    "not-text": ("rows with something else where text is needed were dropped", "put text there, or remove them"),
+    "odd-turn": ("rows with conversations that nybble cannot read were dropped", "mend them, or remove them"),
+    "template-refuses": ("rows that the chat template refuses were dropped", "check the order of their roles"),
     "empty-answer": (
-        "warning",
         "rows with an empty answer were dropped",
         "remove them, or check which column holds the answer: --completion-field",
     ),
     "no-token-border": (
-        "warning",
         "rows in which the tokenizer has no border where an answer begins or ends were dropped",
         "check white space at the beginning of these answers",
     ),
     "too-long": (
-        "warning",
         "rows were dropped because none of their answer is within max_seq_len",
         "raise --max-seq-len, or shorten their prompts",
     ),
-    "truncated": (
-        "warning",
-        "rows longer than max_seq_len lost their end",
-        "raise --max-seq-len to train on all of them",
-    ),
+    "truncated": ("rows longer than max_seq_len lost their end", "raise --max-seq-len to train on all of them"),
     "beyond-context": (
-        "warning",
         "rows are longer than the context that the model was made for, where it computes less well",
         "lower --max-seq-len to that context, unless the model is meant to learn longer ones",
     ),
     "template-rewrites-history": (
-        "warning",
         "the chat template words earlier answers differently once a conversation goes on; rows were split",
         "nothing: each answer is trained as chat would produce it, at the cost of more tokens",
     ),
     "special-token-in-content": (
-        "warning",
         "rows spell special tokens in their own text",
         "remove them: the model reads them as control tokens",
     ),
     "special-token-in-text": (
-        "warning",
         "text rows spell special tokens; no begin or end is added where one stands, and all of the text is trained on",
         "nothing, if that is meant; to train on the answers of conversations alone, give them as `messages`",
     ),
-    "duplicates": (
-        "warning",
-        "rows say the same as an earlier row",
-        "remove them, unless they are meant to weigh more",
-    ),
+    "duplicates": ("rows say the same as an earlier row", "remove them, unless they are meant to weigh more"),
     "no-validation": (
-        "warning",
         "no validation rows, so nothing will show how the model does on text it has not seen",
         "add rows, or give a validation fraction above 0",
     ),
+}
+# What a run goes on with; all other findings are errors.
+WARNINGS = {
+    *("nothing-to-learn", "system-folded", "untrained-tokens", "unread-columns", "number-as-text"),
+    *("near-leak", "same-answer", "missing-column", "not-text", "odd-turn", "template-refuses"),
+    *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
+    *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),
+    "no-validation",
 }
 
 
@@ -240,15 +190,15 @@ class Finding:
 
     @property
     def level(self) -> Level:
-        return FINDINGS[self.id][0]
+        return "warning" if self.id in WARNINGS else "error"
 
     @property
     def message(self) -> str:
-        return FINDINGS[self.id][1]
+        return FINDINGS[self.id][0]
 
     @property
     def fix(self) -> str:
-        return FINDINGS[self.id][2]
+        return FINDINGS[self.id][1]
 
     def __str__(self) -> str:
         rest = self.num_rows - len(self.rows)
