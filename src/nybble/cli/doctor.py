@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from pathlib import Path
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -39,22 +39,24 @@ def examine() -> dict[str, Any]:
 
     from nybble.kernels import registry
     from nybble.kernels.backends.cpp import library
+    from nybble.kernels.hardware import cpu_flags, system_bytes, system_value
     from nybble.sources.bundled import cache_folder
 
+    memory = partial(system_bytes, "/proc/meminfo")
     return {
         "nybble": nybble.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in (*_NEEDED, *_OPTIONAL)},
         "cpu": {
-            "model": _first_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+            "model": system_value("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch_isa": torch.backends.cpu.get_cpu_capability(),
-            "vectors": [flag for flag in _VECTOR_FLAGS if flag in _cpu_flags()],
+            "vectors": [flag for flag in _VECTOR_FLAGS if flag in cpu_flags()],
         },
         "threads": torch.get_num_threads(),
         "waiting": openmp.SENTENCES[openmp.waiting],
-        "memory": {"total_bytes": _memory("MemTotal"), "available_bytes": _memory("MemAvailable")},
+        "memory": {"total_bytes": memory("MemTotal"), "available_bytes": memory("MemAvailable")},
         "cuda": [_cuda_device(index) for index in range(torch.cuda.device_count())],
         "cache": str(cache_folder()),
         "cpu_kernels": library.describe(),
@@ -67,23 +69,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _first_value(path: str, key: str) -> str | None:
-    """The value of the first `key: value` line of one of Linux's information files, which other systems lack."""
-    if not Path(path).exists():
-        return None
-    lines = (line.partition(":") for line in Path(path).read_text(encoding="utf-8").splitlines())
-    return next((value.strip() for name, _, value in lines if name.strip() == key), None)
-
-
-def _cpu_flags() -> list[str]:
-    return (_first_value("/proc/cpuinfo", "flags") or _first_value("/proc/cpuinfo", "Features") or "").split()
-
-
-def _memory(key: str) -> int | None:
-    value = _first_value("/proc/meminfo", key)
-    return int(value.removesuffix("kB")) * 1024 if value else None
 
 
 def _cuda_device(index: int) -> dict[str, Any]:

@@ -17,11 +17,24 @@ def multiplies_bf16(device: torch.device) -> bool:
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
     """Whether the CPU has bf16 products in hardware (AVX512-BF16, AMX, ARM BF16)."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        return any(
-            _BF16_FLAGS & set(line.split())
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith(("flags", "Features"))
-        )
-    return platform.system() == "Darwin" and platform.machine() == "arm64"
+    on_apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    return on_apple or not _BF16_FLAGS.isdisjoint(cpu_flags())
+
+
+def cpu_flags() -> list[str]:
+    """What the CPU can do, in Linux's words."""
+    return (system_value("/proc/cpuinfo", "flags") or system_value("/proc/cpuinfo", "Features") or "").split()
+
+
+def system_value(path: str, key: str) -> str | None:
+    """The value of the first `key: value` line of one of Linux's information files, which other systems lack."""
+    if not Path(path).exists():
+        return None
+    lines = (line.partition(":") for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return next((value.strip() for name, _, value in lines if name.strip() == key), None)
+
+
+def system_bytes(path: str, key: str) -> int | None:
+    """As `system_value`, of a size that is given in kB."""
+    value = system_value(path, key)
+    return int(value.removesuffix("kB")) * 1024 if value else None

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
+from nybble.kernels.hardware import system_bytes
 from nybble.kernels.heap import lies_in_heap
 
-_STATUS = Path("/proc/self/status")
-_MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
 _MEMINFO_DEFAULT = 8_000_000_000  # where the system does not tell
@@ -19,10 +18,8 @@ _MEMINFO_DEFAULT = 8_000_000_000  # where the system does not tell
 
 def anonymous_bytes() -> int:
     """Anonymous resident memory (RssAnon) in bytes; where the system does not tell, the peak resident size."""
-    if _STATUS.exists():
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+    if (anonymous := system_bytes("/proc/self/status", "RssAnon")) is not None:
+        return anonymous
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, others KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -43,10 +40,7 @@ def available_bytes(device: torch.device) -> int:
     """Memory that a run may still take: free memory of the device, on the CPU within the process's cgroup."""
     if has_own_memory(device):
         return torch.cuda.mem_get_info(device)[0]
-    free = _MEMINFO_DEFAULT
-    if _MEMINFO.exists():
-        lines = (line.split() for line in _MEMINFO.read_text().splitlines())
-        free = next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+    free = system_bytes("/proc/meminfo", "MemAvailable") or _MEMINFO_DEFAULT
     return min([free, *_left_in_cgroups()])
 
 
