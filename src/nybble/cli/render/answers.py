@@ -2,9 +2,7 @@
 
 import math
 
-from rich.table import Table
-
-from nybble.cli.render.terminal import Terminal, show
+from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
 from nybble.evaluation.scores import Estimate
@@ -16,10 +14,9 @@ def _(event: Evaluated, terminal: Terminal) -> None:
     """Losses with their intervals, what was forgotten, and how answers match."""
     evaluation = event.evaluation
     title = f"{len(evaluation.rows)} held-out rows, {int(evaluation.tokens.sum())} supervised tokens"
-    table = Table(title=title, title_justify="left", caption="in brackets: 95 % of 2000 draws of the rows")
-    columns = ["model", "loss", "perplexity", "tuned minus this", "KL, general text", *evaluation.metrics]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    figures = ["loss", "perplexity", "tuned minus this", "KL, general text", *evaluation.metrics]
+    table = new_table(title, ["model", *figures], right=figures)
+    table.caption = "in brackets: 95 % of 2000 draws of the rows"
     for name, arm in evaluation.arms.items():
         loss = evaluation.loss(name)
         change = "" if name == TUNED else _interval(evaluation.change(name), "+.4f")
@@ -37,10 +34,8 @@ def _interval(estimate: Estimate, form: str) -> str:
 
 @show.register
 def _(event: ArmsCompared, terminal: Terminal) -> None:
-    table = Table(title="against the 16-bit model, in nats a token", title_justify="left")
-    table.add_column("arm")
-    for name in ("KL mean", "median", "p99", "loss difference (95 %)", "same top 1", "bits/weight", "seconds"):
-        table.add_column(name, justify="right")
+    figures = ("KL mean", "median", "p99", "loss difference (95 %)", "same top 1", "bits/weight", "seconds")
+    table = new_table("against the 16-bit model, in nats a token", ["arm", *figures], right=figures)
     for result in event.results:
         q = result.quality
         table.add_row(

@@ -1,8 +1,6 @@
 """What comes of merging and exporting."""
 
-from rich.table import Table
-
-from nybble.cli.render.terminal import Terminal, show
+from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.exporting.compare import MergesCompared
 from nybble.exporting.verify import Verified
 
@@ -11,9 +9,7 @@ from nybble.exporting.verify import Verified
 def _(event: Verified, terminal: Terminal) -> None:
     """What was asked of whom, and what came of it."""
     verification = event.verification
-    table = Table(title=f"verified in: {verification.consumer}", title_justify="left")
-    for column in ("check", "found", "needed", ""):
-        table.add_column(column)
+    table = new_table(f"verified in: {verification.consumer}", ("check", "found", "needed", ""))
     for check in verification.checks:
         failed = "too little to tell" if verification.outcome == "undecided" else "[red]failed[/red]"
         table.add_row(check.name, check.found, check.needed, "passed" if check.passed else failed)
@@ -35,10 +31,9 @@ def _(event: Verified, terminal: Terminal) -> None:
 def _(event: MergesCompared, terminal: Terminal) -> None:
     """Losses, and how much of what fine-tuning gained each way keeps."""
     _, base, kept, *_ = event.losses.values()
-    table = Table(title=f"{event.num_rows} held-out rows, {event.num_tokens} supervised tokens", title_justify="left")
-    table.add_column("model")
-    for column in ("loss, nats a token", "against kept apart", "gain kept"):
-        table.add_column(column, justify="right")
+    figures = ("loss, nats a token", "against kept apart", "gain kept")
+    title = f"{event.num_rows} held-out rows, {event.num_tokens} supervised tokens"
+    table = new_table(title, ["model", *figures], right=figures)
     for name, loss in event.losses.items():
         gain = f"{(base - loss) / (base - kept):.0%}" if base > kept and "base, " not in name[:6] else ""
         table.add_row(name, f"{loss:.4f}", f"{loss - kept:+.4f}", gain)

@@ -1,10 +1,12 @@
 """The terminal as a listener of events: each is shown in the way that belongs to its type."""
 
+from collections.abc import Collection, Sequence
 from functools import singledispatch
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Column, Table
 
 from nybble import events
 from nybble.cli.render.step_line import StepLine
@@ -61,6 +63,12 @@ class Terminal:
         if self._bar is not None:
             self._bar.stop()
         self._bar = None
+
+
+def new_table(title: str, columns: Sequence[str], right: Collection[str] = ()) -> Table:
+    """A table with these headings; the columns named in `right` hold figures, which stand on the right."""
+    headings = [Column(name, justify="right" if name in right else "left") for name in columns]
+    return Table(*headings, title=title, title_justify="left")
 
 
 @singledispatch

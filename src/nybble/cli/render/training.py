@@ -11,28 +11,16 @@ from nybble.cli.render.terminal import Terminal, show
 from nybble.evaluation.samples import Sample
 from nybble.runs.result import RunResult
 from nybble.sources.bundled import Fetching
-from nybble.training.events import (
-    AdapterTaken,
-    HeldOutLoss,
-    ModelOpened,
-    NotPaged,
-    OutOfMemory,
-    Resumed,
-    RunMeasured,
-    RunStarted,
-    Step,
-    TrainingBegun,
-    TrainingEnded,
-)
+from nybble.training import events
 from nybble.units import format_bytes
 
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
 
-@show.register(RunStarted)
-@show.register(AdapterTaken)
-@show.register(Resumed)
-def _(event: RunStarted | AdapterTaken | Resumed, terminal: Terminal) -> None:
+@show.register(events.RunStarted)
+@show.register(events.AdapterTaken)
+@show.register(events.Resumed)
+def _(event: events.RunStarted | events.AdapterTaken | events.Resumed, terminal: Terminal) -> None:
     """The user asked for it; what follows says the rest."""
 
 
@@ -43,50 +31,50 @@ def _(event: Fetching, terminal: Terminal) -> None:
 
 
 @show.register
-def _(event: ModelOpened, terminal: Terminal) -> None:
+def _(event: events.ModelOpened, terminal: Terminal) -> None:
     terminal.say(f"model: {event.name}")
     for note in event.notes:
         terminal.say(f"  {note}")
 
 
 @show.register
-def _(event: TrainingBegun, terminal: Terminal) -> None:
+def _(event: events.TrainingBegun, terminal: Terminal) -> None:
     if event.after is not None:
         terminal.say(f"going on after step {event.after} of {event.total_steps}")
     terminal.steps = StepLine(terminal.console, event.total_steps)
 
 
 @show.register
-def _(event: Step, terminal: Terminal) -> None:
+def _(event: events.Step, terminal: Terminal) -> None:
     assert terminal.steps is not None
     figures = f"loss {event.loss:.4f}  {event.tokens_per_s:.0f} tokens/s  {format_bytes(event.memory_bytes)}"
     terminal.steps.update(event.step, figures)
 
 
 @show.register
-def _(event: HeldOutLoss, terminal: Terminal) -> None:
+def _(event: events.HeldOutLoss, terminal: Terminal) -> None:
     when = "before training" if event.step == 0 else f"after step {event.step}"
     terminal.say(f"held-out loss {when}: {event.loss:.4f} nats per supervised token")
 
 
 @show.register
-def _(event: OutOfMemory, terminal: Terminal) -> None:
+def _(event: events.OutOfMemory, terminal: Terminal) -> None:
     how = "with the optimizer's state in a file" if event.paged else f"{event.micro_batch_size} rows at once"
     terminal.say(f"step {event.step} ran out of memory: again, {how}")
 
 
 @show.register
-def _(event: NotPaged, terminal: Terminal) -> None:
+def _(event: events.NotPaged, terminal: Terminal) -> None:
     terminal.say(event.reason)
 
 
 @show.register
-def _(event: TrainingEnded, terminal: Terminal) -> None:
+def _(event: events.TrainingEnded, terminal: Terminal) -> None:
     terminal.end_steps()
 
 
 @show.register
-def _(event: RunMeasured, terminal: Terminal) -> None:
+def _(event: events.RunMeasured, terminal: Terminal) -> None:
     terminal.say(f"{event.steps} steps in {event.training_s:.0f} s")
     terminal.say(
         f"peak memory: {format_bytes(event.peak_bytes)} measured, {format_bytes(event.predicted_peak_bytes)} "

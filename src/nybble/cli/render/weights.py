@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from rich.table import Table
-
-from nybble.cli.render.terminal import Terminal, show
+from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.quantization.partial import LayerReport
 from nybble.quantization.sensitivity import MixedMeasured
 from nybble.runs.base import RoundingChosen
@@ -25,10 +23,7 @@ def _(event: MixedMeasured, terminal: Terminal) -> None:
         rows.setdefault(block, {})[leaf] = str(mixed.formats.of(name).bits)
     leaves = list(dict.fromkeys(leaf for row in rows.values() for leaf in row))
     title = f"bits of each layer: {mixed.bits:.3f} a weight, predicted KL {mixed.predicted_kl:.3g} nats a token"
-    table = Table(title=title, title_justify="left")
-    table.add_column("block")
-    for leaf in leaves:
-        table.add_column(leaf, justify="right")
+    table = new_table(title, ["block", *leaves], right=leaves)
     for block, row in rows.items():
         table.add_row(block, *(row.get(leaf, "") for leaf in leaves))
     terminal.console.print(table)
@@ -44,9 +39,8 @@ def _block_and_leaf(name: str) -> tuple[str, str]:
 def show_reports(terminal: Terminal, reports: Sequence[LayerReport], calibrated: bool) -> None:
     """What each layer lost, and what it would have lost by absmax."""
     lost = "of its output on the calibration text" if calibrated else "of its weights"
-    table = Table(title=f"relative error (rms) {lost}", title_justify="left")
-    for name in ("layer", "by", "absmax", "now", "note"):
-        table.add_column(name, justify="right" if name in ("absmax", "now") else "left")
+    columns = ("layer", "by", "absmax", "now", "note")
+    table = new_table(f"relative error (rms) {lost}", columns, right=("absmax", "now"))
     for report in reports:
         errors = [f"{error**0.5:.2%}" for error in (report.absmax_error, report.error)]
         table.add_row(report.name, report.method, *errors, report.note)
