@@ -12,19 +12,8 @@ TINIEST = 1e-38  # smaller scales count as it when dividing
 
 
 @registry.register("adamw_", "reference")
-def adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_scale: float,
-) -> None:
+def adamw_(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *numbers: float) -> None:
+    step, lr, beta1, beta2, eps, weight_decay, grad_scale = numbers
     g = grad * grad_scale
     param.mul_(1 - lr * weight_decay)
     exp_avg.lerp_(g, 1 - beta1)
