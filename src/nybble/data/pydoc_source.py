@@ -17,21 +17,10 @@ from nybble.data.examples import Example
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 INSTRUCTION = "Write the first sentence of this function's docstring."
-SKIPPED_FOLDERS = frozenset(
-    [
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "turtledemo",
-        "encodings",
-        "pydoc_data",
-        "ensurepip",
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-    ]
-)
+SKIPPED_FOLDERS = {
+    *("test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
 SENTENCE_LENGTH = range(15, 201)  # characters
 SOURCE_LENGTH = range(60, 1201)
 SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.](?=\s|$)")

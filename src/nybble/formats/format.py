@@ -59,23 +59,11 @@ class Format:
 # linspace(o, 1/2, 8) without its end; with a zero, sorted, divided by the largest. The digits below are
 # those of bitsandbytes, whose own computation is off the exact quantiles by up to 2e-7.
 _NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
 
 # FP4: sign, two exponent bits, one mantissa bit, in the index order of bitsandbytes' kernels, divided
 # by the largest value. Index 8 is a second zero (plus zero, as in bitsandbytes).

@@ -37,15 +37,8 @@ _KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape
 # What a config may say without changing what the adapter computes; anything else must be off.
 PLAIN_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
-    *(
-        "target_modules",
-        "target_parameters",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "fan_in_fan_out",
-        "inference_mode",
-    ),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("fan_in_fan_out", "inference_mode"),
     *("auto_mapping", "peft_version", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
     *("lora_ga_config", "runtime_config", "ensure_weight_tying", "qalora_group_size", "init_lora_weights"),
 }
