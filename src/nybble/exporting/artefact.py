@@ -18,15 +18,8 @@ from nybble.data.examples import EncodedExample
 from nybble.errors import ExportError
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Listener, Note, silent
+from nybble.exporting import gguf_model
 from nybble.exporting.consumers import CPU, load_consumer
-from nybble.exporting.gguf_model import (
-    ADAPTER_FILE,
-    MODEL_FILE,
-    check_family,
-    gguf_bytes,
-    write_gguf_adapter,
-    write_gguf_model,
-)
 from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
@@ -159,8 +152,10 @@ def write(
     _check_space(out, _bytes(merged, artefact))
     if artefact.kind is ArtefactKind.GGUF:
         with staged_folder(out) as staging:
-            write_gguf_model(merged, artefact.gguf_type, opened.template, staging / MODEL_FILE, report)
-            _write_modelfile(staging, f"./{MODEL_FILE}", opened)
+            gguf_model.write_gguf_model(
+                merged, artefact.gguf_type, opened.template, staging / gguf_model.MODEL_FILE, report
+            )
+            _write_modelfile(staging, f"./{gguf_model.MODEL_FILE}", opened)
         return None
     if artefact.kind is ArtefactKind.DENSE:
         save_dense_folder(merged, out, report=report)
@@ -238,10 +233,10 @@ def _write_peft(opened: OpenRun, folder: Path) -> None:
 
 
 def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:
-    write_gguf_adapter(StoredAdapter(opened.run.adapter), opened.source, folder / ADAPTER_FILE)
+    gguf_model.write_gguf_adapter(StoredAdapter(opened.run.adapter), opened.source, folder / gguf_model.ADAPTER_FILE)
     base = Path(opened.source.name).absolute()
     named = str(base) if base.suffix == ".gguf" else "./BASE.gguf"  # for the user to put there
-    _write_modelfile(folder, named, opened, f"./{ADAPTER_FILE}")
+    _write_modelfile(folder, named, opened, f"./{gguf_model.ADAPTER_FILE}")
 
 
 def _write_modelfile(folder: Path, model: str, opened: OpenRun, adapter: str | None = None) -> None:
@@ -255,8 +250,8 @@ def _check_fits(opened: OpenRun) -> None:
 
 def _bytes(merged: MergedSource, artefact: Artefact) -> int:
     if artefact.kind is ArtefactKind.GGUF:
-        check_family(merged.config)
-        return gguf_bytes(merged, artefact.gguf_type)
+        gguf_model.check_family(merged.config)
+        return gguf_model.gguf_bytes(merged, artefact.gguf_type)
     return 2 * sum(p.numel() for p in merged.skeleton.parameters())  # an upper limit for four bits
 
 

@@ -6,23 +6,12 @@ SentencePiece's pieces join by descending score, so the score of a token is minu
 import json
 from typing import Any
 
-import gguf
+from gguf import GGUFWriter, TokenType
 
 from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
 from nybble.errors import ExportError
-from nybble.formats.gguf_vocabulary import (
-    BYTE,
-    BYTE_TOKEN,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    SPLITTING_RULES,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Vocabulary,
-)
+from nybble.formats.gguf_vocabulary import BYTE_TOKEN, SPACE, SPLITTING_RULES, Vocabulary
 
 
 def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
@@ -43,17 +32,18 @@ def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
         raise ExportError(f"The tokenizer has {len(ids)} tokens, the model's embedding {size} rows.")
     byte_fallback = bool(model.get("byte_fallback"))
     tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [UNUSED] * size
+    types = [TokenType.UNUSED] * size
     for token, number in ids.items():
-        tokens[number], types[number] = token, BYTE if byte_fallback and BYTE_TOKEN.fullmatch(token) else NORMAL
+        is_byte = byte_fallback and BYTE_TOKEN.fullmatch(token)
+        tokens[number], types[number] = token, TokenType.BYTE if is_byte else TokenType.NORMAL
     for number, added in tokenizer.added_tokens_decoder.items():
         tokens[number] = added.content
-        types[number] = CONTROL if added.special else USER_DEFINED
+        types[number] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if not byte_fallback:
         return Vocabulary("gpt2", _splitting_rule(description), tokens, types, merges)
     if tokenizer.unk_token_id is not None:
-        types[tokenizer.unk_token_id] = UNKNOWN
+        types[tokenizer.unk_token_id] = TokenType.UNKNOWN
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair) if not isinstance(pair, str) else pair.replace(" ", "", 1), rank)
@@ -63,7 +53,7 @@ def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
     return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=begun.startswith(SPACE))
 
 
-def add_vocabulary(writer: gguf.GGUFWriter, template: ChatTemplate, size: int) -> None:
+def add_vocabulary(writer: GGUFWriter, template: ChatTemplate, size: int) -> None:
     """Write the run's tokenizer, its chat template and the tokens that end an answer.
 
     Raises:

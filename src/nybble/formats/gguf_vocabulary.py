@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -60,7 +61,6 @@ SPLITTING_RULES = {
     "tekken": SplittingRule((_TEKKEN, "raw bytes"), whole_words=True, adds_bos=True),
 }
 KNOWN_MODELS = ("gpt2", "llama")
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # `gguf.TokenType`
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
 
@@ -104,10 +104,10 @@ def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
     if len(vocabulary.types) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and types of {len(vocabulary.types)}")
     tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
-    for kind in (CONTROL, USER_DEFINED):
+    for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
         tokens = [token for token, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == kind]
-        added = [AddedToken(token, normalized=False, special=kind == CONTROL) for token in tokens]
-        tokenizer.add_special_tokens(added) if kind == CONTROL else tokenizer.add_tokens(added)
+        added = [AddedToken(token, normalized=False, special=kind == TokenType.CONTROL) for token in tokens]
+        tokenizer.add_special_tokens(added) if kind == TokenType.CONTROL else tokenizer.add_tokens(added)
     return tokenizer
 
 
@@ -125,7 +125,9 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     if len(vocabulary.scores) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and scores of {len(vocabulary.scores)}")
-    unknown = next((t for t, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == UNKNOWN), None)
+    unknown = next(
+        (t for t, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == TokenType.UNKNOWN), None
+    )
     model = models.BPE(
         _ids(vocabulary), _merges_by_score(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
@@ -146,7 +148,7 @@ def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
     return [
         (token[:cut], token[cut:])
         for _, token, kind in ranked
-        if kind in (NORMAL, UNUSED)
+        if kind in (TokenType.NORMAL, TokenType.UNUSED)
         for cut in range(1, len(token))
         if token[:cut] in known and token[cut:] in known
     ]

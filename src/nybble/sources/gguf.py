@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from gguf import TokenType
 from tokenizers import processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -15,14 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from nybble.errors import ModelError, foreign_errors
 from nybble.files.disk import disk_errors
 from nybble.formats.gguf import DENSE_ENDS, LATTICES, GgufFile
-from nybble.formats.gguf_vocabulary import (
-    KNOWN_MODELS,
-    NORMAL,
-    SPLITTING_RULES,
-    Vocabulary,
-    splitting_rule,
-    tokenizer_of,
-)
+from nybble.formats.gguf_vocabulary import KNOWN_MODELS, SPLITTING_RULES, Vocabulary, splitting_rule, tokenizer_of
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import sampled_sha256, staged_folder
 from nybble.sources.bundled import CACHE_FIX, cache_folder
@@ -204,7 +198,7 @@ def _vocabulary_of(file: GgufFile) -> Vocabulary:
         model=model,
         pre=pre or "default",
         tokens=[token or f"[EMPTY_{number}]" for number, token in enumerate(tokens)],  # as llama.cpp names them
-        types=file.array("tokenizer.ggml.token_type") or [NORMAL] * len(tokens),
+        types=file.array("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens),
         merges=file.array("tokenizer.ggml.merges"),
         scores=file.array("tokenizer.ggml.scores"),
         space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", model == "llama")),
