@@ -7,7 +7,6 @@ from nybble.evaluation.scores import (
     choose_metrics,
     exact_match,
     last_number,
-    loss_difference,
     mean_loss,
     mean_score,
     number_match,
@@ -47,7 +46,7 @@ def test_pairing_takes_out_what_rows_have_in_common() -> None:
     tokens = np.full(200, 10)
     hard = random.normal(20, 8, 200)
     theirs, ours = hard + random.normal(0, 0.1, 200), hard - 0.5 + random.normal(0, 0.1, 200)
-    paired = loss_difference(ours, theirs, tokens)
+    paired = mean_loss(ours - theirs, tokens)
     assert paired.low < -0.05 < paired.high < 0 and paired.high - paired.low < 0.01
     alone = mean_loss(ours, tokens)
     assert alone.high - alone.low > 10 * (paired.high - paired.low)

@@ -17,19 +17,7 @@ from nybble.cli.serve import serve
 from nybble.cli.synth import synth
 from nybble.cli.train import train
 from nybble.cli.verbs import add_verb
-from nybble.options.verbs import (
-    ChatConfig,
-    DataConfig,
-    EvalConfig,
-    EvalQualityConfig,
-    ExportConfig,
-    MergeConfig,
-    PlanConfig,
-    QuantizeConfig,
-    ServeConfig,
-    SynthConfig,
-    TrainConfig,
-)
+from nybble.options import verbs
 
 _SETTINGS = {"help_option_names": ["--help", "-h"]}
 
@@ -62,17 +50,17 @@ def _nybble(
     """Fine-tune large language models whose frozen weights are four bits wide."""
 
 
-add_verb(app, "train", train, TrainConfig)
-add_verb(app, "chat", chat, ChatConfig)
-add_verb(app, "plan", plan, PlanConfig)
-add_verb(app, "quantize", quantize, QuantizeConfig)
-add_verb(app, "synth", synth, SynthConfig)
-add_verb(app, "serve", serve, ServeConfig)
-add_verb(app, "merge", merge, MergeConfig)
-add_verb(app, "export", export, ExportConfig)
+add_verb(app, "train", train, verbs.TrainConfig)
+add_verb(app, "chat", chat, verbs.ChatConfig)
+add_verb(app, "plan", plan, verbs.PlanConfig)
+add_verb(app, "quantize", quantize, verbs.QuantizeConfig)
+add_verb(app, "synth", synth, verbs.SynthConfig)
+add_verb(app, "serve", serve, verbs.ServeConfig)
+add_verb(app, "merge", merge, verbs.MergeConfig)
+add_verb(app, "export", export, verbs.ExportConfig)
 app.add_typer(data_app)
 app.add_typer(eval_app)
-add_verb(eval_app, None, evaluate, EvalConfig)
-add_verb(data_app, "check", check, DataConfig)
-add_verb(eval_app, "quality", quality, EvalQualityConfig)
+add_verb(eval_app, None, evaluate, verbs.EvalConfig)
+add_verb(data_app, "check", check, verbs.DataConfig)
+add_verb(eval_app, "quality", quality, verbs.EvalQualityConfig)
 add_verb(app, "doctor", doctor)

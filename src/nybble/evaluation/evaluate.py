@@ -21,15 +21,7 @@ from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.html_report import write_html
 from nybble.evaluation.model_card import write_card
-from nybble.evaluation.scores import (
-    METRICS,
-    Estimate,
-    choose_metrics,
-    loss_difference,
-    mean_loss,
-    mean_score,
-    row_losses,
-)
+from nybble.evaluation.scores import METRICS, Estimate, choose_metrics, mean_loss, mean_score, row_losses
 from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
 from nybble.generation.generate import generate
@@ -89,8 +81,8 @@ class Evaluation:
         return mean_loss(self.arms[arm].losses, self.tokens)
 
     def change(self, other: str) -> Estimate:
-        """The tuned model's loss minus another's, paired."""
-        return loss_difference(self.arms[TUNED].losses, self.arms[other].losses, self.tokens)
+        """The tuned model's loss minus another's, paired: the same rows at each draw (Efron 1979)."""
+        return mean_loss(self.arms[TUNED].losses - self.arms[other].losses, self.tokens)
 
     def row_change(self) -> np.ndarray:
         """Loss a token of the tuned model minus its base's, of each row."""

@@ -53,11 +53,6 @@ def mean_loss(losses: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate
     return _bootstrap(lambda rows: losses[rows].sum(-1) / tokens[rows].sum(-1), len(losses), seed)
 
 
-def loss_difference(ours: np.ndarray, theirs: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate:
-    """`mean_loss` of ours minus theirs, paired: both are taken from the same rows at each draw (Efron 1979)."""
-    return mean_loss(ours - theirs, tokens, seed)
-
-
 def mean_score(scores: Sequence[float], seed: int = 0) -> Estimate:
     """Mean of one score a row."""
     values = np.asarray(scores, dtype=np.float64)
