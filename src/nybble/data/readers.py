@@ -180,7 +180,7 @@ def read_examples(source: str | Sequence[str], fields: FieldNames | None = None)
 
 
 def _read_builtin(source: str, result: ReadResult) -> str:
-    from nybble.data.pydoc_source import read_pydoc
+    from nybble.data.standard_library import read_pydoc
 
     if source != "builtin:pydoc":
         raise DataError(f"{source}: no such built-in source", "allowed: builtin:pydoc")

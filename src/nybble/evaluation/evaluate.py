@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nybble.data.examples import EncodedExample
-from nybble.data.general_text import read_general_text
+from nybble.data.standard_library import read_general_text
 from nybble.errors import RunError
 from nybble.evaluation.divergence import Distributions, text_logits
 from nybble.evaluation.evaluation_rows import evaluation_rows

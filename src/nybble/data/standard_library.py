@@ -1,8 +1,11 @@
-"""builtin:pydoc: functions of the standard library and the first sentence of their docstrings.
+"""What Python's standard library says about itself, to train on and to ask about.
 
-Read from the source files of the Python that runs this, with `ast`; nothing is imported, nothing downloaded.
-The rows depend on the Python version alone. Left out: tests, generated tables, and modules that are
-applications more than libraries; docstrings that are not prose; functions too short or too long to describe.
+Read from the source files of the Python that runs this, with `ast`; nothing is imported, nothing downloaded. It depends
+on the Python version alone.
+
+`read_pydoc` is builtin:pydoc: functions and the first sentence of their docstrings. Left out: tests, generated tables,
+and modules that are applications more than libraries; docstrings that are not prose; functions too short or too long to
+describe. `read_general_text` is prose for asking what a model has forgotten: no fine-tuning data are likely to hold it.
 """
 
 import ast
@@ -21,6 +24,7 @@ SKIPPED_FOLDERS = {
     *("test", "tests", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data", "ensurepip"),
     *("site-packages", "dist-packages", "__pycache__"),
 }
+MIN_CHARACTERS = 400  # of a module's docstring
 SENTENCE_LENGTH = range(15, 201)  # characters
 SOURCE_LENGTH = range(60, 1201)
 SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)[.](?=\s|$)")
@@ -53,12 +57,9 @@ def _sources(folder: Path) -> Iterator[Path]:
 
 def _described_functions(path: Path) -> Iterator[tuple[int, str, str]]:
     """(line, source without docstring, first sentence) of every function worth describing."""
-    text = path.read_text(encoding="utf-8", errors="strict")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in the sources are not the user's business
-        tree = ast.parse(text)
+    text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
-    for node in _functions(tree.body):
+    for node in _functions(_parse(text).body):
         sentence = first_sentence(ast.get_docstring(node) or "")
         source = _without_docstring(node, lines) if sentence else None
         if sentence and source and len(source) in SOURCE_LENGTH:
@@ -96,3 +97,27 @@ def _without_docstring(node: Function, lines: list[str]) -> str | None:
         return None
     kept = lines[node.lineno - 1 : docstring.lineno - 1] + lines[docstring.end_lineno : node.end_lineno]
     return textwrap.dedent("\n".join(line.rstrip() for line in kept)).strip()
+
+
+def read_general_text(max_characters: int, root: Path | None = None) -> list[str]:
+    """Module docstrings of at least MIN_CHARACTERS in the order of their paths, up to `max_characters` in all.
+
+    Args:
+        root: a folder of Python sources; the running Python's standard library by default.
+    """
+    folder = root or Path(sysconfig.get_paths()["stdlib"])
+    texts, characters = [], 0
+    for path in sorted(folder.glob("*.py")):
+        docstring = ast.get_docstring(_parse(path.read_text(encoding="utf-8"))) or ""
+        if len(docstring) >= MIN_CHARACTERS:
+            texts.append(docstring[: max_characters - characters])
+            characters += len(texts[-1])
+        if characters >= max_characters:
+            break
+    return texts
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in the sources are not the user's business
+        return ast.parse(source)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nybble.data.pydoc_source import INSTRUCTION, first_sentence, read_pydoc
 from nybble.data.readers import read_examples
+from nybble.data.standard_library import INSTRUCTION, first_sentence, read_pydoc
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_same_rows_in_another_process(tmp_path):
     (tmp_path / "b.py").write_text("def f(x):\n    'Return x, but only after a while.'\n" + "    x += 1\n" * 8)
     (tmp_path / "a.py").write_text("def g(x):\n    'Return x, but only before long.'\n" + "    x += 2\n" * 8)
     code = (
-        "from pathlib import Path; from nybble.data.pydoc_source import read_pydoc; "
+        "from pathlib import Path; from nybble.data.standard_library import read_pydoc; "
         f"print(read_pydoc(Path({str(tmp_path)!r})))"
     )
     root = str(Path(__file__).parents[2] / "src")
