@@ -78,8 +78,8 @@ def test_safetensors_headers(tmp_path, header, length, data):
 
     def read() -> None:
         stored = SafetensorsFolder(path)
-        for name in stored.names():
-            assert stored.read(name).shape == stored.shape(name)
+        for name, entry in stored.entries.items():
+            assert stored.read(name).shape == entry.shape
 
     value_or_message(read)
 

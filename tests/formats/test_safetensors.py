@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nybble.errors import ModelError
 from nybble.formats.safetensors import (
+    DTYPES,
     INDEX_NAME,
     RESERVED_HEADER_BYTES,
     SINGLE_NAME,
@@ -36,11 +37,11 @@ def example_tensors() -> dict[str, torch.Tensor]:
 
 
 def assert_same(folder: SafetensorsFolder, tensors: dict[str, torch.Tensor]) -> None:
-    assert set(folder.names()) == set(tensors)
+    assert set(folder.entries) == set(tensors)
     for name, tensor in tensors.items():
         read = folder.read(name)
-        assert read.dtype == tensor.dtype == folder.dtype(name)
-        assert read.shape == tensor.shape == folder.shape(name)
+        assert read.dtype == tensor.dtype == DTYPES[folder.entries[name].dtype]
+        assert read.shape == tensor.shape == folder.entries[name].shape
         assert torch.equal(read, tensor), name
 
 
@@ -255,7 +256,7 @@ def test_random_damage_is_read_right_or_refused(tmp_path_factory: pytest.TempPat
     except ModelError:
         return
     theirs = safetensors.torch.load(bytes(content))
-    assert set(ours.names()) == set(theirs)
+    assert set(ours.entries) == set(theirs)
     for name, tensor in theirs.items():
         read = ours.read(name)
         assert read.dtype == tensor.dtype

@@ -1,17 +1,25 @@
-"""`nybble eval quality`."""
+"""`nybble eval` and `nybble eval quality`."""
 
 from typing import Any
 
+import nybble
+from nybble.cli.lazy_terminal import LazyTerminal
 from nybble.options.option import build_options
 from nybble.options.verbs import EvalQualityConfig
+
+
+def evaluate(given: dict[str, Any]) -> int:
+    """Compare a run with its base on held-out rows: losses, answers, what was forgotten; a report and a model card."""
+    with LazyTerminal() as listener:
+        nybble.evaluate(on_event=listener, **given)
+    return 0
 
 
 def quality(given: dict[str, Any]) -> int:
     """Compare ways of putting a model into four bits with the 16-bit model: KL, loss, likeliest token, size, time."""
     config = build_options(EvalQualityConfig, given)
-    from nybble.cli.render import Terminal
     from nybble.evaluation.compare_arms import compare_arms
 
-    with Terminal() as terminal:
-        compare_arms(config, terminal)
+    with LazyTerminal() as listener:
+        compare_arms(config, listener)
     return 0

@@ -8,8 +8,7 @@ import nybble
 from nybble.cli.chat import chat
 from nybble.cli.data import check
 from nybble.cli.doctor import doctor
-from nybble.cli.eval import quality
-from nybble.cli.evaluate import evaluate
+from nybble.cli.eval import evaluate, quality
 from nybble.cli.export import export, merge
 from nybble.cli.plan import plan
 from nybble.cli.quantize import quantize

@@ -106,15 +106,6 @@ class SafetensorsFolder:
         if path.is_dir() and (path / INDEX_NAME).is_file():
             _check_index(path, self.entries)
 
-    def names(self) -> list[str]:
-        return list(self.entries)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.entries[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.entries[name].dtype]
-
     def read(self, name: str) -> Tensor:
         """One tensor, in fresh memory that nothing else refers to."""
         entry = self.entries[name]

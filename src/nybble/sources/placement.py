@@ -21,16 +21,14 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class PlacedTensor:
-    """A stored tensor and the parameter it is for.
+    """A stored tensor that is for a parameter.
 
     Args:
         name: in the source.
-        target: name of the parameter in the model.
         shape: of the parameter.
     """
 
     name: str
-    target: str
     shape: tuple[int, ...]
 
 
@@ -59,7 +57,7 @@ def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> dict[str, 
         if target in placed:
             _check_same(source, placed[target].name, name)
         else:
-            placed[target] = PlacedTensor(name, target, shapes[target])
+            placed[target] = PlacedTensor(name, shapes[target])
     missing = sorted({tied.get(name, name) for name in shapes} - placed.keys())
     if unused or missing:
         what = [f"{source.name} does not fit {type(model).__name__}, which its config asks for."]

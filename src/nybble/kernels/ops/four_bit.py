@@ -46,19 +46,13 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         FormatError: another dtype.
         KernelError: the backend asked for cannot run.
     """
-    spec = q.spec
-    weight: Tensor = torch.ops.nybble.dequantize_4bit(
-        q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, dtype
-    )
+    weight: Tensor = torch.ops.nybble.dequantize_4bit(*_arguments(q), dtype)
     return weight
 
 
 def dequantize_into(q: QuantizedTensor, out: Tensor) -> None:
     """As `dequantize`, written into `out`: contiguous, shape `q.shape`, fp32, bf16 or fp16."""
-    spec = q.spec
-    torch.ops.nybble.dequantize_4bit_out(
-        q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, out
-    )
+    torch.ops.nybble.dequantize_4bit_out(*_arguments(q), out)
 
 
 def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
@@ -73,8 +67,12 @@ def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
     Returns:
         [rows, out_features], the dtype of x.
     """
-    spec = q.spec
-    return torch.ops.nybble.gemv_4bit(x, q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant)
+    return torch.ops.nybble.gemv_4bit(x, *_arguments(q))
+
+
+def _arguments(q: QuantizedTensor) -> tuple[Tensor, Tensor, tuple[int, ...], str, int, bool]:
+    """As the ops take a weight."""
+    return q.packed, q.scales, q.shape, q.spec.format, q.spec.block_size, q.spec.double_quant
 
 
 def allocating(dequantize_out: Callable[..., None]) -> Callable[..., Tensor]:
