@@ -570,8 +570,7 @@ def _hub_rows(source: str) -> Rows:
         yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
     except ConnectionError as error:
         raise DataError(
-            f"{source}: the hub cannot be reached ({error})",
-            f"a hub id needs a network; without one: {ALLOWED_FILES}",
+            f"{source}: the hub cannot be reached ({error})", f"a hub id needs a network; without one: {ALLOWED_FILES}"
         ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source}: the hub's data set cannot be read: {error}") from error

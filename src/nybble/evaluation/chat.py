@@ -32,11 +32,7 @@ def opening(config: ChatConfig) -> list[Message]:
 
 
 def answer(
-    loaded: LoadedModel,
-    messages: Sequence[Message],
-    config: ChatConfig,
-    pieces: TextPieces,
-    say: Callable[[str], None],
+    loaded: LoadedModel, messages: Sequence[Message], config: ChatConfig, pieces: TextPieces, say: Callable[[str], None]
 ) -> bool:
     """Answer a conversation; returns whether the answer ends because the model's context does.
 

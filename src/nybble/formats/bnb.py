@@ -283,8 +283,7 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str
     if len(keys) != 1:
         found = "has none" if not keys else f"has {len(keys)}"
         raise FormatError(
-            f"A four-bit weight has one quantisation state; {name} {found}.",
-            f"Known: {', '.join(known)}.",
+            f"A four-bit weight has one quantisation state; {name} {found}.", f"Known: {', '.join(known)}."
         )
     key = keys[0]
     tensor = tensors[key]

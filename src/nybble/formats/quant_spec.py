@@ -32,8 +32,7 @@ class QuantSpec:
         named_format(self.format)
         if self.block_size not in BLOCK_SIZES:
             raise FormatError(
-                f"Block size {self.block_size} is not supported.",
-                f"Allowed: {', '.join(map(str, BLOCK_SIZES))}.",
+                f"Block size {self.block_size} is not supported.", f"Allowed: {', '.join(map(str, BLOCK_SIZES))}."
             )
 
     @property

@@ -395,9 +395,7 @@ class SafetensorsWriter:
 
 
 def write_tensors(
-    path: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensors: Iterable[tuple[str, Tensor]],
+    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """One file of tensors that need not be in memory together: all are described first, then written as they come.
 

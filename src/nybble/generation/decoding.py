@@ -61,13 +61,7 @@ class KeyValueCache:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
-        lengths: Sequence[int],
-        limit: int,
-        dtype: torch.dtype,
+        self, num_layers: int, num_kv_heads: int, head_dim: int, lengths: Sequence[int], limit: int, dtype: torch.dtype
     ):
         self.end, self.limit = max(lengths), limit
         self.starts = torch.tensor([self.end - length for length in lengths])

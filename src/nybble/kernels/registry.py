@@ -217,7 +217,6 @@ def _known(names: tuple[str, ...], where: str) -> tuple[str, ...]:
     unknown = [name for name in names if name not in _backends]
     if unknown:
         raise KernelError(
-            f"Unknown kernel backend {unknown[0]!r} in {where}.",
-            f"Known backends: {', '.join(_backends)}.",
+            f"Unknown kernel backend {unknown[0]!r} in {where}.", f"Known backends: {', '.join(_backends)}."
         )
     return names

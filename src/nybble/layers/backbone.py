@@ -225,9 +225,7 @@ def why_not_blocks(
 
 
 def why_not_forward(
-    model: "PreTrainedModel",
-    device: torch.device | None = None,
-    ops: Callable[[Family], Sequence[str]] = block_ops,
+    model: "PreTrainedModel", device: torch.device | None = None, ops: Callable[[Family], Sequence[str]] = block_ops
 ) -> Reason | None:
     """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason.
 

@@ -177,12 +177,7 @@ class Probe:
     # ---- the way's -------------------------------------------------------------------------------
 
     def _compare(
-        self,
-        own: _Outcome,
-        way: "CausalLM",
-        starts: Sequence[int],
-        parameters: list[Tensor],
-        embedded: list[Tensor],
+        self, own: _Outcome, way: "CausalLM", starts: Sequence[int], parameters: list[Tensor], embedded: list[Tensor]
     ) -> Difference | None:
         batch, asked = _lay_out(self._documents, starts, way.backbone.layout)
         batch = batch.to(way.device)

@@ -46,12 +46,7 @@ class PagedState:
     """
 
     def __init__(
-        self,
-        layouts: Sequence[Layout],
-        folder: Path,
-        device: torch.device | str = "cpu",
-        *,
-        lane: Lane | None = None,
+        self, layouts: Sequence[Layout], folder: Path, device: torch.device | str = "cpu", *, lane: Lane | None = None
     ):
         self._layouts, self._device = list(layouts), torch.device(device)
         sizes = [_bytes(layout) for layout in self._layouts]

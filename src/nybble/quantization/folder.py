@@ -146,12 +146,7 @@ def _work(
 
 
 def _make_blocks(
-    source: StoredModel,
-    formats: BaseFormats,
-    rounding: Rounding,
-    partial: PartialFolder,
-    what: str,
-    report: Listener,
+    source: StoredModel, formats: BaseFormats, rounding: Rounding, partial: PartialFolder, what: str, report: Listener
 ) -> None:
     """Every block that is not there yet, each weight by itself."""
     linears = set(source.linears)
@@ -194,11 +189,7 @@ def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, what: 
 
 
 def _assemble(
-    source: StoredModel,
-    formats: BaseFormats,
-    out: Path,
-    partial: PartialFolder,
-    max_shard_bytes: int,
+    source: StoredModel, formats: BaseFormats, out: Path, partial: PartialFolder, max_shard_bytes: int
 ) -> None:
     """The folder from the finished blocks and from what stays in 16 bits."""
     linears = {f"{name}.weight" for name in source.linears}
@@ -275,10 +266,7 @@ def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _save_settings(
-    source: StoredModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    quantization: dict[str, Any] | None = None,
+    source: StoredModel, tokenizer: PreTrainedTokenizerBase, folder: Path, quantization: dict[str, Any] | None = None
 ) -> None:
     """Config, generation config and tokenizer beside the weights."""
     config = copy.deepcopy(source.config)

@@ -74,12 +74,7 @@ class Api:
         return await self._complete(request, asked, served, _bare_prompt(served, asked.prompt), TextForm)
 
     async def _complete(
-        self,
-        request: Request,
-        asked: CompletionFields,
-        served: ServedModel,
-        prompt: list[int],
-        form: "type[_Form]",
+        self, request: Request, asked: CompletionFields, served: ServedModel, prompt: list[int], form: "type[_Form]"
     ) -> Response:
         _check_ids(served, "stop_token_ids", asked.stop_token_ids)
         limit = self._limit(served, prompt)
@@ -203,11 +198,7 @@ class _Form:
 
     def usage(self) -> dict[str, int]:
         new = self.answer.num_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": new,
-            "total_tokens": self.prompt_tokens + new,
-        }
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": new, "total_tokens": self.prompt_tokens + new}
 
     def whole(self, text: str) -> dict[str, Any]:
         choice = {"index": 0, "finish_reason": self.answer.finish_reason, "logprobs": None} | self.content(text)

@@ -78,8 +78,7 @@ def fetch_bundled(alias: str, report: Listener = silent) -> Path:
         fsync(target.parent)
     except OSError as error:
         raise ModelError(
-            f"{alias} cannot be kept in {target.parent}: {error.strerror or error}.",
-            fix=CACHE_FIX,
+            f"{alias} cannot be kept in {target.parent}: {error.strerror or error}.", fix=CACHE_FIX
         ) from error
     return target
 

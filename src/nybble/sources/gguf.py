@@ -142,8 +142,7 @@ def _derive(file: GgufFile, out: Path) -> None:
 
     def cannot_be_taken(error: Exception) -> ModelError:
         return ModelError(
-            f"transformers cannot take a config from {file.path}: {error}",
-            fix="Use the model's safetensors folder.",
+            f"transformers cannot take a config from {file.path}: {error}", fix="Use the model's safetensors folder."
         )
 
     with tempfile.TemporaryDirectory() as folder:  # alone there: no config beside the model is taken for its own
@@ -179,11 +178,7 @@ def _tokenizer_of(file: GgufFile) -> PreTrainedTokenizerBase:
     template = file.metadata.get("tokenizer.chat_template")
     if template is not None:
         tokens["chat_template"] = template
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        **tokens,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **tokens)
 
 
 def _vocabulary_of(file: GgufFile) -> Vocabulary:

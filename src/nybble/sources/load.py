@@ -100,10 +100,7 @@ def _linears_to_quantize(source: StoredModel) -> list[str]:
 
 
 def _quantized(
-    weight: Tensor | QuantizedTensor,
-    spec: QuantSpec,
-    device: torch.device | str,
-    rounding: Literal["absmax", "search"],
+    weight: Tensor | QuantizedTensor, spec: QuantSpec, device: torch.device | str, rounding: Literal["absmax", "search"]
 ) -> QuantizedTensor:
     """A linear's weight, `[out, in]`, on the device; one that is stored in four bits keeps its own."""
     if isinstance(weight, QuantizedTensor):

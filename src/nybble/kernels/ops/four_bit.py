@@ -142,13 +142,7 @@ def _check_dequantize(
 
 
 def _check_dequantize_out(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    out: Tensor,
+    packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool, out: Tensor
 ) -> None:
     _check_packed(packed, scales, shape, format, block_size, double_quant)
     _check_dtype(out.dtype)

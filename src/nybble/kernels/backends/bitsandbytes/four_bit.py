@@ -43,13 +43,7 @@ def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bo
 
 @registry.register("dequantize_4bit_out", "bitsandbytes", _unsupported)
 def dequantize_4bit_out(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    out: Tensor,
+    packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool, out: Tensor
 ) -> None:
     sizes = tuple(shape)
     spec = QuantSpec(format, block_size, double_quant)

@@ -71,13 +71,7 @@ def code_search() -> tuple[Tensor, Tensor]:
 
 @registry.register("dequantize_4bit_out", "cpp")
 def dequantize_4bit_out(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    out: Tensor,
+    packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool, out: Tensor
 ) -> None:
     _dequantize(
         pointer(packed), *scale_pointers(scales, format, block_size, double_quant, out.numel()),

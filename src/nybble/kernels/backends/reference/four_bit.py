@@ -19,13 +19,7 @@ def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bo
 
 @registry.register("dequantize_4bit_out", "reference")
 def dequantize_4bit_out(
-    packed: Tensor,
-    scales: Tensor,
-    shape: Sequence[int],
-    format: str,
-    block_size: int,
-    double_quant: bool,
-    out: Tensor,
+    packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool, out: Tensor
 ) -> None:
     sizes, spec = tuple(shape), QuantSpec(format, block_size, double_quant)
     q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
