@@ -84,15 +84,11 @@ def prepare(
         kept = [row.example for row in rows]
         numbers, held_out = split_validation(kept, validation_fraction, validation_rows, seed)
         train, validation = [rows[number] for number in numbers], [rows[number] for number in held_out]
-    findings += _find_in_rows(train, validation, template, vocab_size)
-    if vocab_size is not None and embedding_rows is not None:
-        kept_sequences = _sequences([*train, *validation])
-        findings += find_new_tokens(
-            kept_sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows
-        )
-
     train_sequences, validation_sequences = _sequences(train), _sequences(validation)
     sequences = train_sequences + validation_sequences
+    findings += _find_in_rows(train, validation, template, vocab_size)
+    if vocab_size is not None and embedding_rows is not None:
+        findings += find_new_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows)
     lengths = [len(sequence) + sequence.num_truncated for sequence in sequences]
     audit = Audit(
         source=_join(source),

@@ -189,6 +189,11 @@ def sampled_sha256(entries: Iterable[TensorEntry]) -> str:
     return digest.hexdigest()
 
 
+def tensor_sha256(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, on the CPU."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
 def _shard_files(folder: Path) -> list[Path]:
     index = folder / INDEX_NAME
     if index.is_file():

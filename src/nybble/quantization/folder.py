@@ -29,12 +29,12 @@ from nybble.files.manifest import write_manifest
 from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder
+from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder, tensor_sha256
 from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import is_linear
 from nybble.options.groups import DENSE_SHARE
 from nybble.quantization.blocks import BlockCalibrator, weight_report
-from nybble.quantization.partial import LayerReport, PartialFolder, digest_of
+from nybble.quantization.partial import LayerReport, PartialFolder
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import Inventory, check_dense_share
 from nybble.sources.stored_model import StoredModel
@@ -139,7 +139,7 @@ def _work(
     """All that decides the result."""
     work: dict[str, object] = {"source": source.fingerprint(), "quality": rounding, "formats": asdict(formats)}
     if calibration is not None and rounding == "calibrated":
-        work["windows"] = digest_of(calibration.windows)
+        work["windows"] = tensor_sha256(calibration.windows)
         work["compute_dtype"] = str(calibration.compute_dtype)
         work["options"] = asdict(calibration.options)
     return work

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
@@ -74,10 +73,10 @@ class PartialFolder:
 
     def save(self, block: str, tensors: Mapping[str, Tensor], reports: Sequence[LayerReport]) -> None:
         """Keep a finished block."""
-        number = len(self._journal["blocks"]) if block not in self._journal["blocks"] else None
-        file = f"block-{number:05d}.safetensors" if number is not None else self._journal["blocks"][block]["file"]
+        blocks = self._journal["blocks"]
+        file = blocks[block]["file"] if block in blocks else f"block-{len(blocks):05d}.safetensors"
         sha256 = self._write(file, tensors)
-        self._journal["blocks"][block] = {"file": file, "sha256": sha256, "reports": [asdict(each) for each in reports]}
+        blocks[block] = {"file": file, "sha256": sha256, "reports": [asdict(each) for each in reports]}
         self._write_journal()
 
     def load(self, block: str) -> dict[str, Tensor] | None:
@@ -92,10 +91,8 @@ class PartialFolder:
         """Keep the hidden states after the first `num_blocks` blocks, in place of earlier ones."""
         file = f"{num_blocks}-{STATES}"
         sha256 = self._write(file, states)
-        previous, self._journal["states"] = (
-            self._journal["states"],
-            {"after": num_blocks, "file": file, "sha256": sha256},
-        )
+        previous = self._journal["states"]
+        self._journal["states"] = {"after": num_blocks, "file": file, "sha256": sha256}
         self._write_journal()
         if previous is not None and previous["file"] != file:
             (self.path / previous["file"]).unlink(missing_ok=True)
@@ -128,9 +125,3 @@ class PartialFolder:
 
     def _write_journal(self) -> None:
         write_complete(self.path / JOURNAL, json.dumps(self._journal, indent=1) + "\n")
-
-
-def digest_of(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().data).hexdigest()

@@ -1,6 +1,5 @@
 """Which stored tensor belongs to which parameter of a model, checked before any of them is read."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.formats.safetensors import tensor_sha256
 from nybble.sources.checkpoint_names import COMPUTED
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:
 
 
 def _check_same(source: "StoredModel", first: str, second: str) -> None:
-    if _digest(source.read(first)) != _digest(source.read(second)):
+    tensors = (source.read(name) for name in (first, second))  # one of them in memory
+    digests = {tensor_sha256(each.packed if isinstance(each, QuantizedTensor) else each) for each in tensors}
+    if len(digests) > 1:
         raise ModelError(
             f"{source.name} holds different tensors for parameters that its config ties: {first} and {second}.",
             "Tied parameters are stored once, or alike.",
@@ -123,8 +125,3 @@ def _check_finite(source: "StoredModel", name: str, tensor: Tensor) -> None:
             "Allowed: finite weights.",
             "Fetch the model again, or choose another: this one is damaged.",
         )
-
-
-def _digest(tensor: Tensor | QuantizedTensor) -> str:
-    stored = tensor.packed if isinstance(tensor, QuantizedTensor) else tensor
-    return hashlib.sha256(stored.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
