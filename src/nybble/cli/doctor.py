@@ -43,6 +43,7 @@ def examine() -> dict[str, Any]:
     from nybble.sources.bundled import cache_folder
 
     memory = partial(system_bytes, "/proc/meminfo")
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return {
         "nybble": nybble.__version__,
         "python": platform.python_version(),
@@ -57,7 +58,7 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "waiting": openmp.SENTENCES[openmp.waiting],
         "memory": {"total_bytes": memory("MemTotal"), "available_bytes": memory("MemAvailable")},
-        "cuda": [_cuda_device(index) for index in range(torch.cuda.device_count())],
+        "cuda": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
         "cache": str(cache_folder()),
         "cpu_kernels": library.describe(),
         "kernels": [row._asdict() for row in registry.available()],
@@ -69,13 +70,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cuda_device(index: int) -> dict[str, Any]:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return {"name": properties.name, "memory_bytes": properties.total_memory}
 
 
 def _show(facts: dict[str, Any], console: Console) -> None:

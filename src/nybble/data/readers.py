@@ -259,11 +259,9 @@ def _is_part_of_the_lesson(column: str, value: Any, layout: Layout) -> bool:
 
 def _says_nothing(value: Any) -> bool:
     """Whether a column with this value says as much as no column; NaN is how tables mark an empty cell."""
-    return value is None or (isinstance(value, (str, list, dict)) and not value) or _is_nan(value)
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _known_names(row: Row, fields: FieldNames) -> Row:

@@ -144,7 +144,7 @@ def write(
         calibration: for rounding "calibrated".
     """
     if artefact.kind.is_adapter:
-        _check_fits(opened)
+        MergedSource(opened, "original")  # refuses an adapter that is not whole, finite and for this base
         with staged_folder(out) as staging:
             (_write_peft if artefact.kind is ArtefactKind.PEFT else _write_gguf_adapter)(opened, staging)
         return None
@@ -241,11 +241,6 @@ def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:
 
 def _write_modelfile(folder: Path, model: str, opened: OpenRun, adapter: str | None = None) -> None:
     (folder / "Modelfile").write_text(modelfile(model, opened.template, adapter), encoding="utf-8")
-
-
-def _check_fits(opened: OpenRun) -> None:
-    """The adapter is whole, finite, and for this base."""
-    MergedSource(opened, "original")
 
 
 def _bytes(merged: MergedSource, artefact: Artefact) -> int:

@@ -185,12 +185,10 @@ class GgufFile:
             widened[first : first + count] = torch.from_numpy(gguf.dequantize(packed, block_type))
         return widened.view(entry.shape)
 
-    def read_as_hf(self, name: str, config: "PretrainedConfig") -> Tensor:
-        """One tensor in fp32 with its rows in transformers' order (llama.cpp interleaves rotary halves of q and k)."""
-        return self.in_hf_order(self.read(name), name, config)
-
     def in_hf_order(self, values: Tensor, name: str, config: "PretrainedConfig") -> Tensor:
-        """`values`, one for each element of tensor `name`, with its rows in transformers' order."""
+        """`values`, one for each element of tensor `name`, with its rows in transformers' order (llama.cpp interleaves
+        rotary halves of q and k).
+        """
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())

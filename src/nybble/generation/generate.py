@@ -102,7 +102,7 @@ def generate(
         return []
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
     through = _through_blocks if why_not_forward(model, ops=decoder_ops) is None else _through_transformers
-    return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or _ignore)
+    return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or (lambda prompt, token: None))
 
 
 def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
@@ -114,10 +114,6 @@ def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
             "Shorten the prompt." if prompt else "",
         )
     return context - len(prompt)
-
-
-def _ignore(prompt: int, token: int) -> None:
-    return None
 
 
 # ---- decoder blocks ------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def row_lengths(position_ids: Tensor) -> Tensor:
 def rotate_rows_alone(model: "PreTrainedModel") -> None:
     """Let every rotary embedding that goes by the length of a row take each row's own, in place."""
     for name, module in list(model.named_modules()):
-        if _goes_by_length(module) and not isinstance(_parent(model, name), RowRotary):
+        if _goes_by_length(module) and not isinstance(model.get_submodule(name.rpartition(".")[0]), RowRotary):
             model.set_submodule(name, RowRotary(module))
 
 
@@ -73,7 +73,3 @@ def _goes_by_length(module: nn.Module) -> bool:
     kinds: Any = getattr(module, "rope_type", None)
     names = kinds.values() if isinstance(kinds, dict) else [kinds]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in names)
-
-
-def _parent(model: nn.Module, name: str) -> nn.Module:
-    return model.get_submodule(name.rpartition(".")[0])

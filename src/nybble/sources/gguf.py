@@ -52,7 +52,12 @@ class GgufSource(StoredModel):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return _notes(self._file, self.name)
+        main_type = next(iter(self._file.block_types), "")  # none: what is missing is said where it is looked for
+        bits = re.match(r"[A-Z]*Q(\d)|MXFP(\d)|NVFP(\d)", main_type)
+        if bits is None:
+            return ()
+        count = next(group for group in bits.groups() if group)
+        return (f"{self.name} was itself published in {count} bits ({main_type}), not in 16.",)
 
     @property
     def licence(self) -> str | None:
@@ -73,7 +78,7 @@ class GgufSource(StoredModel):
         gguf_name = self._names[name]
         if gguf_name in DENSE_ENDS:  # kept in 16 bits: widened straight to bf16
             return self._file.read(gguf_name, self.dense_dtype)
-        return self._file.read_as_hf(gguf_name, self.config)
+        return self._file.in_hf_order(self._file.read(gguf_name), gguf_name, self.config)
 
     def without_lattice(self) -> StoredModel:
         return DitheredSource(self)
@@ -221,12 +226,3 @@ def _no_tokenizer(file: GgufFile, what: str) -> ModelError:
         f"Readable: byte-level BPE (gpt2) split as by {', '.join(SPLITTING_RULES)}; SentencePiece BPE (llama).",
         "Name the model's own tokenizer, a folder or hub id, with --tokenizer.",
     )
-
-
-def _notes(file: GgufFile, name: str) -> tuple[str, ...]:
-    main_type = next(iter(file.block_types), "")  # none: what is missing is said where it is looked for
-    bits = re.match(r"[A-Z]*Q(\d)|MXFP(\d)|NVFP(\d)", main_type)
-    if bits is None:
-        return ()
-    count = next(group for group in bits.groups() if group)
-    return (f"{name} was itself published in {count} bits ({main_type}), not in 16.",)

@@ -68,7 +68,8 @@ def load_model(
         ends = replace_dense_ends(model, compute_dtype)
     if formats is not None:
         streamed = set(stream_linears_of)
-        linears = [name for name in _linears_to_quantize(source) if name not in streamed]
+        stored = source.in_four_bits  # of a model that is in four bits already, those that it has in four bits
+        linears = [name for name in source.linears if name not in streamed and (stored is None or name in stored)]
         own = formats if source.quant_spec is None else BaseFormats(source.quant_spec)
         replace_linears(model, linears, own, compute_dtype)
         stream_linears(model, streamed, compute_dtype, device)
@@ -91,12 +92,6 @@ def load_model(
     rotate_rows_alone(model)
     model.generation_config = source.load_generation_config()
     return model.requires_grad_(False).eval()
-
-
-def _linears_to_quantize(source: StoredModel) -> list[str]:
-    """All linears of the blocks; of a model that is already in four bits, those that it has in four bits."""
-    stored = source.in_four_bits
-    return [name for name in source.linears if stored is None or name in stored]
 
 
 def _quantized(
