@@ -41,7 +41,7 @@ def test_pack(seed):
     assert batch.cu_seqlens.tolist() == borders and batch.cu_seqlens.dtype == torch.int32
     assert batch.supervised_tokens == sum(d.supervised_tokens for d in documents) == len(batch.supervised_positions)
     assert batch.rows == ("f:1", "f:2", "f:3", "f:4", "f:5") and batch.packed
-    assert batch.num_tokens == borders[-1] and batch.max_document_length == max(map(len, documents))
+    assert batch.num_tokens == borders[-1] and batch.document_lengths == tuple(map(len, documents))
 
 
 @pytest.mark.parametrize("seed", range(5))

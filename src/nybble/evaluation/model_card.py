@@ -26,6 +26,7 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     settings = "\n".join(f"| {name} | {getattr(opened.config, name)} |" for name in SETTINGS)
     first, *_ = report["lm_eval"].items() or [None]
     harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
+    change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -52,7 +53,7 @@ The last column but scores: KL divergence from the base in 16 bits on general te
 
 {_results(report["arms"])}
 
-Loss of the tuned model minus that of its base as trained on, row by row: {_interval(report["loss_change"], "+.4f")}.
+Loss of the tuned model minus that of its base as trained on, row by row: {change}.
 {harness}"""
 
 
@@ -76,10 +77,6 @@ def _results(arms: dict[str, Any]) -> str:
         cells = [name, _estimate(arm["loss"], ".4f"), f"{arm['perplexity']:.3f}", f"{arm['kl_general_text']:.4f}"]
         lines.append("| " + " | ".join([*cells, *scores]) + " |")
     return "\n".join(lines)
-
-
-def _interval(changes: dict[str, Any], form: str) -> str:
-    return _estimate(changes["base, as trained on"], form)
 
 
 def _estimate(estimate: dict[str, float], form: str) -> str:

@@ -112,11 +112,9 @@ def export_run(
     with disk_errors(out, ExportError):
         (unverified / REPORT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         fsync(unverified / REPORT)
-        if verification.outcome == "undecided":
-            report(Note(_undecided(unverified, verification)))
-            return ExportResult(unverified, verification)
         if not verification.passed:
-            report(Note(f"Not verified: {unverified} is kept for you to look at."))
+            failed = f"Not verified: {unverified} is kept for you to look at."
+            report(Note(failed if verification.outcome == "failed" else _undecided(unverified, verification)))
             return ExportResult(unverified, verification)
         if out.is_dir():  # empty, as was checked
             out.rmdir()
