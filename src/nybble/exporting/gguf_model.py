@@ -8,6 +8,7 @@ rows of q and k are therefore interleaved, in the adapter's B as in the weight. 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,12 @@ def write_gguf_model(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_shape(writer, config)
     add_vocabulary(writer, template, merged.skeleton.get_input_embeddings().num_embeddings)
+
+    def read(name: str) -> Tensor:
+        return _reorder(merged.read(name), name, config)
+
     planned = [
-        _Planned(
-            names[name],
-            shape,
-            _storage(kind, names[name], shape),
-            lambda name=name: _reorder(merged.read(name), name, config),  # type: ignore[misc]
-        )
+        _Planned(names[name], shape, _storage(kind, names[name], shape), partial(read, name))
         for name, shape in shapes.items()
     ]
     if (factors := _rope_factors(config)) is not None:
@@ -123,17 +123,17 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.scaling * adapter.rank)
+
+    def read(layer: str, part: int) -> Tensor:
+        matrix = adapter.matrices(layer, *linear_features(skeleton.get_submodule(layer)))[part]
+        return _reorder(matrix, f"{layer}.weight", config) if part else matrix
+
     planned = []
     for layer in adapter.names:
         in_features, out_features = linear_features(skeleton.get_submodule(layer))
         name, full = names[f"{layer}.weight"], gguf.GGMLQuantizationType.F32
-
-        def read(part: int, layer: str = layer, shape: tuple[int, int] = (in_features, out_features)) -> Tensor:
-            matrix = adapter.matrices(layer, *shape)[part]
-            return _reorder(matrix, f"{layer}.weight", config) if part else matrix
-
-        planned.append(_Planned(f"{name}.lora_a", (adapter.rank, in_features), full, lambda read=read: read(0)))  # type: ignore[misc]
-        planned.append(_Planned(f"{name}.lora_b", (out_features, adapter.rank), full, lambda read=read: read(1)))  # type: ignore[misc]
+        planned.append(_Planned(f"{name}.lora_a", (adapter.rank, in_features), full, partial(read, layer, 0)))
+        planned.append(_Planned(f"{name}.lora_b", (out_features, adapter.rank), full, partial(read, layer, 1)))
     _write(writer, planned, silent)
     fsync(file)
 
