@@ -22,8 +22,7 @@ _decode = function("decode", POINTER, INT64, POINTER, POINTER)
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        ("out_features", INT64),
-        *((name, INT64) for name in ("in_features", "block_size")),
+        *((name, INT64) for name in ("out_features", "in_features", "block_size")),
         *((name, POINTER) for name in ("packed", "absmax", "codes", "code_values", "absmax2", "offset", "zero_points")),
         ("codebook", POINTER),
         ("factor", FLOAT),
@@ -122,9 +121,7 @@ class Kernel:
         assert 0 < len(x) <= MAX_ROWS and x.shape[1] == self._hidden, x.shape
         rows = x.to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # the kernel writes into them
         logits = torch.empty(len(x), self._vocabulary)
-        step = _Step(
-            rows=len(x), x=pointer(rows), cache_dtype=DTYPES[self.dtype], logits=pointer(logits), **fields
-        )  # fmt: skip
+        step = _Step(rows=len(x), x=pointer(rows), cache_dtype=DTYPES[self.dtype], logits=pointer(logits), **fields)
         _decode(ctypes.addressof(self._layers), num_layers, ctypes.addressof(self._head), ctypes.addressof(step))
         return logits
 
