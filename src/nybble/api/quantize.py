@@ -56,7 +56,7 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
         NybbleError: there is no such model, it is in few bits already, or `out` exists.
 
     Example:
-        >>> small = nybble.quantize(model=tiny, out="models/small", rounding="search")
+        >>> small = nybble.quantize(model=tiny, out="models/small", quality="search")
         >>> small.folder.name, small.bitsandbytes, (small.folder / "config.json").exists()
         ('small', True, True)
     """
