@@ -16,10 +16,10 @@ import typer
 import nybble
 from nybble.cli.main import app
 from nybble.options import verbs
-from nybble.options.option import Options, allowed_values, fields_by_group, yaml_key
+from nybble.options.option import Verb, allowed_values, fields_by_group, fields_of, yaml_key
 
 DOCS = Path(__file__).parent
-OPTIONS: dict[str, type[Options]] = {
+OPTIONS: dict[str, type[Verb]] = {
     "train": verbs.TrainConfig,
     "chat": verbs.ChatConfig,
     "plan": verbs.PlanConfig,
@@ -105,8 +105,8 @@ def _commands() -> Iterator[tuple[str, Any]]:
 
 
 def _own(verb: str, command: Any) -> Iterator[Any]:
-    """Parameters of a verb that its options' class does not have."""
-    fields = OPTIONS.get(verb, Options).model_fields
+    """Parameters of a verb that are none of its options."""
+    fields = fields_of(OPTIONS.get(verb, Verb))
     return (parameter for parameter in command.params if parameter.name not in fields)
 
 

@@ -13,7 +13,7 @@ from nybble.errors import ConfigError, PlanError
 def test_an_opened_run_says_what_the_run_said_and_loads_its_model_once(trained: Path) -> None:
     heard: list[nybble.Event] = []
     run = nybble.open_run(trained, on_event=heard.append)
-    assert run.loss_after < run.loss_before and run.config.rank == 8 and run.adapter == trained / "adapter"
+    assert run.loss_after < run.loss_before and run.config.adapters.rank == 8 and run.adapter == trained / "adapter"
     assert {event["event"] for event in run.events()} >= {"start", "step", "eval", "end"}
     assert not heard, "no weights are read before an answer"
     question = "What is 3 plus 3?"

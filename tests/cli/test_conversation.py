@@ -19,6 +19,7 @@ from nybble.evaluation.chat import load_chat
 from nybble.generation.generate import generate
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
+from nybble.options.groups import AnswerOptions
 from nybble.options.option import build_options
 from nybble.options.verbs import ChatConfig
 from nybble.quantization.synth import byte_tokenizer
@@ -66,16 +67,16 @@ class Typed:
         self.prompts += prompts
         self.replies += generate(model, prompts, **options)
 
-    def talk(self, loaded: LoadedModel, config: ChatConfig) -> None:
-        Conversation(loaded, config, Terminal(self.console)).hold()
+    def talk(self, loaded: LoadedModel, options: AnswerOptions) -> None:
+        Conversation(loaded, options, Terminal(self.console)).hold()
 
     @property
     def shown(self) -> str:
         return self.console.file.getvalue()
 
 
-def options(**given: object) -> ChatConfig:
-    return ChatConfig(run="run", max_new_tokens=8, **given)
+def options(**given: object) -> AnswerOptions:
+    return AnswerOptions(max_new_tokens=8, **given)
 
 
 def test_a_conversation_goes_on_until_it_is_reset(monkeypatch, loaded):
@@ -157,8 +158,8 @@ def test_one_prompt_is_answered_and_the_seed_decides(monkeypatch, loaded):
     shown = []
     for seed in (1, 1, 2):
         typed = Typed(monkeypatch)
-        config = options(prompt="Hello", temperature=2.0, seed=seed)
-        Conversation(load_chat(config), config, Terminal(typed.console)).ask("Hello")
+        config = build_options(ChatConfig, {"run": "run", "max_new_tokens": 8, "temperature": 2.0, "seed": seed})
+        Conversation(load_chat(config), config.answers, Terminal(typed.console)).ask("Hello")
         shown.append(typed.shown)
     assert shown[0] == shown[1] != shown[2]
 

@@ -43,7 +43,8 @@ def test_the_run_folder_holds_what_was_promised(finished: tuple[Path, str]) -> N
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
 
     config = load_config(folder / "config.yaml", {})
-    assert (config.rank, config.max_steps, config.lr, config.prompt_field) == (4, 3, 5e-3, "question")
+    assert (config.adapters.rank, config.loop.max_steps, config.loop.lr) == (4, 3, 5e-3)
+    assert config.data.prompt_field == "question"
 
 
 def test_the_events_are_the_documented_ones(finished: tuple[Path, str]) -> None:

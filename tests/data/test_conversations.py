@@ -11,6 +11,7 @@ from nybble.data.prepare import prepare
 from nybble.data.readers import HARMLESS_KEYS
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError, DataError
+from nybble.options.groups import RowOptions
 from nybble.options.option import build_options
 from nybble.options.verbs import DataConfig
 
@@ -340,7 +341,7 @@ def test_named_templates_supervise_the_answer_and_its_end(tokenizer_of, name):
 
 
 def options(**given):
-    return DataConfig(model="m", data="d.jsonl", **given)
+    return RowOptions(**given)
 
 
 def test_a_template_of_ones_own_trains_what_the_tokenizers_would_lose(read, tokenizer_of, tmp_path):

@@ -21,8 +21,7 @@ from nybble.exporting.artefact import Artefact, verify, write
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.exporting.verify import Verification
-from nybble.options.option import build_options
-from nybble.options.verbs import ArtefactKind, ExportConfig, GgufType
+from nybble.options.groups import ArtefactKind, GgufType, RoundingOptions
 from nybble.quantization.folder import save_dense_folder
 from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run
@@ -188,8 +187,7 @@ def test_calibrated_layers_lose_less_of_their_outputs(trained: Path) -> None:
     opened = open_run(trained)
     validation = evaluation_rows(opened)
     merged = MergedSource(opened, "original")
-    options = build_options(ExportConfig, {"run": trained, "out": "unused", "to": "nf4"})
-    calibration = rounding_input(opened, options, validation)
+    calibration = rounding_input(opened, RoundingOptions(), validation)
 
     def outputs(model: torch.nn.Module) -> torch.Tensor:
         with torch.no_grad():
@@ -309,7 +307,7 @@ app(["export", "--run", {str(run_folder)!r}, "--to", {to!r}, "--out", {str(out)!
 def test_runs_from_before_the_base_was_recorded_are_let_through(make_run: Callable) -> None:
     run_folder = make_run()
     (run_folder / "base.json").unlink()
-    assert open_run(run_folder).config.rank == 4
+    assert open_run(run_folder).config.adapters.rank == 4
     (run_folder / "base.json").write_text("{")
     with pytest.raises(NybbleError, match="damaged"):
         open_run(run_folder)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nybble.errors import RunError
 from nybble.events import Event
 from nybble.formats.quant_spec import QuantSpec
+from nybble.options.option import with_options
 from nybble.options.verbs import load_config
 from nybble.quantization.synth import synthesize
 from nybble.runs.events import EventLog, read_events
@@ -155,7 +156,7 @@ def test_moments_of_other_bits_are_refused(model, data, tmp_path):
     config = load_config(out / "config.yaml", {"out": str(out), "resume": True, "optimizer_bits": "8"})
     with pytest.raises(RunError, match="optimizer-bits was 32, is 8"):
         train(config)
-    insisted = config.model_copy(update={"allow_change": ("config",), "max_steps": 2})
+    insisted = with_options(config, allow_change=("config",), max_steps=2)
     with pytest.raises(RunError, match=r"0.exp_avg is torch.float32 .*, here torch.uint8"):
         train(insisted)
 

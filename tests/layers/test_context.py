@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from nybble.errors import ConfigError
 from nybble.layers.context import context_length, fixed_context
-from nybble.options.verbs import DataConfig
+from nybble.options.groups import RowOptions
 from nybble.runs.context import within_context
 from nybble.sources.skeleton import build_skeleton
 
@@ -35,8 +35,8 @@ def test_positions_that_end(model_type: str) -> None:
 def test_the_default_length_is_lowered_and_another_is_refused() -> None:
     configs = [AutoConfig.for_model(name, **CONFIGS[name][0]) for name in ("gpt2", "llama")]
     learned, rotary = (SimpleNamespace(config=config, skeleton=build_skeleton(config)) for config in configs)
-    default, asked = DataConfig(model="m", data="d"), DataConfig(model="m", data="d", max_seq_len=512)
-    assert within_context(default, learned).max_seq_len == 48
-    assert within_context(default, rotary) is default and within_context(asked, rotary) is asked
+    default = RowOptions().max_seq_len
+    assert within_context(default, learned) == 48
+    assert within_context(default, rotary) == default and within_context(512, rotary) == 512
     with pytest.raises(ConfigError, match="positions for 48 tokens"):
-        within_context(asked, learned)
+        within_context(512, learned)

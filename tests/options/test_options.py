@@ -11,22 +11,28 @@ from hypothesis import strategies as st
 from nybble.errors import ConfigError
 from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BLOCK_SIZES
-from nybble.options.option import allowed_values, build_options, config_to_yaml, fields_by_group, known_names, nearest
-from nybble.options.verbs import (
-    ChatConfig,
-    DataConfig,
-    EvalConfig,
-    ExportConfig,
-    MergeConfig,
-    QuantizeConfig,
-    ServeConfig,
-    TrainConfig,
-    draft_config,
-    load_config,
+from nybble.options import verbs
+from nybble.options.groups import BaseFormat, OutputFormat, ScaleOptions
+from nybble.options.option import (
+    Options,
+    Verb,
+    allowed_values,
+    build_options,
+    config_to_yaml,
+    fields_by_group,
+    fields_of,
+    flat,
+    groups_of,
+    knob,
+    known_names,
+    nearest,
+    spread,
+    with_options,
 )
+from nybble.options.verbs import DataConfig, QuantizeConfig, TrainConfig, draft_config, load_config
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "out": "runs/a"}
-ALL = (TrainConfig, QuantizeConfig, DataConfig, ChatConfig, EvalConfig, ExportConfig, MergeConfig, ServeConfig)
+ALL = [each for each in vars(verbs).values() if isinstance(each, type) and issubclass(each, Verb) and each is not Verb]
 
 
 def load(**options: Any) -> TrainConfig:
@@ -41,21 +47,24 @@ def refused(**options: Any) -> ConfigError:
 
 def test_defaults() -> None:
     config = load()
-    assert (config.rank, config.alpha, config.lr, config.beta2, config.max_grad_norm) == (16, 32.0, 2e-4, 0.999, 0.3)
-    assert (config.format, config.block_size, config.double_quant) == ("nf4", 64, True)
-    assert (config.validation_fraction, config.validation_rows) == (0.05, 512)
-    assert config.out == Path("runs/a") and config.target_modules == "all-linear"
+    assert (config.adapters.rank, config.adapters.alpha, config.adapters.target_modules) == (16, 32.0, "all-linear")
+    assert (config.loop.lr, config.loop.beta2, config.loop.max_grad_norm) == (2e-4, 0.999, 0.3)
+    assert (config.weights.format, config.weights.block_size, config.weights.double_quant) == ("nf4", 64, True)
+    assert (config.data.validation_fraction, config.data.validation_rows) == (0.05, 512)
+    assert config.run.out == Path("runs/a")
 
 
 def test_text_from_flags_becomes_each_options_type() -> None:
     config = load(**{"lr": "1e-4", "rank": "8", "block-size": "128", "target-modules": "q_proj, v_proj", "out": "x/y"})
-    assert (config.lr, config.rank, config.block_size) == (1e-4, 8, 128)
-    assert config.target_modules == ("q_proj", "v_proj") and config.out == Path("x/y")
+    assert (config.loop.lr, config.adapters.rank, config.weights.block_size) == (1e-4, 8, 128)
+    assert config.adapters.target_modules == ("q_proj", "v_proj") and config.run.out == Path("x/y")
 
 
 def test_values_never_change() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load().rank = 8  # type: ignore[misc]
+        load().adapters.rank = 8  # type: ignore[misc]
+    with pytest.raises(ValueError, match="frozen"):
+        load().adapters = load(rank=8).adapters  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -120,9 +129,15 @@ def test_what_is_not_given_is_named() -> None:
 
 
 def test_a_micro_batch_larger_than_a_step_is_refused() -> None:
-    assert load(micro_batch_size=16).micro_batch_size == 16
+    assert load(micro_batch_size=16).memory.micro_batch_size == 16
     error = refused(micro_batch_size=17)
     assert "17" in error.got and "16" in error.got
+
+
+def test_what_options_say_together_is_refused_after_each_by_itself() -> None:
+    assert "lr is 0" in refused(micro_batch_size=17, lr=0).got
+    assert "max-seq-len is 1" in refused(mixed=3.5, format="fp4", max_seq_len=1).got
+    assert "mixed is 3.5" in refused(mixed=3.5, format="fp4").got
 
 
 def test_the_same_option_under_two_spellings_is_refused() -> None:
@@ -133,7 +148,7 @@ def test_flags_win_over_the_file_and_none_restores_the_default(tmp_path: Path) -
     file = tmp_path / "run.yaml"
     file.write_text("model: m\ndata: d\nout: o\nrank: 4\nmax-steps: 7\nmax_seq_len: 99\n")
     config = load_config(file, {"rank": "8", "max_steps": None})
-    assert (config.rank, config.max_steps, config.max_seq_len) == (8, None, 99)
+    assert (config.adapters.rank, config.loop.max_steps, config.data.max_seq_len) == (8, None, 99)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +189,7 @@ def test_an_empty_file_and_a_byte_order_mark_are_fine(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").write_text("")
     assert load_config(tmp_path / "empty.yaml", REQUIRED) == load()
     (tmp_path / "bom.yaml").write_bytes(b"\xef\xbb\xbfrank: 4\r\n")
-    assert load_config(tmp_path / "bom.yaml", REQUIRED).rank == 4
+    assert load_config(tmp_path / "bom.yaml", REQUIRED).adapters.rank == 4
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20)
@@ -227,9 +242,9 @@ def test_comments_say_meaning_and_bounds() -> None:
 @pytest.mark.parametrize("options", ALL)
 def test_every_option_is_grouped_described_and_nearest_to_itself(options: type[Any]) -> None:
     grouped = [name for fields in fields_by_group(options).values() for name in fields]
-    assert sorted(grouped) == sorted(options.model_fields) and len(grouped) == len(set(grouped))
+    assert grouped == list(fields_of(options)) and len(grouped) == len(set(grouped))
     known = known_names(options)
-    for name, field in options.model_fields.items():
+    for name, field in fields_of(options).items():
         assert field.description and field.description.endswith(".") and "\n" not in field.description
         assert allowed_values(field).endswith(".")
         assert nearest(name, known) == name.replace("_", "-")
@@ -237,14 +252,92 @@ def test_every_option_is_grouped_described_and_nearest_to_itself(options: type[A
 
 
 def test_formats_and_block_sizes_are_those_of_the_bytes() -> None:
-    assert get_args(QuantizeConfig.model_fields["format"].annotation) == tuple(FORMATS)
-    assert get_args(TrainConfig.model_fields["format"].annotation) == (*FORMATS, "none")
-    assert get_args(TrainConfig.model_fields["block_size"].annotation) == BLOCK_SIZES
+    assert get_args(OutputFormat.model_fields["format"].annotation) == tuple(FORMATS)
+    assert get_args(BaseFormat.model_fields["format"].annotation) == (*FORMATS, "none")
+    assert get_args(ScaleOptions.model_fields["block_size"].annotation) == BLOCK_SIZES
 
 
 def test_verbs_share_declarations() -> None:
-    for name in ("model", "data", "max_seq_len", "prompt_field"):
-        assert DataConfig.model_fields[name].description == TrainConfig.model_fields[name].description
-    assert build_options(QuantizeConfig, {"model": "m", "out": "o"}).block_size == 64
+    assert fields_of(DataConfig).items() <= fields_of(TrainConfig).items()
+    assert build_options(QuantizeConfig, {"model": "m", "out": "o"}).weights.block_size == 64
     with pytest.raises(ConfigError, match="Did you mean"):
         build_options(QuantizeConfig, {"model": "m", "out": "o", "rank": 4})
+
+
+# ---- verbs and their groups
+
+
+class Volume(Options, group="Sound"):
+    loud: bool = knob(False, "Whether it is heard.")
+    pitch: int = knob(440, "Of the note.", ge=20)
+
+
+class Tuned(Volume):
+    pitch: int = knob(442, "Of the note, in tune.", ge=400)
+    notes: tuple[str, ...] = knob((), "To play.")
+
+
+class Pace(Options, group="Time"):
+    beats: int = knob(..., "In a minute.")
+
+
+class Room(Options, group="Sound"):
+    echo: float | None = knob(None, "Seconds.")
+
+
+class Play(Verb):
+    volume: Tuned
+    pace: Pace
+    room: Room
+
+
+def test_groups_stand_under_their_headings_in_order() -> None:
+    listed = {heading: list(fields) for heading, fields in fields_by_group(Play).items()}
+    assert listed == {"Sound": ["loud", "pitch", "notes", "echo"], "Time": ["beats"]}
+    assert groups_of(Play) == {"volume": Tuned, "pace": Pace, "room": Room}
+    assert fields_of(Play)["pitch"].default == 442, "what extends a group narrows an option in its place"
+    assert list(groups_of(TrainConfig)) == [
+        *("model", "data", "run", "weights", "rounding", "adapters", "memory", "loop", "machine")
+    ]
+
+
+def test_an_option_is_in_one_group_of_a_verb() -> None:
+    class Hall(Options, group="Place"):
+        echo: float = knob(0.0, "Seconds.")
+
+    with pytest.raises(AssertionError, match="Concert has echo in two groups"):
+
+        class Concert(Verb):
+            room: Room
+            hall: Hall
+
+
+def test_flat_options_are_spread_over_the_groups_and_come_back() -> None:
+    assert spread(Play, {"beats": 3, "echo": 1.0}) == {"volume": {}, "pace": {"beats": 3}, "room": {"echo": 1.0}}
+    with pytest.raises(KeyError):
+        spread(Play, {"tempo": 3})
+    played = build_options(Play, {"beats": "90", "notes": ["a", "b"]})
+    assert played == Play(volume=Tuned(notes=("a", "b")), pace=Pace(beats=90), room=Room())
+    assert flat(played) == {"loud": False, "pitch": 442, "notes": ("a", "b"), "beats": 90, "echo": None}
+    assert flat(played, "json")["notes"] == ["a", "b"]
+    assert build_options(Play, flat(played)) == played
+    with pytest.raises(ConfigError, match="beats is not given"):
+        build_options(Play, {})
+
+
+@pytest.mark.parametrize("verb", ALL)
+def test_every_verb_knows_its_options_flat(verb: type[Verb]) -> None:
+    names = [name for group in groups_of(verb).values() for name in group.model_fields]
+    assert sorted(names) == sorted(fields_of(verb))
+    whole = verb.model_construct(**{name: group.model_construct() for name, group in groups_of(verb).items()})
+    assert flat(whole).keys() == {name for name, field in fields_of(verb).items() if not field.is_required()}
+
+
+def test_options_are_replaced_by_name_and_nothing_else_changes() -> None:
+    before = load(rank=8)
+    after = with_options(before, packing=False, stream_base="always", max_seq_len=1)  # nybble's own: unchecked
+    changed = {name for name, value in flat(before).items() if flat(after)[name] != value}
+    assert changed == {"packing", "stream_base", "max_seq_len"} and flat(before)["packing"]
+    assert after.adapters is before.adapters and with_options(before) == before
+    with pytest.raises(KeyError):
+        with_options(before, pakcing=False)

@@ -8,8 +8,7 @@ import torch
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack, pad
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.options.option import build_options
-from nybble.options.verbs import PlanConfig
+from nybble.options.groups import LengthOptions
 from nybble.planning import micro_batches
 from nybble.planning.micro_batches import count_micro_batches, even_micro_batches, total_steps
 from nybble.sizes import SHAPE_RULES
@@ -64,6 +63,5 @@ def test_rows_of_one_length_need_no_data():
 
 
 def test_a_plan_and_a_run_count_the_same_steps():
-    options = build_options(PlanConfig, {"model": "tiny", "epochs": 2.5, "rows_per_step": 4})
-    assert total_steps(options, 10, 4) == 7
-    assert total_steps(options.model_copy(update={"max_steps": 3}), 10, 4) == 3
+    assert total_steps(LengthOptions(epochs=2.5), 10, 4) == 7
+    assert total_steps(LengthOptions(epochs=2.5, max_steps=3), 10, 4) == 3

@@ -20,9 +20,8 @@ from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.generate import Sampling, generate
-from nybble.options.option import build_options
-from nybble.options.verbs import ServeConfig
-from nybble.runs.open_run import load_run
+from nybble.options.groups import ServerOptions
+from nybble.runs.open_run import OpenRun, load_run
 from nybble.serving import engine as engine_module
 from nybble.serving.app import Api, make_app
 from nybble.serving.engine import Engine, load_models
@@ -36,10 +35,11 @@ class Running:
     """A server in a thread."""
 
     def __init__(self, runs: list[Path], token: str | None = None, max_queue: int = 32):
-        self.config = ServeConfig(run=tuple(runs))
         self.engine = Engine(load_models(runs, "cpu", "fp32"), max_queue, threads=1)
         api = Api(self.engine, token, max_new_tokens=64, max_request_bytes=20_000)
-        settings = uvicorn.Config(make_app(api, allowed_hosts(self.config)), port=0, log_level="error")
+        settings = uvicorn.Config(
+            make_app(api, allowed_hosts(ServerOptions(run=tuple(runs)))), port=0, log_level="error"
+        )
         self.server = uvicorn.Server(settings)
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
@@ -508,8 +508,8 @@ def test_many_concurrent_clients_leave_memory_flat(running: Running, trained: Pa
 # ---- starting ------------------------------------------------------------------------------------
 
 
-def options(**given: Any) -> ServeConfig:
-    return build_options(ServeConfig, {"run": ["r"]} | given)
+def options(**given: Any) -> ServerOptions:
+    return ServerOptions(run=["r"], **given)
 
 
 def test_open_addresses_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -535,7 +535,7 @@ def test_runs_of_other_layer_formats_are_not_served_together(
 ) -> None:
     """Which layers have how many bits is measured on each run's own rows, so the options alone do not say it."""
     formats = {"run": BaseFormats(), second.name: BaseFormats(QuantSpec("nf3"))}
-    monkeypatch.setattr(engine_module, "base_formats", lambda config, run: formats[run.path.name])
+    monkeypatch.setattr(OpenRun, "formats", property(lambda opened: formats[opened.run.path.name]))
     with pytest.raises(RunError, match="other formats of its layers"):
         load_models([trained, second], "cpu", "fp32")
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.options.option import with_options
 from nybble.options.verbs import load_config
 from nybble.planning.micro_batches import even_micro_batches
 from nybble.planning.request import plan_run
@@ -84,14 +85,15 @@ def test_a_run_on_it_is_planned(stored, data: Path, monkeypatch: pytest.MonkeyPa
     build = stored_model.build_skeleton
     monkeypatch.setattr(stored_model, "build_skeleton", lambda *given: built.append(given) or build(*given))
     config = load_config(None, {"model": "in memory", "data": str(data), "out": str(folder / "run")})
+    memory = config.memory
 
     def even(size: int):
         return even_micro_batches(
-            32, rows_per_step=config.rows_per_step, size=size, packed=config.packing, rules=SHAPE_RULES["cpu"]
+            32, rows_per_step=memory.rows_per_step, size=size, packed=memory.packing, rules=SHAPE_RULES["cpu"]
         )
 
     plans, _ = plan_run(config, source, None, even, torch.float32, CPU)
-    streamed, _ = plan_run(config.model_copy(update={"stream_base": "always"}), source, None, even, torch.float32, CPU)
+    streamed, _ = plan_run(with_options(config, stream_base="always"), source, None, even, torch.float32, CPU)
     assert plans.chosen is not None and plans.chosen.resident_blocks is None
     assert streamed.chosen is None
     assert source.linears and source.blocks and source.ends and source.placements

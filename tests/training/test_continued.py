@@ -52,7 +52,7 @@ def test_begins_where_the_adapter_was(start) -> None:
     assert evaluated(second, 0) == pytest.approx(evaluated(first, 3), abs=1e-6)
     assert evaluated(first, 0) != pytest.approx(evaluated(first, 3), abs=1e-3)
     config = load_config(second / "config.yaml", {})
-    assert (config.rank, config.alpha, config.rslora) == (4, 12.0, True)
+    assert (config.adapters.rank, config.adapters.alpha, config.adapters.rslora) == (4, 12.0, True)
     (event,) = read_events(second / "events.jsonl", "adapter")
     assert event["path"] == str(first / "adapter")
 

@@ -16,8 +16,7 @@ from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.options.option import build_options
-from nybble.options.verbs import TrainConfig
+from nybble.options.groups import LoopOptions
 from nybble.runs.adapter_files import adapter_config
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
@@ -64,15 +63,15 @@ def plain_losses(model: nn.Module, rows: Sequence[EncodedExample]) -> Tensor:
     return torch.cat(losses)
 
 
-def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], config: TrainConfig) -> list[float]:
+def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], options: LoopOptions) -> list[float]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    betas = (config.beta1, config.beta2)
-    optimizer = torch.optim.AdamW(parameters, config.lr, betas=betas, weight_decay=config.weight_decay)
-    sampler, losses = StepSampler(len(train), ROWS_PER_STEP, config.seed), []
+    betas = (options.beta1, options.beta2)
+    optimizer = torch.optim.AdamW(parameters, options.lr, betas=betas, weight_decay=options.weight_decay)
+    sampler, losses = StepSampler(len(train), ROWS_PER_STEP, 0), []
     for _ in range(STEPS):
         loss = plain_losses(model, [train[row] for row in sampler.next_step()]).mean()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -81,22 +80,22 @@ def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], config: T
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path) -> None:
-    options = {"model": "tiny", "data": "rows", "out": str(tmp_path), "lr": 5e-3, "schedule": "constant", "warmup": 0}
-    config = build_options(TrainConfig, options)
+    options = LoopOptions(lr=5e-3, schedule="constant", warmup=0)
     train, validation = rows(LENGTHS, 1), rows(HELD_OUT, 2)
     model = adapted_model()
     plain = copy.deepcopy(model)
     begun = flat(model)
     before = plain_losses(plain, validation).mean().item()
-    expected = trained_plainly(plain, train, config)
+    expected = trained_plainly(plain, train, options)
     events = EventLog(tmp_path / "events.jsonl")
     result = train_loop(
         CausalLM.of(model, packing=packing),
         LateTokensCountMore(),
         train,
         Evaluations(validation, every=STEPS),
-        config,
-        sampler=StepSampler(len(train), ROWS_PER_STEP, config.seed),
+        options,
+        optimizer_bits=32,
+        sampler=StepSampler(len(train), ROWS_PER_STEP, 0),
         total_steps=STEPS,
         micro_batch_size=3,
         run=RunFolder(tmp_path),

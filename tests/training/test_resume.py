@@ -20,6 +20,7 @@ from nybble.cli.render import Terminal
 from nybble.errors import ModelError, RunError, TrainingError
 from nybble.files.manifest import verify_manifest
 from nybble.formats.quant_spec import BaseFormats
+from nybble.options.option import fields_of
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.planning import request as plan_module
 from nybble.quantization.folder import quantize_folder
@@ -192,7 +193,7 @@ def test_what_changed_is_refused_with_the_difference_unless_insisted_on(name, wo
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     resume(out, allow_change=name, **more)
     if name == "config":
-        assert load_config(out / "config.yaml", {}).lr == 1e-3
+        assert load_config(out / "config.yaml", {}).loop.lr == 1e-3
 
 
 def test_options_that_change_no_step_may_change(tiny_model, data, tmp_path):
@@ -391,4 +392,4 @@ def test_resume_without_out_says_what_is_missing(tmp_path):
 def test_every_free_option_is_an_option():
     from nybble.training.resume import FREE_OPTIONS
 
-    assert set(FREE_OPTIONS) <= set(TrainConfig.model_fields)
+    assert set(FREE_OPTIONS) <= set(fields_of(TrainConfig))

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.events import Listener, silent
+from nybble.options.groups import GgufType
 from nybble.options.option import build_options
-from nybble.options.verbs import ExportConfig, GgufType, MergeConfig
+from nybble.options.verbs import ExportConfig, MergeConfig
 
 if TYPE_CHECKING:
     from nybble.exporting.artefact import ExportResult
@@ -47,13 +48,14 @@ def merge(
         ('verified', True)
     """
     config = build_options(MergeConfig, as_options({"run": run, "compare": compare} | options))
-    if config.out is None:
+    output = config.output
+    if output.out is None:
         from nybble.exporting.compare import compare_merges
 
         return compare_merges(config, on_event)
     from nybble.exporting.artefact import export_run
 
-    return export_run(config, config.out, config.to, GgufType.F16, on_event)
+    return export_run(config, output.out, output.to, GgufType.F16, on_event)
 
 
 def export(run: RunLike | None = None, *, on_event: Listener = silent, **options: Any) -> "ExportResult":
@@ -80,4 +82,5 @@ def export(run: RunLike | None = None, *, on_event: Listener = silent, **options
     config = build_options(ExportConfig, as_options({"run": run} | options))
     from nybble.exporting.artefact import export_run
 
-    return export_run(config, config.out, config.to, config.gguf_type, on_event)
+    output = config.output
+    return export_run(config, output.out, output.to, output.gguf_type, on_event)

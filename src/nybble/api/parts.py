@@ -19,7 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from nybble.api.keywords import as_options
@@ -31,15 +30,16 @@ from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
 from nybble.files.disk import complete_folder
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets, trained_parameters
-from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.options.groups import DataOptions, ModelOptions
-from nybble.options.option import build_options
-from nybble.options.verbs import AttachConfig, LoadConfig, StepConfig
+from nybble.layers.convert import adapters_of, add_new_adapters, trained_parameters
+from nybble.layers.precision import set_up
+from nybble.options.groups import MemoryOptions, SeededAdapters
+from nybble.options.option import build_options, with_options
+from nybble.options.verbs import AttachConfig, LoadConfig, RowsConfig, SourceConfig, StepConfig
 from nybble.planning.micro_batches import total_steps
 from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.base import quant_spec
 from nybble.runs.context import read_rows, within_context
 from nybble.sources.inventory import take_inventory
 from nybble.sources.load import load_model
@@ -69,7 +69,7 @@ def open_model(
         >>> source.config.num_hidden_layers, len(source.fingerprint())
         (2, 64)
     """
-    options = build_options(ModelOptions, as_options({"model": model, "tokenizer": tokenizer}))
+    options = build_options(SourceConfig, as_options({"model": model, "tokenizer": tokenizer})).model
     return open_stored(options.model, options.tokenizer, on_event)
 
 
@@ -131,14 +131,15 @@ class TrainingData:
         """
         numbers = {"rows_per_step": rows, "micro_batch_size": micro_batch_size, "packing": packed}
         config = build_options(StepConfig, numbers | {"epochs": epochs, "max_steps": max_steps})
-        return self._steps(config, config.micro_batch_size or rows, total_steps(config, len(self.train), rows))
+        return self._steps(config.memory, total_steps(config.loop, len(self.train), rows))
 
-    def _steps(self, config: StepConfig, size: int, num_steps: int) -> Iterator[list[Batch]]:
-        sampler = StepSampler(len(self.train), config.rows_per_step, self.seed)
+    def _steps(self, memory: MemoryOptions, num_steps: int) -> Iterator[list[Batch]]:
+        rows, packed = memory.rows_per_step, memory.packing
+        sampler = StepSampler(len(self.train), rows, self.seed)
         lengths = [len(row) for row in self.train]
         for _ in range(num_steps):
-            dealt = split_micro_batches(sampler.next_step(), lengths, size, config.packing)
-            yield [collate([self.train[row] for row in micro], config.packing) for micro in dealt]
+            dealt = split_micro_batches(sampler.next_step(), lengths, memory.micro_batch_size or rows, packed)
+            yield [collate([self.train[row] for row in micro], packed) for micro in dealt]
 
 
 def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **options: Any) -> TrainingData:
@@ -158,12 +159,13 @@ def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **
         >>> len(data.train), len(data.validation), data.audit.num_dropped
         (38, 2, 0)
     """
-    config = within_context(build_options(DataOptions, as_options({"data": data} | options)), source)
-    template = open_template(config, source.load_tokenizer())
-    found = read_rows(config, source, template)
+    config = build_options(RowsConfig, as_options({"data": data} | options))
+    rows = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source)).data
+    template = open_template(rows, source.load_tokenizer())
+    found = read_rows(rows, source, template)
     on_event(Audited(found.audit))
     found.audit.check()
-    return TrainingData(found.train, found.validation, found.audit, template, config.seed)
+    return TrainingData(found.train, found.validation, found.audit, template, rows.seed)
 
 
 class Model:
@@ -180,12 +182,12 @@ class Model:
 
     def __init__(self, module: "PreTrainedModel", name: str, config: LoadConfig):
         self.module, self.name, self._config = module, name, config
-        self._adapters: AttachConfig | None = None
+        self._adapters: SeededAdapters | None = None
 
     @cached_property
     def causal_lm(self) -> CausalLM:
         """What computes it; `causal_lm.verdict` says which way, and why."""
-        return CausalLM.of(self.module, keep=self._config.keep, packing=self._config.packing)
+        return CausalLM.of(self.module, keep=self._config.loaded.keep, packing=self._config.loaded.packing)
 
     @property
     def packed(self) -> bool:
@@ -230,16 +232,8 @@ class Model:
         """What `add_adapters` does, with its options."""
         if adapters_of(self.module):
             raise ConfigError("The model has adapters.", "They are added once.", "Load it again for others.")
-        attach_adapters(
-            self.module,
-            resolve_targets(self.module, config.target_modules),
-            rank=config.rank,
-            alpha=config.alpha,
-            dropout=config.dropout,
-            rslora=config.rslora,
-            seed=config.seed,
-        )
-        self._adapters = config
+        add_new_adapters(self.module, config.adapters, config.adapters.seed)
+        self._adapters = config.adapters
         self.__dict__.pop("causal_lm", None)  # chosen again, for the model as it is now
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
@@ -279,15 +273,13 @@ def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) ->
         []
     """
     config = build_options(LoadConfig, as_options(options))
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    dtype = resolve_compute_dtype(config.compute_dtype, device)
-    formats = None
-    if config.format != "none":
-        check_dense_share(take_inventory(source.skeleton, source.in_four_bits), source.name, config.max_dense_share)
-        formats = BaseFormats(QuantSpec(config.format, config.block_size, config.double_quant))
-    module = load_model(source, formats, dtype, device, config.quality, report=on_event)
+    device, dtype = set_up(config.machine)
+    spec = quant_spec(config.weights)
+    if spec is not None:
+        inventory = take_inventory(source.skeleton, source.in_four_bits)
+        check_dense_share(inventory, source.name, config.weights.max_dense_share)
+    formats = None if spec is None else BaseFormats(spec)
+    module = load_model(source, formats, dtype, device, config.loaded.quality, report=on_event)
     return Model(module, source.name, config)
 
 

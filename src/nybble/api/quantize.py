@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import as_options
 from nybble.events import Listener, silent
+from nybble.options.groups import CalibrationOptions, QualityOptions
 from nybble.options.option import build_options
 from nybble.options.verbs import QuantizeConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from nybble.formats.quant_spec import BaseFormats
     from nybble.quantization.folder import CalibrationInput, QuantizedFolder, Rounding
     from nybble.sources.stored_model import StoredModel
@@ -34,12 +37,12 @@ class QuantizedModel:
     @property
     def folder(self) -> Path:
         """Where it is."""
-        return self.config.out
+        return self.config.output.out
 
     @property
     def bitsandbytes(self) -> bool:
         """Whether transformers with bitsandbytes loads it; else only nybble does."""
-        return self.config.mixed is None and self.formats.spec.entry.bitsandbytes
+        return self.config.rounding.mixed is None and self.formats.spec.entry.bitsandbytes
 
 
 def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
@@ -61,58 +64,55 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
         ('small', True, True)
     """
     config = build_options(QuantizeConfig, as_options(options))
-    import torch
-
     from nybble.formats.quant_spec import BaseFormats, QuantSpec
+    from nybble.layers.precision import set_up
     from nybble.quantization.folder import quantize_folder
     from nybble.quantization.sensitivity import measure_formats
     from nybble.sources.open import open_model
 
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    spec = QuantSpec(config.format, config.block_size, config.double_quant)
-    source = open_model(config.model, config.tokenizer, on_event)
-    rounding = _rounding(config)
-    reads_text = rounding == "calibrated" or config.mixed is not None
-    calibration = _calibration(config, source, on_event) if reads_text else None
+    weights, mixed = config.weights, config.rounding.mixed
+    cpu, dtype = set_up(config.machine)
+    spec = QuantSpec(weights.format, weights.block_size, weights.double_quant)
+    source = open_model(config.model.model, config.model.tokenizer, on_event)
+    rounding = _rounding(config.rounding)
+    reads_text = rounding == "calibrated" or mixed is not None
+    calibration = _calibration(config.rounding, dtype, source, on_event) if reads_text else None
     formats = BaseFormats(spec)
-    if config.mixed is not None and calibration is not None:
-        windows, dtype, cpu = calibration.windows, calibration.compute_dtype, torch.device("cpu")
-        formats = measure_formats(source, config.mixed, spec, windows, dtype, cpu, on_event).formats
+    if mixed is not None and calibration is not None:
+        formats = measure_formats(source, mixed, spec, calibration.windows, dtype, cpu, on_event).formats
     written = quantize_folder(
         source,
         formats,
-        config.out,
+        config.output.out,
         rounding=rounding,
         calibration=calibration,
-        max_dense_share=config.max_dense_share,
+        max_dense_share=weights.max_dense_share,
         report=on_event,
     )
     return QuantizedModel(config, formats, rounding, written)
 
 
-def _rounding(config: QuantizeConfig) -> "Rounding":
+def _rounding(options: QualityOptions) -> "Rounding":
     """What "auto" means here: calibrated where text for it was named, else as bitsandbytes does."""
-    if config.quality != "auto":
-        return config.quality
-    return "absmax" if config.calibrate is None else "calibrated"
+    if options.quality != "auto":
+        return options.quality
+    return "absmax" if options.calibrate is None else "calibrated"
 
 
-def _calibration(config: QuantizeConfig, source: "StoredModel", report: Listener) -> "CalibrationInput":
-    import torch
-
+def _calibration(
+    options: CalibrationOptions, dtype: "torch.dtype", source: "StoredModel", report: Listener
+) -> "CalibrationInput":
     from nybble.data.calibration_text import calibration_text, read_calibration_file
     from nybble.data.template import ChatTemplate
     from nybble.events import Note
     from nybble.layers.context import context_length
-    from nybble.layers.precision import resolve_compute_dtype
     from nybble.quantization.folder import CalibrationInput
 
     template = ChatTemplate(source.load_tokenizer())
-    num_tokens = config.calibration_tokens
-    own = [] if config.calibrate is None else read_calibration_file(config.calibrate, template, num_tokens=num_tokens)
+    num_tokens = options.calibration_tokens
+    own = [] if options.calibrate is None else read_calibration_file(options.calibrate, template, num_tokens=num_tokens)
     context = context_length(source.config)
-    name = config.calibrate or "general text"
+    name = options.calibrate or "general text"
     text = calibration_text(own, name, template, num_tokens=num_tokens, context=context)
     report(Note(f"calibrating on {text.description}"))
-    return CalibrationInput(text.windows, resolve_compute_dtype(config.compute_dtype, torch.device("cpu")))
+    return CalibrationInput(text.windows, dtype)

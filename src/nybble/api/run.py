@@ -5,18 +5,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nybble.api.keywords import RunLike, as_options
 from nybble.data.examples import Message
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
 from nybble.generation.text_pieces import TextPieces
-from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.options.groups import AnswerOptions
+from nybble.layers.precision import set_up
+from nybble.options.groups import MachineOptions
 from nybble.options.option import build_options
-from nybble.options.verbs import OpenConfig, TrainConfig
+from nybble.options.verbs import AnswerConfig, OpenConfig, TrainConfig
 from nybble.runs import open_run as opening
 from nybble.runs.events import read_events
 
@@ -30,7 +28,7 @@ class Run:
         report: told what is loaded.
     """
 
-    def __init__(self, opened: opening.OpenRun, machine: OpenConfig, report: Listener = silent):
+    def __init__(self, opened: opening.OpenRun, machine: MachineOptions, report: Listener = silent):
         self._opened, self._machine, self._report = opened, machine, report
 
     def __fspath__(self) -> str:
@@ -97,7 +95,7 @@ class Run:
         """
         said = {"system": system, "prompt": prompt if isinstance(prompt, str) else None}
         numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
-        options = build_options(AnswerOptions, said | numbers | {"seed": seed})
+        options = build_options(AnswerConfig, said | numbers | {"seed": seed}).answers
         first = [] if options.system is None else [Message("system", options.system)]
         template = self._opened.template
         pieces = TextPieces(template.tokenizer)
@@ -113,10 +111,7 @@ class Run:
 
     @cached_property
     def _model(self) -> Any:
-        if self._machine.threads:
-            torch.set_num_threads(self._machine.threads)
-        device = resolve_device(self._machine.device)
-        dtype = resolve_compute_dtype(self._machine.compute_dtype, device)
+        device, dtype = set_up(self._machine)
         return opening.load_tuned(self._opened, dtype, device, self._report)
 
     def _evaluations(self) -> list[dict[str, Any]]:
@@ -147,10 +142,10 @@ def open_run(run: RunLike, *, on_event: Listener = silent, **options: Any) -> Ru
 
     Example:
         >>> opened = nybble.open_run("runs/first")
-        >>> opened.config.rank, opened.loss_after < opened.loss_before
+        >>> opened.config.adapters.rank, opened.loss_after < opened.loss_before
         (4, True)
         >>> [event["step"] for event in opened.events() if event["event"] == "step"]
         [1, 2]
     """
-    machine = build_options(OpenConfig, as_options({"run": run} | options))
-    return Run(opening.open_run(machine.run, on_event), machine, on_event)
+    config = build_options(OpenConfig, as_options({"run": run} | options))
+    return Run(opening.open_run(config.run.run, on_event), config.machine, on_event)

@@ -37,7 +37,7 @@ def train(config: Path | str | None = None, *, on_event: Listener = silent, **op
     if given.get("resume") and config is None:
         config = _config_of_run(given)
     settled = load_config(config, given)
-    with RunFolder(settled.out).locked():  # before the seconds of importing: another process may be at work there
+    with RunFolder(settled.run.out).locked():  # before the seconds of importing: another process may be at work there
         pass
     from nybble.training.session import train as run_training
 

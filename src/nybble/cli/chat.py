@@ -14,9 +14,9 @@ def chat(given: dict[str, Any]) -> int:
     from nybble.evaluation.chat import load_chat
 
     with Terminal() as terminal:
-        conversation = Conversation(load_chat(config, terminal), config, terminal)
-    if config.prompt is not None:
-        conversation.ask(config.prompt)
+        conversation = Conversation(load_chat(config, terminal), config.answers, terminal)
+    if (prompt := config.answers.prompt) is not None:
+        conversation.ask(prompt)
     else:
         conversation.hold()
     return 0

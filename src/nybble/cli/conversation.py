@@ -6,7 +6,7 @@ from nybble.errors import NybbleError
 from nybble.evaluation.chat import answer, opening
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.convert import adapters_of, enable_adapters
-from nybble.options.verbs import ChatConfig
+from nybble.options.groups import AnswerOptions
 from nybble.runs.open_run import LoadedModel
 
 HELP = (
@@ -20,13 +20,13 @@ class Conversation:
 
     Args:
         loaded: the model.
-        config: how it answers.
+        options: how it answers.
         terminal: where its answers are shown.
     """
 
-    def __init__(self, loaded: LoadedModel, config: ChatConfig, terminal: Terminal):
-        self.loaded, self.config, self.terminal = loaded, config, terminal
-        self._messages, self._with_base = opening(config), False
+    def __init__(self, loaded: LoadedModel, options: AnswerOptions, terminal: Terminal):
+        self.loaded, self.options, self.terminal = loaded, options, terminal
+        self._messages, self._with_base = opening(options.system), False
 
     def hold(self) -> None:
         """Answer what the user types until they leave."""
@@ -42,7 +42,7 @@ class Conversation:
             if line == "/quit":
                 return
             if line == "/reset":
-                self._messages = opening(self.config)
+                self._messages = opening(self.options.system)
             elif line == "/base":
                 self._toggle_base()
             elif line:
@@ -93,7 +93,7 @@ class Conversation:
     def _answer(self, messages: list[Message], pieces: TextPieces) -> None:
         """Print the answer as it comes."""
         out = self.terminal.console.out
-        filled = answer(self.loaded, messages, self.config, pieces, lambda text: out(text, end="", highlight=False))
+        filled = answer(self.loaded, messages, self.options, pieces, lambda text: out(text, end="", highlight=False))
         out(pieces.rest(), highlight=False)
         if filled:
             self.terminal.say("The answer ends where the model's context does.")

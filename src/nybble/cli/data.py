@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.errors import ConfigError
-from nybble.options.option import build_options
+from nybble.options.option import build_options, with_options
 from nybble.options.verbs import DataConfig
 
 
@@ -29,10 +29,10 @@ def check(
     from nybble.sources.open import open_model
 
     terminal = Terminal()
-    source = open_model(config.model, config.tokenizer, terminal)
-    config = within_context(config, source)
-    template = open_template(config, source.load_tokenizer())
-    data = read_rows(config, source, template)
+    source = open_model(config.model.model, config.model.tokenizer, terminal)
+    options = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source)).data
+    template = open_template(options, source.load_tokenizer())
+    data = read_rows(options, source, template)
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:
@@ -41,7 +41,7 @@ def check(
             terminal.console.print(audit.render_example(row, template.tokenizer))
     if plot is not None:
         try:
-            draw_lengths(data.lengths(), config.max_seq_len, plot)
+            draw_lengths(data.lengths(), options.max_seq_len, plot)
         except (OSError, ValueError) as error:  # a suffix that is no picture's raises ValueError
             raise ConfigError(
                 f"{plot} cannot be drawn: {error}.", "--plot takes a file such as lengths.png."

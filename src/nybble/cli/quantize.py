@@ -22,8 +22,8 @@ def quantize(given: dict[str, Any]) -> int:
     if not done.bitsandbytes:
         known = " and ".join(format.name for format in FORMATS.values() if format.bitsandbytes)
         terminal.say(f"Only nybble loads it: bitsandbytes has {known}.")
-    named = config.format if config.mixed is None else "mixed formats"
-    terminal.say(f"{config.out} holds {config.model} in {named}, {done.rounding}.")
+    named = config.weights.format if config.rounding.mixed is None else "mixed formats"
+    terminal.say(f"{done.folder} holds {config.model.model} in {named}, {done.rounding}.")
     terminal.say(f"In 16 bits: {_in_16_bits(done.written.inventory)}.", soft_wrap=True)
     return 0
 

@@ -14,8 +14,9 @@ def synth(given: dict[str, Any]) -> int:
     from nybble.quantization.synth import synthesize
     from nybble.units import format_bytes
 
-    spec = QuantSpec(config.format, config.block_size, config.double_quant)
+    model, weights = config.model, config.weights
+    spec = QuantSpec(weights.format, weights.block_size, weights.double_quant)
     with Terminal() as terminal:
-        num_bytes = synthesize(config.shape, spec, config.out, config.seed, terminal)
-    terminal.say(f"{config.out} holds {config.shape} with random weights, {format_bytes(num_bytes)}.")
+        num_bytes = synthesize(model.shape, spec, model.out, model.seed, terminal)
+    terminal.say(f"{model.out} holds {model.shape} with random weights, {format_bytes(num_bytes)}.")
     return 0

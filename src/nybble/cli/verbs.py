@@ -1,8 +1,8 @@
-"""From an options class and a function to a verb of the command line.
+"""From a verb's options and a function to a verb of the command line.
 
-Flags, help texts, defaults and help panels come from the fields of the options class, so that an option
-is declared in `nybble.options.groups` and nowhere else. Flags arrive as text; the options class converts and
-checks them, which gives one set of messages for flags and YAML files.
+Flags, help texts, defaults and help panels come from the fields of the verb's groups, so that an option
+is declared in `nybble.options.groups` and nowhere else. Flags arrive as text; the options convert and
+check them, which gives one set of messages for flags and YAML files.
 """
 
 import inspect
@@ -18,26 +18,26 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from nybble.errors import ConfigError, NybbleError
-from nybble.options.option import Options, alternatives, choices_of, fields_by_group, known_names, nearest, yaml_key
+from nybble.options.option import Verb, alternatives, choices_of, fields_by_group, known_names, nearest, yaml_key
 
 Body = Callable[..., int]  # takes the given flags, and arguments of its own; returns the exit code
 
 
-def add_verb(app: typer.Typer, name: str | None, body: Body, options: type[Options] = Options) -> None:
+def add_verb(app: typer.Typer, name: str | None, body: Body, options: type[Verb] = Verb) -> None:
     """Adds `body` to `app` as the verb `name`; None makes it what `app`, a group of verbs, does by itself.
 
     Args:
         body: called with a dict of the flags the user gave (option name -> text, bool for a switch, list of texts
             for what may be given again), then
             with the arguments and options that its own signature declares with typer. Its docstring is the help.
-        options: its fields become flags.
+        options: their fields become flags.
     """
     own_parameters = list(inspect.signature(body).parameters.values())[1:]
 
     def run(ctx: typer.Context, **arguments: Any) -> None:
         if ctx.invoked_subcommand is not None:
             return
-        given = {name: arguments.pop(name) for name in options.model_fields}
+        given = {flag.name: arguments.pop(flag.name) for flag in flags}
         try:
             exit_code = body({name: value for name, value in given.items() if value not in (None, [])}, **arguments)
         except NybbleError as error:
@@ -122,8 +122,8 @@ def _given_again(command: Any, ctx: Any, args: list[str]) -> str | None:
     return again[0] if again else None
 
 
-def _with_nearest_flag(kind: Any, options: type[Options]) -> Any:
-    class Verb(kind):
+def _with_nearest_flag(kind: Any, options: type[Verb]) -> Any:
+    class Command(kind):
         """A command or group that refuses a flag given twice, where click would keep the last value in silence, and
         always names the nearest flag, where click's own suggestion needs a close one."""
 
@@ -149,4 +149,4 @@ def _with_nearest_flag(kind: Any, options: type[Options]) -> Any:
                 )
                 raise typer.Exit(report(problem)) from None
 
-    return Verb
+    return Command

@@ -12,7 +12,7 @@ from nybble.data.readers import FieldNames, ReadResult, read_examples
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
-from nybble.options.groups import DataOptions
+from nybble.options.groups import DataOptions, RowOptions
 
 Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowError
 
@@ -189,7 +189,7 @@ def _sequences(rows: Sequence[EncodedRow]) -> list[EncodedExample]:
 
 
 def prepare_data(
-    config: DataOptions,
+    options: DataOptions,
     template: ChatTemplate,
     vocab_size: int,
     embedding_rows: ReadRows | None = None,
@@ -197,21 +197,21 @@ def prepare_data(
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, as `prepare` does."""
     return prepare(
-        config.data,
+        options.data,
         template,
-        max_seq_len=config.max_seq_len,
-        seed=config.seed,
-        fields=field_names(config),
-        validation_source=config.validation_data,
-        validation_fraction=config.validation_fraction,
-        validation_rows=config.validation_rows,
+        max_seq_len=options.max_seq_len,
+        seed=options.seed,
+        fields=field_names(options),
+        validation_source=options.validation_data,
+        validation_fraction=options.validation_fraction,
+        validation_rows=options.validation_rows,
         vocab_size=vocab_size,
         embedding_rows=embedding_rows,
-        allow=config.allow,
+        allow=options.allow,
         encode=encode,
     )
 
 
-def field_names(config: DataOptions) -> FieldNames:
+def field_names(options: RowOptions) -> FieldNames:
     """The user's own column names."""
-    return FieldNames(config.prompt_field, config.completion_field, config.messages_field, config.text_field)
+    return FieldNames(options.prompt_field, options.completion_field, options.messages_field, options.text_field)

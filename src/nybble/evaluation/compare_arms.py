@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import field_names, prepare_data
+from nybble.data.prepare import prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
@@ -21,8 +21,9 @@ from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
 from nybble.formats.format import DEFAULT_FORMAT, FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.layers.precision import resolve_compute_dtype
+from nybble.layers.precision import set_up
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.options.option import flat, with_options
 from nybble.options.verbs import EvalQualityConfig
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.runs.base import run_calibration_text
@@ -78,28 +79,24 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
         ConfigError: an arm is not a known format and quality.
         NybbleError: anything else the user can mend.
     """
-    arms = [parse_arm(text) for text in config.arms]
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    dtype = resolve_compute_dtype(config.compute_dtype, torch.device("cpu"))
-    source = open_model(config.model, config.tokenizer, report).without_lattice()
+    arms = [parse_arm(text) for text in config.comparison.arms]
+    _, dtype = set_up(config.machine)
+    source = open_model(config.model.model, config.model.tokenizer, report).without_lattice()
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} is already in 4 bits ({source.quant_spec.format}).",
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
-    config = within_context(config, source)
-    template = open_template(config, source.load_tokenizer())
-    data = prepare_data(config, template, source.config.get_text_config().vocab_size)
+    config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
+    template = open_template(config.data, source.load_tokenizer())
+    data = prepare_data(config.data, template, source.config.get_text_config().vocab_size)
     data.audit.check()
-    documents = _documents(data.validation, config.eval_tokens)
+    documents = _documents(data.validation, config.comparison.eval_tokens)
     notes = [*source.notes, f"{len(documents)} held-out documents, {sum(map(len, documents))} tokens"]
     calibration = None
     if any(arm.rounding == "calibrated" for arm in arms):
-        text = run_calibration_text(
-            config, source, data.train, data.validation, template, field_names(config), config.seed
-        )
+        text = run_calibration_text(config.calibration, config.data, source, data.train, data.validation, template)
         calibration = CalibrationInput(text.windows, dtype)
         notes.append(f"calibrated on {text.description}")
     for note in notes:
@@ -108,10 +105,10 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
     comparison = Comparison(load_model(source, None, dtype, report=report), documents)
     results = [_measure(arm, config, source, calibration, comparison, dtype, report) for arm in arms]
     report(ArmsCompared(results))
-    if config.out is not None:
-        with disk_errors(config.out, allowed="The report is not complete."):
-            _write(config.out, config, notes, results)
-        report(Note(f"{config.out / REPORT}, {config.out / PLOT}"))
+    if (out := config.comparison.out) is not None:
+        with disk_errors(out, allowed="The report is not complete."):
+            _write(out, config, notes, results)
+        report(Note(f"{out / REPORT}, {out / PLOT}"))
     return results
 
 
@@ -153,7 +150,7 @@ def _measure(
     dtype: torch.dtype,
     report: Listener,
 ) -> ArmResult:
-    formats = BaseFormats(QuantSpec(arm.format, config.block_size, config.double_quant))
+    formats = BaseFormats(QuantSpec(arm.format, config.scales.block_size, config.scales.double_quant))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "arm"
         started = time.perf_counter()
@@ -163,13 +160,13 @@ def _measure(
             out,
             rounding=arm.rounding,
             calibration=calibration,
-            max_dense_share=config.max_dense_share,
+            max_dense_share=config.dense.max_dense_share,
             what=arm.name,
             report=report,
         )
         seconds = time.perf_counter() - started
         model = load_model(open_model(str(out)), formats, dtype)
-    return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.seed))
+    return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.data.seed))
 
 
 def bits_per_weight(model: "PreTrainedModel") -> float:
@@ -189,7 +186,7 @@ def bits_per_weight(model: "PreTrainedModel") -> float:
 def _write(out: Path, config: EvalQualityConfig, notes: Sequence[str], results: Sequence[ArmResult]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     report = {
-        "options": config.model_dump(mode="json"),
+        "options": flat(config, "json"),
         "notes": list(notes),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

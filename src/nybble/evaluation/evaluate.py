@@ -28,7 +28,7 @@ from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.context import context_length
 from nybble.layers.convert import enable_adapters
-from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.layers.precision import set_up
 from nybble.options.verbs import EvalConfig
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.load import load_model
@@ -151,11 +151,9 @@ class Evaluated(Event):
 
 def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
     """Evaluate a run and write its report."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.lm_eval:
+    if config.evaluation.lm_eval:
         check_installed()
-    opened = open_run(config.run, report)
+    opened = open_run(config.evaluation.run, report)
     evaluation = run_evaluation(opened, config, report)
     report(Evaluated(evaluation))
     folder = opened.run.report
@@ -173,17 +171,17 @@ def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
 
 def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silent) -> Evaluation:
     """Ask the three models."""
-    rows = evaluation_rows(opened, config.data, config.allow)
-    device = resolve_device(config.device)
-    dtype = resolve_compute_dtype(config.compute_dtype, device)
+    asked_for = config.evaluation
+    rows = evaluation_rows(opened, asked_for.data, config.data.allow)
+    device, dtype = set_up(config.machine)
     tokenizer = opened.template.tokenizer
     texts = [(_text(tokenizer, row.prompt_ids), _text(tokenizer, row.answer_ids)) for row in rows]
-    metrics = choose_metrics(config.metric, [reference for _, reference in texts[: config.answers]])
+    metrics = choose_metrics(asked_for.metric, [reference for _, reference in texts[: asked_for.answers]])
     windows = general_windows(opened)
     arms = {}
 
     base = load_model(opened.source, None, dtype, device, report=report)
-    asked = _Asked(opened, rows, windows, config.answers if metrics else 0)
+    asked = _Asked(opened, rows, windows, asked_for.answers if metrics else 0)
     kept: list[Distributions] = []
     arms[BASE_16] = asked.ask(base, kept, first=True)
     del base
@@ -193,7 +191,7 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silen
     for name, enabled in ((BASE_4, False), (TUNED, True)):
         enable_adapters(model, enabled)
         arms[name] = asked.ask(model, kept, first=False)
-    tasks = [task.strip() for task in config.lm_eval.split(",")] if config.lm_eval else []
+    tasks = [task.strip() for task in asked_for.lm_eval.split(",")] if asked_for.lm_eval else []
     lm_eval = run_tasks(model, opened.template.tokenizer, tasks) if tasks else {}
     return Evaluation(opened, rows, texts, arms, metrics, lm_eval)
 

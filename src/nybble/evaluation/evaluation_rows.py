@@ -19,18 +19,18 @@ def evaluation_rows(
     Raises:
         DataError: they cannot be read, there are none, or the audit finds an error in them.
     """
-    config = opened.config
+    own = opened.config.data
     if data is None:
         vocab_size = opened.source.config.get_text_config().vocab_size
-        rows = prepare_data(config, opened.template, vocab_size).validation
+        rows = prepare_data(own, opened.template, vocab_size).validation
     else:
-        fields, length = field_names(config), config.max_seq_len
+        fields, length = field_names(own), own.max_seq_len
         prepared = prepare(data, opened.template, max_seq_len=length, fields=fields, validation_fraction=0, allow=allow)
         prepared.audit.check("used to judge a run")
         rows = prepared.train
     if not rows:
         raise DataError(
-            f"{', '.join(data or config.data)} gives no held-out rows.",
+            f"{', '.join(data or own.data)} gives no held-out rows.",
             "At least one is needed.",
             "Give others with --data.",
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from nybble.options.option import flat
 from nybble.runs.open_run import OpenRun
 
 SETTINGS = (
@@ -23,7 +24,8 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     """YAML header as the hub reads it, then Markdown."""
     licence = opened.source.licence or "unknown"
     header = {"base_model": opened.source.name, "library_name": "peft", "license": licence, "tags": ["lora", "nybble"]}
-    settings = "\n".join(f"| {name} | {getattr(opened.config, name)} |" for name in SETTINGS)
+    options = flat(opened.config)
+    settings = "\n".join(f"| {name} | {options[name]} |" for name in SETTINGS)
     first, *_ = report["lm_eval"].items() or [None]
     harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
     change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
@@ -33,7 +35,7 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
 
 # An adapter for {opened.source.name}
 
-Trained with nybble on a frozen base in {opened.config.format}. It belongs to that base and no other. The licence above
+Trained with nybble on a frozen base in {options["format"]}. It belongs to that base and no other. The licence above
 is the base's; the data may add conditions of their own.
 
 ## Data

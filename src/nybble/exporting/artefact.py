@@ -27,8 +27,8 @@ from nybble.exporting.verify import ANSWER_TOKENS, Outcome, Verification, Verifi
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes
-from nybble.options.groups import ExportOptions
-from nybble.options.verbs import ArtefactKind, GgufType
+from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.verbs import ExportConfig, MergeConfig
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder, save_dense_folder
 from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
@@ -89,7 +89,7 @@ class ExportResult:
 
 
 def export_run(
-    config: ExportOptions, out: Path, kind: ArtefactKind, gguf_type: GgufType, report: Listener = silent
+    config: MergeConfig | ExportConfig, out: Path, kind: ArtefactKind, gguf_type: GgufType, report: Listener = silent
 ) -> ExportResult:
     """Write, verify and name the artefact.
 
@@ -99,14 +99,15 @@ def export_run(
     unverified = out.with_name(out.name + ".unverified")
     for path in (out, unverified):
         _check_free(path)
-    opened = open_run(config.run, report)
-    artefact = Artefact(kind, gguf_type, _choose_base(config.onto, kind, gguf_type))
-    validation = evaluation_rows(opened, config.data, config.allow)  # first: without them all else is in vain
-    calibration = rounding_input(opened, config, validation, report) if kind.is_rounded else None
+    run, quality = config.run, config.rounding.quality
+    opened = open_run(run.run, report)
+    artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
+    validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
+    calibration = rounding_input(opened, config.rounding, validation, report) if kind.is_rounded else None
     with disk_errors(out, ExportError):
-        survival = write(opened, artefact, unverified, rounding=config.quality, calibration=calibration, report=report)
-    verification = verify(opened, artefact, unverified, validation, config.verify_positions, report)
-    rounded = {"quality": config.quality if kind.is_rounded else None, "delta_survival": survival}
+        survival = write(opened, artefact, unverified, rounding=quality, calibration=calibration, report=report)
+    verification = verify(opened, artefact, unverified, validation, run.verify_positions, report)
+    rounded = {"quality": quality if kind.is_rounded else None, "delta_survival": survival}
     found = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
     report(Verified(verification))
     with disk_errors(out, ExportError):
@@ -122,7 +123,7 @@ def export_run(
         fsync(out.parent)
     for note in opened.source.notes:
         report(Note(note))
-    report(Note(f"{out} holds the tuned model of {config.run}, verified."))
+    report(Note(f"{out} holds the tuned model of {run.run}, verified."))
     return ExportResult(out, verification)
 
 
@@ -164,7 +165,7 @@ def write(
         out,
         rounding=rounding,
         calibration=calibration,
-        max_dense_share=opened.config.max_dense_share,
+        max_dense_share=opened.config.weights.max_dense_share,
         what="writing",
         report=report,
     )

@@ -15,7 +15,8 @@ from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.options.verbs import ArtefactKind, MergeConfig
+from nybble.options.groups import ArtefactKind
+from nybble.options.verbs import MergeConfig
 from nybble.runs.open_run import load_tuned, open_run
 from nybble.sources.load import load_model
 from nybble.training.loop import validation_loss
@@ -41,9 +42,9 @@ class MergesCompared(Event):
 
 def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesCompared:
     """The held-out loss of base, kept-separate and each merge."""
-    opened = open_run(config.run, report)
-    rows = evaluation_rows(opened, config.data, config.allow)
-    calibration = rounding_input(opened, config, rows, report)
+    opened = open_run(config.run.run, report)
+    rows = evaluation_rows(opened, config.run.data, config.data.allow)
+    calibration = rounding_input(opened, config.rounding, rows, report)
     dtype = resolve_compute_dtype("auto", CPU)
     original, dequantized = MergedSource(opened, "original"), MergedSource(opened, "dequantized")
     arms: dict[str, Callable[[], PreTrainedModel]] = {
@@ -53,7 +54,7 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
         "merged, 16 bits, onto dequantized": lambda: load_model(dequantized, None, dtype),
         "merged, 16 bits, onto original": lambda: load_model(original, None, dtype),
     }
-    for rounding in dict.fromkeys(("absmax", config.quality)):  # the plain way for comparison
+    for rounding in dict.fromkeys(("absmax", config.rounding.quality)):  # the plain way for comparison
         for onto, merged in (("original", original), ("dequantized", dequantized)):
             arms[f"merged, {ArtefactKind.FOUR_BIT} {rounding}, onto {onto}"] = partial(
                 load_rounded, merged, rounding, calibration, dtype

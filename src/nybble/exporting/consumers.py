@@ -29,7 +29,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.options.verbs import ArtefactKind
+from nybble.options.groups import ArtefactKind
 from nybble.runs.adapter_files import read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
 from nybble.sources.load import load_model
@@ -237,7 +237,7 @@ def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) ->
     if _installed("llama_cpp"):
         return LlamaCppConsumer("llama.cpp", file, context)
     source = open_model(str(file))
-    template = ChatTemplate(source.load_tokenizer(), opened.config.template)
+    template = ChatTemplate(source.load_tokenizer(), opened.config.data.template)
     name = "nybble's own GGUF reader (llama-cpp-python is not installed)"
     return NybbleConsumer(name, load_model(source, None, dtype), template)
 
@@ -256,7 +256,7 @@ def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context:
 
 
 def _template(artefact: Path, opened: OpenRun) -> ChatTemplate:
-    return ChatTemplate(load_tokenizer(str(artefact)), opened.config.template)
+    return ChatTemplate(load_tokenizer(str(artefact)), opened.config.data.template)
 
 
 def _widen(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from nybble.errors import RunError
 from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.lora import linear_features
 from nybble.runs.adapter_files import StoredAdapter
-from nybble.runs.base import base_formats, data_free_rounding
+from nybble.runs.base import data_free_rounding
 from nybble.runs.open_run import OpenRun
 from nybble.sources.stored_model import StoredModel
 
@@ -48,7 +48,7 @@ class MergedSource(StoredModel):
         self.adapter = StoredAdapter(opened.run.adapter)
         self.adapter.check_layers(self.skeleton)
         _refuse_tied(self.adapter, self.skeleton)
-        self._formats = base_formats(opened.config, opened.run)
+        self._formats = opened.formats
         self._base = opened.source if onto == "original" else opened.base
         self._adapted = set(self.adapter.names)
         for layer in self.adapter.names:  # all of it is checked before anything is written
@@ -95,7 +95,7 @@ class MergedSource(StoredModel):
             return self._base.read_dense(name, torch.float32).float()
         weight = self._base.read_linear(layer)
         if isinstance(weight, Tensor):
-            put = quantize if data_free_rounding(self.opened.config) == "absmax" else search_weight
+            put = quantize if data_free_rounding(self.opened.config.rounding) == "absmax" else search_weight
             weight = put(weight, self._formats.of(layer))
         return self.turned(layer, dequantize(weight, torch.float32)).contiguous()
 

@@ -13,14 +13,13 @@ import torch
 
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import field_names, prepare_data
+from nybble.data.prepare import prepare_data
 from nybble.errors import DataError
 from nybble.events import Listener, Note, silent
 from nybble.exporting.merged_source import MergedSource
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.options.groups import ExportOptions
-from nybble.options.verbs import ArtefactKind
+from nybble.options.groups import ArtefactKind, RoundingOptions
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.open_run import OpenRun
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
 
 def merged_formats(opened: OpenRun) -> BaseFormats:
     """The format that the artefact is named for, with scales as the run had them, or would have had them."""
-    return BaseFormats(QuantSpec(ArtefactKind.FOUR_BIT.value, opened.config.block_size, opened.config.double_quant))
+    weights = opened.config.weights
+    return BaseFormats(QuantSpec(ArtefactKind.FOUR_BIT.value, weights.block_size, weights.double_quant))
 
 
 def rounding_input(
-    opened: OpenRun, options: ExportOptions, validation: Sequence[EncodedExample], report: Listener = silent
+    opened: OpenRun, rounding: RoundingOptions, validation: Sequence[EncodedExample], report: Listener = silent
 ) -> CalibrationInput | None:
     """What the merged weights are calibrated with; None where they are not.
 
@@ -47,9 +47,9 @@ def rounding_input(
     Raises:
         DataError: --calibrate cannot be read, is too short, or holds held-out rows.
     """
-    if options.quality != "calibrated":
+    if rounding.quality != "calibrated":
         return None
-    text = _text(opened, options, validation, report)
+    text = _text(opened, rounding, validation, report)
     report(Note(f"calibrating on {text.description}"))
     return CalibrationInput(text.windows, resolve_compute_dtype("auto", torch.device("cpu")))
 
@@ -63,26 +63,24 @@ def load_rounded(
         return load_model(merged, formats, dtype, rounding=rounding)
     with tempfile.TemporaryDirectory(prefix=".tmp-rounded-", dir=merged.opened.run.path) as folder:
         out = Path(folder) / "model"
-        share = merged.opened.config.max_dense_share
+        share = merged.opened.config.weights.max_dense_share
         quantize_folder(merged, formats, out, rounding=rounding, calibration=calibration, max_dense_share=share)
         return load_model(open_model(str(out)), formats, dtype)
 
 
 def _text(
-    opened: OpenRun, options: ExportOptions, validation: Sequence[EncodedExample], report: Listener
+    opened: OpenRun, rounding: RoundingOptions, validation: Sequence[EncodedExample], report: Listener
 ) -> CalibrationText:
     """From --calibrate, else from the run's training rows; where those are gone or too few, general text alone."""
-    config, template = opened.config, opened.template
+    data, source, template = opened.config.data, opened.source, opened.template
 
     def text(train: Sequence[EncodedExample]) -> CalibrationText:
-        return run_calibration_text(
-            options, opened.source, train, validation, template, field_names(config), config.seed
-        )
+        return run_calibration_text(rounding, data, source, train, validation, template)
 
-    if options.calibrate is not None:
+    if rounding.calibrate is not None:
         return text([])
     try:
-        return text(prepare_data(config, template, opened.source.config.get_text_config().vocab_size).train)
+        return text(prepare_data(data, template, source.config.get_text_config().vocab_size).train)
     except DataError as error:
         report(Note(f"The run's training rows are not calibrated on: {error.got}"))
         return text([])

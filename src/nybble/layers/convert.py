@@ -20,6 +20,7 @@ from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
 from nybble.layers.weight_reads import weights_read
+from nybble.options.groups import NewAdapters
 
 PATTERN_SIGNS = set("*?[]()|^$+\\{}")
 ATTENTION_PARENTS = ("attn", "attention")
@@ -219,6 +220,16 @@ def attach_adapters(
         model.set_submodule(name, adapter)
         adapters[name] = adapter
     return adapters
+
+
+def add_new_adapters(model: nn.Module, adapters: NewAdapters, seed: int) -> None:
+    """`attach_adapters` as options say.
+
+    Raises:
+        ConfigError: target_modules names no layer.
+    """
+    how = adapters.model_dump(include={"rank", "alpha", "dropout", "rslora"})
+    attach_adapters(model, resolve_targets(model, adapters.target_modules), seed=seed, **how)
 
 
 def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:

@@ -1,9 +1,10 @@
-"""Which dtype the products run in."""
+"""Where products run, in which dtype, and on how many threads."""
 
 import torch
 
 from nybble.errors import ConfigError
 from nybble.kernels.hardware import multiplies_bf16
+from nybble.options.groups import ComputeOptions, MachineOptions
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,3 +29,15 @@ def resolve_device(name: str) -> torch.device:
             "device is cuda, but torch sees no CUDA device.", "Allowed here: auto, cpu.", "Use --device cpu."
         )
     return torch.device(name)
+
+
+def set_up(machine: ComputeOptions) -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and in which dtype; the number of threads is set. Without a choice of devices: on the CPU.
+
+    Raises:
+        ConfigError: as `resolve_device`.
+    """
+    if machine.threads:
+        torch.set_num_threads(machine.threads)
+    device = resolve_device(machine.device if isinstance(machine, MachineOptions) else "cpu")
+    return device, resolve_compute_dtype(machine.compute_dtype, device)

@@ -1,12 +1,15 @@
 """Every option of nybble, declared once: name, type, default, bounds, meaning, group.
 
 The command line's flags, the keys of a run's YAML file and the comments of `train --print-config` are generated from
-the classes below and those in verbs.py. An option's Python name `rows_per_step` is the flag `--rows-per-step` and the
-YAML key `rows-per-step` (underscores are accepted there too). Options that belong together are one small class.
+the classes below; verbs.py says which verb takes which. An option's Python name `rows_per_step` is the flag
+`--rows-per-step` and the YAML key `rows-per-step` (underscores are accepted there too). Options that belong together
+are one small class, with a heading, its `group`; where a verb takes only some of them, these are a class that the other
+extends. Options come in the order in which they are declared, those of a base first; of several bases, the last one's.
 """
 
 import re
-from typing import Annotated, ClassVar, Literal, Self
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
@@ -19,17 +22,18 @@ from nybble.options.option import (
     MomentBits,
     Name,
     Options,
+    Seed,
     Sources,
     knob,
     split_names,
 )
 
+NEW_FOLDER: Any = {"description": "Folder to write; it must not exist, or be empty.", "aliases": ("output_dir",)}
+ComputeType = Literal["auto", "bf16", "fp32"]
 DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits where it is called four-bit
 
 
-class ModelOptions(Options):
-    group: ClassVar[str] = "Model"
-
+class ModelOptions(Options, group="Model"):
     model: Name = knob(
         ...,
         "Base model: a Hugging Face folder or hub id, a .gguf file, or the alias smollm2-135m-instruct.",
@@ -40,10 +44,8 @@ class ModelOptions(Options):
     )
 
 
-class AcceptOptions(Options):
+class AcceptOptions(Options, group="Data"):
     """What may be wrong with examples."""
-
-    group: ClassVar[str] = "Data"
 
     allow: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
         (), "Findings of the audit to accept, by id, such as validation-leak; what they say then stops nothing."
@@ -52,8 +54,6 @@ class AcceptOptions(Options):
 
 class RowOptions(AcceptOptions):
     """How examples are read."""
-
-    group: ClassVar[str] = "Data"
 
     validation_data: Sources | None = knob(
         None,
@@ -85,7 +85,7 @@ class RowOptions(AcceptOptions):
         ge=8,
         aliases=("max_length", "max_seq_length", "sequence_len", "cutoff_len"),
     )
-    seed: int = knob(0, "Seed of the split, the order of rows, the adapters and dropout.", ge=0, le=2**32 - 1)
+    seed: Seed = knob(0, "Seed of the split, the order of rows, the adapters and dropout.")
 
     @model_validator(mode="after")
     def _one_template_or_none(self) -> Self:
@@ -98,9 +98,7 @@ class RowOptions(AcceptOptions):
         return self
 
 
-class ExampleOptions(Options):
-    group: ClassVar[str] = "Data"
-
+class ExampleOptions(Options, group="Data"):
     data: Sources = knob(
         ...,
         "Examples: a JSONL, JSON, CSV, Parquet or text file (packed too), a folder, a pattern, a hub id, or "
@@ -113,9 +111,25 @@ class DataOptions(RowOptions, ExampleOptions):
     """Which examples, and how they are read."""
 
 
-class FourBitOptions(Options):
-    group: ClassVar[str] = "Four bits"
+class PlannedData(RowOptions):
+    """Examples to plan for, where there are some."""
 
+    data: Sources | None = knob(
+        None, "Examples whose lengths are planned for; without them every row has --max-seq-len tokens."
+    )
+
+
+class BaseFormat(Options, group="Four bits"):
+    """The formats a model can be trained on."""
+
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "none"] = knob(
+        "nf4",
+        "Format of the frozen weights; nf3 and nf2 take three and two bits. none: keep 16 bits.",
+        aliases=("bnb_4bit_quant_type", "quant_type"),
+    )
+
+
+class ScaleOptions(Options, group="Four bits"):
     block_size: BlockSize = knob(
         64,
         "Consecutive weights that share one scale: 32 to 4096, a power of two.",
@@ -128,9 +142,21 @@ class FourBitOptions(Options):
     )
 
 
-class DenseShareOptions(Options):
-    group: ClassVar[str] = "Four bits"
+class FourBitOptions(ScaleOptions, BaseFormat):
+    """What is made of a weight."""
 
+
+class OutputFormat(FourBitOptions):
+    """The formats a model can be written in."""
+
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2"] = knob(
+        "nf4",
+        "Format of the weights; nf3 and nf2 take three and two bits.",
+        aliases=("bnb_4bit_quant_type", "quant_type"),
+    )
+
+
+class DenseShareOptions(Options, group="Four bits"):
     max_dense_share: float = knob(
         DENSE_SHARE,
         "Most of the blocks' weights that may stay in 16 bits, such as stacked experts; more is refused.",
@@ -139,10 +165,16 @@ class DenseShareOptions(Options):
     )
 
 
-class CalibrationOptions(Options):
-    """What calibrated weights are made with."""
+class WeightOptions(DenseShareOptions, FourBitOptions):
+    """The frozen weights of a model to train."""
 
-    group: ClassVar[str] = "Four bits"
+
+class OutputWeights(DenseShareOptions, OutputFormat):
+    """The weights of a model to write."""
+
+
+class CalibrationOptions(Options, group="Four bits"):
+    """What calibrated weights are made with."""
 
     calibrate: Name | None = knob(
         None,
@@ -155,9 +187,7 @@ class CalibrationOptions(Options):
     )
 
 
-class MixedOptions(Options):
-    group: ClassVar[str] = "Four bits"
-
+class MixedOptions(Options, group="Four bits"):
     mixed: float | None = knob(
         None,
         "Give each layer 4, 3 or 2 bits (nf4, nf3, nf2) so that this many bits a weight, scales included, lose least.",
@@ -169,8 +199,6 @@ class MixedOptions(Options):
 
 class QualityOptions(MixedOptions, CalibrationOptions):
     """How weights are put into four bits."""
-
-    group: ClassVar[str] = "Four bits"
 
     quality: Literal["auto", "absmax", "search", "calibrated"] = knob(
         "auto",
@@ -191,34 +219,17 @@ class QualityOptions(MixedOptions, CalibrationOptions):
         return self
 
 
-class OutputFormat(Options):
-    """The formats a model can be written in."""
+class RoundingOptions(CalibrationOptions):
+    """How merged weights go back into four bits."""
 
-    group: ClassVar[str] = "Four bits"
-
-    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2"] = knob(
-        "nf4",
-        "Format of the weights; nf3 and nf2 take three and two bits.",
-        aliases=("bnb_4bit_quant_type", "quant_type"),
+    quality: Literal["absmax", "search", "calibrated"] = knob(
+        "calibrated",
+        "How scales and levels of a model in nf4 are chosen, as in train. calibrated: on the run's training rows.",
     )
 
 
-class BaseFormat(Options):
-    """The formats a model can be trained on."""
-
-    group: ClassVar[str] = "Four bits"
-
-    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "none"] = knob(
-        "nf4",
-        "Format of the frozen weights; nf3 and nf2 take three and two bits. none: keep 16 bits.",
-        aliases=("bnb_4bit_quant_type", "quant_type"),
-    )
-
-
-class AdapterSizes(Options):
+class AdapterSizes(Options, group="Adapters"):
     """Which adapters there are, and how large."""
-
-    group: ClassVar[str] = "Adapters"
 
     rank: int = knob(16, "Rank of each adapter.", ge=1, aliases=("r", "lora_r", "lora_rank"))
     dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, aliases=("lora_dropout",))
@@ -242,9 +253,7 @@ class AdapterSizes(Options):
         return names
 
 
-class AdapterInit(Options):
-    group: ClassVar[str] = "Adapters"
-
+class AdapterInit(Options, group="Adapters"):
     init: Literal["default", "loftq", "activation"] = knob(
         "default",
         "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
@@ -253,15 +262,25 @@ class AdapterInit(Options):
     )
 
 
-class AdapterScaling(Options):
-    group: ClassVar[str] = "Adapters"
-
+class AdapterScaling(Options, group="Adapters"):
     alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, aliases=("lora_alpha",))
     rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", aliases=("use_rslora",))
 
 
-class AdapterOptions(AdapterScaling, AdapterInit, AdapterSizes):
-    group: ClassVar[str] = "Adapters"
+class PlannedAdapters(AdapterInit, AdapterSizes):
+    """What of adapters decides how a run fits."""
+
+
+class NewAdapters(AdapterScaling, AdapterSizes):
+    """What adapters are made with."""
+
+
+class SeededAdapters(NewAdapters):
+    seed: Seed = knob(0, "Seed of the adapters.")
+
+
+class AdapterOptions(NewAdapters, PlannedAdapters):
+    """The adapters of a run."""
 
     adapter: Name | None = knob(
         None,
@@ -280,9 +299,7 @@ class AdapterOptions(AdapterScaling, AdapterInit, AdapterSizes):
         return self
 
 
-class MemoryOptions(Options):
-    group: ClassVar[str] = "Memory"
-
+class MemoryOptions(Options, group="Memory"):
     memory: Bytes | None = knob(
         None,
         "Most memory the run may take, such as 8GB or 8GiB: anonymous memory on a CPU. What is free, if not given.",
@@ -338,16 +355,12 @@ class MemoryOptions(Options):
         return self
 
 
-class LengthOptions(Options):
-    group: ClassVar[str] = "Training"
-
+class LengthOptions(Options, group="Training"):
     max_steps: int | None = knob(None, "Stop after this many steps, whatever --epochs says.", ge=1)
     epochs: float = knob(1.0, "Passes over the training rows.", gt=0, aliases=("num_train_epochs", "num_epochs"))
 
 
 class LoopOptions(LengthOptions):
-    group: ClassVar[str] = "Training"
-
     lr: float = knob(2e-4, "Peak learning rate.", gt=0, aliases=("learning_rate",))
     schedule: Literal["constant", "cosine", "linear"] = knob(
         "cosine", "How the learning rate goes on after the warm-up.", aliases=("lr_scheduler_type", "lr_scheduler")
@@ -375,10 +388,8 @@ class LoopOptions(LengthOptions):
     )
 
 
-class ComputeOptions(Options):
-    group: ClassVar[str] = "Machine"
-
-    compute_dtype: Literal["auto", "bf16", "fp32"] = knob(
+class ComputeOptions(Options, group="Machine"):
+    compute_dtype: ComputeType = knob(
         "auto",
         "Type of activations and products. auto: bf16 where the hardware multiplies it, else fp32.",
         aliases=("dtype", "bnb_4bit_compute_dtype", "bf16"),
@@ -387,14 +398,10 @@ class ComputeOptions(Options):
 
 
 class MachineOptions(ComputeOptions):
-    group: ClassVar[str] = "Machine"
-
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to compute. auto: CUDA where there is one, else CPU.")
 
 
-class RunOptions(Options):
-    group: ClassVar[str] = "Run"
-
+class RunOptions(Options, group="Run"):
     out: Folder = knob(..., "Run folder to make.", aliases=("output_dir", "run_dir"))
     overwrite: bool = knob(False, "Replace an earlier run in that folder.", aliases=("overwrite_output_dir",))
     resume: bool = knob(
@@ -405,21 +412,17 @@ class RunOptions(Options):
     )
 
 
-class PlannedMachine(Options):
+class PlannedMachine(Options, group="Machine"):
     """The machine a plan is made for, which need not be this one."""
-
-    group: ClassVar[str] = "Machine"
 
     device: Literal["auto", "cpu", "cuda", "12GB-gpu", "16GB-gpu", "24GB-gpu", "48GB-gpu", "80GB-gpu"] = knob(
         "auto", "Where to compute: auto, cpu and cuda are this machine's; the others are looked up in a table."
     )
     host_memory: Bytes | None = knob(None, "Memory beside a GPU, such as 16GB; this machine's if not given.")
-    compute_dtype: Literal["auto", "bf16", "fp32"] = knob("auto", "Type of activations and products.")
+    compute_dtype: ComputeType = knob("auto", "Type of activations and products.")
 
 
-class ComparisonOptions(Options):
-    group: ClassVar[str] = "Comparison"
-
+class ComparisonOptions(Options, group="Comparison"):
     arms: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
         ("nf4:absmax", "nf4:search", "nf4:calibrated"), "What to compare with the 16-bit model: format:quality pairs."
     )
@@ -427,10 +430,11 @@ class ComparisonOptions(Options):
     out: Folder | None = knob(None, "Folder for quality.json and quality.png; neither is written if not given.")
 
 
-class EvaluationOptions(AcceptOptions):
-    group: ClassVar[str] = "Evaluation"
-
+class OpenedRun(Options, group="Run"):
     run: Folder = knob(..., "Run folder that `nybble train` made.", aliases=("adapter",))
+
+
+class EvaluationOptions(OpenedRun, group="Evaluation"):
     data: Sources | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
     metric: Literal["auto", "exact", "f1", "number", "none"] = knob(
         "auto", "How answers are compared with their references. auto: as the references allow. none: no answers."
@@ -439,35 +443,34 @@ class EvaluationOptions(AcceptOptions):
     lm_eval: Name | None = knob(None, "Tasks of lm-eval (names or .yaml files), separated by commas, to run too.")
 
 
-class AnswerOptions(Options):
-    group: ClassVar[str] = "Chat"
+class AnsweringModel(Options, group="Chat"):
+    """A run, or a model that is none."""
 
     run: Folder | None = knob(None, "Run folder that `nybble train` made.", aliases=("adapter",))
     model: Name | None = knob(None, "Model without a run, such as a merged one: what --model of `nybble train` takes.")
+
+    @model_validator(mode="after")
+    def _run_or_model(self) -> Self:
+        if (self.run is None) == (self.model is None):
+            raise ConfigError(
+                "run is not given." if self.run is None else "run and model are both given.",
+                "Either the folder of a training run, or the name of a model.",
+                "Add --run RUN or --model MODEL, and only one of them.",
+            )
+        return self
+
+
+class AnswerOptions(Options, group="Chat"):
     system: Name | None = knob(None, "System message that conversations begin with.", aliases=("system_prompt",))
     prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
     max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, aliases=("max_tokens", "max_length"))
     temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
     top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
     top_k: int = knob(0, "Sample among so many likeliest tokens; 0 among all.", ge=0)
-    seed: int = knob(0, "Seed of the sampling.", ge=0, le=2**32 - 1)
+    seed: Seed = knob(0, "Seed of the sampling.")
 
 
-class RoundingOptions(CalibrationOptions):
-    """How merged weights go back into four bits."""
-
-    group: ClassVar[str] = "Four bits"
-
-    quality: Literal["absmax", "search", "calibrated"] = knob(
-        "calibrated",
-        "How scales and levels of a model in nf4 are chosen, as in train. calibrated: on the run's training rows.",
-    )
-
-
-class MergedRun(AcceptOptions):
-    group: ClassVar[str] = "Run"
-
-    run: Folder = knob(..., "Run folder that `nybble train` made.", aliases=("adapter",))
+class MergedRun(OpenedRun):
     onto: Literal["auto", "original", "dequantized"] = knob(
         "auto",
         "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "
@@ -477,5 +480,94 @@ class MergedRun(AcceptOptions):
     verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
 
 
-class ExportOptions(RoundingOptions, MergedRun):
-    """What `nybble merge` and `nybble export` have in common."""
+class LoadedOptions(Options, group="Memory"):
+    """How a model is loaded for a training loop of one's own."""
+
+    quality: Literal["absmax", "search"] = knob("absmax", "How scales and levels are chosen, as in train.")
+    keep: Literal["nothing", "attention", "everything"] = knob(
+        "nothing", "What each block keeps for its backward pass; the rest is computed again."
+    )
+    packing: bool = knob(True, "Rows of a batch lie side by side instead of being padded.")
+
+
+class SynthOptions(Options, group="Model"):
+    shape: Literal["llama-2-70b", "llama-65b", "llama-3-8b", "llama-3.2-1b", "smollm2-360m", "smollm2-135m", "tiny"] = (
+        knob(..., "Model whose shape to take.")
+    )
+    out: Folder = knob(..., **NEW_FOLDER)
+    seed: Seed = knob(0, "Seed of the weights.")
+
+
+class OutputOptions(Options, group="Output"):
+    out: Folder = knob(..., **NEW_FOLDER)
+
+
+class ArtefactKind(StrEnum):
+    """What can be made of a run."""
+
+    PEFT = "peft"
+    DENSE = "16bit"
+    FOUR_BIT = "nf4"
+    GGUF = "gguf"
+    GGUF_ADAPTER = "gguf-lora"
+
+    @property
+    def is_adapter(self) -> bool:
+        """The adapter alone: nothing is merged."""
+        return self in (ArtefactKind.PEFT, ArtefactKind.GGUF_ADAPTER)
+
+    @property
+    def is_rounded(self) -> bool:
+        """Merged weights go back into four bits, as --quality says."""
+        return self is ArtefactKind.FOUR_BIT
+
+
+class GgufType(StrEnum):
+    """How a GGUF file stores matrices; the gguf package has the same names in capitals."""
+
+    F16 = "f16"
+    BF16 = "bf16"
+    Q8_0 = "q8_0"
+    Q4_0 = "q4_0"
+
+    @property
+    def in_four_bits(self) -> bool:
+        return self is GgufType.Q4_0
+
+
+class ExportOutput(OutputOptions):
+    to: ArtefactKind = knob(..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model.")
+    gguf_type: GgufType = knob(GgufType.F16, "Block type of a GGUF model's matrices.")
+
+
+class MergeOutput(Options, group="Output"):
+    out: Folder | None = knob(None, **NEW_FOLDER)
+    to: Literal[ArtefactKind.DENSE, ArtefactKind.FOUR_BIT] = knob(ArtefactKind.DENSE, "Form of the merged model.")
+    compare: bool = knob(False, "Only compare the ways to merge on the held-out rows, and write nothing.")
+
+    @model_validator(mode="after")
+    def _writes_or_compares(self) -> Self:
+        if (self.out is None) != self.compare:
+            raise ConfigError(
+                "out is not given." if self.out is None else "out and compare are both given.",
+                "Either --out FOLDER, or --compare, which writes nothing.",
+                "Add one, or take the other away.",
+            )
+        return self
+
+
+class ServerOptions(Options, group="Server"):
+    run: tuple[Folder, ...] = knob(
+        ...,
+        "Run folder that `nybble train` made; given again, further ones on the same base.",
+        aliases=("adapter", "lora_modules"),
+    )
+    host: Name = knob("127.0.0.1", "Address to listen on. Anything but this machine's own needs --token.")
+    port: int = knob(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
+    token: Name | None = knob(
+        None, "What clients must send as their API key; NYBBLE_TOKEN in the environment hides it from other users."
+    )
+    allow_host: Name | None = knob(None, "Names, separated by commas, that clients may reach this server by.")
+    max_new_tokens: int = knob(512, "Most tokens in an answer.", ge=1, aliases=("max_tokens",))
+    max_queue: int = knob(32, "Requests that may wait or run; more are refused with 429.", ge=1)
+    max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)

@@ -1,10 +1,10 @@
 """What an option is: how it is declared, read from flags and YAML, checked, written, and refused.
 
-The options themselves are in groups.py and verbs.py.
+A verb's options are groups (`config.memory.keep`); to users they are flat (`--keep`, `keep:`). What goes from the one
+to the other is here; the options themselves are in groups.py and verbs.py.
 """
 
 import difflib
-import inspect
 import re
 import reprlib
 import types
@@ -98,6 +98,7 @@ Bytes = Annotated[Size, BeforeValidator(parse_size), Field(ge=1_000_000)]
 BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
 MomentBits = Annotated[Literal[32, 8], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
 Sources = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_one_or_more)]  # may hold commas: not split
 MAX_YAML_BYTES = 1_000_000
@@ -105,10 +106,18 @@ Interval = Annotated[str, BeforeValidator(_interval)]
 
 
 class Options(BaseModel):
-    """Base of every group: values never change, and only declared names are accepted."""
+    """Base of every group: values never change, and only declared names are accepted.
+
+    `group` is the heading under which users meet its options; what extends a group has the group's.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-    group: ClassVar[str] = ""
+    group: ClassVar[str]
+
+    def __init_subclass__(cls, group: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if group:
+            cls.group = group
 
     @field_validator("*", mode="before")
     @classmethod
@@ -119,7 +128,19 @@ class Options(BaseModel):
         return value
 
 
-AnyOptions = TypeVar("AnyOptions", bound=Options)
+class Verb(BaseModel):
+    """Base of each verb's options: a field for each group. An option is in one group of a verb only."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        names = [name for group in groups_of(cls).values() for name in group.model_fields]
+        twice = [name for index, name in enumerate(names) if name in names[:index]]
+        assert not twice, f"{cls.__name__} has {', '.join(twice)} in two groups"
+
+
+AnyVerb = TypeVar("AnyVerb", bound=Verb)
 
 
 def yaml_key(name: str) -> str:
@@ -127,45 +148,80 @@ def yaml_key(name: str) -> str:
     return name.replace("_", "-")
 
 
-def fields_by_group(options: type[Options]) -> dict[str, dict[str, FieldInfo]]:
-    """Group name -> option name -> field, in the order in which users meet them."""
-    groups: dict[str, dict[str, FieldInfo]] = {}
-    for owner in reversed(options.__mro__):
-        for name in inspect.get_annotations(owner):
-            if name in options.model_fields:
-                groups.setdefault(vars(owner)["group"], {})[name] = options.model_fields[name]
-    return groups
+def groups_of(verb: type[Verb]) -> dict[str, type[Options]]:
+    """Name of the field -> group, in the order of the fields."""
+    return {name: cast(type[Options], field.annotation) for name, field in verb.model_fields.items()}
+
+
+def fields_by_group(verb: type[Verb]) -> dict[str, dict[str, FieldInfo]]:
+    """Heading -> option name -> field, in the order in which users meet them."""
+    headings: dict[str, dict[str, FieldInfo]] = {}
+    for group in groups_of(verb).values():
+        headings.setdefault(group.group, {}).update(group.model_fields)
+    return headings
+
+
+def fields_of(verb: type[Verb]) -> dict[str, FieldInfo]:
+    """Option name -> field, in the order in which users meet them."""
+    return {name: field for fields in fields_by_group(verb).values() for name, field in fields.items()}
+
+
+def spread(verb: type[Verb], values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """`values` of options by the verb's groups, of which each is there.
+
+    Raises:
+        KeyError: the verb has no such option.
+    """
+    spread_values: dict[str, dict[str, Any]] = {name: {} for name in verb.model_fields}
+    owners = {name: field for field, group in groups_of(verb).items() for name in group.model_fields}
+    for name, value in values.items():
+        spread_values[owners[name]][name] = value
+    return spread_values
+
+
+def flat(config: Verb, mode: Literal["python", "json"] = "python") -> dict[str, Any]:
+    """Option name -> value, in the order in which users meet them; of mode "json", as JSON and YAML have it."""
+    return {name: value for group in config.model_dump(mode=mode).values() for name, value in group.items()}
+
+
+def with_options(config: AnyVerb, **values: Any) -> AnyVerb:
+    """`config` with these options replaced. They are not checked: they are nybble's own, not the user's."""
+    groups = {field: given for field, given in spread(type(config), values).items() if given}
+    return config.model_copy(
+        update={field: getattr(config, field).model_copy(update=given) for field, given in groups.items()}
+    )
 
 
 def build_options(
-    options: type[AnyOptions],
+    verb: type[AnyVerb],
     values: Mapping[str, Any],
     from_file: Mapping[str, Any] | None = None,
     origin: str = "",
-) -> AnyOptions:
+) -> AnyVerb:
     """Checked options of one verb. `values` win over `from_file`; `origin` is the file's name in messages.
 
     Raises:
         ConfigError: a name is unknown, a value is not allowed, or a required option is missing.
     """
-    typed = named_values(options, values, "")
-    filed = named_values(options, from_file or {}, origin)
+    typed = named_values(verb, values, "")
+    filed = named_values(verb, from_file or {}, origin)
     # A key without a value, as `train --print-config` writes for what must still be filled in, is not given.
     given = {name: value for name, value in (filed | typed).items() if value is not None}
     try:
-        return options.model_validate(given)
+        return verb.model_validate(spread(verb, given))
     except ValidationError as error:
-        detail = error.errors()[0]
-        cause = detail.get("ctx", {}).get("error")
+        # What options say together is refused only where each by itself is allowed.
+        causes = [(detail, detail.get("ctx", {}).get("error")) for detail in error.errors()]
+        detail, cause = min(causes, key=lambda each: isinstance(each[1], ConfigError))
         if isinstance(cause, ConfigError):
             raise cause from None
-        name = str(detail["loc"][0])
+        name = str(detail["loc"][1])  # after the group's
         if detail["type"] == "missing":
-            raise _missing_option(options, name) from None
-        raise _bad_value(options, name, given[name], "" if name in typed else origin) from None
+            raise _missing_option(verb, name) from None
+        raise _bad_value(verb, name, given[name], "" if name in typed else origin) from None
 
 
-def config_to_yaml(config: Options, comments: bool = True, to_fill_in: Collection[str] = ()) -> str:
+def config_to_yaml(config: Verb, comments: bool = True, to_fill_in: Collection[str] = ()) -> str:
     """The YAML text that `load_config` reads back as the same options.
 
     Args:
@@ -173,7 +229,7 @@ def config_to_yaml(config: Options, comments: bool = True, to_fill_in: Collectio
         comments: write each group's name, and each option's meaning and allowed values.
         to_fill_in: names of options to leave without a value, for the user to write one.
     """
-    values = config.model_dump(mode="json")
+    values = flat(config, "json")
     lines: list[str] = []
     for group, fields in fields_by_group(type(config)).items():
         if comments:
@@ -215,12 +271,10 @@ def nearest(name: str, known: Mapping[str, str]) -> str:
     return known[max(known, key=lambda key: difflib.SequenceMatcher(None, wanted, key).ratio())]
 
 
-def known_names(options: type[Options]) -> dict[str, str]:
+def known_names(verb: type[Verb]) -> dict[str, str]:
     """Every name of an option, here and in other tools, to the YAML key."""
     return {
-        yaml_key(alias): yaml_key(name)
-        for name, field in options.model_fields.items()
-        for alias in (*_aliases(field), name)
+        yaml_key(alias): yaml_key(name) for name, field in fields_of(verb).items() for alias in (*_aliases(field), name)
     }
 
 
@@ -252,21 +306,21 @@ def _choices(names: Any) -> str:
     return ", ".join(get_args(get_args(names)[0]))
 
 
-def named_values(options: type[Options], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def named_values(verb: type[Verb], values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """`values` under the options' Python names."""
     named: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
-        if name not in options.model_fields:
-            raise _unknown_option(options, str(key), origin)
+        if name not in fields_of(verb):
+            raise _unknown_option(verb, str(key), origin)
         if name in named:
             raise ConfigError(f"{_place(origin)}{key} is given twice.", "Each option is given once.", "Remove one.")
         named[name] = value
     return named
 
 
-def _unknown_option(options: type[Options], name: str, origin: str) -> ConfigError:
-    known = known_names(options)
+def _unknown_option(verb: type[Verb], name: str, origin: str) -> ConfigError:
+    known = known_names(verb)
     return ConfigError(
         f"{_place(origin)}There is no option {name!r}. Did you mean {nearest(name, known)!r}?",
         f"Options: {', '.join(dict.fromkeys(known.values()))}.",
@@ -274,13 +328,13 @@ def _unknown_option(options: type[Options], name: str, origin: str) -> ConfigErr
     )
 
 
-def _missing_option(options: type[Options], name: str) -> ConfigError:
-    key, field = yaml_key(name), options.model_fields[name]
+def _missing_option(verb: type[Verb], name: str) -> ConfigError:
+    key, field = yaml_key(name), fields_of(verb)[name]
     return ConfigError(f"{key} is not given.", f"{key}: {field.description}", f"Add --{key} {key.upper()}.")
 
 
-def _bad_value(options: type[Options], name: str, value: Any, origin: str) -> ConfigError:
-    key, field = yaml_key(name), options.model_fields[name]
+def _bad_value(verb: type[Verb], name: str, value: Any, origin: str) -> ConfigError:
+    key, field = yaml_key(name), fields_of(verb)[name]
     default = "" if field.is_required() or field.default is None else f" Leave it out to get {field.default}."
     return ConfigError(
         f"{_place(origin)}{key} is {_shortened.repr(value)}.",

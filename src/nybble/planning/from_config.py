@@ -13,11 +13,12 @@ from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
-from nybble.options.verbs import DataConfig, PlanConfig
+from nybble.options.groups import DataOptions, PlannedMachine
+from nybble.options.verbs import PlanConfig
 from nybble.planning.costs import MicroBatches
 from nybble.planning.machine import this_machine_later
 from nybble.planning.machine_table import GPUS, Machine, named_machine
-from nybble.planning.micro_batches import even_micro_batches, micro_batches_of
+from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
 from nybble.planning.planner import Plans, make_plans
 from nybble.planning.request import requests
 from nybble.planning.strategies import PlanRequest
@@ -39,8 +40,8 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     Raises:
         ModelError: the config cannot be found, or transformers cannot build its model.
     """
-    written = read_config(options.model, report)
-    machine, dtype = _machine(options)
+    written = read_config(options.model.model, report)
+    machine, dtype = _machine(options.machine, options.memory.memory)
     skeleton = build_skeleton(transformers_config(written))
     formats = formats_from_config(written)
     vocab_size = skeleton.config.get_text_config().vocab_size
@@ -50,7 +51,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
         machine,
         micro_batches=_micro_batches(options, vocab_size, SHAPE_RULES[machine.kind]),
         dtype=dtype,
-        in_folder=formats is not None or options.model in SHAPES,
+        in_folder=formats is not None or options.model.model in SHAPES,
         formats=formats,
     )
     return make_plans(asked, machine), asked, unconstrained
@@ -99,22 +100,24 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
     return stored_text_config(config, written, build_whole(config))
 
 
-def _machine(options: PlanConfig) -> tuple[Machine, torch.dtype]:
+def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torch.dtype]:
     """The machine, and what a run there computes in."""
     if options.device in GPUS:
         dtype = torch.float32 if options.compute_dtype == "fp32" else torch.bfloat16
-        return named_machine(options.device, options.memory, options.host_memory), dtype
+        return named_machine(options.device, memory, options.host_memory), dtype
     device = resolve_device(options.device)
     dtype = resolve_compute_dtype(options.compute_dtype, device)
-    return this_machine_later(device, dtype, options.memory, options.host_memory), dtype
+    return this_machine_later(device, dtype, memory, options.host_memory), dtype
 
 
 def _micro_batches(options: PlanConfig, vocab_size: int, rules: ShapeRules) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
-    if options.data is None:
-        length, rows, packed = options.max_seq_len, options.rows_per_step, options.packing
+    data, memory = options.data, options.memory
+    if data.data is None:
+        length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing
         return lambda size: even_micro_batches(length, rows_per_step=rows, size=size, packed=packed, rules=rules)
-    source = open_model(options.model, options.tokenizer)
-    template = open_template(options, source.load_tokenizer())
-    fields = {name: getattr(options, name) for name in DataConfig.model_fields}
-    return micro_batches_of(options, prepare_data(DataConfig(**fields), template, vocab_size), rules)
+    source = open_model(options.model.model, options.model.tokenizer)
+    template = open_template(data, source.load_tokenizer())
+    prepared = prepare_data(DataOptions(**data.model_dump()), template, vocab_size)
+    steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
+    return micro_batches_of(prepared, memory, rules, steps=steps, seed=data.seed)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.options.groups import LengthOptions
-from nybble.options.verbs import PlanConfig, TrainConfig
+from nybble.options.groups import LengthOptions, MemoryOptions
 from nybble.planning.costs import MicroBatches
 from nybble.sizes import ShapeRules
 
@@ -15,21 +14,20 @@ COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later o
 
 
 def micro_batches_of(
-    options: TrainConfig | PlanConfig, data: PreparedData, rules: ShapeRules
+    data: PreparedData, memory: MemoryOptions, rules: ShapeRules, *, steps: int, seed: int
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what the micro-batches of the run come to; counted once for each number of rows."""
-    steps = total_steps(options, len(data.train), options.rows_per_step)
 
     @functools.cache
     def of_size(size: int) -> MicroBatches:
         return count_micro_batches(
             data.train,
             data.validation,
-            rows_per_step=options.rows_per_step,
+            rows_per_step=memory.rows_per_step,
             steps=steps,
-            seed=options.seed,
+            seed=seed,
             size=size,
-            packed=options.packing,
+            packed=memory.packing,
             rules=rules,
         )
 
@@ -81,9 +79,9 @@ def count_micro_batches(
     )
 
 
-def total_steps(options: LengthOptions, num_rows: int, rows_per_step: int) -> int:
+def total_steps(length: LengthOptions, num_rows: int, rows_per_step: int) -> int:
     """Optimizer steps of a run over so many training rows."""
-    return options.max_steps or StepSampler(num_rows, rows_per_step, 0).num_steps(options.epochs)
+    return length.max_steps or StepSampler(num_rows, rows_per_step, 0).num_steps(length.epochs)
 
 
 def even_micro_batches(length: int, *, rows_per_step: int, size: int, packed: bool, rules: ShapeRules) -> MicroBatches:

@@ -15,7 +15,8 @@ from nybble.layers.backbone import why_not_blocks
 from nybble.layers.convert import end_modules, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
-from nybble.options.option import yaml_key
+from nybble.options.groups import MemoryOptions, WeightOptions
+from nybble.options.option import fields_of, flat, with_options, yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
 from nybble.planning.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape, mean_bits
 from nybble.planning.machine import this_machine
@@ -69,7 +70,7 @@ def plan_run(
         ConfigError: target_modules names no layer.
     """
     files = () if source.quant_spec is None else source.files
-    machine = machine or this_machine(device, dtype, config.memory, model_files=files)
+    machine = machine or this_machine(device, dtype, config.memory.memory, model_files=files)
     asked, unconstrained = requests(
         config,
         source.skeleton,
@@ -80,10 +81,10 @@ def plan_run(
         formats=formats if source.quant_spec is None else source.layer_formats,
         in_four_bits=source.in_four_bits,
     )
-    if config.format != "none":
-        check_dense_share(asked.run.model.parts, source.name, config.max_dense_share)
+    if config.weights.format != "none":
+        check_dense_share(asked.run.model.parts, source.name, config.weights.max_dense_share)
     plans = make_plans(asked, machine)
-    if config.memory is not None:
+    if config.memory.memory is not None:
         require(plans, asked, unconstrained)
     return plans, unconstrained
 
@@ -131,53 +132,53 @@ def requests(
     Raises:
         ConfigError: target_modules names no layer.
     """
-    names = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
-    targets = resolve_targets(skeleton, names)
-    device = torch.device(machine.kind)
-    against = why_not_blocks(skeleton, packing=options.packing, dropout=options.dropout > 0, device=device)
+    adapters, weights, memory = options.adapters, options.weights, options.memory
+    targets = resolve_targets(skeleton, adapters.target_modules)
+    device, dropout = torch.device(machine.kind), adapters.dropout > 0
+    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device)
     model = shape_of(skeleton, in_four_bits)
-    format = DEFAULT_FORMAT if options.format == "none" else options.format
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
     run = RunShape(
         model,
         batches=micro_batches(1),
-        adapter_parameters=options.rank * sum(map(sum, sizes.values())),
-        rank=options.rank,
+        adapter_parameters=adapters.rank * sum(map(sum, sizes.values())),
+        rank=adapters.rank,
         compute_bytes=dtype.itemsize,
-        spec=formats.spec if formats else QuantSpec(format, options.block_size, options.double_quant),
+        spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",
         keep="everything",
         rules=SHAPE_RULES[machine.kind],
-        average_bits=mean_bits(model, formats) if formats and formats.layers else options.mixed,
-        adam_bytes=ADAM_BYTES if options.optimizer_bits == 32 else ADAM_8BIT_BYTES,
-        dropout=options.dropout > 0,
+        average_bits=mean_bits(model, formats) if formats and formats.layers else options.rounding.mixed,
+        adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
+        dropout=dropout,
         on_cpu=machine.on_cpu,
     )
     ends = [name for name in end_modules(skeleton) if name in targets]
-    largest_adapter = options.rank * max(max(features) for features in sizes.values())
+    largest_adapter = adapters.rank * max(max(features) for features in sizes.values())
 
     def request(options: TrainConfig | PlanConfig) -> PlanRequest:
+        memory = options.memory
         against = {strategy: list(reasons_against(strategy, options, model, in_folder, ends)) for strategy in Strategy}
         return PlanRequest(
             run,
-            batches={size: micro_batches(size) for size in _sizes(options, run.batches.longest_row)},
-            rows_per_step=options.rows_per_step,
-            keeps=get_args(Keep) if options.keep == "auto" else (options.keep,),
-            pagings={"auto": (False, True), "never": (False,), "always": (True,)}[options.page_optimizer],
-            offloads=_offloads(options.offload_activations, run),
+            batches={size: micro_batches(size) for size in _sizes(memory, run.batches.longest_row)},
+            rows_per_step=memory.rows_per_step,
+            keeps=get_args(Keep) if memory.keep == "auto" else (memory.keep,),
+            pagings={"auto": (False, True), "never": (False,), "always": (True,)}[memory.page_optimizer],
+            offloads=_offloads(memory.offload_activations, run),
             adapted=tuple(targets),
             largest_adapter=largest_adapter,
             excluded={strategy: _together(reasons) for strategy, reasons in against.items() if reasons},
         )
 
-    return request(options), request(options.model_copy(update=UNCONSTRAINED))
+    return request(options), request(with_options(options, **UNCONSTRAINED))
 
 
-def _sizes(options: TrainConfig | PlanConfig, longest_row: int) -> list[int]:
+def _sizes(memory: MemoryOptions, longest_row: int) -> list[int]:
     """Rows at once to choose among."""
-    if options.micro_batch_size:
-        return [options.micro_batch_size]
-    sizes = [max(1, min(options.rows_per_step, MICRO_BATCH_TOKENS // longest_row))]
+    if memory.micro_batch_size:
+        return [memory.micro_batch_size]
+    sizes = [max(1, min(memory.rows_per_step, MICRO_BATCH_TOKENS // longest_row))]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
@@ -198,18 +199,19 @@ def reasons_against(
         in_folder: blocks of the base lie in a four-bit folder, or will.
         ends: embedding and head, where they get an adapter.
     """
+    weights, memory = options.weights, options.memory
     if strategy is Strategy.FULL:
         yield Reason(Cause.COMPARISON, "nybble trains adapters; for comparison")
-    if strategy.four_bit and options.format == "none":
+    if strategy.four_bit and weights.format == "none":
         yield Reason(Cause.OPTION, "--format none keeps 16 bits", f"--format {DEFAULT_FORMAT}")
-    if strategy is Strategy.LORA_16 and options.format != "none":
+    if strategy is Strategy.LORA_16 and weights.format != "none":
         yield Reason(Cause.OPTION, "not asked for", "--format none")
-    if strategy.four_bit and model.parts.dense_share > options.max_dense_share:
+    if strategy.four_bit and model.parts.dense_share > weights.max_dense_share:
         yield Reason(Cause.MOSTLY_DENSE, partly_dense(model.parts), accepting(model.parts))
-    page = options.page_optimizer
+    page = memory.page_optimizer
     if (strategy, page) in ((Strategy.PAGED, "never"), (Strategy.FOUR_BIT, "always")):
         yield Reason(Cause.OPTION, f"--page-optimizer {page}", "--page-optimizer auto")
-    if strategy in (Strategy.FOUR_BIT, Strategy.PAGED) and options.stream_base == "always":
+    if strategy in (Strategy.FOUR_BIT, Strategy.PAGED) and memory.stream_base == "always":
         yield Reason(Cause.OPTION, "--stream-base always", "--stream-base auto")
     if strategy.streamed:
         yield from why_not_streamed(options, in_folder, ends)
@@ -219,15 +221,15 @@ def why_not_streamed(options: TrainConfig | PlanConfig, in_folder: bool, ends: l
     """Why blocks of the base cannot be read where they are used; nothing where they can. Arguments as
     `reasons_against` takes them.
     """
-    if options.init != "default":
-        yield Reason(Cause.OPTION, f"--init {options.init} needs the whole base", "--init default")
+    if options.adapters.init != "default":
+        yield Reason(Cause.OPTION, f"--init {options.adapters.init} needs the whole base", "--init default")
     if ends:
         yield Reason(Cause.OPTION, f"the adapter on {ends[0]} needs it in memory", "--target-modules without it")
     elif not in_folder:
         command, folder = quantize_command(options)
         way = f"{command}, then --model {shlex.quote(folder)}"
         yield Reason(Cause.NEEDS_FOLDER, "read from a 4-bit folder only", way)
-    if options.stream_base == "never":
+    if options.memory.stream_base == "never":
         yield Reason(Cause.OPTION, "--stream-base never", "--stream-base auto")
 
 
@@ -243,12 +245,17 @@ QUANTIZE_FLAGS = ("tokenizer", "format", "block_size", "double_quant", "mixed", 
 
 def quantize_command(options: TrainConfig | PlanConfig) -> tuple[str, str]:
     """The command that makes a four-bit folder as these options want one, and the folder's name."""
-    format = DEFAULT_FORMAT if options.format == "none" else options.format
-    folder = f"{Path(options.model).expanduser().absolute().name.removesuffix('.gguf')}-{format}"
-    words = ["nybble", "quantize", "--model", options.model, "--out", folder]
+    model, values, fields = options.model.model, flat(options), fields_of(type(options))
+    folder = f"{Path(model).expanduser().absolute().name.removesuffix('.gguf')}-{_format(options.weights)}"
+    words = ["nybble", "quantize", "--model", model, "--out", folder]
     for name in QUANTIZE_FLAGS:
-        value = getattr(options, name)
-        if value not in (type(options).model_fields[name].default, "none"):
+        value = values[name]
+        if value not in (fields[name].default, "none"):
             flag = f"--{'no-' if value is False else ''}{yaml_key(name)}"
             words += [flag] if isinstance(value, bool) else [flag, str(value)]
     return shlex.join(words), folder
+
+
+def _format(weights: WeightOptions) -> str:
+    """What a base is put into, were it not left in 16 bits."""
+    return DEFAULT_FORMAT if weights.format == "none" else weights.format

@@ -7,15 +7,14 @@ a folder as `nybble quantize` writes it, with a manifest. Searched and absmax we
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from nybble.calibration.search import check_searchable
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import PreparedData
-from nybble.data.readers import FieldNames
+from nybble.data.prepare import PreparedData, field_names
 from nybble.data.template import ChatTemplate
 from nybble.errors import PlanError
 from nybble.events import Event, Listener, Note, silent
@@ -24,8 +23,14 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.context import context_length
 from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
-from nybble.memory.store import FolderBlockStore
-from nybble.options.groups import DENSE_SHARE, CalibrationOptions
+from nybble.options.groups import (
+    DENSE_SHARE,
+    CalibrationOptions,
+    DataOptions,
+    FourBitOptions,
+    MemoryOptions,
+    QualityOptions,
+)
 from nybble.options.verbs import TrainConfig
 from nybble.planning.calibration_costs import calibration_bytes, calibration_products, training_products
 from nybble.planning.costs import ModelShape
@@ -35,13 +40,9 @@ from nybble.quantization.folder import CalibrationInput, Rounding, quantize_fold
 from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
-from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 from nybble.units import format_bytes
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 AFFORDABLE = 0.1  # of the training's time that calibrating may take before it is left out
 
@@ -68,16 +69,16 @@ class RoundingChosen(Event):
     why: str
 
 
-def quant_spec(config: TrainConfig) -> QuantSpec | None:
-    """The four-bit format of a run's base, None where it stays in 16 bits."""
-    if config.format == "none":
+def quant_spec(weights: FourBitOptions) -> QuantSpec | None:
+    """The four-bit format of a base, None where it stays in 16 bits."""
+    if weights.format == "none":
         return None
-    return QuantSpec(config.format, config.block_size, config.double_quant)
+    return QuantSpec(weights.format, weights.block_size, weights.double_quant)
 
 
-def data_free_rounding(config: TrainConfig) -> Literal["absmax", "search"]:
+def data_free_rounding(rounding: QualityOptions) -> Literal["absmax", "search"]:
     """What weights that were not calibrated get."""
-    return "search" if config.quality == "search" else "absmax"
+    return "search" if rounding.quality == "search" else "absmax"
 
 
 def choose_rounding(
@@ -94,38 +95,39 @@ def choose_rounding(
     Raises:
         FormatError: search or calibration is asked for in a format with zero points.
     """
-    if config.format == "none" or source.quant_spec is not None:
+    format, rounding = config.weights.format, config.rounding
+    if format == "none" or source.quant_spec is not None:
         return None
-    if config.quality in ("search", "calibrated") or config.calibrate is not None:
-        check_searchable(config.format)
-    if config.quality in ("absmax", "search"):
-        return RoundingChoice(config.quality, "as asked", asked=True)
-    if not FORMATS[config.format].searchable:
-        return RoundingChoice("absmax", f"{config.format} has zero points, which are not calibrated")
-    if config.quality == "calibrated" or config.calibrate is not None:
-        why = "as asked" if config.calibrate is None else "text to calibrate on was given"
+    if rounding.quality in ("search", "calibrated") or rounding.calibrate is not None:
+        check_searchable(format)
+    if rounding.quality in ("absmax", "search"):
+        return RoundingChoice(rounding.quality, "as asked", asked=True)
+    if not FORMATS[format].searchable:
+        return RoundingChoice("absmax", f"{format} has zero points, which are not calibrated")
+    if rounding.quality == "calibrated" or rounding.calibrate is not None:
+        why = "as asked" if rounding.calibrate is None else "text to calibrate on was given"
         return RoundingChoice("calibrated", why, asked=True)
-    needed = calibration_peak(config, source, dtype)
-    room = _budget(config, device) or anonymous_bytes() + available_bytes(torch.device("cpu"))
+    needed = calibration_peak(config.weights, rounding.calibration_tokens, source, dtype)
+    room = _budget(config.memory, device) or anonymous_bytes() + available_bytes(torch.device("cpu"))
     if needed > room:
         return RoundingChoice("absmax", f"calibrating would take about {format_bytes(needed)} of memory")
     shape = _shape(source)
     tokens_a_row = sum(len(row) for row in data.train) / len(data.train)
     supervised = sum(row.supervised_tokens for row in data.train) / len(data.train)
-    rows = total_steps * config.rows_per_step
+    rows = total_steps * config.memory.rows_per_step
     training = training_products(shape, rows * tokens_a_row, rows * supervised)
-    share = calibration_products(shape, config.calibration_tokens, dtype.itemsize) / training
+    share = calibration_products(shape, rounding.calibration_tokens, dtype.itemsize) / training
     if share < AFFORDABLE:
         return RoundingChoice("calibrated", f"predicted to take {share:.1%} of the training's time")
     # Not "search": without data it lowers the error of the weights, not reliably that of the model (docs/lab-notes.md).
     return RoundingChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
 
 
-def calibration_peak(config: TrainConfig, source: StoredModel, dtype: torch.dtype) -> int:
+def calibration_peak(weights: FourBitOptions, num_tokens: int, source: StoredModel, dtype: torch.dtype) -> int:
     """Bytes that this process will hold at the height of calibrating."""
-    spec = quant_spec(config)
+    spec = quant_spec(weights)
     assert spec is not None
-    needed = calibration_bytes(_shape(source), spec, config.calibration_tokens, dtype.itemsize)
+    needed = calibration_bytes(_shape(source), spec, num_tokens, dtype.itemsize)
     return anonymous_bytes() + needed
 
 
@@ -135,7 +137,8 @@ def check_calibration_fits(config: TrainConfig, source: StoredModel, dtype: torc
     Raises:
         PlanError: it does.
     """
-    budget, needed = _budget(config, device), calibration_peak(config, source, dtype)
+    budget = _budget(config.memory, device)
+    needed = calibration_peak(config.weights, config.rounding.calibration_tokens, source, dtype)
     if budget is not None and needed > budget:
         command, folder = quantize_command(config)
         raise PlanError(
@@ -146,9 +149,9 @@ def check_calibration_fits(config: TrainConfig, source: StoredModel, dtype: torc
         )
 
 
-def _budget(config: TrainConfig, device: torch.device) -> int | None:
+def _budget(options: MemoryOptions, device: torch.device) -> int | None:
     """Of memory for the CPU, where calibrating happens."""
-    return None if has_own_memory(device) else config.memory
+    return None if has_own_memory(device) else options.memory
 
 
 def _shape(source: StoredModel) -> ModelShape:
@@ -156,21 +159,21 @@ def _shape(source: StoredModel) -> ModelShape:
 
 
 def run_calibration_text(
-    config: CalibrationOptions,
+    calibration: CalibrationOptions,
+    data: DataOptions,
     source: StoredModel,
     train: Sequence[EncodedExample],
     validation: Sequence[EncodedExample],
     template: ChatTemplate,
-    fields: FieldNames,
-    seed: int,
 ) -> CalibrationText:
     """From --calibrate, which must hold no validation row, else from the training rows."""
-    if config.calibrate is not None:
-        own, name = read_calibration_file(config.calibrate, template, fields, validation), config.calibrate
+    if calibration.calibrate is not None:
+        name = calibration.calibrate
+        own = read_calibration_file(name, template, field_names(data), validation)
     else:
         own, name = [row.input_ids for row in train], "the training rows"
-    context = context_length(source.config)
-    return calibration_text(own, name, template, num_tokens=config.calibration_tokens, context=context, seed=seed)
+    num_tokens, context = calibration.calibration_tokens, context_length(source.config)
+    return calibration_text(own, name, template, num_tokens=num_tokens, context=context, seed=data.seed)
 
 
 def make_calibrated_base(
@@ -221,32 +224,9 @@ def kept_base(run: RunFolder) -> StoredModel | None:
     return open_model(str(run.base))
 
 
-def base_formats(config: TrainConfig, run: RunFolder) -> BaseFormats | None:
+def base_formats(weights: FourBitOptions, mixed: float | None, run: RunFolder) -> BaseFormats | None:
     """How the base of the run in this folder is quantised, None where it stays in 16 bits."""
-    spec = quant_spec(config)
+    spec = quant_spec(weights)
     if spec is None:
         return None
-    return BaseFormats(spec) if config.mixed is None else read_formats(run.formats, spec)
-
-
-def load_base(
-    config: TrainConfig,
-    source: StoredModel,
-    formats: BaseFormats | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    store: FolderBlockStore | None = None,
-    stream_ends: bool = False,
-    report: Listener = silent,
-) -> "PreTrainedModel":
-    """The frozen base of a run, but what is streamed. A source in four bits keeps its own."""
-    return load_model(
-        source,
-        formats,
-        dtype,
-        device,
-        data_free_rounding(config),
-        stream_linears_of=() if store is None else store.names,
-        stream_ends=stream_ends,
-        report=report,
-    )
+    return BaseFormats(spec) if mixed is None else read_formats(run.formats, spec)

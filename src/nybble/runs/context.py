@@ -1,7 +1,7 @@
 """Rows and the context: never longer than what the model computes, and said where longer than it was made for."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from nybble.data import audit as checks
 from nybble.data.prepare import Encode, PreparedData, prepare_data
@@ -14,43 +14,41 @@ from nybble.sources.stored_model import StoredModel
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-Config = TypeVar("Config", bound=RowOptions)
 
-
-def within_context(config: Config, base: StoredModel) -> Config:
-    """`config` with a max_seq_len that the base can compute: the default is lowered to its context.
+def within_context(max_seq_len: int, base: StoredModel) -> int:
+    """The max_seq_len that the base can compute: the default is lowered to its context.
 
     Raises:
         ConfigError: another max_seq_len was asked for, and the base has no positions for so many tokens.
     """
     context = context_length(base.config)
-    if context is None or config.max_seq_len <= context or fixed_context(base.skeleton, base.config) is None:
-        return config
-    if config.max_seq_len != RowOptions.model_fields["max_seq_len"].default:
+    if context is None or max_seq_len <= context or fixed_context(base.skeleton, base.config) is None:
+        return max_seq_len
+    if max_seq_len != RowOptions.model_fields["max_seq_len"].default:
         raise ConfigError(
-            f"max-seq-len is {config.max_seq_len}; the model has positions for {context} tokens.",
+            f"max-seq-len is {max_seq_len}; the model has positions for {context} tokens.",
             f"Allowed with this model: up to {context}.",
             f"Use --max-seq-len {context}, or leave it out.",
         )
-    return config.model_copy(update={"max_seq_len": context})
+    return context
 
 
 def read_rows(
-    config: DataOptions, source: StoredModel, template: ChatTemplate, encode: Encode = ChatTemplate.encode_example
+    options: DataOptions, source: StoredModel, template: ChatTemplate, encode: Encode = ChatTemplate.encode_example
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, for a base; as `prepare`."""
     vocab_size = source.config.get_text_config().vocab_size
-    data = prepare_data(config, template, vocab_size, source.embedding_rows, encode)
-    return _note_context(data, config, source.config)
+    data = prepare_data(options, template, vocab_size, source.embedding_rows, encode)
+    return _note_context(data, options.max_seq_len, source.config)
 
 
-def _note_context(data: PreparedData, config: RowOptions, base: "PretrainedConfig") -> PreparedData:
+def _note_context(data: PreparedData, max_seq_len: int, base: "PretrainedConfig") -> PreparedData:
     """`data` with what there is to say about the base's context in its audit."""
     context = context_length(base)
     if context is None:
         return data
     audit = data.audit
-    if config.max_seq_len == context < RowOptions.model_fields["max_seq_len"].default:
+    if max_seq_len == context < RowOptions.model_fields["max_seq_len"].default:
         note = f"max_seq_len is {context}, the tokens that the model has positions for"
         audit = replace(audit, notices=(*audit.notices, note))
     beyond = [row.origin for row in (*data.train, *data.validation) if len(row) > context]

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ConfigError, RunError
 from nybble.layers.convert import resolve_targets
+from nybble.options.groups import AdapterOptions
 from nybble.options.option import yaml_key
-from nybble.options.verbs import TrainConfig
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.folder import RunFolder
 from nybble.sources.stored_model import StoredModel
@@ -28,8 +28,8 @@ def open_adapter(path: str) -> StoredAdapter:
     return StoredAdapter(of_run if of_run.is_dir() else folder)
 
 
-def take_options(config: TrainConfig, adapter: StoredAdapter, skeleton: "PreTrainedModel") -> TrainConfig:
-    """`config` with the adapter's rank, alpha, scaling and layers.
+def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrainedModel") -> dict[str, Any]:
+    """The options that the adapter fixes: its rank, alpha, scaling and layers.
 
     Args:
         skeleton: the base, on the meta device.
@@ -44,18 +44,17 @@ def take_options(config: TrainConfig, adapter: StoredAdapter, skeleton: "PreTrai
         "alpha": float(adapter.config["lora_alpha"]),
         "rslora": bool(adapter.config.get("use_rslora", False)),
     }
-    given = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
-    same_layers = set(resolve_targets(skeleton, given)) == set(adapter.names)
-    own["target_modules"] = config.target_modules if same_layers else tuple(adapter.names)
-    for name in config.model_fields_set & own.keys():
-        if getattr(config, name) != own[name]:
+    same_layers = set(resolve_targets(skeleton, given.target_modules)) == set(adapter.names)
+    own["target_modules"] = given.target_modules if same_layers else tuple(adapter.names)
+    for name in given.model_fields_set & own.keys():
+        if getattr(given, name) != own[name]:
             shown = _listed(own[name])
             raise ConfigError(
-                f"{yaml_key(name)} is {_listed(getattr(config, name))}, the adapter in {adapter.folder} has {shown}.",
+                f"{yaml_key(name)} is {_listed(getattr(given, name))}, the adapter in {adapter.folder} has {shown}.",
                 "An adapter is trained on as it is: its rank, alpha, scaling and layers are fixed.",
                 f"Leave --{yaml_key(name)} out, or train a new adapter on the merged model (`nybble merge`).",
             )
-    return config.model_copy(update=own)
+    return own
 
 
 def check_base_of(adapter: StoredAdapter, source: StoredModel, allowed: Collection[str]) -> list[str]:

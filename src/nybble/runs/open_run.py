@@ -13,9 +13,10 @@ from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.options.option import with_options
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.runs.adapter_files import read_adapter
-from nybble.runs.base import base_formats, kept_base, load_base
+from nybble.runs.base import base_formats, data_free_rounding, kept_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
 from nybble.sources.load import load_model
@@ -40,6 +41,11 @@ class OpenRun:
     source: StoredModel
     base: StoredModel
     template: ChatTemplate
+
+    @property
+    def formats(self) -> BaseFormats | None:
+        """How the base is quantised, None where it stays in 16 bits."""
+        return base_formats(self.config.weights, self.config.rounding.mixed, self.run)
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,10 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
         config = load_config(run.config, {})
     except ConfigError as error:
         raise _unreadable(run, error) from error
-    source = open_model(config.model, config.tokenizer, report)
-    config = within_context(config, source)
+    source = open_model(config.model.model, config.model.tokenizer, report)
+    config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
-    template = open_template(config, source.load_tokenizer(), run.chat_template)
+    template = open_template(config.data, source.load_tokenizer(), run.chat_template)
     return OpenRun(run, config, source, kept_base(run) or source, template)
 
 
@@ -112,8 +118,8 @@ def load_frozen(
     opened: OpenRun, dtype: torch.dtype, device: torch.device, report: Listener = silent
 ) -> "PreTrainedModel":
     """The base of a run in the four bits that it was trained on, without an adapter."""
-    formats = base_formats(opened.config, opened.run)
-    return load_base(opened.config, opened.base, formats, dtype, device, report=report)
+    rounding = data_free_rounding(opened.config.rounding)
+    return load_model(opened.base, opened.formats, dtype, device, rounding, report=report)
 
 
 def _unreadable(run: RunFolder, error: ConfigError) -> NybbleError:

@@ -21,8 +21,8 @@ from nybble.errors import NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.options.option import flat
 from nybble.runs.adapter_files import read_adapter
-from nybble.runs.base import base_formats
 from nybble.runs.open_run import OpenRun, load_frozen, open_run
 
 if TYPE_CHECKING:
@@ -181,10 +181,11 @@ def _with_shared_tensors(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _check_same_base(first: OpenRun, other: OpenRun) -> None:
-    differing = [name for name in SAME if getattr(first.config, name) != getattr(other.config, name)]
+    options, others = flat(first.config), flat(other.config)
+    differing = [name for name in SAME if options[name] != others[name]]
     if first.template.chat_template != other.template.chat_template:
         differing.append("chat_template")
-    other_bits = not differing and base_formats(first.config, first.run) != base_formats(other.config, other.run)
+    other_bits = not differing and first.formats != other.formats
     if first.base.fingerprint() != other.base.fingerprint() or differing or other_bits:
         what = f"other options: {', '.join(differing)}" if differing else f"the base {other.source.name}"
         what = "other formats of its layers" if other_bits else what

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nybble.errors import ConfigError
 from nybble.events import Event, Listener, silent
+from nybble.options.groups import ServerOptions
 from nybble.options.verbs import ServeConfig
 
 TOKEN_VARIABLE = "NYBBLE_TOKEN"
@@ -29,19 +30,20 @@ def serve(config: ServeConfig, report: Listener = silent) -> None:
         ConfigError: starlette and uvicorn are missing, or the address is open to others and there is no token.
     """
     check_installed()
-    token = choose_token(config)
+    machine, server = config.machine, config.server
+    token = choose_token(server)
     import uvicorn
 
     from nybble.serving.app import Api, make_app
     from nybble.serving.engine import Engine, load_models
 
-    models = load_models(config.run, config.device, config.compute_dtype, report)
-    engine = Engine(models, config.max_queue, config.threads)
-    api = Api(engine, token, config.max_new_tokens, config.max_request_bytes)
-    report(ServerReady(tuple(engine.models), f"http://{config.host}:{config.port}/v1"))
+    models = load_models(server.run, machine.device, machine.compute_dtype, report)
+    engine = Engine(models, server.max_queue, machine.threads)
+    api = Api(engine, token, server.max_new_tokens, server.max_request_bytes)
+    report(ServerReady(tuple(engine.models), f"http://{server.host}:{server.port}/v1"))
     settings = {"log_level": "warning", "timeout_graceful_shutdown": SHUTDOWN_S, "server_header": False}
     try:
-        uvicorn.run(make_app(api, allowed_hosts(config)), host=config.host, port=config.port, **settings)  # type: ignore[arg-type]
+        uvicorn.run(make_app(api, allowed_hosts(server)), host=server.host, port=server.port, **settings)  # type: ignore[arg-type]
     finally:
         engine.stop()
 
@@ -57,16 +59,16 @@ def check_installed() -> None:
         )
 
 
-def choose_token(config: ServeConfig) -> str | None:
+def choose_token(server: ServerOptions) -> str | None:
     """What clients must send, from the options or the environment.
 
     Raises:
         ConfigError: none is given and the address is not this machine's own.
     """
-    token = config.token or os.environ.get(TOKEN_VARIABLE) or None
-    if token is None and not is_loopback(config.host):
+    token = server.token or os.environ.get(TOKEN_VARIABLE) or None
+    if token is None and not is_loopback(server.host):
         raise ConfigError(
-            f"host is {config.host}, which others can reach, and there is no token.",
+            f"host is {server.host}, which others can reach, and there is no token.",
             "Without a token only this machine's own address is allowed, such as 127.0.0.1.",
             f"Set {TOKEN_VARIABLE} or --token, or leave --host out.",
         )
@@ -83,8 +85,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def allowed_hosts(config: ServeConfig) -> list[str]:
+def allowed_hosts(server: ServerOptions) -> list[str]:
     """Names by which clients may reach the server: this machine's, the address it listens on, and those given."""
-    given = [] if config.allow_host is None else [name.strip() for name in config.allow_host.split(",")]
-    listening = [] if config.host in ("0.0.0.0", "::") else [config.host]
+    given = [] if server.allow_host is None else [name.strip() for name in server.allow_host.split(",")]
+    listening = [] if server.host in ("0.0.0.0", "::") else [server.host]
     return list(dict.fromkeys([*LOOPBACK_NAMES, *listening, *given]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nybble.data.examples import EncodedExample
-from nybble.options.verbs import TrainConfig
+from nybble.options.groups import RowOptions
 
 SHARE = 0.1  # of the training's tokens that evaluations together may come to
 PER_RUN = 5  # evaluations after the first, where that share allows it
@@ -28,9 +28,11 @@ class Evaluations:
 
 
 def plan_evaluations(
-    config: TrainConfig,
+    options: RowOptions,
+    eval_every: int | None,
     train: Sequence[EncodedExample],
     validation: Sequence[EncodedExample],
+    rows_per_step: int,
     total_steps: int,
     begun_with: int | None = None,
 ) -> Evaluations:
@@ -38,21 +40,22 @@ def plan_evaluations(
     of the training's tokens. --eval-every and --validation-rows stand as they were given.
 
     Args:
+        eval_every: steps between evaluations, where the user says so.
         begun_with: rows that the run evaluated before it was interrupted: it goes on with the same.
     """
-    every = config.eval_every or max(1, total_steps // PER_RUN)
+    every = eval_every or max(1, total_steps // PER_RUN)
     if len(validation) <= ALWAYS_AFFORDABLE:
         return Evaluations(validation, every)
-    budget = SHARE * total_steps * config.rows_per_step * sum(map(len, train)) / len(train)
+    budget = SHARE * total_steps * rows_per_step * sum(map(len, train)) / len(train)
     tokens = sum(map(len, validation))
-    if config.eval_every is None and tokens * _times(total_steps, every) > budget:
+    if eval_every is None and tokens * _times(total_steps, every) > budget:
         every = _widest(total_steps, int(budget // tokens))
     rows = validation
     if begun_with is not None:
-        rows = _drawn(validation, begun_with, config.seed)
-    elif config.validation_rows == TrainConfig.model_fields["validation_rows"].default:
-        rows = _affordable(validation, budget / _times(total_steps, every), config.seed)
-    return Evaluations(rows, every, _note(len(rows), len(validation), every, total_steps, config.eval_every is None))
+        rows = _drawn(validation, begun_with, options.seed)
+    elif options.validation_rows == RowOptions.model_fields["validation_rows"].default:
+        rows = _affordable(validation, budget / _times(total_steps, every), options.seed)
+    return Evaluations(rows, every, _note(len(rows), len(validation), every, total_steps, eval_every is None))
 
 
 def _times(total_steps: int, every: int) -> int:

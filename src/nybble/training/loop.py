@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -16,7 +17,7 @@ from nybble.events import Listener
 from nybble.files.disk import complete_folder
 from nybble.layers.causal_lm import CausalLM
 from nybble.memory.measure import PeakMemory, used_bytes
-from nybble.options.verbs import TrainConfig
+from nybble.options.groups import LoopOptions
 from nybble.runs.adapter_files import write_adapter
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
@@ -62,8 +63,9 @@ def train_loop(
     objective: Objective,
     train: Sequence[EncodedExample],
     evaluations: Evaluations,
-    config: TrainConfig,
+    options: LoopOptions,
     *,
+    optimizer_bits: Literal[32, 8],
     sampler: StepSampler,
     total_steps: int,
     micro_batch_size: int,
@@ -82,6 +84,7 @@ def train_loop(
         model: frozen base with adapters attached; only they require gradients.
         objective: what is minimised over the rows of `train`.
         evaluations: which rows, and how often; without rows there are none.
+        optimizer_bits: of AdamW's moments between steps.
         events_bytes: flushes the run's log to the disk and says its length, which a checkpoint keeps.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
@@ -95,15 +98,15 @@ def train_loop(
     module, device, adapters = model.module, model.device, model.parameters()
     optimizer = AdamW(
         adapters,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        bits=config.optimizer_bits,
+        beta1=options.beta1,
+        beta2=options.beta2,
+        weight_decay=options.weight_decay,
+        bits=optimizer_bits,
         paged_in=run.path if paged else None,
     )
-    num_warmup = warmup_steps(config.warmup, total_steps)
+    num_warmup = warmup_steps(options.warmup, total_steps)
     lengths = [len(example) for example in train]
-    torch.manual_seed(config.seed)  # dropout
+    torch.manual_seed(sampler.seed)  # dropout
     progress = Progress(0, micro_batch_size)
     if resumed is not None:
         progress = replace(resumed.restore(module, optimizer, sampler, device), micro_batch_size=micro_batch_size)
@@ -185,8 +188,8 @@ def train_loop(
             if not math.isfinite(grad_norm):
                 save(before, last=True)
                 raise _not_finite("gradient norm", grad_norm, step, [row for b in micro_batches for row in b.rows], run)
-            lr = learning_rate(step, total_steps, num_warmup, config.schedule, config.lr)
-            optimizer.step(lr, grad_scale=min(1.0, config.max_grad_norm / max(grad_norm, TINY)))
+            lr = learning_rate(step, total_steps, num_warmup, options.schedule, options.lr)
+            optimizer.step(lr, grad_scale=min(1.0, options.max_grad_norm / max(grad_norm, TINY)))
             progress.step = step
 
             step_s = time.perf_counter() - started

@@ -12,7 +12,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.fingerprint import data_fingerprint, row_digests
 from nybble.data.prepare import PreparedData
 from nybble.errors import RunError
-from nybble.options.option import yaml_key
+from nybble.options.option import flat, with_options, yaml_key
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import CONFIG, Checkpoint
@@ -28,17 +28,17 @@ def settle_config(checkpoint: Checkpoint, config: TrainConfig) -> TrainConfig:
     """`config` with what the run had chosen for the options that choose for themselves.
 
     Raises:
-        RunError: an option differs from the checkpoint's, and "config" is not among `config.allow_change`.
+        RunError: an option differs from the checkpoint's, and "config" is not among `allow_change`.
     """
-    before = load_config(checkpoint.folder / CONFIG, {})
+    before = flat(load_config(checkpoint.folder / CONFIG, {}))
     changed = [
-        f"{yaml_key(name)} was {getattr(before, name)}, is {getattr(config, name)}"
-        for name in TrainConfig.model_fields
-        if name not in FREE_OPTIONS and getattr(before, name) != getattr(config, name)
+        f"{yaml_key(name)} was {before[name]}, is {value}"
+        for name, value in flat(config).items()
+        if name not in FREE_OPTIONS and before[name] != value
     ]
-    if changed and "config" not in config.allow_change:
+    if changed and "config" not in config.run.allow_change:
         raise _changed(checkpoint, "options", "; ".join(changed), "config")
-    return config if changed else config.model_copy(update=checkpoint.state["settled"])
+    return config if changed else with_options(config, **checkpoint.state["settled"])
 
 
 def check_base(checkpoint: Checkpoint, fingerprint: str, allowed: Collection[str]) -> None:

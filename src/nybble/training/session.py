@@ -13,7 +13,7 @@ from nybble import __version__, openmp
 from nybble.data.audit import Audited
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.plots import draw_lengths
-from nybble.data.prepare import PreparedData, field_names
+from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import PlanError, RunError
@@ -23,12 +23,12 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import trim_heap
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import attach_adapters, describe_untouched, resolve_targets
-from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.layers.convert import add_new_adapters, describe_untouched
+from nybble.layers.precision import set_up
 from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
-from nybble.options.option import config_to_yaml
+from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.costs import MicroBatches
 from nybble.planning.micro_batches import micro_batches_of, total_steps
@@ -46,21 +46,22 @@ from nybble.runs.base import (
     base_formats,
     check_calibration_fits,
     choose_rounding,
+    data_free_rounding,
     kept_base,
-    load_base,
     make_calibrated_base,
     quant_spec,
     run_calibration_text,
     without_calibration,
 )
 from nybble.runs.context import read_rows, within_context
-from nybble.runs.continued import check_base_of, open_adapter, take_options
+from nybble.runs.continued import check_base_of, open_adapter, options_of
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
 from nybble.runs.result import RunResult
 from nybble.sizes import SHAPE_RULES
+from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
@@ -93,20 +94,20 @@ def train(config: TrainConfig, report: Listener = silent) -> RunResult:
     Raises:
         NybbleError: anything the user can mend; an earlier run's folder is untouched unless training began.
     """
-    run = RunFolder(config.out)
+    run = RunFolder(config.run.out)
     refused = (
         "A run needs files that can be read and a folder that can be written.",
         f"Mend what is wrong; a run that had begun goes on with: nybble train --resume --out {run.path}",
     )
     with run.locked(), disk_errors(run.path, RunError, *refused, what="cannot be read or written"):
-        run.check_resumable() if config.resume else run.check_free(config.overwrite)
+        run.check_resumable() if config.run.resume else run.check_free(config.run.overwrite)
         with run.started(), EventLog(run.starting.events) as log:
             return _train(config, run, log, all_of(log, report))
 
 
 def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener) -> RunResult:
     """The whole run, from top to bottom."""
-    report(RunStarted(config.model, config.data, config.resume))
+    report(RunStarted(config.model.model, config.data.data, config.run.resume))
     opened = _open(config, run, report)
     examples = _read_examples(opened, report)
     base = _choose_base(opened, examples, report)
@@ -170,29 +171,27 @@ class _Opened:
     @property
     def options(self) -> str:
         """The text of the run's `config.yaml`."""
-        return config_to_yaml(self.given.model_copy(update={"resume": False, "allow_change": ()}))
+        return config_to_yaml(with_options(self.given, resume=False, allow_change=()))
 
 
 def _open(given: TrainConfig, run: RunFolder, report: Listener) -> _Opened:
     """Checkpoint, base, adapter and template; the number of threads is set."""
-    resumed = newest_checkpoint(run.checkpoints, report) if given.resume else None
+    resumed = newest_checkpoint(run.checkpoints, report) if given.run.resume else None
     config = given if resumed is None else settle_config(resumed, given)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    dtype = resolve_compute_dtype(config.compute_dtype, device)
-    source = open_model(config.model, config.tokenizer, report)
-    config = within_context(config, source)
-    if config.init != "default":
-        check_initialisable(source, config.format != "none")
+    adapters, allowed = config.adapters, config.run.allow_change
+    device, dtype = set_up(config.machine)
+    source = open_model(config.model.model, config.model.tokenizer, report)
+    config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
+    if adapters.init != "default":
+        check_initialisable(source, config.weights.format != "none")
     continued = None
-    if config.adapter is not None and resumed is None:
-        continued = open_adapter(config.adapter)
-        config = given = take_options(config, continued, source.skeleton)
-        for note in check_base_of(continued, source, config.allow_change):
+    if adapters.adapter is not None and resumed is None:
+        continued = open_adapter(adapters.adapter)
+        config = given = with_options(config, **options_of(continued, adapters, source.skeleton))
+        for note in check_base_of(continued, source, allowed):
             report(Note(note, warning=True))
-    same_options = resumed is not None and "config" not in config.allow_change
-    template = open_template(config, source.load_tokenizer(), run.chat_template if same_options else None)
+    same_options = resumed is not None and "config" not in allowed
+    template = open_template(config.data, source.load_tokenizer(), run.chat_template if same_options else None)
     return _Opened(run, config, given, resumed, continued, source, template, device, dtype)
 
 
@@ -217,22 +216,31 @@ class _Examples:
 def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     """The rows, audited, and compared with those of the run that is gone on with."""
     config, source, resumed = opened.config, opened.source, opened.resumed
+    allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = SupervisedFineTuning()
-    data = read_rows(config, source, opened.template, objective.encode)
+    data = read_rows(config.data, source, opened.template, objective.encode)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
     base, digests = source.fingerprint(), DataDigests.of(data)
     if resumed is not None:
-        check_base(resumed, base, config.allow_change)
-        check_data(resumed, data, digests, config.allow_change)
-    num_steps = total_steps(config, len(data.train), config.rows_per_step)
+        check_base(resumed, base, allowed)
+        check_data(resumed, data, digests, allowed)
+    num_steps = total_steps(config.loop, len(data.train), rows_per_step)
     begun_with = None if resumed is None else resumed.about.get("evaluated_rows")
-    evaluations = plan_evaluations(config, data.train, data.validation, num_steps, begun_with)
+    evaluations = plan_evaluations(
+        config.data, config.loop.eval_every, data.train, data.validation, rows_per_step, num_steps, begun_with
+    )
     if evaluations.note:
         report(Note(evaluations.note))
-    micro_batches = micro_batches_of(config, data, SHAPE_RULES[opened.device.type])
+    micro_batches = _micro_batches(config, data, num_steps, opened.device)
     return _Examples(data, digests, base, objective, num_steps, evaluations, micro_batches)
+
+
+def _micro_batches(
+    config: TrainConfig, data: PreparedData, num_steps: int, device: torch.device
+) -> Callable[[int], MicroBatches]:
+    return micro_batches_of(data, config.memory, SHAPE_RULES[device.type], steps=num_steps, seed=config.data.seed)
 
 
 # ---- its base, in few bits
@@ -261,24 +269,26 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
     if rounding is not None:
         report(RoundingChosen(rounding.rounding, rounding.why))
     calibrated = rounding is not None and rounding.rounding == "calibrated"
-    if not config.resume and config.memory is not None and (calibrated or config.mixed is not None):
+    begins, mixes = not config.run.resume, config.rounding.mixed is not None
+    if begins and config.memory.memory is not None and (calibrated or mixes):
         # What never fits is refused before minutes are spent on its bits.
         plan_run(config, source, None, examples.micro_batches, dtype, device, calibrated)
-    if not config.resume and calibrated:
+    if begins and calibrated:
         check_calibration_fits(config, source, dtype, device)
     mixed = None
-    if not config.resume and config.mixed is not None:
+    if begins and mixes:
         mixed = _measure_mixed(opened, examples, report)
-    formats = base_formats(config, opened.run) if mixed is None else mixed.formats
+    formats = mixed.formats if mixed is not None else base_formats(config.weights, config.rounding.mixed, opened.run)
     if rounding is None or not calibrated:
         return _Base(source, formats, rounding, mixed)
-    kept = kept_base(opened.run) if config.resume else None
+    kept = None if begins else kept_base(opened.run)
     if kept is not None:
         return _Base(kept, formats, rounding, mixed)
     assert formats is not None
     try:
         text = _calibration_text(opened, examples)
-        made = make_calibrated_base(opened.run, source, formats, text, dtype, config.max_dense_share, report)
+        share = config.weights.max_dense_share
+        made = make_calibrated_base(opened.run, source, formats, text, dtype, share, report)
         return _Base(made, formats, rounding, mixed)
     except WalkError as error:
         instead = without_calibration(rounding, error)
@@ -288,15 +298,14 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
 
 def _calibration_text(opened: _Opened, examples: _Examples) -> CalibrationText:
     config, data = opened.config, examples.data
-    fields = field_names(config)
     return run_calibration_text(
-        config, opened.source, data.train, data.validation, opened.template, fields, config.seed
+        config.rounding, config.data, opened.source, data.train, data.validation, opened.template
     )
 
 
 def _measure_mixed(opened: _Opened, examples: _Examples, report: Listener) -> MixedFormats:
     """The formats of the base's layers, by what the model's answers on the calibration text would suffer."""
-    bits, spec = opened.config.mixed, quant_spec(opened.config)
+    bits, spec = opened.config.rounding.mixed, quant_spec(opened.config.weights)
     assert spec is not None and bits is not None
     windows = _calibration_text(opened, examples).windows
     return measure_formats(opened.source, bits, spec, windows, opened.dtype, opened.device, report)
@@ -335,22 +344,21 @@ def _plan(opened: _Opened, examples: _Examples, base: _Base, report: Listener) -
 
 def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: Listener) -> "PreTrainedModel":
     """The frozen base with the adapters that training begins with."""
-    config, plan = opened.config, fit.plan
-    model = load_base(
-        config, base.source, base.formats, opened.dtype, opened.device, fit.store, plan.stream_ends, report
+    config, plan, adapters = opened.config, fit.plan, opened.config.adapters
+    model = load_model(
+        base.source,
+        base.formats,
+        opened.dtype,
+        opened.device,
+        data_free_rounding(config.rounding),
+        stream_linears_of=() if fit.store is None else fit.store.names,
+        stream_ends=plan.stream_ends,
+        report=report,
     )
-    attach_adapters(
-        model,
-        resolve_targets(model, config.target_modules),
-        rank=config.rank,
-        alpha=config.alpha,
-        dropout=config.dropout,
-        rslora=config.rslora,
-        seed=config.seed,
-    )
-    if config.init != "default" and opened.resumed is None:
+    add_new_adapters(model, adapters, config.data.seed)
+    if adapters.init != "default" and opened.resumed is None:
         windows = None
-        if config.init == "activation":
+        if adapters.init == "activation":
             windows = some_windows(_calibration_text(opened, examples).windows, INIT_TOKENS)
         free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
         initialise_adapters(model, opened.source, windows, min(free, STATISTICS_BYTES))
@@ -368,12 +376,12 @@ def _choose_path(
     report: Listener,
 ) -> tuple[_Fit, CausalLM]:
     """What computes the model; planned again where it cannot take rows side by side."""
-    config, plan = opened.config, fit.plan
+    packing, plan = opened.config.memory.packing, fit.plan
     kept = _place_for_kept(plan, opened.run, opened.device)
-    choose = partial(CausalLM.of, model, packing=config.packing, store=fit.store, kept=kept)
+    choose = partial(CausalLM.of, model, packing=packing, store=fit.store, kept=kept)
     causal_lm = choose(keep=plan.keep)
-    if causal_lm.packed != config.packing:
-        fit = _plan_padded(opened, base, examples.data, fit)
+    if causal_lm.packed != packing:
+        fit = _plan_padded(opened, examples, base, fit)
         report(Note(f"planned again, for padded rows: {fit.plan.describe()}"))
         if fit.plan.keep != plan.keep:
             causal_lm = choose(keep=fit.plan.keep)
@@ -385,7 +393,7 @@ def _choose_path(
     return fit, causal_lm
 
 
-def _plan_padded(opened: _Opened, base: _Base, data: PreparedData, packed: _Fit) -> _Fit:
+def _plan_padded(opened: _Opened, examples: _Examples, base: _Base, packed: _Fit) -> _Fit:
     """Plans for rows that turned out not to go side by side; how the base was loaded stays.
 
     Raises:
@@ -393,12 +401,12 @@ def _plan_padded(opened: _Opened, base: _Base, data: PreparedData, packed: _Fit)
     """
     loaded = packed.plan
     stream = "never" if loaded.resident_blocks is None else "always"
-    padded = opened.config.model_copy(update={"packing": False, "stream_base": stream})
+    padded = with_options(opened.config, packing=False, stream_base=stream)
     plans, unconstrained = plan_run(
         padded,
         base.source,
         base.formats,
-        micro_batches_of(padded, data, SHAPE_RULES[opened.device.type]),
+        _micro_batches(padded, examples.data, examples.num_steps, opened.device),
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,
@@ -432,8 +440,8 @@ def _move_in(opened: _Opened, examples: _Examples, base: _Base, log: EventLog) -
         write_complete(starting.chat_template, opened.template.chat_template)
     write_complete(starting.audit, json.dumps(examples.data.audit.to_json(), indent=2) + "\n")
     examples.digests.write(starting.data_rows)
-    if not opened.config.resume:
-        run.clear(opened.config.overwrite)
+    if not opened.config.run.resume:
+        run.clear(opened.config.run.overwrite)
     run.move_in(log, 0 if opened.resumed is None else opened.resumed.state["events_bytes"])
 
 
@@ -448,7 +456,7 @@ def _take_steps(
 ) -> LoopResult:
     """Train, with checkpoints."""
     run, config, resumed = opened.run, opened.config, opened.resumed
-    data, plan = examples.data, fit.plan
+    data, plan, adapters = examples.data, fit.plan, config.adapters
     done = None if resumed is None else resumed.step
     if opened.continued is not None:
         report(AdapterTaken(str(opened.continued.folder), opened.continued.fingerprint()))
@@ -456,8 +464,8 @@ def _take_steps(
         report(Resumed(resumed.step))
     checkpoints = Checkpoints(
         run.checkpoints,
-        save_every=config.save_every,
-        keep=config.keep_checkpoints,
+        save_every=config.loop.save_every,
+        keep=config.loop.keep_checkpoints,
         config=opened.options,
         about={
             "base": examples.base,
@@ -473,18 +481,21 @@ def _take_steps(
         examples.objective,
         data.train,
         examples.evaluations,
-        config,
-        sampler=StepSampler(len(data.train), config.rows_per_step, config.seed),
+        config.loop,
+        optimizer_bits=config.memory.optimizer_bits,
+        sampler=StepSampler(len(data.train), config.memory.rows_per_step, config.data.seed),
         total_steps=examples.num_steps,
         micro_batch_size=plan.micro_batch_size,
         run=run,
-        adapter_config=adapter_config(causal_lm.module, config.model, alpha=config.alpha, rslora=config.rslora),
+        adapter_config=adapter_config(
+            causal_lm.module, config.model.model, alpha=adapters.alpha, rslora=adapters.rslora
+        ),
         report=report,
         events_bytes=log.sync,
         checkpoints=checkpoints,
         resumed=resumed,
         paged=plan.paged,
-        rehearsal=None if config.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
+        rehearsal=None if config.memory.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
     )
 
 
@@ -501,7 +512,7 @@ def _record(opened: _Opened, examples: _Examples) -> None:
         template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
     save_tokenizer(template.tokenizer, run.adapter)
     draw_loss(run.events, run.loss_plot)
-    draw_lengths(examples.data.lengths(), opened.config.max_seq_len, run.lengths_plot)
+    draw_lengths(examples.data.lengths(), opened.config.data.max_seq_len, run.lengths_plot)
 
 
 def _settled(opened: _Opened, plan: Plan, rounding: RoundingChoice | None) -> dict[str, str | int]:
