@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from nybble.kernels.backends.triton.launch import INTERPRETED, WARPS
+from nybble.kernels.backends.triton.launch import INTERPRETED, MAX_WARPS, TILE, WARPS, tile_of
+from nybble.kernels.backends.triton.loss import COLUMNS
+from nybble.kernels.ops.optimizer import ADAMW_BLOCK
 
 if INTERPRETED:
     pytest.skip("the interpreter runs, not the compiler", allow_module_level=True)
@@ -24,7 +26,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nybble.kernels.backends.triton.jit import four_bit  # noqa: E402
+from nybble.kernels.backends.triton.jit import four_bit, glu, loss, norm, optimizer, rope  # noqa: E402
 
 REGISTERS = Path(__file__).with_name("triton_registers.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -67,6 +69,33 @@ def dequantize(dtype: str = "bf16", per_word: int = 8, **constants: Any) -> Kern
     return Kernel(four_bit.dequantize_kernel, arguments, default | {"PER_WORD": per_word} | constants, exact=True)
 
 
+def rows(
+    function: Any, width: int, dtype: str = "bf16", whole_rows: bool = False, exact: bool = False, **constants: bool
+) -> Kernel:
+    """A kernel that `launch_tiles` starts on rows of such a width, in 8B shapes a multiple of 16."""
+    types = {"weight": f"*{dtype}:16", "rows": "i32", "eps": "fp32", "weight_offset": "fp32"}
+    types |= dict.fromkeys(("rstd", "cos", "sin"), "*fp32:16")
+    types |= dict.fromkeys(("x", "out", "grad", "gate", "up", "grad_gate", "grad_up", "act"), f"*{dtype}:16")
+    tile_rows, columns, num_warps = tile_of(width, whole_rows)
+    constants = constants | {"ROWS": tile_rows, "COLUMNS": columns}
+    arguments = {name: types.get(name, "i32:16") for name in function.arg_names if name not in constants}
+    return Kernel(function, arguments, constants, exact, num_warps)
+
+
+def cross_entropy(dtype: str) -> Kernel:
+    arguments = {"logits": f"*{dtype}:16", "targets": "*i64:16", "losses": "*fp32:16"}
+    arguments |= {"vocabulary": "i32:16", "stride": "i32:16", "gradient_scale": "fp32"}
+    return Kernel(loss.cross_entropy_kernel, arguments, {"COLUMNS": COLUMNS}, num_warps=MAX_WARPS)
+
+
+def adamw(function: Any, **constants: int) -> Kernel:
+    types = {"exp_avg": "*u8:16", "exp_avg_sq": "*u8:16"} if constants.keys() == {"BLOCKS", "BLOCK_SIZE"} else {}
+    names = [name for name in function.arg_names if name not in constants]
+    numbers = names[names.index("numel") + 1 :]
+    types |= {"numel": "i32:16", **dict.fromkeys(numbers, "fp32")}
+    return Kernel(function, {name: types.get(name, "*fp32:16") for name in names}, constants)
+
+
 KERNELS = {
     "dequantize nf4": dequantize(),
     "dequantize nf4, fp16": dequantize("fp16"),
@@ -76,6 +105,21 @@ KERNELS = {
     "dequantize int4_asym": dequantize(ZERO_POINTS=True),
     "dequantize nf3": dequantize(BITS=3),
     "dequantize nf2": dequantize(BITS=2),
+    "rms_norm": rows(norm.rms_norm_kernel, 4096, whole_rows=True),
+    "rms_norm, widest": rows(norm.rms_norm_kernel, 16384, "fp32", whole_rows=True),
+    "rms_norm_backward": rows(norm.rms_norm_backward_kernel, 4096, whole_rows=True, ACCUMULATE=True),
+    "rms_norm_backward, widest": rows(norm.rms_norm_backward_kernel, 16384, "fp32", whole_rows=True, ACCUMULATE=True),
+    "rms_norm_backward, heads": rows(norm.rms_norm_backward_kernel, 128, whole_rows=True, ACCUMULATE=False),
+    "rope": rows(rope.rope_kernel, 64, exact=True, BACKWARD=True),
+    "swiglu": rows(glu.glu_kernel, 14336, GELU=False),
+    "swiglu_backward": rows(glu.glu_backward_kernel, 14336, GELU=False, ACT=True),
+    "swiglu_backward, fp32": rows(glu.glu_backward_kernel, 14336, "fp32", GELU=False, ACT=True),
+    "geglu": rows(glu.glu_kernel, 14336, GELU=True),
+    "geglu_backward": rows(glu.glu_backward_kernel, 14336, GELU=True, ACT=True),
+    "cross_entropy": cross_entropy("bf16"),
+    "cross_entropy, fp32": cross_entropy("fp32"),
+    "adamw": adamw(optimizer.adamw_kernel, ELEMENTS=TILE),
+    "adamw, 8 bits": adamw(optimizer.adamw_8bit_kernel, BLOCKS=TILE // ADAMW_BLOCK, BLOCK_SIZE=ADAMW_BLOCK),
 }
 
 

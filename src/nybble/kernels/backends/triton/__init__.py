@@ -10,6 +10,11 @@ import torch
 
 from nybble.kernels import registry
 from nybble.kernels.backends.triton import four_bit as four_bit
+from nybble.kernels.backends.triton import glu as glu
+from nybble.kernels.backends.triton import loss as loss
+from nybble.kernels.backends.triton import norm as norm
+from nybble.kernels.backends.triton import optimizer as optimizer
+from nybble.kernels.backends.triton import rope as rope
 from nybble.kernels.backends.triton.launch import INTERPRETED
 
 OLDEST = (8, 0)  # compute capability with bf16 arithmetic

@@ -9,6 +9,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WARPS = 4  # of a program
 # Of a program. The interpreter takes some milliseconds for a program, whatever its size.
 THREADS = 4096 if INTERPRETED else WARPS * (64 if torch.version.hip else 32)
+TILE = 4096 if INTERPRETED else 1024  # elements of a program that takes some of a tensor's rows and columns
+MAX_WARPS = 16
 MAX_ELEMENTS = 2**31 - 2**16  # offsets have 32 bits, and a last program counts past the end
 
 
@@ -18,6 +20,28 @@ def launch(kernel: Any, programs: int, *arguments: Any, num_warps: int = WARPS, 
     """
     with torch.cuda.device_of(arguments[0]):
         kernel[(programs,)](*arguments, num_warps=num_warps, enable_fp_fusion=False, **constants)
+
+
+def launch_tiles(
+    kernel: Any, rows: int, width: int, *arguments: Any, whole_rows: bool = False, **constants: Any
+) -> None:
+    """Start a program for each tile of `rows` rows of `width` elements (see `tile` in jit/language.py)."""
+    tile_rows, columns, num_warps = tile_of(width, whole_rows)
+    launch(
+        kernel, -(-rows // tile_rows) * -(-width // columns),
+        *arguments, rows=rows, width=width, ROWS=tile_rows, COLUMNS=columns, **constants, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def tile_of(width: int, whole_rows: bool) -> tuple[int, int, int]:
+    """A tile's rows and columns, for rows of that width, and its program's warps: more where it is as wide as a row."""
+    columns = power_of_two(width) if whole_rows else min(power_of_two(width), TILE)
+    return max(1, TILE // columns), columns, min(max(columns // 512, WARPS), MAX_WARPS)
+
+
+def power_of_two(least: int) -> int:
+    """The first that is no less: what Triton's tiles are wide."""
+    return 1 << (least - 1).bit_length()
 
 
 def too_many(elements: int) -> str | None:
