@@ -403,7 +403,8 @@ def in_place(op: str, arguments: tuple[Any, ...]) -> Iterator[dict[int, int]]:
 
 
 def test_outputs_that_are_inputs_get_the_same_bits(body: Body) -> None:
-    widest = {(dtype, *map(type, arguments)): arguments for dtype, arguments in cases(body)}  # the last of each kind
+    taken = [(dtype, arguments) for dtype, arguments in cases(body) if dtype != torch.float16]  # goes bf16's ways
+    widest = {(dtype, *map(type, arguments)): arguments for dtype, arguments in taken}  # the last of each kind
     for arguments in widest.values():
         returned, apart = call(body, arguments)
         for aliases in in_place(body.op, arguments):
