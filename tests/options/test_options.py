@@ -338,6 +338,6 @@ def test_options_are_replaced_by_name_and_nothing_else_changes() -> None:
     after = with_options(before, packing=False, stream_base="always", max_seq_len=1)  # nybble's own: unchecked
     changed = {name for name, value in flat(before).items() if flat(after)[name] != value}
     assert changed == {"packing", "stream_base", "max_seq_len"} and flat(before)["packing"]
-    assert after.adapters is before.adapters and with_options(before) == before
+    assert after.adapters == before.adapters and with_options(before) == before
     with pytest.raises(KeyError):
         with_options(before, pakcing=False)

@@ -34,11 +34,7 @@ def opening(system: str | None) -> list[Message]:
 
 
 def answer(
-    loaded: LoadedModel,
-    messages: Sequence[Message],
-    options: AnswerOptions,
-    pieces: TextPieces,
-    say: Callable[[str], None],
+    loaded: LoadedModel, messages: Sequence[Message], how: AnswerOptions, pieces: TextPieces, say: Callable[[str], None]
 ) -> bool:
     """Answer a conversation; returns whether the answer ends because the model's context does.
 
@@ -54,8 +50,8 @@ def answer(
         loaded.model,
         [prompt],
         stop_ids=loaded.template.stop_ids,
-        max_new_tokens=options.max_new_tokens,
-        sampling=Sampling(options.temperature, options.top_p, options.top_k),
+        max_new_tokens=how.max_new_tokens,
+        sampling=Sampling(how.temperature, how.top_p, how.top_k),
         on_token=lambda _, token: say(pieces.add(token)),
     )
     return len(prompt) + len(pieces.ids) == context_length(loaded.model.config)

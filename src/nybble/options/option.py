@@ -186,10 +186,8 @@ def flat(config: Verb, mode: Literal["python", "json"] = "python") -> dict[str, 
 
 def with_options(config: AnyVerb, **values: Any) -> AnyVerb:
     """`config` with these options replaced. They are not checked: they are nybble's own, not the user's."""
-    groups = {field: given for field, given in spread(type(config), values).items() if given}
-    return config.model_copy(
-        update={field: getattr(config, field).model_copy(update=given) for field, given in groups.items()}
-    )
+    owned = spread(type(config), values).items()
+    return config.model_copy(update={field: getattr(config, field).model_copy(update=own) for field, own in owned})
 
 
 def build_options(
