@@ -57,6 +57,11 @@ class Batch:
         """Real tokens, padding not counted."""
         return sum(self.document_lengths)
 
+    @property
+    def max_document_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.document_lengths)
+
     @cached_property
     def supervised_positions(self) -> Tensor:
         """int64 (supervised_tokens,): indices into the flattened (B * T) positions that have a target."""

@@ -185,14 +185,14 @@ class FusedForward:
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
-        input_ids, position_ids, cu_seqlens = _fill_up(batch)
-        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens)
+        input_ids, position_ids, cu_seqlens, max_length = _fill_up(batch)
+        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens, max_length)
         return self.model.base_model.embed_tokens(input_ids[0]), sequences
 
 
-def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, positions and borders with a document of arbitrary tokens at the end, so that there are as many as the
-    device multiplies best.
+def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Token ids, positions, borders and the length of the longest document, with a document of arbitrary tokens at the
+    end, so that there are as many as the device multiplies best.
 
     Attention keeps it apart and no position of it is asked for, so it changes no state and no gradient.
     """
@@ -200,9 +200,10 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     assert cu_seqlens is not None, "decoder blocks take packed batches"
     missing = -input_ids.shape[1] % SHAPE_RULES[input_ids.device.type].token_multiple
     if not missing:
-        return input_ids, position_ids, cu_seqlens
+        return input_ids, position_ids, cu_seqlens, batch.max_document_length
     filled, positions = F.pad(input_ids, (0, missing)), F.pad(position_ids, (0, missing))
-    return filled, positions, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
+    borders = torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
+    return filled, positions, borders, max(batch.max_document_length, missing)
 
 
 def why_not_blocks(
