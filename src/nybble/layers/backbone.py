@@ -126,14 +126,14 @@ class ModuleForward:
             self.store.begin(will_return=torch.is_grad_enabled())
         kept = TrimmedHeap(BLOCKS_A_TRIM) if self._trims else self.kept
         if kept is None:
-            return self._all_states(batch).flatten(0, 1)[positions]
+            return self._all_states(batch).flatten(0, 1).index_select(0, positions)
         kept.begin()
         kept.next_block()  # what is kept at all lies between blocks
         with saved_tensors_hooks(kept.put, kept.get):
             states = self._all_states(batch)
         if self._trims:
             trim_heap()  # the head needs much at once
-        return states.flatten(0, 1)[positions]
+        return states.flatten(0, 1).index_select(0, positions)
 
     def _all_states(self, batch: Batch) -> Tensor:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
@@ -181,7 +181,7 @@ class FusedForward:
                 for block in self.blocks:
                     self.kept.next_block()
                     x = block(x, sequences, self.keep)
-        return self.model.base_model.norm(x[positions])
+        return self.model.base_model.norm(x.index_select(0, positions))
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""

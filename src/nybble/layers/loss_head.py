@@ -44,6 +44,11 @@ class Head(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a state gets."""
+        ...
+
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """Σ weight · (−log p(target)) / `denominator` over the rows.
 
@@ -89,6 +94,10 @@ class LossHead:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def rules(self) -> ShapeRules:
@@ -287,6 +296,10 @@ class OwnHead:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
@@ -312,7 +325,7 @@ class OwnHead:
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows of a chunk: logits, and they in fp32."""
-        row_bytes = (itemsize + 4) * self.model.config.get_text_config().vocab_size
+        row_bytes = (itemsize + 4) * self.vocabulary
         rules = SHAPE_RULES[self.device.type]
         return rules.whole_rows(rules.chunk_bytes // row_bytes)
 
