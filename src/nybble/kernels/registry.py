@@ -26,7 +26,10 @@ from torch import Tensor
 from nybble.errors import KernelError
 
 ENVIRONMENT_VARIABLE = "NYBBLE_KERNELS"
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "reference"), "cuda": ("triton", "bitsandbytes", "reference")}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "flash", "bitsandbytes", "reference"),
+}
 PLAIN_BLOCKS = ("cpu",)  # devices where blocks of plain PyTorch bodies are worth more than a model's own modules
 
 Body = Callable[..., Any]
