@@ -75,11 +75,11 @@ def ours(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, shape: Shape) -> Contend
     saved: list[Tensor] = []
 
     def forward() -> Tensor:
-        saved[:] = attention_forward(q, k, v, cu_seqlens)
+        saved[:] = attention_forward(q, k, v, cu_seqlens, shape.tokens)
         return saved[0]
 
     def backward() -> tuple[Tensor, ...]:
-        return attention_backward(dout, q, k, v, saved[0], saved[1], cu_seqlens, grads=grads)
+        return attention_backward(dout, q, k, v, saved[0], saved[1], cu_seqlens, shape.tokens, grads=grads)
 
     return Contender(forward, backward)
 

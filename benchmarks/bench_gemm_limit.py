@@ -98,7 +98,7 @@ class Step:
 
     def __call__(self, model: CausalLM, batch: Batch) -> None:
         model.loss(batch).backward()
-        self.optimizer.step(2e-4, grad_scale=min(1.0, 0.3 / self.optimizer.gradient_norm()))
+        self.optimizer.step(2e-4, grad_scale=min(1.0, 0.3 / float(self.optimizer.gradient_norm())))
 
 
 # ---- the limit -----------------------------------------------------------------------------------

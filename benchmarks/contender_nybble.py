@@ -53,7 +53,7 @@ def train(settings: dict[str, Any], channel: Channel) -> None:
         started = time.perf_counter()
         loss = model.loss(collate(rows, model.packed))
         loss.backward()
-        optimizer.step(LR, grad_scale=min(1.0, MAX_GRAD_NORM / optimizer.gradient_norm()))
+        optimizer.step(LR, grad_scale=min(1.0, MAX_GRAD_NORM / float(optimizer.gradient_norm())))
         channel.send(seconds=time.perf_counter() - started, loss=loss.item())
 
 

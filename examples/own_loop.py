@@ -36,7 +36,7 @@ def fine_tune(
             loss.backward()
             losses[-1] += loss.item()
         now = learning_rate(len(losses), max_steps, num_warmup, "cosine", lr)
-        optimizer.step(now, grad_scale=min(1.0, MAX_GRAD_NORM / max(optimizer.gradient_norm(), 1e-30)))
+        optimizer.step(now, grad_scale=min(1.0, MAX_GRAD_NORM / max(float(optimizer.gradient_norm()), 1e-30)))
         print(f"step {len(losses)}: {losses[-1]:.4f}")
     model.save_adapter(adapter)
     return losses

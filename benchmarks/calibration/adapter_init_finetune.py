@@ -44,7 +44,7 @@ def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, f
     sampler = StepSampler(len(data.train), options.rows, options.seed)
     for step in range(1, options.steps + 1):
         causal_lm.loss(pack([data.train[row] for row in sampler.next_step()])).backward()
-        norm = optimizer.gradient_norm()
+        norm = float(optimizer.gradient_norm())
         lr = learning_rate(step, options.steps, warmup, "cosine", options.lr)
         optimizer.step(lr, grad_scale=min(1.0, MAX_GRAD_NORM / max(norm, 1e-30)))
     return {"loss_before": before, "loss_after": validation_loss(objective, causal_lm, validation, 4)[0]}

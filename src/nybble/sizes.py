@@ -4,7 +4,7 @@
 them here, since importing `kernels/` brings torch and the planner counts without it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class ShapeRules:
         chunk_bytes: what a chunk of logits may take.
         panel_rows: of a 16-bit matrix that are widened at a time when products run in fp32,
         panel_bytes: and where that is more than so many bytes, fewer.
-        large_head_bytes: heads from here on go in panels, streamed or resident, so that both give one result.
+        large_head_bytes: heads from here on go in panels,
+        resident_in_panels: in memory as on a disk, so that both give one result; else those from a disk alone.
         block_buffers: that blocks of a streamed base pass through: the one at work, and those read ahead.
     """
 
@@ -27,11 +28,26 @@ class ShapeRules:
     panel_rows: int
     panel_bytes: int
     large_head_bytes: int
+    resident_in_panels: bool
     block_buffers: int
 
     def whole_rows(self, fit: int) -> int:
         """The rows of a chunk or panel that has room for `fit`: a multiple, and at least one of them."""
         return max(self.row_multiple, fit // self.row_multiple * self.row_multiple)
+
+    def chunk_rows(self, row_bytes: int) -> int:
+        """States whose logits, of so many bytes each, are made at once."""
+        return self.whole_rows(self.chunk_bytes // row_bytes)
+
+    def head_panel_rows(self, vocabulary: int, row_bytes: int, *, widened: bool, streamed: bool) -> int:
+        """Rows of a head that are multiplied with at once: all, unless it is large, or is widened to another dtype.
+
+        Args:
+            row_bytes: of a row as it is stored.
+        """
+        if vocabulary * row_bytes >= self.large_head_bytes and (streamed or self.resident_in_panels):
+            return self.whole_rows(self.panel_bytes // row_bytes)
+        return min(self.panel_rows, vocabulary) if widened else vocabulary
 
 
 _ONEDNN = ShapeRules(
@@ -41,10 +57,20 @@ _ONEDNN = ShapeRules(
     panel_rows=8192,
     panel_bytes=2**25,
     large_head_bytes=2**28,
+    resident_in_panels=True,
     block_buffers=2,
 )
-# A GPU is told its work ahead of time: two blocks on their way keep its link busy while one waits for its buffer.
-SHAPE_RULES = {"cpu": _ONEDNN, "cuda": replace(_ONEDNN, block_buffers=3)}
+_CUBLAS = ShapeRules(
+    token_multiple=64,  # whole tiles
+    row_multiple=64,
+    chunk_bytes=2**29,  # 2,048 rows of a vocabulary of 128k: no longer a matter of launches
+    panel_rows=8192,
+    panel_bytes=2**27,
+    large_head_bytes=2**28,
+    resident_in_panels=False,  # they would save nothing, and cost sums of parts
+    block_buffers=3,  # told ahead of time: two on their way keep the link busy while one waits for its buffer
+)
+SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS}
 
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind

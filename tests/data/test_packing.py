@@ -90,6 +90,25 @@ def test_to_moves_every_tensor():
     assert moved.attention_mask is None
 
 
+def test_what_values_tell_is_known_before_they_move():
+    packed = pack(random_documents(0))
+    moved = replace(packed, weights=packed.targets.float()).to("meta")  # where nobody can look at them
+    found = (moved.supervised_positions, moved.supervised_targets, moved.supervised_weights)
+    assert {(tensor.device.type, tensor.shape) for tensor in found} == {("meta", (packed.supervised_tokens,))}
+    assert moved.largest_target == max(packed.targets.flatten().tolist())
+    other = replace(packed.to("cpu"), targets=torch.full_like(packed.targets, IGNORE), supervised_tokens=0)
+    assert len(other.supervised_positions) == 0 and other.largest_target == -1
+
+
+def test_tensors_go_to_a_gpu_from_pinned_memory_without_waiting(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **how: calls.append((*args, how)) or self)
+    pack(random_documents(0)).to("cuda")
+    moves = [("pinned"), (torch.device("cuda"), {"non_blocking": True})]
+    assert calls[-12:] == moves * 6  # ids, positions, targets, borders; where targets are, and which
+
+
 def test_prompt_and_answer_of_a_sequence():
     document = encoded([1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 1])
     assert document.prompt_ids == [1, 2] and document.answer_ids == [3, 4] and document.supervised_tokens == 3

@@ -110,9 +110,9 @@ def run(q, k, v, dout, lengths, window=None, scale=None, softcap=0.0):
     """out, lse, dq, dk, dv of the ops, the gradients written into a fused buffer."""
     cu_seqlens = starts(lengths)
     how = {"scale": scale, "window": window, "softcap": softcap}
-    out, lse = attention_forward(q, k, v, cu_seqlens, **how)
+    out, lse = attention_forward(q, k, v, cu_seqlens, max(lengths, default=0), **how)
     grads, remainder = fused(len(q), q.shape[1], k.shape[1], q.shape[2], q.dtype)
-    returned = attention_backward(dout, q, k, v, out, lse, cu_seqlens, **how, grads=grads)
+    returned = attention_backward(dout, q, k, v, out, lse, cu_seqlens, max(lengths, default=0), **how, grads=grads)
     assert all(a is b for a, b in zip(returned, grads, strict=True))
     assert remainder.isnan().all()
     return [out, lse, *grads]
@@ -294,8 +294,8 @@ def test_rows_apart_or_not(isa):
 
 def test_gradients_are_allocated_when_not_given(isa):
     q, k, v, dout = example([50], 2, 1, 64, torch.float32)
-    out, lse = attention_forward(q, k, v, starts([50]))
-    grads = attention_backward(dout, q, k, v, out, lse, starts([50]))
+    out, lse = attention_forward(q, k, v, starts([50]), 50)
+    grads = attention_backward(dout, q, k, v, out, lse, starts([50]), 50)
     assert all(map(torch.equal, grads, run(q, k, v, dout, [50])[2:]))
 
 
@@ -332,12 +332,12 @@ def test_opcheck(backend):
     torch.use_deterministic_algorithms(False)  # opcheck compares fresh gradients' memory, which NaN would spoil
     q, k, v, dout = (x.contiguous() for x in example([9, 20], 4, 2, 16, torch.float32))
     with registry.use(backend):
-        torch.library.opcheck(torch.ops.nybble.packed_attention.default, (q, k, v, starts([9, 20]), 0.25, 8, 0.5))
-        out, lse = attention_forward(q, k, v, starts([9, 20]))
+        torch.library.opcheck(torch.ops.nybble.packed_attention.default, (q, k, v, starts([9, 20]), 20, 0.25, 8, 0.5))
+        out, lse = attention_forward(q, k, v, starts([9, 20]), 20)
         grads = [torch.zeros_like(x) for x in (q, k, v)]
         torch.library.opcheck(
             torch.ops.nybble.packed_attention_backward.default,
-            (dout, q, k, v, out, lse, starts([9, 20]), 0.25, 0, 0.0, *grads),
+            (dout, q, k, v, out, lse, starts([9, 20]), 20, 0.25, 0, 0.0, *grads),
         )
 
 
@@ -372,20 +372,28 @@ BAD_INPUTS = {
 def test_bad_input_of_forward(spoil):
     q, k, v, _ = example([30, 20], 4, 2, 16, torch.float32)
     with pytest.raises(FormatError):
-        attention_forward(*spoil(q, k, v, starts([30, 20])))
+        attention_forward(*spoil(q, k, v, starts([30, 20])), 40)
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": -1.0}, {"scale": float("nan")}, {"window": -1}], ids=str)
 def test_bad_scale_or_window(wrong):
     q, k, v, _ = example([10], 1, 1, 16, torch.float32)
     with pytest.raises(FormatError):
-        attention_forward(q, k, v, starts([10]), **wrong)
+        attention_forward(q, k, v, starts([10]), 10, **wrong)
+
+
+def test_a_document_that_is_longer_than_the_longest():
+    q, k, v, _ = example([7, 10], 1, 1, 16, torch.float32)
+    for backend in ("reference", "cpp") if WHY_NOT_BUILT is None else ("reference",):
+        with registry.use(backend), pytest.raises(FormatError, match="max_length is 9"):
+            attention_forward(q, k, v, starts([7, 10]), 9)
 
 
 def test_bad_input_of_backward():
     q, k, v, dout = example([10], 2, 1, 16, torch.float32)
-    out, lse = attention_forward(q, k, v, starts([10]))
-    good = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse, "cu_seqlens": starts([10])}
+    out, lse = attention_forward(q, k, v, starts([10]), 10)
+    tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "lse": lse}
+    good = tensors | {"cu_seqlens": starts([10]), "max_length": 10}
     for name, wrong in {"dout": dout[1:], "out": out[:, :1], "lse": lse.T.contiguous()}.items():
         with pytest.raises(FormatError, match=name):
             attention_backward(**good | {name: wrong})

@@ -13,6 +13,7 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp import library
+from nybble.kernels.backends.reference import loss as reference_loss
 from nybble.kernels.ops.four_bit import dequantize, gemv_4bit, quantize
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.loss import cross_entropy_
@@ -189,6 +190,17 @@ def test_cross_entropy_and_its_gradient(dtype, vocabulary):
     assert_close(losses, losses64.detach(), torch.float32)
     assert_close(logits, x64.grad, dtype)
     assert remainder.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_plain_cross_entropy_takes_some_rows_at_a_time(dtype, monkeypatch):
+    logits, targets = randn(6, 50, dtype=dtype), torch.tensor([3, -1, 49, 0, 7, 7])
+    results = []
+    for rows in (6, 4):
+        monkeypatch.setattr(reference_loss, "REFERENCE_ROWS", rows)
+        with registry.use("reference"):
+            results.append((gradient := logits.clone(), cross_entropy_(gradient, targets, 0.25)))
+    assert all(map(torch.equal, *results))
 
 
 def test_a_target_beyond_the_vocabulary_is_refused():

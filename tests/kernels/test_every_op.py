@@ -166,16 +166,16 @@ def heads(dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
 
 def packed_attention(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for q, k, v, borders, _ in heads(dtype):
-        yield from ((q, k, v, borders, 0.3, *others) for others in ((0, 0.0), (5, 0.0), (0, 0.7), (5, 0.7)))
+        yield from ((q, k, v, borders, 20, 0.3, *others) for others in ((0, 0.0), (5, 0.0), (0, 0.7), (5, 0.7)))
 
 
 def packed_attention_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for q, k, v, borders, grad in heads(dtype):
         for window, softcap in ((0, 0.0), (5, 0.7)):
             with registry.use("reference"):
-                out, lse = attention_forward(q, k, v, borders, scale=0.3, window=window, softcap=softcap)
+                out, lse = attention_forward(q, k, v, borders, 20, scale=0.3, window=window, softcap=softcap)
             outputs = (Out(x, may_be_input=False) for x in (q, k, v))  # written before all inputs are read
-            yield grad, q, k, v, out, lse, borders, 0.3, window, softcap, *outputs
+            yield grad, q, k, v, out, lse, borders, 20, 0.3, window, softcap, *outputs
 
 
 def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -424,9 +424,9 @@ def test_which_outputs_are_tried_as_inputs() -> None:
 
 def test_gradients_of_attention_in_the_memory_of_what_they_are_made_of_are_refused() -> None:
     q, k, v, borders, grad = next(heads(torch.float32))
-    out, lse = attention_forward(q, k, v, borders)
+    out, lse = attention_forward(q, k, v, borders, 20)
     fresh = tuple(torch.empty_like(x) for x in (q, k, v))
     for place, shared in itertools.product(range(3), (q, k, v, grad, out)):
         grads = (*fresh[:place], shared, *fresh[place + 1 :])
         with pytest.raises(FormatError, match="memory of its own"):
-            attention_backward(grad, q, k, v, out, lse, borders, grads=grads)
+            attention_backward(grad, q, k, v, out, lse, borders, 20, grads=grads)

@@ -69,6 +69,17 @@ def test_what_is_trained_is_the_adapters_and_dropout_is_switched_as_in_a_module(
     assert model.eval() is model and not module.training and not model.training
 
 
+@pytest.mark.parametrize("make", [llama, bloom])
+def test_a_target_outside_the_vocabulary_is_refused_before_anything_is_computed(make) -> None:
+    """Kernels on a GPU do not look."""
+    model = CausalLM.of(make())
+    batch = collate(ROWS, model.packed)
+    beyond = replace(batch, targets=batch.targets.clone().index_fill_(1, torch.tensor([3]), 96)).to("cpu")
+    for take in (model.loss, model.token_losses):
+        with pytest.raises(ModelError, match=r"(?s)A target is 96.*ends at 95"):
+            take(beyond)
+
+
 def test_a_batch_of_another_layout_is_refused() -> None:
     """Packed rows would be mixed by the one, and decoder blocks do not know padding."""
     with pytest.raises(ModelError, match=r"(?s)padded batch of 2 documents.*takes packed ones"):

@@ -227,7 +227,7 @@ def trained_by_nybble(model: nn.Module) -> dict[str, torch.Tensor]:
         batches = [pack(documents[:2]), pack(documents[2:])]
         for batch in batches:
             causal_lm.loss(batch, sum(batch.supervised_tokens for batch in batches)).backward()
-        optimizer.step(LEARNING_RATE, grad_scale=min(1.0, 1.0 / optimizer.gradient_norm()))
+        optimizer.step(LEARNING_RATE, grad_scale=min(1.0, 1.0 / float(optimizer.gradient_norm())))
     return {name: adapter.detach().clone() for name, adapter in zip(names, adapters, strict=True)}
 
 

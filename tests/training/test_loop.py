@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,7 @@ def test_a_number_that_is_not_finite_stops_names_rows_and_keeps_the_adapter(
 ):
     """The second step meets a base weight of infinity, or a gradient of NaN, and must not reach the optimizer."""
     good = tmp_path / "good"
-    run(tiny_model, data, good, max_steps=1, schedule="constant", warmup=0)
+    run(tiny_model, data, good, max_steps=1, schedule="constant", warmup=0, micro_batch_size=2)
 
     def spoil(model: torch.nn.Module) -> None:
         if what == "loss":
@@ -129,9 +130,11 @@ def test_a_number_that_is_not_finite_stops_names_rows_and_keeps_the_adapter(
     models = []
     original_loop = session.train_loop
     monkeypatch.setattr(session, "train_loop", lambda m, *a, **k: models.append(m.module) or original_loop(m, *a, **k))
-    with pytest.raises(TrainingError, match=rf"(?s)Step 2: the {what} is (nan|inf).*rows\.jsonl:\d+.*--lr"):
-        options = {"max_steps": 3, "eval_every": 3, "schedule": "constant", "warmup": 0}
+    with pytest.raises(TrainingError, match=rf"(?s)Step 2: the {what} is (nan|inf).*rows\.jsonl:\d+.*--lr") as raised:
+        options = {"max_steps": 3, "eval_every": 3, "schedule": "constant", "warmup": 0, "micro_batch_size": 2}
         train(config(tiny_model, data, tmp_path / "bad", **options), spoil_after_the_first_step)
+    rows = 2 if what == "loss" else 6  # of the micro-batch, or of the step
+    assert len(re.findall(r"rows\.jsonl:\d+", str(raised.value))) == rows
     assert adapter_digest(tmp_path / "bad") == adapter_digest(good)
 
 

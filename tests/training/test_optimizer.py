@@ -17,7 +17,7 @@ def test_steps_equal_torchs_adamw_with_clipping(max_norm):
         for mine, other in zip(ours, theirs, strict=True):
             mine.grad = torch.randn_like(mine)
             other.grad = mine.grad.clone()
-        norm = optimizer.gradient_norm()
+        norm = float(optimizer.gradient_norm())
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs, max_norm)), rel=1e-6)
         versions = [mine._version for mine in ours]
         optimizer.step(lr, grad_scale=min(1.0, max_norm / norm))

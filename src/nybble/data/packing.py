@@ -8,7 +8,7 @@ Targets are already shifted: `targets[b, t]` is the token that position t must p
 t + 1 of the *same* document, or IGNORE where that token is not supervised or does not exist.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad as pad_tensor
 
 from nybble.data.examples import EncodedExample
+from nybble.kernels.hardware import send
 
 IGNORE = -100
 
@@ -57,26 +58,41 @@ class Batch:
         """Real tokens, padding not counted."""
         return sum(self.document_lengths)
 
+    @property
+    def max_document_length(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.document_lengths)
+
     @cached_property
     def supervised_positions(self) -> Tensor:
         """int64 (supervised_tokens,): indices into the flattened (B * T) positions that have a target."""
         return (self.targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
 
-    @property
+    @cached_property
     def supervised_targets(self) -> Tensor:
         """int64 (supervised_tokens,): the targets at `supervised_positions`."""
         return self.targets.flatten()[self.supervised_positions]
 
-    @property
+    @cached_property
     def supervised_weights(self) -> Tensor | None:
         """fp32 (supervised_tokens,): the weights at `supervised_positions`; None where each counts 1."""
         return None if self.weights is None else self.weights.flatten()[self.supervised_positions]
 
+    @cached_property
+    def largest_target(self) -> int:
+        """-1 where no position is supervised."""
+        return int(self.supervised_targets.max()) if self.supervised_targets.numel() else -1
+
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on a device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        """The batch with its tensors on a device, and with what its values tell: read there, they stop a GPU."""
+
+        def moved(names: Iterable[str]) -> dict[str, Any]:
+            values = {name: getattr(self, name) for name in names}
+            return {name: send(x, torch.device(device)) if isinstance(x, Tensor) else x for name, x in values.items()}
+
+        batch = replace(self, **moved(field.name for field in fields(self)))
+        vars(batch).update(moved(name for name, value in vars(Batch).items() if isinstance(value, cached_property)))
+        return batch
 
 
 def collate(examples: Sequence[EncodedExample], packed: bool) -> Batch:

@@ -1,10 +1,11 @@
-"""What the hardware of a device can do."""
+"""What the hardware of a device can do, and how tensors get there."""
 
 import functools
 import platform
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
 
@@ -12,6 +13,13 @@ _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has bf16 products in hardware."""
     return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bf16()
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. To a GPU it goes through pinned memory, and nobody waits until it is there."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @functools.cache

@@ -26,7 +26,10 @@ from torch import Tensor
 from nybble.errors import KernelError
 
 ENVIRONMENT_VARIABLE = "NYBBLE_KERNELS"
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpp", "reference"), "cuda": ("triton", "bitsandbytes", "reference")}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpp", "reference"),
+    "cuda": ("triton", "flash", "bitsandbytes", "reference"),
+}
 PLAIN_BLOCKS = ("cpu",)  # devices where blocks of plain PyTorch bodies are worth more than a model's own modules
 
 Body = Callable[..., Any]
@@ -144,7 +147,7 @@ def backend_of(op: str, device_type: str, backend: str | None = None, args: tupl
 
 def runs(ops: Iterable[str], device_type: str) -> str | None:
     """None where blocks made of these ops may replace a model's own modules on `device_type`, else the op and who of
-    those asked for lacks it.
+    those asked for lacks it. What a body refuses at a call, the next one runs: that is no reason.
     """
     wanted = [
         name for name in _request() or _preference(device_type) if name != "reference" or device_type in PLAIN_BLOCKS

@@ -126,14 +126,14 @@ class ModuleForward:
             self.store.begin(will_return=torch.is_grad_enabled())
         kept = TrimmedHeap(BLOCKS_A_TRIM) if self._trims else self.kept
         if kept is None:
-            return self._all_states(batch).flatten(0, 1)[positions]
+            return self._all_states(batch).flatten(0, 1).index_select(0, positions)
         kept.begin()
         kept.next_block()  # what is kept at all lies between blocks
         with saved_tensors_hooks(kept.put, kept.get):
             states = self._all_states(batch)
         if self._trims:
             trim_heap()  # the head needs much at once
-        return states.flatten(0, 1)[positions]
+        return states.flatten(0, 1).index_select(0, positions)
 
     def _all_states(self, batch: Batch) -> Tensor:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
@@ -181,18 +181,18 @@ class FusedForward:
                 for block in self.blocks:
                     self.kept.next_block()
                     x = block(x, sequences, self.keep)
-        return self.model.base_model.norm(x[positions])
+        return self.model.base_model.norm(x.index_select(0, positions))
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
-        input_ids, position_ids, cu_seqlens = _fill_up(batch)
-        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens)
+        input_ids, position_ids, cu_seqlens, max_length = _fill_up(batch)
+        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens, max_length)
         return self.model.base_model.embed_tokens(input_ids[0]), sequences
 
 
-def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, positions and borders with a document of arbitrary tokens at the end, so that there are as many as the
-    device multiplies best.
+def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Token ids, positions, borders and the length of the longest document, with a document of arbitrary tokens at the
+    end, so that there are as many as the device multiplies best.
 
     Attention keeps it apart and no position of it is asked for, so it changes no state and no gradient.
     """
@@ -200,9 +200,10 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     assert cu_seqlens is not None, "decoder blocks take packed batches"
     missing = -input_ids.shape[1] % SHAPE_RULES[input_ids.device.type].token_multiple
     if not missing:
-        return input_ids, position_ids, cu_seqlens
+        return input_ids, position_ids, cu_seqlens, batch.max_document_length
     filled, positions = F.pad(input_ids, (0, missing)), F.pad(position_ids, (0, missing))
-    return filled, positions, torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
+    borders = torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
+    return filled, positions, borders, max(batch.max_document_length, missing)
 
 
 def why_not_blocks(

@@ -156,9 +156,10 @@ class CausalLM:
             at once.
 
         Raises:
-            ModelError: the batch's layout is not the model's.
+            ModelError: the batch's layout is not the model's, or a target lies outside its vocabulary.
         """
         denominator = max(1, batch.supervised_tokens) if denominator is None else denominator
+        self._check_targets(batch)
         return self.head.loss(self.hidden(batch), batch.supervised_targets, denominator, batch.supervised_weights)
 
     @torch.no_grad()
@@ -169,8 +170,9 @@ class CausalLM:
             fp32 `(N,)`, in the order of `batch.supervised_positions`.
 
         Raises:
-            ModelError: the batch's layout is not the model's.
+            ModelError: the batch's layout is not the model's, or a target lies outside its vocabulary.
         """
+        self._check_targets(batch)
         return self.head.token_losses(self.hidden(batch), batch.supervised_targets, batch.supervised_weights)
 
     @torch.no_grad()
@@ -209,6 +211,15 @@ class CausalLM:
             f"This model takes {'packed' if self.packed else 'padded'} ones ({self.name}).",
             "Make batches as the model's `packed` says.",
         )
+
+    def _check_targets(self, batch: Batch) -> None:
+        """Here, where they are known: kernels on a GPU would have to wait, and trust them."""
+        if batch.largest_target >= self.head.vocabulary:
+            raise ModelError(
+                f"A target is {batch.largest_target}.",
+                f"The model's vocabulary ends at {self.head.vocabulary - 1}.",
+                "Make batches with the tokenizer of the model.",
+            )
 
     # ---- as an nn.Module has it ------------------------------------------------------------------
 

@@ -79,10 +79,12 @@ class PackedSequences:
     Args:
         angles: of each token's position, for each kind of layer.
         cu_seqlens: int32 `(num_documents + 1)`, the documents' borders.
+        max_length: tokens of the longest document.
     """
 
     angles: Angles
     cu_seqlens: Tensor
+    max_length: int
 
 
 def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
@@ -366,7 +368,7 @@ class DecoderBlock:
         """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, T)."""
         q, k, v = self._split_heads(qkv)
         out, lse = attention_forward(
-            q, k, v, rows.cu_seqlens, scale=self.scale, window=self.window, softcap=self.softcap
+            q, k, v, rows.cu_seqlens, rows.max_length, scale=self.scale, window=self.window, softcap=self.softcap
         )
         return out.flatten(1), lse
 
@@ -422,7 +424,7 @@ class DecoderBlock:
         grads = self._split_heads(grad_qkv)
         q, k, v = self._split_heads(heads.qkv)
         attention_backward(
-            grad_out.view(q.shape), q, k, v, out.view(q.shape), lse, rows.cu_seqlens,
+            grad_out.view(q.shape), q, k, v, out.view(q.shape), lse, rows.cu_seqlens, rows.max_length,
             scale=self.scale, window=self.window, softcap=self.softcap, grads=grads,
         )  # fmt: skip
         rope_backward_(self._rotated(grad_qkv), *rows.angles[self.kind])

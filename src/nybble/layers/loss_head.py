@@ -44,6 +44,11 @@ class Head(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a state gets."""
+        ...
+
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """Σ weight · (−log p(target)) / `denominator` over the rows.
 
@@ -89,6 +94,10 @@ class LossHead:
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    @property
+    def vocabulary(self) -> int:
+        return self.weight.shape[0]
 
     @property
     def rules(self) -> ShapeRules:
@@ -154,16 +163,16 @@ class LossHead:
     def panel_rows(self, dtype: torch.dtype) -> int:
         """Rows of a panel: all, unless the head is large or is widened to another dtype while it is used."""
         rows, width = self.weight.shape
-        row_bytes = width * self.weight.dtype.itemsize
-        rules = self.rules
-        if rows * row_bytes >= rules.large_head_bytes:
-            return rules.whole_rows(rules.panel_bytes // row_bytes)
-        return rows if self.weight.dtype == dtype else rules.panel_rows
+        return self.rules.head_panel_rows(
+            rows,
+            width * self.weight.dtype.itemsize,
+            widened=self.weight.dtype != dtype,
+            streamed=isinstance(self.weight, HeadMatrix),
+        )
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows of a chunk of logits."""
-        fit = self.rules.chunk_bytes // (self.weight.shape[0] * (itemsize if self._is_plain else 8))
-        return self.rules.whole_rows(fit)
+        return self.rules.chunk_rows(self.vocabulary * (itemsize if self._is_plain else 8))
 
     def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
@@ -287,6 +296,10 @@ class OwnHead:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
+
     def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
@@ -312,9 +325,7 @@ class OwnHead:
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows of a chunk: logits, and they in fp32."""
-        row_bytes = (itemsize + 4) * self.model.config.get_text_config().vocab_size
-        rules = SHAPE_RULES[self.device.type]
-        return rules.whole_rows(rules.chunk_bytes // row_bytes)
+        return SHAPE_RULES[self.device.type].chunk_rows((itemsize + 4) * self.vocabulary)
 
     @contextmanager
     def _given(self, states: Tensor) -> Iterator[None]:

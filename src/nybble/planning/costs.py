@@ -387,7 +387,7 @@ def attention_scratch(run: RunShape) -> int:
 def logits_bytes(run: RunShape) -> int:
     """Room for a chunk of logits, which the loss head keeps."""
     c = run.compute_bytes
-    fit = run.rules.whole_rows(run.rules.chunk_bytes // (run.model.vocab_size * c))
+    fit = run.rules.chunk_rows(run.model.vocab_size * c)
     multiple = run.rules.row_multiple
     needed = -(-max(run.batches.supervised, run.batches.validation_supervised) // multiple) * multiple
     return min(fit, needed) * run.model.vocab_size * c
@@ -416,10 +416,9 @@ def widened_bytes(run: RunShape) -> int:
     """Room for a panel of the 16-bit head in the compute dtype, where that is wider; the loss head keeps it."""
     if run.compute_bytes == DENSE_BYTES:
         return 0
-    rules, row = run.rules, DENSE_BYTES * run.model.hidden_size
-    large = row * run.model.vocab_size >= rules.large_head_bytes
-    rows = rules.panel_bytes // row if large else rules.panel_rows
-    return min(rows, run.model.vocab_size) * run.model.hidden_size * run.compute_bytes
+    row_bytes = DENSE_BYTES * run.model.hidden_size
+    rows = run.rules.head_panel_rows(run.model.vocab_size, row_bytes, widened=True, streamed=run.stream_ends)
+    return rows * run.model.hidden_size * run.compute_bytes
 
 
 def _panels(run: RunShape) -> int:
@@ -573,7 +572,6 @@ def work_of(run: RunShape) -> Work:
     dense = 0 if run.spec is None else run.compute_bytes * run.model.parts.linear_elements * passes
     read = 2 * streamed_bytes(run)
     if run.stream_ends:
-        chunk_rows = max(1, run.rules.chunk_bytes // (run.model.vocab_size * run.compute_bytes))
-        chunks = -(-run.batches.supervised // chunk_rows)
+        chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))
         read += 2 * chunks * DENSE_BYTES * run.model.vocab_size * run.model.hidden_size
     return Work(blocks + head, dense, read, 2 * layers)

@@ -109,11 +109,12 @@ class PackedWalk:
             positions = torch.arange(windows.shape[1]).repeat(count)[None]  # (1, tokens)
             borders = torch.arange(count + 1, dtype=torch.int32) * windows.shape[1]
             tokens = slice(start * windows.shape[1], (start + count) * windows.shape[1])
+            rows = PackedSequences(rotary_angles(model, positions), borders, max_length=windows.shape[1])
             carried = None
             if exact and len(self._chunks) % EXACT_EVERY == 0:
                 carried = slice(exact_tokens, exact_tokens + positions.shape[1])
                 exact_tokens = carried.stop
-            self._chunks.append(_Chunk(tokens, PackedSequences(rotary_angles(model, positions), borders), carried))
+            self._chunks.append(_Chunk(tokens, rows, carried))
         ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
         self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
         for chunk in self._chunks:

@@ -1,5 +1,6 @@
 """The training loop, visible from top to bottom in `train_loop`."""
 
+import itertools
 import math
 import signal
 import time
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
@@ -154,16 +156,15 @@ def train_loop(
             ]
             # One denominator for the whole step: how it is cut into micro-batches changes nothing.
             num_supervised = sum(objective.tokens(batch) for batch in micro_batches)
-            step_loss, out_of_memory = 0.0, False
+            losses: list[Tensor] = []
+            out_of_memory = False
             for batch in micro_batches:
                 try:
-                    step_loss += forward_backward(objective, model, batch, num_supervised)
+                    losses.append(forward_backward(objective, model, batch, num_supervised))
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
                     out_of_memory = True  # what the step holds is freed once the exception is gone, below
-                    break
-                if not math.isfinite(step_loss):
                     break
 
             if out_of_memory:
@@ -180,11 +181,14 @@ def train_loop(
                 progress.micro_batch_size = (progress.micro_batch_size + 1) // 2
                 report(OutOfMemory(step, micro_batch_size=progress.micro_batch_size))
                 continue
-            if not math.isfinite(step_loss):
-                save(before, last=True)
-                suspects = [train[row] for row in rows if train[row].origin in batch.rows]
-                raise _not_finite("loss", step_loss, step, non_finite_rows(objective, model, suspects), run)
-            grad_norm = optimizer.gradient_norm()
+            # The one look at the device, which may be a GPU at work; before anything is updated.
+            *values, grad_norm = torch.stack([*(loss.double() for loss in losses), optimizer.gradient_norm()]).tolist()
+            totals = list(itertools.accumulate(values))
+            for batch, total in zip(micro_batches, totals, strict=True):
+                if not math.isfinite(total):
+                    save(before, last=True)
+                    suspects = [train[row] for row in rows if train[row].origin in batch.rows]
+                    raise _not_finite("loss", total, step, non_finite_rows(objective, model, suspects), run)
             if not math.isfinite(grad_norm):
                 save(before, last=True)
                 raise _not_finite("gradient norm", grad_norm, step, [row for b in micro_batches for row in b.rows], run)
@@ -197,7 +201,7 @@ def train_loop(
             report(
                 Step(
                     step=step,
-                    loss=step_loss,
+                    loss=totals[-1],
                     lr=lr,
                     grad_norm=grad_norm,
                     tokens=num_tokens,
@@ -233,16 +237,14 @@ def rehearse(objective: Objective, model: CausalLM, optimizer: AdamW, rehearsal:
     restore_rng(rng, device)
 
 
-def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denominator: float) -> float:
-    """Add a micro-batch's gradients; returns its part of the step's loss. One that is not finite adds none.
+def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denominator: float) -> Tensor:
+    """Add a micro-batch's gradients; returns its part of the step's loss, a scalar on the model's device.
 
     A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
     """
     loss = objective.loss(model, batch, denominator)
-    value = loss.item()
-    if math.isfinite(value):
-        loss.backward()
-    return value
+    loss.backward()
+    return loss.detach()
 
 
 def paged_out(optimizer: AdamW, run: RunFolder, report: Listener) -> bool:

@@ -123,10 +123,10 @@ class AdamW:
                     raise ValueError(f"{index}.{name} is {was}, here {is_}")
                 moment.copy_(saved)
 
-    def gradient_norm(self) -> float:
-        """Euclidean norm of all gradients together, summed in fp64."""
+    def gradient_norm(self) -> Tensor:
+        """Euclidean norm of all gradients together: a scalar on their device, fp64."""
         norms = [p.grad.norm().double() for p in self.parameters if p.grad is not None]
-        return float(torch.stack(norms).norm())
+        return torch.stack(norms).norm()
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated."""

@@ -2,5 +2,6 @@
 
 from nybble.kernels.backends import bitsandbytes as bitsandbytes
 from nybble.kernels.backends import cpp as cpp
+from nybble.kernels.backends import flash as flash
 from nybble.kernels.backends import reference as reference
 from nybble.kernels.backends import triton as triton

@@ -13,6 +13,7 @@ A tensor of heads is [tokens, heads, head_dim] with each token's heads contiguou
 can be views of one fused [tokens, (heads + 2 * kv_heads) * head_dim] buffer, and so can their gradients.
 """
 
+import itertools
 import math
 
 import torch
@@ -30,6 +31,7 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    max_length: int,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -41,6 +43,7 @@ def attention_forward(
         q: [tokens, heads, head_dim].
         k, v: [tokens, kv_heads, head_dim]; heads is a multiple of kv_heads.
         cu_seqlens: int32 [documents + 1], where each document starts, then tokens.
+        max_length: tokens of the longest document, or more: a GPU need not be waited for to know it.
         scale: multiplies the scores; None for 1 / sqrt(head_dim).
         window: a token sees itself and the window - 1 tokens before it; None for all of its document before it.
         softcap: c in c * tanh(scores / c); 0 for none.
@@ -53,7 +56,8 @@ def attention_forward(
         KernelError: the backend asked for cannot run.
     """
     q, k, v = map(_laid_out, (q, k, v))
-    return torch.ops.nybble.packed_attention(q, k, v, cu_seqlens, _scale(scale, q), window or 0, softcap)
+    how = (cu_seqlens, max_length, _scale(scale, q), window or 0, softcap)
+    return torch.ops.nybble.packed_attention(q, k, v, *how)
 
 
 def attention_backward(
@@ -64,6 +68,7 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    max_length: int,
     *,
     scale: float | None = None,
     window: int | None = None,
@@ -74,7 +79,7 @@ def attention_backward(
 
     Args:
         dout: [tokens, heads, head_dim].
-        q, k, v, cu_seqlens, scale, window, softcap: as given to `attention_forward`.
+        q, k, v, cu_seqlens, max_length, scale, window, softcap: as given to `attention_forward`.
         out, lse: as it returned them.
         grads: where to write dq, dk and dv, shaped as q, k and v, in memory of their own: they are written while
             what they are made of is still read. None allocates them.
@@ -88,9 +93,8 @@ def attention_backward(
     """
     dq, dk, dv = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
     dout, q, k, v, out = map(_laid_out, (dout, q, k, v, out))
-    torch.ops.nybble.packed_attention_backward(
-        dout, q, k, v, out, lse, cu_seqlens, _scale(scale, q), window or 0, softcap, dq, dk, dv
-    )
+    how = (cu_seqlens, max_length, _scale(scale, q), window or 0, softcap)
+    torch.ops.nybble.packed_attention_backward(dout, q, k, v, out, lse, *how, dq, dk, dv)
     return dq, dk, dv
 
 
@@ -109,7 +113,7 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 def _check_forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> None:
     tensors = {"q": q, "k": k, "v": v}
     if any(x.dim() != 3 for x in tensors.values()):
@@ -145,6 +149,7 @@ def _check_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    max_length: int,
     scale: float,
     window: int,
     softcap: float,
@@ -152,7 +157,7 @@ def _check_backward(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    _check_forward(q, k, v, cu_seqlens, scale, window, softcap)
+    _check_forward(q, k, v, cu_seqlens, max_length, scale, window, softcap)
     for name, x in (("dout", dout), ("out", out), ("dq", dq)):
         _check_like(name, x, tuple(q.shape), q)
     for name, x in (("dk", dk), ("dv", dv)):
@@ -181,35 +186,38 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 
 
 def new_outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
+_HOW = "Tensor cu_seqlens, int max_length, float scale, int window, float softcap"
 
 
 registry.declare(
     "packed_attention",
-    f"({_INPUTS}, Tensor cu_seqlens, float scale, int window, float softcap) -> (Tensor out, Tensor lse)",
+    f"({_INPUTS}, {_HOW}) -> (Tensor out, Tensor lse)",
     _check_forward,
     new_outputs,
 )
 registry.declare(
     "packed_attention_backward",
-    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, Tensor cu_seqlens, float scale, int window, float softcap,"
-    " Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()",
+    f"(Tensor dout, {_INPUTS}, Tensor out, Tensor lse, {_HOW}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()",
     _check_backward,
     nothing,
 )
 
 
-def document_bounds(cu_seqlens: Tensor, tokens: int) -> list[int]:
-    """The values of cu_seqlens, checked: a wrong one would read and write outside the tensors."""
+def document_bounds(cu_seqlens: Tensor, max_length: int, tokens: int) -> list[int]:
+    """The values of cu_seqlens, checked: a wrong one would read and write outside the tensors. A GPU is waited for."""
     bounds: list[int] = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0 or bounds[-1] != tokens or bounds != sorted(bounds):
         raise FormatError(
             f"cu_seqlens is {bounds[:8]}{'...' if len(bounds) > 8 else ''} over {tokens} tokens.",
             f"It must start at 0, never fall, and end at {tokens}.",
         )
+    longest = max((end - start for start, end in itertools.pairwise(bounds)), default=0)
+    if longest > max_length:
+        raise FormatError(f"max_length is {max_length}.", f"The longest document has {longest} tokens.")
     return bounds

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nybble.errors import KernelError
 from nybble.kernels import registry
+from nybble.kernels.heap import lies_in_heap
 from nybble.kernels.ops.checks import check_rows, check_tensor, refusal
 
 
@@ -19,7 +20,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: float) -> Te
         fp32 [tokens].
 
     Raises:
-        KernelError: a target lies outside the vocabulary.
+        KernelError: a target lies outside the vocabulary; on a GPU, where looking would be waiting, callers see to it.
     """
     return torch.ops.nybble.cross_entropy_(logits, targets, gradient_scale)
 
@@ -32,8 +33,8 @@ def _check_cross_entropy(logits: Tensor, targets: Tensor, gradient_scale: float)
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:
-    """For the bodies: looks at values, which fake tensors do not have."""
-    largest = int(targets.max()) if targets.numel() else -1
+    """For the bodies on CPUs: looks at values, which fake tensors do not have."""
+    largest = int(targets.max()) if targets.numel() and lies_in_heap(targets.device) else -1
     if largest >= vocabulary:
         raise KernelError(f"A target is {largest}.", f"The logits' vocabulary ends at {vocabulary - 1}.")
 

@@ -33,10 +33,10 @@ _backward_kernel = function("attention_backward", POINTER)
 
 
 def _arguments(
-    cu_seqlens: Tensor, scale: float, window: int, softcap: float, lse: Tensor, **tensors: Tensor
+    cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float, lse: Tensor, **tensors: Tensor
 ) -> _Arguments:
     q, k = tensors["q"], tensors["k"]
-    bounds = document_bounds(cu_seqlens, q.shape[0])
+    bounds = document_bounds(cu_seqlens, max_length, q.shape[0])
     arguments = _Arguments(
         dtype=DTYPES[q.dtype],
         num_docs=len(bounds) - 1,
@@ -71,10 +71,11 @@ def _missing_backward(dout: Tensor, *others: object) -> str | None:
 
 @registry.register("packed_attention", "cpp", _missing_forward)
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = new_outputs(q, k, v, cu_seqlens, scale, window, softcap)
-    _forward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, softcap, lse, q=q, k=k, v=v, out=out)))
+    how = (cu_seqlens, max_length, scale, window, softcap)
+    out, lse = new_outputs(q, k, v, *how)
+    _forward_kernel(ctypes.byref(_arguments(*how, lse, q=q, k=k, v=v, out=out)))
     return out, lse
 
 
@@ -87,6 +88,7 @@ def packed_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    max_length: int,
     scale: float,
     window: int,
     softcap: float,
@@ -95,4 +97,4 @@ def packed_attention_backward(
     dv: Tensor,
 ) -> None:
     tensors = {"dout": dout, "q": q, "k": k, "v": v, "out": out, "dq": dq, "dk": dk, "dv": dv}
-    _backward_kernel(ctypes.byref(_arguments(cu_seqlens, scale, window, softcap, lse, **tensors)))
+    _backward_kernel(ctypes.byref(_arguments(cu_seqlens, max_length, scale, window, softcap, lse, **tensors)))

@@ -11,9 +11,9 @@ from nybble.kernels.ops.attention import document_bounds, new_outputs
 REFERENCE_ROWS = 256  # queries of a document that are taken at once
 
 
-def _query_blocks(cu_seqlens: Tensor, tokens: int) -> Iterator[tuple[int, int, int]]:
+def _query_blocks(cu_seqlens: Tensor, max_length: int, tokens: int) -> Iterator[tuple[int, int, int]]:
     """(start of the document, first query, end of the queries) for blocks of queries."""
-    bounds = document_bounds(cu_seqlens, tokens)
+    bounds = document_bounds(cu_seqlens, max_length, tokens)
     for start, end in itertools.pairwise(bounds):
         for first in range(start, end, REFERENCE_ROWS):
             yield start, first, min(first + REFERENCE_ROWS, end)
@@ -47,11 +47,11 @@ def _masked(scores: Tensor, window: int) -> Tensor:
 
 @registry.register("packed_attention", "reference")
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int, softcap: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    out, lse = new_outputs(q, k, v, cu_seqlens, scale, window, softcap)
+    out, lse = new_outputs(q, k, v, cu_seqlens, max_length, scale, window, softcap)
     kv_heads = k.shape[1]
-    for start, first, end in _query_blocks(cu_seqlens, q.shape[0]):
+    for start, first, end in _query_blocks(cu_seqlens, max_length, q.shape[0]):
         queries = _by_kv_head(q[first:end], kv_heads, lse.dtype)
         keys, values = (_by_kv_head(x[start:end], kv_heads, lse.dtype) for x in (k, v))
         scores = _masked(_scores(queries, keys, scale, softcap), window)
@@ -70,6 +70,7 @@ def packed_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    max_length: int,
     scale: float,
     window: int,
     softcap: float,
@@ -79,7 +80,7 @@ def packed_attention_backward(
 ) -> None:
     kv_heads = k.shape[1]
     dk_sum, dv_sum = (torch.zeros(k.shape, dtype=lse.dtype, device=k.device) for _ in range(2))
-    for start, first, end in _query_blocks(cu_seqlens, q.shape[0]):
+    for start, first, end in _query_blocks(cu_seqlens, max_length, q.shape[0]):
         queries, douts, outs = (_by_kv_head(x[first:end], kv_heads, lse.dtype) for x in (q, dout, out))
         keys, values = (_by_kv_head(x[start:end], kv_heads, lse.dtype) for x in (k, v))
         block_lse = lse[:, first:end].view(kv_heads, -1, end - first)

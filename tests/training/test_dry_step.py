@@ -1,0 +1,147 @@
+"""A training step as wide as Llama 3 8B without its numbers, by the rules of a GPU.
+
+On the meta device a tensor that lies elsewhere raises. With fake tensors whoever asks for a value raises, and the bytes
+that are alive are counted. What kernels do inside shows in neither. Two layers: each further one is like the second.
+"""
+
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny import put_into_four_bits, tune
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nybble.data import packing
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import Batch, pack
+from nybble.formats.quant_spec import QuantSpec
+from nybble.layers.backbone import FusedForward
+from nybble.layers.causal_lm import CausalLM, Verdict
+from nybble.layers.decoder_block import Keep
+from nybble.layers.loss_head import LossHead
+from nybble.planning.costs import MicroBatches, RunShape, predict
+from nybble.planning.shape import shape_of
+from nybble.sizes import SHAPE_RULES
+from nybble.sources.skeleton import build_skeleton
+from nybble.training.loop import forward_backward
+from nybble.training.objective import SupervisedFineTuning
+from nybble.training.optimizer import AdamW
+
+LAYERS, RANK = 2, 16
+CONFIG = LlamaConfig(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=LAYERS, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128_256, tie_word_embeddings=False,
+)  # fmt: skip
+DOCUMENTS = (2048, 2048, 2048, 2000)  # 48 arbitrary tokens fill them up to a multiple of 64
+KEEPS: tuple[Keep, ...] = ("nothing", "attention", "everything")
+NO_LAUNCH = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view", "device"}
+
+
+class Counted(TorchDispatchMode):
+    """Launches by op, products among them, and the bytes of all storages that are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: Counter[str] = Counter()
+        self.live = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def products(self) -> int:
+        return sum(self.launches[name] for name in ("mm", "addmm", "addmm_"))
+
+    def take(self, tensor: Tensor) -> None:
+        """Count a tensor's storage for as long as it lives."""
+        storage = tensor.untyped_storage()
+        key, num_bytes = storage._cdata, storage.nbytes()
+        if key in self._seen:
+            return
+
+        def gone(_: Any) -> None:
+            del self._seen[key]
+            self.live -= num_bytes
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.live += num_bytes
+        self.peak = max(self.peak, self.live)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in NO_LAUNCH:
+            self.launches[name] += 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.take(tensor)
+        return result
+
+
+def dry_model(device: str, keep: Keep) -> CausalLM:
+    with torch.device(device):
+        module = LlamaForCausalLM._from_config(CONFIG, dtype=torch.bfloat16)
+    put_into_four_bits(module, dtype=torch.bfloat16)
+    tune(module, rank=RANK)
+    return CausalLM(module, FusedForward(module, keep), LossHead(module.lm_head.weight), Verdict("blocks", "packed"))
+
+
+def documents() -> Batch:
+    """All of them supervised; what their values tell is known."""
+    rows = [EncodedExample(torch.arange(n, dtype=torch.int32), torch.ones(n, dtype=torch.bool), "") for n in DOCUMENTS]
+    return pack(rows).to("cpu")
+
+
+def losses_and_norm(model: CausalLM, batch: Batch, optimizer: AdamW) -> Tensor:
+    """What `train_loop` does before it looks at the device, with two micro-batches."""
+    losses = [forward_backward(SupervisedFineTuning(), model, batch, 2.0 * batch.supervised_tokens) for _ in range(2)]
+    return torch.stack([*(loss.double() for loss in losses), optimizer.gradient_norm()])
+
+
+def adamw(model: CausalLM) -> AdamW:
+    return AdamW(model.parameters(), beta1=0.9, beta2=0.999, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_step_asks_for_no_value_before_its_one_look_and_takes_what_is_planned(keep, monkeypatch):
+    batch, shape = documents(), shape_of(build_skeleton(CONFIG))
+    monkeypatch.setitem(SHAPE_RULES, "cpu", SHAPE_RULES["cuda"])
+    with FakeTensorMode() as mode:
+        monkeypatch.setattr(packing, "send", lambda tensor, device: mode.from_tensor(tensor))
+        with Counted() as counted:
+            model = dry_model("cpu", keep)
+            optimizer = adamw(model)
+        counted.peak = counted.live
+        with counted:
+            look = losses_and_norm(model, batch.to("cpu"), optimizer)
+            optimizer.step(1e-3, grad_scale=1.0)
+        with pytest.raises(DataDependentOutputException):
+            look.tolist()
+    batches = MicroBatches(8192, batch.supervised_tokens, max(DOCUMENTS), 1, 0, 0, 0)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rules = SHAPE_RULES["cuda"]
+    run = RunShape(shape, batches, parameters, RANK, 2, QuantSpec(), "blocks", keep, rules, on_cpu=False)
+    assert sum(predict(run).values()) == pytest.approx(counted.peak, rel=0.03)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_all_of_a_step_is_on_its_device(keep, monkeypatch):
+    monkeypatch.setitem(SHAPE_RULES, "meta", SHAPE_RULES["cuda"])
+    model = dry_model("meta", keep)
+    optimizer = adamw(model)
+    assert losses_and_norm(model, documents().to("meta"), optimizer).device.type == "meta"
+    optimizer.step(1e-3, grad_scale=1.0)
+
+
+def test_the_head_multiplies_in_chunks_of_2048_rows_and_in_no_panels(monkeypatch):
+    """Of a vocabulary of 128k. By the rules of a CPU it is 4,096 products."""
+    monkeypatch.setitem(SHAPE_RULES, "meta", SHAPE_RULES["cuda"])
+    head = LossHead(torch.empty(CONFIG.vocab_size, CONFIG.hidden_size, dtype=torch.bfloat16, device="meta"))
+    states = torch.empty(8192, CONFIG.hidden_size, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    with Counted() as counted:
+        head.loss(states, torch.empty(8192, dtype=torch.long, device="meta"), 8192.0).backward()
+    assert counted.products == 2 * 4
