@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from nybble.quantization.synth import synthesize
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
+from nybble.sources.shapes import SHAPES
 from nybble.training.session import train
 
 TOKENS = 37
@@ -34,8 +36,12 @@ TOKENS = 37
 
 @pytest.fixture(scope="module", params=["nf4", "int4_asym", "nf3", "nf2"])
 def folder(request, tmp_path_factory) -> Path:
+    """Four blocks with random weights; narrow, since products in bf16 take long where the CPU has none."""
     path = tmp_path_factory.mktemp("synth") / request.param
-    synthesize("tiny", QuantSpec(request.param, double_quant=request.param == "nf4"), path)
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "narrow", SHAPES["tiny"] | narrow)
+        synthesize("narrow", QuantSpec(request.param, double_quant=request.param == "nf4"), path)
     return path
 
 
@@ -69,10 +75,22 @@ def gradients(
     return losses, [p.grad for p in model.parameters() if p.requires_grad], store
 
 
+@pytest.fixture(scope="module")
+def in_memory(folder):
+    """Losses and gradients with the whole base in memory, computed once for each of the options."""
+
+    @cache
+    def compute(**options):
+        losses, grads, _ = gradients(folder, None, **options)
+        return losses, grads
+
+    return compute
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("resident", [0, 1, 3, 4])
-def test_streaming_changes_no_bit(folder, resident, dtype):
-    expected, expected_grads, _ = gradients(folder, None, dtype=dtype)
+def test_streaming_changes_no_bit(folder, in_memory, resident, dtype):
+    expected, expected_grads = in_memory(dtype=dtype)
     losses, grads, store = gradients(folder, resident, stream_ends=True, dtype=dtype)
     assert losses == expected
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
@@ -82,19 +100,19 @@ def test_streaming_changes_no_bit(folder, resident, dtype):
 
 @pytest.mark.parametrize("keep", ["nothing", "everything"])
 @pytest.mark.parametrize("resident", [0, 3])
-def test_streaming_through_transformers_own_modules_changes_no_bit(folder, tmp_path, resident, keep):
+def test_streaming_through_transformers_own_modules_changes_no_bit(folder, in_memory, tmp_path, resident, keep):
     """And what is kept goes to a file or to memory beside, with no other result."""
-    expected, expected_grads, _ = gradients(folder, None, generic=True, keep=keep)
-    for kept in (None, ActivationFile(tmp_path, 10), PinnedActivations(LateLane(), 10, 50_000)):
+    expected, expected_grads = in_memory(generic=True, keep=keep)
+    for kept in (None, ActivationFile(tmp_path, 10), PinnedActivations(LateLane(), 10, 12_500)):
         losses, grads, _ = gradients(folder, resident, stream_ends=True, generic=True, keep=keep, kept=kept)
         assert losses == expected
         assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
-def test_a_store_in_host_memory_reads_its_folder_once(folder, tmp_path):
+def test_a_store_in_host_memory_reads_its_folder_once(folder, in_memory, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    expected, _, _ = gradients(folder, None)
+    expected, _ = in_memory()
     losses, _, store = gradients(copy, 1, in_ram=True, between=lambda: os.truncate(copy / "model.safetensors", 0))
     assert losses == expected and store.block_reads > 4
 
@@ -103,9 +121,9 @@ def test_a_store_in_host_memory_reads_its_folder_once(folder, tmp_path):
 @pytest.mark.parametrize("keep", ["nothing", "everything"])
 @pytest.mark.parametrize("in_ram", [False, True])
 @pytest.mark.parametrize("resident", [0, 1, 3])
-def test_streaming_to_a_gpu_changes_no_bit(folder, resident, in_ram, keep):
-    expected, expected_grads, _ = gradients(folder, None, generic=True, keep=keep, device="cuda", passes=4)
-    for kept in (None, PinnedActivations(lane_to(torch.device("cuda")), 10, 50_000)):
+def test_streaming_to_a_gpu_changes_no_bit(folder, in_memory, resident, in_ram, keep):
+    expected, expected_grads = in_memory(generic=True, keep=keep, device="cuda", passes=4)
+    for kept in (None, PinnedActivations(lane_to(torch.device("cuda")), 10, 12_500)):
         losses, grads, _ = gradients(
             folder, resident, stream_ends=True, generic=True, keep=keep, device="cuda", in_ram=in_ram, kept=kept,
             passes=4,
@@ -128,9 +146,9 @@ def test_a_streamed_head_keeps_its_bias(tmp_path):
     assert torch.allclose(loss_head.loss_head(model).logits(states[0]), expected[0], atol=1e-5)
 
 
-def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, monkeypatch):
-    whole, _, _ = gradients(folder, None)
-    panels = replace(SHAPE_RULES["cpu"], large_head_bytes=1, panel_bytes=2 * 256 * 320)
+def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, in_memory, monkeypatch):
+    whole, _ = in_memory()
+    panels = replace(SHAPE_RULES["cpu"], large_head_bytes=1, panel_bytes=2 * 64 * 320)
     monkeypatch.setitem(SHAPE_RULES, "cpu", panels)  # of 1,024 rows: three panels and a part
     expected, expected_grads, _ = gradients(folder, None)
     losses, grads, _ = gradients(folder, 1, stream_ends=True)
