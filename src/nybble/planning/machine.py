@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def this_machine(
     total = free + (process if device.type == "cpu" else 0)
     budget = min(memory, total) if memory else process + int(SAFE_SHARE * free)
     host = host_memory or (max(0, total - budget) if device.type == "cpu" else available_bytes(torch.device("cpu")))
-    flops, copy = _product_speed(device, dtype), _copy_speed(device)
+    flops, copy = _speeds(device, dtype, torch.get_num_threads())
     link = copy if device.type == "cpu" else LINK_BYTES_PER_S
     disk = _read_speed(model_files) if model_files else copy
     return Machine(f"this machine's {device.type}", device.type, budget, process, host, flops, copy, link, disk)
@@ -55,6 +56,12 @@ def this_machine_later(
         return machine
     process = max(IMPORTED_BYTES, machine.process_bytes)
     return replace(machine, process_bytes=process, budget_bytes=memory or machine.budget_bytes)
+
+
+@cache
+def _speeds(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[float, float]:
+    """Of a product and of a copy with so many threads: measured once in a process."""
+    return _product_speed(device, dtype), _copy_speed(device)
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype) -> float:
