@@ -3,12 +3,12 @@
 import importlib.util
 import json
 import runpy
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 import nybble
@@ -57,8 +57,9 @@ def test_watch_follows_another_process_from_its_first_event_to_its_last(
     watch = module("watch")
     follower = threading.Thread(target=lambda: events.extend(watch.follow(out, every_s=0.01)), daemon=True)
     follower.start()
-    command = [sys.executable, "-m", "nybble", "train", "--model", tiny_model, "--data", data, "--out", out]
-    subprocess.run([*command, "--max-steps", "2"], check=True, capture_output=True)
+    arguments = ["train", "--model", tiny_model, "--data", data, "--out", out, "--max-steps", 2]
+    code, printed = processes.nybble(*arguments, output=tmp_path / "printed").end()
+    assert code == 0, printed
     follower.join(30)
     assert events == [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     assert events[0]["event"] == "start" and events[-1]["event"] == "end"

@@ -6,13 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import nybble
 from transformers import BloomConfig, BloomForCausalLM
 
 from nybble.errors import TrainingError
@@ -140,16 +138,12 @@ def test_a_number_that_is_not_finite_stops_names_rows_and_keeps_the_adapter(
 
 def test_ctrl_c_finishes_the_step_saves_and_exits_130(tiny_model, data, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "nybble", "train", "--model", str(tiny_model), "--data", str(data)]
-    command += ["--out", str(out), "--max-steps", "100000", "--rows-per-step", "2", "--eval-every", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
-    while not (out / "events.jsonl").exists() or '"step"' not in (out / "events.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
-        time.sleep(0.1)
+    arguments = ["train", "--model", tiny_model, "--data", data, "--out", out, "--rows-per-step", 2]
+    process = nybble(*arguments, "--max-steps", 100000, "--eval-every", 100000, output=tmp_path / "printed")
+    process.wait_for(out / "events.jsonl", '"step"')
     os.kill(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, printed
+    code, printed = process.end()
+    assert code == 130, printed
     assert "Interrupted after step" in printed and "Traceback" not in printed
     assert (out / "adapter" / "adapter_model.safetensors").exists()
     assert len(losses(out)) < 100000

@@ -4,17 +4,16 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import nybble
 from rich.console import Console
 from safetensors.torch import save_file
+from typed import typed
 
 from nybble.cli.render import Terminal
 from nybble.errors import ModelError, RunError, TrainingError
@@ -333,32 +332,19 @@ def test_too_little_space_is_refused_before_the_first_step(tiny_model, data, tmp
 # ---- processes
 
 
-def start(model: Path, data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "nybble", "train", "--model", str(model), "--data", str(data), "--out", str(out)]
-    command += ["--rows-per-step", "2", "--max-steps", "100000", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_a_step(process: subprocess.Popen[str], out: Path) -> None:
-    deadline = time.monotonic() + 120
-    while not (out / "events.jsonl").exists() or '"step"' not in (out / "events.jsonl").read_text():
-        assert time.monotonic() < deadline and process.poll() is None, process.stdout and process.stdout.read()
-        time.sleep(0.1)
-
-
 def test_a_second_process_is_refused_and_sigterm_leaves_a_checkpoint(tiny_model, data, tmp_path):
     out = tmp_path / "run"
-    first = start(tiny_model, data, out, "--eval-every", "100000", "--save-every", "100000")
-    wait_for_a_step(first, out)
+    train = ["train", "--model", tiny_model, "--data", data, "--out", out, "--rows-per-step", 2, "--max-steps", 100000]
+    first = nybble(*train, "--eval-every", 100000, "--save-every", 100000, output=tmp_path / "first")
+    first.wait_for(out / "events.jsonl", '"step"')
     for more in ([], ["--overwrite"], ["--resume"]):
-        second = start(tiny_model, data, out, *more)
-        printed, _ = second.communicate(timeout=60)
-        assert second.returncode == 2 and "Another process is training" in printed, printed
+        code, printed = nybble(*train, *more, output=tmp_path / "second").end()
+        assert code == 2 and "Another process is training" in printed, printed
     with pytest.raises(RunError, match="Another process"), RunFolder(out).locked():
         pass
     os.kill(first.pid, signal.SIGTERM)
-    printed, _ = first.communicate(timeout=60)
-    assert first.returncode == 128 + signal.SIGTERM, printed
+    code, printed = first.end()
+    assert code == 128 + signal.SIGTERM, printed
     assert f"nybble train --resume --out {out}" in printed.replace("\n", "").replace("  nybble", " nybble")
     (checkpoint,) = (out / "checkpoints").iterdir()
     assert checkpoint.name == f"step-{losses(out, 'step')[-1][0]}"
@@ -372,20 +358,15 @@ def test_the_command_line_resumes_with_no_other_argument(tiny_model, data, tmp_p
     run(load_config(None, options(tiny_model, data, out)))
     expected = final(out)
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS}")
-    command = [sys.executable, "-m", "nybble", "train", "--resume", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    code, printed = nybble("train", "--resume", "--out", out, output=tmp_path / "printed").end()
+    assert code == 0, printed
     assert final(out) == expected
 
 
 def test_resume_without_out_says_what_is_missing(tmp_path):
-    from typer.testing import CliRunner
-
-    from nybble.cli.main import app
-
-    result = CliRunner().invoke(app, ["train", "--resume"])
+    result = typed(["train", "--resume"])
     assert result.exit_code == 2 and "--out" in result.stderr
-    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path)])
+    result = typed(["train", "--resume", "--out", str(tmp_path)])
     assert result.exit_code == 2 and "no run to go on with" in result.stderr
 
 
