@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,9 +21,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import typer
-from typer.testing import CliRunner
+from typed import typed
 
 import nybble
 from nybble.cli.main import app
@@ -210,7 +212,7 @@ class Workplace:
 
     folder: Path
     trained: Path
-    servers: list["subprocess.Popen[str]"] = field(default_factory=list)
+    servers: list[processes.Process] = field(default_factory=list)
     port: int = 0
 
     def run(self, block: Block) -> None:
@@ -227,7 +229,7 @@ class Workplace:
         arguments = self._prepared(arguments, verb)
         if verb == "serve":
             return self._serve(arguments)
-        result = CliRunner().invoke(app, arguments, input="What is 1 plus 1?\n")
+        result = typed(arguments, stdin="What is 1 plus 1?\n")
         allowed = (0, 2) if verb == "plan" else (0,)  # 2: the plan says that nothing fits
         assert result.exit_code in allowed, (arguments, result.output, result.exception)
         if redirected:
@@ -254,17 +256,16 @@ class Workplace:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "nybble", *arguments, "--port", str(self.port)]
-        self.servers.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
-        output = self.servers[-1].stdout
-        assert output is not None and any("listening" in line for line in output)
+        output = self.folder / f"server-{len(self.servers)}"
+        self.servers.append(processes.nybble(*arguments, "--port", self.port, output=output))
+        self.servers[-1].wait_for(output, "listening")
         while True:  # the line is printed just before the socket is open
             try:
                 with urllib.request.urlopen(self._address("http://127.0.0.1:8000/v1/models")) as response:
                     assert response.status == 200
                 return
             except urllib.error.URLError:
-                assert self.servers[-1].poll() is None
+                assert self.servers[-1].exit_code is None
 
     def _address(self, text: str) -> str:
         return text.replace(":8000/", f":{self.port}/")
@@ -289,8 +290,8 @@ class Workplace:
 
     def close(self) -> None:
         for server in self.servers:
-            server.terminate()
-            server.wait(timeout=60)
+            os.kill(server.pid, signal.SIGTERM)
+            server.end()
 
 
 @pytest.mark.timeout(900)
@@ -316,7 +317,7 @@ PLANS = [arguments for arguments in commands("nybble") if arguments[0] == "plan"
 
 @pytest.mark.parametrize("arguments", PLANS, ids=shlex.join)
 def test_plans_come_out_as_the_documents_say(arguments: list[str]) -> None:
-    result = CliRunner().invoke(app, arguments)
+    result = typed(arguments)
     assert result.exit_code in (0, 2), result.output
     for quoted in re.findall(r"[0-9.]+ [GM]B", quoted_output(arguments)):
         assert quoted in " ".join(result.stdout.split()) + result.stderr

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
+from typed import typed
 
 import nybble
-from nybble.cli.main import app
 from nybble.errors import ConfigError, ModelError, NybbleError, RunError
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -62,7 +61,7 @@ def test_it_is_the_same_error(verb: str, options: dict[str, Any], words: str, pl
         VERBS[verb](**given)
     assert words in raised.value.got
     flags = [part for name, value in given.items() for part in flag(name, value)]
-    shown = CliRunner().invoke(app, [verb, *flags])
+    shown = typed([verb, *flags])
     assert shown.exit_code == raised.value.exit_code == 2
     error = raised.value
     assert shown.stderr.splitlines() == f"Error: {error}".splitlines()

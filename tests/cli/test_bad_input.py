@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-
-from nybble.cli.main import app
+from typed import typed
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 def refusal(*arguments: object) -> str:
     """What is printed for a mistake, once it is sure that it is a message with the right exit code."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = typed(arguments)
     assert isinstance(result.exception, SystemExit), f"an exception escaped: {result.exception!r}"
     assert result.exit_code == 2, result.output
     assert result.stderr.startswith("Error: ") and "Traceback" not in result.output
@@ -164,17 +162,17 @@ def test_chat_with_a_folder_that_holds_no_run(tmp_path: Path) -> None:
 
 
 def test_data_check_shows_the_audit(tiny_model: Path, data: Path) -> None:
-    result = CliRunner().invoke(app, ["data", "check", "--model", str(tiny_model), "--data", str(data), "--show", "1"])
+    result = typed(["data", "check", "--model", str(tiny_model), "--data", str(data), "--show", "1"])
     assert result.exit_code == 0, result.output
     assert "What is" in result.stdout and "40" in result.stdout
 
-    result = CliRunner().invoke(app, ["data", "check", "--model", str(tiny_model), "--data", str(data), "--json"])
+    result = typed(["data", "check", "--model", str(tiny_model), "--data", str(data), "--json"])
     audit = json.loads(result.stdout)
     assert audit["num_rows"] == 40 and audit["num_train"] + audit["num_validation"] == 40
 
 
 def test_a_tokenizer_without_a_template_falls_back_and_says_so(model: Path, data: Path) -> None:
     (model / "chat_template.jinja").unlink()
-    result = CliRunner().invoke(app, ["data", "check", "--model", str(model), "--data", str(data)])
+    result = typed(["data", "check", "--model", str(model), "--data", str(data)])
     assert result.exit_code == 0, result.output
     assert "template" in result.stdout

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import pytest
 import typer
 import yaml
+from typed import typed
 from typer.testing import CliRunner
 
 import nybble
@@ -25,7 +26,7 @@ REQUIRED = ["--model", "m", "--data", "d.jsonl", "--out", "o"]
 
 
 def run(*arguments: str) -> Any:
-    return CliRunner().invoke(app, list(arguments))
+    return typed(arguments)
 
 
 def refusal(*arguments: str) -> list[str]:
@@ -69,7 +70,7 @@ def test_help_of_each_verb(verb: list[str]) -> None:
 
 
 def test_help_shows_each_option_once_with_its_default() -> None:
-    text = " ".join(CliRunner(env={"COLUMNS": "300"}).invoke(app, ["train", "--help"]).stdout.split())
+    text = " ".join(typed(["train", "--help"], env={"COLUMNS": "300"}).stdout.split())
     for name in fields_of(TrainConfig):
         assert len(re.findall(rf"│ --{name.replace('_', '-')} ", text)) == 1
     assert "Rank of each adapter. (default: 16)" in text

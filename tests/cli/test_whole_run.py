@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
+from typed import typed
 
-from nybble.cli.main import app
 from nybble.options.verbs import load_config
 
 
 def run(*arguments: object) -> str:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = typed(arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     return result.stdout
 

@@ -10,15 +10,14 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
+from typed import typed
 
-from nybble.cli.main import app
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.runs.open_run import open_run
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, [str(argument) for argument in arguments])
+    result = typed(arguments, env={"COLUMNS": "250"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout + result.stderr
 

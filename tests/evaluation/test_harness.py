@@ -4,9 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from nybble.cli.main import app
+from typed import typed
 
 pytest.importorskip("lm_eval")
 TASK = """
@@ -25,7 +23,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def evaluate(run: Path, task: object) -> tuple[int, str]:
     command = ["eval", "--run", str(run), "--metric", "none", "--lm-eval", str(task)]
-    result = CliRunner().invoke(app, command)
+    result = typed(command)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.stdout + result.stderr
 

@@ -2,18 +2,16 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from typed import typed
 
-from nybble.cli.main import app
 from nybble.errors import NybbleError
 from nybble.evaluation.divergence import lumped_kl
 from nybble.evaluation.evaluation_rows import evaluation_rows
@@ -32,7 +30,7 @@ FAITHFUL = Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized")
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    result = typed(arguments, env={"COLUMNS": "200"})
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, " ".join((result.stdout + result.stderr).split())
 
@@ -286,19 +284,12 @@ def test_existing_output_is_refused_and_kept(make_run: Callable, tmp_path: Path)
 
 
 @pytest.mark.parametrize("to", ["nf4", "16bit", "gguf"])
-def test_a_disk_that_fills_leaves_nothing(make_run: Callable, tmp_path: Path, to: str) -> None:
+def test_a_disk_that_fills_leaves_nothing(make_run: Callable, tmp_path: Path, disk: Any, to: str) -> None:
     """The system refuses to let any file grow beyond 100 KB, in the midst of the weights."""
     run_folder, out = make_run(hidden_size=128, intermediate_size=512), tmp_path / "out"
-    code = f"""
-import resource, sys
-from nybble.cli.main import app
-import nybble.exporting.artefact, transformers.models.llama.modeling_llama
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-app(["export", "--run", {str(run_folder)!r}, "--to", {to!r}, "--out", {str(out)!r}])
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert "cannot be written: " in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+    with disk.largest_file(100_000):
+        code, shown = run("export", "--run", run_folder, "--to", to, "--out", out)
+    assert code == 2 and "cannot be written: " in shown, shown
     # blocks in four bits may wait for the next attempt, under a name that says that they are not all
     left = [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
     assert not [name for name in left if not name.endswith(".partial")]

@@ -4,9 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
-
-from nybble.cli.main import app
+from typed import typed
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -24,7 +22,7 @@ def test_the_corpus_is_as_large_as_promised() -> None:
 def test_a_bad_file_is_one_message(case: BadFile, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
-    result = CliRunner().invoke(app, case.build(tmp_path, tiny_model))
+    result = typed(case.build(tmp_path, tiny_model))
     assert isinstance(result.exception, SystemExit), f"an exception escaped: {result.exception!r}"
     assert result.exit_code == 2, result.output[-500:]
     assert result.stderr.startswith("Error: ") and "Traceback" not in result.output

@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
+from typed import typed
 
-from nybble.cli.main import app
 from nybble.cli.render import Terminal
 from nybble.errors import ConfigError, ModelError, PlanError
 from nybble.layers.causal_lm import CausalLM
@@ -107,15 +107,13 @@ def test_what_would_fit_from_a_four_bit_folder_names_the_command_that_makes_one(
 
 
 def test_the_command_that_a_refusal_names_opens_what_it_says(tiny_model, tmp_path, monkeypatch):
-    from typer.testing import CliRunner
-
     monkeypatch.chdir(tmp_path)
     options = {"model": str(tiny_model), "memory": "4GB", "stream_base": "always", "double_quant": False}
     made, asked, unconstrained = plans(**options)
     with pytest.raises(PlanError) as refused:
         require(made, asked, unconstrained)
     command, then = refused.value.fix.rstrip(".").partition("4-bit folder: ")[2].split(", then ")
-    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    result = typed(shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
     assert "In 16 bits: embedding and head" in result.output
     flag, folder = shlex.split(then)
@@ -298,10 +296,8 @@ def test_a_rehearsal_evaluates_and_saves_once(tiny_model, data, tmp_path, monkey
 
 
 def test_plan_prints_one_json_object_and_draws(tmp_path):
-    from typer.testing import CliRunner
-
     words = ["plan", "--model", "tiny", "--memory", "2GB", "--json", "--plot", str(tmp_path / "plans.png")]
-    result = CliRunner().invoke(app, words)
+    result = typed(words)
     assert result.exit_code == 0, result.output
     record = json.loads(result.stdout)
     assert record["chosen"]["peak_bytes"] == sum(record["chosen"]["components"].values())

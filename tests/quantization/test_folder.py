@@ -2,16 +2,16 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from typed import typed
 
 from nybble.errors import FormatError, ModelError
 from nybble.events import Event, Progress
@@ -172,24 +172,16 @@ def test_a_folder_comes_back_bit_for_bit(
 
 @pytest.mark.parametrize("rounding", ["search", "calibrated"])
 def test_a_full_disk_is_a_message_and_leaves_nothing_that_looks_complete(
-    tiny_model: Path, tmp_path: Path, rounding: str
+    tiny_model: Path, tmp_path: Path, disk: Any, rounding: str
 ) -> None:
     """The system refuses to let any file grow beyond a limit: in the blocks, in the folder, in the tokenizer."""
-    code = """
-import resource, sys
-from nybble.cli.main import app
-import nybble.quantization.folder, transformers.models.llama.modeling_llama
-limit = int(sys.argv[1])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-app(sys.argv[2:])
-"""
     arguments = ["quantize", "--model", str(tiny_model), "--quality", rounding, "--calibration-tokens", "512"]
     for limit in (300, 10_000, 100_000):
-        out = tmp_path / f"out-{limit}"
-        command = [sys.executable, "-c", code, str(limit), *arguments, "--out", str(out)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        with disk.largest_file(limit):
+            done = typed([*arguments, "--out", tmp_path / f"out-{limit}"])
         message = " ".join(done.stderr.split())
-        assert done.returncode == 2 and "cannot be written: " in message and "Traceback" not in message, message
+        assert isinstance(done.exception, SystemExit), repr(done.exception)
+        assert done.exit_code == 2 and "cannot be written: " in message, message
         assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".partial")]
 
 
