@@ -26,12 +26,13 @@ lint: .venv/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A process for each core; their threads sleep while they wait, since they outnumber the cores. Triton decides as it is
-# imported whether to interpret, so the tests of its bodies, which have its name in theirs, run once more by themselves;
-# and with them, since that is slow, one decoder block and one training.
+# A process of one thread for each core, and the tests in order, so that what a file's fixtures make is made once. Triton
+# decides as it is imported whether to interpret, so the tests of its bodies, which have its name in theirs, run once more
+# by themselves; and with them, since that is slow, one decoder block and one training.
+TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 test: lint
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
-	OMP_WAIT_POLICY=passive TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto \
+	$(TESTS)
+	TRITON_INTERPRET=1 $(TESTS) \
 	  -k "triton and (kernels or qwen3-nothing or whole_steps_move and llama)" tests/kernels tests/layers/test_decoder_block.py
 
 # Folders that nybble writes are opened by transformers 4 too; those tests are skipped where this cannot be made.

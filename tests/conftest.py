@@ -13,6 +13,7 @@ import pytest
 from tiny import ROWS, byte_tokenizer, make_data, make_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub, which reads it once
+os.environ["MATPLOTLIBRC"] = str(Path(__file__).parent)  # the same of matplotlib
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -44,7 +44,8 @@ from nybble.training.session import train
 
 REPORT = Path(__file__).parents[2] / "docs" / "reliability.md"
 SEED = int(os.environ.get("DRILL_SEED", "0"))  # of the moments at which runs are killed
-STEPS, INTERVAL = 40, 4  # of the runs that are killed: steps, and steps between checkpoints
+STEPS = int(os.environ.get("DRILL_STEPS", "40"))  # of the runs that are killed
+INTERVAL = 4  # steps between checkpoints
 WRITING = ("write", "pwrite64", "fsync", "fdatasync", "rename", "renameat", "renameat2", "ftruncate", "mkdir", "unlink")
 WRITING += ("unlinkat", "rmdir", "openat")
 NOT_OF_THE_SAVE = ("exit_group", "exit")
