@@ -72,7 +72,8 @@ def update(shapes: list[torch.Size], folder: Path | None, bits: Bits = 32) -> Pa
 
     def run() -> float:
         for parameter in parameters:
-            parameter.grad = torch.full_like(parameter, 0.5)
+            assert parameter.grad is not None
+            parameter.grad.fill_(0.5)
         optimizer.step(1e-3, grad_scale=1.0)
         return parameters[0].sum().item()
 

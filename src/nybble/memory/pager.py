@@ -49,9 +49,9 @@ class PagedState:
         self, layouts: Sequence[Layout], folder: Path, device: torch.device | str = "cpu", *, lane: Lane | None = None
     ):
         self._layouts, self._device = list(layouts), torch.device(device)
-        sizes = [_bytes(layout) for layout in self._layouts]
+        sizes = [layout_bytes(layout) for layout in self._layouts]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-        self._pages = _pages(sizes)
+        self._pages = deal_into_pages(sizes)
         self._largest = max(map(self._bytes, self._pages), default=0)
         self._lane = lane_to(self._device) if lane is None else lane
         # Kept from step to step: freed, they would leave gaps that what a forward pass keeps begins to fill.
@@ -112,12 +112,13 @@ class PagedState:
         self._lane.drain(buffer[: self._bytes(page)], lambda host: self._file.write(host, start), updated)
 
 
-def _bytes(layout: Layout) -> int:
+def layout_bytes(layout: Layout) -> int:
+    """What the state takes in the file."""
     sizes = [prod(shape) * dtype.itemsize for dtype, shape in layout.values()]
     return sum(size + -size % ALIGNMENT for size in sizes)
 
 
-def _pages(sizes: Sequence[int]) -> list[range]:
+def deal_into_pages(sizes: Sequence[int]) -> list[range]:
     """Parameters dealt into pages of about PAGE_BYTES, in order; a larger one has a page of its own."""
     pages, start, filled = [], 0, 0
     for i, size in enumerate(sizes):

@@ -3,9 +3,8 @@
 Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L blocks, V vocabulary,
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
 
-A run's memory has several heights: the loss head on top of all that blocks keep, the backward pass of the last
-block (everything is still kept) and of the first (every gradient exists), an evaluation. `predict` adds up each and
-returns the parts of the highest. The optimizer's update adds nothing to what is there always, and saving copies
+A run's memory has several heights: the loss head on top of all that blocks keep, the backward pass of the last block
+(everything is still kept), an evaluation. `predict` adds up each and returns the parts of the highest. The optimizer's update adds nothing to what is there always, and saving copies
 nothing: tensors are written from where they are.
 """
 
@@ -489,20 +488,18 @@ def predict(run: RunShape) -> dict[Part, int]:
     kept = kept_bytes(run)
     all_kept, moving = layers * kept, 0
     if run.offload and run.on_cpu:
-        all_kept, kept, moving = 0, 0, 2 * input_bytes(run)  # on their way to and from the file
+        all_kept, moving = 0, 2 * input_bytes(run)  # on their way to and from the file
     elif run.offload:
         all_kept, moving = kept, kept  # one block's have not left yet or are used, one's are on their way back
-    stay = run.on_cpu or run.micro_batches > 1  # from step to step, or from micro-batch to micro-batch
-    gradients = masters if stay else 0  # before the step's last backward pass
     work = working_bytes(run) + moving
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
     always[Part.DENSE_WEIGHT] = 0 if run.spec is None else c * run.model.largest_linear
+    always[Part.GRADIENTS] = masters  # they stay from step to step
     heights = [
-        {Part.GRADIENTS: gradients, Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
-        {Part.GRADIENTS: max(gradients, masters // layers), Part.KEPT: all_kept, Part.AT_WORK: work},
-        {Part.GRADIENTS: masters, Part.KEPT: kept, Part.AT_WORK: work},
-        {Part.GRADIENTS: masters if run.on_cpu else 0, Part.EVALUATION: validation_bytes(run)},
+        {Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
+        {Part.KEPT: all_kept, Part.AT_WORK: work},
+        {Part.EVALUATION: validation_bytes(run)},
     ]
     highest = max(heights, key=lambda height: sum(height.values()))
     parts = always | highest

@@ -1,6 +1,7 @@
 """AdamW over the adapters (Loshchilov & Hutter 2019, arXiv 1711.05101): fp32 masters, moments in 32 or 8 bits."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -10,16 +11,55 @@ from torch.autograd.graph import increment_version
 
 from nybble.kernels.ops.optimizer import ADAMW_BLOCK, adamw_, adamw_8bit_
 from nybble.memory.measure import has_own_memory
-from nybble.memory.pager import Layout, PagedState, State
+from nybble.memory.pager import Layout, PagedState, State, deal_into_pages, layout_bytes
 
 Bits = Literal[32, 8]
 
 
-class AdamW:
-    """Decoupled weight decay Adam, one kernel call a parameter, clipping folded in.
+class FlatParameters:
+    """Parameters as slices of one fp32 buffer, and their gradients as slices of another.
+
+    Each slice begins with a block of ADAMW_BLOCK elements, so that none is of two parameters; between are zeros.
 
     Args:
-        parameters: fp32, contiguous.
+        parameters: fp32. Their values move into the buffer; `.grad` is a slice from now on, which backward adds to.
+
+    Attributes:
+        values, gradients: the buffers.
+        slices: the gradients, as the parameters have them.
+        starts: of each parameter in the buffers, and the end.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]):
+        self.parameters = list(parameters)
+        blocks = [-(-parameter.numel() // ADAMW_BLOCK) for parameter in self.parameters]
+        self.starts = [ADAMW_BLOCK * start for start in accumulate(blocks, initial=0)]
+        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.values = torch.zeros(self.starts[-1], device=self.device)
+        self.gradients = torch.zeros(self.starts[-1], device=self.device)
+        self.slices: list[Tensor] = []
+        for start, parameter in zip(self.starts, self.parameters, strict=False):
+            value, gradient = (
+                flat[start : start + parameter.numel()].view(parameter.shape) for flat in (self.values, self.gradients)
+            )
+            parameter.data, parameter.grad = value.copy_(parameter.detach()), gradient
+            self.slices.append(gradient)
+
+    def check(self) -> None:
+        """What backward passes have added is in the buffer."""
+        for parameter, gradient in zip(self.parameters, self.slices, strict=True):
+            assert parameter.grad is gradient, "a gradient was replaced instead of added to"
+
+    def elements(self, parameters: range) -> slice:
+        """Where these lie in the buffers."""
+        return slice(self.starts[parameters.start], self.starts[parameters.stop])
+
+
+class AdamW:
+    """Decoupled weight decay Adam over all parameters at once, clipping folded in.
+
+    Args:
+        parameters: fp32; they move into one buffer, and so do their gradients (see `FlatParameters`).
         beta1, beta2: decay of the two moments.
         weight_decay: each step multiplies a parameter by 1 - lr * weight_decay.
         eps: added to the root of the second moment.
@@ -41,27 +81,29 @@ class AdamW:
         bits: Bits = 32,
         paged_in: Path | None = None,
     ):
-        self.parameters = list(parameters)
-        self.beta1, self.beta2, self.weight_decay, self.eps = beta1, beta2, weight_decay, eps
+        self._flat = FlatParameters(parameters)
+        self.beta1, self.beta2, self.weight_decay, self.eps, self.bits = beta1, beta2, weight_decay, eps, bits
         self.num_steps = 0
         self._update = adamw_ if bits == 32 else adamw_8bit_
-        self._device = self.parameters[0].device if self.parameters else torch.device("cpu")
-        self._layouts = [moments_layout(parameter.shape, bits) for parameter in self.parameters]
-        self._state: list[State] | PagedState = (
-            self._zeros() if paged_in is None else PagedState(self._layouts, paged_in, self._device)
-        )
-        # Made by backward passes, gradients would lie in the C library's heap among what those free, and pin gaps.
-        self._keeps_gradients = not has_own_memory(self._device)
-        if self._keeps_gradients:
-            for parameter in self.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+        # Neighbouring parameters whose moments lie side by side: all of them, or those of a page.
+        self._groups = [range(len(self.parameters))] if self.parameters else []
+        self._state: list[State] | PagedState = []
+        if paged_in is None:
+            self._state = [self._zeros(layout) for layout in self._layouts(self._groups)]
+        else:
+            self.page_out(paged_in)
 
-    def _zeros(self) -> list[State]:
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self._flat.parameters
+
+    def _layouts(self, groups: Iterable[range]) -> list[Layout]:
+        elements = [self._flat.elements(group) for group in groups]
+        return [moments_layout((each.stop - each.start,), self.bits) for each in elements]
+
+    def _zeros(self, layout: Layout) -> State:
         """The moments that a first step begins with."""
-        return [
-            {name: torch.zeros(shape, dtype=dtype, device=self._device) for name, (dtype, shape) in layout.items()}
-            for layout in self._layouts
-        ]
+        return {name: torch.zeros(n, dtype=dtype, device=self._flat.device) for name, (dtype, n) in layout.items()}
 
     def page_out(self, folder: Path) -> None:
         """Move the moments to a file on the disk of `folder`, from where each step pages them through memory.
@@ -69,11 +111,16 @@ class AdamW:
         Raises:
             PlanError: the disk has no room for them.
         """
-        if not isinstance(self._state, PagedState):
-            paged = PagedState(self._layouts, folder, self._device)
-            if self.num_steps:  # else both are zeros
-                _copy(self._state, paged)
-            self._state = paged
+        if isinstance(self._state, PagedState):
+            return
+        alone = self._layouts(range(i, i + 1) for i in range(len(self.parameters)))
+        groups = deal_into_pages([layout_bytes(layout) for layout in alone])
+        paged = PagedState(self._layouts(groups), folder, self._flat.device)
+        if self.num_steps:  # else both are zeros
+            for group, state in zip(groups, paged, strict=True):
+                for name, moment in state.items():
+                    moment.copy_(self._part(self._state[0][name], self._groups[0], self._flat.elements(group)))
+        self._groups, self._state = groups, paged
 
     @property
     def paged(self) -> bool:
@@ -82,19 +129,34 @@ class AdamW:
     @property
     def can_page_out(self) -> bool:
         """Whether `page_out` would make room where steps ran out of it; a GPU's plan has said whether it pages."""
-        return not self.paged and not has_own_memory(self._device)
+        return not self.paged and not has_own_memory(self._flat.device)
 
     def materialise(self) -> None:
         """Write the zeros that gradients and moments begin with, so that they take the memory that they will take."""
-        for parameter in self.parameters:
-            parameter.grad = torch.full_like(parameter, 0.0) if parameter.grad is None else parameter.grad.zero_()
+        self._flat.gradients.zero_()
         for state in self._state if self.num_steps == 0 else ():
             for moment in state.values():
                 moment.zero_()
 
+    def _part(self, moment: Tensor, group: range, elements: slice) -> Tensor:
+        """What a group's moment, codes or scales, has of these elements."""
+        whole = self._flat.elements(group)
+        share = (whole.stop - whole.start) // len(moment)  # elements that share an entry
+        start, stop = elements.start - whole.start, elements.stop - whole.start
+        return moment[start // share : -(-stop // share)]
+
+    def _moments(self, group: range, state: State) -> Iterator[tuple[str, Tensor]]:
+        """The moments of a group's parameters, by the names that a checkpoint knows them by."""
+        for i in group:
+            parameter, start = self.parameters[i], self._flat.starts[i]
+            for name, (_, shape) in moments_layout(parameter.shape, self.bits).items():
+                part = self._part(state[name], group, slice(start, start + parameter.numel()))
+                yield f"{i}.{name}", part.view(shape)
+
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of all that a checkpoint keeps, by name."""
-        kept = {f"{i}.{name}": place for i, layout in enumerate(self._layouts) for name, place in layout.items()}
+        layouts = [moments_layout(parameter.shape, self.bits) for parameter in self.parameters]
+        kept = {f"{i}.{name}": place for i, layout in enumerate(layouts) for name, place in layout.items()}
         return {"num_steps": (torch.int64, ()), **kept}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -104,9 +166,8 @@ class AdamW:
         """
         yield "num_steps", torch.tensor(self.num_steps)
         states = self._state.reading() if isinstance(self._state, PagedState) else self._state
-        for index, state in enumerate(states):
-            for name, moment in state.items():
-                yield f"{index}.{name}", moment
+        for group, state in zip(self._groups, states, strict=True):
+            yield from self._moments(group, state)
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """Continue from what `tensors` gave; `read` gives one of them by name.
@@ -115,29 +176,23 @@ class AdamW:
             ValueError: a tensor has another shape or type than the moment it is for.
         """
         self.num_steps = int(read("num_steps"))
-        for index, state in enumerate(self._state):
-            for name, moment in state.items():
-                saved = read(f"{index}.{name}")
+        for group, state in zip(self._groups, self._state, strict=True):
+            for name, moment in self._moments(group, state):
+                saved = read(name)
                 if saved.shape != moment.shape or saved.dtype != moment.dtype:
                     is_, was = (f"{tensor.dtype} {tuple(tensor.shape)}" for tensor in (moment, saved))
-                    raise ValueError(f"{index}.{name} is {was}, here {is_}")
+                    raise ValueError(f"{name} is {was}, here {is_}")
                 moment.copy_(saved)
 
     def gradient_norm(self) -> Tensor:
         """Euclidean norm of all gradients together: a scalar on their device, fp64."""
-        norms = [p.grad.norm().double() for p in self.parameters if p.grad is not None]
-        return torch.stack(norms).norm()
+        self._flat.check()
+        norms = torch._foreach_norm(self._flat.slices)  # one launch on a GPU
+        return torch.stack(norms).double().norm()
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated."""
-        for parameter in self.parameters:
-            self._drop(parameter)
-
-    def _drop(self, parameter: Tensor) -> None:
-        if self._keeps_gradients and parameter.grad is not None:
-            parameter.grad.zero_()
-        else:
-            parameter.grad = None
+        self._flat.gradients.zero_()
 
     @torch.no_grad()
     def step(self, lr: float, grad_scale: float) -> None:
@@ -146,13 +201,13 @@ class AdamW:
         Raises:
             OSError: the disk that has the moments failed; parameters may be half updated.
         """
+        self._flat.check()
         self.num_steps += 1
-        for parameter, state in zip(self.parameters, self._state, strict=True):
-            if parameter.grad is None:
-                continue
+        for group, state in zip(self._groups, self._state, strict=True):
+            elements = self._flat.elements(group)
             self._update(
-                parameter,
-                parameter.grad,
+                self._flat.values[elements],
+                self._flat.gradients[elements],
                 **state,
                 step=self.num_steps,
                 lr=lr,
@@ -162,8 +217,8 @@ class AdamW:
                 weight_decay=self.weight_decay,
                 grad_scale=grad_scale,
             )
-            increment_version(parameter)  # the kernel writes past autograd, and copies of the masters must notice
-            self._drop(parameter)
+        increment_version(self.parameters)  # written past autograd, and copies of the masters must notice
+        self.drop_gradients()
 
 
 def moments_layout(shape: tuple[int, ...], bits: Bits) -> Layout:
@@ -177,9 +232,3 @@ def moments_layout(shape: tuple[int, ...], bits: Bits) -> Layout:
         "exp_avg_absmax": (torch.float32, scales),
         "exp_avg_sq_absmax": (torch.float32, scales),
     }
-
-
-def _copy(source: Iterable[State], target: Iterable[State]) -> None:
-    for read, written in zip(source, target, strict=True):
-        for name, moment in read.items():
-            written[name].copy_(moment)
