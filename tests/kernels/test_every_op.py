@@ -142,6 +142,13 @@ def dequantize_4bit_out(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield *packed(7, 33, spec=spec), Out(torch.empty(7, 33, dtype=dtype))
 
 
+def augmented_weight(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for spec in specs():
+        wide = Out(torch.empty(7, 50, dtype=dtype)[:, :44])  # 11 columns beside the weight, 6 that are another's
+        yield *packed(7, 33, spec=spec), normal(7, 3, seed=4), 1.5, 5, wide
+        yield *packed(7, 33, spec=spec), None, 1.0, 0, wide
+
+
 def search_scales(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for format in ("nf4", "int4", "nf2") if dtype == torch.float32 else ():
         weight, importance = normal(5, 33, seed=1), normal(33, seed=2).abs()
@@ -227,6 +234,7 @@ CASES: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "quantize_4bit": quantize_4bit,
     "dequantize_4bit": dequantize_4bit,
     "dequantize_4bit_out": dequantize_4bit_out,
+    "augmented_weight_": augmented_weight,
     "search_scales": search_scales,
     "assign_columns": assign_columns,
     "packed_attention": packed_attention,

@@ -31,9 +31,10 @@ from nybble.kernels.ops.decode import (
     decoder,
 )
 from nybble.layers.backbone import FusedForward
-from nybble.layers.decoder_block import Angles, DecoderBlock, Norm, Projection, block_ops, rotary_angles
+from nybble.layers.decoder_block import Angles, DecoderBlock, Norm, block_ops, rotary_angles
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead, loss_head
+from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear
 
 if TYPE_CHECKING:

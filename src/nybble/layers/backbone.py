@@ -21,8 +21,9 @@ from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
-from nybble.layers.decoder_block import DenseWeights, Keep, PackedSequences, block_ops, decoder_block, rotary_angles
+from nybble.layers.decoder_block import Keep, PackedSequences, block_ops, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
+from nybble.layers.projection import DenseWeights
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.sizes import SHAPE_RULES
 

@@ -25,24 +25,21 @@ SwiGLU and GeGLU (arXiv 2002.05202), FlashAttention-2's backward (arXiv 2307.086
 experts and layer-scale; such models run on the generic path.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.families import FAMILIES
 from nybble.families.family import Activation, Family
 from nybble.kernels.ops.attention import attention_backward, attention_forward
-from nybble.kernels.ops.four_bit import dequantize_into
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
-from nybble.layers.dense import weight_matrix
-from nybble.layers.lora import LoraLinear, linear_features
-from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.layers.streamed import BlockStore, StreamedLinear
+from nybble.layers.augmented import projection_on
+from nybble.layers.projection import DenseWeights, Projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,176 +103,6 @@ def _angles(model: "PreTrainedModel", position_ids: Tensor, *kind: str) -> tuple
     return cos[..., :half].flatten(0, 1).contiguous(), sin[..., :half].flatten(0, 1).contiguous()
 
 
-class DenseWeights:
-    """Dequantises frozen weights into one kept buffer: a fresh one per product costs more than the arithmetic.
-
-    A weight is valid until the next is fetched.
-
-    Args:
-        store: of a streamed base's blocks.
-    """
-
-    def __init__(self, store: BlockStore | None = None) -> None:
-        self.store = store
-        self._buffer = torch.empty(0)
-
-    def begin(self, *, will_return: bool) -> None:
-        """A forward pass starts at the first block; `will_return`: its backward pass follows."""
-        if self.store is not None:
-            self.store.begin(will_return=will_return)
-
-    def fetch(self, linear: Any, dtype: torch.dtype) -> Tensor:
-        """The weight of a frozen linear, `[out, in]` in `dtype`."""
-        if isinstance(linear, StreamedLinear):
-            assert self.store is not None, f"{linear.name} is streamed, and there is no block store"
-            quantized = self.store.fetch(linear.name)
-        elif isinstance(linear, QuantizedLinear):
-            quantized = linear.quantized()
-        else:
-            return weight_matrix(linear).to(dtype)
-        numel = linear.in_features * linear.out_features
-        if self._buffer.dtype != dtype or self._buffer.numel() < numel:
-            self._buffer = torch.empty(numel, dtype=dtype, device=quantized.packed.device)
-        weight = self._buffer[:numel].view(linear.out_features, linear.in_features)
-        dequantize_into(quantized, weight)
-        return weight
-
-
-class Projection:
-    """Linear layers that read the same input, written side by side into one output.
-
-    Args:
-        modules: LoraLinear, QuantizedLinear or dense linears; output columns in this order.
-        weights: where the dense weights come from.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module], weights: DenseWeights):
-        self.weights = weights
-        self.linears: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
-        self.adapters = [module if isinstance(module, LoraLinear) else None for module in modules]
-        widths = [linear_features(linear)[1] for linear in self.linears]
-        ranks = [adapter.rank if adapter else 0 for adapter in self.adapters]
-        self.in_features, self.out_features = linear_features(self.linears[0])[0], sum(widths)
-        self.columns = _slices(widths)
-        self.ranks = _slices(ranks)
-        self._copies: AdapterCopies | None = None
-
-    def parameters(self) -> list[Tensor]:
-        """A and B of each adapter, in order: what `backward_adapters` returns gradients of."""
-        return [p for adapter in self.adapters if adapter for p in (adapter.lora_A, adapter.lora_B)]
-
-    def refresh_adapters(self, dtype: torch.dtype) -> None:
-        """Bring the adapters' copies up to date, where there are any that are used."""
-        if any(adapter and adapter.enabled for adapter in self.adapters):
-            self._adapter_copies(dtype)
-
-    def low_rank(self, x: Tensor) -> Tensor | None:
-        """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
-        enabled = {adapter.enabled for adapter in self.adapters if adapter}
-        assert len(enabled) <= 1, "adapters are switched on and off together"
-        return x @ self._adapter_copies(x.dtype).a.T if True in enabled else None
-
-    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out)."""
-        y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
-        for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
-            part = y[:, columns]
-            weight = self.weights.fetch(linear, x.dtype)
-            if residual is None:
-                torch.mm(x, weight.T, out=part)
-            else:
-                part.addmm_(x, weight.T)
-            if linear.bias is not None:
-                part += linear.bias.to(x.dtype)
-            if adapter is not None and z is not None:
-                part.addmm_(z[:, ranks], self._adapter_copies(x.dtype).b_transposed[i])
-        return y
-
-    def backward_low_rank(self, grad_y: Tensor) -> Tensor | None:
-        """The gradient of z, (T, out) -> (T, Σ ranks); None without adapters."""
-        if not any(self.adapters):
-            return None
-        grad_z = grad_y.new_empty(grad_y.shape[0], self.ranks[-1].stop)
-        for i, (_, adapter, columns, ranks) in enumerate(self._parts()):
-            if adapter is not None:
-                torch.mm(grad_y[:, columns], self._adapter_copies(grad_y.dtype).b[i], out=grad_z[:, ranks])
-        return grad_z
-
-    def backward_input(self, grad_y: Tensor, grad_z: Tensor | None) -> Tensor:
-        """The gradient of x, (T, out) -> (T, in)."""
-        grad_x = grad_y.new_empty(grad_y.shape[0], self.in_features)
-        for i, (linear, _, columns, _) in enumerate(self._parts()):
-            weight = self.weights.fetch(linear, grad_y.dtype)
-            if i == 0:
-                torch.mm(grad_y[:, columns], weight, out=grad_x)
-            else:
-                grad_x.addmm_(grad_y[:, columns], weight)
-        if grad_z is not None:
-            grad_x.addmm_(grad_z, self._adapter_copies(grad_y.dtype).a)
-        return grad_x
-
-    def backward_adapters(self, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, z: Tensor | None) -> list[Tensor]:
-        """The gradients of A and B of each adapter, in the order of `parameters`, fp32."""
-        if grad_z is None or z is None:
-            return []
-        grad_a = (grad_z.T @ x).float()  # (Σ r, in)
-        grads = []
-        for _, adapter, columns, ranks in self._parts():
-            if adapter is not None:
-                # zᵀ · grad_y, then turned: oneDNN takes the other order at half the speed.
-                grad_b = (z[:, ranks].T @ grad_y[:, columns]).float().mul_(adapter.scaling)  # (r, out)
-                grads += [grad_a[ranks], grad_b.T.contiguous()]
-        return grads
-
-    def _parts(self) -> list[tuple[Any, LoraLinear | None, slice, slice]]:
-        return list(zip(self.linears, self.adapters, self.columns, self.ranks, strict=True))
-
-    def _adapter_copies(self, dtype: torch.dtype) -> "AdapterCopies":
-        """The adapters in `dtype`, made anew when an optimizer step has changed the masters."""
-        versions = (dtype, *(parameter._version for parameter in self.parameters()))
-        if self._copies is None or self._copies.a.dtype != dtype:
-            self._copies = AdapterCopies(self.adapters, dtype)
-        if self._copies.versions != versions:
-            self._copies.refresh(self.adapters, versions)
-        return self._copies
-
-
-class AdapterCopies:
-    """The adapters of a projection as its products want them, in the compute dtype; memory that is written anew.
-
-    a: `(Σ ranks, in)`, stacked. b: scaling · B, `(out, r)`, of each layer that has an adapter, by its place.
-    b_transposed: the same, `(r, out)` and contiguous, which oneDNN adds twice as fast.
-    versions: dtype, and how often each fp32 master had been written to when it was copied.
-    """
-
-    def __init__(self, adapters: Sequence[LoraLinear | None], dtype: torch.dtype):
-        adapted = {i: adapter for i, adapter in enumerate(adapters) if adapter}
-        first = next(iter(adapted.values())).lora_A
-        ranks = sum(adapter.rank for adapter in adapted.values())
-        self.versions: tuple[object, ...] = ()
-        self.a = torch.empty(ranks, first.shape[1], dtype=dtype, device=first.device)
-        self.b = {i: torch.empty_like(adapter.lora_B, dtype=dtype) for i, adapter in adapted.items()}
-        self.b_transposed = {i: b.new_empty(b.shape[::-1]) for i, b in self.b.items()}
-
-    @torch.no_grad()
-    def refresh(self, adapters: Sequence[LoraLinear | None], versions: tuple[object, ...]) -> None:
-        """Copy the masters as they are now."""
-        row = 0
-        for i, b in self.b.items():
-            adapter = adapters[i]
-            assert adapter is not None
-            self.a[row : row + adapter.rank].copy_(adapter.lora_A)
-            torch.mul(adapter.lora_B, adapter.scaling, out=b)
-            self.b_transposed[i].copy_(b.T)
-            row += adapter.rank
-        self.versions = versions
-
-
-def _slices(widths: Sequence[int]) -> list[slice]:
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
-
-
 @dataclass(frozen=True)
 class Norm:
     """RMSNorm over a module's weight.
@@ -313,8 +140,10 @@ class DecoderBlock:
     """
 
     def __init__(self, layer: Any, family: Family, config: Any, weights: DenseWeights):
+        own_class = projection_on(next(layer.parameters()).device.type)
+
         def projection(*names: str) -> Projection:
-            return Projection([layer.get_submodule(name) for name in names], weights)
+            return own_class([layer.get_submodule(name) for name in names], weights)
 
         def norm(name: str) -> Norm:
             return Norm(layer.get_submodule(name), config.rms_norm_eps, family.norm_offset)
@@ -353,8 +182,8 @@ class DecoderBlock:
     # ---- the stages of forward -------------------------------------------------------------------
 
     def attention_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What q, k and v are made of, (T, hidden), and 1 / RMS of the block's input."""
-        return self.input_norm.forward(x)
+        """What q, k and v are made of, (T, hidden) in rows for `qkv`, and 1 / RMS of the block's input."""
+        return _normed_for(self.qkv, self.input_norm, x)
 
     def queries_keys_values(self, normed: Tensor, angles: Angles) -> "Heads":
         """Attention's operands."""
@@ -377,15 +206,21 @@ class DecoderBlock:
         return _add(self.o, self.attention_output_norm, out, x)
 
     def mlp_input(self, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """What gate and up are made of, (T, hidden), and 1 / RMS of the states after attention."""
-        return self.mlp_norm.forward(x2)
+        """What gate and up are made of, (T, hidden) in rows for `gate_up`, and 1 / RMS of each of its rows."""
+        return _normed_for(self.gate_up, self.mlp_norm, x2)
 
     def gate(self, normed: Tensor) -> tuple[Tensor, "Gated"]:
-        """What down_proj reads, (T, f)."""
+        """What down_proj reads, (T, f) in rows for it."""
         z = self.gate_up.low_rank(normed)
-        gate_up = self.gate_up.forward(normed, z)
+        gated = Gated(z, self.gate_up.forward(normed, z))
+        act = normed.new_empty(normed.shape[0], self.down.in_width)
         activate, _ = GATES[self.activation]
-        return activate(*gate_up.chunk(2, dim=1)), Gated(z, gate_up)
+        activate(*self.gate_and_up(gated), out=act[:, : self.down.in_features])
+        return act, gated
+
+    def gate_and_up(self, gated: "Gated") -> tuple[Tensor, ...]:
+        """Each (T, f)."""
+        return gated.gate_up[:, : self.gate_up.out_features].chunk(2, dim=1)
 
     def mlp_output(self, act: Tensor, x2: Tensor) -> tuple[Tensor, "Added"]:
         """The block's result: what `gate` gave (T, f), and the states after attention, to (T, hidden)."""
@@ -396,7 +231,8 @@ class DecoderBlock:
         return Added(self.down.low_rank(act)) if self.mlp_output_norm is None else self.mlp_output(act, x2)[1]
 
     def by_head(self, qkv: Tensor) -> Tensor:
-        return qkv.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
+        heads = qkv[:, : self.qkv.out_features]
+        return heads.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
 
     def _rotated(self, qkv: Tensor) -> Tensor:
         return self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads]
@@ -439,12 +275,18 @@ def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBloc
     return DecoderBlock(layer, FAMILIES[config.model_type], config, weights)
 
 
+def _normed_for(projection: Projection, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The normed rows as the projection reads them, and 1 / RMS of each."""
+    rows = x.new_empty(x.shape[0], projection.in_width)
+    return rows, norm.forward(x, out=rows[:, : projection.in_features])[1]
+
+
 def _add(projection: Projection, norm: Norm | None, inputs: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
     """x + norm(projection(inputs))"""
     z = projection.low_rank(inputs)
     if norm is None:
         return projection.forward(inputs, z, residual=x), Added(z)
-    before = projection.forward(inputs, z)
+    before = projection.forward(inputs, z)[:, : projection.out_features]
     normed, rstd = norm.forward(before)
     return normed.add_(x), Added(z, Normed(norm, before, rstd))
 
@@ -466,7 +308,7 @@ class Heads:
     """What `DecoderBlock.queries_keys_values` computes."""
 
     z: Tensor | None  # (T, Σ ranks)
-    qkv: Tensor  # (T, q + 2 kv), normed and rotated
+    qkv: Tensor  # (T, q + 2 kv), as wide as `DecoderBlock.qkv` writes it, normed and rotated
     normed: list[Normed]  # queries and keys, where they are
 
 
@@ -475,7 +317,7 @@ class Gated:
     """What `DecoderBlock.gate` leaves for backward."""
 
     z: Tensor | None  # (T, Σ ranks)
-    gate_up: Tensor  # (T, 2 f)
+    gate_up: Tensor  # (T, 2 f), as wide as `DecoderBlock.gate_up` writes it
 
 
 @dataclass
@@ -486,8 +328,8 @@ class Added:
     normed: Normed | None = None  # its result, where that is normed
 
     def backward(self, grad: Tensor) -> Tensor:
-        """From the gradient of the states to that of the projection's result."""
-        return grad if self.normed is None else self.normed.backward(grad)
+        """From the gradient of the states, (T, hidden) or wider, to that of the projection's result."""
+        return grad if self.normed is None else self.normed.backward(grad[:, : self.normed.before.shape[1]])
 
 
 @dataclass
@@ -539,7 +381,8 @@ class _BlockFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block, rows = ctx.block, ctx.rows
         x, *kept_attention = ctx.saved_tensors
-        grad_y = grad_outputs[0].contiguous()
+        hidden = x.shape[1]
+        grad_y = block.down.gradient(grad_outputs[0])
         if ctx.kept is None:
             s, act = _compute(block, x, rows, tuple(kept_attention) or None, result=False)
         else:
@@ -548,7 +391,7 @@ class _BlockFunction(torch.autograd.Function):
         grad_down = s.mlp_added.backward(grad_y)
         grad_z = block.down.backward_low_rank(grad_down)
         grad_act = block.down.backward_input(grad_down, grad_z)
-        gate, up = s.gated.gate_up.chunk(2, dim=1)
+        gate, up = block.gate_and_up(s.gated)
         _, activate_backward = GATES[block.activation]
         if act is None:
             act = torch.empty_like(grad_act)
@@ -563,7 +406,9 @@ class _BlockFunction(torch.autograd.Function):
         grad_z = block.gate_up.backward_low_rank(grad_gate_up)
         gate_up = block.gate_up.backward_adapters(grad_gate_up, grad_z, block.mlp_input(s.x2)[0], s.gated.z)
         grad_normed = block.gate_up.backward_input(grad_gate_up, grad_z)
-        grad_x2 = block.mlp_norm.backward(grad_normed, s.x2, s.rstd2, out=grad_y.clone(), accumulate=True)
+        grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
+        grad_x2[:, :hidden] = grad_y[:, :hidden]
+        block.mlp_norm.backward(grad_normed, s.x2, s.rstd2, out=grad_x2[:, :hidden], accumulate=True)
 
         grad_o = s.attention_added.backward(grad_x2)
         grad_z = block.o.backward_low_rank(grad_o)
@@ -577,5 +422,5 @@ class _BlockFunction(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = block.qkv.backward_input(grad_qkv, grad_z)
-            grad_x = block.input_norm.backward(grad_normed, x, s.rstd, out=grad_x2, accumulate=True)
+            grad_x = block.input_norm.backward(grad_normed, x, s.rstd, out=grad_x2[:, :hidden], accumulate=True)
         return grad_x, None, None, None, *qkv, *o, *gate_up, *down

@@ -4,8 +4,8 @@ Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
 
 A run's memory has several heights: the loss head on top of all that blocks keep, the backward pass of the last block
-(everything is still kept), an evaluation. `predict` adds up each and returns the parts of the highest. The optimizer's update adds nothing to what is there always, and saving copies
-nothing: tensors are written from where they are.
+(everything is still kept), an evaluation. `predict` adds up each and returns the parts of the highest. The optimizer's
+update adds nothing to what is there always, and saving copies nothing: tensors are written from where they are.
 """
 
 from collections.abc import Mapping

@@ -26,8 +26,9 @@ from nybble.errors import ModelError
 from nybble.families import FAMILIES
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
-from nybble.layers.decoder_block import DecoderBlock, DenseWeights, PackedSequences, decoder_block, rotary_angles
+from nybble.layers.decoder_block import DecoderBlock, PackedSequences, decoder_block, rotary_angles
 from nybble.layers.dense import weight_matrix
+from nybble.layers.projection import DenseWeights
 from nybble.quantization.watch import watched
 from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_TOKENS
 

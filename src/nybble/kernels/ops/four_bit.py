@@ -3,6 +3,7 @@
     nybble::quantize_4bit        weight -> packed, scales
     nybble::dequantize_4bit      packed, scales -> weight
     nybble::dequantize_4bit_out  packed, scales -> written into `out`
+    nybble::augmented_weight_    packed, scales, B -> written into rows that are wider than the weight, B beside it
     nybble::gemv_4bit            x, packed, scales -> x @ weight.T
 
 They serve the three- and two-bit formats too. `packed` and `scales` are laid out as
@@ -20,7 +21,7 @@ from nybble.errors import FormatError, KernelError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.ops.checks import FLOAT_DTYPES, check_tensor, nothing
+from nybble.kernels.ops.checks import FLOAT_DTYPES, FP32, check_tensor, nothing, refusal
 
 
 def quantize(weight: Tensor, spec: QuantSpec) -> QuantizedTensor:
@@ -53,6 +54,28 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 def dequantize_into(q: QuantizedTensor, out: Tensor) -> None:
     """As `dequantize`, written into `out`: contiguous, shape `q.shape`, fp32, bf16 or fp16."""
     torch.ops.nybble.dequantize_4bit_out(*_arguments(q), out)
+
+
+def augmented_weight_(out: Tensor, q: QuantizedTensor, b: Tensor | None, scaling: float, first: int) -> None:
+    """Write `[weight, 0 .. 0, scaling * b, 0 .. 0]`: a frozen weight, and B of its adapter beside it.
+
+    Args:
+        out: [out_features, in_features + R], contiguous within a row; rows may lie any distance apart.
+        q: the weight, shape (out_features, in_features); its values are those of `dequantize` in out's dtype.
+        b: fp32 [out_features, rank], contiguous; None for zeros alone.
+        first: of the R columns beside the weight, b's first.
+    """
+    spec = q.spec
+    torch.ops.nybble.augmented_weight_(
+        q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, b, scaling, first, out
+    )
+
+
+def write_beside(columns: Tensor, b: Tensor | None, scaling: float, first: int) -> None:
+    """What `augmented_weight_` has beside the weight, `[out_features, R]`, in plain PyTorch."""
+    columns.zero_()
+    if b is not None:
+        columns[:, first : first + b.shape[1]] = b * scaling
 
 
 def gemv_4bit(x: Tensor, q: QuantizedTensor) -> Tensor:
@@ -153,6 +176,31 @@ def _check_dequantize_out(
         )
 
 
+def _check_augmented(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    b: Tensor | None,
+    scaling: float,
+    first: int,
+    out: Tensor,
+) -> None:
+    _check_packed(packed, scales, shape, format, block_size, double_quant)
+    rows, columns = shape
+    wide = out.dim() == 2 and out.shape[0] == rows and out.shape[1] >= columns
+    if not (wide and out.stride(1) == 1 and out.dtype in FLOAT_DTYPES and out.device == packed.device):
+        raise refusal("out", out, f"rows [{rows}, {columns} or more] of fp32, bf16 or fp16, on {packed.device}")
+    if b is not None:
+        check_tensor("b", b, packed, torch.Size((rows, b.shape[-1])), FP32)
+        if not 0 <= first <= out.shape[1] - columns - b.shape[1]:
+            raise KernelError(
+                f"b's {b.shape[1]} columns begin with {first} of {out.shape[1] - columns}.", "They must fit."
+            )
+
+
 def _check_gemv(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> None:
@@ -184,6 +232,13 @@ registry.declare(
     "dequantize_4bit_out",
     "(Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant, Tensor(a!) out) -> ()",
     _check_dequantize_out,
+    nothing,
+)
+registry.declare(
+    "augmented_weight_",
+    "(Tensor packed, Tensor scales, int[] shape, str format, int block_size, bool double_quant, Tensor? b,"
+    " float scaling, int first, Tensor(a!) out) -> ()",
+    _check_augmented,
     nothing,
 )
 registry.declare(

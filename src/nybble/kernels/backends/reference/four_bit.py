@@ -8,7 +8,7 @@ from nybble.formats import blockwise
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.ops.four_bit import allocating
+from nybble.kernels.ops.four_bit import allocating, write_beside
 
 
 @registry.register("quantize_4bit", "reference")
@@ -27,6 +27,24 @@ def dequantize_4bit_out(
 
 
 dequantize_4bit = registry.register("dequantize_4bit", "reference")(allocating(dequantize_4bit_out))
+
+
+@registry.register("augmented_weight_", "reference")
+def augmented_weight_(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    b: Tensor | None,
+    scaling: float,
+    first: int,
+    out: Tensor,
+) -> None:
+    columns = shape[1]
+    out[:, :columns] = dequantize_4bit(packed, scales, shape, format, block_size, double_quant, out.dtype)
+    write_beside(out[:, columns:], b, scaling, first)
 
 
 @registry.register("gemv_4bit", "reference")

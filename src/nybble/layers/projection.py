@@ -1,0 +1,231 @@
+"""Linear layers that read the same input, with the adapters beside them: forward and backward, a product at a time.
+
+LoRA's formulas (arXiv 2106.09685), y = W·x + bias + scaling·B·A·x. `layers/augmented.py` has the same in one product.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.kernels.ops.four_bit import dequantize_into
+from nybble.layers.dense import weight_matrix
+from nybble.layers.lora import LoraLinear, linear_features
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.streamed import BlockStore, StreamedLinear
+
+
+class DenseWeights:
+    """Dequantises frozen weights into kept buffers: a fresh one per product costs more than the arithmetic.
+
+    Args:
+        store: of a streamed base's blocks.
+    """
+
+    def __init__(self, store: BlockStore | None = None) -> None:
+        self.store = store
+        self._buffers: dict[object, Tensor] = {}
+        self._held: dict[object, object] = {}
+
+    def begin(self, *, will_return: bool) -> None:
+        """A forward pass starts at the first block; `will_return`: its backward pass follows."""
+        self._held.clear()  # so that every pass does the same, whatever the one before it was
+        if self.store is not None:
+            self.store.begin(will_return=will_return)
+
+    def stored(self, linear: Any) -> QuantizedTensor | Tensor:
+        """The weight of a frozen linear as it is kept, `[out, in]`."""
+        if isinstance(linear, StreamedLinear):
+            assert self.store is not None, f"{linear.name} is streamed, and there is no block store"
+            return self.store.fetch(linear.name)
+        return linear.quantized() if isinstance(linear, QuantizedLinear) else weight_matrix(linear)
+
+    def fetch(self, linear: Any, dtype: torch.dtype) -> Tensor:
+        """The weight of a frozen linear, `[out, in]` in `dtype`; valid until the next is fetched."""
+        stored = self.stored(linear)
+        if isinstance(stored, Tensor):
+            return stored.to(dtype)
+        weight = self._room(None, (linear.out_features, linear.in_features), dtype, stored.packed.device)
+        dequantize_into(stored, weight)
+        return weight
+
+    def made(self, version: object, shape: tuple[int, int], like: Tensor, make: Callable[[Tensor], None]) -> Tensor:
+        """What `make` writes into a matrix of this shape, valid until it is asked for another one of the shape.
+
+        The blocks of a model have projections of the same few shapes, so what a block's recomputation has made is there
+        for its backward pass.
+
+        Args:
+            version: nothing is made where the matrix has this one already.
+            like: has its dtype and device.
+        """
+        matrix = self._room(shape, shape, like.dtype, like.device)
+        if self._held.get(shape) != version:
+            self._held.pop(shape, None)
+            make(matrix)
+            self._held[shape] = version
+        return matrix
+
+    def _room(self, key: object, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer, numel = self._buffers.get(key), shape[0] * shape[1]
+        if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
+            self._held.pop(key, None)
+            self._buffers[key] = buffer = torch.empty(numel, dtype=dtype, device=device)
+        return buffer[:numel].view(shape)
+
+
+class Projection:
+    """Linear layers that read the same input, written side by side into one output.
+
+    Rows that it reads may be wider than its input, and rows that it writes are: by nothing here, by columns of its own
+    in `AugmentedProjection`. They are the first columns' `in_features` and `out_features`.
+
+    Args:
+        modules: LoraLinear, QuantizedLinear or dense linears; output columns in this order.
+        weights: where the dense weights come from.
+
+    Attributes:
+        columns: of each linear in the output. ranks: of each adapter in z.
+        in_width, out_width: columns of rows with room for what it puts beside its input, and its output's gradient.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], weights: DenseWeights):
+        self.weights = weights
+        self.linears: list[Any] = [module.base if isinstance(module, LoraLinear) else module for module in modules]
+        self.adapters = [module if isinstance(module, LoraLinear) else None for module in modules]
+        widths = [linear_features(linear)[1] for linear in self.linears]
+        ranks = [adapter.rank if adapter else 0 for adapter in self.adapters]
+        self.in_features, self.out_features = linear_features(self.linears[0])[0], sum(widths)
+        self.in_width, self.out_width = self.in_features, self.out_features
+        self.columns = _slices(widths)
+        self.ranks = _slices(ranks)
+        self._copies: AdapterCopies | None = None
+
+    def parameters(self) -> list[Tensor]:
+        """A and B of each adapter, in order: what `backward_adapters` returns gradients of."""
+        return [p for adapter in self.adapters if adapter for p in (adapter.lora_A, adapter.lora_B)]
+
+    def refresh_adapters(self, dtype: torch.dtype) -> None:
+        """Bring the adapters' copies up to date, where there are any that are used."""
+        if self._adapted():
+            self._adapter_copies(dtype)
+
+    def low_rank(self, x: Tensor) -> Tensor | None:
+        """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
+        return x @ self._adapter_copies(x.dtype).a.T if self._adapted() else None
+
+    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out), `out_width` wide without a residual."""
+        y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
+        for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
+            part = y[:, columns]
+            weight = self.weights.fetch(linear, x.dtype)
+            if residual is None:
+                torch.mm(x, weight.T, out=part)
+            else:
+                part.addmm_(x, weight.T)
+            if linear.bias is not None:
+                part += linear.bias.to(x.dtype)
+            if adapter is not None and z is not None:
+                part.addmm_(z[:, ranks], self._adapter_copies(x.dtype).b_transposed[i])
+        return y
+
+    def gradient(self, grad_y: Tensor) -> Tensor:
+        """The gradient of y as the backward pass takes it, (T, out) -> `out_width` wide."""
+        return grad_y.contiguous()
+
+    def backward_low_rank(self, grad_y: Tensor) -> Tensor | None:
+        """The gradient of z, (T, out) -> (T, Σ ranks); None without adapters."""
+        if not any(self.adapters):
+            return None
+        grad_z = grad_y.new_empty(grad_y.shape[0], self.ranks[-1].stop)
+        for i, (_, adapter, columns, ranks) in enumerate(self._parts()):
+            if adapter is not None:
+                torch.mm(grad_y[:, columns], self._adapter_copies(grad_y.dtype).b[i], out=grad_z[:, ranks])
+        return grad_z
+
+    def backward_input(self, grad_y: Tensor, grad_z: Tensor | None) -> Tensor:
+        """The gradient of x, (T, out) -> (T, in)."""
+        grad_x = grad_y.new_empty(grad_y.shape[0], self.in_features)
+        for i, (linear, _, columns, _) in enumerate(self._parts()):
+            weight = self.weights.fetch(linear, grad_y.dtype)
+            if i == 0:
+                torch.mm(grad_y[:, columns], weight, out=grad_x)
+            else:
+                grad_x.addmm_(grad_y[:, columns], weight)
+        if grad_z is not None:
+            grad_x.addmm_(grad_z, self._adapter_copies(grad_y.dtype).a)
+        return grad_x
+
+    def backward_adapters(self, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, z: Tensor | None) -> list[Tensor]:
+        """The gradients of A and B of each adapter, in the order of `parameters`, fp32."""
+        if grad_z is None or z is None:
+            return []
+        grad_a = (grad_z.T @ x[:, : self.in_features]).float()  # (Σ r, in)
+        grads = []
+        for _, adapter, columns, ranks in self._parts():
+            if adapter is not None:
+                # zᵀ · grad_y, then turned: oneDNN takes the other order at half the speed.
+                grad_b = (z[:, ranks].T @ grad_y[:, columns]).float().mul_(adapter.scaling)  # (r, out)
+                grads += [grad_a[ranks], grad_b.T.contiguous()]
+        return grads
+
+    def _adapted(self) -> bool:
+        """Whether there are adapters, and they are switched on."""
+        enabled = {adapter.enabled for adapter in self.adapters if adapter}
+        assert len(enabled) <= 1, "adapters are switched on and off together"
+        return True in enabled
+
+    def _versions(self) -> tuple[int, ...]:
+        """How often each fp32 master has been written to."""
+        return tuple(parameter._version for parameter in self.parameters())
+
+    def _parts(self) -> list[tuple[Any, LoraLinear | None, slice, slice]]:
+        return list(zip(self.linears, self.adapters, self.columns, self.ranks, strict=True))
+
+    def _adapter_copies(self, dtype: torch.dtype) -> "AdapterCopies":
+        """The adapters in `dtype`, made anew when an optimizer step has changed the masters."""
+        versions = (dtype, *self._versions())
+        if self._copies is None or self._copies.a.dtype != dtype:
+            self._copies = AdapterCopies(self.adapters, dtype)
+        if self._copies.versions != versions:
+            self._copies.refresh(self.adapters, versions)
+        return self._copies
+
+
+class AdapterCopies:
+    """The adapters of a projection as its products want them, in the compute dtype; memory that is written anew.
+
+    a: `(Σ ranks, in)`, stacked. b: scaling · B, `(out, r)`, of each layer that has an adapter, by its place.
+    b_transposed: the same, `(r, out)` and contiguous, which oneDNN adds twice as fast.
+    versions: dtype, and how often each fp32 master had been written to when it was copied.
+    """
+
+    def __init__(self, adapters: Sequence[LoraLinear | None], dtype: torch.dtype):
+        adapted = {i: adapter for i, adapter in enumerate(adapters) if adapter}
+        first = next(iter(adapted.values())).lora_A
+        ranks = sum(adapter.rank for adapter in adapted.values())
+        self.versions: tuple[object, ...] = ()
+        self.a = torch.empty(ranks, first.shape[1], dtype=dtype, device=first.device)
+        self.b = {i: torch.empty_like(adapter.lora_B, dtype=dtype) for i, adapter in adapted.items()}
+        self.b_transposed = {i: b.new_empty(b.shape[::-1]) for i, b in self.b.items()}
+
+    @torch.no_grad()
+    def refresh(self, adapters: Sequence[LoraLinear | None], versions: tuple[object, ...]) -> None:
+        """Copy the masters as they are now."""
+        row = 0
+        for i, b in self.b.items():
+            adapter = adapters[i]
+            assert adapter is not None
+            self.a[row : row + adapter.rank].copy_(adapter.lora_A)
+            torch.mul(adapter.lora_B, adapter.scaling, out=b)
+            self.b_transposed[i].copy_(b.T)
+            row += adapter.rank
+        self.versions = versions
+
+
+def _slices(widths: Sequence[int]) -> list[slice]:
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    return [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
