@@ -72,6 +72,8 @@ _CUBLAS = ShapeRules(
 )
 SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS}
 
+RANK_MULTIPLE = 64  # of what a projection of one product has beside its input; columns of a tile
+
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind
 

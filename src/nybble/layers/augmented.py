@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from nybble.kernels import registry
 from nybble.kernels.ops.four_bit import augmented_weight_, write_beside
 from nybble.layers.projection import DenseWeights, Projection
+from nybble.sizes import RANK_MULTIPLE
 
 ONE_PRODUCT = ("cuda",)  # devices where one wide product is worth more than several
-RANK_MULTIPLE = 64  # columns of a product's tile
 
 
 def projection_on(device_type: str) -> type[Projection]:

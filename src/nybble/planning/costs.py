@@ -14,7 +14,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.sizes import ShapeRules
+from nybble.sizes import RANK_MULTIPLE, ShapeRules
 from nybble.sources.parts import BlockParts, Inventory
 
 if TYPE_CHECKING:
@@ -226,6 +226,7 @@ class Part(StrEnum):
     LOGITS = "room for logits"
     PANEL = "a panel of the head, widened"
     DENSE_WEIGHT = "one dense weight"
+    DENSE_BLOCK = "a block's dense weights"
     GRADIENTS = "adapter gradients"
     KEPT = "kept by blocks"
     HEAD = "loss head"
@@ -446,6 +447,20 @@ def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:
     return len(forward), len(backward - forward)
 
 
+def written_out_bytes(run: RunShape) -> dict[Part, int]:
+    """What four-bit weights are written out into: one at a time; or on a GPU, for decoder blocks, all of a block, with
+    room for adapters beside them (`layers/augmented.py`), as if each layer shared its input with two more.
+    """
+    if run.on_cpu or run.path == "generic":
+        return {Part.DENSE_WEIGHT: 0 if run.spec is None else run.compute_bytes * run.model.largest_linear}
+    beside = -(-3 * run.rank // RANK_MULTIPLE) * RANK_MULTIPLE
+    elements = (
+        sum((rows + beside) * (columns + beside) for _, rows, columns in block.linears)
+        for block, _ in run.model.parts.blocks
+    )
+    return {Part.DENSE_BLOCK: run.compute_bytes * max(elements, default=0)}
+
+
 def compiled_bytes(run: RunShape) -> int:
     """What libraries of matrix products keep: oneDNN the compiled ones of each number of tokens and of the head's
     chunks; the other, where products in fp32 go, its buffers.
@@ -474,7 +489,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     stored = (run.spec, run.average_bits, c)  # how a linear's weight is
     buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
     masters = run.adapter_parameters * MASTER_BYTES
-    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" else 0
+    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and run.on_cpu else 0
     optimizer = int(run.adapter_parameters * run.adam_bytes)
     always = {
         Part.BASE: resident_bytes(run.model, *stored, resident),
@@ -494,7 +509,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     work = working_bytes(run) + moving
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
-    always[Part.DENSE_WEIGHT] = 0 if run.spec is None else c * run.model.largest_linear
+    always |= written_out_bytes(run)
     always[Part.GRADIENTS] = masters  # they stay from step to step
     heights = [
         {Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
