@@ -309,6 +309,15 @@ def test_train_eval_train_gives_the_same_gradients_bit_for_bit():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_blocks_that_keep_everything_beside_others_that_do_not_change_no_bit():
+    model, batch = tuned_model("llama"), packed_batch(DOCUMENTS)
+    _, _, expected = loss_and_gradients(model, FusedForward(model, "nothing"), batch)
+    forward = FusedForward(model, "nothing", whole_blocks=1)
+    assert forward.keeps == ["nothing", "everything"]
+    _, _, gradients = loss_and_gradients(model, forward, batch)
+    assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
 def test_copies_of_the_adapters_follow_the_masters():
     model = tuned_model("llama")
     forward, batch = FusedForward(model, "nothing"), packed_batch(DOCUMENTS)

@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.options.option import build_options, parse_size
 from nybble.options.verbs import PlanConfig, load_config
-from nybble.planning.costs import MicroBatches
+from nybble.planning.costs import MicroBatches, predict
 from nybble.planning.from_config import plan_from_config
 from nybble.planning.machine_table import Machine
-from nybble.planning.planner import require
+from nybble.planning.planner import make_plans, require
 from nybble.planning.report import Planned, describe_left, plans_json
 from nybble.planning.request import requests
 from nybble.planning.strategies import WAYS, Cause, Strategy
@@ -315,3 +316,21 @@ def test_the_text_of_a_larger_model_is_planned_with_its_own_ends(tmp_path, inner
     (tmp_path / "config.json").write_text(json.dumps(written))
     asked = plans(model=str(tmp_path))[1]
     assert asked.run.model.parts.end_elements == (1 if tied else 2) * 1000 * 64
+
+
+def test_a_gpu_keeps_everything_in_as_many_blocks_as_there_is_room_for():
+    made, asked, _ = plans(model="llama-3-8b", device="24GB-gpu", max_seq_len=2048, rows_per_step=4)
+    asked, machine = replace(asked, run=replace(asked.run, path="blocks")), made.machine
+    candidates = make_plans(asked, machine).candidates
+    some = [plan for plan in candidates if plan.whole_blocks]
+    assert {plan.keep for plan in some} == {"nothing", "attention"} and not any(plan.offloaded for plan in some)
+    for plan in some:
+        assert plan.peak_bytes <= machine.budget_bytes
+        more = replace(plan.run, whole_blocks=plan.whole_blocks + 2)  # one block's work is not counted on
+        full = machine.begun_bytes + sum(predict(more).values()) > machine.budget_bytes
+        assert full or plan.whole_blocks == plan.run.model.num_layers - 1
+        none = next(p for p in candidates if p.run == replace(plan.run, whole_blocks=0))
+        assert none.step_s > plan.step_s and f"the last {plan.whole_blocks} everything" in plan.describe()
+        assert plan.to_json()["whole_blocks"] == plan.whole_blocks and "whole_blocks" not in none.to_json()
+    fixed = make_plans(replace(asked, keeps=("attention",)), machine).candidates
+    assert not any(plan.whole_blocks for plan in fixed)

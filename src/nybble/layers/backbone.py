@@ -153,6 +153,7 @@ class FusedForward:
 
     Args:
         keep: what each block keeps for its backward.
+        whole_blocks: but the last so many keep everything. Their memory is free again when the others' passes begin.
         store: of a streamed base's blocks.
         kept: takes what blocks save for their backward; memory does where it is None.
     """
@@ -160,12 +161,20 @@ class FusedForward:
     layout: Layout = "packed"
 
     def __init__(
-        self, model: "PreTrainedModel", keep: Keep, store: BlockStore | None = None, kept: KeptTensors | None = None
+        self,
+        model: "PreTrainedModel",
+        keep: Keep,
+        store: BlockStore | None = None,
+        kept: KeptTensors | None = None,
+        whole_blocks: int = 0,
     ):
-        self.model, self.keep, self.kept = model, keep, kept
+        self.model, self.kept = model, kept
         self.weights = DenseWeights(store)
         self.blocks = [decoder_block(layer, model.config, self.weights) for layer in model.base_model.layers]
-        self.details = f", keeping {keep}{'' if store is None else ', streamed'}"
+        others = len(self.blocks) - whole_blocks
+        self.keeps: list[Keep] = [keep if i < others else "everything" for i in range(len(self.blocks))]
+        self.details = f", keeping {keep}{f', the last {whole_blocks} everything' if whole_blocks else ''}"
+        self.details += "" if store is None else ", streamed"
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
@@ -174,14 +183,14 @@ class FusedForward:
         for block in self.blocks:  # together, not among what the blocks free
             block.refresh_adapters(x.dtype)
         if self.kept is None:
-            for block in self.blocks:
-                x = block(x, sequences, self.keep)
+            for block, keep in zip(self.blocks, self.keeps, strict=True):
+                x = block(x, sequences, keep)
         else:
             self.kept.begin()
             with saved_tensors_hooks(self.kept.put, self.kept.get):
-                for block in self.blocks:
+                for block, keep in zip(self.blocks, self.keeps, strict=True):
                     self.kept.next_block()
-                    x = block(x, sequences, self.keep)
+                    x = block(x, sequences, keep)
         return self.model.base_model.norm(x.index_select(0, positions))
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:

@@ -94,6 +94,7 @@ class CausalLM:
         module: "PreTrainedModel",
         *,
         keep: Keep = "nothing",
+        whole_blocks: int = 0,
         packing: bool = True,
         store: BlockStore | None = None,
         kept: KeptTensors | None = None,
@@ -103,6 +104,7 @@ class CausalLM:
         Args:
             module: loaded, and with its adapters, if it is to have any.
             keep: what a layer keeps for its backward pass; less takes less memory and more time.
+            whole_blocks: but the last so many decoder blocks keep everything.
             packing: rows side by side are wanted. Where the model would mix them, they are padded all the same.
             store: of a streamed base's blocks.
             kept: takes what is kept for backward; memory does where it is None.
@@ -115,7 +117,8 @@ class CausalLM:
         dropout = any(adapter.dropout for adapter in adapters_of(module).values())
         reason = why_not_blocks(module, packing=packing, dropout=dropout)
         if reason is None:
-            fused = cls(module, FusedForward(module, keep, store, kept), loss_head(module), Verdict("blocks", "packed"))
+            forward = FusedForward(module, keep, store, kept, whole_blocks)
+            fused = cls(module, forward, loss_head(module), Verdict("blocks", "packed"))
             if length_of_change(module) is None:  # what blocks know else, they know whatever the model's weights
                 return fused
             if store is not None:

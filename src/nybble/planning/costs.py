@@ -4,8 +4,9 @@ Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
 
 A run's memory has several heights: the loss head on top of all that blocks keep, the backward pass of the last block
-(everything is still kept), an evaluation. `predict` adds up each and returns the parts of the highest. The optimizer's
-update adds nothing to what is there always, and saving copies nothing: tensors are written from where they are.
+(everything is still kept) and of the last that computes something again, an evaluation. `predict` adds up each and
+returns the parts of the highest. The optimizer's update adds nothing to what is there always, and saving copies
+nothing: tensors are written from where they are.
 """
 
 from collections.abc import Mapping
@@ -175,6 +176,7 @@ class RunShape:
         spec: format of the base, or None for 16 bits.
         path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
         keep: what each block keeps: "nothing" (its input), "attention" or "everything".
+        whole_blocks: the last so many keep everything, whatever the others do; on GPUs alone.
         rules: how rows and matrices are cut.
         average_bits: bits a weight where the layers of the base have several formats.
         micro_batches: of one optimizer step.
@@ -199,6 +201,7 @@ class RunShape:
     keep: "Keep"
     rules: ShapeRules
     average_bits: float | None = None
+    whole_blocks: int = 0
     micro_batches: int = 2
     resident_blocks: int | None = None
     from_ram: bool = False
@@ -209,6 +212,16 @@ class RunShape:
     dropout: bool = False
     on_cpu: bool = True
     full: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether projections are one product each way over wide rows (`layers/augmented.py`)."""
+        return self.path == "blocks" and not self.on_cpu
+
+    @property
+    def beside(self) -> int:
+        """The most columns of wide rows beside an input: of three adapters."""
+        return -(-3 * self.rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 class Part(StrEnum):
@@ -311,9 +324,14 @@ def kept_bytes(run: RunShape) -> int:
     elif run.keep == "attention":
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
-        per_token = c * (2 * h + run.model.normed_width + 2 * q + 2 * kv + 2 * f + 7 * run.rank)
+        per_token = c * (2 * h + run.model.normed_width + 2 * q + 2 * kv + 2 * f + low_rank_columns(run))
         per_token += LSE_BYTES * (run.model.num_heads + 2 + run.model.normed_rows)
     return run.batches.tokens * per_token
+
+
+def low_rank_columns(run: RunShape) -> int:
+    """Of the products with the seven A of a block; where rows are wide, of four, and beside q/k/v and gate and up."""
+    return 6 * run.beside if run.wide else 7 * run.rank
 
 
 def offloaded_bytes(run: RunShape) -> int:
@@ -338,13 +356,15 @@ def working_bytes(run: RunShape) -> int:
     to the states were given; the latter have gradients of their own.
     Transformers' modules: what they keep within a block, where that was recomputed; else gradients.
     """
-    c, r = run.compute_bytes, run.rank
+    c = run.compute_bytes
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms)
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
-        recomputed = h + run.model.normed_width + q + 2 * kv + 2 * f + 7 * r  # x2, norms, q/k/v, gate and up
+        recomputed = (
+            h + run.model.normed_width + q + 2 * kv + 2 * f + low_rank_columns(run)
+        )  # x2, norms, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
         return max(swiglu, attention) + run.batches.tokens * c * made
@@ -451,11 +471,10 @@ def written_out_bytes(run: RunShape) -> dict[Part, int]:
     """What four-bit weights are written out into: one at a time; or on a GPU, for decoder blocks, all of a block, with
     room for adapters beside them (`layers/augmented.py`), as if each layer shared its input with two more.
     """
-    if run.on_cpu or run.path == "generic":
+    if not run.wide:
         return {Part.DENSE_WEIGHT: 0 if run.spec is None else run.compute_bytes * run.model.largest_linear}
-    beside = -(-3 * run.rank // RANK_MULTIPLE) * RANK_MULTIPLE
     elements = (
-        sum((rows + beside) * (columns + beside) for _, rows, columns in block.linears)
+        sum((rows + run.beside) * (columns + run.beside) for _, rows, columns in block.linears)
         for block, _ in run.model.parts.blocks
     )
     return {Part.DENSE_BLOCK: run.compute_bytes * max(elements, default=0)}
@@ -489,7 +508,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     stored = (run.spec, run.average_bits, c)  # how a linear's weight is
     buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
     masters = run.adapter_parameters * MASTER_BYTES
-    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and run.on_cpu else 0
+    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and not run.wide else 0
     optimizer = int(run.adapter_parameters * run.adam_bytes)
     always = {
         Part.BASE: resident_bytes(run.model, *stored, resident),
@@ -500,20 +519,21 @@ def predict(run: RunShape) -> dict[Part, int]:
         Part.OPTIMIZER: optimizer if run.page_bytes is None else 0,
         Part.PAGES: run.page_bytes or 0,
     }
-    kept = kept_bytes(run)
-    all_kept, moving = layers * kept, 0
+    whole = replace(run, keep="everything") if run.whole_blocks else run
+    kept = (layers - run.whole_blocks) * kept_bytes(run)  # by those that compute something again
+    all_kept, moving = kept + run.whole_blocks * kept_bytes(whole), 0
     if run.offload and run.on_cpu:
-        all_kept, moving = 0, 2 * input_bytes(run)  # on their way to and from the file
+        kept, all_kept, moving = 0, 0, 2 * input_bytes(run)  # on their way to and from the file
     elif run.offload:
-        all_kept, moving = kept, kept  # one block's have not left yet or are used, one's are on their way back
-    work = working_bytes(run) + moving
+        kept = all_kept = moving = kept_bytes(run)  # one block's have not left or are used, one's are on their way back
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
     always |= written_out_bytes(run)
     always[Part.GRADIENTS] = masters  # they stay from step to step
     heights = [
         {Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
-        {Part.KEPT: all_kept, Part.AT_WORK: work},
+        {Part.KEPT: all_kept, Part.AT_WORK: working_bytes(whole) + moving},
+        {Part.KEPT: kept, Part.AT_WORK: working_bytes(run) + moving},
         {Part.EVALUATION: validation_bytes(run)},
     ]
     highest = max(heights, key=lambda height: sum(height.values()))
@@ -573,15 +593,17 @@ def work_of(run: RunShape) -> Work:
     """
     tokens, layers = run.batches.tokens, run.model.num_layers
     forward = 2.0 * tokens * run.model.multiplied_elements
-    again = 0.0 if run.keep == "everything" else forward - 2.0 * tokens * run.model.last_products
+    # The share of blocks that compute something again.
+    share = 0.0 if run.keep == "everything" else (layers - run.whole_blocks) / max(1, layers)
+    again = share * (forward - 2.0 * tokens * run.model.last_products)
     attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width
-    attention_passes = 3.5 + (1 if run.keep == "nothing" else 0)  # forward 1, backward 2.5
-    adapters = 6.0 * tokens * run.adapter_parameters * (1 if run.keep == "everything" else 4 / 3)
+    attention_passes = 3.5 + (share if run.keep == "nothing" else 0)  # forward 1, backward 2.5
+    adapters = 6.0 * tokens * run.adapter_parameters * (1 + share / 3)
     weights = forward * (3 if run.full else 2) + again
     blocks = weights + adapters + layers * attention * attention_passes
     head = 4.0 * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
-    passes = 2 + (0 if run.keep == "everything" else 1)
-    dense = 0 if run.spec is None else run.compute_bytes * run.model.parts.linear_elements * passes
+    passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
+    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.parts.linear_elements * passes)
     read = 2 * streamed_bytes(run)
     if run.stream_ends:
         chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))

@@ -60,6 +60,11 @@ class Plan:
         return self.run.keep
 
     @property
+    def whole_blocks(self) -> int:
+        """Of the others, the last so many keep everything."""
+        return self.run.whole_blocks
+
+    @property
     def batches(self) -> MicroBatches:
         """What its micro-batches come to."""
         return self.run.batches
@@ -107,6 +112,7 @@ class Plan:
         """Say in a few words what is chosen."""
         rows = "row" if self.micro_batch_size == 1 else "rows"
         words = [self.strategy, f"{self.micro_batch_size} {rows} at once", f"blocks keep {self.keep}"]
+        words += [f"the last {self.whole_blocks} everything"] if self.whole_blocks else []
         words += ["offloaded"] if self.offloaded else []
         if self.resident_blocks is not None:
             words.append(f"{self.resident_blocks} blocks resident")
@@ -124,6 +130,7 @@ class Plan:
     def to_json(self, reason: Reason | None = None) -> dict[str, Any]:
         """Its values, and why it was not chosen."""
         record = {name: getattr(self, name) for name in RECORDED}
+        record |= {"whole_blocks": self.whole_blocks} if self.whole_blocks else {}
         record |= {"step_s": round(self.step_s, 4), "components": self.components}
         if reason is not None:
             record |= {"why_not": reason.sentence, "cause": reason.cause}

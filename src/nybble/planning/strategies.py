@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 from typing import TYPE_CHECKING
 
-from nybble.planning.costs import MARGIN, MicroBatches, RunShape, block_bytes, end_bytes, predict
+from nybble.planning.costs import MARGIN, MicroBatches, RunShape, block_bytes, end_bytes, kept_bytes, predict
 from nybble.planning.machine_table import Machine
 from nybble.sizes import PAGE_BUFFERS, PAGE_BYTES
 
@@ -106,15 +106,15 @@ def _full_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Itera
 
 
 def _lora_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
-    return _variants(request, replace(run, spec=None), request.pagings)
+    return _resident(request, replace(run, spec=None), machine, request.pagings)
 
 
 def _four_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
-    return _variants(request, run, (False,))
+    return _resident(request, run, machine, (False,))
 
 
 def _optimizer_paged(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
-    return _variants(request, run, (True,))
+    return _resident(request, run, machine, (True,))
 
 
 def _base_from_ram(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
@@ -143,6 +143,17 @@ def _variants(request: PlanRequest, run: RunShape, pagings: tuple[bool, ...]) ->
     for paged in pagings:
         for offload in (False,) if run.keep == "everything" else request.offloads:
             yield replace(run, page_bytes=PAGE_BUFFERS * largest_page if paged else None, offload=offload)
+
+
+def _resident(request: PlanRequest, run: RunShape, machine: Machine, pagings: tuple[bool, ...]) -> Iterable[RunShape]:
+    """Each variant, and on a GPU each with as many blocks that keep everything as the budget has room for."""
+    for variant in _variants(request, run, pagings):
+        yield variant
+        more = kept_bytes(replace(variant, keep="everything")) - kept_bytes(variant)
+        if variant.wide and len(request.keeps) > 1 and more and not variant.offload:
+            room = machine.budget_bytes - machine.begun_bytes - sum(predict(variant).values())
+            if (whole_blocks := min(room // more, run.model.num_layers - 1)) > 0:
+                yield replace(variant, whole_blocks=whole_blocks)
 
 
 def _streamed(run: RunShape, machine: Machine) -> RunShape:

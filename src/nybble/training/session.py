@@ -379,12 +379,12 @@ def _choose_path(
     packing, plan = opened.config.memory.packing, fit.plan
     kept = _place_for_kept(plan, opened.run, opened.device)
     choose = partial(CausalLM.of, model, packing=packing, store=fit.store, kept=kept)
-    causal_lm = choose(keep=plan.keep)
+    causal_lm = choose(keep=plan.keep, whole_blocks=plan.whole_blocks)
     if causal_lm.packed != packing:
         fit = _plan_padded(opened, examples, base, fit)
         report(Note(f"planned again, for padded rows: {fit.plan.describe()}"))
         if fit.plan.keep != plan.keep:
-            causal_lm = choose(keep=fit.plan.keep)
+            causal_lm = choose(keep=fit.plan.keep, whole_blocks=fit.plan.whole_blocks)
     report(Note(f"computing through: {causal_lm.name}"))
     for note in describe_untouched(model):
         report(Note(note))
