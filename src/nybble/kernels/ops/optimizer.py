@@ -1,4 +1,8 @@
-"""An optimizer step of one tensor, in place: `nybble::adamw_`, and `nybble::adamw_8bit_` with moments in 8 bits."""
+"""An optimizer step of one tensor, in place: `nybble::adamw_`, and `nybble::adamw_8bit_` with moments in 8 bits.
+
+The tensor may be many parameters side by side, as `FlatParameters` has them (`training/optimizer.py`). Only `step`, `lr`
+and `grad_scale` change from call to call; what a body makes of `step` are the two bias corrections, floats.
+"""
 
 import torch
 from torch import Tensor
@@ -57,6 +61,7 @@ def adamw_8bit_(
     A step reads the moments, updates them and the parameter in fp32, and rounds the moments to the nearest code of
     their new scale. The parameter's update sees them unrounded. A mean that is negative never rounds to zero. (Dettmers
     et al. 2022, arXiv 2110.02861; as `kOptimizerStatic8bit2StateBlockwise` in bitsandbytes' csrc/kernels.cu.)
+    Split into calls between two blocks of 256, it gives the same bits.
 
     Args:
         param, grad: fp32, contiguous, one size; grad is not changed.
