@@ -144,7 +144,7 @@ def dequantize_4bit_out(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 def augmented_weight(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for spec in specs():
-        wide = Out(torch.empty(7, 50, dtype=dtype)[:, :44])  # 11 columns beside the weight, 6 that are another's
+        wide = Out(torch.empty(7, 44 + GAP, dtype=dtype)[:, :44])  # 11 columns beside the weight
         yield *packed(7, 33, spec=spec), normal(7, 3, seed=4), 1.5, 5, wide
         yield *packed(7, 33, spec=spec), None, 1.0, 0, wide
 

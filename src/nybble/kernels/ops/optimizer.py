@@ -1,7 +1,7 @@
 """An optimizer step of one tensor, in place: `nybble::adamw_`, and `nybble::adamw_8bit_` with moments in 8 bits.
 
-The tensor may be many parameters side by side, as `FlatParameters` has them (`training/optimizer.py`). Only `step`, `lr`
-and `grad_scale` change from call to call; what a body makes of `step` are the two bias corrections, floats.
+The tensor may be many parameters side by side, as `FlatParameters` of `training/optimizer.py` has them. Only `step`,
+`lr` and `grad_scale` change from call to call; what a body makes of `step` are the two bias corrections, floats.
 """
 
 import torch
