@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from nybble.kernels.heap import trim_heap
 from nybble.kernels.ops.optimizer import ADAMW_BLOCK, adamw_, adamw_8bit_
 from nybble.memory.measure import has_own_memory
 from nybble.memory.pager import Layout, PagedState, State, deal_into_pages, layout_bytes
@@ -44,6 +45,7 @@ class FlatParameters:
             )
             parameter.data, parameter.grad = value.copy_(parameter.detach()), gradient
             self.slices.append(gradient)
+        trim_heap()  # where they lay before
 
     def check(self) -> None:
         """What backward passes have added is in the buffer."""
