@@ -167,7 +167,7 @@ def test_blocks_of_one_product_have_the_gradients_of_blocks_of_several(monkeypat
         return states.detach(), list(torch.autograd.grad((states * towards).sum(), parameters))
 
     states, gradients = states_and_gradients()
-    monkeypatch.setattr(augmented, "ONE_PRODUCT", ("cpu",))
+    monkeypatch.setitem(augmented.ONE_PRODUCT, "cpu", True)
     assert projection_on("cpu") is AugmentedProjection
     wide_states, wide_gradients = states_and_gradients()
     assert error(wide_states, states.double()) <= 1e-5

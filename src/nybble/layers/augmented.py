@@ -23,12 +23,12 @@ from nybble.kernels.ops.four_bit import augmented_weight_, write_beside
 from nybble.layers.projection import DenseWeights, Projection
 from nybble.sizes import RANK_MULTIPLE
 
-ONE_PRODUCT = ("cuda",)  # devices where one wide product is worth more than several
+ONE_PRODUCT = {"cuda": True}  # devices where one wide product is worth more than several
 
 
 def projection_on(device_type: str) -> type[Projection]:
     """The class that computes a block's projections there."""
-    wide = device_type in ONE_PRODUCT and registry.runs(("augmented_weight_",), device_type) is None
+    wide = ONE_PRODUCT.get(device_type, False) and registry.runs(("augmented_weight_",), device_type) is None
     return AugmentedProjection if wide else Projection
 
 
