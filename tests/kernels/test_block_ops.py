@@ -337,13 +337,6 @@ def examples():
     yield "adamw_", (flat, flat.clone(), flat.clone(), flat.abs(), 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
     eight = [torch.randint(0, 256, (300,), dtype=torch.uint8) for _ in range(2)] + [torch.rand(2), torch.rand(2)]
     yield "adamw_8bit_", (randn(300), randn(300), *eight, 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
-    yield (
-        "augmented_weight_",
-        (
-            *(q.packed, q.scales, [6, 64], "nf4", 64, True),
-            *(randn(6, 3), 0.5, 2, torch.full((6, 80), torch.nan)[:, :70]),
-        ),
-    )
     yield "gemv_4bit", (randn(2, 64), q.packed, q.scales, [6, 64], "nf4", 64, True)
 
 

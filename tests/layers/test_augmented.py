@@ -179,12 +179,15 @@ def test_a_cpu_has_the_projections_of_several_products():
     assert projection_on("cpu") is Projection
 
 
-def test_rows_that_have_no_room_are_refused():
+def test_the_op_writes_b_beside_the_weight_and_refuses_rows_without_room():
     q = quantize(torch.randn(6, 32), QuantSpec())
     out, b = torch.zeros(6, 40), torch.ones(6, 3)
     augmented_weight_(out, q, b, 0.5, 5)
     assert torch.equal(out[:, :32], dequantize(q, torch.float32)) and (out[:, 37:] == 0.5).all()
     assert not out[:, 32:37].any()
+    spec = q.spec
+    given = (q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, b, 0.5, 5)
+    torch.library.opcheck(torch.ops.nybble.augmented_weight_.default, (*given, out))
     for wrong in ((out, b, 6), (out[:, :31], None, 0), (out[:5], None, 0), (out.T, None, 0), (out, b[:5], 0)):
         with pytest.raises(KernelError):
             augmented_weight_(wrong[0], q, wrong[1], 0.5, wrong[2])
