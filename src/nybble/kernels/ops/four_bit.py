@@ -65,10 +65,7 @@ def augmented_weight_(out: Tensor, q: QuantizedTensor, b: Tensor | None, scaling
         b: fp32 [out_features, rank], contiguous; None for zeros alone.
         first: of the R columns beside the weight, b's first.
     """
-    spec = q.spec
-    torch.ops.nybble.augmented_weight_(
-        q.packed, q.scales, q.shape, spec.format, spec.block_size, spec.double_quant, b, scaling, first, out
-    )
+    torch.ops.nybble.augmented_weight_(*_arguments(q), b, scaling, first, out)
 
 
 def write_beside(columns: Tensor, b: Tensor | None, scaling: float, first: int) -> None:
