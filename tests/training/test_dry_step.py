@@ -21,6 +21,9 @@ from nybble.data import packing
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack
 from nybble.formats.quant_spec import QuantSpec
+from nybble.kernels import registry
+from nybble.layers import augmented
+from nybble.layers.augmented import AugmentedProjection, projection_on
 from nybble.layers.backbone import FusedForward
 from nybble.layers.causal_lm import CausalLM, Verdict
 from nybble.layers.decoder_block import Keep
@@ -82,6 +85,14 @@ class Counted(TorchDispatchMode):
         return result
 
 
+def by_the_rules_of_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, and projections of one product."""
+    monkeypatch.setitem(SHAPE_RULES, device, SHAPE_RULES["cuda"])
+    monkeypatch.setitem(augmented.ONE_PRODUCT, device, True)
+    monkeypatch.setattr(registry, "PLAIN_BLOCKS", ("cpu", "meta"))
+    assert projection_on(device) is AugmentedProjection
+
+
 def dry_model(device: str, keep: Keep) -> CausalLM:
     with torch.device(device):
         module = LlamaForCausalLM._from_config(CONFIG, dtype=torch.bfloat16)
@@ -109,7 +120,7 @@ def adamw(model: CausalLM) -> AdamW:
 @pytest.mark.parametrize("keep", KEEPS)
 def test_a_step_asks_for_no_value_before_its_one_look_and_takes_what_is_planned(keep, monkeypatch):
     batch, shape = documents(), shape_of(build_skeleton(CONFIG))
-    monkeypatch.setitem(SHAPE_RULES, "cpu", SHAPE_RULES["cuda"])
+    by_the_rules_of_a_gpu("cpu", monkeypatch)
     with FakeTensorMode() as mode:
         monkeypatch.setattr(packing, "send", lambda tensor, device: mode.from_tensor(tensor))
         with Counted() as counted:
@@ -130,7 +141,7 @@ def test_a_step_asks_for_no_value_before_its_one_look_and_takes_what_is_planned(
 
 @pytest.mark.parametrize("keep", KEEPS)
 def test_all_of_a_step_is_on_its_device(keep, monkeypatch):
-    monkeypatch.setitem(SHAPE_RULES, "meta", SHAPE_RULES["cuda"])
+    by_the_rules_of_a_gpu("meta", monkeypatch)
     model = dry_model("meta", keep)
     optimizer = adamw(model)
     assert losses_and_norm(model, documents().to("meta"), optimizer).device.type == "meta"

@@ -367,7 +367,8 @@ def working_bytes(run: RunShape) -> int:
         )  # x2, norms, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
-        return max(swiglu, attention) + run.batches.tokens * c * made
+        copied = h if run.wide else 0  # the gradient of y, in wide rows
+        return max(swiglu, attention) + run.batches.tokens * c * (made + copied)
     if run.keep == "everything":
         return run.batches.tokens * c * (2 * h + 3 * f)  # gradients around SwiGLU
     return run.batches.tokens * module_bytes(run)
