@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
 BUILT_FROM := pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/nybble/kernels/csrc/*)
 
-.PHONY: help setup demo test test-slow lint docs bench drills clean
+.PHONY: help setup demo test test-slow lint docs bench gpu-check drills clean
 
 help:
 	@echo "make demo       fine-tune a small model on the documentation of Python's standard library"
@@ -12,6 +12,7 @@ help:
 	@echo "make test-slow  run the slow tests too"
 	@echo "make docs       build the site of the documents into build/site; a broken link fails"
 	@echo "make bench      measure the kernels, and whole steps against other stacks (in .venv-peers); an hour or two"
+	@echo "make gpu-check  on an NVIDIA card: right, how fast, how much memory; eight minutes, nothing is downloaded"
 	@echo "make drills     kill, starve, fill and damage runs; writes docs/reliability.md; half an hour, Linux, strace"
 	@echo "make setup      make .venv and install nybble into it"
 	@echo "make clean      remove .venv, .venv-* and what was built (runs/ stays)"
@@ -58,6 +59,11 @@ bench: .venv/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/bench_plan.py
 	$(BIN)/python benchmarks/bench_paging.py
 	$(BIN)/python benchmarks/figures.py
+
+# GPU_CHECK: options, such as --record or --only step.
+GPU_CHECK ?=
+gpu-check: .venv/.installed-test
+	$(BIN)/python benchmarks/gpu_check.py $(GPU_CHECK)
 
 drills: .venv/.installed-test
 	$(BIN)/python tests/faults/drills.py

@@ -55,8 +55,7 @@ def reference(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def four_bit_cases() -> list[Case]:
-    rows, columns = 4096, 11008
+def four_bit_cases(rows: int = 4096, columns: int = 11008) -> list[Case]:
     weight, spec = torch.randn(rows, columns).bfloat16(), QuantSpec("nf4", 64, double_quant=True)
     q, out, copy = quantize(weight, spec), torch.empty_like(weight), torch.empty_like(weight)
     wide = torch.empty(rows, columns)
@@ -121,7 +120,9 @@ def gemv_cases() -> list[Case]:
     return cases
 
 
-def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocabulary: int = 49152) -> list[Case]:
+def block_cases(
+    tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocabulary: int = 49152, parameters: int = 10_000_000
+) -> list[Case]:
     bf16 = torch.bfloat16
     x, grad, weight = torch.randn(tokens, hidden).to(bf16), torch.randn(tokens, hidden).to(bf16), torch.ones(hidden)
     weight = weight.to(bf16)
@@ -134,7 +135,7 @@ def block_cases(tokens: int = 4096, hidden: int = 2048, width: int = 5632, vocab
     act, grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     logits, targets = torch.randn(512, vocabulary).to(bf16), torch.randint(0, vocabulary, (512,))
     scratch = torch.empty_like(logits)
-    state = [torch.randn(10_000_000).abs() for _ in range(4)]
+    state = [torch.randn(parameters).abs() for _ in range(4)]
 
     def torch_rms() -> Tensor:
         wide = x.float()

@@ -33,12 +33,12 @@ def test_it_says_why_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert triton.why_unavailable() == "no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert triton.why_unavailable() == "the card has compute capability 7.5, 8.0 is the least"
+    assert triton.why_unavailable() == "the card has compute capability 7.5, 8.0 is the least; models' own modules run"
     for capability in ((8, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
         assert triton.why_unavailable() is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert triton.why_unavailable() == "triton is not installed"
+    assert triton.why_unavailable() == "triton is not installed; PyTorch for CUDA brings it"
 
 
 def test_offsets_have_32_bits() -> None:

@@ -1,10 +1,12 @@
 """What the options of a machine say: where to compute, in which dtype, on how many threads."""
 
+import re
+
 import pytest
 import torch
 
 from nybble.errors import ConfigError
-from nybble.layers.precision import set_up
+from nybble.layers.precision import resolve_compute_dtype, set_up
 from nybble.options.groups import ComputeOptions, MachineOptions
 
 CPU = torch.device("cpu")
@@ -21,8 +23,31 @@ def test_device_and_dtype_are_found_and_threads_are_set() -> None:
         torch.set_num_threads(threads)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse(message: str) -> None:
+    raise RuntimeError(message)
+
+
+@pytest.mark.parametrize(
+    ("built_for", "says"),
+    [
+        (None, "this PyTorch is built for processors alone"),
+        ("13.0", "The NVIDIA driver on your system is too old (found version 11040)"),
+        ("13.0", ""),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_refused_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, built_for: str | None, says: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "init", lambda: refuse(f"{says}. Please update.\nMore.") if says else None)
     assert set_up(MachineOptions())[0] == CPU
-    with pytest.raises(ConfigError, match="sees no CUDA device"):
+    with pytest.raises(ConfigError, match=re.escape(says or "PyTorch sees no GPU")):
         set_up(MachineOptions(device="cuda"))
+
+
+def test_a_card_that_only_imitates_bf16_computes_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One before Ampere, of which PyTorch says that it supports bf16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert resolve_compute_dtype("auto", torch.device("cuda")) == torch.float32

@@ -39,11 +39,10 @@ def examine() -> dict[str, Any]:
 
     from nybble.kernels import registry
     from nybble.kernels.backends.cpp import library
-    from nybble.kernels.hardware import cpu_flags, system_bytes, system_value
+    from nybble.kernels.hardware import cpu_flags, system_bytes, system_value, why_no_gpu
     from nybble.sources.bundled import cache_folder
 
     memory = partial(system_bytes, "/proc/meminfo")
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return {
         "nybble": nybble.__version__,
         "python": platform.python_version(),
@@ -58,10 +57,23 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "waiting": openmp.SENTENCES[openmp.waiting],
         "memory": {"total_bytes": memory("MemTotal"), "available_bytes": memory("MemAvailable")},
-        "cuda": [{"name": device.name, "memory_bytes": device.total_memory} for device in devices],
+        "cuda": [_gpu(number) for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)],
+        "no_cuda": why_no_gpu(),
         "cache": str(cache_folder()),
         "cpu_kernels": library.describe(),
         "kernels": [row._asdict() for row in registry.available()],
+    }
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    import torch
+
+    device = torch.cuda.get_device_properties(number)
+    return {
+        "name": device.name,
+        "memory_bytes": device.total_memory,
+        "free_bytes": torch.cuda.mem_get_info(number)[0],
+        "capability": f"{device.major}.{device.minor}",
     }
 
 
@@ -90,9 +102,10 @@ def _show(facts: dict[str, Any], console: Console) -> None:
     table.add_row("threads wait", facts["waiting"])
     table.add_row("memory", f"{gigabytes(memory['available_bytes'])} free of {gigabytes(memory['total_bytes'])}")
     for device in facts["cuda"]:
-        table.add_row("CUDA", f"{device['name']}, {gigabytes(device['memory_bytes'])}")
-    if not facts["cuda"]:
-        table.add_row("CUDA", "none")
+        free = f"{gigabytes(device['free_bytes'])} free of {gigabytes(device['memory_bytes'])}"
+        table.add_row("CUDA", f"{device['name']}, {free}, compute capability {device['capability']}")
+    if facts["no_cuda"] is not None:
+        table.add_row("CUDA", Text(f"none: {facts['no_cuda']}"))
     built = facts["cpu_kernels"]
     table.add_row(
         "CPU kernels", f"{built['isa']}, {built['compiler']}" if built["available"] else Text(built["reason"])

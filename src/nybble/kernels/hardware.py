@@ -7,12 +7,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nybble.errors import first_line
+
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
 
 
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has bf16 products in hardware."""
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_multiplies_bf16()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return _cpu_multiplies_bf16()
+
+
+def why_no_gpu() -> str | None:
+    """None where PyTorch computes on a GPU, else what is in the way."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "this PyTorch is built for processors alone"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:  # no card, no driver, or one too old for this PyTorch
+        return first_line(error).rstrip(".")
+    return "PyTorch sees no GPU"
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
 from nybble.layers.weight_reads import weights_read
-from nybble.options.groups import NewAdapters
+
+if TYPE_CHECKING:
+    from nybble.options.groups import NewAdapters
 
 PATTERN_SIGNS = set("*?[]()|^$+\\{}")
 ATTENTION_PARENTS = ("attn", "attention")
@@ -222,7 +224,7 @@ def attach_adapters(
     return adapters
 
 
-def add_new_adapters(model: nn.Module, adapters: NewAdapters, seed: int) -> None:
+def add_new_adapters(model: nn.Module, adapters: "NewAdapters", seed: int) -> None:
     """`attach_adapters` as options say.
 
     Raises:

@@ -3,7 +3,7 @@
 import torch
 
 from nybble.errors import ConfigError
-from nybble.kernels.hardware import multiplies_bf16
+from nybble.kernels.hardware import multiplies_bf16, why_no_gpu
 from nybble.options.groups import ComputeOptions, MachineOptions
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -24,9 +24,9 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
+    if name == "cuda" and (why := why_no_gpu()) is not None:
         raise ConfigError(
-            "device is cuda, but torch sees no CUDA device.", "Allowed here: auto, cpu.", "Use --device cpu."
+            f"device is cuda, but there is no GPU: {why}.", "Allowed here: auto, cpu.", "Use --device cpu."
         )
     return torch.device(name)
 

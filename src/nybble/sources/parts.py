@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from math import prod
 
 from nybble.errors import ModelError
-from nybble.options.groups import DENSE_SHARE
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def without_numbers(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def check_dense_share(inventory: Inventory, name: str, most: float = DENSE_SHARE) -> None:
+def check_dense_share(inventory: Inventory, name: str, most: float) -> None:
     """Refuse to call a model four-bit that mostly is not.
 
     Raises:

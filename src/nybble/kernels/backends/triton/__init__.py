@@ -22,13 +22,14 @@ OLDEST = (8, 0)  # compute capability with bf16 arithmetic
 
 def why_unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "triton is not installed; PyTorch for CUDA brings it"
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device"
     if torch.version.hip is None and (capability := torch.cuda.get_device_capability()) < OLDEST:
-        return f"the card has compute capability {'.'.join(map(str, capability))}, 8.0 is the least"
+        found = ".".join(map(str, capability))
+        return f"the card has compute capability {found}, 8.0 is the least; models' own modules run"
     return None
 
 
