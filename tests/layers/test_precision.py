@@ -51,3 +51,14 @@ def test_a_card_that_only_imitates_bf16_computes_in_fp32(monkeypatch: pytest.Mon
     """One before Ampere, of which PyTorch says that it supports bf16."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert resolve_compute_dtype("auto", torch.device("cuda")) == torch.float32
+
+
+@pytest.mark.parametrize(("there", "name"), [("backends.mps", "mps"), ("xpu", "xpu")])
+def test_a_mac_and_an_intel_gpu_are_left_for_the_cpu_in_words(
+    monkeypatch: pytest.MonkeyPatch, there: str, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(f"torch.{there}.is_available", lambda: True)
+    assert set_up(MachineOptions())[0] == CPU
+    with pytest.raises(ConfigError, match=rf"GPU is .*\({name}\), on which nybble does not compute"):
+        set_up(MachineOptions(device="cuda"))

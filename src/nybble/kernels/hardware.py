@@ -20,9 +20,15 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def why_no_gpu() -> str | None:
-    """None where PyTorch computes on a GPU, else what is in the way."""
+    """None where PyTorch computes on a GPU of NVIDIA or AMD, else what is in the way; another GPU is named."""
     if torch.cuda.is_available():
         return None
+    for other, there in (
+        ("Apple's (mps)", torch.backends.mps.is_available()),
+        ("Intel's (xpu)", torch.xpu.is_available()),
+    ):
+        if there:
+            return f"this machine's GPU is {other}, on which nybble does not compute"
     if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch is built for processors alone"
     try:

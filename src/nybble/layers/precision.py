@@ -17,7 +17,8 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu" or "cuda".
+    """The torch device for "auto", "cpu" or "cuda", which on AMD's cards is ROCm. auto is the CPU where there is no
+    such card, beside Apple's and Intel's GPUs too.
 
     Raises:
         ConfigError: cuda was asked for and there is none.
