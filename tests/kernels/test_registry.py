@@ -155,6 +155,15 @@ def test_plain_bodies_alone_carry_blocks_on_the_cpu_only(backends: None) -> None
     assert "scale on cuda (for_cuda: has no body" in str(registry.runs(("reference_only", "scale"), "cuda"))
 
 
+def test_of_a_device_elsewhere_only_the_bodies_count(backends: None) -> None:
+    registry.register_backend("for_cuda", devices=("cuda",), probe=lambda: "no card")
+    registry.register("reference_only", "for_cuda")(lambda x: "for_cuda")
+    registry.PREFERENCE["cuda"] = ("for_cuda", "reference")
+    assert "for_cuda: no card" in str(registry.runs(("reference_only",), "cuda"))
+    assert registry.runs(("reference_only",), "cuda", here=False) is None
+    assert "has no body" in str(registry.runs(("scale",), "cuda", here=False))
+
+
 def test_available_tells_why_not(backends: None) -> None:
     rows = {(row.op, row.backend): row for row in registry.available()}
     assert rows["scale", "reference"] == ("scale", "reference", "any", True, "")

@@ -145,15 +145,18 @@ def backend_of(op: str, device_type: str, backend: str | None = None, args: tupl
     )
 
 
-def runs(ops: Iterable[str], device_type: str) -> str | None:
+def runs(ops: Iterable[str], device_type: str, here: bool = True) -> str | None:
     """None where blocks made of these ops may replace a model's own modules on `device_type`, else the op and who of
     those asked for lacks it. What a body refuses at a call, the next one runs: that is no reason.
+
+    Args:
+        here: the device is this machine's; else nobody is asked whether it is available.
     """
     wanted = [
         name for name in _request() or _preference(device_type) if name != "reference" or device_type in PLAIN_BLOCKS
     ]
     for op in ops:
-        reasons = [_reason_against(op, name, device_type, None) for name in wanted]
+        reasons = [_reason_against(op, name, device_type, None, here) for name in wanted]
         if None not in reasons:
             against = "; ".join(f"{name}: {reason}" for name, reason in zip(wanted, reasons, strict=True))
             return f"{op} on {device_type} ({against or 'no backend is made for it'})"
@@ -188,7 +191,9 @@ def available() -> list[Row]:
     return rows
 
 
-def _reason_against(op: str, name: str, device_type: str, args: tuple[Any, ...] | None) -> str | None:
+def _reason_against(
+    op: str, name: str, device_type: str, args: tuple[Any, ...] | None, here: bool = True
+) -> str | None:
     """None when backend `name` runs `op` there, else why not. `args` None or empty: any arguments."""
     if name not in _backends:
         return "not part of this build"
@@ -198,7 +203,7 @@ def _reason_against(op: str, name: str, device_type: str, args: tuple[Any, ...] 
     devices = _backends[name].devices
     if devices is not None and device_type not in devices:
         return f"runs on {', '.join(devices)} only"
-    reason = _backends[name].probe()
+    reason = _backends[name].probe() if here else None
     if reason is None and args and registration.unsupported:
         return registration.unsupported(*args)
     return reason

@@ -217,7 +217,7 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def why_not_blocks(
-    model: "PreTrainedModel", *, packing: bool, dropout: bool, device: torch.device | None = None
+    model: "PreTrainedModel", *, packing: bool, dropout: bool, device: torch.device | None = None, here: bool = True
 ) -> Reason | None:
     """None when nybble's decoder blocks train this model, as far as it shows without computing, else the reason.
 
@@ -226,23 +226,28 @@ def why_not_blocks(
         packing: rows of a micro-batch lie side by side.
         dropout: something of the adapters' inputs is dropped.
         device: that trains; the model's own if not given.
+        here: it is this machine's.
     """
     if not packing:
         return Reason(Why.NOT_PACKED)
     if getattr(model.config.get_text_config(), "attention_dropout", 0):
         return Reason(Why.OPTION, "attention_dropout")
-    why = why_not_forward(model, device)
+    why = why_not_forward(model, device, here=here)
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
 
 def why_not_forward(
-    model: "PreTrainedModel", device: torch.device | None = None, ops: Callable[[Family], Sequence[str]] = block_ops
+    model: "PreTrainedModel",
+    device: torch.device | None = None,
+    ops: Callable[[Family], Sequence[str]] = block_ops,
+    here: bool = True,
 ) -> Reason | None:
     """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason.
 
     Args:
         device: that computes; the model's own if not given.
         ops: what it must have kernels for.
+        here: the device is this machine's.
     """
     config = model.config.get_text_config()
     family = FAMILIES.get(config.model_type)
@@ -257,7 +262,7 @@ def why_not_forward(
     other = _other_modules(model.base_model.layers, family)
     if other:
         return Reason(Why.MODULES, ", ".join(other))
-    missing = registry.runs(ops(family), (device or next(model.parameters()).device).type)
+    missing = registry.runs(ops(family), (device or next(model.parameters()).device).type, here)
     if missing is not None:
         return Reason(Why.KERNELS, missing)
     if not is_plain(model.get_output_embeddings()):
