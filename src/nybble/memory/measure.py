@@ -77,7 +77,8 @@ def _cached_files(stat: Path) -> int:
 
 
 class PeakMemory:
-    """Context manager that samples memory from a thread and keeps the peak, in bytes.
+    """Context manager that samples memory from a thread and keeps the peak, in bytes; of CUDA's allocator also that of
+    what it reserved, gaps included.
 
     Args:
         device: whose memory; CUDA's allocator keeps its own peak, so no thread is started there.
@@ -86,7 +87,7 @@ class PeakMemory:
 
     def __init__(self, device: torch.device, interval_s: float = 0.02):
         self.device, self.interval_s = device, interval_s
-        self.start_bytes = self.peak_bytes = 0
+        self.start_bytes = self.peak_bytes = self.reserved_bytes = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -106,6 +107,7 @@ class PeakMemory:
     def __exit__(self, *exc_info: object) -> None:
         if self._thread is None:
             self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+            self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
             return
         self._stop.set()
         self._thread.join()

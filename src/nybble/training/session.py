@@ -123,6 +123,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     report(TrainingEnded(result.steps, result.interrupted is not None, memory.peak_bytes))
     step_s = _median_step_s(run)
     measured = {"peak_bytes": memory.peak_bytes, "start_bytes": memory.start_bytes, "step_s": step_s}
+    measured |= {"reserved_bytes": memory.reserved_bytes} if has_own_memory(opened.device) else {}
     write_plan(run.plan, fit.plans, causal_lm.name, base.rounding, measured)
     _record(opened, examples)
     plan = fit.plan
