@@ -15,7 +15,7 @@ from nybble.formats.format import FORMATS
 
 PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
-LEAVES = ("openmp", "errors", "units", "events", "sizes")  # importable from everywhere; they import nothing of nybble
+LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards")  # import nothing of nybble; anyone may import them
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "families", "layers", "sources", "memory"),
     *("generation", "quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge"),
@@ -31,6 +31,7 @@ NAME_FORMATS = ("formats", "options", "kernels")
 WITHOUT_TORCH = (
     *("nybble.formats.format", "nybble.formats.quant_spec", "nybble.planning.costs", "nybble.planning.strategies"),
     *("nybble.planning.calibration_costs", "nybble.planning.machine_table", "nybble.planning.planner"),
+    "nybble.planning.cuda_costs",
     "nybble.families",
 )
 

@@ -49,7 +49,7 @@ def test_a_run_trains_in_a_thread_and_its_listener_hears_of_every_step(
 
 
 def test_a_plan_is_a_table_and_json_and_refuses_what_does_not_fit() -> None:
-    planned = nybble.plan(model="llama-3-8b", device="24GB-gpu", host_memory="16GB")
+    planned = nybble.plan(model="llama-3-8b", machine="rtx-4090", host_memory="16GB")
     assert planned.chosen is not None and planned.chosen not in planned.rejected
     assert planned.to_json()["chosen"]["peak_bytes"] == planned.chosen.peak_bytes
     text = str(planned)

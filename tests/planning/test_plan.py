@@ -92,7 +92,8 @@ def test_what_would_fit_from_a_four_bit_folder_names_the_command_that_makes_one(
     folder = tmp_path / "Llama 3 70B"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 28672}))
-    options = {"model": str(folder), "device": "24GB-gpu", "host_memory": "64GB", "rows_per_step": 1, "block_size": 128}
+    options = {"model": str(folder), "machine": "rtx-4090", "host_memory": "64GB"}
+    options |= {"rows_per_step": 1, "block_size": 128}
     made, asked, unconstrained = plans(**options)
     assert made.chosen is None
     way = f"nybble quantize --model '{folder}' --out 'Llama 3 70B-nf4' --block-size 128, then --model 'Llama 3 70B-nf4'"

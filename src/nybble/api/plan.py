@@ -73,11 +73,11 @@ def plan(*, on_event: Listener = silent, **options: Any) -> PlanResult:
         NybbleError: an option is wrong, or the model's config cannot be found or understood.
 
     Example:
-        >>> planned = nybble.plan(model="llama-3-8b", device="24GB-gpu", host_memory="16GB")
+        >>> planned = nybble.plan(model="llama-3-8b", machine="rtx-4090", host_memory="16GB")
         >>> planned.chosen.peak_bytes < 24e9
         True
         >>> print(planned)                      # doctest: +ELLIPSIS
-        24GB-gpu, ... to plan for
+        rtx-4090, ... to plan for; predicted; never run on such a card
         strategy ...
     """
     config = build_options(PlanConfig, as_options(options))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
+from nybble.cards import CARDS
 from nybble.errors import ConfigError
 from nybble.options.option import (
     BlockSize,
@@ -25,6 +26,7 @@ from nybble.options.option import (
     Seed,
     Sources,
     knob,
+    nearest,
     split_names,
 )
 
@@ -398,7 +400,11 @@ class ComputeOptions(Options, group="Machine"):
 
 
 class MachineOptions(ComputeOptions):
-    device: Literal["auto", "cpu", "cuda"] = knob("auto", "Where to compute. auto: CUDA where there is one, else CPU.")
+    device: Literal["auto", "cpu", "cuda"] = knob(
+        "auto",
+        "Where to compute. auto: CUDA where there is one, else CPU. cuda is ROCm on AMD's cards; Apple's and Intel's "
+        "GPUs are not used.",
+    )
 
 
 class RunOptions(Options, group="Run"):
@@ -415,11 +421,35 @@ class RunOptions(Options, group="Run"):
 class PlannedMachine(Options, group="Machine"):
     """The machine a plan is made for, which need not be this one."""
 
-    device: Literal["auto", "cpu", "cuda", "12GB-gpu", "16GB-gpu", "24GB-gpu", "48GB-gpu", "80GB-gpu"] = knob(
-        "auto", "Where to compute: auto, cpu and cuda are this machine's; the others are looked up in a table."
+    machine: Name | None = knob(
+        None, f"Card to plan for, which need not be here: {', '.join(CARDS)}. This machine if not given."
+    )
+    device: Literal["auto", "cpu", "cuda"] = knob(
+        "auto", "Where to compute on this machine; --machine plans for a card that is not here."
     )
     host_memory: Bytes | None = knob(None, "Memory beside a GPU, such as 16GB; this machine's if not given.")
     compute_dtype: ComputeType = knob("auto", "Type of activations and products.")
+
+    @field_validator("machine")
+    @classmethod
+    def _machine_is_known(cls, name: str | None) -> str | None:
+        if name is None or name in CARDS:
+            return name
+        raise ConfigError(
+            f"machine is {name!r}. Did you mean {nearest(name, {card: card for card in CARDS})!r}?",
+            f"Allowed: {', '.join(CARDS)}.",
+            "For another card: take one of its kind, and say its --memory. Leave it out to plan for this machine.",
+        )
+
+    @model_validator(mode="after")
+    def _one_machine(self) -> Self:
+        if self.machine is not None and self.device != "auto":
+            raise ConfigError(
+                f"machine is {self.machine}, and device is {self.device}.",
+                "--device is of this machine, --machine of one that need not be here.",
+                "Leave out one of them.",
+            )
+        return self
 
 
 class ComparisonOptions(Options, group="Comparison"):

@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.planning import cuda_costs
 from nybble.sizes import RANK_MULTIPLE, ShapeRules
 from nybble.sources.parts import BlockParts, Inventory
 
@@ -247,6 +248,8 @@ class Part(StrEnum):
     EVALUATION = "an evaluation"
     PRODUCTS = "compiled products"
     GAPS = "gaps in the heap"
+    WORKSPACE = "workspace of the libraries"
+    RESERVED = "reserved beside what is used"
     MARGIN = "margin"
 
 
@@ -326,7 +329,8 @@ def kept_bytes(run: RunShape) -> int:
     else:
         per_token = c * (2 * h + run.model.normed_width + 2 * q + 2 * kv + 2 * f + low_rank_columns(run))
         per_token += LSE_BYTES * (run.model.num_heads + 2 + run.model.normed_rows)
-    return run.batches.tokens * per_token
+    kept = run.batches.tokens * per_token
+    return kept if run.on_cpu else kept + cuda_costs.kept_rounding_bytes(run, kept)
 
 
 def low_rank_columns(run: RunShape) -> int:
@@ -390,9 +394,12 @@ def module_bytes(run: RunShape) -> int:
 
 
 def attention_scratch(run: RunShape) -> int:
-    """What the backward kernel of attention takes while it runs, for one thread: the keys and values of a document in
-    three layouts and their gradients in fp32; and the fp32 partial sums of tasks that share a document and a head.
+    """What the backward kernel of attention takes while it runs. On a CPU, for one thread: the keys and values of a
+    document in three layouts and their gradients in fp32; and the fp32 partial sums of tasks that share a document and
+    a head.
     """
+    if not run.on_cpu:
+        return cuda_costs.flash_scratch(run)
     batches = run.batches
     width = -(-run.model.query_width // run.model.num_heads // 16) * 16
     kv_heads = run.model.key_value_width * run.model.num_heads // run.model.query_width
@@ -541,6 +548,8 @@ def predict(run: RunShape) -> dict[Part, int]:
     parts = always | highest
     parts[Part.PRODUCTS] = compiled_bytes(run)
     parts[Part.GAPS] = _gaps(run, highest) if run.on_cpu else 0
+    parts[Part.WORKSPACE] = 0 if run.on_cpu else cuda_costs.WORKSPACE_BYTES
+    parts[Part.RESERVED] = 0 if run.on_cpu else cuda_costs.allocator_bytes(run)
     parts[Part.MARGIN] = max(LEAST_MARGIN, int(MARGIN * sum(parts.values()))) if run.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 
@@ -575,14 +584,18 @@ class Work:
     """What a micro-batch has to compute and move.
 
     Args:
-        flops: of the matrix products, attention included.
+        flops: of the matrix products, attention aside.
+        attention: of its forward passes, and of its backward.
         weight_bytes: dense weights written by dequantisation, over all passes.
+        moved_bytes: read and written by that and by all kernels that compute little; counted on GPUs alone.
         read_bytes: of the streamed base and ends.
         block_passes: how often a block is entered, forward or backward.
     """
 
     flops: float
+    attention: tuple[float, float]
     weight_bytes: int
+    moved_bytes: int
     read_bytes: int
     block_passes: int
 
@@ -597,11 +610,10 @@ def work_of(run: RunShape) -> Work:
     # The share of blocks that compute something again.
     share = 0.0 if run.keep == "everything" else (layers - run.whole_blocks) / max(1, layers)
     again = share * (forward - 2.0 * tokens * run.model.last_products)
-    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width
-    attention_passes = 3.5 + (share if run.keep == "nothing" else 0)  # forward 1, backward 2.5
+    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
+    attention_passes = 1 + (share if run.keep == "nothing" else 0)
     adapters = 6.0 * tokens * run.adapter_parameters * (1 + share / 3)
     weights = forward * (3 if run.full else 2) + again
-    blocks = weights + adapters + layers * attention * attention_passes
     head = 4.0 * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
     passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
     dense = 0 if run.spec is None else int(run.compute_bytes * run.model.parts.linear_elements * passes)
@@ -609,4 +621,7 @@ def work_of(run: RunShape) -> Work:
     if run.stream_ends:
         chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))
         read += 2 * chunks * DENSE_BYTES * run.model.vocab_size * run.model.hidden_size
-    return Work(blocks + head, dense, read, 2 * layers)
+    stored = 0 if run.spec is None else int(passes * base_bytes(run.model, run.spec, run.average_bits))
+    moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, share)
+    products = weights + adapters + head
+    return Work(products, (attention_passes * attention, 2.5 * attention), dense, moved, read, 2 * layers)

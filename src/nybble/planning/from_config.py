@@ -17,7 +17,7 @@ from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.verbs import PlanConfig
 from nybble.planning.costs import MicroBatches
 from nybble.planning.machine import this_machine_later
-from nybble.planning.machine_table import GPUS, Machine, named_machine
+from nybble.planning.machine_table import Machine, named_machine
 from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
 from nybble.planning.planner import Plans, make_plans
 from nybble.planning.request import requests
@@ -102,9 +102,9 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
 
 def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torch.dtype]:
     """The machine, and what a run there computes in."""
-    if options.device in GPUS:
+    if options.machine is not None:
         dtype = torch.float32 if options.compute_dtype == "fp32" else torch.bfloat16
-        return named_machine(options.device, memory, options.host_memory), dtype
+        return named_machine(options.machine, memory, options.host_memory), dtype
     device = resolve_device(options.device)
     dtype = resolve_compute_dtype(options.compute_dtype, device)
     return this_machine_later(device, dtype, memory, options.host_memory), dtype

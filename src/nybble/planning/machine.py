@@ -9,16 +9,18 @@ from pathlib import Path
 
 import torch
 
+from nybble.cards import OTHER_ATTENTION
 from nybble.kernels.heap import trim_heap
-from nybble.memory.measure import anonymous_bytes, available_bytes
-from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, LINK_BYTES_PER_S, Machine
+from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
+from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, Machine
 
 SAFE_SHARE = 0.8  # of the free memory that a run without a budget may take
 IMPORTED_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 PROBE_S = 0.1
-PROBE_ROWS, PROBE_WIDTH = 512, 1536
+PROBE_PRODUCT = {"cpu": (512, 1536), "cuda": (4096, 8192)}  # rows, and width of a square; long after it was called
+PROBE_COPY_BYTES = {"cpu": 2**24, "cuda": 2**30}  # more than caches hold
+LINK_COPY_BYTES = 2**26
 PIECE_BYTES, PIECES = 4_194_304, 16
-COPY_BYTES = 16_777_216
 
 
 def this_machine(
@@ -36,15 +38,31 @@ def this_machine(
         model_files: sampled for the disk's speed, in the state they are in: cached files are as fast as memory.
     """
     trim_heap()
+    on_gpu = has_own_memory(device)
+    process = context_bytes(device) if on_gpu else anonymous_bytes()
     free = available_bytes(device)
-    process = anonymous_bytes() if device.type == "cpu" else CUDA_CONTEXT_BYTES
-    total = free + (process if device.type == "cpu" else 0)
+    total = free + process
     budget = min(memory, total) if memory else process + int(SAFE_SHARE * free)
-    host = host_memory or (max(0, total - budget) if device.type == "cpu" else available_bytes(torch.device("cpu")))
+    host = host_memory or (available_bytes(torch.device("cpu")) if on_gpu else max(0, total - budget))
     flops, copy = _speeds(device, dtype, torch.get_num_threads())
-    link = copy if device.type == "cpu" else LINK_BYTES_PER_S
+    link = _link_speed(device) if on_gpu else copy
     disk = _read_speed(model_files) if model_files else copy
-    return Machine(f"this machine's {device.type}", device.type, budget, process, host, flops, copy, link, disk)
+    name = f"this machine's {device.type}"
+    machine = Machine(name, device.type, budget, process, host, flops, copy, link, disk)
+    if not on_gpu:
+        return machine
+    torch.cuda.empty_cache()  # what the probes were computed in
+    return replace(machine, attention=OTHER_ATTENTION)  # not measured: the slowest of those known
+
+
+def context_bytes(device: torch.device) -> int:
+    """What this process takes of a GPU beside its tensors, its libraries included: all that is taken. Where that is
+    more than twice what is usual, others are there too, and it is what is usual.
+    """
+    torch.ones(64, 64, device=device).mm(torch.ones(64, 64, device=device))  # makes the context, loads the library
+    free, total = torch.cuda.mem_get_info(device)
+    taken = total - free - torch.cuda.memory_reserved(device)
+    return taken if taken <= 2 * CUDA_CONTEXT_BYTES else CUDA_CONTEXT_BYTES
 
 
 def this_machine_later(
@@ -65,16 +83,27 @@ def _speeds(device: torch.device, dtype: torch.dtype, threads: int) -> tuple[flo
 
 
 def _product_speed(device: torch.device, dtype: torch.dtype) -> float:
-    a = torch.ones(PROBE_ROWS, PROBE_WIDTH, device=device, dtype=dtype)
-    b = torch.ones(PROBE_WIDTH, PROBE_WIDTH, device=device, dtype=dtype)
+    rows, width = PROBE_PRODUCT[device.type]
+    a = torch.ones(rows, width, device=device, dtype=dtype)
+    b = torch.ones(width, width, device=device, dtype=dtype)
     out = a @ b.T
-    return 2.0 * PROBE_ROWS * PROBE_WIDTH**2 / _seconds(lambda: torch.mm(a, b.T, out=out), device)
+    return 2.0 * rows * width**2 / _seconds(lambda: torch.mm(a, b.T, out=out), device)
 
 
 def _copy_speed(device: torch.device) -> float:
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
+    """Bytes a second, each counted once, of a copy that takes no more than half of the free memory."""
+    size = min(PROBE_COPY_BYTES[device.type], available_bytes(device) // 4)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return COPY_BYTES / _seconds(lambda: target.copy_(source), device)
+    return size / _seconds(lambda: target.copy_(source), device)
+
+
+@cache
+def _link_speed(device: torch.device) -> float:
+    """Bytes a second from pinned memory of the host to a GPU."""
+    source = torch.ones(LINK_COPY_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty(LINK_COPY_BYTES, dtype=torch.uint8, device=device)
+    return LINK_COPY_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device)
 
 
 def _seconds(action: Callable[[], object], device: torch.device) -> float:

@@ -1,8 +1,11 @@
-"""The machine a plan is made for, as plain numbers; and a small table of those that are not here."""
+"""The machine a plan is made for, as plain numbers: this one (planning/machine.py), or one with a card of CARDS."""
 
 from dataclasses import dataclass
 
-CUDA_CONTEXT_BYTES = 500_000_000
+from nybble.cards import CARDS
+
+CUDA_CONTEXT_BYTES = 500_000_000  # of a process on a GPU before its first tensor, libraries included; assumed
+NEVER_RUN = "predicted; never run on such a card"
 RUN_BYTES = 6_000_000  # modules, objects and threads that a run adds to its process after it was planned, measured
 
 
@@ -20,6 +23,8 @@ class Machine:
         ram_bytes_per_s: of a copy, each byte counted once.
         link_bytes_per_s: host to device; on a CPU as `ram_bytes_per_s`.
         disk_bytes_per_s: of large sequential reads.
+        attention: share of `flops` that attention's forward and backward kernels reach.
+        here: it is this one, and its speeds are measured.
     """
 
     name: str
@@ -31,6 +36,8 @@ class Machine:
     ram_bytes_per_s: float
     link_bytes_per_s: float
     disk_bytes_per_s: float
+    attention: tuple[float, float] = (1.0, 1.0)
+    here: bool = True
 
     @property
     def on_cpu(self) -> bool:
@@ -38,26 +45,33 @@ class Machine:
         return self.kind == "cpu"
 
     @property
+    def note(self) -> str:
+        """What users should know of its figures."""
+        return "" if self.here else NEVER_RUN
+
+    @property
     def begun_bytes(self) -> int:
         """What a run's process takes beside all that it holds for training."""
         return self.process_bytes + (RUN_BYTES if self.on_cpu else 0)
 
 
-# Assumed, not measured: about 60 % of the dense bf16 figure of a card of that memory, its memory at 80 % of its
-# bandwidth, PCIe 4 x16, an NVMe disk.
-GPUS = {
-    "12GB-gpu": (12e9, 30e12, 350e9),
-    "16GB-gpu": (16e9, 45e12, 450e9),
-    "24GB-gpu": (24e9, 80e12, 800e9),
-    "48GB-gpu": (48e9, 150e12, 750e9),
-    "80GB-gpu": (80e9, 400e12, 1600e9),
-}
-LINK_BYTES_PER_S, _DISK = 20e9, 2.5e9
+_DISK = 2.5e9  # an NVMe disk
 
 
 def named_machine(name: str, memory: int | None, host_memory: int | None) -> Machine:
-    """A machine of the table, with other sizes where they are given."""
-    total, flops, bandwidth = GPUS[name]
-    host = host_memory or 2 * int(total)
-    budget = memory or int(total)
-    return Machine(name, "cuda", budget, CUDA_CONTEXT_BYTES, host, flops, bandwidth, LINK_BYTES_PER_S, _DISK)
+    """A machine with one of CARDS, and with other sizes where they are given; its host has twice the card's memory."""
+    card = CARDS[name]
+    total = card.memory_gb * 10**9
+    return Machine(
+        name,
+        "cuda",
+        budget_bytes=memory or total,
+        process_bytes=CUDA_CONTEXT_BYTES,
+        host_bytes=host_memory or 2 * total,
+        flops=card.flops,
+        ram_bytes_per_s=card.ram_bytes_per_s,
+        link_bytes_per_s=card.link_bytes_per_s,
+        disk_bytes_per_s=_DISK,
+        attention=card.attention,
+        here=False,
+    )

@@ -1,7 +1,8 @@
 """What a run could do to fit: every strategy, micro-batch and choice of what blocks keep; the fastest that fits.
 
 Bytes come from `costs.predict`. Seconds are the products at the machine's speed, dequantisation and the optimizer at
-that of its memory, a constant for each block entered, and reading where it takes longer than what it hides behind.
+that of its memory, a constant for each block entered, and reading where it takes longer than what it hides behind. On a
+GPU also what other kernels move, and the constant, which its host spends beside it, counts only where it is longer.
 """
 
 from collections.abc import Iterable
@@ -13,19 +14,23 @@ from nybble.planning.costs import (
     MicroBatches,
     Part,
     RunShape,
+    Work,
     end_bytes,
     offloaded_bytes,
     predict,
+    resident_bytes,
     streamed_bytes,
     work_of,
 )
 from nybble.planning.machine_table import Machine
 from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy
+from nybble.sizes import PAGE_BUFFERS
 
 if TYPE_CHECKING:
     from nybble.layers.decoder_block import Keep
 
-BLOCK_S = {"cpu": 5e-3, "cuda": 2e-4}  # a block's small kernels and their calls, forward or backward
+# A block's small kernels and their calls, forward or backward; on a GPU the calls alone: some 20 of 25 us, assumed.
+BLOCK_S = {"cpu": 5e-3, "cuda": 5e-4}
 RECORDED = (
     *("strategy", "micro_batch_size", "keep", "resident_blocks"),
     *("stream_ends", "paged", "offloaded", "peak_bytes"),
@@ -219,9 +224,7 @@ def _plan(request: PlanRequest, machine: Machine, strategy: Strategy, size: int,
 def _step_seconds(run: RunShape, machine: Machine) -> float:
     """Seconds an optimizer step: every micro-batch as the largest, then the update."""
     work = work_of(run)
-    compute = work.flops / machine.flops + 2 * work.weight_bytes / machine.ram_bytes_per_s
-    compute += work.block_passes * BLOCK_S[machine.kind]
-    compute += 2 * offloaded_bytes(run) / machine.link_bytes_per_s
+    compute = _compute_seconds(work, machine) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
     trained = run.model.parameters if run.full else run.adapter_parameters
     paging = 0 if run.page_bytes is None else 16 * trained / machine.link_bytes_per_s
     update = 28 * trained / machine.ram_bytes_per_s + paging
@@ -230,6 +233,16 @@ def _step_seconds(run: RunShape, machine: Machine) -> float:
         speed = machine.link_bytes_per_s if run.from_ram else machine.disk_bytes_per_s
         micro_batch = STREAMING_OVERHEAD * max(compute, work.read_bytes / speed)
     return run.micro_batches * micro_batch + update
+
+
+def _compute_seconds(work: Work, machine: Machine) -> float:
+    """Of a micro-batch: what is computed, and moved within the memory that it is computed in."""
+    attention = sum(flops / share for flops, share in zip(work.attention, machine.attention, strict=True))
+    products = (work.flops + attention) / machine.flops
+    calls = work.block_passes * BLOCK_S[machine.kind]
+    if machine.on_cpu:
+        return products + 2 * work.weight_bytes / machine.ram_bytes_per_s + calls
+    return max(products + work.moved_bytes / (2 * machine.ram_bytes_per_s), calls)
 
 
 def _too_large(run: RunShape, machine: Machine, peak_bytes: int) -> Reason | None:
@@ -243,10 +256,17 @@ def _too_large(run: RunShape, machine: Machine, peak_bytes: int) -> Reason | Non
 
 
 def _bytes_beside(run: RunShape) -> int:
-    """What a run needs of the host's memory: blocks and ends that are streamed from there, what a GPU offloads."""
-    offloaded = 0 if run.on_cpu else offloaded_bytes(run)
+    """What a run needs of the host's memory: blocks and ends that are streamed from there; what a GPU offloads, and the
+    pinned memory that its blocks from disk and its optimizer's pages pass through.
+    """
     ends = end_bytes(run.model) if run.stream_ends else 0
-    return offloaded + (streamed_bytes(run) + ends if run.from_ram else 0)
+    beside = streamed_bytes(run) + ends if run.from_ram else 0
+    if run.on_cpu:
+        return beside
+    from_disk = run.resident_blocks is not None and not run.from_ram
+    block = resident_bytes(run.model, run.spec, run.average_bits, run.compute_bytes, 1) if from_disk else 0
+    page = (run.page_bytes or 0) // PAGE_BUFFERS
+    return beside + offloaded_bytes(run) + block + page
 
 
 def require(plans: Plans, request: PlanRequest, unconstrained: PlanRequest | None) -> Plan:

@@ -57,7 +57,9 @@ def describe_rejected(plans: Plans) -> list[str]:
 
 
 def describe_machine(plans: Plans) -> str:
-    return f"{plans.machine.name}, {format_bytes(plans.machine.budget_bytes)} to plan for"
+    machine = plans.machine
+    note = f"; {machine.note}" if machine.note else ""
+    return f"{machine.name}, {format_bytes(machine.budget_bytes)} to plan for{note}"
 
 
 def describe_plans(plans: Plans, request: PlanRequest) -> str:
@@ -109,8 +111,9 @@ def plans_json(plans: Plans, **about: Any) -> dict[str, Any]:
     chosen = None if plans.chosen is None else plans.chosen.to_json()
     if chosen is not None:
         chosen = about | chosen
+    machine = {"name": plans.machine.name, "budget_bytes": plans.machine.budget_bytes}
     return {
-        "machine": {"name": plans.machine.name, "budget_bytes": plans.machine.budget_bytes},
+        "machine": machine | ({"note": plans.machine.note} if plans.machine.note else {}),
         "chosen": chosen,
         "rejected": [plan.to_json(plans.reason(plan)) for plan in plans.rejected],
     }

@@ -135,7 +135,7 @@ def requests(
     adapters, weights, memory = options.adapters, options.weights, options.memory
     targets = resolve_targets(skeleton, adapters.target_modules)
     device, dropout = torch.device(machine.kind), adapters.dropout > 0
-    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device)
+    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device, here=machine.here)
     model = shape_of(skeleton, in_four_bits)
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
     run = RunShape(
