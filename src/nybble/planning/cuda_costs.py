@@ -83,7 +83,7 @@ def moved_bytes(run: "RunShape", again: float) -> int:
     h, q, kv, f = run.model.widths
     softmax = 5 * run.batches.supervised * run.model.vocab_size * c
     if run.path == "generic":
-        per_token = GENERIC_PASSES * (16 * h + c * (4 * h + 5 * q + 2 * kv + 4 * f))
+        per_token: float = GENERIC_PASSES * (16 * h + c * (4 * h + 5 * q + 2 * kv + 4 * f))
     else:
         small = 6 * h + 2 * (q + kv) + 3 * f
         small_backward = 12 * h + 2 * (q + kv) + 6 * f
