@@ -14,8 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from nybble.kernels.backends.triton.launch import INTERPRETED, MAX_WARPS, TILE, WARPS, tile_of
+from nybble.formats.format import FORMATS
+from nybble.kernels.backends.reference.calibration import REFITS
+from nybble.kernels.backends.triton import calibration as calibration_bodies
+from nybble.kernels.backends.triton.launch import INTERPRETED, MAX_WARPS, PER_WARP, TILE, WARPS, tile_of
 from nybble.kernels.backends.triton.loss import COLUMNS
+from nybble.kernels.ops.calibration import MAX_ROWS
 from nybble.kernels.ops.optimizer import ADAMW_BLOCK
 
 if INTERPRETED:
@@ -26,7 +30,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nybble.kernels.backends.triton.jit import four_bit, glu, loss, norm, optimizer, rope  # noqa: E402
+from nybble.kernels.backends.triton.jit import calibration, four_bit, glu, loss, norm, optimizer, rope  # noqa: E402
 
 REGISTERS = Path(__file__).with_name("triton_registers.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,7 +52,7 @@ class Kernel:
         function: decorated by `triton.jit`.
         arguments: name -> type: `*bf16` is a pointer, `i32` a number; with `:16` a multiple of 16, as those
             of whole tensors are. Triton compiles another kernel where they are not.
-        constants: name -> value; of `THREADS`, the threads of a program.
+        constants: name -> value; of `THREADS` and `WARP`, the threads of a program and of a warp.
         exact: results are the reference's to the bit.
     """
 
@@ -59,7 +63,7 @@ class Kernel:
     num_warps: int = WARPS
 
 
-THREADS = "threads"
+THREADS, WARP = "threads", "warp"
 
 
 def dequantize(dtype: str = "bf16", per_word: int = 8, **constants: Any) -> Kernel:
@@ -67,6 +71,45 @@ def dequantize(dtype: str = "bf16", per_word: int = 8, **constants: Any) -> Kern
     arguments = {"packed": "*u8:16", "scales": "*u8:16", **tables, "out": f"*{dtype}:16", "numel": "i32:16"}
     default = {"BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64, "WORDS": THREADS}
     return Kernel(four_bit.dequantize_kernel, arguments, default | {"PER_WORD": per_word} | constants, exact=True)
+
+
+def quantize(format: str, block_size: int = 64, dtype: str = "bf16") -> Kernel:
+    entry = FORMATS[format]
+    constants = {"BITS": entry.bits, "SIGNED": entry.signed, "ZERO_POINTS": entry.zero_points}
+    return blocks(four_bit.quantize_kernel, block_size, {"weight": f"*{dtype}:16"}, **constants)
+
+
+def search(grid: bool, block_size: int = 64) -> Kernel:
+    constants = {"BITS": 4, "GRID": grid, "REFITS": REFITS}
+    types = dict.fromkeys(("period", "num_starts"), "i32")
+    return blocks(calibration.search_scales_kernel, block_size, types, calibration_bodies.PER_WARP, **constants)
+
+
+def blocks(function: Any, block_size: int, types: dict[str, str], per_warp: int = PER_WARP, **constants: Any) -> Kernel:
+    """A kernel that `launch_tiles` starts on blocks."""
+    tile_rows, columns, num_warps = tile_of(block_size, True, per_warp)
+    constants |= {"ROWS": tile_rows, "COLUMNS": columns}
+    types = {"rows": "i32", **dict.fromkeys(("numel", "width"), "i32:16")} | types
+    types |= dict.fromkeys(("order", "packed", "zero_points", "codes_out", "indices_out"), "*u8:16")
+    arguments = {name: types.get(name, "*fp32:16") for name in function.arg_names if name not in constants}
+    return Kernel(function, arguments, constants, num_warps=num_warps)
+
+
+def gemv(dtype: str = "bf16", rows: int = 1, per_word: int = 8, **constants: Any) -> Kernel:
+    types = {"x": f"*{dtype}:16", "y": f"*{dtype}:16", "packed": "*u8:16", "scales": "*u8:16"}
+    types |= {"levels": "*fp32:16", "dynamic_map": "*fp32:16"}
+    types |= {"rows": "i32", "out_features": "i32", "in_features": "i32:16"}
+    default = {"BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64}
+    default |= {"PER_WORD": per_word, "ROWS": rows, "OUTPUTS": WARPS, "WORDS": WARP}
+    return Kernel(four_bit.gemv_kernel, types, default | constants)
+
+
+def assign() -> Kernel:
+    types = dict.fromkeys(("order", "indices_out"), "*u8:16") | {"rows": "i32", "columns": "i32:16"}
+    constants = {"BITS": 4, "ROWS": MAX_ROWS, "COLUMNS": calibration_bodies.COLUMNS}
+    function = calibration.assign_columns_kernel
+    arguments = {name: types.get(name, "*fp32:16") for name in function.arg_names if name not in constants}
+    return Kernel(function, arguments, constants, num_warps=1)
 
 
 def rows(
@@ -105,6 +148,20 @@ KERNELS = {
     "dequantize int4_asym": dequantize(ZERO_POINTS=True),
     "dequantize nf3": dequantize(BITS=3),
     "dequantize nf2": dequantize(BITS=2),
+    **{f"quantize {format}": quantize(format) for format in FORMATS if format != "int4"},
+    "quantize nf4, blocks of 4096": quantize("nf4", 4096, "fp32"),
+    "quantize nf3, blocks of 4096": quantize("nf3", 4096),
+    "gemv nf4": gemv(),
+    "gemv nf4, 8 rows": gemv(rows=8),
+    "gemv nf4, 8 rows, fp32": gemv("fp32", 8, DOUBLE_QUANT=False),
+    "gemv nf4, bytes": gemv(per_word=2),
+    "gemv int4_asym": gemv(ZERO_POINTS=True),
+    "gemv nf3": gemv(BITS=3),
+    "gemv nf2": gemv(BITS=2),
+    "search_scales": search(grid=False),
+    "search_scales, grid": search(grid=True),
+    "search_scales, blocks of 4096": search(grid=True, block_size=4096),
+    "assign_columns": assign(),
     "rms_norm": rows(norm.rms_norm_kernel, 4096, whole_rows=True),
     "rms_norm, widest": rows(norm.rms_norm_kernel, 16384, "fp32", whole_rows=True),
     "rms_norm_backward": rows(norm.rms_norm_backward_kernel, 4096, whole_rows=True, ACCUMULATE=True),
@@ -133,8 +190,8 @@ class Compiled(NamedTuple):
 
 
 def compiled(kernel: Kernel, target: GPUTarget, folder: Path) -> Compiled:
-    threads = kernel.num_warps * target.warp_size
-    constants = {name: threads if value is THREADS else value for name, value in kernel.constants.items()}
+    threads = {THREADS: kernel.num_warps * target.warp_size, WARP: target.warp_size}
+    constants = {name: threads.get(value, value) for name, value in kernel.constants.items()}
     assert {*kernel.arguments, *constants} == {*kernel.function.arg_names}
     types = {name: kernel.arguments.get(name, "constexpr").split(":") for name in kernel.function.arg_names}
     signature = {name: type for name, (type, *_) in types.items()}
