@@ -8,7 +8,7 @@ rewrites the file.
 import json
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,7 @@ class Kernel:
             of whole tensors are. Triton compiles another kernel where they are not.
         constants: name -> value; of `THREADS` and `WARP`, the threads of a program and of a warp.
         exact: results are the reference's to the bit.
+        stack: bytes of it that may be used on the targets that are not in DEFAULT.
     """
 
     function: Any
@@ -61,6 +62,7 @@ class Kernel:
     constants: dict[str, Any]
     exact: bool = False
     num_warps: int = WARPS
+    stack: int = 0
 
 
 THREADS, WARP = "threads", "warp"
@@ -68,8 +70,9 @@ THREADS, WARP = "threads", "warp"
 
 def dequantize(dtype: str = "bf16", per_word: int = 8, **constants: Any) -> Kernel:
     tables = {"levels": "*fp32:16", "dynamic_map": "*fp32:16"}
-    arguments = {"packed": "*u8:16", "scales": "*u8:16", **tables, "out": f"*{dtype}:16", "numel": "i32:16"}
-    default = {"BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64, "WORDS": THREADS}
+    arguments = {"packed": "*u8:16", "scales": "*u8:16", **tables, "out": f"*{dtype}:16"}
+    arguments |= dict.fromkeys(("numel", "columns", "gap"), "i32:16")
+    default = {"GAPS": None, "BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64, "WORDS": THREADS}
     return Kernel(four_bit.dequantize_kernel, arguments, default | {"PER_WORD": per_word} | constants, exact=True)
 
 
@@ -79,10 +82,11 @@ def quantize(format: str, block_size: int = 64, dtype: str = "bf16") -> Kernel:
     return blocks(four_bit.quantize_kernel, block_size, {"weight": f"*{dtype}:16"}, **constants)
 
 
-def search(grid: bool, block_size: int = 64) -> Kernel:
-    constants = {"BITS": 4, "GRID": grid, "REFITS": REFITS}
+def search(block_size: int = 64) -> Kernel:
+    constants = {"BITS": 4, "GRID": True, "REFITS": REFITS}
     types = dict.fromkeys(("period", "num_starts"), "i32")
-    return blocks(calibration.search_scales_kernel, block_size, types, calibration_bodies.PER_WARP, **constants)
+    kernel = blocks(calibration.search_scales_kernel, block_size, types, calibration_bodies.PER_WARP, **constants)
+    return replace(kernel, stack=0 if block_size > 64 else 16)  # sm_120 16, sm_86 and sm_89 8
 
 
 def blocks(function: Any, block_size: int, types: dict[str, str], per_warp: int = PER_WARP, **constants: Any) -> Kernel:
@@ -146,9 +150,10 @@ KERNELS = {
     "dequantize nf4, bytes": dequantize(per_word=2),
     "dequantize nf4, scales in fp32": dequantize(DOUBLE_QUANT=False),
     "dequantize int4_asym": dequantize(ZERO_POINTS=True),
+    "dequantize nf4, wide rows": dequantize(GAPS="words"),
     "dequantize nf3": dequantize(BITS=3),
     "dequantize nf2": dequantize(BITS=2),
-    **{f"quantize {format}": quantize(format) for format in FORMATS if format != "int4"},
+    **{f"quantize {format}": quantize(format) for format in ("nf4", "int4_asym", "nf3", "nf2")},
     "quantize nf4, blocks of 4096": quantize("nf4", 4096, "fp32"),
     "quantize nf3, blocks of 4096": quantize("nf3", 4096),
     "gemv nf4": gemv(),
@@ -158,9 +163,8 @@ KERNELS = {
     "gemv int4_asym": gemv(ZERO_POINTS=True),
     "gemv nf3": gemv(BITS=3),
     "gemv nf2": gemv(BITS=2),
-    "search_scales": search(grid=False),
-    "search_scales, grid": search(grid=True),
-    "search_scales, blocks of 4096": search(grid=True, block_size=4096),
+    "search_scales": search(),
+    "search_scales, blocks of 4096": search(4096),
     "assign_columns": assign(),
     "rms_norm": rows(norm.rms_norm_kernel, 4096, whole_rows=True),
     "rms_norm, widest": rows(norm.rms_norm_kernel, 16384, "fp32", whole_rows=True),
@@ -242,7 +246,7 @@ def recorded() -> dict[str, dict[str, int]]:
 )
 def test_a_compiled_kernel(target: str, name: str, recorded: dict[str, dict[str, int]], tmp_path: Path) -> None:
     got = compiled(KERNELS[name], TARGETS[target], tmp_path)
-    assert got.spills == 0
+    assert got.spills <= (0 if target in DEFAULT else KERNELS[name].stack)
     assert not (KERNELS[name].exact and got.fused), got.fused
     assert got.registers == recorded[name][target], (
         "if this is meant, run: python tests/kernels/test_triton_compiled.py"

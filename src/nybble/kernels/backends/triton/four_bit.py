@@ -15,7 +15,7 @@ from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import join_scales
 from nybble.kernels import registry
 from nybble.kernels.backends.triton.launch import THREADS, WARPS, launch, launch_tiles, power_of_two, too_many
-from nybble.kernels.ops.four_bit import allocating
+from nybble.kernels.ops.four_bit import allocating, write_beside
 
 MAX_GEMV_ROWS = 8  # a thread holds a sum for each
 
@@ -52,17 +52,42 @@ def dequantize_4bit_out(
     block_size: int,
     double_quant: bool,
     out: Tensor,
+    gap: int = 0,
 ) -> None:
+    """With `gap`, so many elements lie between the rows that out begins with."""
     from nybble.kernels.backends.triton.jit.four_bit import dequantize_kernel
 
-    entry, numel = FORMATS[format], out.numel()
+    entry, numel, columns = FORMATS[format], prod(shape), shape[-1]
     per_word = _per_word(packed, entry.bits)
     launch(
         dequantize_kernel, -(-numel // (THREADS * per_word)),
-        packed, scales, codebook(format, packed.device), dynamic_map(packed.device), out, numel,
+        packed, scales, codebook(format, packed.device), dynamic_map(packed.device), out, numel, columns, gap,
         BITS=entry.bits, ZERO_POINTS=entry.zero_points, DOUBLE_QUANT=double_quant,
         BLOCK_SIZE=block_size, PER_WORD=per_word, WORDS=THREADS,
+        GAPS=None if not gap else "elements" if columns % per_word else "words",
     )  # fmt: skip
+
+
+@registry.register("augmented_weight_", "triton", lambda *arguments: too_many(_spanned(arguments[-1])))
+def augmented_weight_(
+    packed: Tensor,
+    scales: Tensor,
+    shape: Sequence[int],
+    format: str,
+    block_size: int,
+    double_quant: bool,
+    b: Tensor | None,
+    scaling: float,
+    first: int,
+    out: Tensor,
+) -> None:
+    columns = shape[1]
+    dequantize_4bit_out(packed, scales, shape, format, block_size, double_quant, out, out.stride(0) - columns)
+    write_beside(out[:, columns:], b, scaling, first)
+
+
+def _spanned(rows: Tensor) -> int:
+    return rows.shape[0] * rows.stride(0)
 
 
 dequantize_4bit = registry.register("dequantize_4bit", "triton", _too_large)(allocating(dequantize_4bit_out))

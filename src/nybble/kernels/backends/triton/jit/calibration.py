@@ -21,9 +21,10 @@ def search_scales_kernel(
     block_step = tl.load(step + block, mask=block < rows, other=0.0) if GRID else 0.0
     shift = tl.load(offset) if GRID else 0.0
     least_scale = tl.cast(MIN_SCALE, tl.float32)
+    step_inverse = tl.div_rn(1.0, tl.maximum(block_step, least_scale)) if GRID else 0.0
     largest = tl.max(tl.abs(w), 1, keep_dims=True)
 
-    best, code = _on_grid(largest, block_step, shift, dynamic_map, dynamic_midpoints, GRID)
+    best, code = _on_grid(largest, block_step, step_inverse, shift, dynamic_map, dynamic_midpoints, GRID)
     least = _error(w, h, best, levels, midpoints, order, BITS)
     for number in range(num_starts):
         scale = tl.load(starts + number) * largest
@@ -33,7 +34,7 @@ def search_scales_kernel(
             product = tl.sum(h * w * level, 1, keep_dims=True)
             refitted = tl.where(square > 0, tl.div_rn(product, tl.where(square > 0, square, 1.0)), 0.0)
             scale = tl.where(tl.abs(scale) > least_scale, refitted, scale)
-        rounded, rounded_code = _on_grid(scale, block_step, shift, dynamic_map, dynamic_midpoints, GRID)
+        rounded, rounded_code = _on_grid(scale, block_step, step_inverse, shift, dynamic_map, dynamic_midpoints, GRID)
         error = _error(w, h, rounded, levels, midpoints, order, BITS)
         better = (error < least) & (tl.abs(scale) > least_scale)
         least = tl.where(better, error, least)
@@ -80,11 +81,10 @@ def _nearest(w, inverse, midpoints, order, BITS: tl.constexpr):
 
 
 @triton.jit
-def _on_grid(scale, step, offset, dynamic_map, dynamic_midpoints, GRID: tl.constexpr):
+def _on_grid(scale, step, step_inverse, offset, dynamic_map, dynamic_midpoints, GRID: tl.constexpr):
     """The nearest value of each block's grid and its code; the scale itself and zeros where there is no grid."""
     if GRID:
-        inverse = tl.div_rn(1.0, tl.maximum(step, tl.cast(MIN_SCALE, tl.float32)))
-        code = bucket((scale - offset) * inverse, dynamic_midpoints, 8)
+        code = bucket((scale - offset) * step_inverse, dynamic_midpoints, 8)
         return tl.load(dynamic_map + code) * step + offset, code
     else:
         return scale, tl.zeros(scale.shape, tl.int32)

@@ -15,15 +15,17 @@ NEAREST = tl.constexpr(12582912.0)  # 1.5 * 2 ** 23: added and taken away, it ro
 
 @triton.jit
 def dequantize_kernel(
-    packed, scales, levels, dynamic_map, out, numel,
+    packed, scales, levels, dynamic_map, out, numel, columns, gap,
     BITS: tl.constexpr, ZERO_POINTS: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, PER_WORD: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, PER_WORD: tl.constexpr, WORDS: tl.constexpr, GAPS: tl.constexpr,
 ):  # fmt: skip
     """out (numel) of any floating type; `levels` fp32 [2 ** BITS], `dynamic_map` fp32 [256].
 
     Args:
         PER_WORD: elements, 8 or, where words are narrower, 4 or 2. `packed` is whole aligned words.
         WORDS: of a program.
+        GAPS: None, or what `gap` elements lie between of out's rows of `columns`: "words" or, where words straddle
+            rows, "elements".
     """
     first = (tl.program_id(0) * WORDS + tl.arange(0, WORDS)) * PER_WORD  # (W), a word's first element
     inside = first < numel
@@ -33,7 +35,12 @@ def dequantize_kernel(
     if ZERO_POINTS:
         value -= zero_point(scales, first, inside, numel, DOUBLE_QUANT, BLOCK_SIZE)[:, None]
     at = first[:, None] + lane[None, :]
-    tl.store(out + at, rounded(value * scale[:, None], out.dtype.element_ty), mask=at < numel)
+    inside = at < numel
+    if GAPS == "words":
+        at += (first // columns * gap)[:, None]
+    if GAPS == "elements":
+        at += at // columns * gap
+    tl.store(out + at, rounded(value * scale[:, None], out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
