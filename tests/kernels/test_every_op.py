@@ -124,7 +124,8 @@ def specs() -> Iterator[QuantSpec]:
 
 def gemv(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for spec in specs():
-        yield normal(3, 33, seed=1, dtype=dtype), *packed(7, 33, spec=spec)
+        for rows, width in ((3, 33), (2, 72)):  # rows that begin within a byte; in words
+            yield normal(rows, width, seed=1, dtype=dtype), *packed(7, width, spec=spec)
 
 
 def quantize_4bit(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -414,8 +415,9 @@ def test_outputs_that_are_inputs_get_the_same_bits(body: Body) -> None:
     taken = [(dtype, arguments) for dtype, arguments in cases(body) if dtype != torch.float16]  # goes bf16's ways
     widest = {(dtype, *map(type, arguments)): arguments for dtype, arguments in taken}  # the last of each kind
     for arguments in widest.values():
-        returned, apart = call(body, arguments)
-        for aliases in in_place(body.op, arguments):
+        ways = list(in_place(body.op, arguments))
+        returned, apart = call(body, arguments) if ways else ([], [])
+        for aliases in ways:
             again, given = call(body, arguments, aliases)
             assert all(map(torch.equal, again, returned)), aliases
             for place in written(body.op):

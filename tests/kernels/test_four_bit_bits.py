@@ -50,7 +50,7 @@ def weights(shape, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(shape, generator=generator) * torch.rand(shape[:1] + (1,) * (len(shape) - 1), generator=generator)
     flat = w.view(-1)
-    if len(flat) > 4000:
+    if len(flat) > 3000:
         flat[64:192] = 0
         flat[192:256] = -0.0
         flat[256:320] *= 1e-40  # subnormal
@@ -69,9 +69,10 @@ def reference(shape, dtype, spec):
 
 
 def sizes(body):
-    """Block sizes with shapes: all pairs, or each block size once or twice."""
-    every = list(itertools.product(BLOCK_SIZES, SHAPES))
-    return every[::9] if body in INTERPRETED else every
+    """Block sizes with shapes: all pairs, or each block size once or twice and not with the largest shape."""
+    if body in INTERPRETED:
+        return list(itertools.product(BLOCK_SIZES, SHAPES[:-1]))[::8]
+    return list(itertools.product(BLOCK_SIZES, SHAPES))
 
 
 @quantises
@@ -79,7 +80,8 @@ def sizes(body):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_quantise_gives_the_references_bytes(body, format, double_quant, dtype):
-    for block_size, shape in sizes(body):
+    few = ((32, (48, 80)), (512, (3, 5, 77)))  # one program each
+    for block_size, shape in few if body in INTERPRETED else sizes(body):
         spec = QuantSpec(format, block_size, double_quant)
         expected = reference(shape, dtype, spec)
         got = quantize(weights(shape, dtype), spec)
@@ -146,10 +148,19 @@ def test_nothing_is_written_beyond_the_outputs(body):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [0, 63, 64, 99])
 def test_weights_that_are_not_finite_are_refused(body, format, bad, place):
+    if body in INTERPRETED and place in (0, 64):
+        pytest.skip("takes long, and is like the other places in a block")
     w = torch.randn(100)
     w[place] = bad
     with pytest.raises(FormatError, match="1 of 100 values are not finite"):
         quantize(w, QuantSpec(format))
+
+
+@quantises
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # NumPy, which interprets
+def test_a_spread_that_overflows_is_refused(body):
+    with pytest.raises(FormatError, match="spread of a block's values overflows"):
+        quantize(torch.tensor([3e38, -3e38]), QuantSpec("int4_asym"))
 
 
 @cpp

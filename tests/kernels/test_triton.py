@@ -11,10 +11,15 @@ from torch import Tensor
 
 from nybble.errors import KernelError
 from nybble.formats.codebooks import dynamic_midpoints
+from nybble.formats.format import FORMATS
+from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels import registry
 from nybble.kernels.backends import triton
-from nybble.kernels.backends.triton import loss, norm, optimizer
+from nybble.kernels.backends.triton import calibration, loss, norm, optimizer
+from nybble.kernels.backends.triton.four_bit import MAX_GEMV_ROWS
 from nybble.kernels.backends.triton.launch import INTERPRETED, TILE, too_many
+from nybble.kernels.ops.calibration import ScaleGrid, assign_columns, search_scales
+from nybble.kernels.ops.four_bit import dequantize, gemv_4bit, quantize
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.loss import cross_entropy_
 from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
@@ -145,6 +150,51 @@ def test_adamw_over_several_programs():
 
     for got, expected in by_both(step, *state):
         assert torch.allclose(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@interpreted
+@pytest.mark.parametrize("format", ["nf4", "int4_asym", "nf3"])
+def test_quantising_over_several_programs_gives_the_references_bytes(format):
+    results = []
+    for backend in ("triton", "reference"):
+        with registry.use(backend):
+            results.append(quantize(normal(101, 97, seed=0, dtype=torch.bfloat16), QuantSpec(format, 64)))
+    got, expected = results
+    assert torch.equal(got.packed, expected.packed) and torch.equal(got.scales, expected.scales)
+
+
+@interpreted
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_product_with_a_few_rows_over_several_programs(format):
+    """Word after word of a row, and outputs that do not fill the last program; more rows than sums in a thread."""
+    for rows, outputs, width in ((1, 3, 16384 + 8), (MAX_GEMV_ROWS, 65, 136), (MAX_GEMV_ROWS + 1, 3, 64)):
+        q = quantize(normal(outputs, width, seed=0), QuantSpec(format, 128))
+        x = normal(rows, width, seed=1)
+        with registry.use("triton"):
+            got = gemv_4bit(x, q)
+        exact = x.double() @ dequantize(q, torch.float32).double().T
+        assert (got - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@interpreted
+@pytest.mark.parametrize("format", ["nf4", "fp4", "nf2"])
+def test_columns_over_several_programs_are_the_references(format):
+    columns = calibration.COLUMNS + 7
+    arguments = normal(9, columns, seed=0), normal(columns, seed=1), normal(9, 9, seed=2) / 9
+    assert all(torch.equal(got, expected) for got, expected in by_both(assign_columns, *arguments, format))
+
+
+@interpreted
+def test_searched_scales_over_several_programs_are_the_references():
+    w = normal(TILE // 64 + 3, 67, seed=0)
+    w[:2] = 0
+    step = normal(-(-w.numel() // 64), seed=2).abs() + 1
+
+    def search(w, h, *grid):
+        return tuple(search_scales(w, "nf3", 64, [0.9, -1.1], h, ScaleGrid(*grid)))
+
+    for got, expected in by_both(search, w, normal(67, seed=1).abs(), step, torch.ones(1)):
+        assert torch.allclose(got.float(), expected.float(), rtol=1e-6, atol=0)
 
 
 # ---- arguments -----------------------------------------------------------------------------------

@@ -8,14 +8,18 @@ rewrites the file.
 import json
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
-from nybble.kernels.backends.triton.launch import INTERPRETED, MAX_WARPS, TILE, WARPS, tile_of
+from nybble.formats.format import FORMATS
+from nybble.kernels.backends.reference.calibration import REFITS
+from nybble.kernels.backends.triton import calibration as calibration_bodies
+from nybble.kernels.backends.triton.launch import INTERPRETED, MAX_WARPS, PER_WARP, TILE, WARPS, tile_of
 from nybble.kernels.backends.triton.loss import COLUMNS
+from nybble.kernels.ops.calibration import MAX_ROWS
 from nybble.kernels.ops.optimizer import ADAMW_BLOCK
 
 if INTERPRETED:
@@ -26,7 +30,7 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nybble.kernels.backends.triton.jit import four_bit, glu, loss, norm, optimizer, rope  # noqa: E402
+from nybble.kernels.backends.triton.jit import calibration, four_bit, glu, loss, norm, optimizer, rope  # noqa: E402
 
 REGISTERS = Path(__file__).with_name("triton_registers.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -48,8 +52,9 @@ class Kernel:
         function: decorated by `triton.jit`.
         arguments: name -> type: `*bf16` is a pointer, `i32` a number; with `:16` a multiple of 16, as those
             of whole tensors are. Triton compiles another kernel where they are not.
-        constants: name -> value; of `THREADS`, the threads of a program.
+        constants: name -> value; of `THREADS` and `WARP`, the threads of a program and of a warp.
         exact: results are the reference's to the bit.
+        stack: bytes of it that may be used on the targets that are not in DEFAULT.
     """
 
     function: Any
@@ -57,16 +62,58 @@ class Kernel:
     constants: dict[str, Any]
     exact: bool = False
     num_warps: int = WARPS
+    stack: int = 0
 
 
-THREADS = "threads"
+THREADS, WARP = "threads", "warp"
 
 
 def dequantize(dtype: str = "bf16", per_word: int = 8, **constants: Any) -> Kernel:
     tables = {"levels": "*fp32:16", "dynamic_map": "*fp32:16"}
-    arguments = {"packed": "*u8:16", "scales": "*u8:16", **tables, "out": f"*{dtype}:16", "numel": "i32:16"}
-    default = {"BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64, "WORDS": THREADS}
+    arguments = {"packed": "*u8:16", "scales": "*u8:16", **tables, "out": f"*{dtype}:16"}
+    arguments |= dict.fromkeys(("numel", "columns", "gap"), "i32:16")
+    default = {"GAPS": None, "BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64, "WORDS": THREADS}
     return Kernel(four_bit.dequantize_kernel, arguments, default | {"PER_WORD": per_word} | constants, exact=True)
+
+
+def quantize(format: str, block_size: int = 64, dtype: str = "bf16") -> Kernel:
+    entry = FORMATS[format]
+    constants = {"BITS": entry.bits, "SIGNED": entry.signed, "ZERO_POINTS": entry.zero_points}
+    return blocks(four_bit.quantize_kernel, block_size, {"weight": f"*{dtype}:16"}, **constants)
+
+
+def search(block_size: int = 64) -> Kernel:
+    constants = {"BITS": 4, "GRID": True, "REFITS": REFITS}
+    types = dict.fromkeys(("period", "num_starts"), "i32")
+    kernel = blocks(calibration.search_scales_kernel, block_size, types, calibration_bodies.PER_WARP, **constants)
+    return replace(kernel, stack=0 if block_size > 64 else 16)  # sm_120 16, sm_86 and sm_89 8
+
+
+def blocks(function: Any, block_size: int, types: dict[str, str], per_warp: int = PER_WARP, **constants: Any) -> Kernel:
+    """A kernel that `launch_tiles` starts on blocks."""
+    tile_rows, columns, num_warps = tile_of(block_size, True, per_warp)
+    constants |= {"ROWS": tile_rows, "COLUMNS": columns}
+    types = {"rows": "i32", **dict.fromkeys(("numel", "width"), "i32:16")} | types
+    types |= dict.fromkeys(("order", "packed", "zero_points", "codes_out", "indices_out"), "*u8:16")
+    arguments = {name: types.get(name, "*fp32:16") for name in function.arg_names if name not in constants}
+    return Kernel(function, arguments, constants, num_warps=num_warps)
+
+
+def gemv(dtype: str = "bf16", rows: int = 1, per_word: int = 8, **constants: Any) -> Kernel:
+    types = {"x": f"*{dtype}:16", "y": f"*{dtype}:16", "packed": "*u8:16", "scales": "*u8:16"}
+    types |= {"levels": "*fp32:16", "dynamic_map": "*fp32:16"}
+    types |= {"rows": "i32", "out_features": "i32", "in_features": "i32:16"}
+    default = {"BITS": 4, "ZERO_POINTS": False, "DOUBLE_QUANT": True, "BLOCK_SIZE": 64}
+    default |= {"PER_WORD": per_word, "ROWS": rows, "OUTPUTS": WARPS, "WORDS": WARP}
+    return Kernel(four_bit.gemv_kernel, types, default | constants)
+
+
+def assign() -> Kernel:
+    types = dict.fromkeys(("order", "indices_out"), "*u8:16") | {"rows": "i32", "columns": "i32:16"}
+    constants = {"BITS": 4, "ROWS": MAX_ROWS, "COLUMNS": calibration_bodies.COLUMNS}
+    function = calibration.assign_columns_kernel
+    arguments = {name: types.get(name, "*fp32:16") for name in function.arg_names if name not in constants}
+    return Kernel(function, arguments, constants, num_warps=1)
 
 
 def rows(
@@ -103,8 +150,22 @@ KERNELS = {
     "dequantize nf4, bytes": dequantize(per_word=2),
     "dequantize nf4, scales in fp32": dequantize(DOUBLE_QUANT=False),
     "dequantize int4_asym": dequantize(ZERO_POINTS=True),
+    "dequantize nf4, wide rows": dequantize(GAPS="words"),
     "dequantize nf3": dequantize(BITS=3),
     "dequantize nf2": dequantize(BITS=2),
+    **{f"quantize {format}": quantize(format) for format in ("nf4", "int4_asym", "nf3", "nf2")},
+    "quantize nf4, blocks of 4096": quantize("nf4", 4096, "fp32"),
+    "quantize nf3, blocks of 4096": quantize("nf3", 4096),
+    "gemv nf4": gemv(),
+    "gemv nf4, 8 rows": gemv(rows=8),
+    "gemv nf4, 8 rows, fp32": gemv("fp32", 8, DOUBLE_QUANT=False),
+    "gemv nf4, bytes": gemv(per_word=2),
+    "gemv int4_asym": gemv(ZERO_POINTS=True),
+    "gemv nf3": gemv(BITS=3),
+    "gemv nf2": gemv(BITS=2),
+    "search_scales": search(),
+    "search_scales, blocks of 4096": search(4096),
+    "assign_columns": assign(),
     "rms_norm": rows(norm.rms_norm_kernel, 4096, whole_rows=True),
     "rms_norm, widest": rows(norm.rms_norm_kernel, 16384, "fp32", whole_rows=True),
     "rms_norm_backward": rows(norm.rms_norm_backward_kernel, 4096, whole_rows=True, ACCUMULATE=True),
@@ -133,8 +194,8 @@ class Compiled(NamedTuple):
 
 
 def compiled(kernel: Kernel, target: GPUTarget, folder: Path) -> Compiled:
-    threads = kernel.num_warps * target.warp_size
-    constants = {name: threads if value is THREADS else value for name, value in kernel.constants.items()}
+    threads = {THREADS: kernel.num_warps * target.warp_size, WARP: target.warp_size}
+    constants = {name: threads.get(value, value) for name, value in kernel.constants.items()}
     assert {*kernel.arguments, *constants} == {*kernel.function.arg_names}
     types = {name: kernel.arguments.get(name, "constexpr").split(":") for name in kernel.function.arg_names}
     signature = {name: type for name, (type, *_) in types.items()}
@@ -185,7 +246,7 @@ def recorded() -> dict[str, dict[str, int]]:
 )
 def test_a_compiled_kernel(target: str, name: str, recorded: dict[str, dict[str, int]], tmp_path: Path) -> None:
     got = compiled(KERNELS[name], TARGETS[target], tmp_path)
-    assert got.spills == 0
+    assert got.spills <= (0 if target in DEFAULT else KERNELS[name].stack)
     assert not (KERNELS[name].exact and got.fused), got.fused
     assert got.registers == recorded[name][target], (
         "if this is meant, run: python tests/kernels/test_triton_compiled.py"

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from nybble.kernels.backends.reference.optimizer import SIGNED_ZERO as REFERENCE_SIGNED_ZERO
 from nybble.kernels.backends.reference.optimizer import TINIEST as REFERENCE_TINIEST
+from nybble.kernels.backends.triton.jit.language import bucket
 
 SIGNED_ZERO, TINIEST = tl.constexpr(REFERENCE_SIGNED_ZERO), tl.constexpr(REFERENCE_TINIEST)
 
@@ -74,11 +75,7 @@ def _decoded(codes, inside, absmax, begun, dynamic_map, ZERO: tl.constexpr):
 
 @triton.jit
 def _nearest(values, midpoints):
-    """The code of each value, and the scale of each block: 8 halvings of a table of 255, a midpoint to the lower."""
+    """The code of each value, and the scale of each block."""
     absmax = tl.max(tl.abs(values), 1)
     scaled = tl.div_rn(values, tl.maximum(absmax, tl.cast(TINIEST, tl.float32))[:, None])  # of zeros, zeros
-    code = tl.zeros(values.shape, tl.int32)
-    for halving in tl.static_range(8):
-        half = 128 >> halving
-        code += tl.where(tl.load(midpoints + code + (half - 1)) < scaled, half, 0)
-    return code, absmax
+    return bucket(scaled, midpoints, 8), absmax
