@@ -19,7 +19,7 @@ from nybble.kernels.backends.triton import calibration, loss, norm, optimizer
 from nybble.kernels.backends.triton.four_bit import MAX_GEMV_ROWS
 from nybble.kernels.backends.triton.launch import INTERPRETED, TILE, too_many
 from nybble.kernels.ops.calibration import ScaleGrid, assign_columns, search_scales
-from nybble.kernels.ops.four_bit import dequantize, gemv_4bit, quantize
+from nybble.kernels.ops.four_bit import augmented_weight_, dequantize, gemv_4bit, quantize
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.loss import cross_entropy_
 from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
@@ -161,6 +161,16 @@ def test_quantising_over_several_programs_gives_the_references_bytes(format):
             results.append(quantize(normal(101, 97, seed=0, dtype=torch.bfloat16), QuantSpec(format, 64)))
     got, expected = results
     assert torch.equal(got.packed, expected.packed) and torch.equal(got.scales, expected.scales)
+
+
+@interpreted
+@pytest.mark.parametrize("width", [72, 36, 33])
+def test_a_weight_in_wide_rows_is_the_references(width):
+    """Rows of whole words and of others."""
+    q = quantize(normal(9, width, seed=0), QuantSpec("nf4", 64))
+    out = torch.full((9, width + 8), torch.nan)[:, : width + 5]
+    pairs = by_both(lambda out: augmented_weight_(out, q, normal(9, 2, seed=1), 0.5, 1), out)
+    assert all(torch.equal(got, expected) for got, expected in pairs) and len(pairs) == 1
 
 
 @interpreted
