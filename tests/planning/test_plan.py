@@ -320,7 +320,7 @@ def test_the_text_of_a_larger_model_is_planned_with_its_own_ends(tmp_path, inner
 
 
 def test_a_gpu_keeps_everything_in_as_many_blocks_as_there_is_room_for():
-    made, asked, _ = plans(model="llama-3-8b", device="24GB-gpu", max_seq_len=2048, rows_per_step=4)
+    made, asked, _ = plans(model="llama-3-8b", machine="rtx-4090", max_seq_len=2048, rows_per_step=4)
     asked, machine = replace(asked, run=replace(asked.run, path="blocks")), made.machine
     candidates = make_plans(asked, machine).candidates
     some = [plan for plan in candidates if plan.whole_blocks]

@@ -28,7 +28,8 @@ from nybble.layers.backbone import FusedForward
 from nybble.layers.causal_lm import CausalLM, Verdict
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import LossHead
-from nybble.planning.costs import MicroBatches, RunShape, predict
+from nybble.planning import cuda_costs
+from nybble.planning.costs import MicroBatches, Part, RunShape, predict
 from nybble.planning.shape import shape_of
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.skeleton import build_skeleton
@@ -136,7 +137,10 @@ def test_a_step_asks_for_no_value_before_its_one_look_and_takes_what_is_planned(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     rules = SHAPE_RULES["cuda"]
     run = RunShape(shape, batches, parameters, RANK, 2, QuantSpec(), "blocks", keep, rules, on_cpu=False)
-    assert sum(predict(run).values()) == pytest.approx(counted.peak, rel=0.03)
+    # A dry step sees no memory that a library takes for itself.
+    monkeypatch.setattr(cuda_costs, "flash_scratch", lambda run: 0)
+    planned = sum(size for part, size in predict(run).items() if part not in (Part.WORKSPACE, Part.RESERVED))
+    assert planned == pytest.approx(counted.peak, rel=0.03)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
