@@ -18,8 +18,13 @@ pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the ben
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import gpu_check  # noqa: E402
-from gpu_check import LLAMA_8B, PHASES, Check, Load, ideal_step, idle_share, run_phase, test_results  # noqa: E402
+from gpu import correctness  # noqa: E402
+from gpu.check import LLAMA_8B, Check, Load  # noqa: E402
+from gpu.correctness import sound_kernels, test_results, what_is_lacking  # noqa: E402
+from gpu.ideal import ideal_step  # noqa: E402
+from gpu.measuring import idle_share  # noqa: E402
+from gpu.report import card_name, tables_of  # noqa: E402
+from gpu_check import PHASES, forget, run_phase  # noqa: E402
 
 test_results.__test__ = False  # it is none
 # What the machine that lends a card does not have; bitsandbytes takes seconds to import.
@@ -109,7 +114,7 @@ def test_phases_fit_into_the_time_there_is():
 def test_lines_of_phases_that_run_again_are_forgotten(tmp_path):
     for phase in ("facts", "step", "facts"):
         Check(phase, "cpu", True, tmp_path).say("x")
-    gpu_check.forget(tmp_path / "gpu-check.jsonl", ["facts"])
+    forget(tmp_path / "gpu-check.jsonl", ["facts"])
     assert [line["phase"] for line in Check("", "cpu", True, tmp_path).lines("x")] == ["step"]
 
 
@@ -126,8 +131,8 @@ FAILED tests/kernels/test_every_op.py::test_results_are_the_twins[packed_attenti
 """
     results = dict(test_results(text))
     assert list(results.values()) == [True, False]
-    assert gpu_check.sound_kernels(results, "cuda") == ["triton", "bitsandbytes", "reference"]
-    assert gpu_check.sound_kernels({"x[rope_-triton-cuda]": True}, "cuda") == []
+    assert sound_kernels(results, "cuda") == ["triton", "bitsandbytes", "reference"]
+    assert sound_kernels({"x[rope_-triton-cuda]": True}, "cuda") == []
 
 
 @pytest.mark.parametrize(
@@ -147,8 +152,8 @@ def test_what_is_lacking_is_said_in_one_line_with_what_works(monkeypatch, tmp_pa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has["card"])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: has["capability"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: has["memory"])
-    monkeypatch.setattr(gpu_check, "util", SimpleNamespace(find_spec=lambda name: name if has["triton"] else None))
-    said = gpu_check.what_is_lacking(Check("facts", "cuda", has["tiny"], tmp_path))
+    monkeypatch.setattr(correctness, "util", SimpleNamespace(find_spec=lambda name: name if has["triton"] else None))
+    said = what_is_lacking(Check("facts", "cuda", has["tiny"], tmp_path))
     assert (said is None) == (words is None)
     if said is not None:
         assert "\n" not in said and re.search(words, said)
@@ -163,10 +168,10 @@ def test_a_card_has_its_figures_in_the_report(tmp_path):
     step.say("step", **begin, keep="nothing", **figures, **memory, top_ms={"gemm<a|b>": 300.0})
     step.say("step", **begin, keep="everything", result="out of memory")
     step.say("peer", name="PEFT", tokens=8192, seconds=1.2, allocated=40_000_000_000, reserved=0)
-    rows = {tuple(row[:2]): row for table in gpu_check.tables_of(step) for row in table.rows}
+    rows = {tuple(row[:2]): row for table in tables_of(step) for row in table.rows}
     assert rows["8192 in rows of 2048", "nothing"][2:] == [
         *("blocks", "600.0", "13653", "1.20", "1.50", "25%", "1200", "1", "20.00", "21.00", "20.50")
     ]
     assert rows["8192 in rows of 2048", "everything"][2] == "out of memory"
     assert rows["PEFT", "8192"][2:] == ["1200.0", "2.00", "40.00", "0.50"]
-    assert rows["gemm<a/b>", "300.00"] and gpu_check.card_name(step) == "h200-nvl"
+    assert rows["gemm<a/b>", "300.00"] and card_name(step) == "h200-nvl"
