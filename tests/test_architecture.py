@@ -31,7 +31,7 @@ NAME_FORMATS = ("formats", "options", "kernels")
 WITHOUT_TORCH = (
     *("nybble.formats.format", "nybble.formats.quant_spec", "nybble.planning.costs", "nybble.planning.strategies"),
     *("nybble.planning.calibration_costs", "nybble.planning.machine_table", "nybble.planning.planner"),
-    "nybble.planning.cuda_costs",
+    *("nybble.planning.cuda_costs", "nybble.planning.run_shape", "nybble.planning.work"),
     "nybble.families",
 )
 

@@ -15,6 +15,10 @@ CHATML = (
 ROWS = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
 WIDE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
 BILLION = WIDE | {"num_hidden_layers": 16, "vocab_size": 32768, "tie_word_embeddings": False}  # of a Llama
+SMALL = {  # of a family that is like a Llama
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 # ---- files ---------------------------------------------------------------------------------------

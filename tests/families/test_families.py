@@ -40,7 +40,8 @@ from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.decoder_block import Norm
 from nybble.layers.loss_head import loss_head
 from nybble.memory.store import open_store
-from nybble.planning.costs import MicroBatches, RunShape, kept_bytes
+from nybble.planning.costs import kept_bytes
+from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.walk import ModuleWalk, PackedWalk, start_walk

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import put_into_four_bits, tune
+from tiny import SMALL, put_into_four_bits, tune
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
@@ -28,14 +28,6 @@ KINDS = {  # (rank, bias, in 16 bits) of each linear
     "one linear": ((3, True, False),),
 }
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 4, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16}
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 MODELS = {"llama": LlamaConfig(**SMALL), "qwen2": Qwen2Config(**SMALL), "gemma2": Gemma2Config(**SMALL, **GEMMA)}
 
 

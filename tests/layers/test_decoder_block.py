@@ -10,7 +10,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import put_into_four_bits, tune
+from tiny import SMALL, put_into_four_bits, tune
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -21,16 +21,6 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of
 from nybble.layers.loss_head import loss_head
 from nybble.training.optimizer import AdamW
-
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def rope(kind: str, **extra: float) -> dict[str, object]:

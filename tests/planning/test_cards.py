@@ -12,9 +12,10 @@ from nybble.cards import CARDS
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.planning import cuda_costs, machine
-from nybble.planning.costs import MicroBatches, Part, RunShape, kept_bytes, predict
+from nybble.planning.costs import Part, kept_bytes, predict
 from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, named_machine
 from nybble.planning.planner import _bytes_beside, _step_seconds
+from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.sizes import PAGE_BYTES, SHAPE_RULES
 from nybble.sources.shapes import SHAPES

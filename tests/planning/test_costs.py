@@ -11,9 +11,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.loss_head import LossHead
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 from nybble.planning.costs import (
-    MicroBatches,
     Part,
-    RunShape,
     base_bytes,
     compiled_products,
     dense_bytes,
@@ -23,6 +21,7 @@ from nybble.planning.costs import (
     predict,
     working_bytes,
 )
+from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.walk import STATES_DTYPE
 from nybble.sizes import CALIBRATION_STATE_BYTES, SHAPE_RULES

@@ -17,12 +17,13 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.options.option import build_options, parse_size
 from nybble.options.verbs import PlanConfig, load_config
-from nybble.planning.costs import MicroBatches, predict
+from nybble.planning.costs import predict
 from nybble.planning.from_config import plan_from_config
 from nybble.planning.machine_table import Machine
 from nybble.planning.planner import make_plans, require
 from nybble.planning.report import Planned, describe_left, plans_json
 from nybble.planning.request import requests
+from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import WAYS, Cause, Strategy
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.planning.costs import MicroBatches, ModelShape, Part, RunShape, base_bytes, predict
+from nybble.planning.costs import Part, base_bytes, predict
+from nybble.planning.run_shape import MicroBatches, ModelShape, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.synth import byte_tokenizer

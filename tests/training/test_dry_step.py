@@ -29,7 +29,8 @@ from nybble.layers.causal_lm import CausalLM, Verdict
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import LossHead
 from nybble.planning import cuda_costs
-from nybble.planning.costs import MicroBatches, Part, RunShape, predict
+from nybble.planning.costs import Part, predict
+from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.skeleton import build_skeleton

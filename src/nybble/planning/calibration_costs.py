@@ -1,7 +1,8 @@
 """What calibrating costs in bytes and in work, beside the training that it is for: arithmetic only."""
 
 from nybble.formats.quant_spec import QuantSpec
-from nybble.planning.costs import DENSE_BYTES, SHARED_INPUTS, ModelShape, block_bytes
+from nybble.planning.costs import DENSE_BYTES, SHARED_INPUTS, block_bytes
+from nybble.planning.run_shape import ModelShape
 from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_STATE_BYTES, CALIBRATION_TOKENS
 from nybble.sources.parts import BlockParts
 

@@ -1,4 +1,5 @@
-"""What each part of a training run costs in bytes and in work: arithmetic on the sizes of a model's own parameters.
+"""What each part of a training run costs in bytes: arithmetic on the sizes of a model's own parameters. What it has to
+compute and to move is in work.py.
 
 Symbols as in the QLoRA literature: T tokens in a micro-batch, h hidden width, L blocks, V vocabulary,
 r rank, c bytes of the compute dtype, n elements of a weight, P adapter parameters.
@@ -10,23 +11,17 @@ nothing: tensors are written from where they are.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning import cuda_costs
-from nybble.sizes import RANK_MULTIPLE, ShapeRules
-from nybble.sources.parts import BlockParts, Inventory
-
-if TYPE_CHECKING:
-    from nybble.layers.causal_lm import Path
-    from nybble.layers.decoder_block import Keep
+from nybble.planning.run_shape import ModelShape, RunShape
+from nybble.sources.parts import BlockParts
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
 MASTER_BYTES = 4  # fp32 adapters and their gradients
-ADAM_BYTES = 8  # two fp32 moments
-ADAM_8BIT_BYTES = 2 + 8 / 256  # two codes, two fp32 scales for each 256
 FULL_BYTES = 12  # full fine-tuning in 16 bits, a parameter: weight 2, gradient 2, two fp32 moments
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
@@ -54,175 +49,6 @@ GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder bl
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them
 MARGIN, LEAST_MARGIN = 0.04, 10_000_000  # of what is counted; no measured plan lacked more, the libraries' own included
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that are given the same tensor
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The widths of a decoder that decide what it costs (`planning/shape.py` reads them off a model).
-
-    Args:
-        parts: its parameters, as they are.
-        hidden_size: h, of the states between blocks.
-        num_heads: of attention; it matters to decoder blocks, whose families all have them.
-        query_width, key_value_width: of all heads together; h where no layer is called so.
-        intermediate_size: of the widest MLP that a token passes, with all of its experts.
-        narrow_ends: embedding and head stay in 16 bits whatever is computed in.
-        added_norms: norms in a block of what attention and the MLP add to the states.
-        normed_heads: queries and keys are normed, head by head.
-    """
-
-    parts: Inventory
-    hidden_size: int
-    num_heads: int
-    query_width: int
-    key_value_width: int
-    intermediate_size: int
-    narrow_ends: bool
-    added_norms: int = 0
-    normed_heads: bool = False
-
-    @property
-    def widths(self) -> tuple[int, int, int, int]:
-        """h, the widths of queries and of keys or values, and that of the MLP."""
-        return self.hidden_size, self.query_width, self.key_value_width, self.intermediate_size
-
-    @property
-    def normed_width(self) -> int:
-        """Elements a token that the norms of a block keep beside its input and x2: each what it was given."""
-        heads = self.query_width + self.key_value_width if self.normed_heads else 0
-        return self.added_norms * self.hidden_size + heads
-
-    @property
-    def normed_rows(self) -> int:
-        """Rows a token that these norms see, each of which has a root of its own."""
-        heads = self.num_heads * (self.query_width + self.key_value_width) // self.query_width
-        return self.added_norms + (heads if self.normed_heads else 0)
-
-    @property
-    def num_layers(self) -> int:
-        return self.parts.num_blocks
-
-    @property
-    def vocab_size(self) -> int:
-        return self.parts.head[0]
-
-    @property
-    def parameters(self) -> int:
-        """Number of all parameters of the model."""
-        return self.parts.elements
-
-    @property
-    def largest_linear(self) -> int:
-        """Elements of the largest linear layer of a block."""
-        return max((i * o for block, _ in self.parts.blocks for _, i, o in block.linears), default=0)
-
-    @property
-    def multiplied_elements(self) -> int:
-        """Elements of the blocks' matrices that one token is multiplied with."""
-        return sum(count * block.multiplied_elements for block, count in self.parts.blocks)
-
-    @property
-    def last_products(self) -> int:
-        """Elements of the linears that a block ends with, whose products are never computed again but for a norm."""
-        if self.added_norms:
-            return 0
-        return sum(
-            count * rows * columns
-            for block, count in self.parts.blocks
-            for name, rows, columns in block.linears
-            if name.rpartition(".")[2] == "down_proj"
-        )
-
-
-@dataclass(frozen=True)
-class MicroBatches:
-    """What the micro-batches of one size come to, over a run.
-
-    Args:
-        tokens: of the largest, padding included.
-        supervised: of those, how many are projected by the head at most.
-        longest_row: tokens of the longest row.
-        token_counts: different numbers of tokens that training meets.
-        validation_tokens, validation_supervised: the same of evaluations.
-        validation_counts: different numbers of tokens that only evaluations meet.
-        heaviest, heaviest_validation: the rows of the largest micro-batches, by number; empty where there is no data.
-    """
-
-    tokens: int
-    supervised: int
-    longest_row: int
-    token_counts: int
-    validation_tokens: int
-    validation_supervised: int
-    validation_counts: int
-    heaviest: tuple[int, ...] = ()
-    heaviest_validation: tuple[int, ...] = ()
-
-    def halved(self) -> "MicroBatches":
-        """With rows of half the length."""
-        half = {name: -(-getattr(self, name) // 2) for name in ("tokens", "supervised", "longest_row")}
-        half |= {name: -(-getattr(self, name) // 2) for name in ("validation_tokens", "validation_supervised")}
-        return replace(self, **half)
-
-
-@dataclass(frozen=True)
-class RunShape:
-    """What decides the cost of a run: what it is, and how it is done.
-
-    Args:
-        model: the widths of the model.
-        batches: T and the other sizes of micro-batches.
-        adapter_parameters, rank: P and r.
-        compute_bytes: c.
-        spec: format of the base, or None for 16 bits.
-        path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
-        keep: what each block keeps: "nothing" (its input), "attention" or "everything".
-        whole_blocks: the last so many keep everything, whatever the others do; on GPUs alone.
-        rules: how rows and matrices are cut.
-        average_bits: bits a weight where the layers of the base have several formats.
-        micro_batches: of one optimizer step.
-        resident_blocks: of a streamed base; None where the whole base is resident.
-        from_ram: the others are read from memory beside the budget, else from a disk.
-        stream_ends: the embedding's rows and the head's panels are read where they are used.
-        adam_bytes: of optimizer state a parameter.
-        page_bytes: None where optimizer state is resident, else what the buffers of its pages take.
-        offload: what blocks keep goes to a file, or beside a GPU.
-        dropout: on the adapters' inputs, on the generic path.
-        on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
-        full: every weight is trained; then rank and adapters are 0.
-    """
-
-    model: ModelShape
-    batches: MicroBatches
-    adapter_parameters: int
-    rank: int
-    compute_bytes: int
-    spec: QuantSpec | None
-    path: "Path"
-    keep: "Keep"
-    rules: ShapeRules
-    average_bits: float | None = None
-    whole_blocks: int = 0
-    micro_batches: int = 2
-    resident_blocks: int | None = None
-    from_ram: bool = False
-    stream_ends: bool = False
-    adam_bytes: float = ADAM_BYTES
-    page_bytes: int | None = None
-    offload: bool = False
-    dropout: bool = False
-    on_cpu: bool = True
-    full: bool = False
-
-    @property
-    def wide(self) -> bool:
-        """Whether projections are one product each way over wide rows (`layers/augmented.py`)."""
-        return self.path == "blocks" and not self.on_cpu
-
-    @property
-    def beside(self) -> int:
-        """The most columns of wide rows beside an input: of three adapters."""
-        return -(-3 * self.rank // RANK_MULTIPLE) * RANK_MULTIPLE
 
 
 class Part(StrEnum):
@@ -577,51 +403,3 @@ def _predict_full(run: RunShape) -> dict[Part, int]:
         Part.KEPT: run.model.num_layers * kept_bytes(run),
         Part.AT_WORK: working_bytes(run),
     }
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a micro-batch has to compute and move.
-
-    Args:
-        flops: of the matrix products, attention aside.
-        attention: of its forward passes, and of its backward.
-        weight_bytes: dense weights written by dequantisation, over all passes.
-        moved_bytes: read and written by that and by all kernels that compute little; counted on GPUs alone.
-        read_bytes: of the streamed base and ends.
-        block_passes: how often a block is entered, forward or backward.
-    """
-
-    flops: float
-    attention: tuple[float, float]
-    weight_bytes: int
-    moved_bytes: int
-    read_bytes: int
-    block_passes: int
-
-
-def work_of(run: RunShape) -> Work:
-    """Products of one micro-batch: forward, recomputation, input gradients, adapters, attention, head.
-
-    Attention is causal and within rows.
-    """
-    tokens, layers = run.batches.tokens, run.model.num_layers
-    forward = 2.0 * tokens * run.model.multiplied_elements
-    # The share of blocks that compute something again.
-    share = 0.0 if run.keep == "everything" else (layers - run.whole_blocks) / max(1, layers)
-    again = share * (forward - 2.0 * tokens * run.model.last_products)
-    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
-    attention_passes = 1 + (share if run.keep == "nothing" else 0)
-    adapters = 6.0 * tokens * run.adapter_parameters * (1 + share / 3)
-    weights = forward * (3 if run.full else 2) + again
-    head = 4.0 * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
-    passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
-    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.parts.linear_elements * passes)
-    read = 2 * streamed_bytes(run)
-    if run.stream_ends:
-        chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))
-        read += 2 * chunks * DENSE_BYTES * run.model.vocab_size * run.model.hidden_size
-    stored = 0 if run.spec is None else int(passes * base_bytes(run.model, run.spec, run.average_bits))
-    moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, share)
-    products = weights + adapters + head
-    return Work(products, (attention_passes * attention, 2.5 * attention), dense, moved, read, 2 * layers)

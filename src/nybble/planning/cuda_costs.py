@@ -4,10 +4,7 @@ say they take, in bytes of memory and in bytes moved. None of it was measured.
 Symbols as in costs.py.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from nybble.planning.costs import RunShape
+from nybble.planning.run_shape import RunShape
 
 ROUND_BYTES = 512  # the caching allocator's smallest step
 SMALL_BYTES, SMALL_SEGMENT = 2**20, 2**21  # tensors up to the first share segments of the second,
@@ -29,7 +26,7 @@ def reserved_bytes(num_bytes: int) -> int:
     return segment // (segment // max(1, size))
 
 
-def allocator_bytes(run: "RunShape") -> int:
+def allocator_bytes(run: RunShape) -> int:
     """Reserved beside what is allocated: for the base as if all of it were resident, where it is streamed one tensor a
     block, and a segment of each kind that is not full.
     """
@@ -42,7 +39,7 @@ def allocator_bytes(run: "RunShape") -> int:
     return beside
 
 
-def _weight_tensors(run: "RunShape", numel: int) -> tuple[int, ...]:
+def _weight_tensors(run: RunShape, numel: int) -> tuple[int, ...]:
     """Bytes of the tensors that a weight is kept in: packed, and its scales."""
     if run.spec is None:
         return (run.compute_bytes * numel,)
@@ -50,13 +47,13 @@ def _weight_tensors(run: "RunShape", numel: int) -> tuple[int, ...]:
     return packed, run.spec.bytes(numel) - packed
 
 
-def kept_rounding_bytes(run: "RunShape", kept: int) -> int:
+def kept_rounding_bytes(run: RunShape, kept: int) -> int:
     """Reserved beside the `kept` bytes of a block, as if its tensors were all of one size."""
     tensors = KEPT_TENSORS[run.keep]
     return tensors * reserved_bytes(kept // tensors) - kept
 
 
-def flash_scratch(run: "RunShape") -> int:
+def flash_scratch(run: RunShape) -> int:
     """What attention's backward pass takes while it runs: dq and the rows' sums in fp32, padded; dq, dk and dv, which
     are copied to where they belong; and dk and dv for each head of queries where keys have fewer.
     """
@@ -71,7 +68,7 @@ def flash_scratch(run: "RunShape") -> int:
     return sums + grads + expanded
 
 
-def moved_bytes(run: "RunShape", again: float) -> int:
+def moved_bytes(run: RunShape, again: float) -> int:
     """Read and written by kernels that do one pass over memory, in a micro-batch, weights that are dequantised aside:
     norms, RoPE, SwiGLU and residuals; adapters; the head's softmax. transformers' modules: what they keep, times
     GENERIC_PASSES.

@@ -15,12 +15,12 @@ from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.verbs import PlanConfig
-from nybble.planning.costs import MicroBatches
 from nybble.planning.machine import this_machine_later
 from nybble.planning.machine_table import Machine, named_machine
 from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
 from nybble.planning.planner import Plans, make_plans
 from nybble.planning.request import requests
+from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
 from nybble.sizes import SHAPE_RULES, ShapeRules
 from nybble.sources.hub import fetch_config, looks_like_hub_id

@@ -7,7 +7,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.options.groups import LengthOptions, MemoryOptions
-from nybble.planning.costs import MicroBatches
+from nybble.planning.run_shape import MicroBatches
 from nybble.sizes import ShapeRules
 
 COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later ones add few

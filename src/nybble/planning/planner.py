@@ -10,20 +10,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import PlanError
-from nybble.planning.costs import (
-    MicroBatches,
-    Part,
-    RunShape,
-    Work,
-    end_bytes,
-    offloaded_bytes,
-    predict,
-    resident_bytes,
-    streamed_bytes,
-    work_of,
-)
+from nybble.planning.costs import Part, end_bytes, offloaded_bytes, predict, resident_bytes, streamed_bytes
 from nybble.planning.machine_table import Machine
+from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy
+from nybble.planning.work import Work, work_of
 from nybble.sizes import PAGE_BUFFERS
 
 if TYPE_CHECKING:

@@ -18,10 +18,11 @@ from nybble.layers.lora import linear_features
 from nybble.options.groups import MemoryOptions, WeightOptions
 from nybble.options.option import fields_of, flat, with_options, yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
-from nybble.planning.costs import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape, mean_bits
+from nybble.planning.costs import mean_bits
 from nybble.planning.machine import this_machine
 from nybble.planning.machine_table import Machine
 from nybble.planning.planner import Plans, make_plans, require
+from nybble.planning.run_shape import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape
 from nybble.planning.shape import shape_of
 from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy
 from nybble.sizes import SHAPE_RULES

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from nybble.families import FAMILIES
 from nybble.layers.dense import narrow_ends
-from nybble.planning.costs import ModelShape
+from nybble.planning.run_shape import ModelShape
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import BlockParts, Inventory
 

@@ -1,0 +1,186 @@
+"""What costs depend on: the widths of a model, the sizes of micro-batches, and how a run is done. Plain numbers."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nybble.formats.quant_spec import QuantSpec
+from nybble.sizes import RANK_MULTIPLE, ShapeRules
+from nybble.sources.parts import Inventory
+
+if TYPE_CHECKING:
+    from nybble.layers.causal_lm import Path
+    from nybble.layers.decoder_block import Keep
+
+ADAM_BYTES = 8  # of a parameter: two fp32 moments
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The widths of a decoder that decide what it costs (`planning/shape.py` reads them off a model).
+
+    Args:
+        parts: its parameters, as they are.
+        hidden_size: h, of the states between blocks.
+        num_heads: of attention; it matters to decoder blocks, whose families all have them.
+        query_width, key_value_width: of all heads together; h where no layer is called so.
+        intermediate_size: of the widest MLP that a token passes, with all of its experts.
+        narrow_ends: embedding and head stay in 16 bits whatever is computed in.
+        added_norms: norms in a block of what attention and the MLP add to the states.
+        normed_heads: queries and keys are normed, head by head.
+    """
+
+    parts: Inventory
+    hidden_size: int
+    num_heads: int
+    query_width: int
+    key_value_width: int
+    intermediate_size: int
+    narrow_ends: bool
+    added_norms: int = 0
+    normed_heads: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """h, the widths of queries and of keys or values, and that of the MLP."""
+        return self.hidden_size, self.query_width, self.key_value_width, self.intermediate_size
+
+    @property
+    def normed_width(self) -> int:
+        """Elements a token that the norms of a block keep beside its input and x2: each what it was given."""
+        heads = self.query_width + self.key_value_width if self.normed_heads else 0
+        return self.added_norms * self.hidden_size + heads
+
+    @property
+    def normed_rows(self) -> int:
+        """Rows a token that these norms see, each of which has a root of its own."""
+        heads = self.num_heads * (self.query_width + self.key_value_width) // self.query_width
+        return self.added_norms + (heads if self.normed_heads else 0)
+
+    @property
+    def num_layers(self) -> int:
+        return self.parts.num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        return self.parts.head[0]
+
+    @property
+    def parameters(self) -> int:
+        """Number of all parameters of the model."""
+        return self.parts.elements
+
+    @property
+    def largest_linear(self) -> int:
+        """Elements of the largest linear layer of a block."""
+        return max((i * o for block, _ in self.parts.blocks for _, i, o in block.linears), default=0)
+
+    @property
+    def multiplied_elements(self) -> int:
+        """Elements of the blocks' matrices that one token is multiplied with."""
+        return sum(count * block.multiplied_elements for block, count in self.parts.blocks)
+
+    @property
+    def last_products(self) -> int:
+        """Elements of the linears that a block ends with, whose products are never computed again but for a norm."""
+        if self.added_norms:
+            return 0
+        return sum(
+            count * rows * columns
+            for block, count in self.parts.blocks
+            for name, rows, columns in block.linears
+            if name.rpartition(".")[2] == "down_proj"
+        )
+
+
+@dataclass(frozen=True)
+class MicroBatches:
+    """What the micro-batches of one size come to, over a run.
+
+    Args:
+        tokens: of the largest, padding included.
+        supervised: of those, how many are projected by the head at most.
+        longest_row: tokens of the longest row.
+        token_counts: different numbers of tokens that training meets.
+        validation_tokens, validation_supervised: the same of evaluations.
+        validation_counts: different numbers of tokens that only evaluations meet.
+        heaviest, heaviest_validation: the rows of the largest micro-batches, by number; empty where there is no data.
+    """
+
+    tokens: int
+    supervised: int
+    longest_row: int
+    token_counts: int
+    validation_tokens: int
+    validation_supervised: int
+    validation_counts: int
+    heaviest: tuple[int, ...] = ()
+    heaviest_validation: tuple[int, ...] = ()
+
+    def halved(self) -> "MicroBatches":
+        """With rows of half the length."""
+        half = {name: -(-getattr(self, name) // 2) for name in ("tokens", "supervised", "longest_row")}
+        half |= {name: -(-getattr(self, name) // 2) for name in ("validation_tokens", "validation_supervised")}
+        return replace(self, **half)
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """What decides the cost of a run: what it is, and how it is done.
+
+    Args:
+        model: the widths of the model.
+        batches: T and the other sizes of micro-batches.
+        adapter_parameters, rank: P and r.
+        compute_bytes: c.
+        spec: format of the base, or None for 16 bits.
+        path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
+        keep: what each block keeps: "nothing" (its input), "attention" or "everything".
+        whole_blocks: the last so many keep everything, whatever the others do; on GPUs alone.
+        rules: how rows and matrices are cut.
+        average_bits: bits a weight where the layers of the base have several formats.
+        micro_batches: of one optimizer step.
+        resident_blocks: of a streamed base; None where the whole base is resident.
+        from_ram: the others are read from memory beside the budget, else from a disk.
+        stream_ends: the embedding's rows and the head's panels are read where they are used.
+        adam_bytes: of optimizer state a parameter.
+        page_bytes: None where optimizer state is resident, else what the buffers of its pages take.
+        offload: what blocks keep goes to a file, or beside a GPU.
+        dropout: on the adapters' inputs, on the generic path.
+        on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
+        full: every weight is trained; then rank and adapters are 0.
+    """
+
+    model: ModelShape
+    batches: MicroBatches
+    adapter_parameters: int
+    rank: int
+    compute_bytes: int
+    spec: QuantSpec | None
+    path: "Path"
+    keep: "Keep"
+    rules: ShapeRules
+    average_bits: float | None = None
+    whole_blocks: int = 0
+    micro_batches: int = 2
+    resident_blocks: int | None = None
+    from_ram: bool = False
+    stream_ends: bool = False
+    adam_bytes: float = ADAM_BYTES
+    page_bytes: int | None = None
+    offload: bool = False
+    dropout: bool = False
+    on_cpu: bool = True
+    full: bool = False
+
+    @property
+    def wide(self) -> bool:
+        """Whether projections are one product each way over wide rows (`layers/augmented.py`)."""
+        return self.path == "blocks" and not self.on_cpu
+
+    @property
+    def beside(self) -> int:
+        """The most columns of wide rows beside an input: of three adapters."""
+        return -(-3 * self.rank // RANK_MULTIPLE) * RANK_MULTIPLE
+
+
+ADAM_8BIT_BYTES = 2 + 8 / 256  # two codes, two fp32 scales for each 256

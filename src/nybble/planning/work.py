@@ -1,0 +1,55 @@
+"""What a micro-batch has to compute and to move; symbols as in costs.py."""
+
+from dataclasses import dataclass
+
+from nybble.planning import cuda_costs
+from nybble.planning.costs import DENSE_BYTES, base_bytes, streamed_bytes
+from nybble.planning.run_shape import RunShape
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a micro-batch has to compute and move.
+
+    Args:
+        flops: of the matrix products, attention aside.
+        attention: of its forward passes, and of its backward.
+        weight_bytes: dense weights written by dequantisation, over all passes.
+        moved_bytes: read and written by that and by all kernels that compute little; counted on GPUs alone.
+        read_bytes: of the streamed base and ends.
+        block_passes: how often a block is entered, forward or backward.
+    """
+
+    flops: float
+    attention: tuple[float, float]
+    weight_bytes: int
+    moved_bytes: int
+    read_bytes: int
+    block_passes: int
+
+
+def work_of(run: RunShape) -> Work:
+    """Products of one micro-batch: forward, recomputation, input gradients, adapters, attention, head.
+
+    Attention is causal and within rows.
+    """
+    tokens, layers = run.batches.tokens, run.model.num_layers
+    forward = 2.0 * tokens * run.model.multiplied_elements
+    # The share of blocks that compute something again.
+    share = 0.0 if run.keep == "everything" else (layers - run.whole_blocks) / max(1, layers)
+    again = share * (forward - 2.0 * tokens * run.model.last_products)
+    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
+    attention_passes = 1 + (share if run.keep == "nothing" else 0)
+    adapters = 6.0 * tokens * run.adapter_parameters * (1 + share / 3)
+    weights = forward * (3 if run.full else 2) + again
+    head = 4.0 * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
+    passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
+    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.parts.linear_elements * passes)
+    read = 2 * streamed_bytes(run)
+    if run.stream_ends:
+        chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))
+        read += 2 * chunks * DENSE_BYTES * run.model.vocab_size * run.model.hidden_size
+    stored = 0 if run.spec is None else int(passes * base_bytes(run.model, run.spec, run.average_bits))
+    moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, share)
+    products = weights + adapters + head
+    return Work(products, (attention_passes * attention, 2.5 * attention), dense, moved, read, 2 * layers)
