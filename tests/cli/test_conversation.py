@@ -19,8 +19,8 @@ from nybble.evaluation.chat import load_chat
 from nybble.generation.generate import generate
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
-from nybble.options.groups import AnswerOptions
 from nybble.options.option import build_options
+from nybble.options.use_groups import AnswerOptions
 from nybble.options.verbs import ChatConfig
 from nybble.quantization.synth import byte_tokenizer
 from nybble.runs.open_run import LoadedModel

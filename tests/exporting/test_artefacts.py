@@ -20,7 +20,7 @@ from nybble.formats.blockwise import dequantize, quantize
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.layers.convert import quantizable_linears
-from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.open_run import open_run

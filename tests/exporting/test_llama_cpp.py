@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.consumers import LlamaCppConsumer
 from nybble.exporting.merged_source import MergedSource
-from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run
 from nybble.sources.load import load_model

@@ -28,7 +28,7 @@ from nybble.exporting.artefact import Artefact, write
 from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.memory.measure import PeakMemory
-from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.sources.skeleton import build_skeleton
 import gguf, transformers.models.llama.modeling_llama
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.consumers import _load_four_bit
-from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.quantization.folder import save_config
 from nybble.runs.open_run import open_run
 from nybble.sources.tokenizer import save_tokenizer

@@ -19,7 +19,7 @@ from nybble.exporting.artefact import Artefact, verify, write
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.exporting.verify import Verification
-from nybble.options.groups import ArtefactKind, GgufType, RoundingOptions
+from nybble.options.use_groups import ArtefactKind, GgufType, RoundingOptions
 from nybble.quantization.folder import save_dense_folder
 from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run

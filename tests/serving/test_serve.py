@@ -20,7 +20,7 @@ from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.generate import Sampling, generate
-from nybble.options.groups import ServerOptions
+from nybble.options.use_groups import ServerOptions
 from nybble.runs.open_run import OpenRun, load_run
 from nybble.serving import engine as engine_module
 from nybble.serving.app import Api, make_app

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.events import Listener, silent
-from nybble.options.groups import GgufType
 from nybble.options.option import build_options
+from nybble.options.use_groups import GgufType
 from nybble.options.verbs import ExportConfig, MergeConfig
 
 if TYPE_CHECKING:

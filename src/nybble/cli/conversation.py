@@ -6,7 +6,7 @@ from nybble.errors import NybbleError
 from nybble.evaluation.chat import answer, opening
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.convert import adapters_of, enable_adapters
-from nybble.options.groups import AnswerOptions
+from nybble.options.use_groups import AnswerOptions
 from nybble.runs.open_run import LoadedModel
 
 HELP = (

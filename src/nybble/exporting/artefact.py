@@ -27,7 +27,7 @@ from nybble.exporting.verify import ANSWER_TOKENS, Outcome, Verification, Verifi
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes
-from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.options.verbs import ExportConfig, MergeConfig
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder, save_dense_folder
 from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter

@@ -15,7 +15,7 @@ from nybble.exporting.rounding import load_rounded, rounding_input
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.options.groups import ArtefactKind
+from nybble.options.use_groups import ArtefactKind
 from nybble.options.verbs import MergeConfig
 from nybble.runs.open_run import load_tuned, open_run
 from nybble.sources.load import load_model

@@ -29,7 +29,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.options.groups import ArtefactKind
+from nybble.options.use_groups import ArtefactKind
 from nybble.runs.adapter_files import read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
 from nybble.sources.load import load_model

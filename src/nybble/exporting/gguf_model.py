@@ -28,7 +28,7 @@ from nybble.files.disk import fsync
 from nybble.formats.gguf import DENSE_ENDS, gguf_names, llama3_divisors
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
-from nybble.options.groups import GgufType
+from nybble.options.use_groups import GgufType
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.sources.stored_model import StoredModel
 

@@ -19,7 +19,7 @@ from nybble.events import Listener, Note, silent
 from nybble.exporting.merged_source import MergedSource
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.precision import resolve_compute_dtype
-from nybble.options.groups import ArtefactKind, RoundingOptions
+from nybble.options.use_groups import ArtefactKind, RoundingOptions
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.open_run import OpenRun

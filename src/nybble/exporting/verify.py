@@ -26,7 +26,7 @@ from nybble.evaluation.divergence import Distributions
 from nybble.events import Event
 from nybble.exporting.consumers import Consumer, NybbleConsumer
 from nybble.layers.convert import enable_adapters
-from nybble.options.groups import ArtefactKind, GgufType
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.runs.open_run import OpenRun
 
 if TYPE_CHECKING:

@@ -1,4 +1,5 @@
-"""Every option of nybble, declared once: name, type, default, bounds, meaning, group.
+"""Every option of nybble, declared once: name, type, default, bounds, meaning, group. Here those of how a model is
+trained, planned and quantised; what is done with one that is there is in use_groups.py.
 
 The command line's flags, the keys of a run's YAML file and the comments of `train --print-config` are generated from
 the classes below; verbs.py says which verb takes which. An option's Python name `rows_per_step` is the flag
@@ -8,8 +9,7 @@ extends. Options come in the order in which they are declared, those of a base f
 """
 
 import re
-from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, field_validator, model_validator
 
@@ -30,7 +30,6 @@ from nybble.options.option import (
     split_names,
 )
 
-NEW_FOLDER: Any = {"description": "Folder to write; it must not exist, or be empty.", "aliases": ("output_dir",)}
 ComputeType = Literal["auto", "bf16", "fp32"]
 DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits where it is called four-bit
 
@@ -219,15 +218,6 @@ class QualityOptions(MixedOptions, CalibrationOptions):
                 "Leave --calibrate out, or use --quality calibrated.",
             )
         return self
-
-
-class RoundingOptions(CalibrationOptions):
-    """How merged weights go back into four bits."""
-
-    quality: Literal["absmax", "search", "calibrated"] = knob(
-        "calibrated",
-        "How scales and levels of a model in nf4 are chosen, as in train. calibrated: on the run's training rows.",
-    )
 
 
 class AdapterSizes(Options, group="Adapters"):
@@ -450,154 +440,3 @@ class PlannedMachine(Options, group="Machine"):
                 "Leave out one of them.",
             )
         return self
-
-
-class ComparisonOptions(Options, group="Comparison"):
-    arms: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
-        ("nf4:absmax", "nf4:search", "nf4:calibrated"), "What to compare with the 16-bit model: format:quality pairs."
-    )
-    eval_tokens: int = knob(16384, "Held-out tokens to compare on.", ge=64)
-    out: Folder | None = knob(None, "Folder for quality.json and quality.png; neither is written if not given.")
-
-
-class OpenedRun(Options, group="Run"):
-    run: Folder = knob(..., "Run folder that `nybble train` made.", aliases=("adapter",))
-
-
-class EvaluationOptions(OpenedRun, group="Evaluation"):
-    data: Sources | None = knob(None, "Held-out examples; the run's own validation rows if not given.")
-    metric: Literal["auto", "exact", "f1", "number", "none"] = knob(
-        "auto", "How answers are compared with their references. auto: as the references allow. none: no answers."
-    )
-    answers: int = knob(16, "Rows that are answered.", ge=1)
-    lm_eval: Name | None = knob(None, "Tasks of lm-eval (names or .yaml files), separated by commas, to run too.")
-
-
-class AnsweringModel(Options, group="Chat"):
-    """A run, or a model that is none."""
-
-    run: Folder | None = knob(None, "Run folder that `nybble train` made.", aliases=("adapter",))
-    model: Name | None = knob(None, "Model without a run, such as a merged one: what --model of `nybble train` takes.")
-
-    @model_validator(mode="after")
-    def _run_or_model(self) -> Self:
-        if (self.run is None) == (self.model is None):
-            raise ConfigError(
-                "run is not given." if self.run is None else "run and model are both given.",
-                "Either the folder of a training run, or the name of a model.",
-                "Add --run RUN or --model MODEL, and only one of them.",
-            )
-        return self
-
-
-class AnswerOptions(Options, group="Chat"):
-    system: Name | None = knob(None, "System message that conversations begin with.", aliases=("system_prompt",))
-    prompt: Name | None = knob(None, "Answer this one prompt and stop; without it, chat.")
-    max_new_tokens: int = knob(256, "Most tokens in an answer.", ge=1, aliases=("max_tokens", "max_length"))
-    temperature: float = knob(0.0, "Randomness of the answers; 0 always takes the likeliest token.", ge=0)
-    top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
-    top_k: int = knob(0, "Sample among so many likeliest tokens; 0 among all.", ge=0)
-    seed: Seed = knob(0, "Seed of the sampling.")
-
-
-class MergedRun(OpenedRun):
-    onto: Literal["auto", "original", "dequantized"] = knob(
-        "auto",
-        "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "
-        "auto: the latter, except where the result is in four bits.",
-    )
-    data: Sources | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
-    verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
-
-
-class LoadedOptions(Options, group="Memory"):
-    """How a model is loaded for a training loop of one's own."""
-
-    quality: Literal["absmax", "search"] = knob("absmax", "How scales and levels are chosen, as in train.")
-    keep: Literal["nothing", "attention", "everything"] = knob(
-        "nothing", "What each block keeps for its backward pass; the rest is computed again."
-    )
-    packing: bool = knob(True, "Rows of a batch lie side by side instead of being padded.")
-
-
-class SynthOptions(Options, group="Model"):
-    shape: Literal["llama-2-70b", "llama-65b", "llama-3-8b", "llama-3.2-1b", "smollm2-360m", "smollm2-135m", "tiny"] = (
-        knob(..., "Model whose shape to take.")
-    )
-    out: Folder = knob(..., **NEW_FOLDER)
-    seed: Seed = knob(0, "Seed of the weights.")
-
-
-class OutputOptions(Options, group="Output"):
-    out: Folder = knob(..., **NEW_FOLDER)
-
-
-class ArtefactKind(StrEnum):
-    """What can be made of a run."""
-
-    PEFT = "peft"
-    DENSE = "16bit"
-    FOUR_BIT = "nf4"
-    GGUF = "gguf"
-    GGUF_ADAPTER = "gguf-lora"
-
-    @property
-    def is_adapter(self) -> bool:
-        """The adapter alone: nothing is merged."""
-        return self in (ArtefactKind.PEFT, ArtefactKind.GGUF_ADAPTER)
-
-    @property
-    def is_rounded(self) -> bool:
-        """Merged weights go back into four bits, as --quality says."""
-        return self is ArtefactKind.FOUR_BIT
-
-
-class GgufType(StrEnum):
-    """How a GGUF file stores matrices; the gguf package has the same names in capitals."""
-
-    F16 = "f16"
-    BF16 = "bf16"
-    Q8_0 = "q8_0"
-    Q4_0 = "q4_0"
-
-    @property
-    def in_four_bits(self) -> bool:
-        return self is GgufType.Q4_0
-
-
-class ExportOutput(OutputOptions):
-    to: ArtefactKind = knob(..., "Form: an adapter for PEFT or for llama.cpp (gguf-lora), or a merged model.")
-    gguf_type: GgufType = knob(GgufType.F16, "Block type of a GGUF model's matrices.")
-
-
-class MergeOutput(Options, group="Output"):
-    out: Folder | None = knob(None, **NEW_FOLDER)
-    to: Literal[ArtefactKind.DENSE, ArtefactKind.FOUR_BIT] = knob(ArtefactKind.DENSE, "Form of the merged model.")
-    compare: bool = knob(False, "Only compare the ways to merge on the held-out rows, and write nothing.")
-
-    @model_validator(mode="after")
-    def _writes_or_compares(self) -> Self:
-        if (self.out is None) != self.compare:
-            raise ConfigError(
-                "out is not given." if self.out is None else "out and compare are both given.",
-                "Either --out FOLDER, or --compare, which writes nothing.",
-                "Add one, or take the other away.",
-            )
-        return self
-
-
-class ServerOptions(Options, group="Server"):
-    run: tuple[Folder, ...] = knob(
-        ...,
-        "Run folder that `nybble train` made; given again, further ones on the same base.",
-        aliases=("adapter", "lora_modules"),
-    )
-    host: Name = knob("127.0.0.1", "Address to listen on. Anything but this machine's own needs --token.")
-    port: int = knob(8000, "Port to listen on; 0 takes a free one.", ge=0, le=65535)
-    token: Name | None = knob(
-        None, "What clients must send as their API key; NYBBLE_TOKEN in the environment hides it from other users."
-    )
-    allow_host: Name | None = knob(None, "Names, separated by commas, that clients may reach this server by.")
-    max_new_tokens: int = knob(512, "Most tokens in an answer.", ge=1, aliases=("max_tokens",))
-    max_queue: int = knob(32, "Requests that may wait or run; more are refused with 429.", ge=1)
-    max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)

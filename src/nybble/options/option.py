@@ -1,7 +1,7 @@
 """What an option is: how it is declared, read from flags and YAML, checked, written, and refused.
 
 A verb's options are groups (`config.memory.keep`); to users they are flat (`--keep`, `keep:`). What goes from the one
-to the other is here; the options themselves are in groups.py and verbs.py.
+to the other is here; the options themselves are in groups.py, use_groups.py and verbs.py.
 """
 
 import difflib

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options import groups
+from nybble.options import groups, use_groups
 from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, named_values, read_yaml
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
@@ -27,7 +27,7 @@ def _check_mixed(config: Mixing) -> Mixing:
 
 def _check_calibrate(config: Artefact) -> Artefact:
     calibrate, output = config.rounding.calibrate, config.output
-    rounds = output.to.is_rounded or (isinstance(output, groups.MergeOutput) and output.compare)
+    rounds = output.to.is_rounded or (isinstance(output, use_groups.MergeOutput) and output.compare)
     if calibrate is not None and not (rounds and config.rounding.quality == "calibrated"):
         raise ConfigError(
             f"calibrate is {calibrate!r}, and nothing is calibrated.",
@@ -72,7 +72,7 @@ class SynthConfig(Verb):
     """What `nybble synth` needs to know."""
 
     weights: groups.OutputFormat
-    model: groups.SynthOptions
+    model: use_groups.SynthOptions
 
 
 class QuantizeConfig(Verb):
@@ -82,7 +82,7 @@ class QuantizeConfig(Verb):
     weights: groups.OutputWeights
     rounding: groups.QualityOptions
     machine: groups.ComputeOptions
-    output: groups.OutputOptions
+    output: use_groups.OutputOptions
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
 
@@ -95,7 +95,7 @@ class EvalQualityConfig(Verb):
     scales: groups.ScaleOptions
     dense: groups.DenseShareOptions
     calibration: groups.CalibrationOptions
-    comparison: groups.ComparisonOptions
+    comparison: use_groups.ComparisonOptions
     machine: groups.ComputeOptions
 
 
@@ -110,15 +110,15 @@ class EvalConfig(Verb):
     """What `nybble eval` needs to know."""
 
     data: groups.AcceptOptions
-    evaluation: groups.EvaluationOptions
+    evaluation: use_groups.EvaluationOptions
     machine: groups.MachineOptions
 
 
 class ChatConfig(Verb):
     """What `nybble chat` needs to know."""
 
-    model: groups.AnsweringModel
-    answers: groups.AnswerOptions
+    model: use_groups.AnsweringModel
+    answers: use_groups.AnswerOptions
     machine: groups.MachineOptions
 
 
@@ -126,16 +126,16 @@ class ServeConfig(Verb):
     """What `nybble serve` needs to know."""
 
     machine: groups.MachineOptions
-    server: groups.ServerOptions
+    server: use_groups.ServerOptions
 
 
 class MergeConfig(Verb):
     """What `nybble merge` needs to know."""
 
     data: groups.AcceptOptions
-    run: groups.MergedRun
-    rounding: groups.RoundingOptions
-    output: groups.MergeOutput
+    run: use_groups.MergedRun
+    rounding: use_groups.RoundingOptions
+    output: use_groups.MergeOutput
 
     _text_is_for_calibrating = model_validator(mode="after")(_check_calibrate)
 
@@ -144,9 +144,9 @@ class ExportConfig(Verb):
     """What `nybble export` needs to know."""
 
     data: groups.AcceptOptions
-    run: groups.MergedRun
-    rounding: groups.RoundingOptions
-    output: groups.ExportOutput
+    run: use_groups.MergedRun
+    rounding: use_groups.RoundingOptions
+    output: use_groups.ExportOutput
 
     _text_is_for_calibrating = model_validator(mode="after")(_check_calibrate)
 
@@ -155,13 +155,13 @@ class OpenConfig(Verb):
     """What `nybble.open_run` needs to know."""
 
     machine: groups.MachineOptions
-    run: groups.OpenedRun
+    run: use_groups.OpenedRun
 
 
 class AnswerConfig(Verb):
     """What `Run.generate` needs to know."""
 
-    answers: groups.AnswerOptions
+    answers: use_groups.AnswerOptions
 
 
 class SourceConfig(Verb):
@@ -181,7 +181,7 @@ class LoadConfig(Verb):
 
     weights: groups.WeightOptions
     machine: groups.MachineOptions
-    loaded: groups.LoadedOptions
+    loaded: use_groups.LoadedOptions
 
 
 class AttachConfig(Verb):

@@ -33,8 +33,8 @@ from nybble.options.groups import (
 )
 from nybble.options.verbs import TrainConfig
 from nybble.planning.calibration_costs import calibration_bytes, calibration_products, training_products
-from nybble.planning.costs import ModelShape
 from nybble.planning.request import quantize_command
+from nybble.planning.run_shape import ModelShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.quantization.walk import WalkError

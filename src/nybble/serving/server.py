@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nybble.errors import ConfigError
 from nybble.events import Event, Listener, silent
-from nybble.options.groups import ServerOptions
+from nybble.options.use_groups import ServerOptions
 from nybble.options.verbs import ServeConfig
 
 TOKEN_VARIABLE = "NYBBLE_TOKEN"

@@ -30,11 +30,11 @@ from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
 from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
-from nybble.planning.costs import MicroBatches
 from nybble.planning.micro_batches import micro_batches_of, total_steps
 from nybble.planning.planner import Plan, Plans
 from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
+from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest, Strategy
 from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
 from nybble.quantization.sensitivity import MixedFormats, measure_formats, some_windows
