@@ -8,8 +8,8 @@ import pytest
 from nybble.data.chat_templates import TEMPLATES
 from nybble.data.examples import Example, Message
 from nybble.data.prepare import prepare
-from nybble.data.readers import HARMLESS_KEYS
 from nybble.data.template import ChatTemplate, open_template
+from nybble.data.turns import HARMLESS_KEYS
 from nybble.errors import ConfigError, DataError
 from nybble.options.groups import RowOptions
 from nybble.options.option import build_options

@@ -4,16 +4,16 @@ The layout (which columns mean what) is that of a file's first row of a known fo
 that do not fit are kept apart with what is wrong with them, and reading goes on: the audit tells all of them at once.
 """
 
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from nybble.data.examples import REASONING_KEYS, Example, Message, Role
-from nybble.data.row_files import LocatedRow, Row, open_sources, parse_json
+from nybble.data.cells import as_text, change_of, describe, parse_column, says_nothing, text_of
+from nybble.data.examples import Example, Message, Role
+from nybble.data.row_files import LocatedRow, Row, open_sources
 from nybble.data.text_encoder import RowError
+from nybble.data.turns import read_turns
 from nybble.errors import ConfigError, DataError
 
 # (prompt, completion) columns, the first pair that a row has wins.
@@ -35,30 +35,6 @@ KNOWN_LAYOUTS = (
     "messages [{role, content}]; conversations [{from, value}]; "
     + "; ".join(f"{prompt}/{completion}" for prompt, completion in PAIRS)
     + "; text"
-)
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-}
-# Keys of a message by what becomes of them; any other that says something is a finding of the audit.
-REFUSED_KEYS = ("tool_calls", "function_call", "tool_call_id")
-MARKS = ("weight", "train", "training", "loss")  # OpenAI and Mistral; Axolotl; AgentInstruct: 0 or 1, false or true
-# Where a turn comes from and what it cost: names, numbers, times and counts, none of which a model is to read or write.
-HARMLESS_KEYS = frozenset(
-    (
-        *("id", "uuid", "message_id", "parent_id", "turn_id", "turn_identifier", "index", "idx", "turn", "num"),
-        *("name", "author", "model", "source", "lang", "language", "country", "state"),
-        *("timestamp", "time", "date", "create_time", "created_at", "update_time", "updated_at"),
-        *("tokens", "num_tokens", "token_count", "token_counter", "temperature", "top_p"),
-        *("score", "rating", "toxic", "redacted", "hashed_ip", "openai_id", "system_fingerprint"),
-    )
 )
 # Columns that leave out part of what is to be learnt where nothing reads them: which rows count and how much, tools,
 # pictures, thinking; beside a prompt, what it is about.
@@ -242,7 +218,7 @@ def _add(rows: Iterable[tuple[str, Row]], layout: Layout, result: ReadResult) ->
 
 def _note_unread(row: Row, origin: str, layout: Layout, result: ReadResult) -> None:
     for column, value in row.items():
-        if column in layout.columns or column in layout.optional or _says_nothing(value):
+        if column in layout.columns or column in layout.optional or says_nothing(value):
             continue
         result.unread[column] += 1
         if _is_part_of_the_lesson(column, value, layout):
@@ -255,13 +231,6 @@ def _is_part_of_the_lesson(column: str, value: Any, layout: Layout) -> bool:
     if column in BESIDE_A_PROMPT:
         return layout.kind == "pair"
     return column in TEACHING_COLUMNS and value != 1  # a weight of 1, or true, changes nothing
-
-
-def _says_nothing(value: Any) -> bool:
-    """Whether a column with this value says as much as no column; NaN is how tables mark an empty cell."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
 def _known_names(row: Row, fields: FieldNames) -> Row:
@@ -278,25 +247,11 @@ def _known_names(row: Row, fields: FieldNames) -> Row:
 def _with_numbers_as_text(row: Row, layout: Layout) -> tuple[Row, list[str]]:
     """The row with numbers, true and false in the columns that are read as JSON writes them, and what was changed."""
     read = [column for column in (*layout.columns, *layout.optional) if column in row and column != TOOLS]
-    texts = {column: _as_text(row[column]) for column in read}
-    changes = [f"{column!r}: {_short(row[column], texts[column])}" for column in read if texts[column] != row[column]]
+    texts = {column: as_text(row[column]) for column in read}
+    changes = [
+        f"{column!r}: {change_of(row[column], texts[column])}" for column in read if texts[column] != row[column]
+    ]
     return ({**row, **texts} if changes else row), changes
-
-
-def _as_text(value: Any) -> Any:
-    """A number, or the content of turns that is one, as JSON writes it; all else as it is."""
-    if isinstance(value, list):
-        return [_turn_as_text(turn) if isinstance(turn, dict) else turn for turn in value]
-    return _scalar_as_text(value)
-
-
-def _turn_as_text(turn: Row) -> Row:
-    return {key: _scalar_as_text(said) if key in ("content", "value") else said for key, said in turn.items()}
-
-
-def _scalar_as_text(value: Any) -> Any:
-    finite = isinstance(value, float) and math.isfinite(value)
-    return json.dumps(value) if finite or isinstance(value, (bool, int)) else value
 
 
 def _find_layout(row: Row, fields: FieldNames) -> Layout | None:
@@ -357,7 +312,7 @@ def _own_layout(fields: FieldNames) -> Layout | None:
 
 def _text_layout(column: str) -> Layout:
     def build(row: Row, origin: str) -> Example:
-        return Example(origin, text=_string(row, column, origin))
+        return Example(origin, text=text_of(row, column, origin))
 
     return Layout("text", column, (column,), (), build)
 
@@ -371,9 +326,9 @@ def _pair_layout(prompt: str, completion: str) -> Layout:
     def build(row: Row, origin: str) -> Example:
         if isinstance(row[prompt], list) or isinstance(row[completion], list):
             return Example(origin, messages=(*_system(row, origin), *_joined_turns(row, prompt, completion, origin)))
-        asked, answer = _string(row, prompt, origin), _string(row, completion, origin)
-        about = [column for column in subjects if not _says_nothing(row.get(column))]
-        asked = "\n\n".join([asked, *(_string(row, column, origin) for column in about)])
+        asked, answer = text_of(row, prompt, origin), text_of(row, completion, origin)
+        about = [column for column in subjects if not says_nothing(row.get(column))]
+        asked = "\n\n".join([asked, *(text_of(row, column, origin) for column in about)])
         system = _system(row, origin)
         if system:
             return Example(origin, messages=(*system, Message("user", asked), Message("assistant", answer)))
@@ -386,9 +341,9 @@ def _joined_turns(row: Row, prompt: str, completion: str, origin: str) -> tuple[
     """A prompt and a completion of which at least one is a list of turns; only the completion is to be learnt."""
     roles: tuple[tuple[str, Role], ...] = ((prompt, "user"), (completion, "assistant"))
     turns = {
-        column: _turns(row[column], column, origin)
+        column: read_turns(row[column], column, origin)
         if isinstance(row[column], list)
-        else (Message(role, _string(row, column, origin)),)
+        else (Message(role, text_of(row, column, origin)),)
         for column, role in roles
     }
     context = (replace(turn, learnt=False) if turn.role == "assistant" else turn for turn in turns[prompt])
@@ -397,108 +352,17 @@ def _joined_turns(row: Row, prompt: str, completion: str, origin: str) -> tuple[
 
 def _messages_layout(column: str) -> Layout:
     def build(row: Row, origin: str) -> Example:
-        return Example(origin, messages=(*_system(row, origin), *_turns(row[column], column, origin)))
+        return Example(origin, messages=(*_system(row, origin), *read_turns(row[column], column, origin)))
 
     return Layout("turns", column, (column,), (*SYSTEM_COLUMNS, TOOLS), build)
 
 
-def _turns(turns: Any, column: str, origin: str) -> tuple[Message, ...]:
-    if isinstance(turns, str):  # CSV and Parquet often hold the list as JSON text
-        turns = _as_text(_parse_column(turns, column, origin))
-    if not isinstance(turns, list) or not turns:
-        got = f"{origin}: {column!r} is {_describe(turns)}"
-        raise DataError(got, "needed: a list of turns, [{role, content}] or [{from, value}]")
-    return tuple(_message(turn, f"{origin}: turn {number}") for number, turn in enumerate(turns, 1))
-
-
-def _parse_column(text: str, column: str, origin: str) -> Any:
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise DataError(f"{origin}: column {column!r}: {error}") from error
-
-
-def _message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"{where} is {_describe(turn)}", "needed: an object with role and content, or from and value")
-    refused = [key for key in REFUSED_KEYS if turn.get(key)]
-    if refused:
-        raise _beyond_text(where, f"has {', '.join(refused)}")
-    role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    role = turn.get(role_key)
-    if not isinstance(role, str) or role not in ROLES:
-        keys = ", ".join(map(repr, turn))
-        got = f"{where}: {role_key} is {role!r}" if role_key in turn else f"{where} has keys {keys}"
-        raise DataError(got, f"needed: role (or from), one of {', '.join(ROLES)}, and content (or value)")
-    read = (role_key, content_key, *REASONING_KEYS, *MARKS, *REFUSED_KEYS)
-    unread = tuple(
-        key for key, value in turn.items() if key not in (*read, *HARMLESS_KEYS) and not _says_nothing(value)
-    )
-    content = _string({content_key: _joined(turn.get(content_key), where)}, content_key, where)
-    return Message(ROLES[role], content, _reasoning(turn, where), _mark(turn, where), unread)
-
-
-def _beyond_text(where: str, what: str) -> RowError:
-    return _odd("beyond-text", where, f"{what}; nybble trains on text alone")
-
-
-def _odd(finding: str, where: str, what: str) -> RowError:
-    origin, _, turn = where.partition(": ")
-    return RowError(finding, origin, f"{turn} {what}")
-
-
-def _joined(content: Any, where: str) -> Any:
-    """Content in parts as one text, where all of them are text."""
-    if not isinstance(content, list):
-        return content
-    kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
-    others = sorted({"a part without a type" if kind is None else repr(kind) for kind in kinds if kind != "text"})
-    if others:
-        raise _beyond_text(where, f"has parts that are no text: {', '.join(others)}")
-    return "".join(_string(part, "text", where) for part in content)
-
-
-def _reasoning(turn: Row, where: str) -> str:
-    """The thinking that stands in a key of its own."""
-    given = {key: _string({key: _joined(turn[key], where)}, key, where) for key in REASONING_KEYS if turn.get(key)}
-    if len(set(given.values())) > 1:
-        raise DataError(f"{where}: {' and '.join(given)} differ", "needed: the thinking once", "keep one of them")
-    return next(iter(given.values()), "")
-
-
-def _mark(turn: Row, where: str) -> bool | None:
-    """Whether the turn is marked as to be learnt (1, true) or not (0, false); None where it bears no mark."""
-    given = {key: turn[key] for key in MARKS if turn.get(key) is not None}
-    odd = [f"{key} {value!r}" for key, value in given.items() if value not in (0, 1)]
-    if odd:
-        known = "0 or false, a turn that is not learnt; 1 or true, one that is"
-        raise _odd("unread-weight", where, f"has {', '.join(odd)}; known are {known}")
-    if len({bool(value) for value in given.values()}) > 1:
-        raise _odd("unread-weight", where, f"has marks of which {' and '.join(given)} contradict each other")
-    return next((bool(value) for value in given.values()), None)
-
-
 def _system(row: Row, origin: str) -> tuple[Message, ...]:
     """A system prompt in a column of its own, as the first turn."""
-    columns = [column for column in SYSTEM_COLUMNS if not _says_nothing(row.get(column))]
-    if len({_string(row, column, origin) for column in columns}) > 1:
+    columns = [column for column in SYSTEM_COLUMNS if not says_nothing(row.get(column))]
+    if len({text_of(row, column, origin) for column in columns}) > 1:
         raise DataError(f"{origin}: {' and '.join(columns)} differ", "needed: one system prompt")
-    return tuple(Message("system", _string(row, column, origin)) for column in columns[:1])
-
-
-def _string(row: Row, column: str, where: str) -> str:
-    value = row[column]
-    origin, _, turn = where.partition(": ")
-    name = f"{turn}: {column!r}" if turn else repr(column)
-    if not isinstance(value, str):
-        raise RowError("not-text", origin, f"{name} is {_describe(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "unreadable-row", origin, f"{name} has half a surrogate pair at character {error.start}"
-        ) from error
-    return value
+    return tuple(Message("system", text_of(row, column, origin)) for column in columns[:1])
 
 
 def _check_columns(layout: Layout, row: Row, origin: str) -> None:
@@ -512,9 +376,9 @@ def _tools(row: Row, origin: str) -> tuple[Row, ...]:
     """The JSON schemas in a column of that name, as a list or as JSON text."""
     tools = row.get("tools") or []
     if isinstance(tools, str):
-        tools = _parse_column(tools, "tools", origin) or []
+        tools = parse_column(tools, "tools", origin) or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{origin}: 'tools' is {_describe(tools)}", "needed: a list of JSON schemas, one a tool")
+        raise DataError(f"{origin}: 'tools' is {describe(tools)}", "needed: a list of JSON schemas, one a tool")
     return tuple(tools)
 
 
@@ -523,21 +387,5 @@ def _object(located: LocatedRow | RowError) -> tuple[str, Row]:
         raise located
     origin, row = located
     if not isinstance(row, dict):
-        raise RowError("unreadable-row", origin, f"the row is {_describe(row)}, not an object")
+        raise RowError("unreadable-row", origin, f"the row is {describe(row)}, not an object")
     return origin, row
-
-
-def _short(value: Any, text: Any) -> str:
-    if not isinstance(value, list):
-        return f"{value!r} is read as {text!r}"
-    number = next(number for number, (old, new) in enumerate(zip(value, text, strict=True)) if old != new)
-    key = next(key for key in value[number] if value[number][key] != text[number][key])
-    return f"turn {number + 1}: {_short(value[number][key], text[number][key])}"
-
-
-def _describe(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    kind = "null" if value is None else kinds.get(type(value), type(value).__name__)
-    if isinstance(value, float) and not math.isfinite(value):
-        kind = f"{value}, no number that can be written"
-    return f"an empty {kind.split()[-1]}" if value in ([], {}) else kind
