@@ -131,7 +131,7 @@ def rows(
 
 def cross_entropy(dtype: str) -> Kernel:
     arguments = {"logits": f"*{dtype}:16", "targets": "*i64:16", "losses": "*fp32:16"}
-    arguments |= {"vocabulary": "i32:16", "stride": "i32:16", "gradient_scale": "fp32"}
+    arguments |= {"vocabulary": "i32:16", "stride": "i32:16", "gradient_scale": "*fp32:16"}
     return Kernel(loss.cross_entropy_kernel, arguments, {"COLUMNS": COLUMNS}, num_warps=MAX_WARPS)
 
 
