@@ -44,7 +44,7 @@ class ShapeRules:
 
     def in_graphs(self, tokens: int, block_elements: int) -> bool:
         """Whether a micro-batch of so many tokens comes from a graph, in blocks of so many weights."""
-        return tokens * block_elements <= self.graph_work
+        return 0 < tokens * block_elements <= self.graph_work
 
     def head_panel_rows(self, vocabulary: int, row_bytes: int, *, widened: bool, streamed: bool) -> int:
         """Rows of a head that are multiplied with at once: all, unless it is large, or is widened to another dtype.

@@ -16,6 +16,7 @@ from nybble import sizes
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, pack
 from nybble.errors import ModelError
+from nybble.kernels.heap import TrimmedHeap
 from nybble.layers import augmented
 from nybble.layers.causal_lm import CausalLM
 from nybble.memory import graph
@@ -158,6 +159,28 @@ def test_a_target_outside_of_the_vocabulary_is_refused_before_a_replay():
     wrong.targets[wrong.targets >= 0] = 96
     with pytest.raises(ModelError, match="A target is 96"):
         run(run.prepare(wrong), 9.0)
+
+
+def test_what_waits_or_comes_from_elsewhere_is_in_no_graph(monkeypatch):
+    model = adapted("llama", "nothing", torch.float32)
+    batch = batch_of((5, 4), 0)
+
+    def tokens() -> int:
+        return GradientAccumulation(SupervisedFineTuning(), model).prepare(batch).input_ids.shape[1]
+
+    assert tokens() == 64
+    for owner, name, value in (
+        (model.backbone, "kept", TrimmedHeap(1)),
+        (model.backbone.weights, "store", object()),
+        (model.backbone.blocks[1], "attention_waits", lambda like: True),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert tokens() == 9
+    assert model.backbone.blocks[0].attention_waits(torch.zeros(1, device="meta"))  # PyTorch's, as for a soft cap
+    assert tokens() == 64
+    monkeypatch.delitem(graph.GRAPHS, "cpu")
+    assert tokens() == 9
 
 
 class OwnLoss(SupervisedFineTuning):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nybble.data.packing import pack_tokens
 from nybble.families.family import Family
+from nybble.kernels import registry
 from nybble.kernels.hardware import send
 from nybble.kernels.ops.cached_attention import cached_attention
 from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
@@ -127,9 +128,10 @@ class CachedDecoder:
 
     Args:
         model: one whose `why_not_forward` is None. Its adapters are used as they are now, if they are enabled now.
+        graphs: steps of few texts come from them, where the device has any.
     """
 
-    def __init__(self, model: "PreTrainedModel"):
+    def __init__(self, model: "PreTrainedModel", *, graphs: bool = True):
         self.model, self.backbone = model, FusedForward(model, "nothing")
         head = loss_head(model)
         assert isinstance(head, LossHead), head
@@ -139,7 +141,8 @@ class CachedDecoder:
         self.layers = [_describe(block, self.kinds.index(block.kind)) for block in self.blocks]
         norm = replace(self.blocks[0].input_norm, module=model.base_model.norm)
         self.few_rows = decoder(_describe_model(self.layers, norm, self.head))
-        self._graph_type = None if angles_by_length(model) else graph_on(head.device)
+        waits = angles_by_length(model) or registry.waits("cached_attention", head.device)
+        self._graph_type = graph_on(head.device) if graphs and not waits else None
         self._next: Callable[[], Tensor] = self._step  # what is run for a step of the texts that there are now
 
     @torch.no_grad()
@@ -183,8 +186,8 @@ class CachedDecoder:
     def _settle(self) -> None:
         """What steps read and write lies elsewhere from now on."""
         self._tokens = torch.zeros_like(self.cache.texts)
-        graphed = self._graph_type is not None and 0 < len(self._tokens) <= MAX_ROWS
-        self._next = self._graph_type(self._step) if graphed else self._step
+        graph_type = self._graph_type if 0 < len(self._tokens) <= MAX_ROWS else None
+        self._next = self._step if graph_type is None else graph_type(self._step)
 
     def _step(self) -> Tensor:
         """A step of `_tokens`."""
@@ -198,8 +201,9 @@ class CachedDecoder:
             return self.head.finish(self.few_rows.step(x, cos, sin, cache.data, *where))
 
         def attend(layer: DecoderLayer, keys_values: Tensor, heads: Tensor) -> Tensor:
-            how = {"scale": layer.scale, "window": layer.window, "softcap": layer.softcap}
-            return cached_attention(heads, keys_values, *where, **how)
+            return cached_attention(
+                heads, keys_values, *where, scale=layer.scale, window=layer.window, softcap=layer.softcap
+            )
 
         attends = [partial(attend, *each) for each in zip(self.layers, cache.data, strict=True)]
         return self._logits(self._through_blocks(x, angles, attends))

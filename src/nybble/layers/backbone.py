@@ -24,6 +24,7 @@ from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.decoder_block import Keep, PackedSequences, block_ops, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.projection import DenseWeights
+from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.sizes import SHAPE_RULES
 
@@ -177,9 +178,11 @@ class FusedForward:
         self.details += "" if store is None else ", streamed"
 
     @property
-    def in_memory(self) -> bool:
-        """Whether all that it needs lies in the memory that it computes in."""
-        return self.weights.store is None and self.kept is None
+    def asks_for_nothing(self) -> bool:
+        """Whether a pass needs nothing but what lies in the memory that it computes in, and waits for nobody."""
+        norm = self.blocks[0].input_norm.weight
+        waits = any(block.attention_waits(norm) for block in self.blocks) or angles_by_length(self.model)
+        return self.weights.store is None and self.kept is None and not waits
 
     @property
     def block_elements(self) -> int:

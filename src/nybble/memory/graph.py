@@ -11,6 +11,7 @@ valid until another one runs.
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class CudaGraph(Graph):
 
 
 @functools.cache
-def _stream_and_pool(device: int) -> tuple[torch.cuda.Stream, tuple[int, int]]:
+def _stream_and_pool(device: int) -> tuple[torch.cuda.Stream, Any]:
     """Of all graphs of a device: sharing a pool asks for one stream (`torch.cuda.graph`)."""
     return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 

@@ -16,7 +16,6 @@ from nybble.data.packing import Batch, fill_up
 from nybble.layers.backbone import FusedForward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator, LossHead
-from nybble.layers.rotary import angles_by_length
 from nybble.memory.graph import Graph, graph_on
 from nybble.sizes import GRAPH_MULTIPLE, SHAPE_RULES
 from nybble.training.objective import Objective
@@ -37,7 +36,8 @@ class GradientAccumulation:
     def __init__(self, objective: Objective, model: CausalLM, *, graphs: bool = True):
         self._objective, self._model = objective, model
         self._rules = SHAPE_RULES[model.device.type]
-        self._graph_type = graph_on(model.device) if _can_be_captured(objective, model) else None
+        graph_type = graph_on(model.device)
+        self._graph_type = graph_type if graph_type is not None and _can_be_captured(objective, model) else None
         self._captures = graphs
         self._met: Counter[Shape] = Counter()
         self._graphs: dict[Shape, _FromGraph] = {}
@@ -141,16 +141,14 @@ def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denomi
 def _can_be_captured(objective: Objective, model: CausalLM) -> bool:
     """Whether a pass over the model asks its device for the same each time, and nobody on the way for anything.
 
-    Blocks that are streamed come when they come, what they keep elsewhere likewise, and rotary angles that go by a
-    row's length are looked up by its value. Nothing is drawn: with dropout no decoder blocks compute the model.
+    Nothing is drawn: with dropout no decoder blocks compute the model.
     """
     return (
         objective.capturable
         and isinstance(model.backbone, FusedForward)
-        and model.backbone.in_memory
+        and model.backbone.asks_for_nothing
         and isinstance(model.head, LossHead)
         and isinstance(model.head.weight, Tensor)
-        and not angles_by_length(model.module)
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from nybble.kernels import registry
 
 
-@registry.register("cached_attention", "reference")
+@registry.register("cached_attention", "reference", waits=True)
 def cached_attention(
     heads: Tensor,
     keys_values: Tensor,
@@ -18,7 +18,6 @@ def cached_attention(
     window: int,
     softcap: float,
 ) -> Tensor:
-    """It looks where the rows are; a GPU is waited for."""
     (rows, all_heads, head_dim), (_, num_texts, kv_heads, *_) = heads.shape, keys_values.shape
     num_heads = all_heads - 2 * kv_heads
     keys_values[:, texts, :, columns] = heads[:, num_heads:].view(rows, 2, kv_heads, head_dim)
