@@ -2,6 +2,9 @@
 (tests/recorded_graph.py): no card has replayed one.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from recorded_graph import ALL, RecordedGraph
@@ -79,7 +82,7 @@ def test_logits_are_those_without_graphs_to_the_bit_and_most_steps_are_replays(g
     model = small_model("mistral, window")
     monkeypatch.setattr(decoding, "FIRST_ROOM", 64)
     got, decoder = logits_of_steps(model, 3, 9)
-    assert decoder._next.replays == 7
+    assert decoder._graph.replays == 7
     expected, _ = logits_of_steps(model, 3, 9, graphs=False)
     assert torch.equal(got, expected)
 
@@ -98,6 +101,18 @@ def test_a_step_that_did_not_advance_on_the_device_would_be_seen(graphs, monkeyp
 
 def test_many_texts_share_one_dequantisation_and_no_graph(graphs):
     _, decoder = logits_of_steps(small_model("llama"), MAX_ROWS + 1, 3)
-    assert not isinstance(decoder._next, RecordedGraph)
+    assert decoder._graph is None
     decoder.keep(range(MAX_ROWS))
-    assert isinstance(decoder._next, RecordedGraph)
+    assert isinstance(decoder._graph, RecordedGraph)
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_a_cache_goes_with_its_decoder(graphed, graphs):
+    _, decoder = logits_of_steps(small_model("llama"), 2, 3, graphs=graphed)
+    cache = weakref.ref(decoder.cache)
+    gc.disable()
+    try:
+        del decoder
+        assert cache() is None
+    finally:
+        gc.enable()

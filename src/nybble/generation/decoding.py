@@ -12,6 +12,7 @@ Left out: a ring buffer for sliding windows; the cache keeps all positions and a
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from nybble.layers.loss_head import LossHead, loss_head
 from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.rotary import angles_by_length
-from nybble.memory.graph import graph_on
+from nybble.memory.graph import Graph, graph_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -143,7 +144,7 @@ class CachedDecoder:
         self.few_rows = decoder(_describe_model(self.layers, norm, self.head))
         waits = angles_by_length(model) or registry.waits("cached_attention", head.device)
         self._graph_type = graph_on(head.device) if graphs and not waits else None
-        self._next: Callable[[], Tensor] = self._step  # what is run for a step of the texts that there are now
+        self._graph: Graph | None = None  # of a step of the texts that there are now
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
@@ -176,7 +177,7 @@ class CachedDecoder:
         if self.cache.capacity != capacity:
             self._settle()
         self._tokens.copy_(tokens)
-        return self._next()
+        return self._step() if self._graph is None else self._graph()
 
     def keep(self, texts: Sequence[int]) -> None:
         """Go on with these texts only, in this order."""
@@ -186,8 +187,10 @@ class CachedDecoder:
     def _settle(self) -> None:
         """What steps read and write lies elsewhere from now on."""
         self._tokens = torch.zeros_like(self.cache.texts)
-        graph_type = self._graph_type if 0 < len(self._tokens) <= MAX_ROWS else None
-        self._next = self._step if graph_type is None else graph_type(self._step)
+        self._graph = None
+        if self._graph_type is not None and 0 < len(self._tokens) <= MAX_ROWS:
+            # It must not hold what holds it, or the cache would stay until Python looks for cycles.
+            self._graph = self._graph_type(partial(CachedDecoder._step, weakref.proxy(self)))
 
     def _step(self) -> Tensor:
         """A step of `_tokens`."""
