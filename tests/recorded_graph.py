@@ -4,7 +4,7 @@ recorded, with the numbers that the host gave them then. What a capture forbids 
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -53,6 +53,16 @@ class RecordedGraph(Graph):
             self._recording.replay()
             self.replays += 1
         return self._result
+
+
+class KeptGraph(RecordedGraph):
+    """It stays in `made`, to be asked."""
+
+    made: ClassVar[list[RecordedGraph]] = []
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.made.append(self)
 
 
 ALL: weakref.WeakSet[RecordedGraph] = weakref.WeakSet()

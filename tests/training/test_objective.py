@@ -4,12 +4,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from recorded_graph import RecordedGraph
+from recorded_graph import KeptGraph, RecordedGraph
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,16 +81,6 @@ def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], options: 
     return losses
 
 
-class KeptGraph(RecordedGraph):
-    """It stays, to be asked."""
-
-    made: list[RecordedGraph] = []  # noqa: RUF012
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.made.append(self)
-
-
 class TooLargeGraph(RecordedGraph):
     """There is no memory for it."""
 
@@ -134,6 +123,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp
     )
     if graph_type is KeptGraph:
         assert sum(each.replays for each in KeptGraph.made) >= 4
+        KeptGraph.made.clear()
     missed = read_events(tmp_path / "events.jsonl", "out-of-memory")
     assert [event["graphs"] for event in missed] == ([False] if graph_type is TooLargeGraph else [])
     losses = [event["loss"] for event in read_events(tmp_path / "events.jsonl", "step")]
