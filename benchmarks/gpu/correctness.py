@@ -82,7 +82,7 @@ def right(check: Check) -> None:
     chosen = "cuda or gpu" if check.on_card else "(rms_norm_out or rope_ or dequantize_4bit_out) and reference"
     files = ["tests/kernels/test_every_op.py"]
     if check.on_card:
-        files += ["tests/kernels/test_four_bit.py"]
+        files += ["tests/kernels/test_four_bit.py", "tests/memory/test_graph.py"]
         files += ["tests/memory/test_store.py", "tests/memory/test_pager.py"] if util.find_spec("pydantic") else []
     workers = ["-n", "8"] if check.on_card and util.find_spec("xdist") else []
     text, code = run_tests(check, [*files, "-k", chosen, *workers], 0.7 * check.left)
