@@ -30,6 +30,7 @@ from typing import Any
 from common import BENCHMARKS, ROOT, about_machine, report
 from gpu.check import Check
 from gpu.correctness import facts, gradients, right
+from gpu.generation import generation
 from gpu.report import card_name, tables_of
 from gpu.speed import ceilings, kernels, peers, step, streaming
 
@@ -38,11 +39,12 @@ IMPORTED = ["nybble.layers.causal_lm", "nybble.planning.shape", "transformers.mo
 PHASES: dict[str, tuple[Callable[[Check], None], int]] = {  # seconds, of 450 in all
     "facts": (facts, 20),
     "ceilings": (ceilings, 35),
-    "right": (right, 75),
+    "right": (right, 65),
     "gradients": (gradients, 45),
     "kernels": (kernels, 40),
-    "step": (step, 105),
-    "peers": (peers, 75),
+    "step": (step, 95),
+    "generation": (generation, 30),
+    "peers": (peers, 65),
     "70B": (streaming, 55),
 }
 

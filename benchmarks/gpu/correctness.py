@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common import ROOT
 
 from gpu.check import KEEPS, NO_CARD, SMALL, TINY, Check, Load
-from gpu.models import batch_of, four_bit_model, streamed_model
+from gpu.models import accumulation_of, batch_of, four_bit_model, streamed_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def right(check: Check) -> None:
     chosen = "cuda or gpu" if check.on_card else "(rms_norm_out or rope_ or dequantize_4bit_out) and reference"
     files = ["tests/kernels/test_every_op.py"]
     if check.on_card:
-        files += ["tests/kernels/test_four_bit.py"]
+        files += ["tests/kernels/test_four_bit.py", "tests/memory/test_graph.py"]
         files += ["tests/memory/test_store.py", "tests/memory/test_pager.py"] if util.find_spec("pydantic") else []
     workers = ["-n", "8"] if check.on_card and util.find_spec("xdist") else []
     text, code = run_tests(check, [*files, "-k", chosen, *workers], 0.7 * check.left)
@@ -162,6 +162,9 @@ def gradients(check: Check) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     again = [gradients_of(model, batch) for _ in range(2)]
     check.test("the same step twice differs in so many bits", int((again[0] != again[1]).sum()), 0)
+    if check.on_card:
+        from_graph, without = (gradients_of_four(model, graphs) for graphs in (True, False))
+        check.test("micro-batches from graphs differ in so many bits", int((from_graph != without).sum()), 0)
     with tempfile.TemporaryDirectory() as folder:
         found = []
         for resident in (shape.layers, 0):
@@ -177,6 +180,20 @@ def gradients_of(model: Any, batch: Any) -> "Tensor":
     model.module.zero_grad()
     model.loss(batch.to(model.device)).backward()
     return torch.cat([parameter.grad.double().flatten() for parameter in model.parameters()])
+
+
+def gradients_of_four(model: Any, graphs: bool) -> "Tensor":
+    """Of micro-batches of one shape that differ: one before there is a graph, two that make it, and a replay."""
+    import torch
+
+    from nybble.training.optimizer import FlatParameters
+
+    accumulation, flat = accumulation_of(model, graphs), FlatParameters(model.parameters())
+    for row in (60, 64, 56, 62):
+        batch = batch_of(SMALL, Load(4 * row, row))
+        accumulation(accumulation.prepare(batch), batch.supervised_tokens)
+    torch.cuda.synchronize()
+    return flat.gradients.clone()
 
 
 def through_transformers(module: Any, batch: Any) -> "Tensor":

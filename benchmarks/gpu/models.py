@@ -125,8 +125,15 @@ def adamw(model: Any) -> Any:
     return AdamW(model.parameters(), beta1=0.9, beta2=0.999, weight_decay=0.0)
 
 
-def training_step(model: Any, batch: Any, optimizer: Any) -> None:
+def accumulation_of(model: Any, graphs: bool = False) -> Any:
+    from nybble.training.accumulation import GradientAccumulation
+    from nybble.training.objective import SupervisedFineTuning
+
+    return GradientAccumulation(SupervisedFineTuning(), model, graphs=graphs)
+
+
+def training_step(accumulation: Any, batch: Any, optimizer: Any) -> None:
     """As the training loop takes one, from a batch in host memory."""
-    model.loss(batch.to(model.device)).backward()
+    accumulation(accumulation.prepare(batch), batch.supervised_tokens)
     norm = float(optimizer.gradient_norm())
     optimizer.step(LR, grad_scale=min(1.0, MAX_GRAD_NORM / norm))

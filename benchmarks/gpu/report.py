@@ -50,11 +50,11 @@ def tables_of(check: Check) -> list[Table]:
     longest = next((line for line in check.lines("step") if line.get("top_ms")), {"top_ms": {}})
     kernel_times = [[name.replace("|", "/"), number(ms)] for name, ms in longest["top_ms"].items()]
     top = Table("What took longest in the first of these steps.", ["kernel", "ms"], kernel_times)
-    return [phases, tests, ceilings, kernels, steps, top, peer_table(check), block_table(check)]
+    return [phases, tests, ceilings, kernels, steps, top, token_table(check), peer_table(check), block_table(check)]
 
 
 def step_row(line: dict[str, Any]) -> list[str]:
-    begin = [f"{line['tokens']} in rows of {line['row']}", line["keep"]]
+    begin = [f"{line['tokens']} in rows of {line['row']}", line["keep"] + from_graphs(line)]
     if "seconds" not in line:
         return [*begin, line["result"], *[""] * 10]
     seconds, ideal, idle = line["seconds"], line["ideal"] or {"products": math.nan}, line["idle"]
@@ -66,9 +66,26 @@ def step_row(line: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
+def from_graphs(line: dict[str, Any]) -> str:
+    return ", from graphs" if line.get("graphs") else ""
+
+
+def token_table(check: Check) -> Table:
+    rows = [
+        [f"{line['rows']} after {line['context']} tokens{from_graphs(line)}", number(line["seconds"], 1e-3),
+         number(line["rows"] / line["seconds"], digits=0), number(line["seconds"] / line["floor"]),
+         f"{line['idle']:.0%}" if isinstance(line["idle"], float) else str(line["idle"]),
+         number(line.get("launches"), digits=0), number(line["waits"], digits=0)]
+        for line in check.lines("token")
+    ]  # fmt: skip
+    columns = ["texts", "ms a token", "tokens/s", "of reading the weights", "idle", "launches", "waits"]
+    return Table("Generation: a token of each text, the time of reading all weights once beside it.", columns, rows)
+
+
 def peer_table(check: Check) -> Table:
     """Against nybble's step that keeps nothing, since these recompute every layer too."""
-    ours = {line["tokens"]: line for line in check.lines("step") if line["keep"] == "nothing" and "seconds" in line}
+    steps = [line for line in check.lines("step") if line["keep"] == "nothing" and not line.get("graphs")]
+    ours = {line["tokens"]: line for line in steps if "seconds" in line}
     rows = []
     for line in check.lines("peer"):
         if "seconds" not in line:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpu.check import KEEPS, LLAMA_70B, LR, MAX_GRAD_NORM, NO_CARD, RANK, TINY, Check, Load, Shape
 from gpu.ideal import ideal_of
 from gpu.measuring import copy_rate, measured, profiled, seconds_of, waits
-from gpu.models import adamw, batch_of, config_of, fill, four_bit_model, streamed_model, training_step
+from gpu.models import accumulation_of, adamw, batch_of, config_of, fill, four_bit_model, streamed_model, training_step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,6 +122,7 @@ def step(check: Check) -> None:
     import torch
 
     from nybble.layers.causal_lm import CausalLM
+    from nybble.sizes import SHAPE_RULES
 
     shape = check.model
     module = four_bit_model(shape, check.device)
@@ -138,13 +139,17 @@ def step(check: Check) -> None:
             if check.left < 0:
                 check.say("cut", at=f"{load.tokens} tokens, keeping {keep}")
                 return
-            call = partial(training_step, model, batch, optimizer)
-            found = measured(check, call)
-            if "seconds" in found:
-                found |= {"ideal": ideal_of(check, shape, load, keep), "waits": waits(check, call)}
-                found |= profiled(call) if check.on_card else {"idle": NO_CARD}
-            check.say("step", **load._asdict(), keep=keep, path=model.verdict.path, planned=planned, **found)
-            del model, call
+            graphed = check.on_card and SHAPE_RULES[check.device].in_graphs(load.tokens, shape.block_elements)
+            for graphs in (False, True) if graphed else (False,):
+                call = partial(training_step, accumulation_of(model, graphs), batch, optimizer)
+                found = measured(check, call)
+                if "seconds" in found:
+                    found |= {"ideal": ideal_of(check, shape, load, keep), "waits": waits(check, call)}
+                    found |= profiled(call) if check.on_card else {"idle": NO_CARD}
+                about = {"keep": keep, "graphs": graphs, "path": model.verdict.path, "planned": planned}
+                check.say("step", **load._asdict(), **about, **found)
+                del call
+            del model
 
 
 def planned_bytes(model: Any, check: Check, load: Load, keep: str) -> int:
@@ -192,7 +197,12 @@ def peers(check: Check) -> None:
     optimizer = adamw(own)
     for load in loads:
         batch = batch_of(shape, load, packed=False)
-        time_peer(check, "transformers + nybble's four bits", load, partial(training_step, own, batch, optimizer))
+        time_peer(
+            check,
+            "transformers + nybble's four bits",
+            load,
+            partial(training_step, accumulation_of(own), batch, optimizer),
+        )
 
 
 def time_peer(check: Check, name: str, load: Load, call: Callable[[], object]) -> None:
@@ -264,7 +274,7 @@ def streaming(check: Check) -> None:
             if resident == 0:
                 kept = activation_place(torch.device(check.device), check.out, kept_bytes, shape.layers)
             model = CausalLM.of(module, store=store, kept=kept)
-            call = partial(training_step, model, batch, adamw(model))
+            call = partial(training_step, accumulation_of(model), batch, adamw(model))
             name = "resident" if resident else "streamed, inputs offloaded"
             check.say("blocks", name=name, layers=shape.layers, tokens=load.tokens, **measured(check, call))
             del module, store, kept, model, call

@@ -19,6 +19,8 @@ class ShapeRules:
         panel_bytes: and where that is more than so many bytes, fewer.
         large_head_bytes: heads from here on go in panels,
         resident_in_panels: in memory as on a disk, so that both give one result; else those from a disk alone.
+        graph_work: tokens of a micro-batch times weights of a block up to which the device is done before its host has
+            asked for the next: such micro-batches come from graphs (`training/accumulation.py`). 0 where none do.
         block_buffers: that blocks of a streamed base pass through: the one at work, and those read ahead.
     """
 
@@ -30,6 +32,7 @@ class ShapeRules:
     large_head_bytes: int
     resident_in_panels: bool
     block_buffers: int
+    graph_work: float
 
     def whole_rows(self, fit: int) -> int:
         """The rows of a chunk or panel that has room for `fit`: a multiple, and at least one of them."""
@@ -38,6 +41,10 @@ class ShapeRules:
     def chunk_rows(self, row_bytes: int) -> int:
         """States whose logits, of so many bytes each, are made at once."""
         return self.whole_rows(self.chunk_bytes // row_bytes)
+
+    def in_graphs(self, tokens: int, block_elements: int) -> bool:
+        """Whether a micro-batch of so many tokens comes from a graph, in blocks of so many weights."""
+        return 0 < tokens * block_elements <= self.graph_work
 
     def head_panel_rows(self, vocabulary: int, row_bytes: int, *, widened: bool, streamed: bool) -> int:
         """Rows of a head that are multiplied with at once: all, unless it is large, or is widened to another dtype.
@@ -59,6 +66,7 @@ _ONEDNN = ShapeRules(
     large_head_bytes=2**28,
     resident_in_panels=True,
     block_buffers=2,
+    graph_work=0.0,
 )
 _CUBLAS = ShapeRules(
     token_multiple=64,  # whole tiles
@@ -69,8 +77,11 @@ _CUBLAS = ShapeRules(
     large_head_bytes=2**28,
     resident_in_panels=False,  # they would save nothing, and cost sums of parts
     block_buffers=3,  # told ahead of time: two on their way keep the link busy while one waits for its buffer
+    graph_work=3e11,  # 1,376 tokens of an 8B: some 25 us a kernel on an H100, as asking for one takes; assumed
 )
 SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS}
+
+GRAPH_MULTIPLE = 256  # of tokens and of supervised ones, that micro-batches from graphs are filled up to
 
 RANK_MULTIPLE = 64  # of what a projection of one product has beside its input; columns of a tile
 

@@ -44,11 +44,12 @@ def test_a_rehearsal_goes_through_all_phases_with_nothing_but_torch_and_transfor
     for line in lines:
         found.setdefault(line["what"], []).append(line)
     assert [(line["phase"], line["result"]) for line in found["phase"]] == [(name, "ok") for name in PHASES]
-    assert len(found["test"]) == 10 and len(found["product"]) == 13 and "cut" not in found
+    assert len(found["test"]) == 11 and len(found["product"]) == 13 and "cut" not in found
     assert [line["keep"] for line in found["step"]] == ["everything", "attention", "nothing"]
     for line in found["step"]:
         assert line["path"] == "blocks" and sum(line["ideal"].values()) > line["ideal"]["products"] > 0
         assert line["seconds"] > 0 and line["planned"] > 1e6 and line["idle"] == line["allocated"] == "needs a card"
+    assert [line["rows"] for line in found["token"]] == [1, 8] and found["token"][0]["floor"] > 0
     assert [line["name"] for line in found["blocks"]] == ["resident", "streamed, inputs offloaded"]
     peers = {line["name"]: line for line in found["peer"]}
     assert peers.pop("transformers + PEFT + bitsandbytes")["result"] == "bitsandbytes: not installed"

@@ -88,6 +88,7 @@ def test_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         Resumed(4),
         TrainingBegun(6, after=4),
         OutOfMemory(5, paged=True),
+        OutOfMemory(5, graphs=False),
         OutOfMemory(5, micro_batch_size=2),
         NotPaged("no room"),
         step,
@@ -98,6 +99,7 @@ def test_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown.splitlines() == [
         "going on after step 4 of 6",
         "step 5 ran out of memory: again, with the optimizer's state in a file",
+        "step 5 ran out of memory: again, without graphs",
         "step 5 ran out of memory: again, 2 rows at once",
         "no room",
         "step 5/6  loss 1.2500  50 tokens/s  1 GB",

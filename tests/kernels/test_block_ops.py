@@ -333,7 +333,7 @@ def examples():
     yield "swiglu_backward_out", (flat, flat, flat, nans[0], nans[1], None)
     yield "geglu_out", (flat, flat, torch.full((4, 33), torch.nan))
     yield "geglu_backward_out", (flat, flat, flat, *nans)
-    yield "cross_entropy_", (flat, torch.tensor([1, -1, 32, 0]), 0.5)
+    yield "cross_entropy_", (flat, torch.tensor([1, -1, 32, 0]), torch.tensor(0.5))
     yield "adamw_", (flat, flat.clone(), flat.clone(), flat.abs(), 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)
     eight = [torch.randint(0, 256, (300,), dtype=torch.uint8) for _ in range(2)] + [torch.rand(2), torch.rand(2)]
     yield "adamw_8bit_", (randn(300), randn(300), *eight, 2, 1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0)

@@ -17,6 +17,7 @@ from nybble.kernels import registry
 from nybble.kernels.backends.cpp import library
 from nybble.kernels.backends.cpp.decode import Kernel
 from nybble.kernels.backends.reference.decode import OpByOp
+from nybble.kernels.ops.cached_attention import cached_attention
 from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
 from nybble.kernels.ops.four_bit import dequantize, quantize
 
@@ -263,3 +264,21 @@ def test_what_the_kernel_lacks_goes_op_by_op_unless_it_was_asked_for():
         assert isinstance(decoder(model), OpByOp)
         with registry.use("cpp"), pytest.raises(KernelError, match=lacks):
             decoder(model)
+
+
+def test_attention_to_a_cache_passes_opcheck_and_refuses_what_does_not_fit():
+    heads, cache = torch.randn(2, 5, 6), torch.randn(2, 2, 1, 7, 6)
+    texts, columns, starts = torch.tensor([1, 0]), torch.tensor([4, 4]), torch.tensor([0, 3])
+    given = (heads, cache, texts, columns, starts, 0.5, 3, 0.0)
+    torch.library.opcheck(
+        torch.ops.nybble.cached_attention.default, given, test_utils=("test_schema", "test_faketensor")
+    )
+    for wrong in (
+        (heads[:, :2], cache, texts),
+        (heads, cache.transpose(2, 3), texts),
+        (heads, cache.bfloat16(), texts),
+        (heads, cache, texts.int()),
+        (heads, cache, texts[:1]),
+    ):
+        with pytest.raises(KernelError):
+            cached_attention(*wrong, columns, starts, scale=0.5)

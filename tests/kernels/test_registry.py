@@ -45,6 +45,17 @@ def test_preference_skips_what_cannot_run(backends: None) -> None:
     assert chosen("reference_only") == "reference"
 
 
+def test_a_body_that_reads_values_waits_where_they_are_not_in_the_hosts_memory(backends: None) -> None:
+    registry.register("looks", "reference", waits=True)(lambda x: "reference")
+    assert registry.waits("looks", torch.device("meta")) and not registry.waits("looks", torch.device("cpu"))
+    assert not registry.waits("reference_only", torch.device("meta"))
+    registry.register_backend("meta_only", devices=("meta",), probe=lambda: None)
+    registry.register("looks", "meta_only", lambda x: None if len(x) else "needs an element")(lambda x: "meta_only")
+    with registry.use("meta_only", "reference"):
+        assert not registry.waits("looks", torch.device("meta"), (torch.zeros(1),))
+        assert registry.waits("looks", torch.device("meta"), (torch.zeros(0),))
+
+
 def test_an_explicit_backend_never_falls_back(backends: None) -> None:
     assert chosen(backend="reference") == "reference"
     for kwargs, reason in (

@@ -17,6 +17,8 @@ import pytest
 from nybble.formats.format import FORMATS
 from nybble.kernels.backends.reference.calibration import REFITS
 from nybble.kernels.backends.triton import calibration as calibration_bodies
+from nybble.kernels.backends.triton.cached_attention import COLUMNS as CACHE_COLUMNS
+from nybble.kernels.backends.triton.cached_attention import MOST_PARTS
 from nybble.kernels.backends.triton.launch import INTERPRETED, MAX_WARPS, PER_WARP, TILE, WARPS, tile_of
 from nybble.kernels.backends.triton.loss import COLUMNS
 from nybble.kernels.ops.calibration import MAX_ROWS
@@ -30,7 +32,16 @@ import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from nybble.kernels.backends.triton.jit import calibration, four_bit, glu, loss, norm, optimizer, rope  # noqa: E402
+from nybble.kernels.backends.triton.jit import (  # noqa: E402
+    cached_attention,
+    calibration,
+    four_bit,
+    glu,
+    loss,
+    norm,
+    optimizer,
+    rope,
+)
 
 REGISTERS = Path(__file__).with_name("triton_registers.json")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -129,9 +140,25 @@ def rows(
     return Kernel(function, arguments, constants, exact, num_warps)
 
 
+def cached(dtype: str = "bf16", width: int = 128, softcap: bool = False) -> Kernel:
+    types = {"heads": f"*{dtype}:16", "keys": f"*{dtype}:16", "values": f"*{dtype}:16", "heads_stride": "i32"}
+    types |= dict.fromkeys(("texts", "columns", "starts"), "*i64:16")
+    types |= dict.fromkeys(("maxima", "sums", "outputs"), "*fp32:16") | {"scale": "fp32", "softcap": "fp32"}
+    types |= {"num_heads": "i32:16", "head_dim": "i32:16", "capacity": "i32:16"}
+    function = cached_attention.cached_attention_kernel
+    constants = {"SOFTCAP": softcap, "PARTS": MOST_PARTS, "COLUMNS": CACHE_COLUMNS, "WIDTH": width}
+    arguments = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
+    return Kernel(function, arguments, constants)
+
+
+def join() -> Kernel:
+    arguments = dict.fromkeys(("maxima", "sums", "outputs"), "*fp32:16") | {"out": "*bf16:16", "head_dim": "i32:16"}
+    return Kernel(cached_attention.join_kernel, arguments, {"PARTS": MOST_PARTS, "WIDTH": 128})
+
+
 def cross_entropy(dtype: str) -> Kernel:
     arguments = {"logits": f"*{dtype}:16", "targets": "*i64:16", "losses": "*fp32:16"}
-    arguments |= {"vocabulary": "i32:16", "stride": "i32:16", "gradient_scale": "fp32"}
+    arguments |= {"vocabulary": "i32:16", "stride": "i32:16", "gradient_scale": "*fp32:16"}
     return Kernel(loss.cross_entropy_kernel, arguments, {"COLUMNS": COLUMNS}, num_warps=MAX_WARPS)
 
 
@@ -177,6 +204,10 @@ KERNELS = {
     "swiglu_backward, fp32": rows(glu.glu_backward_kernel, 14336, "fp32", GELU=False, ACT=True),
     "geglu": rows(glu.glu_kernel, 14336, GELU=True),
     "geglu_backward": rows(glu.glu_backward_kernel, 14336, GELU=True, ACT=True),
+    "cached_attention": cached(),
+    "cached_attention, wide heads, soft cap": cached(width=256, softcap=True),
+    "cached_attention, fp32": cached("fp32"),
+    "cached_attention, parts joined": join(),
     "cross_entropy": cross_entropy("bf16"),
     "cross_entropy, fp32": cross_entropy("fp32"),
     "adamw": adamw(optimizer.adamw_kernel, ELEMENTS=TILE),

@@ -88,6 +88,23 @@ def test_short_steps_wait_for_their_host(on_gpu):
     assert _step_seconds(short, named_machine("h100", None, None)) >= 2 * 32 * 5e-4
 
 
+def test_short_steps_come_from_graphs_where_there_is_memory_for_their_pool(on_gpu):
+    short = replace(on_gpu, batches=MicroBatches(1000, 700, 500, 1, 0, 0, 0))
+    full = replace(on_gpu, batches=MicroBatches(1024, 768, 500, 1, 0, 0, 0))
+    assert short.filled_up and not replace(short, offload=True).filled_up and not on_gpu.filled_up
+    parts, graphed = predict(short), predict(replace(short, graphs=True))
+    assert parts == predict(full)
+    pool = graphed.pop(Part.GRAPHS)
+    assert graphed == parts and pool == parts[Part.KEPT] + max(parts.get(Part.HEAD, 0), parts.get(Part.AT_WORK, 0))
+    h100 = named_machine("h100", None, None)
+    assert _step_seconds(replace(short, graphs=True), h100) <= _step_seconds(short, h100)
+    asked = {"model": "llama-3-8b", "max_seq_len": 512, "micro_batch_size": 1, "machine": "h100", "keep": "nothing"}
+    wide = nybble.plan(**asked).plans.chosen
+    narrow = nybble.plan(**asked, memory=wide.peak_bytes - 1).plans.chosen
+    assert wide.run.graphs and "from graphs" in wide.describe()
+    assert not narrow.run.graphs and narrow.peak_bytes == wide.peak_bytes - wide.components[Part.GRAPHS]
+
+
 @pytest.mark.parametrize(
     ("num_bytes", "reserved"),
     [

@@ -34,7 +34,7 @@ from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.skeleton import build_skeleton
-from nybble.training.loop import forward_backward
+from nybble.training.accumulation import forward_backward
 from nybble.training.objective import SupervisedFineTuning
 from nybble.training.optimizer import AdamW
 

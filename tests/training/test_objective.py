@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from recorded_graph import KeptGraph, RecordedGraph
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,10 +17,12 @@ from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
+from nybble.memory import graph
 from nybble.options.groups import LoopOptions
 from nybble.runs.adapter_files import adapter_config
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
+from nybble.sizes import SHAPE_RULES
 from nybble.training.checkpoint import Checkpoints
 from nybble.training.evaluations import Evaluations
 from nybble.training.loop import train_loop
@@ -78,8 +81,22 @@ def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], options: 
     return losses
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path) -> None:
+class TooLargeGraph(RecordedGraph):
+    """There is no memory for it."""
+
+    def __call__(self) -> Tensor:
+        if self.runs == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().__call__()
+
+
+@pytest.mark.parametrize(
+    ("packing", "graph_type"), [(True, None), (False, None), (True, KeptGraph), (True, TooLargeGraph)]
+)
+def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp_path: Path, monkeypatch) -> None:
+    if graph_type is not None:
+        monkeypatch.setitem(graph.GRAPHS, "cpu", graph_type)
+        monkeypatch.setitem(SHAPE_RULES, "cpu", replace(SHAPE_RULES["cpu"], graph_work=3e11))
     options = LoopOptions(lr=5e-3, schedule="constant", warmup=0)
     train, validation = rows(LENGTHS, 1), rows(HELD_OUT, 2)
     model = adapted_model()
@@ -104,6 +121,11 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, tmp_path: Path)
         events_bytes=events.sync,
         checkpoints=Checkpoints(tmp_path, save_every="99", keep=1, config="", about={}, settled={}),
     )
+    if graph_type is KeptGraph:
+        assert sum(each.replays for each in KeptGraph.made) >= 4
+        KeptGraph.made.clear()
+    missed = read_events(tmp_path / "events.jsonl", "out-of-memory")
+    assert [event["graphs"] for event in missed] == ([False] if graph_type is TooLargeGraph else [])
     losses = [event["loss"] for event in read_events(tmp_path / "events.jsonl", "step")]
     assert losses == pytest.approx(expected, rel=1e-4)
     assert result.loss_before == pytest.approx(before, rel=1e-5)

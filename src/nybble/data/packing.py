@@ -8,7 +8,7 @@ Targets are already shifted: `targets[b, t]` is the token that position t must p
 t + 1 of the *same* document, or IGNORE where that token is not supervised or does not exist.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
@@ -58,9 +58,9 @@ class Batch:
         """Real tokens, padding not counted."""
         return sum(self.document_lengths)
 
-    @property
+    @cached_property
     def max_document_length(self) -> int:
-        """Tokens of the longest document."""
+        """Tokens of the longest document, or more."""
         return max(self.document_lengths)
 
     @cached_property
@@ -85,14 +85,62 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on a device, and with what its values tell: read there, they stop a GPU."""
+        return self._mapped(lambda tensor: send(tensor, torch.device(device)))
 
+    def copy(self) -> "Batch":
+        """The batch in memory of its own."""
+        return self._mapped(torch.clone)
+
+    def take(self, other: "Batch") -> None:
+        """Write the tensors of a batch of the same shapes over one's own, and nothing else."""
+        for name, tensor in vars(self).items():
+            if isinstance(tensor, Tensor):
+                tensor.copy_(vars(other)[name], non_blocking=True)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         def moved(names: Iterable[str]) -> dict[str, Any]:
             values = {name: getattr(self, name) for name in names}
-            return {name: send(x, torch.device(device)) if isinstance(x, Tensor) else x for name, x in values.items()}
+            return {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
 
         batch = replace(self, **moved(field.name for field in fields(self)))
         vars(batch).update(moved(name for name, value in vars(Batch).items() if isinstance(value, cached_property)))
         return batch
+
+
+def fill_up(batch: Batch, *, tokens: int, documents: int, longest: int, supervised: int) -> Batch:
+    """The batch in the shapes of larger ones, for graphs: what is added changes no state, loss or gradient.
+
+    Tokens are filled up with a document of arbitrary ones, documents with empty ones, and supervised positions with the
+    last one, which has no target. What the batch says of itself in numbers (`document_lengths`, `supervised_tokens`)
+    stays, but for `max_document_length`.
+
+    Args:
+        batch: packed, on the CPU.
+        tokens: in all. documents: of those, the arbitrary one included. longest: tokens that none of them has more of.
+        supervised: positions.
+    """
+    assert batch.cu_seqlens is not None, "padded rows are not filled up"
+    missing = tokens - batch.input_ids.shape[1]
+    borders = documents + 1 - len(batch.cu_seqlens)
+    assert 0 <= missing <= longest and batch.max_document_length <= longest and borders >= bool(missing)
+    filled = replace(
+        batch,
+        input_ids=pad_tensor(batch.input_ids, (0, missing)),
+        position_ids=pad_tensor(batch.position_ids, (0, missing)),
+        targets=pad_tensor(batch.targets, (0, missing), value=IGNORE),
+        cu_seqlens=pad_tensor(batch.cu_seqlens, (0, borders), value=tokens),
+        weights=None if batch.weights is None else pad_tensor(batch.weights, (0, missing)),
+    )
+    rows = (0, supervised - batch.supervised_tokens)
+    weights = batch.supervised_weights
+    vars(filled).update(
+        supervised_positions=pad_tensor(batch.supervised_positions, rows, value=tokens - 1),
+        supervised_targets=pad_tensor(batch.supervised_targets, rows, value=IGNORE),
+        supervised_weights=None if weights is None else pad_tensor(weights, rows),
+        largest_target=batch.largest_target,
+        max_document_length=longest,
+    )
+    return filled
 
 
 def collate(examples: Sequence[EncodedExample], packed: bool) -> Batch:

@@ -1,16 +1,19 @@
 """Answers token by token through the decoder blocks: the same four-bit weights, and a KV cache.
 
     prefill   the prompts, packed side by side, through dequantised weights and packed attention
-    step      one token of each text; up to MAX_ROWS texts multiply the packed weights as they lie, all layers and
-              the head in one op (kernels/ops/decode.py); more texts share one dequantisation
+    step      one token of each text; up to MAX_ROWS texts multiply the packed weights as they lie (`decode`,
+              kernels/ops/decode.py); more texts share one dequantisation
 
-Keys and values of all layers lie in one tensor.
+Keys and values of all layers lie in one tensor on the model's device, and so does what a step has to know: it reads no
+number of the host's. So where the device has graphs (memory/graph.py) a step of few texts is replayed from one, which
+is captured anew when the cache grows or a text leaves.
 
 Left out: a ring buffer for sliding windows; the cache keeps all positions and attention reads the window.
 """
 
 import itertools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,33 +23,31 @@ from torch import Tensor
 
 from nybble.data.packing import pack_tokens
 from nybble.families.family import Family
-from nybble.kernels.ops.decode import (
-    MAX_ROWS,
-    Attend,
-    DecoderLayer,
-    DecoderLinear,
-    DecoderModel,
-    DecoderNorm,
-    attend_to_cache,
-    decoder,
-)
+from nybble.kernels import registry
+from nybble.kernels.hardware import send
+from nybble.kernels.ops.cached_attention import cached_attention
+from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
 from nybble.layers.backbone import FusedForward
 from nybble.layers.decoder_block import Angles, DecoderBlock, Norm, block_ops, rotary_angles
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead, loss_head
 from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.rotary import angles_by_length
+from nybble.memory.graph import Graph, graph_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FIRST_ROOM = 64  # tokens that the cache has room for beyond the prompts before it grows
 
+Attend = Callable[[Tensor], Tensor]  # heads (T, heads + 2 kv heads, head_dim) -> (T, heads * head_dim)
+
 
 def decoder_ops(family: Family) -> tuple[str, ...]:
     """The ops that answers of a family's models are made of."""
     forward = tuple(op for op in block_ops(family) if "backward" not in op)
-    return (*forward, "gemv_4bit", "decode")
+    return (*forward, "gemv_4bit", "cached_attention", "decode")
 
 
 class KeyValueCache:
@@ -58,16 +59,31 @@ class KeyValueCache:
         num_layers, num_kv_heads, head_dim: of the model.
         lengths: tokens of each text to begin with; the longest starts in column 0.
         limit: columns it will ever need.
-        dtype: of keys and values.
+        dtype, device: of keys and values.
+
+    Attributes:
+        data: (num_layers, 2, texts, num_kv_heads, capacity, head_dim).
+        end: columns that are filled, or opened for a step.
+        texts, columns, starts: int64 `(texts)` each: their numbers, the columns of their last tokens, which a step
+            moves on, and their first columns.
     """
 
     def __init__(
-        self, num_layers: int, num_kv_heads: int, head_dim: int, lengths: Sequence[int], limit: int, dtype: torch.dtype
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        lengths: Sequence[int],
+        limit: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ):
         self.end, self.limit = max(lengths), limit
-        self.starts = torch.tensor([self.end - length for length in lengths])
+        self.first_columns = [self.end - length for length in lengths]
         capacity = min(limit, self.end + FIRST_ROOM)
-        self.data = torch.zeros(num_layers, 2, len(lengths), num_kv_heads, capacity, head_dim, dtype=dtype)
+        shape = (num_layers, 2, len(lengths), num_kv_heads, capacity, head_dim)
+        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        self._place_texts()
 
     @property
     def capacity(self) -> int:
@@ -75,29 +91,30 @@ class KeyValueCache:
 
     def fill(self, layer: int, text: int, keys_values: Tensor) -> None:
         """Write a prompt's keys and values, `(length, 2 * kv_heads, head_dim)`."""
-        start = int(self.starts[text])
         rows = keys_values.unflatten(1, (2, -1)).permute(1, 2, 0, 3)  # (2, kv heads, length, head_dim)
-        self.data[layer, :, text, :, start : self.end] = rows
+        self.data[layer, :, text, :, self.first_columns[text] : self.end] = rows
 
     def open_column(self) -> None:
-        """Make room for the texts' next tokens."""
+        """Make room for the texts' next tokens, which the step that `advance` begins writes."""
         if self.end == self.capacity:
             self._grow()
         self.end += 1
 
-    def last_places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """For the last column, int64 `(texts)` each: the texts, their columns, and their first columns."""
-        texts = torch.arange(len(self.starts))
-        return texts, torch.full_like(texts, self.end - 1), self.starts
-
-    def positions(self) -> Tensor:
-        """The position in its text of each text's last column, int64 `(texts)`."""
-        return self.end - 1 - self.starts
+    def advance(self) -> None:
+        """Move on to the next column, on the device."""
+        self.columns += 1
 
     def keep(self, texts: Sequence[int]) -> None:
         """Forget all other texts."""
-        index = torch.tensor(texts, dtype=torch.int64)
-        self.data, self.starts = self.data.index_select(2, index), self.starts[index]
+        index = send(torch.tensor(texts, dtype=torch.int64), self.data.device)
+        self.data = self.data.index_select(2, index)
+        self.first_columns = [self.first_columns[text] for text in texts]
+        self._place_texts()
+
+    def _place_texts(self) -> None:
+        self.starts = send(torch.tensor(self.first_columns, dtype=torch.int64), self.data.device)
+        self.texts = torch.arange(len(self.first_columns), device=self.data.device)
+        self.columns = torch.full_like(self.texts, self.end - 1)
 
     def _grow(self) -> None:
         assert self.end < self.limit, (self.end, self.limit)
@@ -112,9 +129,10 @@ class CachedDecoder:
 
     Args:
         model: one whose `why_not_forward` is None. Its adapters are used as they are now, if they are enabled now.
+        graphs: steps of few texts come from them, where the device has any.
     """
 
-    def __init__(self, model: "PreTrainedModel"):
+    def __init__(self, model: "PreTrainedModel", *, graphs: bool = True):
         self.model, self.backbone = model, FusedForward(model, "nothing")
         head = loss_head(model)
         assert isinstance(head, LossHead), head
@@ -124,16 +142,20 @@ class CachedDecoder:
         self.layers = [_describe(block, self.kinds.index(block.kind)) for block in self.blocks]
         norm = replace(self.blocks[0].input_norm, module=model.base_model.norm)
         self.few_rows = decoder(_describe_model(self.layers, norm, self.head))
+        waits = angles_by_length(model) or registry.waits("cached_attention", head.device)
+        self._graph_type = graph_on(head.device) if graphs and not waits else None
+        self._graph: Graph | None = None  # of a step of the texts that there are now
 
     @torch.no_grad()
     def start(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Tensor:
         """Read the prompts; the logits of each one's next token, `(texts, vocabulary)`."""
         lengths = [len(prompt) for prompt in prompts]
         borders = list(itertools.accumulate(lengths, initial=0))
-        x, rows = self.backbone.embed(pack_tokens(prompts))
+        x, rows = self.backbone.embed(pack_tokens(prompts).to(self.head.device))
         block = self.blocks[0]
         limit = max(lengths) + max_new_tokens
-        self.cache = KeyValueCache(len(self.layers), block.num_kv_heads, block.head_dim, lengths, limit, x.dtype)
+        shape = (len(self.layers), block.num_kv_heads, block.head_dim)
+        self.cache = KeyValueCache(*shape, lengths, limit, x.dtype, x.device)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             block = self.blocks[layer]
@@ -142,23 +164,52 @@ class CachedDecoder:
             return block.attend(heads.flatten(1), rows)[0]
 
         x = self._through_blocks(x, rows.angles, [partial(attend, layer) for layer in range(len(self.blocks))])
-        return self._logits(x[torch.tensor(borders[1:]) - 1])
+        self._settle()
+        return self._logits(x[send(torch.tensor(borders[1:]) - 1, x.device)])
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
-        """Append a token to each text, int64 `(texts)`; the logits of the next ones, `(texts, vocabulary)`."""
+        """Append a token to each text, int64 `(texts)`; the logits of the next ones, `(texts, vocabulary)`, valid until
+        the next step.
+        """
+        capacity = self.cache.capacity
         self.cache.open_column()
-        x = self.model.base_model.embed_tokens(tokens)  # (texts, hidden)
-        angles = rotary_angles(self.model, self.cache.positions()[:, None])
-        if len(tokens) <= MAX_ROWS:
-            cos, sin = (torch.stack(parts) for parts in zip(*(angles[kind] for kind in self.kinds), strict=True))
-            return self.head.finish(self.few_rows.step(x, cos, sin, self.cache.data, *self.cache.last_places()))
-        attends = attend_to_cache(self.layers, self.cache.data, *self.cache.last_places())
-        return self._logits(self._through_blocks(x, angles, attends))
+        if self.cache.capacity != capacity:
+            self._settle()
+        self._tokens.copy_(tokens)
+        return self._step() if self._graph is None else self._graph()
 
     def keep(self, texts: Sequence[int]) -> None:
         """Go on with these texts only, in this order."""
         self.cache.keep(texts)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What steps read and write lies elsewhere from now on."""
+        self._tokens = torch.zeros_like(self.cache.texts)
+        self._graph = None
+        if self._graph_type is not None and 0 < len(self._tokens) <= MAX_ROWS:
+            # It must not hold what holds it, or the cache would stay until Python looks for cycles.
+            self._graph = self._graph_type(partial(CachedDecoder._step, weakref.proxy(self)))
+
+    def _step(self) -> Tensor:
+        """A step of `_tokens`."""
+        cache = self.cache
+        cache.advance()
+        x = self.model.base_model.embed_tokens(self._tokens)  # (texts, hidden)
+        angles = rotary_angles(self.model, (cache.columns - cache.starts)[:, None])
+        where = cache.texts, cache.columns, cache.starts
+        if len(x) <= MAX_ROWS:
+            cos, sin = (torch.stack(parts) for parts in zip(*(angles[kind] for kind in self.kinds), strict=True))
+            return self.head.finish(self.few_rows.step(x, cos, sin, cache.data, *where))
+
+        def attend(layer: DecoderLayer, keys_values: Tensor, heads: Tensor) -> Tensor:
+            return cached_attention(
+                heads, keys_values, *where, scale=layer.scale, window=layer.window, softcap=layer.softcap
+            )
+
+        attends = [partial(attend, *each) for each in zip(self.layers, cache.data, strict=True)]
+        return self._logits(self._through_blocks(x, angles, attends))
 
     def _through_blocks(self, x: Tensor, angles: Angles, attends: Sequence[Attend]) -> Tensor:
         for block, attend in zip(self.blocks, attends, strict=True):

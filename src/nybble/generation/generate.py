@@ -1,8 +1,8 @@
 """Answers from a model: batches of prompts, greedy or sampled, token by token as they come.
 
 Models that nybble's decoder blocks compute answer through their packed weights (generation/decoding.py); others, and
-other devices, through transformers' generation. What the model's own generation config says about sampling and
-penalties is not applied on either way: the arguments say all.
+on devices without kernels for that, through transformers' generation. What the model's own generation config says about
+sampling and penalties is not applied on either way: the arguments say all.
 """
 
 import math
@@ -128,11 +128,11 @@ def _through_blocks(
     sampling: Sampling,
     on_token: OnToken,
 ) -> list[list[int]]:
-    generator = None if sampling.seed is None else torch.Generator().manual_seed(sampling.seed)
     answers: list[list[int]] = [[] for _ in prompts]
     going = list(range(len(prompts)))  # which prompt each row of the decoder answers
     decoder = CachedDecoder(model)
     logits = decoder.start(prompts, max_new_tokens)
+    generator = None if sampling.seed is None else torch.Generator(logits.device).manual_seed(sampling.seed)
     penalty = RepetitionPenalty(prompts, sampling.repetition_penalty)
     while True:
         tokens = choose_tokens(penalty(logits), sampling, generator)

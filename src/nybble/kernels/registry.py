@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import KernelError
+from nybble.kernels.heap import lies_in_heap
 
 ENVIRONMENT_VARIABLE = "NYBBLE_KERNELS"
 PREFERENCE: dict[str, tuple[str, ...]] = {
@@ -47,6 +48,7 @@ class Registration(NamedTuple):
 
     body: Body
     unsupported: Callable[..., str | None] | None  # given the op's arguments: None, or what it lacks
+    waits: bool
 
 
 class Row(NamedTuple):
@@ -75,17 +77,20 @@ def register_backend(name: str, devices: tuple[str, ...] | None, probe: Callable
     _backends[name] = Backend(devices, functools.cache(probe))
 
 
-def register(op: str, backend: str, unsupported: Callable[..., str | None] | None = None) -> Callable[[Body], Body]:
+def register(
+    op: str, backend: str, unsupported: Callable[..., str | None] | None = None, *, waits: bool = False
+) -> Callable[[Body], Body]:
     """Decorator: the function is `backend`'s body for `op` and takes the op's arguments.
 
     Args:
         unsupported: called with the op's arguments; returns None, or what the body lacks for them.
+        waits: it reads values of its arguments, for which it waits where they lie on a GPU.
     """
 
     def add(body: Body) -> Body:
         bodies = _registrations.setdefault(op, {})
         assert backend not in bodies, f"{op} has two {backend} bodies"
-        bodies[backend] = Registration(body, unsupported)
+        bodies[backend] = Registration(body, unsupported, waits)
         return body
 
     return add
@@ -143,6 +148,15 @@ def backend_of(op: str, device_type: str, backend: str | None = None, args: tupl
         f"Backends with a body for {op}: {', '.join(_registrations.get(op, {})) or 'none'}.",
         f"Unset {ENVIRONMENT_VARIABLE}, or name one that is available (nybble doctor lists them).",
     )
+
+
+def waits(op: str, device: torch.device, args: tuple[Any, ...] = ()) -> bool:
+    """Whether the body that runs `op` on a device waits for it: then no graph can hold the op.
+
+    Args:
+        args: as `backend_of` takes them.
+    """
+    return not lies_in_heap(device) and _registrations[op][backend_of(op, device.type, args=args)].waits
 
 
 def runs(ops: Iterable[str], device_type: str, here: bool = True) -> str | None:

@@ -24,6 +24,7 @@ from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.decoder_block import Keep, PackedSequences, block_ops, decoder_block, rotary_angles
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.projection import DenseWeights
+from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.sizes import SHAPE_RULES
 
@@ -176,12 +177,23 @@ class FusedForward:
         self.details = f", keeping {keep}{f', the last {whole_blocks} everything' if whole_blocks else ''}"
         self.details += "" if store is None else ", streamed"
 
+    @property
+    def asks_for_nothing(self) -> bool:
+        """Whether a pass needs nothing but what lies in the memory that it computes in, and waits for nobody."""
+        norm = self.blocks[0].input_norm.weight
+        waits = any(block.attention_waits(norm) for block in self.blocks) or angles_by_length(self.model)
+        return self.weights.store is None and self.kept is None and not waits
+
+    @property
+    def block_elements(self) -> int:
+        """Weights of the largest block."""
+        return max(sum(part.in_features * part.out_features for part in block.projections) for block in self.blocks)
+
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
         self.weights.begin(will_return=torch.is_grad_enabled())
         x, sequences = self.embed(batch)
-        for block in self.blocks:  # together, not among what the blocks free
-            block.refresh_adapters(x.dtype)
+        self.refresh_adapters()
         if self.kept is None:
             for block, keep in zip(self.blocks, self.keeps, strict=True):
                 x = block(x, sequences, keep)
@@ -192,6 +204,11 @@ class FusedForward:
                     self.kept.next_block()
                     x = block(x, sequences, keep)
         return self.model.base_model.norm(x.index_select(0, positions))
+
+    def refresh_adapters(self) -> None:
+        """Bring copies of adapters up to date: together, not among what the blocks free."""
+        for block in self.blocks:
+            block.refresh_adapters(block.input_norm.weight.dtype)
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""

@@ -28,7 +28,7 @@ from nybble.layers.backbone import (
 )
 from nybble.layers.convert import adapters_of, trained_parameters
 from nybble.layers.decoder_block import Keep
-from nybble.layers.loss_head import Head, OwnHead, loss_head
+from nybble.layers.loss_head import Denominator, Head, OwnHead, loss_head
 from nybble.layers.probe import Difference, Probe
 from nybble.layers.rotary import length_of_change, rotate_rows_alone
 from nybble.layers.streamed import BlockStore, attach_store
@@ -147,7 +147,7 @@ class CausalLM:
 
     # ---- batches ---------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch, denominator: float | None = None) -> Tensor:
+    def loss(self, batch: Batch, denominator: Denominator | None = None) -> Tensor:
         """Σ weight · (−log p(target)) over the batch's targets, divided by `denominator`.
 
         Args:
@@ -162,7 +162,7 @@ class CausalLM:
             ModelError: the batch's layout is not the model's, or a target lies outside its vocabulary.
         """
         denominator = max(1, batch.supervised_tokens) if denominator is None else denominator
-        self._check_targets(batch)
+        self.check_targets(batch)
         return self.head.loss(self.hidden(batch), batch.supervised_targets, denominator, batch.supervised_weights)
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ class CausalLM:
         Raises:
             ModelError: the batch's layout is not the model's, or a target lies outside its vocabulary.
         """
-        self._check_targets(batch)
+        self.check_targets(batch)
         return self.head.token_losses(self.hidden(batch), batch.supervised_targets, batch.supervised_weights)
 
     @torch.no_grad()
@@ -215,8 +215,12 @@ class CausalLM:
             "Make batches as the model's `packed` says.",
         )
 
-    def _check_targets(self, batch: Batch) -> None:
-        """Here, where they are known: kernels on a GPU would have to wait, and trust them."""
+    def check_targets(self, batch: Batch) -> None:
+        """Here, where they are known: kernels on a GPU would have to wait, and trust them.
+
+        Raises:
+            ModelError: a target lies outside the model's vocabulary.
+        """
         if batch.largest_target >= self.head.vocabulary:
             raise ModelError(
                 f"A target is {batch.largest_target}.",

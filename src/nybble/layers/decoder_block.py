@@ -34,6 +34,7 @@ from torch import Tensor
 
 from nybble.families import FAMILIES
 from nybble.families.family import Activation, Family
+from nybble.kernels import registry
 from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
@@ -178,6 +179,18 @@ class DecoderBlock:
         """Bring the copies of the block's adapters up to date."""
         for projection in self.projections:
             projection.refresh_adapters(dtype)
+
+    def attention_waits(self, like: Tensor) -> bool:
+        """Whether its kernel for states like these asks the device for values, and waits.
+
+        Args:
+            like: has their dtype and device.
+        """
+        heads = self._split_heads(like.new_empty(1, self.qkv.out_width))
+        borders = torch.zeros(2, dtype=torch.int32, device=like.device)
+        return registry.waits(
+            "packed_attention", like.device, (*heads, borders, 1, self.scale, self.window, self.softcap)
+        )
 
     # ---- the stages of forward -------------------------------------------------------------------
 

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 NO_TARGET = -1
 
+Denominator = float | Tensor  # of a loss; fp64 [] on the device where a graph will find another in its place
+
 PROBED_STATES = (2.0**-10, 1.0, 8.0, 64.0, 2.0**20)  # sizes of the states a head is asked about: a cap shows at last
 STATES_OF_A_SIZE = 2
 
@@ -49,7 +51,7 @@ class Head(Protocol):
         """How many logits a state gets."""
         ...
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """Σ weight · (−log p(target)) / `denominator` over the rows.
 
         Args:
@@ -100,11 +102,16 @@ class LossHead:
         return self.weight.shape[0]
 
     @property
+    def rooms(self) -> list[Tensor]:
+        """Memory that is kept from call to call; a larger chunk may bring another in its place."""
+        return list(self._rooms.values())
+
+    @property
     def rules(self) -> ShapeRules:
         """How its device wants rows and matrices cut."""
         return SHAPE_RULES[self.device.type]
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         return _LossFunction.apply(hidden, self, targets, denominator, weights, *self._low_rank(hidden))
 
@@ -202,16 +209,16 @@ class LossHead:
         hidden: Tensor,
         targets: Tensor,
         buffer: Tensor,
-        factor: float,
+        factor: Tensor,
         low: Tensor | None = None,
         b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of a chunk `(C,)` fp32, and factor · d(their sum)/d(hidden) `(C, hidden)`, and /d(product)
-        `(C, vocabulary)`, which lies in `buffer` or beside it.
+        `(C, vocabulary)`, which lies in `buffer` or beside it; the factor is fp64 [].
         """
         logits = self._logits(hidden, buffer, low, b)
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
-        losses = cross_entropy_(logits, targets, factor * self.scale)  # logits now holds the gradient
+        losses = cross_entropy_(logits, targets, (factor * self.scale).float())  # logits now holds the gradient
         if slope is not None:
             logits *= slope
         grad = logits.to(hidden.dtype)
@@ -232,7 +239,7 @@ class _LossFunction(torch.autograd.Function):
         hidden: Tensor,
         head: LossHead,
         targets: Tensor,
-        denominator: float,
+        denominator: Denominator,
         weights: Tensor | None = None,
         low: Tensor | None = None,
         b: Tensor | None = None,
@@ -240,6 +247,7 @@ class _LossFunction(torch.autograd.Function):
         if not hidden.requires_grad and (low is None or not low.requires_grad):
             return (head.token_losses(hidden, targets, weights).double().sum() / denominator).float()
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        factor = 1 / (torch.full_like(total, denominator) if isinstance(denominator, float | int) else denominator)
         grads, grads_low = [hidden[:0]], []
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
         missing = -len(targets) % head.rules.row_multiple  # as the chunks are filled up
@@ -248,7 +256,7 @@ class _LossFunction(torch.autograd.Function):
         for h, t, buffer in head._chunks(hidden, targets):
             part, left = _take(left, len(h))
             w, left_weights = _take(left_weights, len(h))
-            losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, 1 / denominator, part, b)
+            losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, factor, part, b)
             total += _weighted(losses, w).double().sum()
             grads.append(_weighted(grad, w))
             if part is not None and b is not None and grad_b is not None:
@@ -300,7 +308,7 @@ class OwnHead:
     def vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: float, weights: Tensor | None = None) -> Tensor:
+    def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
         left = None if weights is None else weights.detach()

@@ -29,6 +29,11 @@ class DenseWeights:
         self._buffers: dict[object, Tensor] = {}
         self._held: dict[object, object] = {}
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """Those that there are now; a larger weight may bring others."""
+        return list(self._buffers.values())
+
     def begin(self, *, will_return: bool) -> None:
         """A forward pass starts at the first block; `will_return`: its backward pass follows."""
         self._held.clear()  # so that every pass does the same, whatever the one before it was

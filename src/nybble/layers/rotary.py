@@ -68,6 +68,11 @@ def length_of_change(model: "PreTrainedModel") -> int | None:
     return max((n for n in originals if n), default=config.max_position_embeddings)
 
 
+def angles_by_length(model: "PreTrainedModel") -> bool:
+    """Whether angles are looked up by the length of a row, which the host asks the device for."""
+    return any(isinstance(module, RowRotary) or _goes_by_length(module) for module in model.modules())
+
+
 def _goes_by_length(module: nn.Module) -> bool:
     """As transformers decides it, by the name of the variant, one for all layers or one for each type of layer."""
     kinds: Any = getattr(module, "rope_type", None)

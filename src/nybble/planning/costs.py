@@ -76,6 +76,7 @@ class Part(StrEnum):
     GAPS = "gaps in the heap"
     WORKSPACE = "workspace of the libraries"
     RESERVED = "reserved beside what is used"
+    GRAPHS = "memory of the graphs"
     MARGIN = "margin"
 
 
@@ -335,6 +336,8 @@ def predict(run: RunShape) -> dict[Part, int]:
     """
     if run.full:
         return _predict_full(run)
+    if run.filled_up:
+        run = replace(run, batches=run.batches.filled_up())
     c, layers = run.compute_bytes, run.model.num_layers
     streamed = run.resident_blocks is not None
     resident = layers if run.resident_blocks is None else run.resident_blocks
@@ -376,6 +379,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     parts[Part.GAPS] = _gaps(run, highest) if run.on_cpu else 0
     parts[Part.WORKSPACE] = 0 if run.on_cpu else cuda_costs.WORKSPACE_BYTES
     parts[Part.RESERVED] = 0 if run.on_cpu else cuda_costs.allocator_bytes(run)
+    parts[Part.GRAPHS] = cuda_costs.graph_bytes(heights[:3]) if run.graphs else 0
     parts[Part.MARGIN] = max(LEAST_MARGIN, int(MARGIN * sum(parts.values()))) if run.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 

@@ -4,6 +4,9 @@ say they take, in bytes of memory and in bytes moved. None of it was measured.
 Symbols as in costs.py.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from nybble.planning.run_shape import RunShape
 
 ROUND_BYTES = 512  # the caching allocator's smallest step
@@ -66,6 +69,13 @@ def flash_scratch(run: RunShape) -> int:
     grads = tokens * c * (q + 2 * kv)
     expanded = 2 * tokens * c * q if kv < q else 0
     return sums + grads + expanded
+
+
+def graph_bytes(heights: Sequence[Mapping[Any, int]]) -> int:
+    """What graphs compute in: a pool that all share, as large as a micro-batch's highest moment, which nothing else can
+    use. Evaluations and the micro-batches before a capture take theirs beside it.
+    """
+    return max(sum(height.values()) for height in heights)
 
 
 def moved_bytes(run: RunShape, again: float) -> int:

@@ -2,7 +2,8 @@
 
 Bytes come from `costs.predict`. Seconds are the products at the machine's speed, dequantisation and the optimizer at
 that of its memory, a constant for each block entered, and reading where it takes longer than what it hides behind. On a
-GPU also what other kernels move, and the constant, which its host spends beside it, counts only where it is longer.
+GPU also what other kernels move, and the constant, which its host spends beside it, counts only where it is longer, and
+not at all where micro-batches come from graphs: so they do wherever there is memory for that.
 """
 
 from collections.abc import Iterable
@@ -110,6 +111,7 @@ class Plan:
         words = [self.strategy, f"{self.micro_batch_size} {rows} at once", f"blocks keep {self.keep}"]
         words += [f"the last {self.whole_blocks} everything"] if self.whole_blocks else []
         words += ["offloaded"] if self.offloaded else []
+        words += ["from graphs"] if self.run.graphs else []
         if self.resident_blocks is not None:
             words.append(f"{self.resident_blocks} blocks resident")
             words += ["embedding and head streamed"] if self.stream_ends else []
@@ -207,6 +209,11 @@ def _candidates(request: PlanRequest, machine: Machine) -> Iterable[Plan]:
 
 def _plan(request: PlanRequest, machine: Machine, strategy: Strategy, size: int, run: RunShape) -> Plan:
     components = {Part.PROCESS: machine.begun_bytes} | predict(run)
+    if run.filled_up:
+        graphed = replace(run, graphs=True)
+        with_graphs = components | predict(graphed)
+        if sum(with_graphs.values()) <= machine.budget_bytes:
+            run, components = graphed, with_graphs
     too_large = _too_large(run, machine, sum(components.values()))
     excluded = request.excluded.get(strategy)
     return Plan(strategy, size, run, components, _step_seconds(run, machine), excluded, too_large)
@@ -215,7 +222,7 @@ def _plan(request: PlanRequest, machine: Machine, strategy: Strategy, size: int,
 def _step_seconds(run: RunShape, machine: Machine) -> float:
     """Seconds an optimizer step: every micro-batch as the largest, then the update."""
     work = work_of(run)
-    compute = _compute_seconds(work, machine) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
+    compute = _compute_seconds(run, work, machine) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
     trained = run.model.parameters if run.full else run.adapter_parameters
     paging = 0 if run.page_bytes is None else 16 * trained / machine.link_bytes_per_s
     update = 28 * trained / machine.ram_bytes_per_s + paging
@@ -226,11 +233,11 @@ def _step_seconds(run: RunShape, machine: Machine) -> float:
     return run.micro_batches * micro_batch + update
 
 
-def _compute_seconds(work: Work, machine: Machine) -> float:
+def _compute_seconds(run: RunShape, work: Work, machine: Machine) -> float:
     """Of a micro-batch: what is computed, and moved within the memory that it is computed in."""
     attention = sum(flops / share for flops, share in zip(work.attention, machine.attention, strict=True))
     products = (work.flops + attention) / machine.flops
-    calls = work.block_passes * BLOCK_S[machine.kind]
+    calls = 0 if run.graphs else work.block_passes * BLOCK_S[machine.kind]
     if machine.on_cpu:
         return products + 2 * work.weight_bytes / machine.ram_bytes_per_s + calls
     return max(products + work.moved_bytes / (2 * machine.ram_bytes_per_s), calls)

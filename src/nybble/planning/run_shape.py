@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from nybble.formats.quant_spec import QuantSpec
-from nybble.sizes import RANK_MULTIPLE, ShapeRules
+from nybble.sizes import GRAPH_MULTIPLE, RANK_MULTIPLE, ShapeRules
 from nybble.sources.parts import Inventory
 
 if TYPE_CHECKING:
@@ -116,6 +116,11 @@ class MicroBatches:
     heaviest: tuple[int, ...] = ()
     heaviest_validation: tuple[int, ...] = ()
 
+    def filled_up(self) -> "MicroBatches":
+        """In the shapes that graphs are captured for; evaluations stay."""
+        filled = {name: -(-getattr(self, name) // GRAPH_MULTIPLE) * GRAPH_MULTIPLE for name in ("tokens", "supervised")}
+        return replace(self, **filled)
+
     def halved(self) -> "MicroBatches":
         """With rows of half the length."""
         half = {name: -(-getattr(self, name) // 2) for name in ("tokens", "supervised", "longest_row")}
@@ -148,6 +153,7 @@ class RunShape:
         dropout: on the adapters' inputs, on the generic path.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         full: every weight is trained; then rank and adapters are 0.
+        graphs: micro-batches come from graphs, which have memory of their own.
     """
 
     model: ModelShape
@@ -171,6 +177,16 @@ class RunShape:
     dropout: bool = False
     on_cpu: bool = True
     full: bool = False
+    graphs: bool = False
+
+    @property
+    def filled_up(self) -> bool:
+        """Whether micro-batches have the shapes that graphs are captured for (`training/accumulation.py`)."""
+        elsewhere = self.resident_blocks is not None or self.stream_ends or self.offload
+        if self.path != "blocks" or self.full or elsewhere:
+            return False
+        elements = max((block.linear_elements for block, _ in self.model.parts.blocks), default=0)
+        return self.rules.in_graphs(self.batches.filled_up().tokens, elements)
 
     @property
     def wide(self) -> bool:

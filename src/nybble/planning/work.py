@@ -1,6 +1,6 @@
 """What a micro-batch has to compute and to move; symbols as in costs.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nybble.planning import cuda_costs
 from nybble.planning.costs import DENSE_BYTES, base_bytes, streamed_bytes
@@ -33,6 +33,8 @@ def work_of(run: RunShape) -> Work:
 
     Attention is causal and within rows.
     """
+    if run.filled_up:
+        run = replace(run, batches=run.batches.filled_up())
     tokens, layers = run.batches.tokens, run.model.num_layers
     forward = 2.0 * tokens * run.model.multiplied_elements
     # The share of blocks that compute something again.

@@ -96,12 +96,14 @@ class OutOfMemory(Event):
     Args:
         micro_batch_size: rows at once from now on, where that is what changed.
         paged: the optimizer's state went to a file, where that is what changed.
+        graphs: False where that is what changed: micro-batches no longer come from graphs.
     """
 
     kind: ClassVar[str] = "out-of-memory"
     step: int
     micro_batch_size: int | None = None
     paged: bool | None = None
+    graphs: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
 from nybble.runs.adapter_files import write_adapter
 from nybble.runs.folder import RunFolder
+from nybble.training.accumulation import GradientAccumulation
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.evaluations import Evaluations
 from nybble.training.events import HeldOutLoss, NotPaged, OutOfMemory, Step
@@ -78,6 +79,7 @@ def train_loop(
     checkpoints: Checkpoints,
     resumed: Checkpoint | None = None,
     paged: bool = False,
+    graphs: bool = True,
     rehearsal: Rehearsal | None = None,
 ) -> LoopResult:
     """Train the adapters of `model` until `total_steps` optimizer steps are done, or the user interrupts.
@@ -90,6 +92,7 @@ def train_loop(
         events_bytes: flushes the run's log to the disk and says its length, which a checkpoint keeps.
         resumed: where to go on, None at the beginning.
         paged: keep the optimizer's state in a file of the run folder.
+        graphs: there is memory for those of micro-batches of few tokens, on a device that has any.
         rehearsal: what to go through once before the first step.
 
     Raises:
@@ -106,6 +109,7 @@ def train_loop(
         bits=optimizer_bits,
         paged_in=run.path if paged else None,
     )
+    forward_backward = GradientAccumulation(objective, model, graphs=graphs)
     num_warmup = warmup_steps(options.warmup, total_steps)
     lengths = [len(example) for example in train]
     torch.manual_seed(sampler.seed)  # dropout
@@ -137,7 +141,7 @@ def train_loop(
         if rehearsal is not None:
             with PeakMemory(device) as memory:
                 try:
-                    rehearse(objective, model, optimizer, rehearsal)
+                    rehearse(objective, model, forward_backward, optimizer, rehearsal)
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -151,7 +155,7 @@ def train_loop(
             step, rows = progress.step + 1, sampler.next_step()
             model.train()
             micro_batches = [
-                objective.collate([train[row] for row in micro], model.packed).to(device)
+                forward_backward.prepare(objective.collate([train[row] for row in micro], model.packed))
                 for micro in split_micro_batches(rows, lengths, progress.micro_batch_size, model.packed)
             ]
             # One denominator for the whole step: how it is cut into micro-batches changes nothing.
@@ -160,7 +164,7 @@ def train_loop(
             out_of_memory = False
             for batch in micro_batches:
                 try:
-                    losses.append(forward_backward(objective, model, batch, num_supervised))
+                    losses.append(forward_backward(batch, num_supervised))
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -171,6 +175,9 @@ def train_loop(
                 optimizer.drop_gradients()
                 sampler.load_state(before.sampler)
                 restore_rng(before.rng, device)
+                if forward_backward.drop_graphs():
+                    report(OutOfMemory(step, graphs=False))
+                    continue
                 # Room first: the same micro-batches again, with the state in a file, if the disk has room for it.
                 if optimizer.can_page_out and paged_out(optimizer, run, report):
                     report(OutOfMemory(step, paged=True))
@@ -219,32 +226,28 @@ def train_loop(
     return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
 
 
-def rehearse(objective: Objective, model: CausalLM, optimizer: AdamW, rehearsal: Rehearsal) -> None:
+def rehearse(
+    objective: Objective,
+    model: CausalLM,
+    forward_backward: GradientAccumulation,
+    optimizer: AdamW,
+    rehearsal: Rehearsal,
+) -> None:
     """Take the memory of a run's heaviest moments: its largest micro-batch, every gradient and moment in place, and
     its largest evaluation.
 
     Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
     """
     device = model.device
-    batch = objective.collate(rehearsal.rows, model.packed).to(device)
+    batch = forward_backward.prepare(objective.collate(rehearsal.rows, model.packed))
     rng = capture_rng(device)
     model.train()
     optimizer.materialise()
-    objective.loss(model, batch, max(1, objective.tokens(batch))).backward()
+    forward_backward.rehearse(batch, max(1, objective.tokens(batch)))
     optimizer.drop_gradients()
     if rehearsal.validation:
         validation_loss(objective, model, rehearsal.validation, len(rehearsal.validation))
     restore_rng(rng, device)
-
-
-def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denominator: float) -> Tensor:
-    """Add a micro-batch's gradients; returns its part of the step's loss, a scalar on the model's device.
-
-    A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
-    """
-    loss = objective.loss(model, batch, denominator)
-    loss.backward()
-    return loss.detach()
 
 
 def paged_out(optimizer: AdamW, run: RunFolder, report: Listener) -> bool:

@@ -10,10 +10,17 @@ from nybble.data.examples import EncodedExample, Example
 from nybble.data.packing import Batch
 from nybble.data.template import ChatTemplate
 from nybble.layers.causal_lm import CausalLM
+from nybble.layers.loss_head import Denominator
 
 
 class Objective(Protocol):
     """How an example becomes rows, rows a batch, and a batch a loss."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `loss` only asks the model for what its batch's tensors say, whatever is filled up in them
+        (`nybble.data.packing.fill_up`): then a GPU may replay it for another batch in their place.
+        """
 
     def encode(self, template: ChatTemplate, example: Example) -> list[EncodedExample]:
         """The training sequences of an example, untruncated.
@@ -28,7 +35,7 @@ class Objective(Protocol):
     def tokens(self, batch: Batch) -> int:
         """What the batch adds to the denominator of its step's loss, and of an evaluation's."""
 
-    def loss(self, model: CausalLM, batch: Batch, denominator: float) -> Tensor:
+    def loss(self, model: CausalLM, batch: Batch, denominator: Denominator) -> Tensor:
         """The batch's part of its step's loss: a scalar in fp32, whose backward gives the adapters' gradients.
 
         Args:
@@ -42,6 +49,11 @@ class Objective(Protocol):
 class SupervisedFineTuning:
     """The mean of −log p over supervised tokens, in nats; where the batch has weights, each term times its own."""
 
+    @property
+    def capturable(self) -> bool:
+        """As `Objective` says; what inherits from this with a loss of its own says so itself."""
+        return type(self).loss is SupervisedFineTuning.loss
+
     def encode(self, template: ChatTemplate, example: Example) -> list[EncodedExample]:
         """Encode an example; what is learnt is what the template marks as the assistant's."""
         return template.encode_example(example)
@@ -54,7 +66,7 @@ class SupervisedFineTuning:
         """Count the supervised tokens."""
         return batch.supervised_tokens
 
-    def loss(self, model: CausalLM, batch: Batch, denominator: float) -> Tensor:
+    def loss(self, model: CausalLM, batch: Batch, denominator: Denominator) -> Tensor:
         """As `Objective` says."""
         return model.loss(batch, denominator)
 

@@ -496,6 +496,7 @@ def _take_steps(
         checkpoints=checkpoints,
         resumed=resumed,
         paged=plan.paged,
+        graphs=plan.run.graphs,
         rehearsal=None if config.memory.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
     )
 

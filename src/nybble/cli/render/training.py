@@ -60,6 +60,7 @@ def _(event: events.HeldOutLoss, terminal: Terminal) -> None:
 @show.register
 def _(event: events.OutOfMemory, terminal: Terminal) -> None:
     how = "with the optimizer's state in a file" if event.paged else f"{event.micro_batch_size} rows at once"
+    how = "without graphs" if event.graphs is False else how
     terminal.say(f"step {event.step} ran out of memory: again, {how}")
 
 

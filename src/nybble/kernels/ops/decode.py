@@ -3,25 +3,20 @@
     decode    model -> what takes steps through it
 
 What does not change from token to token is handed over once, so this is no torch op: a body is a class whose instances
-keep a model the way they read it. `attend_to_cache` is attention for the plain body and for more rows than these.
+keep a model the way they read it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 
 MAX_ROWS = 8  # up to which multiplying packed weights beats dequantising them first; kRowsAtOnce of csrc/gemv.h
-
-Attend = Callable[[Tensor], Tensor]  # heads (T, heads + 2 kv heads, head_dim) -> (T, heads * head_dim)
 
 
 # ---- what a model is made of ---------------------------------------------------------------------
@@ -140,52 +135,3 @@ def decoder(model: DecoderModel) -> Decoder:
     device_type = model.norm.weight.device.type
     make: Callable[[DecoderModel], Decoder] = registry.body("decode", device_type, args=(model,))
     return make(model)
-
-
-# ---- attention -----------------------------------------------------------------------------------
-
-
-def attend_to_cache(
-    layers: Sequence[DecoderLayer], cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
-) -> list[Attend]:
-    """Attention of each layer for one token a row, which first writes the row's keys and values into the cache.
-
-    Args:
-        cache, texts, columns, starts: as `Decoder.step` takes them.
-    """
-    end = int(columns.max()) + 1
-    all_texts = torch.equal(texts, torch.arange(cache.shape[2], device=texts.device))  # else they are picked: a copy
-    visible = {window: _visible(window, columns, starts, end) for window in {layer.window for layer in layers}}
-
-    def attend(layer: DecoderLayer, keys_values: Tensor, heads: Tensor) -> Tensor:
-        rows, _, head_dim = heads.shape
-        keys_values[:, texts, :, columns] = heads[:, layer.num_heads :].view(rows, 2, layer.num_kv_heads, head_dim)
-        first, mask = visible[layer.window]
-        keys, values = keys_values[:, :, :, first:end] if all_texts else keys_values[:, texts, :, first:end]
-        # The heads that share a key head stand where attention expects queries of one head.
-        queries = heads[:, : layer.num_heads].view(rows, layer.num_kv_heads, -1, head_dim)
-        if layer.softcap:
-            return _capped(queries, keys, values, mask, layer).reshape(rows, -1)
-        return F.scaled_dot_product_attention(queries, keys, values, mask, scale=layer.scale).reshape(rows, -1)
-
-    return [partial(attend, *each) for each in zip(layers, cache, strict=True)]
-
-
-def _capped(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, layer: DecoderLayer) -> Tensor:
-    """Attention whose scores have a soft cap, which PyTorch's own has not."""
-    scores = (queries.float() @ keys.float().mT) * layer.scale
-    scores = layer.softcap * torch.tanh(scores / layer.softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
-    return (scores.softmax(-1) @ values.float()).to(queries.dtype)
-
-
-def _visible(window: int, columns: Tensor, starts: Tensor, end: int) -> tuple[int, Tensor | None]:
-    """The first column that some row may see, and which from there to `end` each row sees, bool `(rows, 1, 1, seen)`;
-    None where all see all.
-    """
-    first = max(0, int(columns.min()) + 1 - window) if window else 0
-    least = torch.maximum(starts, columns + 1 - window) if window else starts
-    column = torch.arange(first, end, device=columns.device)
-    mask = (column >= least[:, None]) & (column <= columns[:, None])
-    return first, None if mask.all() else mask[:, None, None]

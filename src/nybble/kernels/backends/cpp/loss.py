@@ -22,10 +22,10 @@ _cross_entropy = function("cross_entropy", *ROWS, INT, POINTER, INT64, INT64, FL
 
 
 @registry.register("cross_entropy_", "cpp", unsupported=no_fp16)
-def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: float) -> Tensor:
+def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: Tensor) -> Tensor:
     check_targets(targets, logits.shape[1])
     losses = torch.empty(logits.shape[0])
     _cross_entropy(
-        *rows(logits), DTYPES[logits.dtype], pointer(targets), *logits.shape, gradient_scale, pointer(losses)
+        *rows(logits), DTYPES[logits.dtype], pointer(targets), *logits.shape, gradient_scale.item(), pointer(losses)
     )
     return losses

@@ -45,7 +45,7 @@ def _masked(scores: Tensor, window: int) -> Tensor:
     return scores.masked_fill(hidden, -math.inf)
 
 
-@registry.register("packed_attention", "reference")
+@registry.register("packed_attention", "reference", waits=True)
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def packed_attention(
     return out, lse
 
 
-@registry.register("packed_attention_backward", "reference")
+@registry.register("packed_attention_backward", "reference", waits=True)
 def packed_attention_backward(
     dout: Tensor,
     q: Tensor,

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
-from nybble.kernels.ops.decode import Attend, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, attend_to_cache
+from nybble.kernels.ops.cached_attention import cached_attention
+from nybble.kernels.ops.decode import DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 from nybble.kernels.ops.four_bit import gemv_4bit
 from nybble.kernels.ops.glu import geglu, swiglu
 from nybble.kernels.ops.norm import rms_norm
@@ -28,25 +29,25 @@ class OpByOp:
     def step(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
     ) -> Tensor:
-        layers = self.model.layers
-        attends = attend_to_cache(layers, cache, texts, columns, starts)
-        for layer, attend in zip(layers, attends, strict=True):
-            x = _through_layer(layer, x, cos[layer.rope], sin[layer.rope], attend)
+        for layer, keys_values in zip(self.model.layers, cache, strict=True):
+            where = (keys_values, texts, columns, starts)
+            x = _through_layer(layer, x, cos[layer.rope], sin[layer.rope], where)
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
         return _product([self.model.head], _norm(self.model.norm, x)).float()
 
 
-def _through_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-    """(T, hidden) -> (T, hidden)"""
+def _through_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, where: tuple[Tensor, ...]) -> Tensor:
+    """(T, hidden) -> (T, hidden); `where`: the layer's cache, and the rows' texts, columns and starts."""
     heads = _product(layer.qkv, _norm(layer.input_norm, x)).view(x.shape[0], -1, layer.head_dim)
     rotated = heads[:, : layer.num_heads + layer.num_kv_heads]
     queries, keys = rotated.split([layer.num_heads, layer.num_kv_heads], dim=1)
     for norm, part in ((layer.q_norm, queries), (layer.k_norm, keys)):
         _norm(norm, part, out=part)
     rope_(rotated, cos, sin)
-    x = x + _norm(layer.attention_output_norm, _product(layer.o, attend(heads)))
+    attended = cached_attention(heads, *where, scale=layer.scale, window=layer.window, softcap=layer.softcap)
+    x = x + _norm(layer.attention_output_norm, _product(layer.o, attended))
     gate, up = _product(layer.gate_up, _norm(layer.mlp_norm, x)).chunk(2, dim=1)
     act = GATES[layer.activation](gate, up)
     return x + _norm(layer.mlp_output_norm, _product(layer.down, act))

@@ -8,13 +8,13 @@ REFERENCE_ROWS = 256  # taken at once: a GPU's chunk of logits would be several 
 
 
 @registry.register("cross_entropy_", "reference")
-def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: float) -> Tensor:
+def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: Tensor) -> Tensor:
     check_targets(targets, logits.shape[1])
     parts = zip(logits.split(REFERENCE_ROWS), targets.split(REFERENCE_ROWS), strict=True)
     return torch.cat([_some_rows(rows, wanted, gradient_scale) for rows, wanted in parts])
 
 
-def _some_rows(logits: Tensor, targets: Tensor, gradient_scale: float) -> Tensor:
+def _some_rows(logits: Tensor, targets: Tensor, gradient_scale: Tensor) -> Tensor:
     supervised, column = targets >= 0, targets.clamp(min=0)[:, None]
     log_probabilities = logits.float().log_softmax(1)
     losses = -log_probabilities.gather(1, column).squeeze(1)

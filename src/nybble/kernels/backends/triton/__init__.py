@@ -9,7 +9,9 @@ import importlib.util
 import torch
 
 from nybble.kernels import registry
+from nybble.kernels.backends.triton import cached_attention as cached_attention
 from nybble.kernels.backends.triton import calibration as calibration
+from nybble.kernels.backends.triton import decode as decode
 from nybble.kernels.backends.triton import four_bit as four_bit
 from nybble.kernels.backends.triton import glu as glu
 from nybble.kernels.backends.triton import loss as loss

@@ -10,7 +10,7 @@ COLUMNS = 512 if INTERPRETED else 4096  # at once
 
 
 @registry.register("cross_entropy_", "triton")
-def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: float) -> Tensor:
+def cross_entropy_(logits: Tensor, targets: Tensor, gradient_scale: Tensor) -> Tensor:
     from nybble.kernels.backends.triton.jit.loss import cross_entropy_kernel
 
     (rows, vocabulary), losses = logits.shape, torch.empty_like(targets, dtype=torch.float32)
