@@ -17,14 +17,6 @@ PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
 # They import nothing of nybble; anyone may import them.
 LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards", "pictures")
-    "openmp",
-    "errors",
-    "units",
-    "events",
-    "sizes",
-    "cards",
-    "pictures",
-)  # import nothing of nybble; anyone may import them
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "families", "layers", "sources", "memory"),
     *("generation", "quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge"),
