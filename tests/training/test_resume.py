@@ -33,7 +33,7 @@ from nybble.training.objective import SupervisedFineTuning
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.session import train
 
-STEPS = 7  # of 6 of 34 rows: the border of an epoch falls into one of them
+STEPS = 5  # of 6 of 19 rows: the border of an epoch falls into the fourth
 PATHS: dict[str, dict[str, Any]] = {
     "blocks": {"micro_batch_size": 4, "keep": "everything"},
     "blocks, recomputed": {"micro_batch_size": 6, "keep": "nothing"},
@@ -88,7 +88,7 @@ def whole(request, tiny_model, tmp_path_factory) -> Path:
     """A run that never stopped, with a checkpoint of each step; evaluated after every second one."""
     folder = tmp_path_factory.mktemp("whole")
     data = folder / "rows.jsonl"
-    rows = ({"prompt": f"Say {'so ' * (n % 7)}{n}.", "completion": f"{n}{'!' * (n % 5)}"} for n in range(36))
+    rows = ({"prompt": f"Say {'so ' * (n % 7)}{n}.", "completion": f"{n}{'!' * (n % 5)}"} for n in range(20))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(load_config(None, options(tiny_model, data, folder / "run", eval_every=2, **PATHS[request.param])))
     return folder / "run"
@@ -97,7 +97,7 @@ def whole(request, tiny_model, tmp_path_factory) -> Path:
 # After each step on one path; elsewhere after one without an evaluation, and after one within the second epoch.
 @pytest.mark.parametrize(
     ("whole", "step"),
-    [(path, step) for path in PATHS for step in (range(1, STEPS + 1) if path == "blocks" else (3, 6))],
+    [(path, step) for path in PATHS for step in (range(1, STEPS + 1) if path == "blocks" else (3, 4))],
     indirect=["whole"],
 )
 def test_resumed_after_any_step_the_bytes_are_those_of_a_run_that_never_stopped(step, whole, tmp_path):

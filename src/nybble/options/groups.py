@@ -292,8 +292,6 @@ class AdapterOptions(NewAdapters, PlannedAdapters):
 
 
 class BatchOptions(Options, group="Memory"):
-    """How much is computed at once."""
-
     memory: Bytes | None = knob(
         None,
         "Most memory the run may take, such as 8GB or 8GiB: anonymous memory on a CPU. What is free, if not given.",
@@ -324,8 +322,6 @@ class BatchOptions(Options, group="Memory"):
 
 
 class PathOptions(Options, group="Memory"):
-    """How a model computes rows."""
-
     packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
     keep: Literal["auto", "nothing", "attention", "everything"] = knob(
         "auto",
