@@ -1,5 +1,6 @@
 """What holds for every test: nothing reaches the network, GPU tests need a GPU; a tiny model that tests share."""
 
+import gc
 import json
 import os
 import resource
@@ -26,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """A garbage collection, which some verbs ask for, need not look through all that imports made: half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -211,11 +218,48 @@ def sentencepiece() -> Callable[..., Any]:
     return save_sentencepiece
 
 
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a tiny model of a family and a run on it whose adapter is random, ‖ΔW‖ about `size` of ‖W‖."""
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A tiny model of a family with its tokenizer; made once for all that ask for the same."""
     import torch
     import transformers
+    from transformers import AutoModelForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def make(family: str, tokenizer: Callable[[Path], Any], **overrides: object) -> Path:
+        key = repr((family, tokenizer, overrides))
+        if key not in made:
+            made[key] = _make(family, tokenizer, **overrides)
+        return made[key]
+
+    def _make(family: str, tokenizer: Callable[[Path], Any], **overrides: object) -> Path:
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp(family)
+        words = tokenizer(folder)
+        vocabulary = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
+        if family == "gpt2":
+            config = transformers.GPT2Config(
+                n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, **vocabulary
+            )
+        else:
+            extra = {"head_dim": 16} if family == "qwen3" else {"sliding_window": None} if family == "mistral" else {}
+            kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+            config = getattr(transformers, f"{kind}Config")(**(SHAPE | vocabulary | extra | overrides))
+        model = AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
+            if parameter.ndim == 1:
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln" in name else 0.0, std=0.2)
+        model.to(torch.bfloat16).save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes a run on a tiny model of a family whose adapter is random, ‖ΔW‖ about `size` of ‖W‖."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
@@ -233,21 +277,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
     ) -> Path:
         torch.manual_seed(0)
         folder = tmp_path / family
-        words = tokenizer(folder / "base")
-        vocabulary = {"vocab_size": len(words), "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id}
-        if family == "gpt2":
-            config = transformers.GPT2Config(
-                n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, **vocabulary
-            )
-        else:
-            extra = {"head_dim": 16} if family == "qwen3" else {"sliding_window": None} if family == "mistral" else {}
-            kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-            config = getattr(transformers, f"{kind}Config")(**(SHAPE | vocabulary | extra | overrides))
-        model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
-            if parameter.ndim == 1:
-                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln" in name else 0.0, std=0.2)
-        model.to(torch.bfloat16).save_pretrained(folder / "base")
+        shutil.copytree(make_base(family, tokenizer, **overrides), folder / "base", dirs_exist_ok=True)
         options = {"model": str(folder / "base"), "data": str(write_rows(tmp_path / "rows.jsonl"))}
         options |= {"out": str(folder / "run"), "rank": 4, "alpha": 8.0, "rslora": rslora, "validation_rows": 12}
         config = build_options(TrainConfig, options | {"validation_fraction": 0.2, "quality": "absmax"})

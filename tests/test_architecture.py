@@ -15,7 +15,8 @@ from nybble.formats.format import FORMATS
 
 PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
-LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards")  # import nothing of nybble; anyone may import them
+# They import nothing of nybble; anyone may import them.
+LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards", "pictures")
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "families", "layers", "sources", "memory"),
     *("generation", "quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge"),

@@ -69,6 +69,22 @@ def make_data(path: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> Path:
     return path
 
 
+def make_four_bit_model(folder: Path, spec: Any = None) -> None:
+    """A Llama of four blocks with random weights in few bits, nf4 unless said, and a byte-level tokenizer.
+
+    Narrow: products in bf16 take long where the CPU has none.
+    """
+    from unittest.mock import patch
+
+    from nybble.formats.quant_spec import QuantSpec
+    from nybble.quantization.synth import synthesize
+    from nybble.sources.shapes import SHAPES
+
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with patch.dict(SHAPES, narrow=SHAPES["tiny"] | narrow):
+        synthesize("narrow", spec or QuantSpec(), folder)
+
+
 # ---- in memory -----------------------------------------------------------------------------------
 
 

@@ -17,11 +17,13 @@ from nybble import openmp as openmp  # first: what it sets counts only until tor
 
 if TYPE_CHECKING:
     from nybble.api.artefacts import export, merge
-    from nybble.api.evaluate import evaluate
+    from nybble.api.data import check_data
+    from nybble.api.evaluate import evaluate, evaluate_quality
     from nybble.api.parts import Model, TrainingData, add_adapters, load, load_data, open_model
     from nybble.api.plan import PlanResult, plan
-    from nybble.api.quantize import QuantizedModel, quantize
+    from nybble.api.quantize import QuantizedModel, quantize, synth
     from nybble.api.run import Run, open_run
+    from nybble.api.serve import serve
     from nybble.api.train import train
     from nybble.errors import NybbleError
     from nybble.evaluation.evaluate import Evaluation
@@ -47,7 +49,9 @@ __all__ = [
     "TrainingData",
     "__version__",
     "add_adapters",
+    "check_data",
     "evaluate",
+    "evaluate_quality",
     "export",
     "load",
     "load_data",
@@ -56,33 +60,31 @@ __all__ = [
     "open_run",
     "plan",
     "quantize",
+    "serve",
+    "synth",
     "train",
 ]
 
 _MODULES = {  # of each exported name; the imports above say the same to type checkers
-    "Evaluation": "evaluation.evaluate",
-    "Event": "events",
-    "ExportResult": "exporting.artefact",
-    "Listener": "events",
-    "MergesCompared": "exporting.compare",
-    "Model": "api.parts",
-    "NybbleError": "errors",
-    "PlanResult": "api.plan",
-    "QuantizedModel": "api.quantize",
-    "Run": "api.run",
-    "RunResult": "runs.result",
-    "TrainingData": "api.parts",
-    "add_adapters": "api.parts",
-    "evaluate": "api.evaluate",
-    "export": "api.artefacts",
-    "load": "api.parts",
-    "load_data": "api.parts",
-    "merge": "api.artefacts",
-    "open_model": "api.parts",
-    "open_run": "api.run",
-    "plan": "api.plan",
-    "quantize": "api.quantize",
-    "train": "api.train",
+    name: module
+    for module, names in {
+        "api.artefacts": ("export", "merge"),
+        "api.data": ("check_data",),
+        "api.evaluate": ("evaluate", "evaluate_quality"),
+        "api.parts": ("Model", "TrainingData", "add_adapters", "load", "load_data", "open_model"),
+        "api.plan": ("PlanResult", "plan"),
+        "api.quantize": ("QuantizedModel", "quantize", "synth"),
+        "api.run": ("Run", "open_run"),
+        "api.serve": ("serve",),
+        "api.train": ("train",),
+        "errors": ("NybbleError",),
+        "evaluation.evaluate": ("Evaluation",),
+        "events": ("Event", "Listener"),
+        "exporting.artefact": ("ExportResult",),
+        "exporting.compare": ("MergesCompared",),
+        "runs.result": ("RunResult",),
+    }.items()
+    for name in names
 }
 
 

@@ -17,6 +17,10 @@ VERBS: dict[str, Callable[..., Any]] = {
     "eval": nybble.evaluate,
     "merge": nybble.merge,
     "export": nybble.export,
+    "data check": nybble.check_data,
+    "eval quality": nybble.evaluate_quality,
+    "serve": nybble.serve,
+    "synth": nybble.synth,
 }
 RUN = {"model": "MODEL", "data": "ROWS", "out": "new"}
 
@@ -53,6 +57,11 @@ def places(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.Mon
         ("merge", {"run": "a-run", "out": "new", "compare": True}, "both given"),
         ("export", {"run": "a-run", "out": "full", "to": "peft"}, "already exists"),
         ("export", {"run": "a-run", "out": "new"}, "to is not given"),
+        ("data check", {"model": "MODEL", "data": "absent.jsonl"}, "absent.jsonl"),
+        ("eval quality", {"model": "MODEL", "data": "ROWS", "arms": "nf5:absmax"}, "'nf5:absmax'"),
+        ("serve", {}, "run is not given"),
+        ("serve", {"run": ("empty",)}, "holds no run"),
+        ("synth", {"shape": "huge", "out": "new"}, "shape is 'huge'"),
     ],
 )
 def test_it_is_the_same_error(verb: str, options: dict[str, Any], words: str, places: dict[str, Path]) -> None:
@@ -61,7 +70,7 @@ def test_it_is_the_same_error(verb: str, options: dict[str, Any], words: str, pl
         VERBS[verb](**given)
     assert words in raised.value.got
     flags = [part for name, value in given.items() for part in flag(name, value)]
-    shown = typed([verb, *flags])
+    shown = typed([*verb.split(), *flags])
     assert shown.exit_code == raised.value.exit_code == 2
     error = raised.value
     assert shown.stderr.splitlines() == f"Error: {error}".splitlines()
@@ -70,6 +79,8 @@ def test_it_is_the_same_error(verb: str, options: dict[str, Any], words: str, pl
 
 def flag(name: str, value: Any) -> list[str]:
     key = f"--{name.replace('_', '-')}"
+    if isinstance(value, tuple):
+        return [part for each in value for part in (key, str(each))]
     return [key] if value is True else [key, str(value)]
 
 

@@ -16,17 +16,24 @@ from nybble.errors import NybbleError
 from nybble.evaluation.divergence import lumped_kl
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.exporting.artefact import Artefact, verify, write
+from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
-from nybble.exporting.verify import Verification
+from nybble.exporting.verify import Verification, ask_run, compare
 from nybble.options.use_groups import ArtefactKind, GgufType, RoundingOptions
 from nybble.quantization.folder import save_dense_folder
 from nybble.runs.adapter_files import WEIGHTS_NAME
-from nybble.runs.open_run import open_run
+from nybble.runs.open_run import load_tuned, open_run
 from nybble.sources.load import load_model
 
 ROUGHER = ("absmax", "search")
 FAITHFUL = Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized")
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's own have some ten tokens; its base goes on for as long as it may."""
+    monkeypatch.setattr("nybble.exporting.verify.ANSWER_TOKENS", 24)
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -60,40 +67,53 @@ def test_merge_takes_the_same_way(trained: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def check(trained: Path, folder: Path) -> Verification:
+@pytest.fixture(scope="module")
+def check(trained: Path) -> Callable[[Path], Verification]:
+    """Compares a folder with what the run itself answers, which is asked once."""
     opened = open_run(trained)
+    reference = ask_run(opened, load_tuned(opened, torch.float32, CPU), evaluation_rows(opened), 300)
+
+    def compared(folder: Path) -> Verification:
+        consumer = load_consumer(FAITHFUL.kind, opened, folder, torch.float32, context=512)
+        return compare(reference, consumer, FAITHFUL.faithfulness)
+
+    return compared
+
+
+def verified(run_folder: Path, folder: Path) -> Verification:
+    opened = open_run(run_folder)
     return verify(opened, FAITHFUL, folder, evaluation_rows(opened), 300)
 
 
-def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path) -> None:
+def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path, check: Callable) -> None:
     save_dense_folder(open_run(trained).source, tmp_path / "base")
-    assert {"differs from the base", "same choice as the tuned model"} <= failed(check(trained, tmp_path / "base"))
+    assert {"differs from the base", "same choice as the tuned model"} <= failed(check(tmp_path / "base"))
 
 
-def test_a_forgotten_end_of_turn_is_found_out(trained: Path, tmp_path: Path) -> None:
+def test_a_forgotten_end_of_turn_is_found_out(trained: Path, tmp_path: Path, check: Callable) -> None:
     write(open_run(trained), FAITHFUL, tmp_path / "out")
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    assert "end of turn is known" in failed(check(trained, tmp_path / "out"))
+    assert "end of turn is known" in failed(check(tmp_path / "out"))
 
 
-def test_another_template_and_other_tokens_are_found_out(trained: Path, tmp_path: Path) -> None:
+def test_another_template_and_other_tokens_are_found_out(trained: Path, tmp_path: Path, check: Callable) -> None:
     write(open_run(trained), FAITHFUL, tmp_path / "out")
-    assert not failed(check(trained, tmp_path / "out"))
+    assert not failed(check(tmp_path / "out"))
     template = tmp_path / "out" / "chat_template.jinja"
     template.write_text(template.read_text().replace("user", "human").replace("{{ m.role }}", "{{ m.role }}:"))
-    assert failed(check(trained, tmp_path / "out")) == {"chat template"}
+    assert failed(check(tmp_path / "out")) == {"chat template"}
     settings = tmp_path / "out" / "tokenizer.json"
     changed = json.loads(settings.read_text())
     changed["pre_tokenizer"]["add_prefix_space"] = True
     settings.write_text(json.dumps(changed))
-    assert "tokens of rendered texts" in failed(check(trained, tmp_path / "out"))
+    assert "tokens of rendered texts" in failed(check(tmp_path / "out"))
 
 
 def test_what_cannot_be_loaded_is_not_verified(trained: Path, tmp_path: Path) -> None:
     write(open_run(trained), FAITHFUL, tmp_path / "out")
     weights = tmp_path / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
-    assert failed(check(trained, tmp_path / "out")) == {"loads and runs"}
+    assert failed(verified(trained, tmp_path / "out")) == {"loads and runs"}
 
 
 def test_what_is_not_verified_keeps_that_name(trained: Path, tmp_path: Path) -> None:
@@ -129,7 +149,7 @@ def test_a_broken_artefact_of_such_a_run_has_failed(trained: Path, tmp_path: Pat
     small = scaled(trained, tmp_path / "small", 1e-6)
     write(open_run(small), FAITHFUL, tmp_path / "out")
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
-    assert check(small, tmp_path / "out").outcome == "failed"
+    assert verified(small, tmp_path / "out").outcome == "failed"
 
 
 def test_lumping_never_raises_the_divergence() -> None:
@@ -162,22 +182,30 @@ def test_merges_are_compared(trained: Path) -> None:
 # ---- back to four bits, calibrated ------------------------------------------------------------------
 
 
+def packed(folder: Path) -> torch.Tensor:
+    """The bytes of a weight."""
+    return load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+
+
 def merged_weights(trained: Path, out: Path, *flags: object) -> tuple[str, torch.Tensor]:
-    """What was shown, and the packed bytes of a weight."""
+    """What was shown, and the bytes of a weight."""
     code, shown = run("merge", "--run", trained, "--to", "nf4", "--out", out, *flags)
     assert code == 0, shown
-    return shown, load_file(out / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    return shown, packed(out)
 
 
 def test_four_bits_are_calibrated_on_the_training_rows(trained: Path, tmp_path: Path) -> None:
     shown, calibrated = merged_weights(trained, tmp_path / "calibrated")
     assert "from the training rows" in shown and "of general text" in shown and "survived" in shown
-    _, again = merged_weights(trained, tmp_path / "again")
-    assert torch.equal(calibrated, again)
-    others = {quality: merged_weights(trained, tmp_path / quality, "--quality", quality) for quality in ROUGHER}
-    assert not any("calibrating" in shown for shown, _ in others.values())
-    weights = [calibrated, *(weight for _, weight in others.values())]
-    assert not any(torch.equal(a, b) for a, b in combinations(weights, 2))
+    opened, weights = open_run(trained), {}
+    for quality in ("calibrated", *ROUGHER):
+        calibration = rounding_input(opened, RoundingOptions(quality=quality), evaluation_rows(opened))
+        assert (calibration is not None) == (quality == "calibrated")
+        artefact = Artefact(ArtefactKind.FOUR_BIT, GgufType.F16, "original")
+        write(opened, artefact, tmp_path / quality / "again", rounding=quality, calibration=calibration)
+        weights[quality] = packed(tmp_path / quality / "again")
+    assert torch.equal(calibrated, weights["calibrated"])
+    assert not any(torch.equal(a, b) for a, b in combinations(weights.values(), 2))
 
 
 def test_calibrated_layers_lose_less_of_their_outputs(trained: Path) -> None:

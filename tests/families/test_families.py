@@ -125,8 +125,9 @@ def by_transformers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, float
     model.zero_grad()
     states, logits = [], []
     for ids in batch.input_ids[0].split(DOCUMENTS):
-        states.append(model.base_model(input_ids=ids[None]).last_hidden_state[0])
-        logits.append(model(input_ids=ids[None]).logits[0])
+        output = model(input_ids=ids[None], output_hidden_states=True)
+        states.append(output.hidden_states[-1][0])
+        logits.append(output.logits[0])
     places = batch.supervised_positions
     loss = F.cross_entropy(torch.cat(logits)[places].float(), batch.supervised_targets)
     loss.backward()

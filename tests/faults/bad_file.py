@@ -7,7 +7,7 @@ from pathlib import Path
 Build = Callable[[Path, Path], list[str]]  # (a fresh folder, the good model's folder) -> arguments of `nybble`
 GOOD = b'{"prompt": "What is %d?", "completion": "It is %d."}\n'
 GOOD_ROWS = b"".join(GOOD % (n, n) for n in range(30))
-MEGABYTES_10 = 10_000_000
+MEGABYTES_2 = 2_000_000  # more than a row may have
 
 
 @dataclass(frozen=True)

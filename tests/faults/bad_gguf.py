@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bad_file import MEGABYTES_10, BadFile, Build
+from bad_file import MEGABYTES_2, BadFile, Build
 
 U32, STRING, ARRAY = 4, 8, 9
 
@@ -100,7 +100,7 @@ def gguf_cases() -> Iterator[BadFile]:
         "no tensors": gguf_bytes([LLAMA], []),
         "no metadata": good,
         "unknown tensor": with_tensor(b"../../x\0", [32, 4]),
-        "10 MB of NULs": b"GGUF" + struct.pack("<IQQ", 3, 10**6, 10**6) + bytes(MEGABYTES_10),
+        "2 MB of NULs": b"GGUF" + struct.pack("<IQQ", 3, 10**6, 10**6) + bytes(MEGABYTES_2),
     }
     for name, content in contents.items():
         yield BadFile(f"gguf: {name}", gguf_file(content), ("m.gguf",))

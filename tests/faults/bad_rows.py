@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bad_file import GOOD, GOOD_ROWS, MEGABYTES_10, BadFile, Build
+from bad_file import GOOD, GOOD_ROWS, MEGABYTES_2, BadFile, Build
 
 
 def data_file(file: str, content: bytes) -> Build:
@@ -126,24 +126,24 @@ def data_cases() -> Iterator[BadFile]:
         "Zstandard's mark alone": (b"\x28\xb5\x2f\xfd", "r.jsonl"),
         "PNG": (b"\x89PNG\r\n\x1a\n" + bytes(64), "r.jsonl"),
         "pickle": (b"\x80\x04\x95\x10\x00\x00\x00\x8c\x05posix\x94", "r.jsonl:1"),
-        "10 MB without an end": (b"x" * MEGABYTES_10, "r.jsonl:1"),
-        "10 MB of brackets": (b"[" * MEGABYTES_10, "r.jsonl:1"),
-        "10 MB of NULs": (bytes(MEGABYTES_10), "r.jsonl:1"),
-        "10 MB of quotes": (b'"' * MEGABYTES_10, "r.jsonl:1"),
-        "10 MB row": (GOOD_ROWS + b'{"prompt": "a", "completion": "' + b"b" * MEGABYTES_10 + b'"}\n', "r.jsonl:31"),
-        "10 MB prompt of words": (
-            GOOD_ROWS + b'{"prompt": "' + b"a " * 5_000_000 + b'", "completion": "b"}',
+        "2 MB without an end": (b"x" * MEGABYTES_2, "r.jsonl:1"),
+        "2 MB of brackets": (b"[" * MEGABYTES_2, "r.jsonl:1"),
+        "2 MB of NULs": (bytes(MEGABYTES_2), "r.jsonl:1"),
+        "2 MB of quotes": (b'"' * MEGABYTES_2, "r.jsonl:1"),
+        "2 MB row": (GOOD_ROWS + b'{"prompt": "a", "completion": "' + b"b" * MEGABYTES_2 + b'"}\n', "r.jsonl:31"),
+        "2 MB prompt of words": (
+            GOOD_ROWS + b'{"prompt": "' + b"a " * 1_000_000 + b'", "completion": "b"}',
             "r.jsonl:31",
         ),
-        "10 MB of a character of 4 bytes": (
-            GOOD_ROWS + b'{"prompt": "a", "completion": "' + "\U0001f600".encode() * 2_500_000 + b'"}',
+        "4 MB of a character of 4 bytes": (
+            GOOD_ROWS + b'{"prompt": "a", "completion": "' + "\U0001f600".encode() * 1_100_000 + b'"}',
             "r.jsonl:31",
         ),
-        "10 MB of keys": (
-            b"{" + b",".join(b'"k%d": 0' % n for n in range(700_000)) + b"}",
+        "2 MB of keys": (
+            b"{" + b",".join(b'"k%d": 0' % n for n in range(140_000)) + b"}",
             "r.jsonl:1",
         ),
-        "100,000 empty objects": (b"{}\n" * 100_000, "r.jsonl:1"),
+        "20,000 empty objects": (b"{}\n" * 20_000, "r.jsonl:1"),
         "unknown columns": (b'{"frage": "a", "antwort": "b"}\n', "r.jsonl:1"),
         "surrogate as a column": (b'{"\\ud800": "a"}\n', "r.jsonl:1"),
         "terminal escape as a column": (b'{"\\u001b[2J\\u001b]0;x\\u0007": "a"}\n', "r.jsonl:1"),
@@ -173,7 +173,7 @@ def data_cases() -> Iterator[BadFile]:
         "empty": (b"", "r.json"),
         "Infinity": (b"-Infinity", "r.json"),
         "lone surrogate": (b'[{"prompt": "\\udfff", "completion": "b"}]', "r.json:1"),
-        "10 MB of one object": (b'{"a": "' + b"x" * MEGABYTES_10, "r.json"),
+        "2 MB of one object": (b'{"a": "' + b"x" * MEGABYTES_2, "r.json"),
     }
     yield from each_of("json", documents)
     tables = {
@@ -187,8 +187,8 @@ def data_cases() -> Iterator[BadFile]:
         "text behind a quote": (b'prompt,completion\na,"b"c\n', "r.csv:2"),
         "not UTF-8": (b"prompt,completion\na,\xff\n", "r.csv:2"),
         "byte order mark and CRLF": (b"\xef\xbb\xbfprompt,completion\r\na,b\r\na\r\n", "r.csv:3"),
-        "10 MB cell": (b"prompt,completion\na," + b"x" * MEGABYTES_10 + b"\n", "r.csv:2"),
-        "10 MB of commas": (b"," * MEGABYTES_10, "r.csv:1"),
+        "2 MB cell": (b"prompt,completion\na," + b"x" * MEGABYTES_2 + b"\n", "r.csv:2"),
+        "2 MB of commas": (b"," * MEGABYTES_2, "r.csv:1"),
     }
     yield from each_of("csv", tables)
     parquet = {
@@ -245,8 +245,8 @@ def yaml_cases() -> Iterator[BadFile]:
         "bomb of aliases as a value": REQUIRED + b"rank: [" + b"*".join([b""]) + b"&x [&y [1]], *x, *y]\n",
         "alias of itself": REQUIRED + b"rank: &a [*a]\n",
         "unknown alias": REQUIRED + b"rank: *nobody\n",
-        "deep lists": REQUIRED + b"rank: " + b"[" * 20_000,
-        "deep objects": REQUIRED + b"rank: " + b"{a: " * 20_000,
+        "deep lists": REQUIRED + b"rank: " + b"[" * 5_000,
+        "deep objects": REQUIRED + b"rank: " + b"{a: " * 5_000,
         "Python object": REQUIRED + b"rank: !!python/object/apply:os.system ['true']\n",
         "Python name": REQUIRED + b"rank: !!python/name:os.system\n",
         "unknown tag": REQUIRED + b"rank: !nybble 4\n",
@@ -272,7 +272,7 @@ def yaml_cases() -> Iterator[BadFile]:
         "surrogate in a path": b'model: m\ndata: "d\\ud800"\nout: o\n',
         "NUL in the output": b'model: m\ndata: d\nout: "o\\0"\n',
         "micro-batch above step": REQUIRED + b"micro-batch-size: 99\n",
-        "20,000 keys": REQUIRED + b"".join(b"k%d: 1\n" % n for n in range(20_000)),
+        "5,000 keys": REQUIRED + b"".join(b"k%d: 1\n" % n for n in range(5_000)),
         "two documents": REQUIRED + b"---\n" + REQUIRED,
         "merge of a number": REQUIRED + b"<<: 4\n",
         "directive": b"%YAML 9.9\n---\n" + REQUIRED,

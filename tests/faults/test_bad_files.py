@@ -22,6 +22,7 @@ def test_the_corpus_is_as_large_as_promised() -> None:
 def test_a_bad_file_is_one_message(case: BadFile, tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("nybble.data.template.RENDER_SECONDS", 0.3)
     result = typed(case.build(tmp_path, tiny_model))
     assert isinstance(result.exception, SystemExit), f"an exception escaped: {result.exception!r}"
     assert result.exit_code == 2, result.output[-500:]

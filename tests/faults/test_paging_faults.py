@@ -17,14 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import make_four_bit_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nybble.errors import RunError
 from nybble.events import Event
-from nybble.formats.quant_spec import QuantSpec
 from nybble.options.option import with_options
 from nybble.options.verbs import load_config
-from nybble.quantization.synth import synthesize
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import newest_checkpoint
@@ -41,7 +40,7 @@ SPARING = {"stream_base": "always", "page_optimizer": "always", "offload_activat
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("synth") / "tiny"
-    synthesize("tiny", QuantSpec(), folder)
+    make_four_bit_model(folder)
     return folder
 
 

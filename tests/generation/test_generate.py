@@ -75,13 +75,27 @@ CONFIGS = {
     ),
     "qwen3": Qwen3Config(**SMALL, head_dim=16),
 }
+ROOM = 16  # tokens of an answer: past every window, and past the positions that rotary angles were made for
 PROMPTS = [[5, 17, 40, 3, 88, 21, 60], [9], [70, 2, 2, 31, 90, 14, 55, 6, 77, 41, 12, 8, 33]]
 
 
-def four_bit_model(
+_MADE: dict[object, nn.Module] = {}
+
+
+def four_bit_model(config, *how: object, **also: object) -> nn.Module:
+    """A small model whose block linears are in four bits and whose answers depend on all of the prompt. Those that are
+    alike are made once, and copied.
+    """
+    key = config.to_json_string(), how, *also.items()
+    if key not in _MADE:
+        _MADE[key] = _make(config, *how, **also)
+    torch.manual_seed(0)
+    return copy.deepcopy(_MADE[key])
+
+
+def _make(
     config, dtype: torch.dtype = torch.float32, rank: int = 0, dropout: float = 0.1, spec: QuantSpec = NF4
 ) -> nn.Module:
-    """A small model whose block linears are in four bits and whose answers depend on all of the prompt."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     for name, parameter in model.named_parameters():
@@ -124,8 +138,14 @@ def by_transformers(model: nn.Module, prompt: list[int], max_new_tokens: int, pe
     return out[0, len(prompt) :].tolist()
 
 
+def expected_of(model: nn.Module) -> list[list[int]]:
+    """What transformers says to each prompt on the model's weights written out."""
+    twin = dense_twin(model)
+    return [by_transformers(twin, prompt, ROOM) for prompt in PROMPTS]
+
+
 def answers(
-    model: nn.Module, prompts=PROMPTS, max_new_tokens: int = 24, stop_ids=(), on_token=None, **sampling
+    model: nn.Module, prompts=PROMPTS, max_new_tokens: int = ROOM, stop_ids=(), on_token=None, **sampling
 ) -> list[list[int]]:
     """Continuations; `sampling` as `Sampling` takes it."""
     return generate(
@@ -144,7 +164,7 @@ def test_greedy_tokens_are_those_of_the_dequantised_dense_model(name):
     assert why_not_forward(model) is None
     twin = dense_twin(model)
     prompts = [prompt[:6] for prompt in PROMPTS] if name == "dynamic rope" else PROMPTS
-    room = 10 if name == "dynamic rope" else 24  # its context is that of the small original
+    room = 10 if name == "dynamic rope" else ROOM  # its context is that of the small original
     expected = [by_transformers(twin, prompt, room) for prompt in prompts]
     assert len({tuple(ids) for ids in expected}) == len(prompts), "the answers must tell the prompts apart"
     assert answers(model, prompts, room) == expected, "batched, ragged"
@@ -156,7 +176,7 @@ def test_adapters_count_only_while_they_are_enabled():
     tuned = answers(model)
     enable_adapters(model, False)
     base = answers(model)
-    assert base == [by_transformers(dense_twin(model), prompt, 24) for prompt in PROMPTS] and base != tuned
+    assert base == expected_of(model) and base != tuned
     enable_adapters(model, True)
     assert answers(model) == tuned
 
@@ -166,13 +186,13 @@ def test_adapters_on_some_layers_only():
     attach_adapters(model, resolve_targets(model, ["v_proj", "gate_proj"]), rank=4, alpha=8)
     for adapter in adapters_of(model).values():
         nn.init.normal_(adapter.lora_B, std=0.3)
-    assert answers(model) == [by_transformers(dense_twin(model), prompt, 24) for prompt in PROMPTS]
+    assert answers(model) == expected_of(model)
 
 
 @pytest.mark.parametrize("format", ["nf3", "nf2"])
 def test_weights_in_fewer_bits(format):
     model = four_bit_model(CONFIGS["llama"], rank=4, spec=QuantSpec(format))
-    assert answers(model) == [by_transformers(dense_twin(model), prompt, 24) for prompt in PROMPTS]
+    assert answers(model) == expected_of(model)
 
 
 def test_more_texts_than_the_matrix_vector_product_takes():
@@ -214,7 +234,7 @@ def test_bf16_is_as_near_to_the_exact_logits_as_transformers_in_bf16():
 def test_the_plain_pytorch_kernels_give_the_same_tokens():
     model = four_bit_model(CONFIGS["llama"], rank=4)
     with registry.use("reference"):
-        assert answers(model) == [by_transformers(dense_twin(model), prompt, 24) for prompt in PROMPTS]
+        assert answers(model) == expected_of(model)
 
 
 def test_the_cache_grows_by_doubling_up_to_what_was_asked_for(monkeypatch):
@@ -275,8 +295,8 @@ def test_the_kernel_and_its_twin(name, dtype, rows):
         with registry.use(backend):
             decoder = CachedDecoder(model)
             assert isinstance(decoder.few_rows, OpByOp) == (backend == "reference")
-            decoder.start(prompts, 12)
-            return torch.stack([decoder.step(torch.arange(rows) + 5 * i).float() for i in range(12)])
+            decoder.start(prompts, 8)
+            return torch.stack([decoder.step(torch.arange(rows) + 5 * i).float() for i in range(8)])
 
     exact = logits(copy.deepcopy(model).float(), "reference")
     twin, kernel = ((logits(model, backend) - exact).norm() / exact.norm() for backend in ("reference", "cpp"))
@@ -310,7 +330,7 @@ class TestBothWays:
         model = four_bit_model(config)
         seen: list[tuple[int, int]] = []
         got = answers(model, on_token=lambda prompt, token: seen.append((prompt, token)))
-        assert seen == [(prompt, ids[i]) for i in range(24) for prompt, ids in enumerate(got)]
+        assert seen == [(prompt, ids[i]) for i in range(ROOM) for prompt, ids in enumerate(got)]
         seen.clear()
         got = answers(model, stop_ids=(got[2][5],), on_token=lambda prompt, token: seen.append((prompt, token)))
         assert [[token for i, token in seen if i == prompt] for prompt in range(len(PROMPTS))] == got
@@ -337,8 +357,9 @@ class TestBothWays:
     def test_a_penalty_on_repetition_is_transformers_own(self, config):
         """Prompts of several lengths: what they are padded with is no part of the text."""
         model = four_bit_model(config)
+        twin = dense_twin(model)
         for penalty in (1.7, 1e4):
-            expected = [by_transformers(dense_twin(model), prompt, 24, penalty) for prompt in PROMPTS]
+            expected = [by_transformers(twin, prompt, ROOM, penalty) for prompt in PROMPTS]
             assert answers(model, repetition_penalty=penalty) == expected != answers(model)
             stop = expected[1][7]  # a text that ends early leaves the others theirs
             stopped = [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
@@ -365,10 +386,10 @@ class TestBothWays:
     def test_nothing_of_the_models_own_generation_config_applies(self, config, own):
         model = four_bit_model(config)
         ways = ({}, {"temperature": 1.5, "seed": 3})
-        expected = [answers(model, stop_ids=(5,), **way) for way in ways]
+        expected = [answers(model, max_new_tokens=10, stop_ids=(5,), **way) for way in ways]
         for name, value in own.items():
             setattr(model.generation_config, name, value)
-        assert [answers(model, stop_ids=(5,), **way) for way in ways] == expected
+        assert [answers(model, max_new_tokens=10, stop_ids=(5,), **way) for way in ways] == expected
         assert all(getattr(model.generation_config, name) == value for name, value in own.items()), "it is given back"
 
     def test_the_context_ends_the_answer_and_a_full_one_is_refused(self, config):

@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from late_lane import Late, LateLane
+from tiny import make_four_bit_model
 from torch import Tensor
 
-from nybble.formats.quant_spec import QuantSpec
 from nybble.memory import lane as lanes
 from nybble.memory import offload, pager
 from nybble.memory.lane import lane_to
 from nybble.memory.offload import PinnedActivations
 from nybble.memory.pager import PagedState
 from nybble.memory.store import FolderBlockStore, open_store
-from nybble.quantization.synth import synthesize
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.open import open_model
 
@@ -92,7 +91,7 @@ def test_a_pass_that_broke_off_is_computed_before_the_next_begins(tmp_path, monk
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("synth") / "tiny"
-    synthesize("tiny", QuantSpec(), path)
+    make_four_bit_model(path)
     return path
 
 

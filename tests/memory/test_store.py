@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from late_lane import LateLane
+from tiny import make_four_bit_model
 from transformers import PhiConfig, PhiForCausalLM
 
 from nybble.data.packing import pack_tokens
@@ -24,11 +25,9 @@ from nybble.memory.offload import ActivationFile, PinnedActivations
 from nybble.memory.store import open_store, spread
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
-from nybble.quantization.synth import synthesize
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
-from nybble.sources.shapes import SHAPES
 from nybble.training.session import train
 
 TOKENS = 37
@@ -36,13 +35,13 @@ TOKENS = 37
 
 @pytest.fixture(scope="module", params=["nf4", "int4_asym", "nf3", "nf2"])
 def folder(request, tmp_path_factory) -> Path:
-    """Four blocks with random weights; narrow, since products in bf16 take long where the CPU has none."""
     path = tmp_path_factory.mktemp("synth") / request.param
-    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(SHAPES, "narrow", SHAPES["tiny"] | narrow)
-        synthesize("narrow", QuantSpec(request.param, double_quant=request.param == "nf4"), path)
+    make_four_bit_model(path, QuantSpec(request.param, double_quant=request.param == "nf4"))
     return path
+
+
+# Of tests of what does not depend on the layout of a block's bytes.
+one_format = pytest.mark.parametrize("folder", ["nf4"], indirect=True)
 
 
 def gradients(
@@ -98,6 +97,7 @@ def test_streaming_changes_no_bit(folder, in_memory, resident, dtype):
         assert store.block_reads == 10
 
 
+@one_format
 @pytest.mark.parametrize("keep", ["nothing", "everything"])
 @pytest.mark.parametrize("resident", [0, 3])
 def test_streaming_through_transformers_own_modules_changes_no_bit(folder, in_memory, tmp_path, resident, keep):
@@ -109,6 +109,7 @@ def test_streaming_through_transformers_own_modules_changes_no_bit(folder, in_me
         assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
+@one_format
 def test_a_store_in_host_memory_reads_its_folder_once(folder, in_memory, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -146,6 +147,7 @@ def test_a_streamed_head_keeps_its_bias(tmp_path):
     assert torch.allclose(loss_head.loss_head(model).logits(states[0]), expected[0], atol=1e-5)
 
 
+@one_format
 def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, in_memory, monkeypatch):
     whole, _ = in_memory()
     panels = replace(SHAPE_RULES["cpu"], large_head_bytes=1, panel_bytes=2 * 64 * 320)
@@ -156,6 +158,7 @@ def test_a_large_head_is_computed_in_panels_streamed_or_not(folder, in_memory, m
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
 
 
+@one_format
 @pytest.mark.parametrize(
     ("fault", "words"), [("shorten", "ends at byte"), ("fail", "Input/output"), ("lose", "No such")]
 )
@@ -197,7 +200,7 @@ def test_resident_blocks_are_spread():
 
 def test_a_whole_run_streamed_and_paged_equals_a_resident_one(data, tmp_path):
     folder = tmp_path / "model"
-    synthesize("tiny", QuantSpec(), folder)
+    make_four_bit_model(folder)
     digests = {}
     for name, options in {
         "resident": {"keep": "attention"},

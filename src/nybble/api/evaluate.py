@@ -1,13 +1,14 @@
-"""`nybble.evaluate`."""
+"""`nybble.evaluate` and `nybble.evaluate_quality`."""
 
 from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.events import Listener, silent
 from nybble.options.option import build_options
-from nybble.options.verbs import EvalConfig
+from nybble.options.verbs import EvalConfig, EvalQualityConfig
 
 if TYPE_CHECKING:
+    from nybble.evaluation.compare_arms import ArmResult
     from nybble.evaluation.evaluate import Evaluation
 
 
@@ -37,3 +38,28 @@ def evaluate(run: RunLike | None = None, *, on_event: Listener = silent, **optio
     from nybble.evaluation.evaluate import evaluate as run_evaluation
 
     return run_evaluation(config, on_event)
+
+
+def evaluate_quality(*, on_event: Listener = silent, **options: Any) -> "list[ArmResult]":
+    """Compare ways of putting a model into four bits with the 16-bit model.
+
+    Args:
+        on_event: told what happens, as it happens.
+        options: the flags of `nybble eval quality` with underscores. `model` and `data` are needed.
+
+    Returns:
+        For each of `arms`: `quality` (KL divergence and loss in nats, how often the likeliest token is the same),
+        `bits_per_weight`, `seconds`.
+
+    Raises:
+        NybbleError: an option is wrong, the model is in few bits already, or there are no held-out rows.
+
+    Example:
+        >>> (arm,) = nybble.evaluate_quality(model=tiny, data="rows.jsonl", arms="nf4:absmax")
+        >>> arm.arm, arm.quality.kl_mean > 0
+        ('nf4:absmax', True)
+    """
+    config = build_options(EvalQualityConfig, as_options(options))
+    from nybble.evaluation.compare_arms import compare_arms
+
+    return compare_arms(config, on_event)

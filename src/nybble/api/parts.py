@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 
 from nybble.api.keywords import as_options
-from nybble.data.audit import Audit, Audited
-from nybble.data.examples import EncodedExample
+from nybble.data.audit import Audited
 from nybble.data.packing import Batch, collate
+from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
-from nybble.data.template import ChatTemplate, open_template
+from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
 from nybble.files.disk import complete_folder
@@ -34,13 +34,13 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, trained_parameters
 from nybble.layers.precision import set_up
-from nybble.options.groups import MemoryOptions, SeededAdapters
-from nybble.options.option import build_options, with_options
+from nybble.options.groups import DataOptions, MemoryOptions, SeededAdapters
+from nybble.options.option import build_options
 from nybble.options.verbs import AttachConfig, LoadConfig, RowsConfig, SourceConfig, StepConfig
 from nybble.planning.micro_batches import total_steps
 from nybble.runs.adapter_files import adapter_config, write_adapter
 from nybble.runs.base import quant_spec
-from nybble.runs.context import read_rows, within_context
+from nybble.runs.context import read_examples
 from nybble.sources.inventory import take_inventory
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model as open_stored
@@ -74,7 +74,7 @@ def open_model(
 
 
 @dataclass(frozen=True)
-class TrainingData:
+class TrainingData(PreparedData):
     """Examples as a model learns from them.
 
     Args:
@@ -85,11 +85,14 @@ class TrainingData:
         seed: of the order of the rows.
     """
 
-    train: list[EncodedExample]
-    validation: list[EncodedExample]
-    audit: Audit
     template: ChatTemplate
     seed: int
+
+    @classmethod
+    def read(cls, options: DataOptions, source: StoredModel) -> Self:
+        """What `load_data` does, but that the audit refuses nothing."""
+        found, template = read_examples(options, source)
+        return cls(found.train, found.validation, found.audit, template, options.seed)
 
     def batches(
         self, rows: int = 16, *, packed: bool = True, epochs: float = 1.0, max_steps: int | None = None
@@ -159,13 +162,10 @@ def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **
         >>> len(data.train), len(data.validation), data.audit.num_dropped
         (38, 2, 0)
     """
-    config = build_options(RowsConfig, as_options({"data": data} | options))
-    rows = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source)).data
-    template = open_template(rows, source.load_tokenizer())
-    found = read_rows(rows, source, template)
+    found = TrainingData.read(build_options(RowsConfig, as_options({"data": data} | options)).data, source)
     on_event(Audited(found.audit))
     found.audit.check()
-    return TrainingData(found.train, found.validation, found.audit, template, rows.seed)
+    return found
 
 
 class Model:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import as_options
-from nybble.events import Listener, silent
+from nybble.events import Listener, Note, silent
 from nybble.options.groups import CalibrationOptions, QualityOptions
 from nybble.options.option import build_options
-from nybble.options.verbs import QuantizeConfig
+from nybble.options.verbs import QuantizeConfig, SynthConfig
+from nybble.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,34 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
     return QuantizedModel(config, formats, rounding, written)
 
 
+def synth(*, on_event: Listener = silent, **options: Any) -> Path:
+    """Write a model of a published shape with random weights in four bits, to rehearse memory and time with.
+
+    Args:
+        on_event: told what is drawn.
+        options: the flags of `nybble synth` with underscores. `shape` and `out`, a new folder, are needed.
+
+    Returns:
+        The folder.
+
+    Raises:
+        NybbleError: an option is wrong, or `out` exists.
+
+    Example:
+        >>> nybble.synth(shape="tiny", out="models/random").name
+        'random'
+    """
+    config = build_options(SynthConfig, as_options(options))
+    from nybble.formats.quant_spec import QuantSpec
+    from nybble.quantization.synth import synthesize
+
+    model, weights = config.model, config.weights
+    spec = QuantSpec(weights.format, weights.block_size, weights.double_quant)
+    num_bytes = synthesize(model.shape, spec, model.out, model.seed, on_event)
+    on_event(Note(f"{model.out} holds {model.shape} with random weights, {format_bytes(num_bytes)}."))
+    return model.out
+
+
 def _rounding(options: QualityOptions) -> "Rounding":
     """What "auto" means here: calibrated where text for it was named, else as bitsandbytes does."""
     if options.quality != "auto":
@@ -104,7 +133,6 @@ def _calibration(
 ) -> "CalibrationInput":
     from nybble.data.calibration_text import calibration_text, read_calibration_file
     from nybble.data.template import ChatTemplate
-    from nybble.events import Note
     from nybble.layers.context import context_length
     from nybble.quantization.folder import CalibrationInput
 

@@ -21,6 +21,7 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 from nybble.kernels.ops.calibration import FoundScales, ScaleGrid, search_scales
+from nybble.kernels.ops.four_bit import quantize
 
 STARTS = (0.8, 0.9, 1.0, 1.1)  # multiples of absmax that the search begins from
 
@@ -44,6 +45,11 @@ def search_weight(
         raise not_finite(wide.view(-1))
     found, grid = search_on_grid(wide, spec, importance, signs)
     return assemble(found.indices, found.scale, found.codes, grid, spec, weight.dtype)
+
+
+def round_weight(weight: Tensor, spec: QuantSpec, rounding: str) -> QuantizedTensor:
+    """Put a weight into few bits without data; `rounding` is "absmax" or "search"."""
+    return quantize(weight, spec) if rounding == "absmax" else search_weight(weight, spec)
 
 
 def search_on_grid(

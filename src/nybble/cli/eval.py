@@ -4,8 +4,6 @@ from typing import Any
 
 import nybble
 from nybble.cli.lazy_terminal import LazyTerminal
-from nybble.options.option import build_options
-from nybble.options.verbs import EvalQualityConfig
 
 
 def evaluate(given: dict[str, Any]) -> int:
@@ -17,9 +15,6 @@ def evaluate(given: dict[str, Any]) -> int:
 
 def quality(given: dict[str, Any]) -> int:
     """Compare ways of putting a model into four bits with the 16-bit model: KL, loss, likeliest token, size, time."""
-    config = build_options(EvalQualityConfig, given)
-    from nybble.evaluation.compare_arms import compare_arms
-
     with LazyTerminal() as listener:
-        compare_arms(config, listener)
+        nybble.evaluate_quality(on_event=listener, **given)
     return 0

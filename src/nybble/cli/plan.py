@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import nybble
-from nybble.cli.lazy_terminal import LazyTerminal
+from nybble.cli.lazy_terminal import LazyTerminal, plot_errors
 
 
 def plan(
@@ -24,7 +24,8 @@ def plan(
     from nybble.training.plots import draw_plans
 
     if plot is not None:
-        draw_plans(planned.plans, plot)
+        with plot_errors(plot):
+            draw_plans(planned.plans, plot)
     if as_json:
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:

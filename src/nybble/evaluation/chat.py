@@ -16,14 +16,12 @@ from nybble.runs.open_run import LoadedModel, load_plain, load_run
 
 def load_chat(config: ChatConfig, report: Listener = silent) -> LoadedModel:
     """The run or the model to talk to; the seed is set."""
-    machine, asked = config.machine, config.model
-    if machine.threads:
-        torch.set_num_threads(machine.threads)
+    asked = config.model
     if asked.run is not None:
-        loaded = load_run(asked.run, machine.device, machine.compute_dtype, report)
+        loaded = load_run(asked.run, config.machine, report)
     else:
         assert asked.model is not None  # AnsweringModel has seen to it
-        loaded = load_plain(asked.model, machine.device, machine.compute_dtype, report)
+        loaded = load_plain(asked.model, config.machine, report)
     torch.manual_seed(config.answers.seed)
     return loaded
 

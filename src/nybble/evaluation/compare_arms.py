@@ -25,6 +25,7 @@ from nybble.layers.precision import set_up
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.option import flat, with_options
 from nybble.options.verbs import EvalQualityConfig
+from nybble.pictures import picture
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
 from nybble.runs.base import run_calibration_text
 from nybble.runs.context import within_context
@@ -198,17 +199,12 @@ def _write(out: Path, config: EvalQualityConfig, notes: Sequence[str], results: 
 
 def _draw(path: Path, results: Sequence[ArmResult]) -> None:
     """Mean, median and 99th percentile of KL by arm, on a logarithmic scale."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 1.2 + 0.5 * len(results)), layout="constrained")
-    axes = figure.subplots()
     rows = range(len(results))
-    for label, marker in (("median", "|"), ("mean", "o"), ("p99", "x")):
-        axes.plot([getattr(r.quality, f"kl_{label}") for r in results], rows, marker, label=label)
-    axes.set_yticks(list(rows), [result.arm for result in results])
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("KL to the 16-bit model, nats")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    with picture(path, "KL to the 16-bit model, nats", inches=(7, 1.2 + 0.5 * len(results)), fitted=True) as axes:
+        for label, marker in (("median", "|"), ("mean", "o"), ("p99", "x")):
+            axes.plot([getattr(r.quality, f"kl_{label}") for r in results], rows, marker, label=label)
+        axes.set_yticks(list(rows), [result.arm for result in results])
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.grid(axis="x", alpha=0.3)
+        axes.legend()

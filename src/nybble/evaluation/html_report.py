@@ -2,17 +2,17 @@
 
 import base64
 import io
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment
 
+from nybble.pictures import picture
 from nybble.runs.open_run import OpenRun
 from nybble.training.plots import draw_loss
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ report.run }}</title>
@@ -51,13 +51,14 @@ In brackets: 95 % confidence intervals, rows drawn again 2000 times; differences
 
 def write_html(opened: OpenRun, report: dict[str, Any], row_change: np.ndarray, out: Path) -> None:
     """Write the page; `report` is the contents of report.json, `row_change` the change of each row's loss a token."""
-    pictures = {"Losses of the run": _losses(opened), "Change of each row's loss": _encode(_draw_changes(row_change))}
-    pictures["Loss by length of the row"] = _encode(_draw_buckets(report["length_buckets"]))
+    drawn = {"Losses of the run": partial(draw_loss, opened.run.events)} if opened.run.events.is_file() else {}
+    drawn["Change of each row's loss"] = partial(_draw_changes, row_change)
+    drawn["Loss by length of the row"] = partial(_draw_buckets, report["length_buckets"])
     metrics = list(dict.fromkeys(metric for arm in report["arms"].values() for metric in arm["scores"]))
     page = Environment(autoescape=True).from_string(PAGE)
     text = page.render(
         report=report,
-        pictures={title: picture for title, picture in pictures.items() if picture},
+        pictures={title: _encoded(draw) for title, draw in drawn.items()},
         metrics=metrics,
         notes=opened.source.notes,
         interval=lambda e, form: f"{form % e['value']} [{form % e['low']}, {form % e['high']}]",
@@ -65,44 +66,25 @@ def write_html(opened: OpenRun, report: dict[str, Any], row_change: np.ndarray, 
     out.write_text(text, encoding="utf-8")
 
 
-def _losses(opened: OpenRun) -> str:
-    if not opened.run.events.is_file():
-        return ""
-    picture = io.BytesIO()
-    draw_loss(opened.run.events, picture)
-    return base64.b64encode(picture.getvalue()).decode()
+def _draw_changes(changes: np.ndarray, out: io.BytesIO) -> None:
+    with picture(out, "held-out rows, best first", "tuned minus base, nats a token", (7, 3.5)) as axes:
+        ordered = sorted(changes)
+        axes.bar(range(len(ordered)), ordered, width=1.0, color=["tab:green" if c < 0 else "tab:red" for c in ordered])
+        axes.axhline(0, color="black", linewidth=0.8)
 
 
-def _draw_changes(changes: np.ndarray) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    ordered = sorted(changes)
-    axes.bar(range(len(ordered)), ordered, width=1.0, color=["tab:green" if c < 0 else "tab:red" for c in ordered])
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("held-out rows, best first")
-    axes.set_ylabel("tuned minus base, nats a token")
-    return figure
+def _draw_buckets(buckets: list[dict[str, float]], out: io.BytesIO) -> None:
+    with picture(out, "tokens in the row", "loss, nats a token", (7, 3.5)) as axes:
+        for offset, name in ((-0.2, "base"), (0.2, "tuned")):
+            heights = [bucket[name] for bucket in buckets]
+            axes.bar([i + offset for i in range(len(buckets))], heights, width=0.4, label=name)
+        labels = [f"{bucket['shortest']:.0f} to {bucket['longest']:.0f}" for bucket in buckets]
+        axes.set_xticks(range(len(buckets)), labels)
+        axes.legend()
 
 
-def _draw_buckets(buckets: list[dict[str, float]]) -> "Figure":
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for offset, name in ((-0.2, "base"), (0.2, "tuned")):
-        heights = [bucket[name] for bucket in buckets]
-        axes.bar([i + offset for i in range(len(buckets))], heights, width=0.4, label=name)
-    labels = [f"{bucket['shortest']:.0f} to {bucket['longest']:.0f}" for bucket in buckets]
-    axes.set_xticks(range(len(buckets)), labels)
-    axes.set_xlabel("tokens in the row")
-    axes.set_ylabel("loss, nats a token")
-    axes.legend()
-    return figure
-
-
-def _encode(figure: "Figure") -> str:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=110)
-    return base64.b64encode(picture.getvalue()).decode()
+def _encoded(draw: Callable[[io.BytesIO], None]) -> str:
+    """A picture as text within the page."""
+    out = io.BytesIO()
+    draw(out)
+    return base64.b64encode(out.getvalue()).decode()

@@ -48,20 +48,20 @@ def row_losses(
     return losses
 
 
-def mean_loss(losses: np.ndarray, tokens: np.ndarray, seed: int = 0) -> Estimate:
+def mean_loss(losses: np.ndarray, tokens: np.ndarray) -> Estimate:
     """Loss a token over all rows, `(rows,)` each; rows are drawn again with replacement for the interval."""
-    return _bootstrap(lambda rows: losses[rows].sum(-1) / tokens[rows].sum(-1), len(losses), seed)
+    return _bootstrap(lambda rows: losses[rows].sum(-1) / tokens[rows].sum(-1), len(losses))
 
 
-def mean_score(scores: Sequence[float], seed: int = 0) -> Estimate:
+def mean_score(scores: Sequence[float]) -> Estimate:
     """Mean of one score a row."""
     values = np.asarray(scores, dtype=np.float64)
-    return _bootstrap(lambda rows: values[rows].mean(-1), len(values), seed)
+    return _bootstrap(lambda rows: values[rows].mean(-1), len(values))
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], num_rows: int, seed: int) -> Estimate:
+def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], num_rows: int) -> Estimate:
     """The statistic of all rows, and the percentile interval over RESAMPLES draws of as many rows."""
-    draws = np.random.default_rng(seed).integers(num_rows, size=(RESAMPLES, num_rows))
+    draws = np.random.default_rng(0).integers(num_rows, size=(RESAMPLES, num_rows))
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistic(draws), [outside, 1 - outside])
     return Estimate(float(statistic(np.arange(num_rows))), float(low), float(high))

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.search import search_weight
+from nybble.calibration.search import round_weight
 from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
-from nybble.kernels.ops.four_bit import dequantize, quantize
+from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.lora import linear_features
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.base import data_free_rounding
@@ -95,8 +95,7 @@ class MergedSource(StoredModel):
             return self._base.read_dense(name, torch.float32).float()
         weight = self._base.read_linear(layer)
         if isinstance(weight, Tensor):
-            put = quantize if data_free_rounding(self.opened.config.rounding) == "absmax" else search_weight
-            weight = put(weight, self._formats.of(layer))
+            weight = round_weight(weight, self._formats.of(layer), data_free_rounding(self.opened.config.rounding))
         return self.turned(layer, dequantize(weight, torch.float32)).contiguous()
 
     def read_delta(self, name: str) -> Tensor | None:

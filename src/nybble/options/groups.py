@@ -291,7 +291,7 @@ class AdapterOptions(NewAdapters, PlannedAdapters):
         return self
 
 
-class MemoryOptions(Options, group="Memory"):
+class BatchOptions(Options, group="Memory"):
     memory: Bytes | None = knob(
         None,
         "Most memory the run may take, such as 8GB or 8GiB: anonymous memory on a CPU. What is free, if not given.",
@@ -309,12 +309,28 @@ class MemoryOptions(Options, group="Memory"):
         ge=1,
         aliases=("per_device_train_batch_size",),
     )
+
+    @model_validator(mode="after")
+    def _micro_batch_fits_in_step(self) -> Self:
+        if self.micro_batch_size is not None and self.micro_batch_size > self.rows_per_step:
+            raise ConfigError(
+                f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
+                "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
+                "Lower --micro-batch-size or raise --rows-per-step.",
+            )
+        return self
+
+
+class PathOptions(Options, group="Memory"):
     packing: bool = knob(True, "Put rows side by side instead of padding them; the result is the same.")
     keep: Literal["auto", "nothing", "attention", "everything"] = knob(
         "auto",
         "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
         aliases=("gradient_checkpointing", "checkpointing"),
     )
+
+
+class MemoryOptions(PathOptions, BatchOptions):
     stream_base: Literal["auto", "never", "always"] = knob(
         "auto",
         "Read blocks of the base from its 4-bit folder when they are used. auto: only where it does not fit otherwise.",
@@ -335,16 +351,6 @@ class MemoryOptions(Options, group="Memory"):
         "Bits of each of AdamW's two moments between steps; 8 are blocks of 256 codes that share a scale.",
         aliases=("optim_bits", "optim", "adamw_8bit"),
     )
-
-    @model_validator(mode="after")
-    def _micro_batch_fits_in_step(self) -> Self:
-        if self.micro_batch_size is not None and self.micro_batch_size > self.rows_per_step:
-            raise ConfigError(
-                f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
-                "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
-                "Lower --micro-batch-size or raise --rows-per-step.",
-            )
-        return self
 
 
 class LengthOptions(Options, group="Training"):

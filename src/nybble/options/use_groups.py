@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from nybble.errors import ConfigError
-from nybble.options.groups import CalibrationOptions
+from nybble.options.groups import CalibrationOptions, PathOptions
 from nybble.options.option import Folder, Name, Options, Seed, Sources, knob, split_names
 
 NEW_FOLDER: Any = {"description": "Folder to write; it must not exist, or be empty.", "aliases": ("output_dir",)}
@@ -82,14 +82,13 @@ class MergedRun(OpenedRun):
     verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
 
 
-class LoadedOptions(Options, group="Memory"):
+class LoadedOptions(PathOptions):
     """How a model is loaded for a training loop of one's own."""
 
-    quality: Literal["absmax", "search"] = knob("absmax", "How scales and levels are chosen, as in train.")
     keep: Literal["nothing", "attention", "everything"] = knob(
         "nothing", "What each block keeps for its backward pass; the rest is computed again."
     )
-    packing: bool = knob(True, "Rows of a batch lie side by side instead of being padded.")
+    quality: Literal["absmax", "search"] = knob("absmax", "How scales and levels are chosen, as in train.")
 
 
 class SynthOptions(Options, group="Model"):

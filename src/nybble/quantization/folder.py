@@ -11,7 +11,6 @@ stopped and ends with the same bytes.
 import copy
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +20,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from nybble.calibration.feedback import FeedbackOptions
-from nybble.calibration.search import check_searchable, search_weight
+from nybble.calibration.search import check_searchable, round_weight
 from nybble.errors import ModelError
 from nybble.events import Listener, silent, tracked
 from nybble.files.disk import disk_errors
 from nybble.files.manifest import write_manifest
 from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
-from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.formats.quant_spec import BaseFormats
 from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder, tensor_sha256
-from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import is_linear
 from nybble.options.groups import DENSE_SHARE
 from nybble.quantization.blocks import BlockCalibrator, weight_report
@@ -150,7 +147,6 @@ def _make_blocks(
 ) -> None:
     """Every block that is not there yet, each weight by itself."""
     linears = set(source.linears)
-    quantizer: Callable[[Tensor, QuantSpec], QuantizedTensor] = quantize if rounding == "absmax" else search_weight
     for block in tracked(source.blocks, what, report):
         if partial.load(block) is not None:
             continue
@@ -162,7 +158,7 @@ def _make_blocks(
                 continue
             weight = source.read_linear(name)
             assert isinstance(weight, Tensor)
-            q = quantizer(weight, formats.of(name))
+            q = round_weight(weight, formats.of(name), rounding)
             stored |= to_bnb(target, q)
             if rounding != "absmax":
                 reports.append(weight_report(name, rounding, weight, q))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from nybble.data import audit as checks
 from nybble.data.prepare import Encode, PreparedData, prepare_data
-from nybble.data.template import ChatTemplate
+from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError
 from nybble.layers.context import context_length, fixed_context
 from nybble.options.groups import DataOptions, RowOptions
@@ -31,6 +31,18 @@ def within_context(max_seq_len: int, base: StoredModel) -> int:
             f"Use --max-seq-len {context}, or leave it out.",
         )
     return context
+
+
+def read_examples(options: DataOptions, source: StoredModel) -> tuple[PreparedData, ChatTemplate]:
+    """Read, encode, split and audit the examples that the options name, within the base's context, as its template or
+    the one named writes them.
+
+    Raises:
+        NybbleError: they cannot be read.
+    """
+    options = options.model_copy(update={"max_seq_len": within_context(options.max_seq_len, source)})
+    template = open_template(options, source.load_tokenizer())
+    return read_rows(options, source, template), template
 
 
 def read_rows(

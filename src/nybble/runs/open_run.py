@@ -12,7 +12,8 @@ from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.layers.precision import set_up
+from nybble.options.groups import MachineOptions
 from nybble.options.option import with_options
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.runs.adapter_files import read_adapter
@@ -81,26 +82,25 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
     return OpenRun(run, config, source, kept_base(run) or source, template)
 
 
-def load_run(path: Path, device: str = "auto", compute_dtype: str = "auto", report: Listener = silent) -> LoadedModel:
+def load_run(path: Path, machine: MachineOptions, report: Listener = silent) -> LoadedModel:
     """Load the run in `path` as it was trained: same base, same format, its last adapter.
 
     Raises:
         RunError: the folder holds no run, its base is another now, or its adapter is missing or damaged.
     """
-    opened, target = open_run(path, report), resolve_device(device)
-    model = load_tuned(opened, resolve_compute_dtype(compute_dtype, target), target, report)
-    return LoadedModel(model, opened.template)
+    opened, (device, dtype) = open_run(path, report), set_up(machine)
+    return LoadedModel(load_tuned(opened, dtype, device, report), opened.template)
 
 
-def load_plain(name: str, device: str = "auto", compute_dtype: str = "auto", report: Listener = silent) -> LoadedModel:
+def load_plain(name: str, machine: MachineOptions, report: Listener = silent) -> LoadedModel:
     """Load a model that is no run, such as a merged one, in the bits that it is stored in.
 
     Raises:
         ModelError: there is none, or it is damaged.
     """
-    source, target = open_model(name, report=report), resolve_device(device)
+    source, (device, dtype) = open_model(name, report=report), set_up(machine)
     formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
-    model = load_model(source, formats, resolve_compute_dtype(compute_dtype, target), target, report=report)
+    model = load_model(source, formats, dtype, device, report=report)
     return LoadedModel(model, ChatTemplate(source.load_tokenizer()))
 
 

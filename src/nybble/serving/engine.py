@@ -20,7 +20,8 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
-from nybble.layers.precision import resolve_compute_dtype, resolve_device
+from nybble.layers.precision import set_up
+from nybble.options.groups import MachineOptions
 from nybble.options.option import flat
 from nybble.runs.adapter_files import read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen, open_run
@@ -149,17 +150,17 @@ def _compute(job: Job) -> None:
         job.give(error)
 
 
-def load_models(runs: Sequence[Path], device: str, compute_dtype: str, report: Listener = silent) -> list[ServedModel]:
+def load_models(runs: Sequence[Path], machine: MachineOptions, report: Listener = silent) -> list[ServedModel]:
     """The runs, each under its folder's name, and their base under its own.
 
     Raises:
         RunError: two runs have the same name, or other bases.
     """
     opened = [open_run(run, report) for run in runs]
-    first, target = opened[0], resolve_device(device)
+    first, (device, dtype) = opened[0], set_up(machine)
     for other in opened[1:]:
         _check_same_base(first, other)
-    base = load_frozen(first, resolve_compute_dtype(compute_dtype, target), target, report)
+    base = load_frozen(first, dtype, device, report)
     served: list[ServedModel] = []
     for run in opened:
         name = run.run.path.resolve().name

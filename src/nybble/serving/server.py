@@ -37,7 +37,7 @@ def serve(config: ServeConfig, report: Listener = silent) -> None:
     from nybble.serving.app import Api, make_app
     from nybble.serving.engine import Engine, load_models
 
-    models = load_models(server.run, machine.device, machine.compute_dtype, report)
+    models = load_models(server.run, machine, report)
     engine = Engine(models, server.max_queue, machine.threads)
     api = Api(engine, token, server.max_new_tokens, server.max_request_bytes)
     report(ServerReady(tuple(engine.models), f"http://{server.host}:{server.port}/v1"))

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.search import search_weight
+from nybble.calibration.search import round_weight
 from nybble.errors import ModelError
 from nybble.events import Listener, silent, tracked
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
-from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -100,7 +99,7 @@ def _quantized(
     """A linear's weight, `[out, in]`, on the device; one that is stored in four bits keeps its own."""
     if isinstance(weight, QuantizedTensor):
         return weight.to(device)
-    return (quantize if rounding == "absmax" else search_weight)(weight.to(device), spec)
+    return round_weight(weight.to(device), spec, rounding)
 
 
 def load_dense(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import BinaryIO
 
+from nybble.pictures import picture
 from nybble.planning.planner import Plans
 from nybble.runs.events import read_events
 
@@ -11,45 +12,34 @@ _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
 
 def draw_loss(events: Path, out: Path | BinaryIO) -> None:
     """Draw the losses recorded in `events` (nats per supervised token) into the picture `out`."""
-    from matplotlib.figure import Figure  # here, since importing it takes half a second
-
     steps = list(read_events(events, "step"))
     evaluations = list(read_events(events, "eval"))
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    if steps:
-        x = [record["step"] for record in steps]
-        losses = [record["loss"] for record in steps]
-        axes.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=1)
-        axes.plot(x, _running_mean(losses), color="tab:blue", label="training (running mean)")
-    if evaluations:
-        x = [record["step"] for record in evaluations]
-        axes.plot(x, [record["loss"] for record in evaluations], "o-", color="tab:orange", label="held-out")
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss, nats per supervised token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out, dpi=120, format="png")
+    with picture(out, "step", "loss, nats per supervised token") as axes:
+        if steps:
+            x = [record["step"] for record in steps]
+            losses = [record["loss"] for record in steps]
+            axes.plot(x, losses, color="tab:blue", alpha=0.25, linewidth=1)
+            axes.plot(x, _running_mean(losses), color="tab:blue", label="training (running mean)")
+        if evaluations:
+            x = [record["step"] for record in evaluations]
+            axes.plot(x, [record["loss"] for record in evaluations], "o-", color="tab:orange", label="held-out")
+        axes.grid(alpha=0.3)
+        axes.legend()
 
 
 def draw_plans(plans: Plans, out: Path) -> None:
     """Draw the best plan of each strategy as a stacked bar of its components, and the budget as a line."""
-    from matplotlib.figure import Figure
-
     names = list(dict.fromkeys(name for plan in plans.best for name in plan.components))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
     labels = [plan.strategy for plan in plans.best]
     left = [0.0] * len(labels)
-    for i, name in enumerate(names):
-        sizes = [plan.components.get(name, 0) / 1e9 for plan in plans.best]
-        axes.barh(labels, sizes, left=left, label=name, color=f"C{i % 10}", hatch="//" if i >= 10 else None)
-        left = [start + size for start, size in zip(left, sizes, strict=True)]
-    axes.axvline(plans.machine.budget_bytes / 1e9, color="black", linestyle="--", label="budget")
-    axes.invert_yaxis()
-    axes.set_xlabel("GB at the highest moment")
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out, dpi=120)
+    with picture(out, "GB at the highest moment", inches=(9, 4.5), fitted=True) as axes:
+        for i, name in enumerate(names):
+            sizes = [plan.components.get(name, 0) / 1e9 for plan in plans.best]
+            axes.barh(labels, sizes, left=left, label=name, color=f"C{i % 10}", hatch="//" if i >= 10 else None)
+            left = [start + size for start, size in zip(left, sizes, strict=True)]
+        axes.axvline(plans.machine.budget_bytes / 1e9, color="black", linestyle="--", label="budget")
+        axes.invert_yaxis()
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _running_mean(values: list[float]) -> list[float]:
