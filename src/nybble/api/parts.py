@@ -83,10 +83,12 @@ class TrainingData(PreparedData):
         audit: what was read, dropped and cut, and what is wrong with it.
         template: how conversations became tokens.
         seed: of the order of the rows.
+        mixture: the weights of the data sets that the training sequences are of; None where they have none.
     """
 
     template: ChatTemplate
     seed: int
+    mixture: Mixture | None = None
 
     @classmethod
     def read(cls, options: DataOptions, source: StoredModel) -> Self:
@@ -138,7 +140,7 @@ class TrainingData(PreparedData):
 
     def _steps(self, memory: MemoryOptions, num_steps: int) -> Iterator[list[Batch]]:
         rows, packed = memory.rows_per_step, memory.packing
-        sampler = StepSampler(len(self.train), rows, self.seed)
+        sampler = StepSampler(len(self.train), rows, self.seed, self.mixture)
         lengths = [len(row) for row in self.train]
         for _ in range(num_steps):
             dealt = split_micro_batches(sampler.next_step(), lengths, memory.micro_batch_size or rows, packed)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from nybble.data.examples import EncodedExample, Example
+from nybble.data.mixture import Mixture
 from nybble.data.near_duplicates import NEAR_SIMILARITY, near_duplicates
 from nybble.data.readers import COLUMNS_NAMED, ReadResult
 from nybble.data.text_encoder import RowError
@@ -208,6 +209,24 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class MixedPart:
+    """A data set that is drawn by weight.
+
+    Args:
+        share: of the rows drawn.
+        supervised_share: what that comes to in supervised tokens, on average.
+        rows: its training sequences.
+        drawn: of them in the first epoch; more than `rows` where they come again.
+    """
+
+    name: str
+    share: float
+    supervised_share: float
+    rows: int
+    drawn: int
+
+
+@dataclass(frozen=True)
 class Audit:
     """What was found in the examples of a run: counts, and what is wrong.
 
@@ -226,6 +245,7 @@ class Audit:
         notices: what the template has to say.
         findings: errors first.
         allowed: ids of findings that the user accepts.
+        mixture: where the data sets have weights.
     """
 
     source: str
@@ -247,6 +267,7 @@ class Audit:
     notices: tuple[str, ...]
     findings: tuple[Finding, ...]
     allowed: tuple[str, ...] = ()
+    mixture: tuple[MixedPart, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -278,6 +299,7 @@ class Audit:
         """Plain dicts, lists, strings and numbers."""
         findings = [{**asdict(f), "rows": list(f.rows), "level": f.level, "message": f.message} for f in self.findings]
         lists = {"notices": list(self.notices), "allowed": list(self.allowed), "findings": findings}
+        lists["mixture"] = [asdict(part) for part in self.mixture]
         return {**asdict(self), **lists}
 
 
@@ -401,6 +423,19 @@ def find_same_answer(examples: Sequence[Example]) -> list[Finding]:
     if len(answers) < MOST_OF_AT_LEAST or 2 * count <= len(answers):
         return []
     return find("same-answer", (origin for answer, origin in answers if answer == commonest), repr(commonest[:60]))
+
+
+def audit_mixture(mixture: Mixture, parts: Sequence[Sequence[EncodedExample]]) -> tuple[MixedPart, ...]:
+    """What weights come to.
+
+    Args:
+        parts: the training sequences of each data set.
+    """
+    supervised = [sum(row.supervised_tokens for row in part) / len(part) for part in parts]
+    drawn_tokens = [share * mean for share, mean in zip(mixture.shares, supervised, strict=True)]
+    by_tokens = (tokens / sum(drawn_tokens) for tokens in drawn_tokens)
+    columns = (mixture.names, mixture.shares, by_tokens, mixture.rows, mixture.drawn(sum(mixture.rows)))
+    return tuple(MixedPart(*values) for values in zip(*columns, strict=True))
 
 
 def find_many_dropped(dropped: Counter[str], num_rows: int) -> list[Finding]:

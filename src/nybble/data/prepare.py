@@ -1,17 +1,22 @@
 """From a data source to training and validation sequences, with the audit."""
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from nybble.data import audit as checks
 from nybble.data.audit import Audit, Finding
 from nybble.data.examples import EncodedExample, Example
+from nybble.data.mixture import Mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
 from nybble.data.readers import FieldNames, ReadResult, read_examples
+from nybble.data.sources import DataSource, refuse_weights
 from nybble.data.split import split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
+from nybble.errors import DataError
 from nybble.options.groups import DataOptions, RowOptions
 
 Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowError
@@ -19,11 +24,16 @@ Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowEr
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Sequences of at most `max_seq_len` tokens, each with at least one supervised target, and their audit."""
+    """Sequences of at most `max_seq_len` tokens, each with at least one supervised target, and their audit.
+
+    Args:
+        mixture: the weights of the data sets that the training sequences are of; None where they have none.
+    """
 
     train: list[EncodedExample]
     validation: list[EncodedExample]
     audit: Audit
+    mixture: Mixture | None = None
 
     def lengths(self) -> list[int]:
         """Tokens of every sequence before truncation, training sequences first."""
@@ -71,6 +81,8 @@ def prepare(
         DataError: the source cannot be read, or no row of it.
     """
     checks.check_allowed(allow)
+    if validation_source:
+        refuse_weights(_listed(validation_source), "held-out rows are all evaluated")
     own = read_examples(source, fields)
     extra = read_examples(validation_source, fields) if validation_source else ReadResult()
     reads, num_rows = (own, extra), own.num_rows + extra.num_rows
@@ -90,9 +102,11 @@ def prepare(
     if vocab_size is not None and embedding_rows is not None:
         findings += find_new_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows)
     lengths = [len(sequence) + sequence.num_truncated for sequence in sequences]
+    parts = _parts(own.sources, train)
+    mixture = _mixture(own.sources, [len(part) for part in parts])
     audit = Audit(
-        source=_join(source),
-        validation_source=_join(validation_source) if validation_source else None,
+        source=", ".join(_listed(source)),
+        validation_source=", ".join(_listed(validation_source)) if validation_source else None,
         layout=own.layout,
         max_seq_len=max_seq_len,
         num_rows=num_rows,
@@ -110,12 +124,40 @@ def prepare(
         notices=(*template.notices, *own.notices, *extra.notices),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
         allowed=tuple(allow),
+        mixture=() if mixture is None else checks.audit_mixture(mixture, parts),
     )
-    return PreparedData(train_sequences, validation_sequences, audit)
+    return PreparedData(train_sequences, validation_sequences, audit, mixture)
 
 
-def _join(sources: str | Sequence[str]) -> str:
-    return sources if isinstance(sources, str) else ", ".join(sources)
+def _listed(sources: str | Sequence[str]) -> Sequence[str]:
+    return [sources] if isinstance(sources, str) else sources
+
+
+def _parts(sources: Sequence[tuple[DataSource, int]], train: Sequence[EncodedRow]) -> list[list[EncodedExample]]:
+    """The training sequences of each source, in its order."""
+    ends = list(accumulate(count for _, count in sources))
+    parts: list[list[EncodedExample]] = [[] for _ in sources]
+    for row in train:
+        parts[bisect_right(ends, row.number)] += row.sequences
+    return parts
+
+
+def _mixture(sources: Sequence[tuple[DataSource, int]], rows: Sequence[int]) -> Mixture | None:
+    """
+    Raises:
+        DataError: a source with a weight has no row to draw.
+    """
+    weights = [source.weight for source, _ in sources if source.weight is not None]
+    if not weights or not any(rows):
+        return None
+    names = [source.given for source, _ in sources]
+    if empty := next((name for name, count in zip(names, rows, strict=True) if not count), None):
+        raise DataError(
+            f"{empty}: a weight, and no row of it is left to train on",
+            "needed: at least one row of each --data that has a weight",
+            "look at it alone with nybble data check, or leave it out",
+        )
+    return Mixture.of(names, rows, weights)
 
 
 def _encode_rows(

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from nybble.data.cells import as_text, change_of, describe, parse_column, says_nothing, text_of
 from nybble.data.examples import Example, Message, Role
-from nybble.data.row_files import LocatedRow, Row, open_sources
+from nybble.data.file_kinds import LocatedRow, Row
+from nybble.data.row_files import open_sources
+from nybble.data.sources import BUILTIN, DataSource, parse_sources
 from nybble.data.text_encoder import RowError
 from nybble.data.turns import read_turns
 from nybble.errors import ConfigError, DataError
@@ -103,6 +105,7 @@ class ReadResult:
         unread: column -> rows in which nothing reads it, though it says something.
         left_out: (origin, column) of rows where such a column is part of what is to be learnt.
         notices: what a user should know of how the files are read.
+        sources: (source, how many of `examples` are its own), in their order.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -112,6 +115,7 @@ class ReadResult:
     unread: Counter[str] = field(default_factory=Counter)
     left_out: list[tuple[str, str]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    sources: list[tuple[DataSource, int]] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -133,8 +137,8 @@ def read_examples(source: str | Sequence[str], fields: FieldNames | None = None)
 
     Args:
         source: files, folders of them and patterns such as "parts/*.jsonl" (JSON Lines, JSON, CSV, TSV, Parquet, text;
-            packed by gzip, bzip2, xz or Zstandard too), hub ids "owner/name" or "owner/name:config" (the split
-            "train"), or "builtin:pydoc".
+            packed by gzip, bzip2, xz or Zstandard too), hub ids "owner/name" or "owner/name:config", or
+            "builtin:pydoc"; behind hub ids and folders "#SPLIT", behind each of several ":WEIGHT".
         fields: the user's own column names.
 
     Raises:
@@ -142,15 +146,21 @@ def read_examples(source: str | Sequence[str], fields: FieldNames | None = None)
             message names file:line.
     """
     fields = fields or FieldNames()
-    sources = [source] if isinstance(source, str) else list(source)
+    sources = parse_sources([source] if isinstance(source, str) else source)
     result = ReadResult()
     layouts = []
-    for name in (name for name in sources if name.startswith("builtin:")):
-        layouts.append(_read_builtin(name, result))
-    files = [name for name in sources if not name.startswith("builtin:")]
-    for file in open_sources(files, lambda row: _is_row(_known_names(row, fields), fields)):
-        layouts.append(_read_file(file.name, file.rows, fields, result))
-        result.notices += file.notices
+    for own in (own for own in sources if own.given.startswith(BUILTIN)):
+        before = len(result.examples)
+        layouts.append(_read_builtin(own.given, result))
+        result.sources.append((own, len(result.examples) - before))
+    others = [own for own in sources if not own.given.startswith(BUILTIN)]
+    opened = open_sources(others, lambda row: _is_row(_known_names(row, fields), fields))
+    for own, files in zip(others, opened, strict=True):
+        before = len(result.examples)
+        for file in files:
+            layouts.append(_read_file(file.name, file.rows, fields, result))
+            result.notices += file.notices
+        result.sources.append((own, len(result.examples) - before))
     result.layout = ", ".join(dict.fromkeys(layouts))
     return result
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 from nybble.data.examples import EncodedExample
+from nybble.data.mixture import Mixture
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.options.groups import LengthOptions, MemoryOptions
@@ -23,6 +24,7 @@ def micro_batches_of(
         return count_micro_batches(
             data.train,
             data.validation,
+            mixture=data.mixture,
             rows_per_step=memory.rows_per_step,
             steps=steps,
             seed=seed,
@@ -44,11 +46,12 @@ def count_micro_batches(
     size: int,
     packed: bool,
     rules: ShapeRules,
+    mixture: Mixture | None = None,
 ) -> MicroBatches:
     """What the micro-batches of at most `size` rows come to over `steps` optimizer steps and in evaluations."""
     lengths = [len(row) for row in train]
     supervised = [row.supervised_tokens for row in train]
-    sampler = StepSampler(len(train), rows_per_step, seed)
+    sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     heaviest: list[int] = []
     tokens = targets = 0
     counts: set[int] = set()
