@@ -79,7 +79,7 @@ class TrainingData(PreparedData):
 
     Args:
         train, validation: sequences of at most `max_seq_len` tokens: `input_ids` int32 `(T,)`, `supervised` bool
-            `(T,)`, and the row that each comes from.
+            `(T,)`, and the row that each comes from. They are read from the disk when they are asked for.
         audit: what was read, dropped and cut, and what is wrong with it.
         template: how conversations became tokens.
         seed: of the order of the rows.
@@ -88,13 +88,12 @@ class TrainingData(PreparedData):
 
     template: ChatTemplate
     seed: int
-    mixture: Mixture | None = None
 
     @classmethod
     def read(cls, options: DataOptions, source: StoredModel) -> Self:
         """What `load_data` does, but that the audit refuses nothing."""
         found, template = read_examples(options, source)
-        return cls(found.train, found.validation, found.audit, template, options.seed)
+        return cls(found.train, found.validation, found.audit, found.mixture, template, options.seed)
 
     def batches(
         self, rows: int = 16, *, packed: bool = True, epochs: float = 1.0, max_steps: int | None = None
@@ -141,9 +140,10 @@ class TrainingData(PreparedData):
     def _steps(self, memory: MemoryOptions, num_steps: int) -> Iterator[list[Batch]]:
         rows, packed = memory.rows_per_step, memory.packing
         sampler = StepSampler(len(self.train), rows, self.seed, self.mixture)
-        lengths = [len(row) for row in self.train]
         for _ in range(num_steps):
-            dealt = split_micro_batches(sampler.next_step(), lengths, memory.micro_batch_size or rows, packed)
+            dealt = split_micro_batches(
+                sampler.next_step(), self.train.lengths, memory.micro_batch_size or rows, packed
+            )
             yield [collate([self.train[row] for row in micro], packed) for micro in dealt]
 
 

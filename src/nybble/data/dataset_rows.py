@@ -36,6 +36,8 @@ def hub_rows(source: DataSource) -> Rows:
         lengths = {split: (rows.info.splits or {}).get(split) for split, rows in held.items()}
         counts = {split: info.num_examples if info is not None else None for split, info in lengths.items()}
         yield from split_rows(source, held, counts)
+    except DataError:
+        raise
     except ConnectionError as error:
         raise DataError(
             f"{source.given}: the hub cannot be reached ({error})",
@@ -56,6 +58,8 @@ def saved_rows(source: DataSource) -> Rows:
         if source.split is None and len(held) == 1:
             source = source._replace(split=next(iter(held)))
         yield from split_rows(source, held, {split: len(rows) for split, rows in held.items()})
+    except DataError:
+        raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{source.given}: not readable as a saved data set: {error}") from error
 
@@ -87,6 +91,8 @@ def split_rows(source: DataSource, held: Mapping[str, Any], counts: Mapping[str,
         places = instruction.to_absolute(
             {name: sys.maxsize if count is None else count for name, count in counts.items()}
         )
+    except DataError:
+        raise
     except (ValueError, AssertionError) as error:  # what `datasets` says to what it cannot take
         raise DataError(f"{source.given}: {error}", "allowed: a split, or a slice of it: train[:1000]", fix) from error
     for place in places:

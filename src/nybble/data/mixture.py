@@ -15,6 +15,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from nybble.data.encoded_rows import EncodedRows
 from nybble.data.permutation import permutation
 
 
@@ -96,3 +97,35 @@ def _endless(num_rows: int, seed: int, part: int, start: int, count: int) -> np.
     orders = [permutation(num_rows, seed, f"part {part} pass {number}") for number in passes]
     skipped = start % num_rows
     return np.concatenate([np.empty(0, dtype=np.int64), *orders])[skipped : skipped + count]
+
+
+@dataclass(frozen=True)
+class MixedPart:
+    """A data set that is drawn by weight.
+
+    Args:
+        share: of the rows drawn.
+        supervised_share: what that comes to in supervised tokens, on average.
+        rows: its training sequences.
+        drawn: of them in the first epoch; more than `rows` where they come again.
+    """
+
+    name: str
+    share: float
+    supervised_share: float
+    rows: int
+    drawn: int
+
+
+def audit_mixture(mixture: Mixture, train: EncodedRows) -> tuple[MixedPart, ...]:
+    """What weights come to.
+
+    Args:
+        train: the training sequences, a data set behind the other.
+    """
+    borders = np.cumsum(mixture.rows)[:-1]
+    supervised = [float(part.mean()) for part in np.split(train.supervised_tokens, borders)]
+    drawn_tokens = [share * mean for share, mean in zip(mixture.shares, supervised, strict=True)]
+    by_tokens = (tokens / sum(drawn_tokens) for tokens in drawn_tokens)
+    columns = (mixture.names, mixture.shares, by_tokens, mixture.rows, mixture.drawn(sum(mixture.rows)))
+    return tuple(MixedPart(*values) for values in zip(*columns, strict=True))

@@ -64,7 +64,7 @@ class StepSampler:
 
 
 def split_micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], micro_batch_size: int, packed: bool = True
+    rows: Sequence[int], lengths: Sequence[int] | np.ndarray, micro_batch_size: int, packed: bool = True
 ) -> list[list[int]]:
     """Deal a step's rows into ceil(len(rows) / micro_batch_size) micro-batches of at most that many rows.
 
@@ -77,11 +77,12 @@ def split_micro_batches(
         lengths: tokens of every row of the data set, indexed by row number.
     """
     assert micro_batch_size >= 1, micro_batch_size
-    longest_first = sorted(rows, key=lambda row: (-lengths[row], row))
+    tokens = {row: int(lengths[row]) for row in rows}
+    longest_first = sorted(rows, key=lambda row: (-tokens[row], row))
     if not packed:
         return [longest_first[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
     batches: list[list[int]] = [[] for _ in range(math.ceil(len(rows) / micro_batch_size))]
     for row in longest_first:
         open_batches = [batch for batch in batches if len(batch) < micro_batch_size]
-        min(open_batches, key=lambda batch: sum(lengths[r] for r in batch)).append(row)
-    return sorted(batches, key=lambda batch: -sum(lengths[r] for r in batch))
+        min(open_batches, key=lambda batch: sum(tokens[r] for r in batch)).append(row)
+    return sorted(batches, key=lambda batch: -sum(tokens[r] for r in batch))

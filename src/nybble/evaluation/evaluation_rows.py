@@ -11,7 +11,7 @@ from nybble.runs.open_run import OpenRun
 
 def evaluation_rows(
     opened: OpenRun, data: Sequence[str] | None = None, allow: Sequence[str] = ()
-) -> list[EncodedExample]:
+) -> Sequence[EncodedExample]:
     """The rows that the run did not train on, or all rows of `data`, encoded as the run encodes its own.
 
     Args:

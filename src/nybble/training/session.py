@@ -219,7 +219,7 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     config, source, resumed = opened.config, opened.source, opened.resumed
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = SupervisedFineTuning()
-    data = read_rows(config.data, source, opened.template, objective.encode)
+    data = read_rows(config.data, source, opened.template, objective.encode, opened.run.path, report)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()

@@ -7,8 +7,9 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from nybble.cli.render.terminal import Terminal, show
-from nybble.data.audit import Audit, Audited, MixedPart
+from nybble.data.audit import Audit, Audited
 from nybble.data.examples import EncodedExample
+from nybble.data.mixture import MixedPart
 
 SUPERVISED_STYLE = "black on green"
 CONTEXT_STYLE = "dim"
