@@ -66,6 +66,18 @@ class Progress(Event):
     total: int
 
 
+MANY = 20_000  # rows; reading or encoding so many takes seconds
+
+
+def tracked_rows(rows: Sequence[Item], what: str, report: Listener) -> Iterator[Item]:
+    """The rows of a data set, with their progress reported at each hundredth where they are many."""
+    stride = max(1, len(rows) // 100)
+    for done, row in enumerate(rows, 1):
+        yield row
+        if len(rows) >= MANY and (done % stride == 0 or done == len(rows)):
+            report(Progress(what, done, len(rows)))
+
+
 def tracked(items: Sequence[Item], what: str, report: Listener) -> Iterator[Item]:
     """The items, with their progress reported: before the first and after each."""
     report(Progress(what, 0, len(items)))

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 
+import numpy as np
 import pytest
 
 from nybble.data.audit import FINDINGS, NEVER_ALLOWED
@@ -223,5 +224,5 @@ def test_only_findings_that_can_be_accepted_are(id, audit_of):
 
 
 def test_the_lengths_are_a_picture(tmp_path):
-    draw_lengths([3, 5, 9, 2000], 1024, tmp_path / "lengths.png")
+    draw_lengths(np.array([3, 5, 9, 2000]), 1024, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")

@@ -3,13 +3,14 @@
 import io
 import json
 
+import numpy as np
 import pytest
 
 from nybble.cli.render.audit import SUPERVISED_STYLE, render_audit, render_example
 from nybble.data.audit import FINDINGS, WARNINGS, percentiles
 from nybble.data.examples import Example
 from nybble.data.prepare import PreparedData, prepare
-from nybble.data.split import split_validation
+from nybble.data.split import content_ranks, split_validation
 from nybble.data.template import ChatTemplate
 from nybble.errors import DataError
 
@@ -50,9 +51,14 @@ def examples(texts: list[str]) -> list[Example]:
     return [Example(f"f:{n}", text=text) for n, text in enumerate(texts, 1)]
 
 
+def split(texts: list[str], seed: int = 0, **options) -> tuple[list[int], list[int]]:
+    train, validation = split_validation(content_ranks(examples(texts), seed), **options)
+    return train.tolist(), validation.tolist()
+
+
 def test_split_sizes():
     def sizes(count: int, **options) -> tuple[int, int]:
-        train, validation = split_validation(examples([str(n) for n in range(count)]), **options)
+        train, validation = split([str(n) for n in range(count)], **options)
         assert sorted(train + validation) == list(range(count))
         return len(train), len(validation)
 
@@ -66,22 +72,22 @@ def test_split_sizes():
 
 def test_split_is_seeded_and_does_not_depend_on_order():
     texts = [str(n) for n in range(100)]
-    held_out = {texts[i] for i in split_validation(examples(texts), 0.1)[1]}
+    held_out = {texts[i] for i in split(texts, fraction=0.1)[1]}
     turned = texts[::-1]
-    assert {turned[i] for i in split_validation(examples(turned), 0.1)[1]} == held_out
-    assert {texts[i] for i in split_validation(examples(texts), 0.1, seed=1)[1]} != held_out
+    assert {turned[i] for i in split(turned, fraction=0.1)[1]} == held_out
+    assert {texts[i] for i in split(texts, fraction=0.1, seed=1)[1]} != held_out
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_no_text_stands_on_both_sides(seed):
     texts = [f"a  {n % 7}\n" if n % 2 else f"a {n % 7}" for n in range(40)]  # equal but for white space
-    train, validation = split_validation(examples(texts), 0.2, seed=seed)
+    train, validation = split(texts, fraction=0.2, seed=seed)
     assert validation and train
     assert not {texts[i].split()[1] for i in train} & {texts[i].split()[1] for i in validation}
 
 
 def test_split_where_every_text_is_frequent():
-    train, validation = split_validation(examples(["a"] * 30 + ["b"] * 20), 0.05)
+    train, validation = split(["a"] * 30 + ["b"] * 20, fraction=0.05)
     assert validation == list(range(30, 50)) and train == list(range(30))
 
 
@@ -107,8 +113,8 @@ def test_audit_is_json(write, template):
 
 
 def test_percentiles():
-    assert percentiles(list(range(1, 201))) == {"p50": 100, "p90": 180, "p99": 198}
-    assert percentiles([]) == {"p50": 0, "p90": 0, "p99": 0}
+    assert percentiles(np.arange(1, 201)) == {"p50": 100, "p90": 180, "p99": 198}
+    assert percentiles(np.array([])) == {"p50": 0, "p90": 0, "p99": 0}
 
 
 # ---- rows too long

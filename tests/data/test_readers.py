@@ -23,7 +23,7 @@ def write(tmp_path):
 
 
 def read(source: str, **fields):
-    return read_examples(source, FieldNames(**fields)).examples
+    return list(read_examples(source, FieldNames(**fields)).examples)
 
 
 # ---- layouts
@@ -61,7 +61,7 @@ def test_columns_that_nothing_reads_are_counted_and_those_that_teach_are_named(w
     row = {"id": 1, "question": "hi", "answer": "yo", "system": "s", "input": "x", "note": None}
     result = read_examples(write("a.jsonl", f"{json.dumps(row)}\n{json.dumps({**row, 'input': '', 'id': {'a': []}})}"))
     assert result.layout == "question/answer" and result.unread == {"id": 2, "input": 1}
-    assert result.left_out == [("a.jsonl:1", "input")]
+    assert list(result.left_out) == [("a.jsonl:1", "input")]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_teaches_is_told_from_what_does_not(write, more, teaches):
 
 def test_texts_with_labels_are_no_plain_texts(write):
     result = read_examples(write("a.jsonl", '{"text": "good", "label": 1}'))
-    assert result.left_out == [("a.jsonl:1", "label")]
+    assert list(result.left_out) == [("a.jsonl:1", "label")]
 
 
 @pytest.mark.parametrize("said, text", [("3", "3"), ("4.50", "4.5"), ("true", "true"), ("1e-7", "1e-07"), ("-0", "0")])

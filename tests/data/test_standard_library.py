@@ -13,7 +13,7 @@ from nybble.data.standard_library import INSTRUCTION, first_sentence, read_pydoc
 
 @pytest.fixture(scope="module")
 def rows():
-    return read_examples("builtin:pydoc").examples
+    return list(read_examples("builtin:pydoc").examples)
 
 
 def code_of(example) -> str:

@@ -79,10 +79,11 @@ class TrainingData(PreparedData):
 
     Args:
         train, validation: sequences of at most `max_seq_len` tokens: `input_ids` int32 `(T,)`, `supervised` bool
-            `(T,)`, and the row that each comes from.
+            `(T,)`, and the row that each comes from. They are read from the disk when they are asked for.
         audit: what was read, dropped and cut, and what is wrong with it.
         template: how conversations became tokens.
         seed: of the order of the rows.
+        mixture: the weights of the data sets that the training sequences are of; None where they have none.
     """
 
     template: ChatTemplate
@@ -92,7 +93,7 @@ class TrainingData(PreparedData):
     def read(cls, options: DataOptions, source: StoredModel) -> Self:
         """What `load_data` does, but that the audit refuses nothing."""
         found, template = read_examples(options, source)
-        return cls(found.train, found.validation, found.audit, template, options.seed)
+        return cls(found.train, found.validation, found.audit, found.mixture, template, options.seed)
 
     def batches(
         self, rows: int = 16, *, packed: bool = True, epochs: float = 1.0, max_steps: int | None = None
@@ -138,10 +139,11 @@ class TrainingData(PreparedData):
 
     def _steps(self, memory: MemoryOptions, num_steps: int) -> Iterator[list[Batch]]:
         rows, packed = memory.rows_per_step, memory.packing
-        sampler = StepSampler(len(self.train), rows, self.seed)
-        lengths = [len(row) for row in self.train]
+        sampler = StepSampler(len(self.train), rows, self.seed, self.mixture)
         for _ in range(num_steps):
-            dealt = split_micro_batches(sampler.next_step(), lengths, memory.micro_batch_size or rows, packed)
+            dealt = split_micro_batches(
+                sampler.next_step(), self.train.lengths, memory.micro_batch_size or rows, packed
+            )
             yield [collate([self.train[row] for row in micro], packed) for micro in dealt]
 
 

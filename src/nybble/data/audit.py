@@ -8,23 +8,26 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 
 from nybble.data.examples import EncodedExample, Example
-from nybble.data.near_duplicates import NEAR_SIMILARITY, near_duplicates
+from nybble.data.mixture import MixedPart
+from nybble.data.near_duplicates import NEAR_SIMILARITY
 from nybble.data.readers import COLUMNS_NAMED, ReadResult
 from nybble.data.text_encoder import RowError
 from nybble.errors import ConfigError, DataError
 from nybble.events import Event
+from nybble.files.spool import Spool
 
 Level = Literal["error", "warning"]
 ROWS_NAMED = 5
 MAX_ROW_CHARACTERS = 1_000_000
 ABOUT_LOST_ROWS = ("no-rows", "many-dropped")
 NEVER_ALLOWED = ("no-rows", "ids-beyond-vocabulary")  # training could not go on
-MOST_OF_AT_LEAST = 10  # rows, below which "most rows" says nothing
 MOST_DROPPED = 0.1  # of the rows; losing more changes what is learnt
 
 # id: (what it means, what to do)
@@ -226,6 +229,7 @@ class Audit:
         notices: what the template has to say.
         findings: errors first.
         allowed: ids of findings that the user accepts.
+        mixture: where the data sets have weights.
     """
 
     source: str
@@ -247,6 +251,7 @@ class Audit:
     notices: tuple[str, ...]
     findings: tuple[Finding, ...]
     allowed: tuple[str, ...] = ()
+    mixture: tuple[MixedPart, ...] = ()
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -278,6 +283,7 @@ class Audit:
         """Plain dicts, lists, strings and numbers."""
         findings = [{**asdict(f), "rows": list(f.rows), "level": f.level, "message": f.message} for f in self.findings]
         lists = {"notices": list(self.notices), "allowed": list(self.allowed), "findings": findings}
+        lists["mixture"] = [asdict(part) for part in self.mixture]
         return {**asdict(self), **lists}
 
 
@@ -309,19 +315,23 @@ def check_allowed(allowed: Iterable[str]) -> None:
 
 
 def find(finding: str, rows: Iterable[str], detail: str = "") -> list[Finding]:
-    """A list of one finding, or of none where no rows are concerned."""
-    named = list(dict.fromkeys(rows))
-    return [Finding(finding, len(named), tuple(named[:ROWS_NAMED]), detail)] if named else []
+    """A list of one finding, or of none where no rows are concerned. A row that is named twice in a row is one."""
+    count, named = 0, []
+    for origin, _ in groupby(rows):
+        count += 1
+        if count <= ROWS_NAMED:
+            named.append(origin)
+    return [Finding(finding, count, tuple(named), detail)] if named else []
 
 
 def find_in_reading(reads: Sequence[ReadResult]) -> list[Finding]:
     """What was noticed while rows were read: those that could not be, and what of the others is not learnt from."""
-    kinds: dict[str, list[RowError]] = defaultdict(list)
+    kinds: dict[str, Spool[RowError]] = defaultdict(Spool)
     for error in (error for read in reads for error in read.odd):
         kinds[error.finding].append(error)
     findings = [f for id, errors in kinds.items() for f in find(id, (e.origin for e in errors), errors[0].detail)]
-    as_text = [change for read in reads for change in read.as_text]
-    left_out = [column for read in reads for column in read.left_out]
+    as_text = Spool.of(change for read in reads for change in read.as_text)
+    left_out = Spool.of(column for read in reads for column in read.left_out)
     unread = sum((read.unread for read in reads), Counter[str]())
     findings += find("number-as-text", (origin for origin, _ in as_text), as_text[0][1] if as_text else "")
     columns = Counter(column for _, column in left_out)
@@ -338,9 +348,10 @@ def _count_columns(rows: Counter[str]) -> str:
 
 def find_ids_beyond(sequences: Sequence[EncodedExample], vocab_size: int) -> list[Finding]:
     """Sequences with an id of `vocab_size` (the rows of the model's embedding matrix) or more."""
-    beyond = [s for s in sequences if int(s.input_ids.max()) >= vocab_size]
-    detail = f"largest id {max(int(s.input_ids.max()) for s in beyond)}, embedding {vocab_size} rows" if beyond else ""
-    return find("ids-beyond-vocabulary", (s.origin for s in beyond), detail)
+    largest = ((s.origin, int(s.input_ids.max())) for s in sequences)
+    beyond = Spool.of((origin, id) for origin, id in largest if id >= vocab_size)
+    detail = f"largest id {max(id for _, id in beyond)}, embedding {vocab_size} rows" if beyond else ""
+    return find("ids-beyond-vocabulary", (origin for origin, _ in beyond), detail)
 
 
 def find_without_end_of_turn(sequences: Sequence[EncodedExample], stop_ids: Sequence[int]) -> list[Finding]:
@@ -361,46 +372,39 @@ def find_special_tokens(examples: Sequence[Example], special_tokens: Sequence[st
     if not special_tokens:
         return []
     pattern = re.compile("|".join(map(re.escape, special_tokens)))
-    spelled = [(example, match[0]) for example in examples if (match := pattern.search(example.full_text()))]
-    findings = []
-    for id, is_text in (("special-token-in-content", False), ("special-token-in-text", True)):
-        concerned = [(e.origin, token) for e, token in spelled if (e.text is not None) == is_text]
-        findings += find(id, (origin for origin, _ in concerned), repr(concerned[0][1]) if concerned else "")
-    return findings
+    spelled: dict[str, Spool[tuple[str, str]]] = defaultdict(Spool)
+    for example in examples:
+        if match := pattern.search(example.full_text()):
+            id = "special-token-in-content" if example.text is None else "special-token-in-text"
+            spelled[id].append((example.origin, match[0]))
+    return [
+        found
+        for id, concerned in sorted(spelled.items())
+        for found in find(id, (origin for origin, _ in concerned), repr(concerned[0][1]))
+    ]
 
 
 def find_unread_keys(examples: Sequence[Example]) -> list[Finding]:
     """Rows with keys inside messages that nothing reads."""
-    unread = {example.origin: {key for turn in example.turns() for key in turn.unread} for example in examples}
-    counts = Counter(key for keys in unread.values() for key in keys)
+    counts: Counter[str] = Counter()
+    concerned: Spool[str] = Spool()
+    for example in examples:
+        if keys := {key for turn in example.turns() for key in turn.unread}:
+            counts.update(keys)
+            concerned.append(example.origin)
     detail = ", ".join(f"{key!r} in {count} rows" for key, count in counts.most_common())
-    return find("unread-message-keys", (origin for origin, keys in unread.items() if keys), detail)
+    return find("unread-message-keys", concerned, detail)
 
 
 def find_marked_prompts(examples: Sequence[Example]) -> list[Finding]:
     """Rows with a turn that is marked as to be learnt and is not the assistant's."""
-    marked = [e.origin for e in examples if any(turn.learnt and turn.role != "assistant" for turn in e.turns())]
+    marked = (e.origin for e in examples if any(turn.learnt and turn.role != "assistant" for turn in e.turns()))
     return find("marked-prompt", marked)
 
 
 def find_folded_system(examples: Sequence[Example]) -> list[Finding]:
     """Rows with a system turn, for a template that refuses them."""
     return find("system-folded", (e.origin for e in examples if any(turn.role == "system" for turn in e.turns())))
-
-
-def find_duplicates(examples: Sequence[Example]) -> list[Finding]:
-    first: dict[str, str] = {}
-    repeated = [e.origin for e in examples if first.setdefault(e.content_key, e.origin) != e.origin]
-    return find("duplicates", repeated)
-
-
-def find_same_answer(examples: Sequence[Example]) -> list[Finding]:
-    answers = [(" ".join(answer.split()), e.origin) for e in examples if (answer := e.last_answer()) is not None]
-    counts = Counter(answer for answer, _ in answers)
-    commonest, count = counts.most_common(1)[0] if counts else ("", 0)
-    if len(answers) < MOST_OF_AT_LEAST or 2 * count <= len(answers):
-        return []
-    return find("same-answer", (origin for answer, origin in answers if answer == commonest), repr(commonest[:60]))
 
 
 def find_many_dropped(dropped: Counter[str], num_rows: int) -> list[Finding]:
@@ -416,19 +420,7 @@ def find_many_dropped(dropped: Counter[str], num_rows: int) -> list[Finding]:
     return [Finding("many-dropped", lost, (), f"of {num_rows}: {causes}")]
 
 
-def find_near_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[Finding]:
-    pairs = near_duplicates([e.full_text() for e in train], [e.full_text() for e in validation])
-    near = [(train[i].origin, validation[j]) for i, j in pairs if train[i].content_key != validation[j].content_key]
-    detail = f"{near[0][1].origin} is like {near[0][0]}" if near else ""
-    return find("near-leak", (example.origin for _, example in near), detail)
-
-
-def find_leaks(train: Sequence[Example], validation: Sequence[Example]) -> list[Finding]:
-    trained = {example.content_key for example in train}
-    return find("validation-leak", (e.origin for e in validation if e.content_key in trained))
-
-
-def percentiles(lengths: Sequence[int]) -> dict[str, int]:
+def percentiles(lengths: np.ndarray) -> dict[str, int]:
     """Nearest-rank percentiles; zeros for no lengths."""
-    ranked = sorted(lengths) or [0]
-    return {f"p{p}": ranked[max(0, -(-p * len(ranked) // 100) - 1)] for p in (50, 90, 99)}
+    ranked = np.sort(lengths) if len(lengths) else np.zeros(1, dtype=np.int64)
+    return {f"p{p}": int(ranked[max(0, -(-p * len(ranked) // 100) - 1)]) for p in (50, 90, 99)}

@@ -7,7 +7,8 @@ code (`pydoc_data.topics`, the language reference).
 
 import importlib.util
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,10 +66,9 @@ def calibration_text(
     windows = []
     found = 0
     if own:
-        shuffled = list(own)
-        random.Random(seed).shuffle(shuffled)
-        tokens = torch.cat(shuffled).long()
-        found = min(len(tokens) // window, max(1, total - num_general))
+        wanted = max(1, total - num_general)
+        tokens = torch.cat(list(_enough(own, seed, wanted * window))).long()
+        found = min(len(tokens) // window, wanted)
         if found == 0:
             raise DataError(
                 f"{name}: {len(tokens)} tokens in it",
@@ -82,6 +82,21 @@ def calibration_text(
         windows.append(general[: num_general * window].view(num_general, window))
     parts = [f"{found} from {name}"] * bool(own) + [f"{num_general} of general text"] * bool(num_general)
     return CalibrationText(torch.cat(windows), f"{found + num_general} windows of {window} tokens: {', '.join(parts)}")
+
+
+def _enough(documents: Sequence[Tensor], seed: int, num_tokens: int) -> Iterator[Tensor]:
+    """Documents in a seeded order, no more than give so many tokens where there are so many."""
+    for number in _shuffled(len(documents), seed):
+        yield documents[number]
+        num_tokens -= len(documents[number])
+        if num_tokens <= 0:
+            return
+
+
+def _shuffled(count: int, seed: int) -> "array[int]":
+    order = array("q", range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def general_text(seed: int, num_tokens: int) -> str:
@@ -129,13 +144,11 @@ def read_calibration_file(
     found = 0
     read = read_examples(source, fields)
     read.check_whole()
-    examples = read.examples
-    random.Random(seed).shuffle(examples)
-    for example in examples:
+    for number in _shuffled(len(read.examples), seed):
         if num_tokens is not None and not validation and found >= num_tokens:
             break  # rendering takes longer than anything else here; with validation rows all must be compared
         try:
-            rows = template.encode_example(example)
+            rows = template.encode_example(read.examples[number])
         except RowError:  # training would drop the row too
             continue
         encoded += rows

@@ -4,7 +4,8 @@ import json
 import math
 from typing import Any
 
-from nybble.data.row_files import Row, parse_json
+from nybble.data.file_kinds import Row
+from nybble.data.json_rows import parse_json
 from nybble.data.text_encoder import RowError
 from nybble.errors import DataError
 

@@ -106,6 +106,9 @@ class Example:
         return said
 
 
+DTYPES = (torch.int32, torch.bool, torch.float32)  # of a sequence's tensors, as they are pickled by number
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
     """One training sequence.
@@ -125,6 +128,13 @@ class EncodedExample:
     def __post_init__(self) -> None:
         assert self.input_ids.dtype == torch.int32 and self.supervised.dtype == torch.bool, self.origin
         assert self.input_ids.ndim == 1 and self.input_ids.shape == self.supervised.shape, self.origin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with its tensors as their bytes, which takes less time and room than they do by themselves."""
+        values = vars(self).values()  # in the order of the fields
+        kinds = [DTYPES.index(value.dtype) if isinstance(value, Tensor) else None for value in values]
+        packed = (value if kind is None else value.numpy().tobytes() for value, kind in zip(values, kinds, strict=True))
+        return _unpickled, (type(self), kinds, *packed)
 
     def __len__(self) -> int:
         return self.input_ids.numel()
@@ -157,3 +167,11 @@ class EncodedExample:
 
     def _first_supervised(self) -> int:
         return int(self.supervised.int().argmax()) if bool(self.supervised.any()) else len(self)
+
+
+def _unpickled(row: type[EncodedExample], kinds: list[int | None], *packed: Any) -> EncodedExample:
+    values: list[Any] = [
+        value if kind is None else torch.frombuffer(bytearray(value), dtype=DTYPES[kind])
+        for value, kind in zip(packed, kinds, strict=True)
+    ]
+    return row(*values)

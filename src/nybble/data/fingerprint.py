@@ -18,8 +18,8 @@ def row_digests(rows: Sequence[EncodedExample]) -> Tensor:
     return torch.frombuffer(digests, dtype=torch.int64) if digests else torch.empty(0, dtype=torch.int64)
 
 
-def data_fingerprint(train: Tensor, validation: Tensor) -> str:
-    """SHA-256 over the digests of both parts."""
-    digest = hashlib.sha256(f"{len(train)} {len(validation)} ".encode())
+def data_fingerprint(train: Tensor, validation: Tensor, mixture: str = "") -> str:
+    """SHA-256 over the digests of both parts, and over the weights that they are drawn by."""
+    digest = hashlib.sha256(f"{mixture}{len(train)} {len(validation)} ".encode())
     digest.update(train.numpy().tobytes() + validation.numpy().tobytes())
     return digest.hexdigest()

@@ -5,7 +5,7 @@ candidate's similarity is then computed exactly, so that nothing is reported by 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rensa import RMinHash, RMinHashLSH
 
@@ -15,7 +15,7 @@ NUM_HASHES, NUM_BANDS = 128, 32  # a pair of similarity 0.8 is missed once in te
 _WORD = re.compile(r"\w+")
 
 
-def near_duplicates(texts: Sequence[str], others: Sequence[str]) -> Iterator[tuple[int, int]]:
+def near_duplicates(texts: Iterable[str], others: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs (i, j) in which texts[i] and others[j] are similar, each j once, with the first i that is.
 
     Args:

@@ -35,14 +35,18 @@ def find_new_tokens(
         read_rows: gives rows of it.
     """
     added = {id for id in tokenizer.added_tokens_decoder if id < vocab_size}
-    used = {s.origin: added.intersection(s.input_ids.unique().tolist()) for s in sequences}
-    candidates = sorted(set().union(*used.values()))
+    used: set[int] = set()
+    for sequence in sequences:
+        used |= added.intersection(sequence.input_ids.unique().tolist())
+    candidates = sorted(used)
     if not candidates:
         return []
     never = _untrained(candidates, len(tokenizer), vocab_size, read_rows)
     new = never | _unmentioned(candidates, tokenizer, chat_template)
+    if not new:
+        return []
     names = ", ".join(repr(tokenizer.convert_ids_to_tokens(id)) for id in candidates if id in new)
-    return find("untrained-tokens", (origin for origin, ids in used.items() if ids & new), names)
+    return find("untrained-tokens", (s.origin for s in sequences if new.intersection(s.input_ids.tolist())), names)
 
 
 def _unmentioned(candidates: Iterable[int], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> set[int]:

@@ -1,6 +1,5 @@
 """`lengths.png`: how long the sequences of a data set are."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,10 @@ import numpy as np
 from nybble.pictures import picture
 
 
-def draw_lengths(lengths: Sequence[int], max_seq_len: int, out: Path) -> None:
+def draw_lengths(lengths: np.ndarray, max_seq_len: int, out: Path) -> None:
     """Draw a histogram of `lengths` (tokens, before truncation) into the picture `out`."""
     with picture(out, "tokens", "sequences") as axes:
-        axes.stairs(*np.histogram(lengths, bins=min(60, max(1, len(set(lengths))))), fill=True, color="tab:blue")
-        if max(lengths, default=0) > max_seq_len:
+        axes.stairs(*np.histogram(lengths, bins=min(60, max(1, len(np.unique(lengths))))), fill=True, color="tab:blue")
+        if lengths.max(initial=0) > max_seq_len:
             axes.axvline(max_seq_len, color="tab:red", label=f"cut at {max_seq_len}")
             axes.legend()

@@ -1,17 +1,28 @@
 """From a data source to training and validation sequences, with the audit."""
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
 
 from nybble.data import audit as checks
+from nybble.data import comparisons
 from nybble.data.audit import Audit, Finding
+from nybble.data.encoded_rows import EncodedRows, SequenceFile
 from nybble.data.examples import EncodedExample, Example
+from nybble.data.mixture import Mixture, audit_mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
 from nybble.data.readers import FieldNames, ReadResult, read_examples
-from nybble.data.split import split_validation
+from nybble.data.sources import DataSource, refuse_weights
+from nybble.data.split import content_ranks, split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
+from nybble.errors import DataError
+from nybble.events import Listener, silent, tracked_rows
+from nybble.files.spool import Chosen, Spool
 from nybble.options.groups import DataOptions, RowOptions
 
 Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowError
@@ -19,25 +30,51 @@ Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowEr
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Sequences of at most `max_seq_len` tokens, each with at least one supervised target, and their audit."""
+    """Sequences of at most `max_seq_len` tokens, each with at least one supervised target, and their audit.
 
-    train: list[EncodedExample]
-    validation: list[EncodedExample]
+    Args:
+        mixture: the weights of the data sets that the training sequences are of; None where they have none.
+    """
+
+    train: EncodedRows
+    validation: EncodedRows
     audit: Audit
+    mixture: Mixture | None
 
-    def lengths(self) -> list[int]:
+    def lengths(self) -> np.ndarray:
         """Tokens of every sequence before truncation, training sequences first."""
-        return [len(row) + row.num_truncated for row in (*self.train, *self.validation)]
+        rows = self.train + self.validation
+        return rows.lengths + rows.num_truncated
 
 
 @dataclass(frozen=True)
-class EncodedRow:
-    """A row that is kept, its number among all rows read, and its sequences (one, unless the template rewrites
-    history)."""
+class KeptRows:
+    """Rows that are kept, of all that were encoded.
 
-    number: int
-    example: Example
-    sequences: list[EncodedExample]
+    Args:
+        numbers: int64, of each its number among all rows read.
+        firsts: int64 `(len(numbers), 2)`: of each the numbers of its first sequence, and of the first behind it (one
+            further, unless the template rewrites history).
+    """
+
+    examples: Sequence[Example]
+    sequences: SequenceFile
+    numbers: np.ndarray
+    firsts: np.ndarray
+
+    def chosen(self, places: np.ndarray) -> "KeptRows":
+        """Some of them, by their places among these."""
+        return replace(self, numbers=self.numbers[places], firsts=self.firsts[places])
+
+    def as_examples(self) -> Chosen[Example]:
+        """As their owner wrote them."""
+        return Chosen(self.examples, self.numbers)
+
+    def encoded(self) -> EncodedRows:
+        """Their sequences."""
+        counts = self.firsts[:, 1] - self.firsts[:, 0]  # a row's sequences lie side by side
+        before = np.cumsum(counts) - counts
+        return self.sequences.rows(np.arange(counts.sum()) + np.repeat(self.firsts[:, 0] - before, counts))
 
 
 def prepare(
@@ -54,6 +91,8 @@ def prepare(
     embedding_rows: ReadRows | None = None,
     allow: Sequence[str] = (),
     encode: Encode = ChatTemplate.encode_example,
+    scratch: Path | None = None,
+    report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit. Findings are in the audit, errors too; `audit.check()` raises them.
 
@@ -65,68 +104,105 @@ def prepare(
         embedding_rows: reads rows of it, to find tokens that were never trained.
         allow: ids of findings that need not stop training.
         encode: makes an example's sequences, untruncated; an objective's own, or the template's.
+        scratch: as of `read_examples`.
+        report: told how far encoding has come, where rows are many.
 
     Raises:
         ConfigError: there is no such finding to allow.
         DataError: the source cannot be read, or no row of it.
     """
     checks.check_allowed(allow)
-    own = read_examples(source, fields)
-    extra = read_examples(validation_source, fields) if validation_source else ReadResult()
+    if validation_source:
+        refuse_weights(_listed(validation_source), "held-out rows are all evaluated")
+    own = read_examples(source, fields, scratch)
+    extra = read_examples(validation_source, fields, scratch) if validation_source else ReadResult()
     reads, num_rows = (own, extra), own.num_rows + extra.num_rows
-    rows, findings, dropped = _encode_rows([*own.examples, *extra.examples], template, max_seq_len, encode)
+    examples = own.examples
+    examples.extend(extra.examples)
+    num_own = len(own.examples) - len(extra.examples)
+    file = SequenceFile(Spool(scratch))
+    rows, findings, dropped = _encode_rows(examples, template, max_seq_len, encode, file, report)
     dropped += Counter(error.finding for read in reads for error in read.odd)
     findings += [*checks.find_in_reading(reads), *checks.find_many_dropped(dropped, num_rows)]
+    ranks = content_ranks(rows.as_examples(), seed)
     if validation_source:
-        train = [row for row in rows if row.number < len(own.examples)]
-        validation = [row for row in rows if row.number >= len(own.examples)]
+        places, held_out = np.flatnonzero(rows.numbers < num_own), np.flatnonzero(rows.numbers >= num_own)
     else:
-        kept = [row.example for row in rows]
-        numbers, held_out = split_validation(kept, validation_fraction, validation_rows, seed)
-        train, validation = [rows[number] for number in numbers], [rows[number] for number in held_out]
-    train_sequences, validation_sequences = _sequences(train), _sequences(validation)
+        places, held_out = split_validation(ranks, validation_fraction, validation_rows)
+    train, validation = rows.chosen(places), rows.chosen(held_out)
+    train_sequences, validation_sequences = train.encoded(), validation.encoded()
     sequences = train_sequences + validation_sequences
-    findings += _find_in_rows(train, validation, template, vocab_size)
+    findings += _find_in_rows(rows.chosen(np.concatenate((places, held_out))), template, vocab_size)
+    findings += _find_between(train, validation, ranks[places], ranks[held_out], report)
     if vocab_size is not None and embedding_rows is not None:
         findings += find_new_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows)
-    lengths = [len(sequence) + sequence.num_truncated for sequence in sequences]
+    lengths = sequences.lengths + sequences.num_truncated
+    mixture = _mixture(own.sources, train)
     audit = Audit(
-        source=_join(source),
-        validation_source=_join(validation_source) if validation_source else None,
+        source=", ".join(_listed(source)),
+        validation_source=", ".join(_listed(validation_source)) if validation_source else None,
         layout=own.layout,
         max_seq_len=max_seq_len,
         num_rows=num_rows,
-        num_dropped=num_rows - len(rows),
-        num_truncated=sum(sequence.num_truncated > 0 for sequence in sequences),
+        num_dropped=num_rows - len(rows.numbers),
+        num_truncated=int((sequences.num_truncated > 0).sum()),
         num_train=len(train_sequences),
         num_validation=len(validation_sequences),
-        tokens=sum(map(len, train_sequences)),
-        supervised_tokens=sum(sequence.supervised_tokens for sequence in train_sequences),
-        validation_tokens=sum(map(len, validation_sequences)),
-        validation_supervised_tokens=sum(sequence.supervised_tokens for sequence in validation_sequences),
-        truncated_tokens=sum(sequence.num_truncated for sequence in sequences),
-        longest=max(lengths, default=0),
+        tokens=int(train_sequences.lengths.sum()),
+        supervised_tokens=int(train_sequences.supervised_tokens.sum()),
+        validation_tokens=int(validation_sequences.lengths.sum()),
+        validation_supervised_tokens=int(validation_sequences.supervised_tokens.sum()),
+        truncated_tokens=int(sequences.num_truncated.sum()),
+        longest=int(lengths.max(initial=0)),
         length_percentiles=checks.percentiles(lengths),
         notices=(*template.notices, *own.notices, *extra.notices),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
         allowed=tuple(allow),
+        mixture=() if mixture is None else audit_mixture(mixture, train_sequences),
     )
-    return PreparedData(train_sequences, validation_sequences, audit)
+    return PreparedData(train_sequences, validation_sequences, audit, mixture)
 
 
-def _join(sources: str | Sequence[str]) -> str:
-    return sources if isinstance(sources, str) else ", ".join(sources)
+def _listed(sources: str | Sequence[str]) -> Sequence[str]:
+    return [sources] if isinstance(sources, str) else sources
+
+
+def _mixture(sources: Sequence[tuple[DataSource, int]], train: KeptRows) -> Mixture | None:
+    """The weights of the sources, where they have some.
+
+    Raises:
+        DataError: a source with a weight has no row to draw.
+    """
+    weights = [source.weight for source, _ in sources if source.weight is not None]
+    if not weights or not len(train.numbers):
+        return None
+    ends = np.cumsum([count for _, count in sources])
+    sequences = np.repeat(train.numbers, train.firsts[:, 1] - train.firsts[:, 0])
+    rows = np.bincount(np.searchsorted(ends, sequences, side="right"), minlength=len(sources)).tolist()
+    names = [source.given for source, _ in sources]
+    if empty := next((name for name, count in zip(names, rows, strict=True) if not count), None):
+        raise DataError(
+            f"{empty}: a weight, and no row of it is left to train on",
+            "needed: at least one row of each --data that has a weight",
+            "look at it alone with nybble data check, or leave it out",
+        )
+    return Mixture.of(names, rows, weights)
 
 
 def _encode_rows(
-    examples: Sequence[Example], template: ChatTemplate, max_seq_len: int, encode: Encode
-) -> tuple[list[EncodedRow], list[Finding], Counter[str]]:
+    examples: Sequence[Example],
+    template: ChatTemplate,
+    max_seq_len: int,
+    encode: Encode,
+    sequences: SequenceFile,
+    report: Listener,
+) -> tuple[KeptRows, list[Finding], Counter[str]]:
     """The rows that can be trained on, what became of the others, and how many of them each finding took out."""
-    rows: list[EncodedRow] = []
-    refused: dict[str, list[RowError]] = defaultdict(list)
-    concerned: dict[str, list[str]] = defaultdict(list)  # finding id: origins
+    numbers, firsts = array("q"), array("q")
+    refused: dict[str, Spool[RowError]] = defaultdict(Spool)
+    concerned: dict[str, Spool[str]] = defaultdict(Spool)  # finding id: origins
     dropped: Counter[str] = Counter()  # finding id: rows that it takes out
-    for number, example in enumerate(examples):
+    for number, example in enumerate(tracked_rows(examples, "encoding rows", report)):
         try:
             _check_size(example)
             whole = encode(template, example)
@@ -145,12 +221,16 @@ def _encode_rows(
             if concerns:
                 concerned[finding].append(example.origin)
         if kept:
-            rows.append(EncodedRow(number, example, kept))
+            first = len(sequences)
+            sequences.extend(kept)
+            numbers.append(number)
+            firsts.extend((first, len(sequences)))
         else:
             dropped["too-long" if supervised else "no-supervised-tokens"] += 1
     findings = [f for id, origins in concerned.items() for f in checks.find(id, origins)]
     for id, errors in refused.items():
         findings += checks.find(id, (error.origin for error in errors), errors[0].detail)
+    rows = KeptRows(examples, sequences, np.array(numbers, dtype=np.int64), np.array(firsts, np.int64).reshape(-1, 2))
     return rows, findings, dropped
 
 
@@ -159,33 +239,38 @@ def _check_size(example: Example) -> None:
         raise RowError("huge-row", example.origin, f"{size:,} characters")
 
 
-def _find_in_rows(
-    train: list[EncodedRow], validation: list[EncodedRow], template: ChatTemplate, vocab_size: int | None
-) -> list[Finding]:
-    """What is wrong with the rows that are kept."""
-    train_examples, validation_examples = [row.example for row in train], [row.example for row in validation]
-    sequences = _sequences([*train, *validation])
+def _find_in_rows(rows: KeptRows, template: ChatTemplate, vocab_size: int | None) -> list[Finding]:
+    """What is wrong with the rows that are kept, training rows first."""
+    examples, sequences = rows.as_examples(), rows.encoded()
     findings = checks.find_without_end_of_turn(sequences, template.stop_ids)
     if vocab_size is not None:
         findings += checks.find_ids_beyond(sequences, vocab_size)
-    findings += checks.find_special_tokens(train_examples + validation_examples, template.encoder.special_tokens)
-    findings += checks.find_unread_keys(train_examples + validation_examples)
-    findings += checks.find_marked_prompts(train_examples + validation_examples)
+    findings += checks.find_special_tokens(examples, template.encoder.special_tokens)
+    findings += checks.find_unread_keys(examples)
+    findings += checks.find_marked_prompts(examples)
     if template.folds_system:
-        findings += checks.find_folded_system(train_examples + validation_examples)
-    findings += checks.find_duplicates(train_examples)
-    findings += checks.find_leaks(train_examples, validation_examples)
-    findings += checks.find_near_leaks(train_examples, validation_examples)
-    findings += checks.find_same_answer(train_examples)
-    if not train:
-        findings.append(Finding("no-rows", 0, ()))
-    if not validation:
-        findings.append(Finding("no-validation", 0, ()))
+        findings += checks.find_folded_system(examples)
     return findings
 
 
-def _sequences(rows: Sequence[EncodedRow]) -> list[EncodedExample]:
-    return [sequence for row in rows for sequence in row.sequences]
+def _find_between(
+    train: KeptRows,
+    validation: KeptRows,
+    train_ranks: np.ndarray,
+    validation_ranks: np.ndarray,
+    report: Listener,
+) -> list[Finding]:
+    """What rows have in common that they should not."""
+    train_examples, validation_examples = train.as_examples(), validation.as_examples()
+    findings = comparisons.find_duplicates(train_examples, train_ranks)
+    findings += comparisons.find_leaks(validation_examples, train_ranks, validation_ranks)
+    findings += comparisons.find_near_leaks(train_examples, validation_examples, train_ranks, validation_ranks, report)
+    findings += comparisons.find_same_answer(train_examples)
+    if not len(train.numbers):
+        findings.append(Finding("no-rows", 0, ()))
+    if not len(validation.numbers):
+        findings.append(Finding("no-validation", 0, ()))
+    return findings
 
 
 def prepare_data(
@@ -194,6 +279,8 @@ def prepare_data(
     vocab_size: int,
     embedding_rows: ReadRows | None = None,
     encode: Encode = ChatTemplate.encode_example,
+    scratch: Path | None = None,
+    report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, as `prepare` does."""
     return prepare(
@@ -209,6 +296,8 @@ def prepare_data(
         embedding_rows=embedding_rows,
         allow=options.allow,
         encode=encode,
+        scratch=scratch,
+        report=report,
     )
 
 

@@ -7,14 +7,18 @@ that do not fit are kept apart with what is wrong with them, and reading goes on
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from nybble.data.cells import as_text, change_of, describe, parse_column, says_nothing, text_of
 from nybble.data.examples import Example, Message, Role
-from nybble.data.row_files import LocatedRow, Row, open_sources
+from nybble.data.file_kinds import LocatedRow, Row
+from nybble.data.row_files import open_sources
+from nybble.data.sources import BUILTIN, DataSource, parse_sources
 from nybble.data.text_encoder import RowError
 from nybble.data.turns import read_turns
 from nybble.errors import ConfigError, DataError
+from nybble.files.spool import Spool
 
 # (prompt, completion) columns, the first pair that a row has wins.
 PAIRS = (
@@ -103,15 +107,17 @@ class ReadResult:
         unread: column -> rows in which nothing reads it, though it says something.
         left_out: (origin, column) of rows where such a column is part of what is to be learnt.
         notices: what a user should know of how the files are read.
+        sources: (source, how many of `examples` are its own), in their order.
     """
 
-    examples: list[Example] = field(default_factory=list)
+    examples: Spool[Example] = field(default_factory=Spool)
     layout: str = ""
-    odd: list[RowError] = field(default_factory=list)
-    as_text: list[tuple[str, str]] = field(default_factory=list)
+    odd: Spool[RowError] = field(default_factory=Spool)
+    as_text: Spool[tuple[str, str]] = field(default_factory=Spool)
     unread: Counter[str] = field(default_factory=Counter)
-    left_out: list[tuple[str, str]] = field(default_factory=list)
+    left_out: Spool[tuple[str, str]] = field(default_factory=Spool)
     notices: list[str] = field(default_factory=list)
+    sources: list[tuple[DataSource, int]] = field(default_factory=list)
 
     @property
     def num_rows(self) -> int:
@@ -128,29 +134,38 @@ class ReadResult:
             raise DataError(f"{self.odd[0]}{more}", "needed: rows that can be read", "mend or remove them")
 
 
-def read_examples(source: str | Sequence[str], fields: FieldNames | None = None) -> ReadResult:
+def read_examples(
+    source: str | Sequence[str], fields: FieldNames | None = None, scratch: Path | None = None
+) -> ReadResult:
     """Read every row of a source, or of several.
 
     Args:
         source: files, folders of them and patterns such as "parts/*.jsonl" (JSON Lines, JSON, CSV, TSV, Parquet, text;
-            packed by gzip, bzip2, xz or Zstandard too), hub ids "owner/name" or "owner/name:config" (the split
-            "train"), or "builtin:pydoc".
+            packed by gzip, bzip2, xz or Zstandard too), hub ids "owner/name" or "owner/name:config", or
+            "builtin:pydoc"; behind hub ids and folders "#SPLIT", behind each of several ":WEIGHT".
         fields: the user's own column names.
+        scratch: folder on the disk that takes what is too much for memory; that of temporary files where None.
 
     Raises:
         DataError: a source is missing, empty, unreadable or in no known layout, or no row of it can be read; the
             message names file:line.
     """
     fields = fields or FieldNames()
-    sources = [source] if isinstance(source, str) else list(source)
-    result = ReadResult()
+    sources = parse_sources([source] if isinstance(source, str) else source)
+    result = ReadResult(Spool(scratch))
     layouts = []
-    for name in (name for name in sources if name.startswith("builtin:")):
-        layouts.append(_read_builtin(name, result))
-    files = [name for name in sources if not name.startswith("builtin:")]
-    for file in open_sources(files, lambda row: _is_row(_known_names(row, fields), fields)):
-        layouts.append(_read_file(file.name, file.rows, fields, result))
-        result.notices += file.notices
+    for own in (own for own in sources if own.given.startswith(BUILTIN)):
+        before = len(result.examples)
+        layouts.append(_read_builtin(own.given, result))
+        result.sources.append((own, len(result.examples) - before))
+    others = [own for own in sources if not own.given.startswith(BUILTIN)]
+    opened = open_sources(others, lambda row: _is_row(_known_names(row, fields), fields))
+    for own, files in zip(others, opened, strict=True):
+        before = len(result.examples)
+        for file in files:
+            layouts.append(_read_file(file.name, file.rows, fields, result))
+            result.notices += file.notices
+        result.sources.append((own, len(result.examples) - before))
     result.layout = ", ".join(dict.fromkeys(layouts))
     return result
 
@@ -160,7 +175,7 @@ def _read_builtin(source: str, result: ReadResult) -> str:
 
     if source != "builtin:pydoc":
         raise DataError(f"{source}: no such built-in source", "allowed: builtin:pydoc")
-    result.examples += read_pydoc()
+    result.examples.extend(read_pydoc())
     return "function/docstring"
 
 
@@ -169,7 +184,7 @@ def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNa
     layout: Layout | None = None
     before = len(result.examples)
     waiting: list[tuple[str, Row]] = []  # rows before the first of a known form
-    odd: list[RowError] = []
+    odd: Spool[RowError] = Spool()
     for located in rows:
         try:
             origin, row = _object(located)
@@ -180,7 +195,7 @@ def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNa
         layout = layout or _find_layout(row, fields)
         waiting.append((origin, row))
         if layout is not None:
-            odd += _add(waiting, layout, result)
+            odd.extend(_add(waiting, layout, result))
             waiting = []
     if waiting:
         raise _unknown_format(*waiting[0])
@@ -188,7 +203,7 @@ def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNa
         raise DataError(f"{name}: no rows in it", "needed: at least one row")
     if len(result.examples) == before:
         ReadResult(odd=odd).check_whole()
-    result.odd += odd
+    result.odd.extend(odd)
     assert layout is not None, name
     return layout.name
 
@@ -211,7 +226,7 @@ def _add(rows: Iterable[tuple[str, Row]], layout: Layout, result: ReadResult) ->
             odd.append(RowError("odd-turn", origin, cause))
             continue
         result.examples.append(example)
-        result.as_text += [(origin, change) for change in changes[:1]]
+        result.as_text.extend((origin, change) for change in changes[:1])
         _note_unread(row, origin, layout, result)
     return odd
 

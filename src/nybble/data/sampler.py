@@ -2,27 +2,17 @@
 
 Rows are drawn from an endless sequence: the permutation of epoch 0, then that of epoch 1, and so on.
 Each step takes the next `rows_per_step` rows, across the border of an epoch where it falls inside a
-step, so every step has the same number of rows and no row is ever left out.
-
-Permutations sort row numbers by a keyed hash, not by a library's random generator, so that a run
-resumed on another machine or another version of Python or torch draws the same rows.
+step, so every step has the same number of rows and no row is ever left out. Data sets with weights make
+another such sequence (mixture.py).
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 
+import numpy as np
 
-@lru_cache(maxsize=4)
-def permutation(num_rows: int, seed: int, label: str) -> tuple[int, ...]:
-    """The numbers 0..num_rows-1 in an order fixed by (seed, label) on every platform."""
-    key = hashlib.sha256(f"{seed}/{label}".encode()).digest()
-
-    def rank(row: int) -> bytes:
-        return hashlib.blake2b(row.to_bytes(8, "little"), key=key, digest_size=16).digest()
-
-    return tuple(sorted(range(num_rows), key=rank))
+from nybble.data.mixture import Mixture, mixed_order
+from nybble.data.permutation import permutation
 
 
 class StepSampler:
@@ -32,11 +22,13 @@ class StepSampler:
         num_rows: rows in the training set, at least 1.
         rows_per_step: rows of one optimizer step, over all its micro-batches.
         seed: two samplers with the same arguments draw the same rows.
+        mixture: the weights of the data sets that the rows are of; None where each row is drawn once an epoch.
     """
 
-    def __init__(self, num_rows: int, rows_per_step: int, seed: int):
+    def __init__(self, num_rows: int, rows_per_step: int, seed: int, mixture: Mixture | None = None):
         assert num_rows >= 1 and rows_per_step >= 1, (num_rows, rows_per_step)
-        self.num_rows, self.rows_per_step, self.seed = num_rows, rows_per_step, seed
+        assert mixture is None or sum(mixture.rows) == num_rows, (num_rows, mixture)
+        self.num_rows, self.rows_per_step, self.seed, self.mixture = num_rows, rows_per_step, seed, mixture
         self.epoch, self.offset = 0, 0
 
     def num_steps(self, epochs: float) -> int:
@@ -47,13 +39,18 @@ class StepSampler:
         """The rows of the next optimizer step; moves `epoch` and `offset` past them."""
         rows: list[int] = []
         while len(rows) < self.rows_per_step:
-            order = permutation(self.num_rows, self.seed, f"epoch {self.epoch}")
-            taken = order[self.offset : self.offset + self.rows_per_step - len(rows)]
+            taken = self._order()[self.offset : self.offset + self.rows_per_step - len(rows)].tolist()
             rows.extend(taken)
             self.offset += len(taken)
             if self.offset == self.num_rows:
                 self.epoch, self.offset = self.epoch + 1, 0
         return rows
+
+    def _order(self) -> np.ndarray:
+        """The rows of this epoch."""
+        if self.mixture is not None:
+            return mixed_order(self.mixture, self.seed, self.epoch)
+        return permutation(self.num_rows, self.seed, f"epoch {self.epoch}")
 
     def state(self) -> dict[str, int]:
         """JSON-able position: load it into a sampler over the same rows to continue."""
@@ -67,7 +64,7 @@ class StepSampler:
 
 
 def split_micro_batches(
-    rows: Sequence[int], lengths: Sequence[int], micro_batch_size: int, packed: bool = True
+    rows: Sequence[int], lengths: Sequence[int] | np.ndarray, micro_batch_size: int, packed: bool = True
 ) -> list[list[int]]:
     """Deal a step's rows into ceil(len(rows) / micro_batch_size) micro-batches of at most that many rows.
 
@@ -80,11 +77,12 @@ def split_micro_batches(
         lengths: tokens of every row of the data set, indexed by row number.
     """
     assert micro_batch_size >= 1, micro_batch_size
-    longest_first = sorted(rows, key=lambda row: (-lengths[row], row))
+    tokens = {row: int(lengths[row]) for row in rows}
+    longest_first = sorted(rows, key=lambda row: (-tokens[row], row))
     if not packed:
         return [longest_first[i : i + micro_batch_size] for i in range(0, len(rows), micro_batch_size)]
     batches: list[list[int]] = [[] for _ in range(math.ceil(len(rows) / micro_batch_size))]
     for row in longest_first:
         open_batches = [batch for batch in batches if len(batch) < micro_batch_size]
-        min(open_batches, key=lambda batch: sum(lengths[r] for r in batch)).append(row)
-    return sorted(batches, key=lambda batch: -sum(lengths[r] for r in batch))
+        min(open_batches, key=lambda batch: sum(tokens[r] for r in batch)).append(row)
+    return sorted(batches, key=lambda batch: -sum(tokens[r] for r in batch))

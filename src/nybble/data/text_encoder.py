@@ -27,6 +27,9 @@ class RowError(DataError):
         self.finding, self.origin, self.detail = finding, origin, detail
         super().__init__(f"{origin}: {detail}")
 
+    def __reduce__(self) -> tuple[type["RowError"], tuple[str, str, str]]:
+        return RowError, (self.finding, self.origin, self.detail)
+
 
 class TextEncoder:
     """A tokenizer that can continue a text.

@@ -4,7 +4,7 @@ from typing import Any
 
 from nybble.data.cells import as_text, describe, parse_column, says_nothing, text_of
 from nybble.data.examples import REASONING_KEYS, Message, Role
-from nybble.data.row_files import Row
+from nybble.data.file_kinds import Row
 from nybble.data.text_encoder import RowError
 from nybble.errors import DataError
 

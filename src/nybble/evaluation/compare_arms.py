@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import prepare_data
+from nybble.data.sources import refuse_weights
 from nybble.data.template import open_template
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
@@ -80,6 +81,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
         ConfigError: an arm is not a known format and quality.
         NybbleError: anything else the user can mend.
     """
+    refuse_weights(config.data.data, "nothing is trained here")
     arms = [parse_arm(text) for text in config.comparison.arms]
     _, dtype = set_up(config.machine)
     source = open_model(config.model.model, config.model.tokenizer, report).without_lattice()

@@ -67,7 +67,7 @@ class Evaluation:
     """Everything that the table, the JSON file, the page and the model card show."""
 
     opened: OpenRun
-    rows: list[EncodedExample]
+    rows: Sequence[EncodedExample]
     texts: list[tuple[str, str]]  # (prompt, reference) of each row
     arms: dict[str, Arm]
     metrics: list[str]
@@ -201,7 +201,7 @@ class _Asked:
     """What every model is asked."""
 
     opened: OpenRun
-    rows: list[EncodedExample]
+    rows: Sequence[EncodedExample]
     windows: list[list[int]]
     num_answers: int
 

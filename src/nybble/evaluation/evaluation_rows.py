@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import field_names, prepare, prepare_data
+from nybble.data.sources import refuse_weights
 from nybble.errors import DataError
 from nybble.runs.open_run import OpenRun
 
 
 def evaluation_rows(
     opened: OpenRun, data: Sequence[str] | None = None, allow: Sequence[str] = ()
-) -> list[EncodedExample]:
+) -> Sequence[EncodedExample]:
     """The rows that the run did not train on, or all rows of `data`, encoded as the run encodes its own.
 
     Args:
@@ -24,6 +25,7 @@ def evaluation_rows(
         vocab_size = opened.source.config.get_text_config().vocab_size
         rows = prepare_data(own, opened.template, vocab_size).validation
     else:
+        refuse_weights(data, "all rows that a run is judged by are asked")
         fields, length = field_names(own), own.max_seq_len
         prepared = prepare(data, opened.template, max_seq_len=length, fields=fields, validation_fraction=0, allow=allow)
         prepared.audit.check("used to judge a run")

@@ -1,1 +1,1 @@
-"""Files that are whole or absent: complete writes, manifests, scratch files."""
+"""Files that are whole or absent: complete writes, manifests, scratch files, lists on the disk."""

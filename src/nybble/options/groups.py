@@ -103,7 +103,7 @@ class ExampleOptions(Options, group="Data"):
     data: Sources = knob(
         ...,
         "Examples: a JSONL, JSON, CSV, Parquet or text file (packed too), a folder, a pattern, a hub id, or "
-        "builtin:pydoc. Given again: further ones.",
+        "builtin:pydoc; behind hub ids and folders #SPLIT. Given again: further ones, each with :WEIGHT or none.",
         aliases=("dataset", "train_file", "dataset_name", "training_data"),
     )
 

@@ -10,7 +10,7 @@ import torch
 from nybble.data.prepare import prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
-from nybble.events import Listener, silent
+from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
@@ -49,7 +49,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
         options,
         skeleton,
         machine,
-        micro_batches=_micro_batches(options, vocab_size, SHAPE_RULES[machine.kind]),
+        micro_batches=_micro_batches(options, vocab_size, SHAPE_RULES[machine.kind], report),
         dtype=dtype,
         in_folder=formats is not None or options.model.model in SHAPES,
         formats=formats,
@@ -110,7 +110,9 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
     return this_machine_later(device, dtype, memory, options.host_memory), dtype
 
 
-def _micro_batches(options: PlanConfig, vocab_size: int, rules: ShapeRules) -> Callable[[int], MicroBatches]:
+def _micro_batches(
+    options: PlanConfig, vocab_size: int, rules: ShapeRules, report: Listener
+) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
     data, memory = options.data, options.memory
     if data.data is None:
@@ -120,4 +122,6 @@ def _micro_batches(options: PlanConfig, vocab_size: int, rules: ShapeRules) -> C
     template = open_template(data, source.load_tokenizer())
     prepared = prepare_data(DataOptions(**data.model_dump()), template, vocab_size)
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
+    if prepared.mixture is not None:
+        report(Note(prepared.mixture.describe(steps * memory.rows_per_step)))
     return micro_batches_of(prepared, memory, rules, steps=steps, seed=data.seed)

@@ -3,7 +3,11 @@
 import functools
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
+from nybble.data.encoded_rows import lengths_of, supervised_of
 from nybble.data.examples import EncodedExample
+from nybble.data.mixture import Mixture
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.options.groups import LengthOptions, MemoryOptions
@@ -23,6 +27,7 @@ def micro_batches_of(
         return count_micro_batches(
             data.train,
             data.validation,
+            mixture=data.mixture,
             rows_per_step=memory.rows_per_step,
             steps=steps,
             seed=seed,
@@ -44,11 +49,11 @@ def count_micro_batches(
     size: int,
     packed: bool,
     rules: ShapeRules,
+    mixture: Mixture | None = None,
 ) -> MicroBatches:
     """What the micro-batches of at most `size` rows come to over `steps` optimizer steps and in evaluations."""
-    lengths = [len(row) for row in train]
-    supervised = [row.supervised_tokens for row in train]
-    sampler = StepSampler(len(train), rows_per_step, seed)
+    lengths, supervised = lengths_of(train), supervised_of(train)
+    sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     heaviest: list[int] = []
     tokens = targets = 0
     counts: set[int] = set()
@@ -58,21 +63,21 @@ def count_micro_batches(
         if within and step >= COUNTED_STEPS:
             continue
         for micro in split_micro_batches(rows, lengths, size, packed):
-            taken = _tokens([lengths[row] for row in micro], packed, rules)
+            taken = _tokens(lengths[micro].tolist(), packed, rules)
             counts.add(taken)
             if taken > tokens:
                 tokens, heaviest = taken, micro
-            targets = max(targets, sum(supervised[row] for row in micro))
-    dealt = split_micro_batches(range(len(validation)), [len(row) for row in validation], size, packed)
-    evaluated = [[validation[row] for row in micro] for micro in dealt]
-    own = [_tokens([len(row) for row in micro], packed, rules) for micro in evaluated]
+            targets = max(targets, int(supervised[micro].sum()))
+    held_out, held_out_supervised = lengths_of(validation), supervised_of(validation)
+    dealt = split_micro_batches(range(len(validation)), held_out, size, packed)
+    own = [_tokens(held_out[micro].tolist(), packed, rules) for micro in dealt]
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
-        longest_row=max(lengths),
+        longest_row=int(lengths.max()),
         token_counts=len(counts),
         validation_tokens=max(own, default=0),
-        validation_supervised=max((sum(row.supervised_tokens for row in micro) for micro in evaluated), default=0),
+        validation_supervised=max((int(held_out_supervised[micro].sum()) for micro in dealt), default=0),
         validation_counts=len(set(own) - counts),
         heaviest=tuple(heaviest),
         heaviest_validation=tuple(dealt[own.index(max(own))]) if own else (),
@@ -98,6 +103,6 @@ def _tokens(lengths: Sequence[int], packed: bool, rules: ShapeRules) -> int:
     return -(-sum(lengths) // rules.token_multiple) * rules.token_multiple
 
 
-def _largest(numbers: Sequence[int], rows: Sequence[int], size: int) -> int:
+def _largest(numbers: np.ndarray, rows: Sequence[int], size: int) -> int:
     """The most that `size` of these rows can come to."""
-    return sum(sorted((numbers[row] for row in rows), reverse=True)[:size])
+    return sum(sorted(numbers[rows].tolist(), reverse=True)[:size])

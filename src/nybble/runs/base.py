@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from nybble.calibration.search import check_searchable
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
+from nybble.data.encoded_rows import TokenIds
 from nybble.data.examples import EncodedExample
 from nybble.data.prepare import PreparedData, field_names
 from nybble.data.template import ChatTemplate
@@ -112,8 +114,8 @@ def choose_rounding(
     if needed > room:
         return RoundingChoice("absmax", f"calibrating would take about {format_bytes(needed)} of memory")
     shape = _shape(source)
-    tokens_a_row = sum(len(row) for row in data.train) / len(data.train)
-    supervised = sum(row.supervised_tokens for row in data.train) / len(data.train)
+    tokens_a_row = int(data.train.lengths.sum()) / len(data.train)
+    supervised = int(data.train.supervised_tokens.sum()) / len(data.train)
     rows = total_steps * config.memory.rows_per_step
     training = training_products(shape, rows * tokens_a_row, rows * supervised)
     share = calibration_products(shape, rounding.calibration_tokens, dtype.itemsize) / training
@@ -167,11 +169,11 @@ def run_calibration_text(
     template: ChatTemplate,
 ) -> CalibrationText:
     """From --calibrate, which must hold no validation row, else from the training rows."""
+    own: Sequence[Tensor] = TokenIds(train)
+    name = "the training rows"
     if calibration.calibrate is not None:
         name = calibration.calibrate
         own = read_calibration_file(name, template, field_names(data), validation)
-    else:
-        own, name = [row.input_ids for row in train], "the training rows"
     num_tokens, context = calibration.calibration_tokens, context_length(source.config)
     return calibration_text(own, name, template, num_tokens=num_tokens, context=context, seed=data.seed)
 

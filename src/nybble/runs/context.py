@@ -1,12 +1,16 @@
 """Rows and the context: never longer than what the model computes, and said where longer than it was made for."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from nybble.data import audit as checks
 from nybble.data.prepare import Encode, PreparedData, prepare_data
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError
+from nybble.events import Listener, silent
 from nybble.layers.context import context_length, fixed_context
 from nybble.options.groups import DataOptions, RowOptions
 from nybble.sources.stored_model import StoredModel
@@ -46,11 +50,16 @@ def read_examples(options: DataOptions, source: StoredModel) -> tuple[PreparedDa
 
 
 def read_rows(
-    options: DataOptions, source: StoredModel, template: ChatTemplate, encode: Encode = ChatTemplate.encode_example
+    options: DataOptions,
+    source: StoredModel,
+    template: ChatTemplate,
+    encode: Encode = ChatTemplate.encode_example,
+    scratch: Path | None = None,
+    report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, for a base; as `prepare`."""
     vocab_size = source.config.get_text_config().vocab_size
-    data = prepare_data(options, template, vocab_size, source.embedding_rows, encode)
+    data = prepare_data(options, template, vocab_size, source.embedding_rows, encode, scratch, report)
     return _note_context(data, options.max_seq_len, source.config)
 
 
@@ -63,6 +72,7 @@ def _note_context(data: PreparedData, max_seq_len: int, base: "PretrainedConfig"
     if max_seq_len == context < RowOptions.model_fields["max_seq_len"].default:
         note = f"max_seq_len is {context}, the tokens that the model has positions for"
         audit = replace(audit, notices=(*audit.notices, note))
-    beyond = [row.origin for row in (*data.train, *data.validation) if len(row) > context]
+    rows = data.train + data.validation
+    beyond = (rows[number].origin for number in np.flatnonzero(rows.lengths > context).tolist())
     found = checks.find("beyond-context", beyond, f"its context is {context} tokens")
     return replace(data, audit=replace(audit, findings=(*audit.findings, *found)))

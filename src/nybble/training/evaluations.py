@@ -4,6 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nybble.data.encoded_rows import lengths_of
 from nybble.data.examples import EncodedExample
 from nybble.options.groups import RowOptions
 
@@ -46,8 +47,8 @@ def plan_evaluations(
     every = eval_every or max(1, total_steps // PER_RUN)
     if len(validation) <= ALWAYS_AFFORDABLE:
         return Evaluations(validation, every)
-    budget = SHARE * total_steps * rows_per_step * sum(map(len, train)) / len(train)
-    tokens = sum(map(len, validation))
+    budget = SHARE * total_steps * rows_per_step * int(lengths_of(train).sum()) / len(train)
+    tokens = int(lengths_of(validation).sum())
     if eval_every is None and tokens * _times(total_steps, every) > budget:
         every = _widest(total_steps, int(budget // tokens))
     rows = validation

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nybble.data.encoded_rows import lengths_of
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler, split_micro_batches
@@ -111,7 +112,7 @@ def train_loop(
     )
     forward_backward = GradientAccumulation(objective, model, graphs=graphs)
     num_warmup = warmup_steps(options.warmup, total_steps)
-    lengths = [len(example) for example in train]
+    lengths = lengths_of(train)
     torch.manual_seed(sampler.seed)  # dropout
     progress = Progress(0, micro_batch_size)
     if resumed is not None:
@@ -275,7 +276,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     total, num_tokens = 0.0, 0
-    lengths = [len(row) for row in rows]
+    lengths = lengths_of(rows)
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
         batch = objective.collate([rows[row] for row in micro], model.packed).to(model.device)
         total += objective.token_losses(model, batch).double().sum().item()

@@ -4,8 +4,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
@@ -66,7 +66,8 @@ def check_data(checkpoint: Checkpoint, data: PreparedData, digests: "DataDigests
     else:
         train = _difference("training", before.train, digests.train, data.train)
         validation = _difference("validation", before.validation, digests.validation, data.validation)
-        difference = "; ".join(part for part in (train, validation) if part)
+        weights = f"their weights: {before.mixture or 'none'} were, {digests.mixture or 'none'} are"
+        difference = "; ".join(part for part in (train, validation) if part) or weights
     raise _changed(checkpoint, "examples", difference, "data")
 
 
@@ -93,24 +94,34 @@ class DataDigests:
 
     Args:
         train, validation: int64, one for each sequence.
+        mixture: rows and weight of each data set where they have weights, else "".
     """
 
-    def __init__(self, train: Tensor, validation: Tensor):
-        self.train, self.validation = train, validation
-        self.fingerprint = data_fingerprint(train, validation)
+    def __init__(self, train: Tensor, validation: Tensor, mixture: str = ""):
+        self.train, self.validation, self.mixture = train, validation, mixture
+        self.fingerprint = data_fingerprint(train, validation, mixture)
 
     @classmethod
     def of(cls, data: PreparedData) -> "DataDigests":
-        return cls(row_digests(data.train), row_digests(data.validation))
+        mixed = (
+            ""
+            if data.mixture is None
+            else " ".join(
+                f"{rows}:{weight}" for rows, weight in zip(data.mixture.rows, data.mixture.weights, strict=True)
+            )
+        )
+        return cls(row_digests(data.train), row_digests(data.validation), mixed)
 
     @classmethod
     def read(cls, path: Path) -> "DataDigests | None":
         """None where the file is missing or damaged: it only serves a better message."""
         try:
-            tensors = load_file(path)
-            return cls(tensors["train"], tensors["validation"])
-        except (OSError, SafetensorError, KeyError):
+            with safe_open(path, "pt") as file:
+                mixture = (file.metadata() or {}).get("mixture", "")
+                return cls(file.get_tensor("train"), file.get_tensor("validation"), mixture)
+        except (OSError, SafetensorError):
             return None
 
     def write(self, path: Path) -> None:
-        save_file({"train": self.train, "validation": self.validation}, path)
+        metadata = {"mixture": self.mixture} if self.mixture else None
+        save_file({"train": self.train, "validation": self.validation}, path, metadata)

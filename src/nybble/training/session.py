@@ -219,7 +219,7 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     config, source, resumed = opened.config, opened.source, opened.resumed
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = SupervisedFineTuning()
-    data = read_rows(config.data, source, opened.template, objective.encode)
+    data = read_rows(config.data, source, opened.template, objective.encode, opened.run.path, report)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
@@ -232,6 +232,8 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     evaluations = plan_evaluations(
         config.data, config.loop.eval_every, data.train, data.validation, rows_per_step, num_steps, begun_with
     )
+    if data.mixture is not None:
+        report(Note(data.mixture.describe(num_steps * rows_per_step)))
     if evaluations.note:
         report(Note(evaluations.note))
     micro_batches = _micro_batches(config, data, num_steps, opened.device)
@@ -484,7 +486,7 @@ def _take_steps(
         examples.evaluations,
         config.loop,
         optimizer_bits=config.memory.optimizer_bits,
-        sampler=StepSampler(len(data.train), config.memory.rows_per_step, config.data.seed),
+        sampler=StepSampler(len(data.train), config.memory.rows_per_step, config.data.seed, data.mixture),
         total_steps=examples.num_steps,
         micro_batch_size=plan.micro_batch_size,
         run=run,

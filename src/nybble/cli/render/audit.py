@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from nybble.cli.render.terminal import Terminal, show
 from nybble.data.audit import Audit, Audited
 from nybble.data.examples import EncodedExample
+from nybble.data.mixture import MixedPart
 
 SUPERVISED_STYLE = "black on green"
 CONTEXT_STYLE = "dim"
@@ -48,7 +49,16 @@ def _counts(audit: Audit) -> list[tuple[str, str]]:
             + f" ({held_out})",
         ),
         ("lengths", f"{lengths}, longest {audit.longest:,} (max_seq_len {audit.max_seq_len:,})"),
+        *(("weighted", _mixed(part)) for part in audit.mixture),
     ]
+
+
+def _mixed(part: MixedPart) -> str:
+    again = f", {part.drawn / part.rows:.2f} times each" if part.drawn > part.rows else ""
+    return (
+        f"{part.name}: {part.share:.1%} of the rows drawn ({part.supervised_share:.1%} of the supervised tokens), "
+        f"in the first epoch {part.drawn:,} of its {part.rows:,}{again}"
+    )
 
 
 def _sequences(num: int, tokens: int, supervised: int) -> str:
