@@ -315,6 +315,11 @@ class MemoryOptions(Options, group="Memory"):
         "What each block keeps for its backward pass; the rest is computed again. auto: the most that fits.",
         aliases=("gradient_checkpointing", "checkpointing"),
     )
+    whole_blocks: int | None = knob(
+        None,
+        "The last so many blocks keep everything, whatever the others do. On a GPU as many as fit if not given.",
+        ge=0,
+    )
     stream_base: Literal["auto", "never", "always"] = knob(
         "auto",
         "Read blocks of the base from its 4-bit folder when they are used. auto: only where it does not fit otherwise.",
@@ -343,6 +348,16 @@ class MemoryOptions(Options, group="Memory"):
                 f"micro-batch-size is {self.micro_batch_size}, rows-per-step is {self.rows_per_step}.",
                 "A step is made of whole micro-batches, so micro-batch-size is at most rows-per-step.",
                 "Lower --micro-batch-size or raise --rows-per-step.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _whole_blocks_stay(self) -> Self:
+        if self.whole_blocks and self.offload_activations == "always":
+            raise ConfigError(
+                f"whole-blocks is {self.whole_blocks}, offload-activations is always.",
+                "What blocks keep either stays in memory or goes to a file.",
+                "Leave one of the two out.",
             )
         return self
 
