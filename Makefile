@@ -29,17 +29,18 @@ lint: .venv/.installed-test
 
 # A process of one thread for each core, and the tests in order, so that what a file's fixtures make is made once. Triton
 # decides as it is imported whether to interpret, so the tests of its bodies, which have its name in theirs, run once more
-# by themselves; and with them, since that is slow, one decoder block and one training.
+# by themselves, and with them a training step of each family; `test-slow` has all that goes through them.
 TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 test: lint
 	$(TESTS)
-	TRITON_INTERPRET=1 $(TESTS) \
-	  -k "triton and (kernels or qwen3-nothing or whole_steps_move and llama)" tests/kernels tests/layers/test_decoder_block.py
+	TRITON_INTERPRET=1 $(TESTS) -k triton tests/kernels tests/families/test_steps.py
 
 # Folders that nybble writes are opened by transformers 4 too; those tests are skipped where this cannot be made.
 test-slow: lint
 	-$(MAKE) .venv-transformers4/.installed
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
+	TRITON_INTERPRET=1 $(TESTS) -m "not gpu and not benchmark" \
+	  -k triton tests/kernels tests/families tests/layers/test_decoder_block.py
 
 docs: .venv/.installed-test
 	$(BIN)/python docs/generate.py

@@ -1,44 +1,43 @@
 """Each family through nybble's decoder blocks against transformers' own layers, in training, answers and calibration.
 
-A new family is one line of `CONFIGS`.
+A new family is one line of `CONFIGS` in tests/family_models.py.
 """
 
 import copy
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from tiny import put_into_four_bits, tune
+from family_models import (
+    CONFIGS,
+    VOCABULARY,
+    by_blocks,
+    by_transformers,
+    dense_model,
+    gradients_of,
+    in_bf16,
+    packed_batch,
+    relative_error,
+    tuned_model,
+    written_out,
+)
 from tiny_families import save_tokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from nybble.data.packing import IGNORE, Batch, pack_tokens
 from nybble.families import FAMILIES
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.generation.generate import Sampling, generate
 from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.decoder_block import Norm
-from nybble.layers.loss_head import loss_head
 from nybble.memory.store import open_store
 from nybble.planning.costs import kept_bytes
 from nybble.planning.run_shape import MicroBatches, RunShape
@@ -49,101 +48,13 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
-VOCABULARY, WINDOW = 101, 5
-SHAPE = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
-    "eos_token_id": None, "pad_token_id": None,
-}  # fmt: skip
-KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
-GEMMA = {**KINDS, "head_dim": 18, "query_pre_attn_scalar": 11, "attn_implementation": "eager"}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
-    "qwen2": Qwen2Config(**SHAPE, **KINDS, use_sliding_window=True),
-    "qwen3": Qwen3Config(**SHAPE, **KINDS, use_sliding_window=True, head_dim=16),
-    "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
-    "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
-}
-DOCUMENTS = (7, 1, 20, 13)
-
 
 def test_every_family_is_in_the_table() -> None:
     assert CONFIGS.keys() == FAMILIES.keys()
     assert all(config.model_type == name == FAMILIES[name].model_type for name, config in CONFIGS.items())
 
 
-def dense_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), dtype=torch.float32)
-    for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name:
-            nn.init.normal_(parameter, mean=1.0 - FAMILIES[name].norm_offset, std=0.3)
-        else:
-            nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def tuned_model(name: str, seed: int = 0) -> PreTrainedModel:
-    """In four bits, with adapters that do something."""
-    model = dense_model(name, seed)
-    put_into_four_bits(model)
-    return tune(model)
-
-
-def written_out(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with dense weights, its adapters added to them."""
-    twin = copy.deepcopy(model)
-    for name, adapter in adapters_of(twin).items():
-        linear = nn.Linear(adapter.in_features, adapter.out_features, adapter.base.bias is not None)
-        weight = adapter.base.dequantize() + adapter.scaling * (adapter.lora_B @ adapter.lora_A).detach()
-        linear.weight, linear.bias = nn.Parameter(weight), adapter.base.bias
-        twin.set_submodule(name, linear)
-    return twin
-
-
 # ---- training ------------------------------------------------------------------------------------
-
-
-def packed_batch() -> Batch:
-    generator = torch.Generator().manual_seed(3)
-    tokens = sum(DOCUMENTS)
-    ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
-    targets = torch.where(torch.rand(1, tokens, generator=generator) < 0.7, ids.roll(1), IGNORE)
-    return replace(pack_tokens(ids.split(DOCUMENTS)), targets=targets)
-
-
-def gradients_of(model: PreTrainedModel) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
-
-
-def by_transformers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, float, Tensor]:
-    """States and loss at the supervised positions, and the adapters' gradients: each document alone, by the model's own
-    forward and autograd.
-    """
-    model.zero_grad()
-    states, logits = [], []
-    for ids in batch.input_ids[0].split(DOCUMENTS):
-        output = model(input_ids=ids[None], output_hidden_states=True)
-        states.append(output.hidden_states[-1][0])
-        logits.append(output.logits[0])
-    places = batch.supervised_positions
-    loss = F.cross_entropy(torch.cat(logits)[places].float(), batch.supervised_targets)
-    loss.backward()
-    return torch.cat(states)[places].detach(), loss.item(), gradients_of(model)
-
-
-def by_blocks(model: PreTrainedModel, batch: Batch, keep: str) -> tuple[Tensor, float, Tensor]:
-    model.zero_grad()
-    states = FusedForward(model, keep).hidden(batch, batch.supervised_positions)
-    loss = loss_head(model).loss(states, batch.supervised_targets, len(states))
-    loss.backward()
-    return states.detach(), loss.item(), gradients_of(model)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
 
 
 @functools.cache
@@ -192,19 +103,6 @@ def test_blocks_keep_what_plans_count(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_takes_the_blocks(name: str) -> None:
     assert CausalLM.of(transformers_own(name)[0]).verdict.path == "blocks"
-
-
-def in_bf16(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The model with its frozen parameters in bf16, and the same numbers in fp32."""
-    narrow = copy.deepcopy(model)
-    for parameter in narrow.parameters():
-        if parameter.is_floating_point() and not parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()
-    wide = copy.deepcopy(narrow)
-    for parameter in wide.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    return narrow, wide
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -112,6 +112,24 @@ def test_in_bf16_it_is_no_further_from_the_exact_ones(with_residual):
     assert (ours <= theirs).all(), (ours, theirs)  # y and dx
 
 
+def test_gradients_of_adapters_in_bf16_are_added_up_in_fp32():
+    """They have the rounding of what is multiplied, and none of their own."""
+    modules, x, _, grad = case("odd ranks", torch.bfloat16, False)
+    apart = {}
+    for own_class in (AugmentedProjection, Projection):
+        projection = own_class(modules, DenseWeights())
+        grad_y, z = projection.gradient(grad), projection.low_rank(x)
+        grad_z = projection.backward_low_rank(grad_y)
+        got = projection.backward_adapters(grad_y, grad_z, x, z)
+        expected = []
+        for module, columns, ranks in zip(modules, projection.columns, projection.ranks, strict=True):
+            a = grad_z[:, ranks].double().T @ x.double()
+            expected += [a, module.scaling * grad_y[:, columns].double().T @ z[:, ranks].double()]
+        assert all(gradient.dtype == torch.float32 for gradient in got)
+        apart[own_class] = [error(a, b) for a, b in zip(got, expected, strict=True)]
+    assert max(apart[AugmentedProjection]) <= 1e-6 and min(apart[Projection]) > 5e-4
+
+
 def test_adapters_that_are_switched_off_do_nothing():
     modules, x, residual, _ = case("biases", torch.float32, True)
     projection = AugmentedProjection(modules, DenseWeights())

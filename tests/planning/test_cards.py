@@ -147,13 +147,14 @@ def test_a_gpu_here_is_measured_once_its_context_is_there(monkeypatch, free, con
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free) - 10**8, 24 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10**8)
-    assert machine.context_bytes(cpu) == context
+    others = 0 if context > 5 * 10**8 else 24 * 10**9 - int(free) - context
+    assert machine.context_bytes(cpu) == (context, others)
     monkeypatch.setattr(machine, "has_own_memory", lambda device: True)
     monkeypatch.setattr(machine, "available_bytes", lambda device: int(free))
     monkeypatch.setattr(machine, "_link_speed", lambda device: 2e10)
     found = machine.this_machine(cpu, torch.float32, memory=24 * 10**9)
     assert (found.process_bytes, found.budget_bytes) == (context, min(24 * 10**9, int(free) + context))
-    assert found.link_bytes_per_s == 2e10 and found.here
+    assert found.link_bytes_per_s == 2e10 and found.here and found.others_bytes == others
 
 
 def test_probes_of_a_gpu_are_too_large_to_be_bound_by_their_calls():

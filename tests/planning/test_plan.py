@@ -17,6 +17,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.options.option import build_options, parse_size
 from nybble.options.verbs import PlanConfig, load_config
+from nybble.planning import request as plan_module
 from nybble.planning.costs import predict
 from nybble.planning.from_config import plan_from_config
 from nybble.planning.machine_table import Machine
@@ -338,3 +339,35 @@ def test_a_gpu_keeps_everything_in_as_many_blocks_as_there_is_room_for():
         assert plan.to_json()["whole_blocks"] == plan.whole_blocks and "whole_blocks" not in none.to_json()
     fixed = make_plans(replace(asked, keeps=("attention",)), machine).candidates
     assert not any(plan.whole_blocks for plan in fixed)
+    given = make_plans(replace(asked, whole_blocks=3), machine).candidates
+    given = [plan for plan in given if plan.keep != "everything" and not plan.run.full]
+    assert {(plan.whole_blocks, plan.offloaded) for plan in given} == {(3, False)}
+    assert all("--whole-blocks 3" in plan.flags() for plan in given)
+
+
+def test_blocks_that_keep_everything_are_asked_for_by_number_and_refused_where_there_are_none():
+    for options, words in (
+        ({"whole_blocks": 31}, "0 to 30"),
+        ({"whole_blocks": 2, "packing": False}, "rows are not packed"),
+        ({"whole_blocks": 2, "offload_activations": "always"}, "one of the two"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            plans(**options)
+    made, asked, _ = plans(keep="nothing", whole_blocks=2, stream_base="never")
+    assert made.chosen.whole_blocks == 2 and "the last 2 everything" in made.chosen.describe()
+    less, more = (make_plans(replace(asked, whole_blocks=number), made.machine).chosen for number in (0, 4))
+    assert less.peak_bytes < made.chosen.peak_bytes < more.peak_bytes
+    assert less.step_s > made.chosen.step_s > more.step_s
+
+
+def test_a_gpu_without_room_is_refused_with_who_holds_it_and_what_still_works(tiny_model, data, tmp_path, monkeypatch):
+    """Where nothing is asked of memory, too: a GPU has none beside its own, as a processor has."""
+    measured = plan_module.this_machine
+
+    def card(*given, **more):
+        gpu = {"kind": "cuda", "budget_bytes": 10**9, "process_bytes": 10**9, "others_bytes": 7 * 10**9}
+        return replace(measured(*given, **more), **gpu)
+
+    monkeypatch.setattr(plan_module, "this_machine", card)
+    with pytest.raises(PlanError, match=r"(?s)Other programs hold 7.00 GB of the GPU .*--device cpu"):
+        train(config(tiny_model, data, tmp_path / "run"))

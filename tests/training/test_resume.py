@@ -20,7 +20,7 @@ from nybble.cli.render import Terminal
 from nybble.errors import ModelError, RunError, TrainingError
 from nybble.files.manifest import verify_manifest
 from nybble.formats.quant_spec import BaseFormats
-from nybble.options.option import fields_of
+from nybble.options.option import config_to_yaml, fields_of
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.planning import request as plan_module
 from nybble.quantization.folder import quantize_folder
@@ -29,14 +29,16 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.result import RunResult
 from nybble.sources.open import open_model
 from nybble.training import checkpoint as checkpoint_module
+from nybble.training.checkpoint import Checkpoint
 from nybble.training.objective import SupervisedFineTuning
+from nybble.training.resume import settle_config
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.session import train
 
 STEPS = 5  # of 6 of 19 rows: the border of an epoch falls into the fourth
 PATHS: dict[str, dict[str, Any]] = {
     "blocks": {"micro_batch_size": 4, "keep": "everything"},
-    "blocks, recomputed": {"micro_batch_size": 6, "keep": "nothing"},
+    "blocks, recomputed but one": {"micro_batch_size": 6, "keep": "nothing", "whole_blocks": 1},
     "generic, dropout": {"micro_batch_size": 2, "dropout": 0.2, "keep": "nothing"},
     "generic, padded, bf16": {"micro_batch_size": 3, "packing": False, "compute_dtype": "bf16"},
     "blocks, optimizer paged": {"micro_batch_size": 4, "page_optimizer": "always"},
@@ -146,6 +148,15 @@ def test_with_another_amount_of_free_memory_the_run_goes_on_as_it_was_planned(ti
     scarce, plenty = settled(tmp_path / "scarce"), settled(tmp_path / "plenty")
     differing = {name for name in scarce if scarce[name] != plenty[name]}
     assert differing >= {"keep", "micro_batch_size", "offload_activations"}, differing
+
+
+def test_a_run_goes_on_with_the_blocks_that_a_gpus_plan_let_keep_everything(tmp_path):
+    """Nothing asked for them: how many there are was chosen with what is kept, and is no longer once that is fixed."""
+    config = load_config(None, options(tmp_path / "model", tmp_path / "data", tmp_path / "run"))
+    (tmp_path / "config.yaml").write_text(config_to_yaml(config))
+    settled = {"keep": "attention", "whole_blocks": 3, "micro_batch_size": 2}
+    memory = settle_config(Checkpoint(tmp_path, {}, {"settled": settled}), config).memory
+    assert (memory.keep, memory.whole_blocks, memory.micro_batch_size) == ("attention", 3, 2)
 
 
 def test_a_run_without_a_checkpoint_begins_anew(plain, tmp_path):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nybble.errors import first_line
 
+FP32_RESULTS = {"cuda"}  # devices whose products of 16-bit matrices can be given in fp32, as they are added up
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is ARM's
 
 
@@ -17,6 +18,11 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return _cpu_multiplies_bf16()
+
+
+def gives_fp32(device: torch.device) -> bool:
+    """Whether `torch.mm` takes an `out_dtype` of fp32 for 16-bit matrices there."""
+    return device.type in FP32_RESULTS
 
 
 def why_no_gpu() -> str | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.kernels import registry
+from nybble.kernels.hardware import gives_fp32
 from nybble.kernels.ops.four_bit import augmented_weight_, write_beside
 from nybble.layers.projection import DenseWeights, Projection
 from nybble.sizes import RANK_MULTIPLE
@@ -83,6 +84,12 @@ class AugmentedProjection(Projection):
         if grad_z is None:
             return grad_y[:, : self.out_features] @ weight[: self.out_features]
         return _wide(grad_y, self.out_features, grad_z) @ weight
+
+    def _over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
+        """As `Projection` says, but nothing is rounded: the gradients of micro-batches are added up in fp32."""
+        if a.dtype == torch.float32 or not gives_fp32(a.device):
+            return a.float() @ b.float()
+        return torch.mm(a, b, out_dtype=torch.float32)
 
     def _input(self, x: Tensor) -> Tensor:
         return x[:, : self.in_features]

@@ -422,6 +422,7 @@ class _BlockFunction(torch.autograd.Function):
         grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
         grad_x2[:, :hidden] = grad_y[:, :hidden]
         block.mlp_norm.backward(grad_normed, s.x2, s.rstd2, out=grad_x2[:, :hidden], accumulate=True)
+        del grad_normed
 
         grad_o = s.attention_added.backward(grad_x2)
         grad_z = block.o.backward_low_rank(grad_o)
@@ -429,6 +430,7 @@ class _BlockFunction(torch.autograd.Function):
         grad_out = block.o.backward_input(grad_o, grad_z)
         del grad_o
         grad_qkv = block.backward_attend(grad_out, s.heads, s.attention_out, s.lse, rows)
+        del grad_out
 
         grad_z = block.qkv.backward_low_rank(grad_qkv)
         qkv = block.qkv.backward_adapters(grad_qkv, grad_z, block.attention_input(x)[0], s.heads.z)

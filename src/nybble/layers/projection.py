@@ -168,14 +168,18 @@ class Projection:
         """The gradients of A and B of each adapter, in the order of `parameters`, fp32."""
         if grad_z is None or z is None:
             return []
-        grad_a = (grad_z.T @ x[:, : self.in_features]).float()  # (Σ r, in)
+        grad_a = self._over_tokens(grad_z.T, x[:, : self.in_features])  # (Σ r, in)
         grads = []
         for _, adapter, columns, ranks in self._parts():
             if adapter is not None:
                 # zᵀ · grad_y, then turned: oneDNN takes the other order at half the speed.
-                grad_b = (z[:, ranks].T @ grad_y[:, columns]).float().mul_(adapter.scaling)  # (r, out)
+                grad_b = self._over_tokens(z[:, ranks].T, grad_y[:, columns]).mul_(adapter.scaling)  # (r, out)
                 grads += [grad_a[ranks], grad_b.T.contiguous()]
         return grads
+
+    def _over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
+        """a · b, (r, T) · (T, n), in fp32 once it is rounded to the type of both."""
+        return (a @ b).float()
 
     def _adapted(self) -> bool:
         """Whether there are adapters, and they are switched on."""

@@ -331,6 +331,11 @@ class PathOptions(Options, group="Memory"):
 
 
 class MemoryOptions(PathOptions, BatchOptions):
+    whole_blocks: int | None = knob(
+        None,
+        "The last so many blocks keep everything, whatever the others do. On a GPU as many as fit if not given.",
+        ge=0,
+    )
     stream_base: Literal["auto", "never", "always"] = knob(
         "auto",
         "Read blocks of the base from its 4-bit folder when they are used. auto: only where it does not fit otherwise.",
@@ -351,6 +356,16 @@ class MemoryOptions(PathOptions, BatchOptions):
         "Bits of each of AdamW's two moments between steps; 8 are blocks of 256 codes that share a scale.",
         aliases=("optim_bits", "optim", "adamw_8bit"),
     )
+
+    @model_validator(mode="after")
+    def _whole_blocks_stay(self) -> Self:
+        if self.whole_blocks and self.offload_activations == "always":
+            raise ConfigError(
+                f"whole-blocks is {self.whole_blocks}, offload-activations is always.",
+                "What blocks keep either stays in memory or goes to a file.",
+                "Leave one of the two out.",
+            )
+        return self
 
 
 class LengthOptions(Options, group="Training"):

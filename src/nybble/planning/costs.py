@@ -70,6 +70,7 @@ class Part(StrEnum):
     GRADIENTS = "adapter gradients"
     KEPT = "kept by blocks"
     HEAD = "loss head"
+    BATCH = "ids and angles"
     AT_WORK = "one block at work"
     EVALUATION = "an evaluation"
     PRODUCTS = "compiled products"
@@ -193,13 +194,16 @@ def working_bytes(run: RunShape) -> int:
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms)
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
+        if run.wide:  # gradients of the block's A and B, as they come and turned
+            attention += 2 * MASTER_BYTES * run.adapter_parameters // run.model.num_layers
         recomputed = (
             h + run.model.normed_width + q + 2 * kv + 2 * f + low_rank_columns(run)
         )  # x2, norms, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
-        copied = h if run.wide else 0  # the gradient of y, in wide rows
-        return max(swiglu, attention) + run.batches.tokens * c * (made + copied)
+        attended_rows = 0 if run.on_cpu or run.keep == "everything" else LSE_BYTES * (run.model.num_heads + 2)
+        copied = h + 3 * run.beside if run.wide else 0  # the gradient of y, wide; beside what is wide; of a low rank
+        return max(swiglu, attention) + run.batches.tokens * (c * (made + copied) + attended_rows)
     if run.keep == "everything":
         return run.batches.tokens * c * (2 * h + 3 * f)  # gradients around SwiGLU
     return run.batches.tokens * module_bytes(run)
@@ -252,9 +256,10 @@ def head_bytes(run: RunShape) -> int:
     """The states around the loss head, and panels of a streamed one.
 
     States, for each supervised token: gathered, normed, their gradients chunk by chunk and joined; the last norm
-    keeps fp32 copies of its input and of what it normalised.
+    keeps fp32 copies of its input and of what it normalised. On a GPU all that its backward pass holds, which is more.
     """
-    states = run.batches.supervised * run.model.hidden_size * (4 * run.compute_bytes + 12)
+    per_element = 4 * run.compute_bytes + 12 if run.on_cpu else cuda_costs.HEAD_BYTES
+    states = run.batches.supervised * run.model.hidden_size * per_element
     return states + _panels(run)
 
 
@@ -367,6 +372,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     always[Part.PANEL] = widened_bytes(run)
     always |= written_out_bytes(run)
     always[Part.GRADIENTS] = masters  # they stay from step to step
+    always[Part.BATCH] = 0 if run.on_cpu else cuda_costs.batch_bytes(run)
     heights = [
         {Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
         {Part.KEPT: all_kept, Part.AT_WORK: working_bytes(whole) + moving},

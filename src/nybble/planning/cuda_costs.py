@@ -16,6 +16,9 @@ WORKSPACE_BYTES = 2 * 2**25  # cuBLAS's for each of two threads, forward and bac
 FLASH_ROWS = 128  # by which FlashAttention-2 pads each document
 FLASH_COLUMNS = 32  # it pads heads to a multiple of
 SUM_BYTES = 4  # fp32
+ROW_BYTES = 7 * 8  # of a token: ids and positions, as they come and filled up; targets, and where they are
+ANGLE_BYTES = 2 * 4  # of a head's element: cosines and sines in fp32, half of either, for two kinds of layers
+HEAD_BYTES = 24  # of a state at the head: six in fp32 in the backward pass of the last norm
 GENERIC_PASSES = 4  # what is kept is written and read, recomputed, and its gradient is written and read; a guess
 KEPT_TENSORS = {"nothing": 1, "attention": 2, "everything": 5}  # large ones: input, x2, q/k/v, attention, gate and up
 
@@ -76,6 +79,12 @@ def graph_bytes(heights: Sequence[Mapping[Any, int]]) -> int:
     use. Evaluations and the micro-batches before a capture take theirs beside it.
     """
     return max(sum(height.values()) for height in heights)
+
+
+def batch_bytes(run: RunShape) -> int:
+    """What all blocks read of a micro-batch beside its states: ids, positions, targets, the angles of positions."""
+    head_dim = run.model.query_width // run.model.num_heads
+    return run.batches.tokens * (ROW_BYTES + ANGLE_BYTES * head_dim)
 
 
 def moved_bytes(run: RunShape, again: float) -> int:

@@ -39,7 +39,7 @@ def this_machine(
     """
     trim_heap()
     on_gpu = has_own_memory(device)
-    process = context_bytes(device) if on_gpu else anonymous_bytes()
+    process, others = context_bytes(device) if on_gpu else (anonymous_bytes(), 0)
     free = available_bytes(device)
     total = free + process
     budget = min(memory, total) if memory else process + int(SAFE_SHARE * free)
@@ -48,21 +48,22 @@ def this_machine(
     link = _link_speed(device) if on_gpu else copy
     disk = _read_speed(model_files) if model_files else copy
     name = f"this machine's {device.type}"
-    machine = Machine(name, device.type, budget, process, host, flops, copy, link, disk)
+    machine = Machine(name, device.type, budget, process, host, flops, copy, link, disk, others_bytes=others)
     if not on_gpu:
         return machine
     torch.cuda.empty_cache()  # what the probes were computed in
     return replace(machine, attention=OTHER_ATTENTION)  # not measured: the slowest of those known
 
 
-def context_bytes(device: torch.device) -> int:
-    """What this process takes of a GPU beside its tensors, its libraries included: all that is taken. Where that is
-    more than twice what is usual, others are there too, and it is what is usual.
+def context_bytes(device: torch.device) -> tuple[int, int]:
+    """What this process takes of a GPU beside its tensors, its libraries included, and what others take: all that is
+    taken is its own. Where that is more than twice what is usual, others are there too, and its own is what is usual.
     """
     torch.ones(64, 64, device=device).mm(torch.ones(64, 64, device=device))  # makes the context, loads the library
     free, total = torch.cuda.mem_get_info(device)
     taken = total - free - torch.cuda.memory_reserved(device)
-    return taken if taken <= 2 * CUDA_CONTEXT_BYTES else CUDA_CONTEXT_BYTES
+    own = taken if taken <= 2 * CUDA_CONTEXT_BYTES else CUDA_CONTEXT_BYTES
+    return own, taken - own
 
 
 def this_machine_later(

@@ -25,6 +25,7 @@ class Machine:
         disk_bytes_per_s: of large sequential reads.
         attention: share of `flops` that attention's forward and backward kernels reach.
         here: it is this one, and its speeds are measured.
+        others_bytes: of a GPU, what other processes hold.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Machine:
     disk_bytes_per_s: float
     attention: tuple[float, float] = (1.0, 1.0)
     here: bool = True
+    others_bytes: int = 0
 
     @property
     def on_cpu(self) -> bool:

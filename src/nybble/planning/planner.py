@@ -121,6 +121,7 @@ class Plan:
     def flags(self) -> str:
         """The options that ask for this plan."""
         words = [f"--micro-batch-size {self.micro_batch_size}", f"--keep {self.keep}"]
+        words += [f"--whole-blocks {self.whole_blocks}"] if self.whole_blocks else []
         words += [] if self.resident_blocks is None else ["--stream-base always"]
         words += ["--offload-activations always"] if self.offloaded else []
         return " ".join(words + (["--page-optimizer always"] if self.paged else []))
@@ -267,6 +268,9 @@ def _bytes_beside(run: RunShape) -> int:
     return beside + offloaded_bytes(run) + block + page
 
 
+_ON_A_GPU_HERE = " A fifth of a GPU's free memory is left, unless --memory asks for it. Or use --device cpu."
+
+
 def require(plans: Plans, request: PlanRequest, unconstrained: PlanRequest | None) -> Plan:
     """The chosen plan.
 
@@ -282,8 +286,9 @@ def require(plans: Plans, request: PlanRequest, unconstrained: PlanRequest | Non
     smallest, machine = plans.smallest, plans.machine
     got = (
         f"The smallest plan takes {smallest.peak_bytes / 1e9:.2f} GB ({smallest.describe()}); "
-        f"the budget is {machine.budget_bytes / 1e9:.2f} GB."
+        f"the budget is {machine.budget_bytes / 1e9:.2f} GB.{_held_by_others(machine)}"
     )
+    instead = "" if machine.on_cpu or not machine.here else _ON_A_GPU_HERE
     if smallest.excluded is not None:
         got = f"No strategy is left. Not {smallest.strategy}: {plans.reason(smallest).sentence}."
     elsewise = make_plans(unconstrained, machine) if unconstrained is not None else plans
@@ -293,15 +298,23 @@ def require(plans: Plans, request: PlanRequest, unconstrained: PlanRequest | Non
         raise PlanError(
             got,
             f"What fits: {elsewise.chosen.describe()}, with {elsewise.chosen.peak_bytes / 1e9:.2f} GB.",
-            f"Leave these options to nybble, or take {elsewise.chosen.flags()}.{as_they_are}",
+            f"Leave these options to nybble, or take {elsewise.chosen.flags()}.{as_they_are}{instead}",
         )
     openings = plans.openings or elsewise.openings
     if openings:
         described = [f"{plan.describe()}, with {plan.peak_bytes / 1e9:.2f} GB" for plan in openings]
         fixed = "" if plans.openings else " Leave the other options to nybble."
         ways = "; or ".join(plan.way for plan in openings)
-        raise PlanError(got, f"What would fit: {'; or '.join(described)}.", f"Way out: {ways}.{fixed}")
-    raise PlanError(got, _largest_parts(smallest), f"What would change it: {'; '.join(_ways_down(request, machine))}.")
+        raise PlanError(got, f"What would fit: {'; or '.join(described)}.", f"Way out: {ways}.{fixed}{instead}")
+    change = f"What would change it: {'; '.join(_ways_down(request, machine))}."
+    raise PlanError(got, _largest_parts(smallest), change + instead)
+
+
+def _held_by_others(machine: Machine) -> str:
+    if not machine.others_bytes:
+        return ""
+    held = f"{machine.others_bytes / 1e9:.2f} GB"
+    return f" Other programs hold {held} of the GPU (nvidia-smi lists them; CUDA_VISIBLE_DEVICES chooses another)."
 
 
 def _largest_parts(plan: Plan) -> str:

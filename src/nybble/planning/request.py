@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from nybble.errors import PlanError
+from nybble.errors import ConfigError, PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import why_not_blocks
@@ -37,6 +37,7 @@ MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not g
 UNCONSTRAINED: Mapping[str, str | None] = {
     "micro_batch_size": None,
     "keep": "auto",
+    "whole_blocks": None,
     "page_optimizer": "auto",
     "offload_activations": "auto",
     "stream_base": "auto",
@@ -85,7 +86,7 @@ def plan_run(
     if config.weights.format != "none":
         check_dense_share(asked.run.model.parts, source.name, config.weights.max_dense_share)
     plans = make_plans(asked, machine)
-    if config.memory.memory is not None:
+    if config.memory.memory is not None or not machine.on_cpu:  # a processor has more than is free, a GPU has not
         require(plans, asked, unconstrained)
     return plans, unconstrained
 
@@ -154,6 +155,7 @@ def requests(
         dropout=dropout,
         on_cpu=machine.on_cpu,
     )
+    _check_whole_blocks(memory, run, str(against))
     ends = [name for name in end_modules(skeleton) if name in targets]
     largest_adapter = adapters.rank * max(max(features) for features in sizes.values())
 
@@ -167,12 +169,34 @@ def requests(
             keeps=get_args(Keep) if memory.keep == "auto" else (memory.keep,),
             pagings={"auto": (False, True), "never": (False,), "always": (True,)}[memory.page_optimizer],
             offloads=_offloads(memory.offload_activations, run),
+            whole_blocks=memory.whole_blocks,
             adapted=tuple(targets),
             largest_adapter=largest_adapter,
             excluded={strategy: _together(reasons) for strategy, reasons in against.items() if reasons},
         )
 
     return request(options), request(with_options(options, **UNCONSTRAINED))
+
+
+def _check_whole_blocks(memory: MemoryOptions, run: RunShape, why_not_blocks: str) -> None:
+    """Refuse blocks that keep everything where there are not so many, or none that could.
+
+    Args:
+        why_not_blocks: why decoder blocks do not compute the model, where they do not.
+
+    Raises:
+        ConfigError: so it is.
+    """
+    wanted, most = memory.whole_blocks or 0, run.model.num_layers
+    if wanted > most:
+        allowed = f"Allowed: 0 to {most}, as many as the model has blocks."
+        raise ConfigError(f"whole-blocks is {wanted}.", allowed, "Lower --whole-blocks, or leave it out.")
+    if wanted and run.path != "blocks":
+        raise ConfigError(
+            f"whole-blocks is {wanted}, and the model's own modules compute it: {why_not_blocks}.",
+            "Blocks that keep more than others are nybble's decoder blocks.",
+            "Leave --whole-blocks out.",
+        )
 
 
 def _sizes(memory: MemoryOptions, longest_row: int) -> list[int]:

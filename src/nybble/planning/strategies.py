@@ -86,6 +86,7 @@ class PlanRequest:
         keeps: what blocks may keep, to choose among.
         pagings: whether the optimizer's state may be paged, to choose among.
         offloads: whether what blocks keep may go to a file, to choose among.
+        whole_blocks: the last so many keep everything; None where that is chosen.
         adapted: names of the layers that get an adapter.
         largest_adapter: parameters of the largest A or B.
         excluded: strategy -> why this run cannot use it.
@@ -97,6 +98,7 @@ class PlanRequest:
     keeps: "tuple[Keep, ...]"
     pagings: tuple[bool, ...]
     offloads: tuple[bool, ...]
+    whole_blocks: int | None
     adapted: tuple[str, ...]
     largest_adapter: int
     excluded: Mapping[Strategy, Reason]
@@ -141,15 +143,21 @@ WAYS: Mapping[Strategy, Callable[[PlanRequest, RunShape, Machine], Iterable[RunS
 def _variants(request: PlanRequest, run: RunShape, pagings: tuple[bool, ...]) -> Iterable[RunShape]:
     """With the optimizer's state paged or not, and what blocks keep offloaded or not."""
     largest_page = max(PAGE_BYTES, int(run.adam_bytes * request.largest_adapter))
+    if run.keep != "everything":
+        run = replace(run, whole_blocks=request.whole_blocks or 0)
     for paged in pagings:
-        for offload in (False,) if run.keep == "everything" else request.offloads:
+        for offload in (False,) if run.keep == "everything" or run.whole_blocks else request.offloads:
             yield replace(run, page_bytes=PAGE_BUFFERS * largest_page if paged else None, offload=offload)
 
 
 def _resident(request: PlanRequest, run: RunShape, machine: Machine, pagings: tuple[bool, ...]) -> Iterable[RunShape]:
-    """Each variant, and on a GPU each with as many blocks that keep everything as the budget has room for."""
+    """Each variant, and on a GPU each with as many blocks that keep everything as the budget has room for, unless that
+    is given.
+    """
     for variant in _variants(request, run, pagings):
         yield variant
+        if request.whole_blocks is not None:
+            continue
         more = kept_bytes(replace(variant, keep="everything")) - kept_bytes(variant)
         if variant.wide and len(request.keeps) > 1 and more and not variant.offload:
             room = machine.budget_bytes - machine.begun_bytes - sum(predict(variant).values())

@@ -332,7 +332,7 @@ class _Fit:
 
     @property
     def plan(self) -> Plan:
-        """Without --memory the smallest is tried in any case."""
+        """On a CPU, without --memory, the smallest is tried in any case."""
         return self.plans.chosen or self.plans.smallest
 
 
@@ -523,6 +523,7 @@ def _settled(opened: _Opened, plan: Plan, rounding: RoundingChoice | None) -> di
     """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
     return {
         "keep": plan.keep,
+        "whole_blocks": plan.whole_blocks,
         "micro_batch_size": plan.micro_batch_size,
         "stream_base": "never" if plan.resident_blocks is None else "always",
         "page_optimizer": "always" if plan.paged else "never",

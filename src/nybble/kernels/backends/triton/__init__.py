@@ -25,7 +25,7 @@ OLDEST = (8, 0)  # compute capability with bf16 arithmetic
 
 def why_unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; PyTorch for CUDA brings it"
+        return "triton is not installed, PyTorch for CUDA brings it; models' own modules run"
     if INTERPRETED:
         return None
     if not torch.cuda.is_available():

@@ -1,0 +1,135 @@
+"""Small models of each family in four bits, a packed batch, and their losses and gradients by decoder blocks and by
+transformers' own layers.
+
+A new family is one line of `CONFIGS`.
+"""
+
+import copy
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from tiny import put_into_four_bits, tune
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from nybble.data.packing import IGNORE, Batch, pack_tokens
+from nybble.families import FAMILIES
+from nybble.layers.backbone import FusedForward
+from nybble.layers.convert import adapters_of
+from nybble.layers.loss_head import loss_head
+
+VOCABULARY, WINDOW = 101, 5
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": None,
+    "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
+GEMMA = {**KINDS, "head_dim": 18, "query_pre_attn_scalar": 11, "attn_implementation": "eager"}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
+    "qwen2": Qwen2Config(**SHAPE, **KINDS, use_sliding_window=True),
+    "qwen3": Qwen3Config(**SHAPE, **KINDS, use_sliding_window=True, head_dim=16),
+    "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
+    "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
+}
+DOCUMENTS = (7, 1, 20, 13)
+
+
+def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:
+    """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
+    torch.manual_seed(seed)
+    config = copy.deepcopy(CONFIGS[name])
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name:
+            nn.init.normal_(parameter, mean=1.0 - FAMILIES[name].norm_offset, std=0.3)
+        else:
+            nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def tuned_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:
+    """In four bits, with adapters that do something."""
+    model = dense_model(name, seed, layers)
+    put_into_four_bits(model)
+    return tune(model)
+
+
+def written_out(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with dense weights, its adapters added to them."""
+    twin = copy.deepcopy(model)
+    for name, adapter in adapters_of(twin).items():
+        linear = nn.Linear(adapter.in_features, adapter.out_features, adapter.base.bias is not None)
+        weight = adapter.base.dequantize() + adapter.scaling * (adapter.lora_B @ adapter.lora_A).detach()
+        linear.weight, linear.bias = nn.Parameter(weight), adapter.base.bias
+        twin.set_submodule(name, linear)
+    return twin
+
+
+def in_bf16(model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The model with its frozen parameters in bf16, and the same numbers in fp32."""
+    narrow = copy.deepcopy(model)
+    for parameter in narrow.parameters():
+        if parameter.is_floating_point() and not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    wide = copy.deepcopy(narrow)
+    for parameter in wide.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return narrow, wide
+
+
+def packed_batch(lengths: tuple[int, ...] = DOCUMENTS) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    tokens = sum(lengths)
+    ids = torch.randint(VOCABULARY, (tokens,), generator=generator)
+    targets = torch.where(torch.rand(1, tokens, generator=generator) < 0.7, ids.roll(1), IGNORE)
+    return replace(pack_tokens(ids.split(lengths)), targets=targets)
+
+
+def gradients_of(model: PreTrainedModel) -> Tensor:
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.requires_grad])
+
+
+def by_transformers(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, float, Tensor]:
+    """States and loss at the supervised positions, and the adapters' gradients: each document alone, by the model's own
+    forward and autograd.
+    """
+    model.zero_grad()
+    states, logits = [], []
+    for ids in batch.input_ids[0].split(batch.document_lengths):
+        output = model(input_ids=ids[None], output_hidden_states=True)
+        states.append(output.hidden_states[-1][0])
+        logits.append(output.logits[0])
+    places = batch.supervised_positions
+    loss = F.cross_entropy(torch.cat(logits)[places].float(), batch.supervised_targets)
+    loss.backward()
+    return torch.cat(states)[places].detach(), loss.item(), gradients_of(model)
+
+
+def by_blocks(model: PreTrainedModel, batch: Batch, keep: str) -> tuple[Tensor, float, Tensor]:
+    model.zero_grad()
+    states = FusedForward(model, keep).hidden(batch, batch.supervised_positions)
+    loss = loss_head(model).loss(states, batch.supervised_targets, len(states))
+    loss.backward()
+    return states.detach(), loss.item(), gradients_of(model)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
