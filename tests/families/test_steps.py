@@ -26,7 +26,7 @@ from nybble.layers.augmented import AugmentedProjection
 from nybble.layers.backbone import FusedForward
 from nybble.layers.causal_lm import CausalLM
 from nybble.sizes import SHAPE_RULES
-from nybble.training.loop import forward_backward
+from nybble.training.accumulation import forward_backward
 from nybble.training.objective import SupervisedFineTuning
 from nybble.training.optimizer import AdamW
 
