@@ -35,9 +35,11 @@ test: lint
 	$(TESTS)
 	TRITON_INTERPRET=1 $(TESTS) -k triton tests/kernels tests/families/test_steps.py
 
-# Folders that nybble writes are opened by transformers 4 too; those tests are skipped where this cannot be made.
+# Folders that nybble writes are opened by transformers 4 too, and conversations rendered by other projects; those tests
+# are skipped where these cannot be made.
 test-slow: lint
 	-$(MAKE) .venv-transformers4/.installed
+	-$(MAKE) .venv-oracles/.installed
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
 	TRITON_INTERPRET=1 $(TESTS) -m "not gpu and not benchmark" \
 	  -k triton tests/kernels tests/families tests/layers/test_decoder_block.py
@@ -70,7 +72,7 @@ drills: .venv/.installed-test
 	$(BIN)/python tests/faults/drills.py
 
 clean:
-	rm -rf .venv .venv-peers .venv-transformers4 build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-transformers4 .venv-oracles build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -94,10 +96,12 @@ clean:
 	.venv-peers/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
-# transformers 4 before what .venv has; PyTorch and the rest are .venv's.
-.venv-transformers4/.installed: tests/exporting/transformers4.txt | .venv/bin/python
-	$(BIN)/python -m venv .venv-transformers4
-	.venv-transformers4/bin/python -m pip install --quiet --no-deps --requirement $<
+# What the list has before what .venv has; PyTorch and the rest are .venv's.
+.venv-transformers4/.installed: tests/exporting/transformers4.txt
+.venv-oracles/.installed: tests/data/oracles.txt
+.venv-transformers4/.installed .venv-oracles/.installed: | .venv/bin/python
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-	  "$$(.venv-transformers4/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/venv.pth"
 	@touch $@

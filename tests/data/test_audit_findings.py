@@ -143,11 +143,9 @@ def test_damage_to_a_file_stops_training_however_little_of_it_is_seen(audit_of):
 @pytest.mark.parametrize(
     "turn, id",
     [
-        ({"content": "a", "tool_calls": [{"id": 1}]}, "beyond-text"),
-        ({"content": None, "function_call": {"name": "f"}}, "beyond-text"),
         ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]}, "beyond-text"),
         ({"content": "a", "reasoning": [{"type": "image"}]}, "beyond-text"),
-        ({"content": "a", "weight": 0.5}, "unread-weight"),
+        ({"content": "a", "weight": -0.5}, "unread-weight"),
         ({"content": "a", "weight": 1, "train": False}, "unread-weight"),
     ],
 )

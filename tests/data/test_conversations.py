@@ -90,9 +90,9 @@ def test_a_marked_turn_of_a_template_that_rewrites_history_is_no_sequence_of_its
     assert not any("nonsense" in text for text in learnt(data, qwen.tokenizer))
 
 
-@pytest.mark.parametrize("mark", [0.5, 2, "no", [0]])
-def test_a_weight_that_is_neither_0_nor_1_is_refused_with_its_place(read, mark):
-    with pytest.raises(DataError, match=r"(?s)a\.jsonl:1: turn 2 has weight .*0 or false"):
+@pytest.mark.parametrize("mark", [-1, "no", [0], float("nan")])
+def test_what_is_no_weight_is_refused_with_its_place(read, mark):
+    with pytest.raises(DataError, match=r"(?s)a\.jsonl:1: turn 2 has weight .*a number of 0 or more"):
         read(talks(USER, {**ASSISTANT, "weight": mark}))
 
 
@@ -133,12 +133,6 @@ def test_keys_that_say_nothing_or_only_where_a_turn_comes_from_are_let_through(r
     empty = {"tool_calls": None, "images": [], "mask": None, "reasoning_content": ""}
     data = read(talks(USER, {**ASSISTANT, **dict.fromkeys(HARMLESS_KEYS, 1), **empty}))
     assert data.audit.findings == ()
-
-
-@pytest.mark.parametrize("key", ["tool_calls", "function_call", "tool_call_id"])
-def test_tool_calls_are_refused_in_words(read, key):
-    with pytest.raises(DataError, match=rf"a\.jsonl:1: turn 2 has {key}"):
-        read(talks(USER, {**ASSISTANT, key: "c1"}))
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
@@ -360,7 +354,7 @@ def test_a_template_of_ones_own_trains_what_the_tokenizers_would_lose(read, toke
     data = read(rows, template)
     data.audit.check()
     assert learnt(data, tokenizer) == ["<think>\nhm\n</think>\n\nyes<|im_end|>"] * 8
-    assert data.audit.notices == (f"Chat template: {file}, in place of the tokenizer's own.",)
+    assert data.audit.notices[0] == f"Chat template: {file}, in place of the tokenizer's own."
 
 
 @pytest.mark.parametrize("name", ["nothing", "llama9", "", "/"])

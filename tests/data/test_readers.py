@@ -6,7 +6,8 @@ import re
 import pytest
 
 from nybble.data.examples import Message
-from nybble.data.readers import FieldNames, read_examples
+from nybble.data.field_names import FieldNames
+from nybble.data.readers import read_examples
 from nybble.errors import ConfigError, DataError
 
 ASKED, ANSWERED = Message("user", "hi"), Message("assistant", "yo")
@@ -272,7 +273,7 @@ BAD = [
     (
         "a.jsonl",
         '{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}',
-        r"a\.jsonl:1: turn 1 has tool_calls",
+        r"a\.jsonl:1: turn 1 has a tool call that is a number",
     ),
 ]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nybble.data.readers import FieldNames, read_examples
+from nybble.data.field_names import FieldNames
+from nybble.data.readers import read_examples
 from nybble.errors import DataError
 
 PAIRS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(5)]

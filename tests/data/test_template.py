@@ -25,10 +25,7 @@ SUPERVISED = {
     "llama3": ("Paris is the capital.<|eot_id|>", "You're welcome!<|eot_id|>"),
     "mistral": (" Paris is the capital.</s>", " You're welcome!</s>"),
     "gemma": ("Paris is the capital.<end_of_turn>", "You're welcome!<end_of_turn>"),
-    "qwen3": (
-        "<think>\n\n</think>\n\nParis is the capital.<|im_end|>",
-        "<think>\n\n</think>\n\nYou're welcome!<|im_end|>",
-    ),
+    "qwen3": ("Paris is the capital.<|im_end|>", "You're welcome!<|im_end|>"),
     "phi3": ("Paris is the capital.<|end|>", "You're welcome!<|end|>"),
     "generation": ("Paris is the capital.<|im_end|>", "You're welcome!<|im_end|>"),
 }
@@ -75,7 +72,8 @@ def test_one_answer_equals_transformers_ids_and_offset_mask(tokenizer_of, style)
     assert encoded.input_ids.tolist() == whole_ids(tokenizer, TALK[:2])
     assert encoded.supervised.tolist() == masked_by_offsets(tokenizer, text, SUPERVISED[style][:1])
     assert text_of(tokenizer, encoded.answer_ids) == SUPERVISED[style][0]
-    assert encoded.prompt_ids == whole_ids(tokenizer, TALK[:1], add_generation_prompt=True)
+    empty = tokenizer("<think>\n\n</think>\n\n", add_special_tokens=False)["input_ids"] if style == "qwen3" else []
+    assert encoded.prompt_ids == whole_ids(tokenizer, TALK[:1], add_generation_prompt=True) + empty
 
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "qwen3"])
@@ -88,7 +86,7 @@ def test_each_answer_of_a_conversation_is_supervised(tokenizer_of, style):
 
 
 def test_a_template_that_rewrites_history_gives_each_answer_its_own_sequence(tokenizer_of):
-    tokenizer = tokenizer_of("bytes", "qwen3")
+    tokenizer = tokenizer_of("cl100k", "qwen3")
     thoughtful = (TALK[0], Message("assistant", "<think>\nhm\n</think>\n\nParis."), *TALK[2:])
     first, last = ChatTemplate(tokenizer).encode_example(talk(*thoughtful))
     assert first.input_ids.tolist() == whole_ids(tokenizer, thoughtful[:2])
@@ -140,8 +138,8 @@ def test_answers_follow_exactly_the_ids_chat_sends(tokenizer_of, style, kind, co
         prompt = template.render(messages[:turn], True)
         sent = template.encode_prompt(messages[:turn])
         assert ids[: len(sent)] == sent
-        if style == "forced":  # the beginning that the template forces is context, too
-            prompt += "The\n"
+        if style in ("forced", "qwen3"):  # what the template puts before the answer is context, too
+            prompt += "The\n" if style == "forced" else "<think>\n\n</think>\n\n"
         else:
             assert start == len(sent)
         if kind not in ("metaspace", "legacy"):  # decoding is exact: the answer's text is, too

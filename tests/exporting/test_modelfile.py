@@ -57,6 +57,14 @@ def test_the_go_template_of_chatml(tiny_model: Path) -> None:
     )
 
 
+def test_what_the_go_template_lacks_is_said(tiny_model: Path) -> None:
+    calls = "{% for c in m['tool_calls'] or [] %}{{ c | tojson }}{% endfor %}"
+    made = template(tiny_model, SMOLLM.replace("{% endfor %}", calls + "{% endfor %}"))
+    said = "# TEMPLATE lays out plain turns: tools and their calls are not in it.\n"
+    assert said in modelfile("./model.gguf", made)
+    assert said not in modelfile("./model.gguf", template(tiny_model, SMOLLM))
+
+
 def test_a_system_turn_that_the_template_refuses_opens_the_users(tiny_model: Path) -> None:
     made = template(tiny_model, NO_SYSTEM)
     layout = find_layout(made)

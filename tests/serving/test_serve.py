@@ -17,6 +17,7 @@ import torch
 import uvicorn
 
 from nybble.data.examples import Message
+from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, RunError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.generation.generate import Sampling, generate
@@ -26,7 +27,7 @@ from nybble.runs.open_run import OpenRun, load_run
 from nybble.serving import engine as engine_module
 from nybble.serving.app import Api, make_app
 from nybble.serving.engine import Engine, load_models
-from nybble.serving.requests import ChatRequest, TextRequest
+from nybble.serving.requests import ChatRequest, TextRequest, parse
 from nybble.serving.server import allowed_hosts, choose_token
 
 FP32 = MachineOptions(device="cpu", compute_dtype="fp32")
@@ -209,7 +210,6 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
     [
         ({"guided_choice": ["yes", "no"]}, "guided_choice"),
         ({"guided_json": {}}, "guided_json"),
-        ({"continue_final_message": True}, "continue_final_message"),
         ({"min_tokens": 3}, "min_tokens"),
         ({"n": True}, "n"),
         ({"presence_penalty": False}, "presence_penalty"),
@@ -220,11 +220,10 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
         ({"logit_bias": {"3": 5}}, "logit_bias"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
         ({"no_such_key": 1}, "no_such_key"),
         ({"stream_options": {"no_such_key": 1}}, "stream_options: no_such_key"),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]}, "tool_calls"),
+        ({"messages": [QUESTION[0] | {"refusal": "no"}]}, "messages.0: refusal"),
         ({"messages": [QUESTION[0] | {"weight": 0}]}, "messages.0: weight"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "lang": "en"}]}]}, "lang"),
     ],
@@ -240,8 +239,56 @@ def test_every_honoured_key_changes_an_answer_or_how_it_is_given() -> None:
     """A key that joins the honoured ones joins these tests."""
     tested = {"model", "messages", "max_tokens", "max_completion_tokens", "max_new_tokens", "stream", "stream_options"}
     tested |= {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop", "stop_token_ids"}
-    assert set(ChatRequest.model_fields) == tested
+    chat = {"messages", "tools", "tool_choice", "add_generation_prompt", "continue_final_message"}  # below
+    assert set(ChatRequest.model_fields) == tested | chat
     assert set(TextRequest.model_fields) == tested - {"messages"} | {"prompt"}
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+WITH_TOOLS = (
+    "{% if tools %}{{ 'tools: ' + (tools | tojson) + '\n' }}{% endif %}{% for m in messages %}{{ m['role'] + ':' }}"
+    "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}{{ '<' + c['function']['name'] + '>' }}{% endfor %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def test_tools_calls_and_results_are_given_to_the_template(running: Running, trained: Path) -> None:
+    template = ChatTemplate(load_run(trained, FP32).template.tokenizer, chat_template=WITH_TOOLS)
+    end = template.tokenizer.eos_token
+    turns = [*QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    turns += [{"role": "tool", "tool_call_id": "c", "content": "5"}]
+
+    def prompt(**sent: Any) -> str:
+        asked = parse(json.dumps(PLAIN | {"messages": turns} | sent).encode(), ChatRequest)
+        return template.tokenizer.decode(template.encode_prompt(asked.conversation(), asked.schemas()))
+
+    assert prompt().endswith(f"{end}assistant:<f>{end}tool:5{end}assistant:")
+    assert prompt(tools=[TOOL]).startswith("tools: ") and json.dumps(TOOL["function"]) in prompt(
+        tools=[TOOL["function"]]
+    )
+    assert prompt(tools=[TOOL], tool_choice="none") == prompt()
+    for wrong, words in (
+        ({"messages": [QUESTION[0], {"role": "tool", "content": "5"}]}, "turn 2 is the result of a call"),
+        ({"messages": [*QUESTION, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "without a name"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL]}, "no place for"),  # this run's own template has none
+    ):
+        status, answer = raw(running, json.dumps(PLAIN | wrong).encode())
+        assert status == 400 and words in answer["error"]["message"], answer
+
+
+def test_an_answer_that_has_begun_is_gone_on_with(running: Running, trained: Path) -> None:
+    loaded = load_run(trained, FP32)
+    turns = [*QUESTION, {"role": "assistant", "content": "It"}]
+    prompt = loaded.template.encode_continued([Message("user", QUESTION[0]["content"]), Message("assistant", "It")])
+    ids = generate(loaded.model, [prompt], stop_ids=loaded.template.stop_ids, max_new_tokens=24)[0]
+    go_on = {"messages": turns, "continue_final_message": True, "add_generation_prompt": False}
+    status, answer = raw(running, json.dumps(PLAIN | go_on).encode())
+    assert status == 200 and answer["usage"]["prompt_tokens"] == len(prompt)
+    assert answer["choices"][0]["message"]["content"] == loaded.template.tokenizer.decode(ids, skip_special_tokens=True)
+    for wrong in ({"messages": turns, "continue_final_message": True}, go_on | {"messages": QUESTION}):
+        status, answer = raw(running, json.dumps(PLAIN | wrong).encode())
+        assert status == 400 and "continue_final_message" in answer["error"]["message"]
 
 
 def test_what_asks_for_nothing_is_answered(running: Running, trained: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.data.examples import Message
-from nybble.errors import ConfigError
+from nybble.data.turns import link_results, read_turns
+from nybble.errors import ConfigError, DataError
 from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
 from nybble.generation.text_pieces import TextPieces
@@ -122,10 +123,10 @@ def _turns(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     if isinstance(prompt, str):
         return [Message("user", prompt)]
     try:
-        return [Message(**turn) for turn in prompt]
-    except TypeError as error:
+        return list(link_results(read_turns([dict(turn) for turn in prompt], "prompt", "prompt"), "prompt"))
+    except (TypeError, ValueError, DataError) as error:
         allowed = "Allowed: text, or a list of turns such as {'role': 'user', 'content': 'Hello.'}."
-        raise ConfigError(f"prompt is {prompt!r}.", allowed) from error
+        raise ConfigError(f"prompt is {prompt!r}: {error}", allowed) from error
 
 
 def open_run(run: RunLike, *, on_event: Listener = silent, **options: Any) -> Run:

@@ -39,12 +39,28 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "remove the rows or the columns, or put what they say into the text",
     ),
     "beyond-text": (
-        "rows have turns with tool calls, or with content that is no text",
+        "rows have turns with content that is no text",
         "remove them, or write what these say into the content",
     ),
     "unread-weight": (
-        "rows weigh turns otherwise than by 0 and 1: a turn is learnt or it is not",
-        "round the weights to 0 or 1, or remove them",
+        "rows weigh turns by what is no weight, or weigh turns that are not the assistant's",
+        "give numbers of 0 or more, to the assistant's turns, or remove them",
+    ),
+    "odd-call": (
+        "rows with tool calls that cannot be read were dropped",
+        "mend them: a call has a name, and arguments that are a JSON object",
+    ),
+    "stray-result": (
+        "rows with the result of a tool call that no turn before it makes were dropped",
+        "mend the order of their turns, or the ids of their calls",
+    ),
+    "thinking-left-out": (
+        "rows lose thinking, as --thinking has it",
+        "nothing, if that is meant; --thinking keep learns all of it",
+    ),
+    "empty-thinking": (
+        "rows have answers without thinking, before which the template puts an empty thought; it is read, not learnt",
+        "nothing: to have it learnt too, write the empty thought into the content",
     ),
     "no-assistant-turn": (
         "rows without an assistant's turn train on nothing",
@@ -167,6 +183,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
 }
 # What a run goes on with; all other findings are errors.
 WARNINGS = {
+    *("odd-call", "stray-result", "thinking-left-out", "empty-thinking"),
     *("nothing-to-learn", "system-folded", "untrained-tokens", "unread-columns", "number-as-text"),
     *("near-leak", "same-answer", "missing-column", "not-text", "odd-turn", "template-refuses"),
     *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
@@ -382,29 +399,6 @@ def find_special_tokens(examples: Sequence[Example], special_tokens: Sequence[st
         for id, concerned in sorted(spelled.items())
         for found in find(id, (origin for origin, _ in concerned), repr(concerned[0][1]))
     ]
-
-
-def find_unread_keys(examples: Sequence[Example]) -> list[Finding]:
-    """Rows with keys inside messages that nothing reads."""
-    counts: Counter[str] = Counter()
-    concerned: Spool[str] = Spool()
-    for example in examples:
-        if keys := {key for turn in example.turns() for key in turn.unread}:
-            counts.update(keys)
-            concerned.append(example.origin)
-    detail = ", ".join(f"{key!r} in {count} rows" for key, count in counts.most_common())
-    return find("unread-message-keys", concerned, detail)
-
-
-def find_marked_prompts(examples: Sequence[Example]) -> list[Finding]:
-    """Rows with a turn that is marked as to be learnt and is not the assistant's."""
-    marked = (e.origin for e in examples if any(turn.learnt and turn.role != "assistant" for turn in e.turns()))
-    return find("marked-prompt", marked)
-
-
-def find_folded_system(examples: Sequence[Example]) -> list[Finding]:
-    """Rows with a system turn, for a template that refuses them."""
-    return find("system-folded", (e.origin for e in examples if any(turn.role == "system" for turn in e.turns())))
 
 
 def find_many_dropped(dropped: Counter[str], num_rows: int) -> list[Finding]:

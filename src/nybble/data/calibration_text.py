@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
-from nybble.data.readers import FieldNames, read_examples
+from nybble.data.field_names import FieldNames
+from nybble.data.readers import read_examples
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
 from nybble.errors import DataError

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from nybble.data.file_kinds import ALLOWED_FILES, Rows
+from nybble.data.file_kinds import ALLOWED_FILES, Row, Rows
 from nybble.data.sources import SAVED_SPLITS, DataSource
 from nybble.errors import DataError
 
@@ -21,9 +21,22 @@ def parquet_rows(path: Path, name: str) -> Rows:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs below that, it raises too
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from ((f"{name}:{number}", row) for number, row in enumerate(rows, 1))
+        yield from ((f"{name}:{number}", without_nulls(row)) for number, row in enumerate(rows, 1))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: not readable as Parquet: {error}") from error
+
+
+def without_nulls(row: Row) -> Row:
+    """The row without the keys that Arrow fills with null: a column's objects have all the keys of all of them."""
+    return {column: _without_null_keys(value) for column, value in row.items()}
+
+
+def _without_null_keys(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_null_keys(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _without_null_keys(part) for key, part in value.items() if part is not None}
+    return value
 
 
 def hub_rows(source: DataSource) -> Rows:
@@ -99,4 +112,4 @@ def split_rows(source: DataSource, held: Mapping[str, Any], counts: Mapping[str,
         origin = source.given if source.split is None else f"{source.name}#{place.splitname}"
         rows = held[place.splitname].skip(place.from_)
         for number, row in enumerate(islice(rows, place.to - place.from_), place.from_ + 1):
-            yield f"{origin}:{number}", row
+            yield f"{origin}:{number}", without_nulls(row)

@@ -4,16 +4,57 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 # What templates call the thinking that stands apart from the answer: DeepSeek and Qwen, gpt-oss, newer ones.
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call of a tool by the assistant.
+
+    Args:
+        arguments: their names and JSON values.
+        id: what the call's result refers to.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    id: str
+
+    def as_json(self) -> str:
+        """Name and arguments, the same text for the same call."""
+        return json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False, sort_keys=True)
+
+
+class CallForm(NamedTuple):
+    """How a template wants to be given tool calls; templates differ, and each takes one of these.
+
+    Args:
+        arguments_as_text: as JSON text, not as an object.
+        null_content: content is null, not "", beside calls.
+        short_ids: ids are nine letters and digits (Mistral).
+    """
+
+    arguments_as_text: bool = False
+    null_content: bool = False
+    short_ids: bool = False
+
+    def id(self, given: str) -> str:
+        """The call's id in this form; the same for a call and for its result."""
+        if not self.short_ids or (len(given) == 9 and given.isascii() and given.isalnum()):
+            return given
+        return hashlib.sha256(given.encode()).hexdigest()[:9]
+
+
+PLAIN_CALLS = CallForm()
 
 
 @dataclass(frozen=True)
@@ -22,25 +63,51 @@ class Message:
 
     Args:
         reasoning: thinking that its owner keeps apart from the content; "" where there is none.
-        learnt: whether its owner marked the turn as to be learnt; None where it bears no mark.
+        weight: how much its owner marked the turn to count in the loss, 0 not at all; None where it bears no mark.
         unread: keys that say something which nybble does not read.
+        calls: the tools that an assistant's turn calls, behind its content.
+        answers: id of the call that a tool's turn is the result of.
+        name: of the tool whose result this is.
+        given: characters at the content's beginning that the prompt holds and the turn goes on from; they are context.
     """
 
     role: Role
     content: str
     reasoning: str = ""
-    learnt: bool | None = None
+    weight: float | None = None
     unread: tuple[str, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
+    answers: str = ""
+    name: str = ""
+    given: int = 0
 
     @property
     def supervised(self) -> bool:
         """Whether the model learns to write this turn."""
-        return self.role == "assistant" and self.learnt is not False
+        return self.role == "assistant" and self.weight != 0
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self, form: CallForm = PLAIN_CALLS) -> dict[str, Any]:
         """What a chat template sees. Thinking bears every name that templates have for it."""
-        named = dict.fromkeys(REASONING_KEYS, self.reasoning) if self.reasoning else {}
-        return {"role": self.role, "content": self.content, **named}
+        told: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning:
+            told |= dict.fromkeys(REASONING_KEYS, self.reasoning)
+        if self.calls:
+            if form.null_content and not self.content:
+                told["content"] = None
+            told["tool_calls"] = [_call_as_dict(call, form) for call in self.calls]
+        if self.role == "tool":
+            told |= {"tool_call_id": form.id(self.answers), "name": self.name}
+        return told
+
+    def said(self) -> list[tuple[str, str]]:
+        """(what it is, its text) of all that the turn says."""
+        calls = [("call", call.as_json()) for call in self.calls]
+        return [*([("reasoning", self.reasoning)] if self.reasoning else []), (self.role, self.content), *calls]
+
+
+def _call_as_dict(call: ToolCall, form: CallForm) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False) if form.arguments_as_text else call.arguments
+    return {"id": form.id(call.id), "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 @dataclass(frozen=True)
@@ -82,11 +149,12 @@ class Example:
         """All that the row says, a line a turn."""
         if self.text is not None:
             return self.text
-        return "\n".join(part for turn in self.conversation() for part in (turn.reasoning, turn.content) if part)
+        return "\n".join(text for turn in self.conversation() for _, text in turn.said() if text)
 
     def last_answer(self) -> str | None:
-        """The last turn of the assistant; None where there is none."""
-        return next((turn.content for turn in reversed(self.turns()) if turn.role == "assistant"), None)
+        """The last turn of the assistant, its calls too; None where there is none."""
+        last = next((turn for turn in reversed(self.turns()) if turn.role == "assistant"), None)
+        return None if last is None else "\n".join(filter(None, (last.content, *(c.as_json() for c in last.calls))))
 
     @cached_property
     def content_key(self) -> str:
@@ -100,10 +168,7 @@ class Example:
     def _said(self) -> list[tuple[str, str]]:
         """(what it is, its text) of all that a conversation says."""
         said = [("tools", json.dumps(self.tools, sort_keys=True))] if self.tools else []
-        for turn in self.conversation():
-            said += [("reasoning", turn.reasoning)] if turn.reasoning else []
-            said.append((turn.role, turn.content))
-        return said
+        return said + [part for turn in self.conversation() for part in turn.said()]
 
 
 DTYPES = (torch.int32, torch.bool, torch.float32)  # of a sequence's tensors, as they are pickled by number
@@ -118,12 +183,14 @@ class EncodedExample:
         supervised: bool (T,); True where a token belongs to an assistant's turn or is its end-of-turn token.
         origin: the row it came from, "file:line".
         num_truncated: tokens cut off at the end because the row was longer than `max_seq_len`.
+        weights: fp32 (T,), how much the loss of each supervised token counts; None where each counts 1.
     """
 
     input_ids: Tensor
     supervised: Tensor
     origin: str
     num_truncated: int = 0
+    weights: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.input_ids.dtype == torch.int32 and self.supervised.dtype == torch.bool, self.origin
@@ -163,7 +230,8 @@ class EncodedExample:
             return self
         cut = len(self) - max_seq_len
         ids, supervised = self.input_ids[:max_seq_len].clone(), self.supervised[:max_seq_len].clone()
-        return EncodedExample(ids, supervised, self.origin, self.num_truncated + cut)
+        weights = None if self.weights is None else self.weights[:max_seq_len].clone()
+        return EncodedExample(ids, supervised, self.origin, self.num_truncated + cut, weights)
 
     def _first_supervised(self) -> int:
         return int(self.supervised.int().argmax()) if bool(self.supervised.any()) else len(self)

@@ -169,6 +169,7 @@ def pack(examples: Sequence[EncodedExample]) -> Batch:
         rows=tuple(example.origin for example in examples),
         document_lengths=lengths,
         supervised_tokens=int((targets != IGNORE).sum()),
+        weights=None if (weights := _weights(examples)) is None else torch.cat(weights).unsqueeze(0),  # (1, T)
     )
 
 
@@ -187,7 +188,19 @@ def pad(examples: Sequence[EncodedExample], pad_id: int = 0) -> Batch:
         rows=tuple(example.origin for example in examples),
         document_lengths=lengths,
         supervised_tokens=int((targets != IGNORE).sum()),
+        weights=None if (w := _weights(examples)) is None else torch.stack([_widen(x, width, 0) for x in w]),  # (B, T)
     )
+
+
+def _weights(examples: Sequence[EncodedExample]) -> list[Tensor] | None:
+    """fp32 (T,) of each example: the weight of the token that each position predicts; None where all count 1."""
+    if all(example.weights is None for example in examples):
+        return None
+    return [_ones(example) if example.weights is None else example.weights.roll(-1) for example in examples]
+
+
+def _ones(example: EncodedExample) -> Tensor:
+    return torch.ones(len(example), dtype=torch.float32)
 
 
 def _targets(example: EncodedExample) -> Tensor:

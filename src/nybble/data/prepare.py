@@ -11,11 +11,13 @@ import numpy as np
 from nybble.data import audit as checks
 from nybble.data import comparisons
 from nybble.data.audit import Audit, Finding
+from nybble.data.conversation_findings import find_in_conversations, say_what_is_learnt
 from nybble.data.encoded_rows import EncodedRows, SequenceFile
 from nybble.data.examples import EncodedExample, Example
+from nybble.data.field_names import FieldNames, field_names
 from nybble.data.mixture import Mixture, audit_mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
-from nybble.data.readers import FieldNames, ReadResult, read_examples
+from nybble.data.readers import ReadResult, read_examples
 from nybble.data.sources import DataSource, refuse_weights
 from nybble.data.split import content_ranks, split_validation
 from nybble.data.template import ChatTemplate
@@ -23,7 +25,7 @@ from nybble.data.text_encoder import RowError
 from nybble.errors import DataError
 from nybble.events import Listener, silent, tracked_rows
 from nybble.files.spool import Chosen, Spool
-from nybble.options.groups import DataOptions, RowOptions
+from nybble.options.groups import DataOptions
 
 Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowError
 
@@ -155,7 +157,12 @@ def prepare(
         truncated_tokens=int(sequences.num_truncated.sum()),
         longest=int(lengths.max(initial=0)),
         length_percentiles=checks.percentiles(lengths),
-        notices=(*template.notices, *own.notices, *extra.notices),
+        notices=(
+            *template.notices,
+            *own.notices,
+            *extra.notices,
+            *say_what_is_learnt(rows.as_examples(), template.learnt),
+        ),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
         allowed=tuple(allow),
         mixture=() if mixture is None else audit_mixture(mixture, train_sequences),
@@ -246,10 +253,7 @@ def _find_in_rows(rows: KeptRows, template: ChatTemplate, vocab_size: int | None
     if vocab_size is not None:
         findings += checks.find_ids_beyond(sequences, vocab_size)
     findings += checks.find_special_tokens(examples, template.encoder.special_tokens)
-    findings += checks.find_unread_keys(examples)
-    findings += checks.find_marked_prompts(examples)
-    if template.folds_system:
-        findings += checks.find_folded_system(examples)
+    findings += find_in_conversations(examples, template)
     return findings
 
 
@@ -299,8 +303,3 @@ def prepare_data(
         scratch=scratch,
         report=report,
     )
-
-
-def field_names(options: RowOptions) -> FieldNames:
-    """The user's own column names."""
-    return FieldNames(options.prompt_field, options.completion_field, options.messages_field, options.text_field)

@@ -12,12 +12,14 @@ from typing import Any, Literal, NamedTuple
 
 from nybble.data.cells import as_text, change_of, describe, parse_column, says_nothing, text_of
 from nybble.data.examples import Example, Message, Role
+from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import LocatedRow, Row
 from nybble.data.row_files import open_sources
 from nybble.data.sources import BUILTIN, DataSource, parse_sources
 from nybble.data.text_encoder import RowError
-from nybble.data.turns import read_turns
-from nybble.errors import ConfigError, DataError
+from nybble.data.tool_formats import TOOL_COLUMNS, Conversation, as_schema, glaive, is_glaive, recognised, xlam
+from nybble.data.turns import link_results, read_turns
+from nybble.errors import DataError
 from nybble.files.spool import Spool
 
 # (prompt, completion) columns, the first pair that a row has wins.
@@ -34,18 +36,17 @@ PAIRS = (
 )
 SUBJECT_COLUMNS = ("input", "context")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-TOOLS = "tools"
 KNOWN_LAYOUTS = (
     "messages [{role, content}]; conversations [{from, value}]; "
     + "; ".join(f"{prompt}/{completion}" for prompt, completion in PAIRS)
-    + "; text"
+    + "; query/answers/tools (xLAM); system/chat (Glaive); text"
 )
 # Columns that leave out part of what is to be learnt where nothing reads them: which rows count and how much, tools,
 # pictures, thinking; beside a prompt, what it is about.
 TEACHING_COLUMNS = frozenset(
     (
         *("weight", "weights", "loss", "train", "loss_weight", "sample_weight"),
-        *(TOOLS, "functions", "chat_template_kwargs", "response_format"),
+        *(*TOOL_COLUMNS, "chat_template_kwargs", "response_format"),
         *("image", "images", "audio", "audios", "video", "videos"),
         *("reasoning", "reasoning_content", "thinking", "chain_of_thought", "rationale"),
     )
@@ -55,34 +56,11 @@ KNOWN_COLUMNS = frozenset(
     (
         *(column for pair in PAIRS for column in pair),
         *(*SYSTEM_COLUMNS, *TEACHING_COLUMNS, *BESIDE_A_PROMPT),
-        *("messages", "conversations", "text", "label", "chosen", "rejected", "input_ids"),
+        *("messages", "conversations", "text", "label", "chosen", "rejected", "input_ids", "answers", "chat"),
     )
 )
 COLUMNS_NAMED = 20
 OWN_COLUMNS = "name your columns with --prompt-field and --completion-field, --messages-field or --text-field"
-
-
-@dataclass(frozen=True)
-class FieldNames:
-    """The user's own column names; None means "detect".
-
-    Raises:
-        ConfigError: more than one form is named. A `prompt` without a `completion` (or the reverse) is paired
-            with the column of that very name.
-    """
-
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    text: str | None = None
-
-    def __post_init__(self) -> None:
-        forms = (self.prompt or self.completion, self.messages, self.text)
-        if sum(form is not None for form in forms) > 1:
-            raise ConfigError(
-                f"fields of more than one form: {', '.join(repr(form) for form in forms if form)}",
-                "allowed: --prompt-field with --completion-field, or --messages-field, or --text-field",
-            )
 
 
 class Layout(NamedTuple):
@@ -93,6 +71,7 @@ class Layout(NamedTuple):
     columns: tuple[str, ...]
     optional: tuple[str, ...]
     build: Callable[[Row, str], Example]
+    calls: str | None = None  # the format of tool calls that its rows are in
 
 
 @dataclass
@@ -108,6 +87,7 @@ class ReadResult:
         left_out: (origin, column) of rows where such a column is part of what is to be learnt.
         notices: what a user should know of how the files are read.
         sources: (source, how many of `examples` are its own), in their order.
+        formats: name of a format of tool calls -> rows in which calls were found in it.
     """
 
     examples: Spool[Example] = field(default_factory=Spool)
@@ -118,6 +98,7 @@ class ReadResult:
     left_out: Spool[tuple[str, str]] = field(default_factory=Spool)
     notices: list[str] = field(default_factory=list)
     sources: list[tuple[DataSource, int]] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_rows(self) -> int:
@@ -167,6 +148,11 @@ def read_examples(
             result.notices += file.notices
         result.sources.append((own, len(result.examples) - before))
     result.layout = ", ".join(dict.fromkeys(layouts))
+    result.notices += [
+        f"{rows} rows hold tool calls in {name}'s format; the chat template writes them, and the tools, as the model "
+        "knows them. To leave their text as it is: --tool-calls text."
+        for name, rows in result.formats.items()
+    ]
     return result
 
 
@@ -195,7 +181,7 @@ def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNa
         layout = layout or _find_layout(row, fields)
         waiting.append((origin, row))
         if layout is not None:
-            odd.extend(_add(waiting, layout, result))
+            odd.extend(_add(waiting, layout, fields, result))
             waiting = []
     if waiting:
         raise _unknown_format(*waiting[0])
@@ -208,16 +194,14 @@ def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNa
     return layout.name
 
 
-def _add(rows: Iterable[tuple[str, Row]], layout: Layout, result: ReadResult) -> list[RowError]:
+def _add(rows: Iterable[tuple[str, Row]], layout: Layout, fields: FieldNames, result: ReadResult) -> list[RowError]:
     """Make examples of rows; returns what is wrong with those of which none can be made."""
     odd = []
     for origin, row in rows:
         try:
             _check_columns(layout, row, origin)
             row, changes = _with_numbers_as_text(row, layout)
-            example = layout.build(row, origin)
-            if TOOLS in layout.optional:
-                example = replace(example, tools=_tools(row, origin))
+            example, found = _with_tools(layout.build(row, origin), layout, row, fields)
         except RowError as error:
             odd.append(RowError(error.finding, origin, error.detail))
             continue
@@ -226,9 +210,24 @@ def _add(rows: Iterable[tuple[str, Row]], layout: Layout, result: ReadResult) ->
             odd.append(RowError("odd-turn", origin, cause))
             continue
         result.examples.append(example)
+        result.formats.update([found] if found else [])
         result.as_text.extend((origin, change) for change in changes[:1])
         _note_unread(row, origin, layout, result)
     return odd
+
+
+def _with_tools(example: Example, layout: Layout, row: Row, fields: FieldNames) -> tuple[Example, str | None]:
+    """The example with the row's tools, or the user's, and its calls as calls; and the format that they were in."""
+    if example.text is not None:
+        return example, None
+    said = Conversation(example.messages or (), example.tools or _tools(row, example.origin))
+    if layout.kind == "turns" and not fields.calls_as_text:
+        said = recognised(said, example.origin)
+    example = replace(example, tools=tuple(map(as_schema, said.tools or fields.tools)))
+    if example.messages is not None:
+        linked = not fields.calls_as_text or any(turn.calls for turn in said.messages)
+        example = replace(example, messages=link_results(said.messages, example.origin) if linked else said.messages)
+    return example, said.format or layout.calls
 
 
 def _note_unread(row: Row, origin: str, layout: Layout, result: ReadResult) -> None:
@@ -261,7 +260,7 @@ def _known_names(row: Row, fields: FieldNames) -> Row:
 
 def _with_numbers_as_text(row: Row, layout: Layout) -> tuple[Row, list[str]]:
     """The row with numbers, true and false in the columns that are read as JSON writes them, and what was changed."""
-    read = [column for column in (*layout.columns, *layout.optional) if column in row and column != TOOLS]
+    read = [column for column in (*layout.columns, *layout.optional) if column in row and column not in TOOL_COLUMNS]
     texts = {column: as_text(row[column]) for column in read}
     changes = [
         f"{column!r}: {change_of(row[column], texts[column])}" for column in read if texts[column] != row[column]
@@ -276,10 +275,14 @@ def _find_layout(row: Row, fields: FieldNames) -> Layout | None:
         return own
     for column in ("messages", "conversations"):
         if column in row and _may_be_turns(row[column]):
-            return _messages_layout(column)
+            return _messages_layout(column, fields)
+    if not fields.calls_as_text and {"query", "answers"} <= row.keys():
+        return _calls_layout("query/answers", ("query", "answers"), xlam, "xLAM")
+    if not fields.calls_as_text and is_glaive(row):
+        return _calls_layout("chat", ("chat",), glaive, "Glaive")
     for prompt, completion in PAIRS:
         if prompt in row and completion in row:
-            return _pair_layout(prompt, completion)
+            return _pair_layout(prompt, completion, fields)
     return _text_layout("text") if "text" in row else None
 
 
@@ -317,9 +320,9 @@ def _unknown_format(origin: str, row: Row) -> DataError:
 
 def _own_layout(fields: FieldNames) -> Layout | None:
     if fields.messages is not None:
-        return _messages_layout(fields.messages)
+        return _messages_layout(fields.messages, fields)
     if fields.prompt is not None or fields.completion is not None:
-        return _pair_layout(fields.prompt or "prompt", fields.completion or "completion")
+        return _pair_layout(fields.prompt or "prompt", fields.completion or "completion", fields)
     if fields.text is not None:
         return _text_layout(fields.text)
     return None
@@ -332,7 +335,7 @@ def _text_layout(column: str) -> Layout:
     return Layout("text", column, (column,), (), build)
 
 
-def _pair_layout(prompt: str, completion: str) -> Layout:
+def _pair_layout(prompt: str, completion: str, fields: FieldNames) -> Layout:
     """Rows with an `instruction` may carry what it is about in a column of its own (Alpaca's `input`, Dolly's
     `context`); it follows the instruction after an empty line."""
 
@@ -340,7 +343,8 @@ def _pair_layout(prompt: str, completion: str) -> Layout:
 
     def build(row: Row, origin: str) -> Example:
         if isinstance(row[prompt], list) or isinstance(row[completion], list):
-            return Example(origin, messages=(*_system(row, origin), *_joined_turns(row, prompt, completion, origin)))
+            turns = _joined_turns(row, (prompt, completion), fields, origin)
+            return Example(origin, messages=(*_system(row, origin), *turns))
         asked, answer = text_of(row, prompt, origin), text_of(row, completion, origin)
         about = [column for column in subjects if not says_nothing(row.get(column))]
         asked = "\n\n".join([asked, *(text_of(row, column, origin) for column in about)])
@@ -349,27 +353,46 @@ def _pair_layout(prompt: str, completion: str) -> Layout:
             return Example(origin, messages=(*system, Message("user", asked), Message("assistant", answer)))
         return Example(origin, prompt=asked, completion=answer)
 
-    return Layout("pair", f"{prompt}/{completion}", (prompt, completion), (*SYSTEM_COLUMNS, *subjects, TOOLS), build)
+    optional = (*SYSTEM_COLUMNS, *subjects, *TOOL_COLUMNS)
+    return Layout("pair", f"{prompt}/{completion}", (prompt, completion), optional, build)
 
 
-def _joined_turns(row: Row, prompt: str, completion: str, origin: str) -> tuple[Message, ...]:
-    """A prompt and a completion of which at least one is a list of turns; only the completion is to be learnt."""
-    roles: tuple[tuple[str, Role], ...] = ((prompt, "user"), (completion, "assistant"))
-    turns = {
-        column: read_turns(row[column], column, origin)
-        if isinstance(row[column], list)
-        else (Message(role, text_of(row, column, origin)),)
-        for column, role in roles
-    }
-    context = (replace(turn, learnt=False) if turn.role == "assistant" else turn for turn in turns[prompt])
-    return (*context, *turns[completion])
+def _joined_turns(row: Row, columns: tuple[str, str], fields: FieldNames, origin: str) -> tuple[Message, ...]:
+    """A prompt and a completion of which at least one is a list of turns; only the completion is to be learnt. Where
+    the prompt ends in an answer that has begun, the completion goes on with it."""
+
+    def turns(column: str, role: Role) -> tuple[Message, ...]:
+        if isinstance(row[column], list):
+            return read_turns(row[column], column, origin, dict(fields.roles))
+        return (Message(role, text_of(row, column, origin)),)
+
+    prompt, completion = turns(columns[0], "user"), turns(columns[1], "assistant")
+    context = [replace(turn, weight=0.0) if turn.role == "assistant" else turn for turn in prompt]
+    begun, first = context[-1], completion[0]
+    if begun.role == first.role == "assistant" and not begun.calls:
+        joined = replace(first, content=begun.content + first.content, given=len(begun.content))
+        return (*context[:-1], joined, *completion[1:])
+    return (*context, *completion)
 
 
-def _messages_layout(column: str) -> Layout:
+def _messages_layout(column: str, fields: FieldNames) -> Layout:
     def build(row: Row, origin: str) -> Example:
-        return Example(origin, messages=(*_system(row, origin), *read_turns(row[column], column, origin)))
+        turns = read_turns(row[column], column, origin, dict(fields.roles))
+        return Example(origin, messages=(*_system(row, origin), *turns))
 
-    return Layout("turns", column, (column,), (*SYSTEM_COLUMNS, TOOLS), build)
+    return Layout("turns", column, (column,), (*SYSTEM_COLUMNS, *TOOL_COLUMNS), build)
+
+
+def _calls_layout(
+    name: str, columns: tuple[str, ...], read: Callable[[Row, str], Conversation], known_as: str
+) -> Layout:
+    """Rows whose columns hold a conversation with tools in a format of their own."""
+
+    def build(row: Row, origin: str) -> Example:
+        said = read(row, origin)
+        return Example(origin, messages=said.messages, tools=said.tools)
+
+    return Layout("pair", f"{name} ({known_as})", columns, ("system", *TOOL_COLUMNS), build, known_as)
 
 
 def _system(row: Row, origin: str) -> tuple[Message, ...]:
@@ -388,12 +411,15 @@ def _check_columns(layout: Layout, row: Row, origin: str) -> None:
 
 
 def _tools(row: Row, origin: str) -> tuple[Row, ...]:
-    """The JSON schemas in a column of that name, as a list or as JSON text."""
-    tools = row.get("tools") or []
+    """The JSON schemas in a column of that kind, as a list or as JSON text; a tool may be JSON text itself."""
+    column = next((name for name in TOOL_COLUMNS if not says_nothing(row.get(name))), TOOL_COLUMNS[0])
+    tools = row.get(column) or []
     if isinstance(tools, str):
-        tools = parse_column(tools, "tools", origin) or []
+        tools = parse_column(tools, column, origin) or []
+    if isinstance(tools, list):
+        tools = [parse_column(tool, column, origin) if isinstance(tool, str) else tool for tool in tools]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{origin}: 'tools' is {describe(tools)}", "needed: a list of JSON schemas, one a tool")
+        raise DataError(f"{origin}: {column!r} is {describe(tools)}", "needed: a list of JSON schemas, one a tool")
     return tuple(tools)
 
 

@@ -7,6 +7,7 @@ so the ids before an answer in training are, by construction, the ids chat sends
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +17,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES, find_template
-from nybble.data.examples import EncodedExample, Example, Message
+from nybble.data.content_check import check_content, check_tools, check_turns
+from nybble.data.examples import PLAIN_CALLS, CallForm, EncodedExample, Example, Message
 from nybble.data.limits import TimeIsUpError, limited
-from nybble.data.supervision import PROBES, Rendered, Turn, closing_of, find_turns
+from nybble.data.supervision import PROBES, Learnt, Rendered, Turn, closing_of, empty_thought_of, find_turns
+from nybble.data.template_probes import CALLING, find_call_form, next_openings, shows_thinking
 from nybble.data.text_encoder import RowError, TextEncoder
+from nybble.data.thinking import keep_thoughts, thought_in_key
 from nybble.errors import ConfigError, DataError
 from nybble.options.groups import RowOptions
 
@@ -40,13 +44,14 @@ def open_template(
         ConfigError: --chat-template names none.
         DataError: as `ChatTemplate`.
     """
-    chosen = options.chat_template
+    chosen, learnt = options.chat_template, Learnt(options.train_on, options.thinking)
     if recorded is not None and recorded.is_file():
-        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"))
+        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"), learnt=learnt)
     if chosen is None:
-        return ChatTemplate(tokenizer, options.template)
+        return ChatTemplate(tokenizer, options.template, learnt=learnt)
     notice = f"Chat template: {chosen}, in place of the tokenizer's own."
-    return ChatTemplate(tokenizer, options.template, find_template(chosen, TextEncoder(tokenizer)), (notice,))
+    text = find_template(chosen, TextEncoder(tokenizer))
+    return ChatTemplate(tokenizer, options.template, text, (notice,), learnt)
 
 
 class ChatTemplate:
@@ -58,11 +63,13 @@ class ChatTemplate:
             before (where the tokenizer puts one) and eos behind.
         chat_template: Jinja text; the tokenizer's own by default, or the one named plain where it has none.
         notices: what is to be said of `chat_template`.
+        learnt: which part of a conversation is trained on.
 
     Attributes:
         chat_template: the Jinja text in use, to be kept with the adapter and exported; None in mode "none".
         notices: sentences a user should see.
-        stop_ids: the ids that end an answer: the template's end-of-turn token and eos.
+        stop_ids: the ids that end an answer: the template's end-of-turn token, that of a tool call, and eos.
+        shows_calls, shows_thinking: whether the template writes down tool calls, and thinking in a key of its own.
         folds_system: whether the template refuses system turns, so that their words go before the next user's.
 
     Raises:
@@ -76,19 +83,24 @@ class ChatTemplate:
         mode: Literal["auto", "none"] = "auto",
         chat_template: str | None = None,
         notices: tuple[str, ...] = (),
+        learnt: Learnt | None = None,
     ):
         if mode not in ("auto", "none"):
             raise ConfigError(f"template: {mode!r}", "allowed: auto, none")
         self.tokenizer = tokenizer
         self.mode = mode
+        self.learnt = learnt or Learnt()
         self.encoder = TextEncoder(tokenizer)
         own = chat_template is None
         self.chat_template, self.notices = self._choose_template() if own else (chat_template, notices)
         self._has_generation_blocks = bool(self.chat_template and GENERATION_BLOCK.search(self.chat_template))
+        self._call_form, self._openings = PLAIN_CALLS, ("", "")
         if self._refuses_system_turns():
             self.chat_template = f"{FOLD_SYSTEM}{self.chat_template}"
         self.folds_system = self.chat_template is not None and self.chat_template.startswith(FOLD_SYSTEM)
+        self.shows_calls, self.shows_thinking = self._find_parts()
         probe, self._closing = self._find_closing(required=not own)
+        self._empty_thought = "" if probe is None else empty_thought_of(self._render, probe)
         self.stop_ids = self._find_stop_ids(probe)
         if probe is not None and self._begins_twice(probe):
             self.notices += (
@@ -105,20 +117,45 @@ class ChatTemplate:
             return "".join(message.content for message in messages)
         return self._render(messages, add_generation_prompt).text
 
-    def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The ids that chat and serving send for a conversation that ends in a user's turn.
+    def encode_prompt(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """The ids that chat and serving send for a conversation that ends in a user's or a tool's turn.
 
         Raises:
-            DataError: the template refuses the conversation.
+            DataError: the template refuses the conversation, or leaves out its tools.
         """
         try:
             if self.chat_template is None:
                 return self.encode_text(self.render(messages, True))
-            text, generated = whole = self._render(messages, True)
-            cuts = _cuts([turn for turn in self._find_turns(messages, whole) if turn.stands_in(text)], generated)
+            messages = self._prepared(messages)
+            text, generated = whole = self._render(messages, True, tools)
+            if tools:
+                check_tools("this conversation", tools, text, self._render(messages, True).text)
+            turns = self._find_turns(messages, whole, tools)
         except TemplateError as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from error
-        return _flatten(self.encoder.encode_pieces(text, cuts))
+        return _flatten(self.encoder.encode_pieces(text, _cuts([t for t in turns if t.stands_in(text)], generated)))
+
+    def encode_continued(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
+        """The ids that are sent for a conversation whose last turn is the beginning of an answer, to go on with it.
+
+        Raises:
+            DataError: the template refuses the conversation, or leaves out that beginning or the tools.
+        """
+        if self.chat_template is None:
+            return self.encode_text(self.render(messages, False))
+        begun = messages[-1].content
+        messages = self._prepared((*messages[:-1], replace(messages[-1], given=len(begun))))
+        try:
+            text, generated = whole = self._render(messages, False, tools)
+            if tools:
+                check_tools("this conversation", tools, text, self._render(messages, False).text)
+            *turns, last = self._find_turns(messages, whole, tools)
+        except TemplateError as error:
+            raise DataError(f"the chat template refuses this conversation: {error}") from error
+        if not last.prompted or last.words == last.end or not begun.strip():
+            raise DataError("the chat template does not write down how the answer begins")
+        cuts = [*_cuts([turn for turn in turns if turn.stands_in(text)], generated), last.start]
+        return _flatten(self.encoder.encode_pieces(text[: last.words], cuts))
 
     def encode_text(self, text: str) -> list[int]:
         """The ids of bare text to go on with: bos before it where the tokenizer puts one, and never a second."""
@@ -161,17 +198,25 @@ class ChatTemplate:
         elif after[:1] != self._bos():
             before = self._bos()
         eos = [] if closed else [eos_id]
-        return _encoded(origin, [(before, False), ([*after, *eos], True), (rest, False)])
+        return _encoded(origin, [(before, float(self.learnt.train_on == "all")), ([*after, *eos], 1.0), (rest, 0.0)])
 
     def _encode_conversation(self, origin: str, messages: Sequence[Message], tools: Tools) -> list[EncodedExample]:
-        _check_turns(origin, messages)
+        check_turns(origin, messages)
         if self.chat_template is None:
             raise RowError("needs-template", origin, "a row of messages needs a chat template")
+        messages = self._prepared(keep_thoughts(messages, self.learnt.thinking)[0])
         whole = self._render(messages, False, tools)
-        if tools and whole == self._render(messages, False):
-            raise RowError("template-loses-content", origin, "the chat template has no place for the row's tools")
+        if tools:
+            check_tools(origin, tools, whole.text, self._render(messages, False).text)
         turns = self._find_turns(messages, whole, tools)
-        learnt = [turn for turn in turns if messages[turn.index].supervised]
+        chosen = self.learnt.choose(messages)
+        if not chosen:
+            raise RowError(
+                "nothing-to-learn", origin, f"no turn of it is learnt under --train-on {self.learnt.train_on}"
+            )
+        learnt = [turn for turn in turns if turn.index in chosen]
+        if self.learnt.train_on == "all":
+            return [self._encode_all(origin, messages, whole, turns)]
         unprompted = [turn.index + 1 for turn in learnt if not turn.prompted]
         if unprompted:
             detail = f"the template words message {unprompted[0]} so that it does not follow chat's prompt"
@@ -192,19 +237,47 @@ class ChatTemplate:
         """Tokens of rendered messages, cut at all `turns` that stand in them, of which only `supervised` are trained
         on."""
         text, generated = rendered
-        _check_content(origin, messages, text, {turn.index for turn in supervised})
-        spans = [(start, t.end) for t in supervised if (start := t.supervised_start(generated)) is not None]
+        check_content(origin, messages, text, {turn.index for turn in supervised})
+        spans = [
+            (start, turn.end, _weight(messages[turn.index]))
+            for turn in supervised
+            if (start := turn.supervised_start(generated)) is not None
+        ]
         cuts = _cuts([turn for turn in turns if turn.index < len(messages) and turn.stands_in(text)], generated)
         pieces = self.encoder.encode_pieces(text, cuts)
-        trained = [any(start <= cut < end for start, end in spans) for cut in (0, *cuts)]
-        return _encoded(origin, list(zip(pieces, trained, strict=True)))
+        weights = [next((w for start, end, w in spans if start <= cut < end), 0.0) for cut in (0, *cuts)]
+        return _encoded(origin, list(zip(pieces, weights, strict=True)))
+
+    def _encode_all(
+        self, origin: str, messages: Sequence[Message], whole: Rendered, turns: list[Turn]
+    ) -> EncodedExample:
+        """Tokens of a whole conversation, all of them trained on up to the end of the last answer."""
+        marked = [index + 1 for index, m in enumerate(messages) if m.role != "assistant" and _weight(m) != 1]
+        if marked:
+            detail = f"turn {marked[0]} has a weight; under --train-on all only the assistant's turns may"
+            raise RowError("unread-weight", origin, detail)
+        text = whole.text
+        check_content(origin, messages, text, {turn.index for turn in turns})
+        standing = [turn for turn in turns if turn.stands_in(text)]
+        spans = [(turn.start, turn.end, _weight(messages[turn.index])) for turn in standing]
+        cuts = _cuts(standing, None)
+        ended = max((turn.end for turn in standing), default=len(text))
+        pieces = self.encoder.encode_pieces(text, cuts)
+        weights = [next((w for start, end, w in spans if start <= cut < end), float(cut < ended)) for cut in (0, *cuts)]
+        return _encoded(origin, list(zip(pieces, weights, strict=True)))
+
+    def _prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The turns as the template is given them: thoughts in the key for them, where it shows that."""
+        return tuple(map(thought_in_key, messages)) if self.shows_thinking else messages
 
     def _find_turns(self, messages: Sequence[Message], whole: Rendered, tools: Tools = ()) -> list[Turn]:
         render = partial(self._render, tools=tools)
-        return find_turns(messages, whole, render, self._closing, self.encoder.special_tokens)
+        return find_turns(messages, whole, render, self._closing, self.encoder.special_tokens, self._empty_thought)
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools = ()) -> Rendered:
-        """
+        """The text of messages, and where the template itself marks what the assistant says. An answer at its end has
+        an end, be it the opening of the next turn.
+
         Raises:
             jinja2.TemplateError: the template refuses the conversation, or does something wrong.
             DataError: it takes too long or too much.
@@ -215,7 +288,7 @@ class ChatTemplate:
         try:
             with limited(RENDER_SECONDS, RENDER_BYTES):
                 texts, spans = render(
-                    conversations=[[message.as_dict() for message in messages]],
+                    conversations=[[message.as_dict(self._call_form) for message in messages]],
                     tools=list(tools) or None,
                     chat_template=self.chat_template,
                     add_generation_prompt=add_generation_prompt,
@@ -235,7 +308,9 @@ class ChatTemplate:
             ) from error
         except Exception as error:  # a template is code: what it does wrong can raise anything
             raise TemplateError(f"{type(error).__name__}: {error}") from error
-        return Rendered(texts[0], tuple(spans[0]) if self._has_generation_blocks else None)
+        ends = not add_generation_prompt and messages[-1].role == "assistant"
+        text = texts[0] + (self._openings[bool(messages[-1].calls)] if ends else "")
+        return Rendered(text, tuple(spans[0]) if self._has_generation_blocks else None)
 
     def _after_bos(self, ids: list[int]) -> list[int]:
         bos = self._bos()
@@ -284,6 +359,21 @@ class ChatTemplate:
             return error
         return None
 
+    def _find_parts(self) -> tuple[bool, bool]:
+        """Whether the template shows tool calls, and thinking; and settles how it is given calls, and how answers end
+        that it does not end itself."""
+        if self.chat_template is None:
+            return False, False
+
+        def render(messages: Sequence[Message], form: CallForm) -> str:
+            self._call_form = form
+            return self._render(messages, False).text
+
+        form = find_call_form(render)
+        self._call_form = form or PLAIN_CALLS
+        self._openings = next_openings(self._render, self.encoder.special_tokens, self.tokenizer.bos_token)
+        return form is not None, shows_thinking(self._render)
+
     def _find_closing(self, required: bool) -> tuple[tuple[Message, ...] | None, str | None]:
         """A conversation that the template takes, and what it adds behind the answer; nothing where it takes none of
         the probes. (It may want another kind of conversation.)
@@ -307,66 +397,46 @@ class ChatTemplate:
         bos = self.tokenizer.bos_token
         return bool(bos) and self.render(probe, False).startswith(2 * bos)
 
+    @property
+    def adds_empty_thought(self) -> bool:
+        """Whether the template puts an empty thought before an answer without one."""
+        return bool(self._empty_thought)
+
     def _find_stop_ids(self, probe: tuple[Message, ...] | None) -> tuple[int, ...]:
         """The last supervised token of an answer to a conversation of one word, and eos."""
         stops = [] if self.encoder.eos_id is None else [self.encoder.eos_id]
         if probe is None:
             return tuple(stops)
-        text, _ = whole = self._render(probe, False)
-        [turn] = self._find_turns(probe, whole)
-        if turn.closed:
-            token = self.encoder.encode_pieces(text, [turn.start, turn.end])[1][-1]
-            stops = [token, *(stop for stop in stops if stop != token)]
-        return tuple(stops)
+        ends = [self._last_token(probe)]
+        if self.shows_calls:
+            ends.append(self._last_token((*probe[:-1], CALLING)))
+        return tuple(dict.fromkeys([*(end for end in ends if end is not None), *stops]))
 
-
-def _check_turns(origin: str, messages: Sequence[Message]) -> None:
-    roles = [message.role for message in messages]
-    if "assistant" not in roles:
-        raise RowError("no-assistant-turn", origin, "no assistant turn, so nothing to train on")
-    if "user" not in roles[: len(roles) - roles[::-1].index("assistant")]:
-        raise RowError("no-user-turn", origin, "only an assistant turn: no user turn before it to answer")
-    learnt = [message for message in messages if message.supervised]
-    if not learnt:
-        raise RowError("nothing-to-learn", origin, "each of its assistant turns is marked as not to be learnt")
-    if not any(message.content.strip() for message in learnt):
-        raise RowError("empty-answer", origin, "the assistant's turn is empty")
-
-
-def _check_content(origin: str, messages: Sequence[Message], text: str, trained: set[int]) -> None:
-    """Every message must stand in the text, white space aside, and each at a place of its own; answers that are not
-    trained on here may have been shortened by the template."""
-    needed = [
-        (_squeeze(words), what, index)
-        for index, message in enumerate(messages)
-        if message.role != "assistant" or index in trained
-        for what, words in (("message", message.content), ("the thinking of message", message.reasoning))
-    ]
-    rest = _squeeze(text)
-    for words, what, index in sorted(needed, key=lambda each: -len(each[0])):  # a short text may stand in a long one
-        before, found, after = rest.partition(words) if words else (rest, words, "")
-        if found != words:
-            detail = f"the template leaves out (part of) {what} {index + 1}, by {messages[index].role}"
-            raise RowError("template-loses-content", origin, detail)
-        rest = f"{before}\0{after}" if words else rest
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
+    def _last_token(self, messages: Sequence[Message]) -> int | None:
+        """The token that ends a conversation's last turn; None where it has no end."""
+        text, _ = whole = self._render(messages, False)
+        turn = self._find_turns(messages, whole)[-1]
+        return self.encoder.encode_pieces(text, [turn.start, turn.end])[1][-1] if turn.closed else None
 
 
 def _cuts(turns: list[Turn], generated: Sequence[tuple[int, int]] | None) -> list[int]:
     """Where a rendered text is cut: every place that may be a border between supervised and other tokens. Chat cuts
     its history at the same places as training does, so both get the same tokens."""
     starts = {start for turn in turns if (start := turn.supervised_start(generated)) is not None}
-    return sorted(starts.union(*({turn.start, turn.end} for turn in turns)))
+    return sorted(starts.union(*({turn.start, turn.words, turn.end} for turn in turns)))
+
+
+def _weight(message: Message) -> float:
+    return 1.0 if message.weight is None else message.weight
 
 
 def _flatten(pieces: list[list[int]]) -> list[int]:
     return [token for piece in pieces for token in piece]
 
 
-def _encoded(origin: str, pieces: Sequence[tuple[list[int], bool]]) -> EncodedExample:
-    ids = _flatten([piece for piece, _ in pieces])
-    supervised = [trained for piece, trained in pieces for _ in piece]
-    return EncodedExample(torch.tensor(ids, dtype=torch.int32), torch.tensor(supervised, dtype=torch.bool), origin)
+def _encoded(origin: str, pieces: Sequence[tuple[list[int], float]]) -> EncodedExample:
+    """A sequence of pieces, each with how much the loss of its tokens counts; 0: not at all."""
+    ids = torch.tensor(_flatten([piece for piece, _ in pieces]), dtype=torch.int32)
+    weights = torch.tensor([weight for piece, weight in pieces for _ in piece], dtype=torch.float32)
+    plain = all(weight in (0, 1) for _, weight in pieces)
+    return EncodedExample(ids, weights > 0, origin, weights=None if plain else weights)

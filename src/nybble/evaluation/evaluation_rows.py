@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import field_names, prepare, prepare_data
+from nybble.data.field_names import field_names
+from nybble.data.prepare import prepare, prepare_data
 from nybble.data.sources import refuse_weights
 from nybble.errors import DataError
 from nybble.runs.open_run import OpenRun

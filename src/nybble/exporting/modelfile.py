@@ -88,6 +88,9 @@ def modelfile(model: str, template: ChatTemplate, adapter: str | None = None) ->
         lines += ["# The chat template could not be put into Ollama's form; set TEMPLATE by hand."]
     else:
         lines += [f'TEMPLATE """{go}"""']
+        lines += (
+            ["# TEMPLATE lays out plain turns: tools and their calls are not in it."] if template.shows_calls else []
+        )
     stops = [template.tokenizer.convert_ids_to_tokens(number) for number in template.stop_ids]
     return "\n".join([*lines, *(f'PARAMETER stop "{stop}"' for stop in stops), "PARAMETER temperature 0", ""])
 

@@ -69,6 +69,24 @@ class RowOptions(AcceptOptions):
     completion_field: Name | None = knob(None, "Column that holds the answer.", aliases=("response_field",))
     messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
     text_field: Name | None = knob(None, "Column that holds plain text to continue.", aliases=("dataset_text_field",))
+    role: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        (), "A role that rows call otherwise, as OLD=NEW: narrator=assistant. Given again: further ones."
+    )
+    tools: Name | None = knob(None, "JSON file with a list of tools, for rows that bring none.")
+    tool_calls: Literal["auto", "text"] = knob(
+        "auto",
+        "auto: calls that rows spell in their text (Hermes, Glaive, xLAM, ToolACE) are written as the chat template "
+        "writes calls. text: they stay as they are.",
+    )
+    thinking: Literal["keep", "last", "drop"] = knob(
+        "keep",
+        "Which thinking of the assistant's rows keep. keep: all. last: that behind the last user's turn. drop: none.",
+    )
+    train_on: Literal["assistant", "last", "completion", "all"] = knob(
+        "assistant",
+        "What of a conversation is learnt. assistant: the assistant's turns. last: the last of them. completion: those "
+        "behind the last user's turn. all: every token, prompts and results of tools too.",
+    )
     template: Literal["auto", "none"] = knob(
         "auto",
         "auto: a chat template, the tokenizer's own unless --chat-template names another. none: prompt and completion "

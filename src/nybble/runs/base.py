@@ -16,7 +16,8 @@ from nybble.calibration.search import check_searchable
 from nybble.data.calibration_text import CalibrationText, calibration_text, read_calibration_file
 from nybble.data.encoded_rows import TokenIds
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import PreparedData, field_names
+from nybble.data.field_names import field_names
+from nybble.data.prepare import PreparedData
 from nybble.data.template import ChatTemplate
 from nybble.errors import PlanError
 from nybble.events import Event, Listener, Note, silent

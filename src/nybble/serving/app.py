@@ -21,7 +21,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nybble.data.examples import Message
 from nybble.errors import NybbleError
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.context import context_length
@@ -64,8 +63,10 @@ class Api:
         """POST /v1/chat/completions."""
         asked = parse(await self._body(request), ChatRequest)
         served = self._model(asked.model)
-        messages: list[Message] = [message.message() for message in asked.messages]
-        return await self._complete(request, asked, served, served.template.encode_prompt(messages), ChatForm)
+        template = served.template
+        encode = template.encode_continued if asked.continue_final_message else template.encode_prompt
+        prompt = encode(asked.conversation(), asked.schemas())
+        return await self._complete(request, asked, served, prompt, ChatForm)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions."""

@@ -11,7 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nybble.data.examples import Message
-from nybble.errors import NybbleError
+from nybble.data.tool_formats import as_schema
+from nybble.data.turns import link_results, read_turns
+from nybble.errors import DataError, NybbleError
 from nybble.generation.generate import Sampling
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
@@ -175,14 +177,15 @@ class ChatMessage(RequestObject):
 
     harmless = frozenset({"name", "id", "cache_control"})
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_calls": ([],),
         "annotations": ([],),
         "refusal": ("",),
-        "reasoning_content": ("",),
     }
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
+    reasoning_content: str = ""
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list)
+    tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _has_content(self) -> "ChatMessage":
@@ -190,16 +193,51 @@ class ChatMessage(RequestObject):
             raise ValueError("content is missing")
         return self
 
-    def message(self) -> Message:
+    def turn(self) -> dict[str, Any]:
+        """The turn as rows have it."""
         parts = self.content or ""
         text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return Message("system" if self.role == "developer" else self.role, text)
+        return {"role": self.role, "content": text} | self.model_dump(
+            include={"reasoning_content", "tool_calls", "tool_call_id"}, exclude_defaults=True
+        )
 
 
 class ChatRequest(CompletionFields):
-    """/v1/chat/completions."""
+    """/v1/chat/completions. Tools are described to the model; its calls come as the text that it writes."""
+
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
+        key: values for key, values in CompletionFields.neutral.items() if key != "tool_choice"
+    }
 
     messages: list[ChatMessage] = Field(min_length=1)
+    tools: list[dict[str, Any]] = Field(default_factory=list)
+    tool_choice: Literal["auto", "none"] = "auto"
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+    @model_validator(mode="after")
+    def _goes_on_with_an_answer(self) -> "ChatRequest":
+        if self.continue_final_message == self.add_generation_prompt:
+            raise ValueError("of continue_final_message and add_generation_prompt, one is true and the other false")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message: the last message is not the assistant's")
+        return self
+
+    def conversation(self) -> tuple[Message, ...]:
+        """Its turns.
+
+        Raises:
+            RequestError: a tool call, or a tool's result, cannot be read.
+        """
+        try:
+            turns = read_turns([message.turn() for message in self.messages], "messages", "messages")
+            return link_results(turns, "messages")
+        except DataError as error:
+            raise RequestError(str(error)) from None
+
+    def schemas(self) -> list[dict[str, Any]]:
+        """Its tools, as templates are given them; none where none may be called."""
+        return list(map(as_schema, self.tools)) if self.tool_choice == "auto" else []
 
 
 class TextRequest(CompletionFields):
