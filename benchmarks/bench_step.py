@@ -101,7 +101,7 @@ class Work:
 
     def start(self, name: str, settings: dict[str, Any], check: bool = True) -> Contender:
         """A contender that has loaded; with `check` it keeps the gradients of its first step in a file."""
-        ours = settings["work"] == "train"
+        ours = settings["work"] in ("train", "train_pairs")
         program = (sys.executable, "contender_nybble.py") if ours else (self.arguments.peers, "contender_peers.py")
         command = [program[0], BENCHMARKS / program[1]]
         files = {"base": self.inputs.base, "adapter": self.inputs.adapter, "steps": self.steps_path}

@@ -20,12 +20,15 @@ from safetensors.torch import save_file
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import collate
+from nybble.data.preference_rows import EncodedPair
 from nybble.generation.generate import generate
 from nybble.layers.convert import adapters_of
 from nybble.runs.adapter_files import read_adapter
+from nybble.training.accumulation import forward_backward
 from nybble.training.optimizer import AdamW
+from nybble.training.preference import DPO
 
-LR, MAX_GRAD_NORM = 2e-4, 0.3  # the peers' too
+LR, PAIRS_LR, MAX_GRAD_NORM = 2e-4, 2e-5, 0.3  # the peers' too
 
 
 def load(settings: dict[str, Any]) -> tuple[nybble.Model, float]:
@@ -69,6 +72,42 @@ def first_step(model: nybble.Model, rows: list[EncodedExample], gradients: str |
     return {"loss": loss.item()}
 
 
+def train_pairs(settings: dict[str, Any], channel: Channel) -> None:
+    """DPO, its reference asked in the step."""
+    model, load_s = load(settings)
+    read_adapter(model.module, Path(settings["adapter"]))
+    model.train()
+    objective, causal_lm = DPO(settings["beta"]), model.causal_lm
+    steps = [[as_pair(row) for row in rows] for rows in read_steps(Path(settings["steps"]))]
+    optimizer = AdamW(model.parameters(), beta1=0.9, beta2=0.999, weight_decay=0.0)
+
+    def compute(rows: list[EncodedPair]) -> float:
+        batch = objective.collate(rows, causal_lm)
+        return forward_backward(objective, causal_lm, batch, objective.totals(causal_lm, rows, len(rows))).loss.item()
+
+    first = {}
+    if gradients := settings.get("gradients"):
+        first = {"loss": compute(steps[0])}
+        save_file({name: each.lora_B.grad for name, each in adapters_of(model.module).items()}, gradients)
+        model.module.zero_grad(set_to_none=True)
+    channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"), path=causal_lm.name, **first)
+    while True:
+        rows = steps[channel.receive()["step"]]
+        started = time.perf_counter()
+        loss = compute(rows)
+        optimizer.step(PAIRS_LR, grad_scale=min(1.0, MAX_GRAD_NORM / float(optimizer.gradient_norm())))
+        channel.send(seconds=time.perf_counter() - started, loss=loss)
+
+
+def as_pair(row: dict[str, list[int]]) -> EncodedPair:
+    prompt = row["prompt"]
+    sides = []
+    for name in ("chosen", "rejected"):
+        ids = torch.tensor(prompt + row[name], dtype=torch.int32)
+        sides.append(EncodedExample(ids, torch.arange(len(ids)) >= len(prompt), origin="row"))
+    return EncodedPair.of(*sides)
+
+
 def as_example(row: dict[str, list[int]]) -> EncodedExample:
     supervised = torch.tensor(row["labels"]) != IGNORE
     return EncodedExample(torch.tensor(row["input_ids"], dtype=torch.int32), supervised, origin="row")
@@ -86,4 +125,4 @@ def answer(settings: dict[str, Any], channel: Channel) -> None:
 
 if __name__ == "__main__":
     chosen = json.loads(sys.argv[1])
-    {"train": train, "answer": answer}[chosen["work"]](chosen, Channel())
+    {"train": train, "train_pairs": train_pairs, "answer": answer}[chosen["work"]](chosen, Channel())

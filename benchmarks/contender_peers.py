@@ -111,10 +111,9 @@ def padded(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 # ---- TRL -----------------------------------------------------------------------------------------
 
 
-def train_trl(settings: dict[str, Any], channel: Channel) -> None:
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def asked_by(settings: dict[str, Any], channel: Channel) -> Any:
+    """A callback for a trainer that takes a step a request."""
+    from transformers import TrainerCallback
 
     class Asked(TrainerCallback):
         """Begins a step when the parent asks for it, and reports it when its loss is known."""
@@ -136,39 +135,82 @@ def train_trl(settings: dict[str, Any], channel: Channel) -> None:
             if "loss" in logs:
                 channel.send(seconds=self.seconds, loss=logs["loss"])
 
+    return Asked()
+
+
+def arguments_of(settings: dict[str, Any], folder: str, rows_per_step: int, lr: float) -> dict[str, Any]:
+    """What every trainer is told: all rows in their order, no schedule, nothing saved."""
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": settings["autocast"],
+        "gradient_checkpointing": settings["checkpointing"],
+        "per_device_train_batch_size": rows_per_step // settings["accumulation"],
+        "gradient_accumulation_steps": settings["accumulation"],
+        "train_sampling_strategy": "sequential",
+        "num_train_epochs": 1,
+        "learning_rate": lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.3,
+        "max_length": None,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def train_trl(settings: dict[str, Any], channel: Channel) -> None:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
     model, load_s = load(settings)
     model = adapted(model, settings)
     steps = read_rows(settings)
     rows = [row for step in steps for row in step]
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            output_dir=folder,
-            use_cpu=True,
-            bf16=settings["autocast"],
-            gradient_checkpointing=settings["checkpointing"],
-            padding_free=settings["padding_free"],
-            per_device_train_batch_size=len(steps[0]) // settings["accumulation"],
-            gradient_accumulation_steps=settings["accumulation"],
-            train_sampling_strategy="sequential",
-            num_train_epochs=1,
-            learning_rate=2e-4,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=0.3,
-            max_length=None,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
+            padding_free=settings["padding_free"], **arguments_of(settings, folder, len(steps[0]), lr=2e-4)
         )
         trainer = SFTTrainer(
             model,
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(settings["base"]),
-            callbacks=[Asked()],
+            callbacks=[asked_by(settings, channel)],
         )
         channel.send(load_s=load_s, versions=versions(*PACKAGES))
+        trainer.train()
+
+
+def train_trl_pairs(settings: dict[str, Any], channel: Channel) -> None:
+    """DPO; the adapter is new to the trainer, so that its reference is the base with adapters off."""
+    from datasets import Dataset
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    model, load_s = load(settings)
+    tokenizer = AutoTokenizer.from_pretrained(settings["base"])
+    steps = read_rows(settings)
+    rows = [{name: tokenizer.decode(ids) for name, ids in row.items()} for step in steps for row in step]
+    adapter = LoraConfig.from_pretrained(settings["adapter"])
+    adapter.inference_mode = False
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(beta=settings["beta"], **arguments_of(settings, folder, len(steps[0]), lr=2e-5)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=adapter,
+            callbacks=[asked_by(settings, channel)],
+        )
+        set_peft_model_state_dict(trainer.model, load_peft_weights(settings["adapter"], device="cpu"))
+        seen = next(iter(trainer.get_train_dataloader()))["input_ids"]
+        tokens = [sum(len(row["prompt"]) + len(row[side]) for side in ("chosen", "rejected")) for row in steps[0]]
+        channel.send(load_s=load_s, versions=versions(*PACKAGES), padded_tokens=seen.numel(), tokens=sum(tokens))
         trainer.train()
 
 
@@ -195,4 +237,6 @@ def answer(settings: dict[str, Any], channel: Channel) -> None:
 
 if __name__ == "__main__":
     chosen = json.loads(sys.argv[1])
-    {"bare": train_bare, "trl": train_trl, "answer": answer}[chosen["work"]](chosen, Channel())
+    {"bare": train_bare, "trl": train_trl, "trl_pairs": train_trl_pairs, "answer": answer}[chosen["work"]](
+        chosen, Channel()
+    )

@@ -41,12 +41,18 @@ class Inputs:
     full: Path
 
 
-def prepare_inputs(model: str, data: str, scratch: Path, num_steps: int) -> Inputs:
-    """Write what is missing of the base and the adapter, and the rows of `num_steps` steps."""
+def prepare_base(model: str, scratch: Path) -> Inputs:
+    """Write what is missing of the base and the adapter."""
     folder = scratch / re.sub(r"\W+", "-", model).strip("-")
     inputs = Inputs(folder / "base", folder / "adapter", folder / "answers.json", folder / "full.json")
     if not inputs.adapter.is_dir():
         _write_model(model, inputs)
+    return inputs
+
+
+def prepare_inputs(model: str, data: str, scratch: Path, num_steps: int) -> Inputs:
+    """Write what is missing of the base and the adapter, and the rows of `num_steps` steps."""
+    inputs = prepare_base(model, scratch)
     tokenizer = open_model(str(inputs.base)).load_tokenizer()
     prepared = prepare(data, ChatTemplate(tokenizer, "auto"), max_seq_len=MAX_SEQ_LEN)
     prepared.audit.check()

@@ -39,7 +39,7 @@ def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, f
     causal_lm, objective = CausalLM.of(model, keep="everything"), SupervisedFineTuning()
     validation = data.validation[: options.validation_rows]
     optimizer = AdamW(causal_lm.parameters(), beta1=0.9, beta2=0.999, weight_decay=0.0)
-    before = validation_loss(objective, causal_lm, validation, 4)[0]
+    before = validation_loss(objective, causal_lm, validation, 4).loss
     warmup = warmup_steps(0.03, options.steps)
     sampler = StepSampler(len(data.train), options.rows, options.seed)
     for step in range(1, options.steps + 1):
@@ -47,7 +47,7 @@ def fine_tune(model: Any, data: Any, options: argparse.Namespace) -> dict[str, f
         norm = float(optimizer.gradient_norm())
         lr = learning_rate(step, options.steps, warmup, "cosine", options.lr)
         optimizer.step(lr, grad_scale=min(1.0, MAX_GRAD_NORM / max(norm, 1e-30)))
-    return {"loss_before": before, "loss_after": validation_loss(objective, causal_lm, validation, 4)[0]}
+    return {"loss_before": before, "loss_after": validation_loss(objective, causal_lm, validation, 4).loss}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from nybble.layers.backbone import FusedForward
 from nybble.layers.causal_lm import CausalLM
 from nybble.sizes import SHAPE_RULES
 from nybble.training.accumulation import forward_backward
-from nybble.training.objective import SupervisedFineTuning
+from nybble.training.objective import SupervisedFineTuning, Totals
 from nybble.training.optimizer import AdamW
 
 LAYERS, LEARNING_RATE = 2, 5e-3
@@ -70,8 +70,8 @@ def step_of(model: PreTrainedModel, keep: str, batches: tuple[Batch, ...]) -> St
     assert isinstance(causal_lm.backbone, FusedForward)
     assert isinstance(causal_lm.backbone.blocks[0].qkv, AugmentedProjection)
     optimizer = AdamW(adapters(model), beta1=0.9, beta2=0.99, **SETTINGS)
-    supervised = sum(len(batch.supervised_positions) for batch in batches)
-    losses = [forward_backward(SupervisedFineTuning(), causal_lm, batch, supervised) for batch in batches]
+    totals = Totals(sum(len(batch.supervised_positions) for batch in batches))
+    losses = [forward_backward(SupervisedFineTuning(), causal_lm, batch, totals).loss for batch in batches]
     gradients = flat([parameter.grad for parameter in adapters(model)])
     optimizer.step(LEARNING_RATE, grad_scale=min(1.0, 1.0 / float(optimizer.gradient_norm())))
     return Step(float(sum(losses)), gradients, flat(adapters(model)))

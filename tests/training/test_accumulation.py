@@ -24,7 +24,7 @@ from nybble.memory import graph
 from nybble.sizes import GRAPH_MULTIPLE, SHAPE_RULES
 from nybble.training import accumulation
 from nybble.training.accumulation import GradientAccumulation
-from nybble.training.objective import SupervisedFineTuning
+from nybble.training.objective import Part, SupervisedFineTuning, Totals
 from nybble.training.optimizer import AdamW
 
 GEMMA = {"query_pre_attn_scalar": 16, "sliding_window": 4, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16}
@@ -72,7 +72,7 @@ def trained(model: CausalLM, graphs: bool) -> list[Tensor]:
     for step in range(4):
         for place, lengths in enumerate((*ONE_SHAPE[: 1 + step % 3], OTHER_SHAPE)):
             batch = run.prepare(batch_of(lengths, 10 * step + place))
-            found.append(run(batch, denominator=50.0 + step))
+            found.append(run(batch, Totals(50.0 + step)).loss)
         found += [parameter.grad.clone() for parameter in model.parameters()]
         optimizer.step(1e-2, grad_scale=0.5)
         if step == 1:  # then the graph of the first shape is there
@@ -126,7 +126,9 @@ def test_what_a_graph_would_miss_is_seen(forgotten, monkeypatch):
         monkeypatch.setattr(accumulation.LossHead, "rooms", property(lambda self: []))
     if forgotten == "denominator":
         of_number = accumulation.forward_backward
-        monkeypatch.setattr(accumulation, "forward_backward", lambda *args: of_number(*args[:3], float(args[3])))
+        monkeypatch.setattr(
+            accumulation, "forward_backward", lambda *args: of_number(*args[:3], Totals(float(args[3].terms)))
+        )
     if forgotten in ("batch", "adapters"):
         got = trained(adapted("llama", "nothing", torch.float32), graphs=True)
         assert not all(map(torch.equal, got, expected))
@@ -142,9 +144,9 @@ def test_graphs_are_few_and_only_for_few_tokens(monkeypatch):
     run = GradientAccumulation(SupervisedFineTuning(), model)
     monkeypatch.setattr(accumulation, "MOST_GRAPHS", 1)
     for lengths in (ONE_SHAPE[0], ONE_SHAPE[1], OTHER_SHAPE, OTHER_SHAPE):
-        run(run.prepare(batch_of(lengths, 1)), 9.0)
+        run(run.prepare(batch_of(lengths, 1)), Totals(9.0))
     assert len(run._graphs) == 1 and run.drop_graphs() and not run.drop_graphs()
-    run(run.prepare(batch_of(ONE_SHAPE[0], 1)), 9.0)
+    run(run.prepare(batch_of(ONE_SHAPE[0], 1)), Totals(9.0))
     assert not run._graphs
     monkeypatch.setitem(SHAPE_RULES, "cpu", replace(SHAPE_RULES["cpu"], graph_work=64.0 * block))
     run = GradientAccumulation(SupervisedFineTuning(), model)
@@ -155,11 +157,11 @@ def test_a_target_outside_of_the_vocabulary_is_refused_before_a_replay():
     model = adapted("llama", "nothing", torch.float32)
     run = GradientAccumulation(SupervisedFineTuning(), model)
     for seed in range(4):
-        run(run.prepare(batch_of((9, 8), seed)), 9.0)
+        run(run.prepare(batch_of((9, 8), seed)), Totals(9.0))
     wrong = batch_of((9, 8), 1)
     wrong.targets[wrong.targets >= 0] = 96
     with pytest.raises(ModelError, match="A target is 96"):
-        run(run.prepare(wrong), 9.0)
+        run(run.prepare(wrong), Totals(9.0))
 
 
 def test_what_waits_or_comes_from_elsewhere_is_in_no_graph(monkeypatch):
@@ -185,8 +187,8 @@ def test_what_waits_or_comes_from_elsewhere_is_in_no_graph(monkeypatch):
 
 
 class OwnLoss(SupervisedFineTuning):
-    def loss(self, model, batch, denominator):
-        return model.loss(batch, denominator) * batch.num_tokens
+    def loss(self, model, batch, totals):
+        return Part(model.loss(batch, totals.terms) * batch.num_tokens)
 
 
 def test_an_objective_with_a_loss_of_its_own_says_so_itself():

@@ -36,7 +36,7 @@ from nybble.planning.shape import shape_of
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.skeleton import build_skeleton
 from nybble.training.accumulation import forward_backward
-from nybble.training.objective import SupervisedFineTuning
+from nybble.training.objective import SupervisedFineTuning, Totals
 from nybble.training.optimizer import AdamW
 
 RANK = 16
@@ -117,8 +117,9 @@ def documents(lengths: tuple[int, ...]) -> Batch:
 
 def losses_and_norm(model: CausalLM, batch: Batch, optimizer: AdamW) -> Tensor:
     """What `train_loop` does before it looks at the device, with two micro-batches."""
-    losses = [forward_backward(SupervisedFineTuning(), model, batch, 2.0 * batch.supervised_tokens) for _ in range(2)]
-    return torch.stack([*(loss.double() for loss in losses), optimizer.gradient_norm()])
+    totals = Totals(2 * batch.supervised_tokens)
+    parts = [forward_backward(SupervisedFineTuning(), model, batch, totals) for _ in range(2)]
+    return torch.stack([*(part.loss.double() for part in parts), optimizer.gradient_norm()])
 
 
 def adamw(model: CausalLM) -> AdamW:
@@ -172,7 +173,7 @@ def test_a_layer_takes_so_many_launches(keep, monkeypatch):
         model = dry_model("meta", keep, config)
         adamw(model)  # gives all gradients their place
         with Counted() as counted:
-            forward_backward(SupervisedFineTuning(), model, batch, 1.0)
+            forward_backward(SupervisedFineTuning(), model, batch, Totals(1.0))
         found.append((counted.products, counted.launches.total()))
     (products, launches), (more_products, more_launches) = found
     assert (more_products - products, more_launches - launches) == LAUNCHES[keep]

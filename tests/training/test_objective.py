@@ -36,8 +36,8 @@ STEPS, ROWS_PER_STEP = 4, 4
 class LateTokensCountMore(SupervisedFineTuning):
     """Mean over supervised tokens of (1 + position / 4) · (−log p)."""
 
-    def collate(self, rows: Sequence[EncodedExample], packed: bool) -> Batch:
-        batch = super().collate(rows, packed)
+    def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> Batch:
+        batch = super().collate(rows, model)
         return replace(batch, weights=1 + batch.position_ids / 4)
 
 

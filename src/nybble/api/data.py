@@ -31,6 +31,8 @@ def check_data(*, on_event: Listener = silent, **options: Any) -> "TrainingData"
     """
     config = build_options(DataConfig, as_options(options))
     from nybble.api.parts import TrainingData
+    from nybble.data.preferences import ROW_KINDS
     from nybble.sources.open import open_model
 
-    return TrainingData.read(config.data, open_model(config.model.model, config.model.tokenizer, on_event))
+    kind = ROW_KINDS[config.objective.objective]
+    return TrainingData.read(config.data, open_model(config.model.model, config.model.tokenizer, on_event), kind)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nybble.api.keywords import as_options
 from nybble.data.audit import Audited
 from nybble.data.packing import Batch, collate
-from nybble.data.prepare import PreparedData
+from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
@@ -90,9 +90,9 @@ class TrainingData(PreparedData):
     seed: int
 
     @classmethod
-    def read(cls, options: DataOptions, source: StoredModel) -> Self:
-        """What `load_data` does, but that the audit refuses nothing."""
-        found, template = read_examples(options, source)
+    def read(cls, options: DataOptions, source: StoredModel, kind: RowKind = EXAMPLE_ROWS) -> Self:
+        """What `load_data` does, but that the audit refuses nothing, and that rows may be of another kind."""
+        found, template = read_examples(options, source, kind)
         return cls(found.train, found.validation, found.audit, found.mixture, template, options.seed)
 
     def batches(

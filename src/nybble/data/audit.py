@@ -117,6 +117,10 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "so the model reads and writes them as noise",
         "spell them as ordinary text, or train them into the base's embedding first; nothing, if they are trained",
     ),
+    "one-class": (
+        "all answers are judged alike, so that there is nothing to tell apart",
+        "add rows with the other label; or train on the good ones: --objective sft",
+    ),
     "validation-leak": (
         "validation rows that also stand in the training data",
         "remove them from one of the two, or leave the validation data out and let nybble split",
@@ -150,6 +154,13 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "rows with an empty answer were dropped",
         "remove them, or check which column holds the answer: --completion-field",
     ),
+    "equal-answers": ("pairs whose answers are the same teach nothing and were dropped", "remove them"),
+    "different-prompts": (
+        "pairs whose answers follow different prompts were dropped",
+        "give both answers to one prompt: a `prompt` column, or conversations that begin alike",
+    ),
+    "empty-prompt": ("rows without a prompt have nothing to answer and were dropped", "add it, or remove them"),
+    "unknown-label": ("rows with a label that is neither true nor false were dropped", "mend them, or remove them"),
     "no-token-border": (
         "rows in which the tokenizer has no border where an answer begins or ends were dropped",
         "check white space at the beginning of these answers",
@@ -186,6 +197,7 @@ WARNINGS = {
     *("odd-call", "stray-result", "thinking-left-out", "empty-thinking"),
     *("nothing-to-learn", "system-folded", "untrained-tokens", "unread-columns", "number-as-text"),
     *("near-leak", "same-answer", "missing-column", "not-text", "odd-turn", "template-refuses"),
+    *("equal-answers", "different-prompts", "empty-prompt", "unknown-label"),
     *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
     *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),
     "no-validation",
@@ -374,7 +386,11 @@ def find_ids_beyond(sequences: Sequence[EncodedExample], vocab_size: int) -> lis
 def find_without_end_of_turn(sequences: Sequence[EncodedExample], stop_ids: Sequence[int]) -> list[Finding]:
     """Sequences in which a run of supervised tokens, not cut off by truncation, ends in none of `stop_ids`."""
     stops = torch.tensor(stop_ids, dtype=torch.int32)
-    return find("no-end-of-turn", (s.origin for s in sequences if not _each_run_ends(s, stops)))
+    return find("no-end-of-turn", (s.origin for s in sequences if not _ends(s, stops)))
+
+
+def _ends(sequence: EncodedExample, stops: torch.Tensor) -> bool:
+    return all(_each_run_ends(document, stops) for document in sequence.learnt_documents)
 
 
 def _each_run_ends(sequence: EncodedExample, stops: torch.Tensor) -> bool:

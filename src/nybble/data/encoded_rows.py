@@ -1,7 +1,7 @@
 """The sequences that a run is made of: on the disk, with what everybody asks of them in memory."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from nybble.data.examples import EncodedExample
 from nybble.files.spool import Chosen, Spool
+
+COUNTS = 7  # that are kept of each sequence
 
 
 class SequenceFile:
@@ -29,11 +31,13 @@ class SequenceFile:
         """Add sequences behind the others."""
         for row in rows:
             self.sequences.append(row)
+            documents = row.document_lengths
             self._counts.extend((len(row), row.supervised_tokens, row.num_truncated))
+            self._counts.extend((row.num_targets, row.shared_tokens, max(documents), len(documents)))
 
     def rows(self, numbers: np.ndarray) -> "EncodedRows":
         """Some of them, in the order of their `numbers`, int64."""
-        counts = np.frombuffer(self._counts, dtype=np.int32).reshape(-1, 3)
+        counts = np.frombuffer(self._counts, dtype=np.int32).reshape(-1, COUNTS)
         return EncodedRows(self.sequences, numbers, counts[numbers])
 
 
@@ -42,18 +46,54 @@ class EncodedRows(Chosen[EncodedExample]):
 
     Args:
         numbers: int64, which of `items`.
-        counts: int32 `(len(numbers), 3)`: of each its tokens, its supervised targets, and the tokens that it lost.
+        counts: int32 `(len(numbers), COUNTS)`: of each its tokens, its supervised targets, the tokens that it lost; its
+            targets of all kinds, the tokens that two of its documents share, those of its longest one, its documents.
     """
 
     def __init__(self, items: Sequence[EncodedExample], numbers: np.ndarray, counts: np.ndarray):
         super().__init__(items, numbers)
-        self.lengths, self.supervised_tokens, self.num_truncated = np.ascontiguousarray(counts.T)
+        self.counts = counts
+        self.lengths, self.supervised_tokens, self.num_truncated, *more = np.ascontiguousarray(counts.T)
+        self.num_targets, self.shared_tokens, self.longest, self.documents = more
 
     def __add__(self, other: "EncodedRows") -> "EncodedRows":
         """These and, behind them, others of the same file."""
         assert self.items is other.items
-        counts = [np.stack((rows.lengths, rows.supervised_tokens, rows.num_truncated), 1) for rows in (self, other)]
-        return EncodedRows(self.items, np.concatenate((self.numbers, other.numbers)), np.concatenate(counts))
+        counts = np.concatenate((self.counts, other.counts))
+        return EncodedRows(self.items, np.concatenate((self.numbers, other.numbers)), counts)
+
+
+class ChangedRows(EncodedRows):
+    """Sequences that are changed when they are read; what is counted of them stays.
+
+    Args:
+        change: makes another of a sequence and its number among these.
+    """
+
+    def __init__(self, rows: EncodedRows, change: Callable[[int, EncodedExample], EncodedExample]):
+        super().__init__(rows.items, rows.numbers, rows.counts)
+        self._rows, self._change = rows, change
+
+    @overload
+    def __getitem__(self, number: int) -> EncodedExample: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[EncodedExample]: ...
+    def __getitem__(self, number: int | slice) -> EncodedExample | list[EncodedExample]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(*number.indices(len(self)))]
+        return self._change(range(len(self))[number], self._rows[number])
+
+    def __iter__(self) -> Iterator[EncodedExample]:
+        return (self[number] for number in range(len(self)))
+
+
+def counted(rows: Sequence[EncodedExample]) -> EncodedRows:
+    """The sequences with what is counted of them; those in memory are looked through."""
+    if isinstance(rows, EncodedRows):
+        return rows
+    file = SequenceFile(Spool())
+    file.extend(rows)
+    return file.rows(np.arange(len(file)))
 
 
 def lengths_of(rows: Sequence[EncodedExample]) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -212,6 +212,32 @@ class EncodedExample:
         return int(self.supervised[1:].sum())
 
     @property
+    def num_targets(self) -> int:
+        """Tokens that the loss head predicts."""
+        return self.supervised_tokens
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        """Tokens of each document that it is to the model: of its one, unless it compares several."""
+        return (len(self),)
+
+    @property
+    def learnt_documents(self) -> "tuple[EncodedExample, ...]":
+        """Those documents, each by itself."""
+        return (self,)
+
+    @property
+    def shared_tokens(self) -> int:
+        """Tokens that two of its documents begin with."""
+        return 0
+
+    @property
+    def content(self) -> bytes:
+        """All that training learns from it, to tell it from others."""
+        weights = b"" if self.weights is None else self.weights.numpy().tobytes()
+        return self.input_ids.numpy().tobytes() + self.supervised.numpy().tobytes() + weights
+
+    @property
     def prompt_ids(self) -> list[int]:
         """The tokens before the first supervised one: what chat would send for this row's first answer."""
         return self.input_ids[: self._first_supervised()].tolist()
@@ -224,14 +250,15 @@ class EncodedExample:
         end = start + (int(rest.int().argmin()) if not bool(rest.all()) else rest.numel())
         return self.input_ids[start:end].tolist()
 
-    def truncate(self, max_seq_len: int) -> "EncodedExample":
+    def truncate(self, max_seq_len: int) -> Self:
         """The first `max_seq_len` tokens (this very object when it is short enough)."""
         if len(self) <= max_seq_len:
             return self
         cut = len(self) - max_seq_len
         ids, supervised = self.input_ids[:max_seq_len].clone(), self.supervised[:max_seq_len].clone()
         weights = None if self.weights is None else self.weights[:max_seq_len].clone()
-        return EncodedExample(ids, supervised, self.origin, self.num_truncated + cut, weights)
+        cut += self.num_truncated
+        return replace(self, input_ids=ids, supervised=supervised, num_truncated=cut, weights=weights)
 
     def _first_supervised(self) -> int:
         return int(self.supervised.int().argmax()) if bool(self.supervised.any()) else len(self)

@@ -10,12 +10,10 @@ from nybble.data.examples import EncodedExample
 
 
 def row_digests(rows: Sequence[EncodedExample]) -> Tensor:
-    """int64 `(len(rows),)`: 8 bytes of BLAKE2b over each sequence's ids, supervision and weights."""
+    """int64 `(len(rows),)`: 8 bytes of BLAKE2b over each sequence's content."""
     digests = bytearray()
     for row in rows:
-        content = row.input_ids.numpy().tobytes() + row.supervised.numpy().tobytes()
-        content += b"" if row.weights is None else row.weights.numpy().tobytes()
-        digests += hashlib.blake2b(content, digest_size=8).digest()
+        digests += hashlib.blake2b(row.content, digest_size=8).digest()
     return torch.frombuffer(digests, dtype=torch.int64) if digests else torch.empty(0, dtype=torch.int64)
 
 

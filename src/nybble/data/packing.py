@@ -6,12 +6,15 @@ Padded: one document a row, for models whose attention cannot be packed.
 
 Targets are already shifted: `targets[b, t]` is the token that position t must predict, which is token
 t + 1 of the *same* document, or IGNORE where that token is not supervised or does not exist.
+
+Two documents that begin alike may share the row's tokens of their beginning (`share_beginnings`): `spread` then says
+where each document's tokens lie.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +40,8 @@ class Batch:
         document_lengths: tokens of each document.
         supervised_tokens: number of targets that are not IGNORE.
         weights: fp32 (B, T), how much the loss of each target counts; None where each counts 1.
+        spread: int64 (D,), the row's token that each of the documents' D tokens is, one document after another, where
+            some share a beginning; `targets` and `weights` are of the D then. None where D is T.
     """
 
     input_ids: Tensor
@@ -48,6 +53,7 @@ class Batch:
     document_lengths: tuple[int, ...]
     supervised_tokens: int
     weights: Tensor | None = None
+    spread: Tensor | None = None
 
     @property
     def packed(self) -> bool:
@@ -55,8 +61,8 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding not counted."""
-        return sum(self.document_lengths)
+        """Real tokens, padding not counted; those that documents share once."""
+        return sum(self.document_lengths) if self.spread is None else self.input_ids.numel()
 
     @cached_property
     def max_document_length(self) -> int:
@@ -65,29 +71,51 @@ class Batch:
 
     @cached_property
     def supervised_positions(self) -> Tensor:
-        """int64 (supervised_tokens,): indices into the flattened (B * T) positions that have a target."""
+        """int64 (supervised_tokens,): indices into the flattened (B * T) positions, one for each target."""
+        return self._places if self.spread is None else self.spread[self._places]
+
+    @property
+    def _places(self) -> Tensor:
+        """int64 (supervised_tokens,): where the flattened targets are not IGNORE."""
         return (self.targets.reshape(-1) != IGNORE).nonzero().squeeze(1)
+
+    @cached_property
+    def first_places(self) -> Tensor | None:
+        """int64 (T,): the first of the documents' tokens that each token of the row is; None without `spread`."""
+        return None if self.spread is None else self._is_first(self.spread).nonzero().squeeze(1)
+
+    @cached_property
+    def second_places(self) -> Tensor | None:
+        """int64: those of the documents' tokens that the row has already; None without `spread`."""
+        return None if self.spread is None else (~self._is_first(self.spread)).nonzero().squeeze(1)
+
+    @staticmethod
+    def _is_first(spread: Tensor) -> Tensor:
+        """A row's tokens come in their order, so that each is new which lies behind all before it."""
+        behind = torch.full_like(spread, -1)
+        behind[1:] = spread.cummax(0).values[:-1]
+        return spread > behind
 
     @cached_property
     def supervised_targets(self) -> Tensor:
         """int64 (supervised_tokens,): the targets at `supervised_positions`."""
-        return self.targets.flatten()[self.supervised_positions]
+        return self.targets.flatten()[self._places]
 
     @cached_property
     def supervised_weights(self) -> Tensor | None:
         """fp32 (supervised_tokens,): the weights at `supervised_positions`; None where each counts 1."""
-        return None if self.weights is None else self.weights.flatten()[self.supervised_positions]
+        return None if self.weights is None else self.weights.flatten()[self._places]
 
     @cached_property
     def largest_target(self) -> int:
         """-1 where no position is supervised."""
         return int(self.supervised_targets.max()) if self.supervised_targets.numel() else -1
 
-    def to(self, device: torch.device | str) -> "Batch":
+    def to(self, device: torch.device | str) -> Self:
         """The batch with its tensors on a device, and with what its values tell: read there, they stop a GPU."""
         return self._mapped(lambda tensor: send(tensor, torch.device(device)))
 
-    def copy(self) -> "Batch":
+    def copy(self) -> Self:
         """The batch in memory of its own."""
         return self._mapped(torch.clone)
 
@@ -97,7 +125,7 @@ class Batch:
             if isinstance(tensor, Tensor):
                 tensor.copy_(vars(other)[name], non_blocking=True)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
         def moved(names: Iterable[str]) -> dict[str, Any]:
             values = {name: getattr(self, name) for name in names}
             return {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
@@ -171,6 +199,23 @@ def pack(examples: Sequence[EncodedExample]) -> Batch:
         supervised_tokens=int((targets != IGNORE).sum()),
         weights=None if (weights := _weights(examples)) is None else torch.cat(weights).unsqueeze(0),  # (1, T)
     )
+
+
+def share_beginnings(batch: Batch, shared: Sequence[int]) -> Batch:
+    """A packed batch of pairs of documents whose second ones no longer have their first tokens, which are those of the
+    first ones too.
+
+    Args:
+        shared: how many tokens that are, of each pair.
+    """
+    spread, row, first = [], 0, 0
+    for number, length in enumerate(batch.document_lengths):
+        common = shared[number // 2] if number % 2 else 0
+        spread += [torch.arange(first, first + common), torch.arange(row, row + length - common)]
+        first, row = row, row + length - common
+    places = torch.cat(spread)
+    kept = Batch._is_first(places)
+    return replace(batch, input_ids=batch.input_ids[:, kept], position_ids=batch.position_ids[:, kept], spread=places)
 
 
 def pad(examples: Sequence[EncodedExample], pad_id: int = 0) -> Batch:

@@ -17,7 +17,7 @@ from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames, field_names
 from nybble.data.mixture import Mixture, audit_mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
-from nybble.data.readers import ReadResult, read_examples
+from nybble.data.readers import EXAMPLES, ReadResult, RowForms, read_examples
 from nybble.data.sources import DataSource, refuse_weights
 from nybble.data.split import content_ranks, split_validation
 from nybble.data.template import ChatTemplate
@@ -27,7 +27,25 @@ from nybble.events import Listener, silent, tracked_rows
 from nybble.files.spool import Chosen, Spool
 from nybble.options.groups import DataOptions
 
-Encode = Callable[[ChatTemplate, Example], list[EncodedExample]]  # raises RowError
+
+@dataclass(frozen=True)
+class RowKind:
+    """What rows an objective learns from.
+
+    Args:
+        forms: how they are read.
+        encode: the sequences of an example, untruncated; raises RowError where it cannot be trained on.
+        several: finding of rows of which there are several sequences; none where that is how it should be.
+        find: what is wrong with all training sequences together.
+    """
+
+    forms: RowForms
+    encode: Callable[[ChatTemplate, Example], list[EncodedExample]]
+    several: str = "template-rewrites-history"
+    find: Callable[[Sequence[EncodedExample]], list[Finding]] = lambda rows: []
+
+
+EXAMPLE_ROWS = RowKind(EXAMPLES, ChatTemplate.encode_example)  # what the template marks as the assistant's is learnt
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,10 @@ class PreparedData:
     validation: EncodedRows
     audit: Audit
     mixture: Mixture | None
+
+    def changed(self, change: Callable[[EncodedRows], EncodedRows]) -> "PreparedData":
+        """With other sequences of the same tokens in place of these, in each part."""
+        return replace(self, train=change(self.train), validation=change(self.validation))
 
     def lengths(self) -> np.ndarray:
         """Tokens of every sequence before truncation, training sequences first."""
@@ -92,7 +114,7 @@ def prepare(
     vocab_size: int | None = None,
     embedding_rows: ReadRows | None = None,
     allow: Sequence[str] = (),
-    encode: Encode = ChatTemplate.encode_example,
+    kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,
     report: Listener = silent,
 ) -> PreparedData:
@@ -105,7 +127,7 @@ def prepare(
         vocab_size: rows of the model's embedding matrix, to check the ids against.
         embedding_rows: reads rows of it, to find tokens that were never trained.
         allow: ids of findings that need not stop training.
-        encode: makes an example's sequences, untruncated; an objective's own, or the template's.
+        kind: of rows, an objective's own or examples to follow.
         scratch: as of `read_examples`.
         report: told how far encoding has come, where rows are many.
 
@@ -116,14 +138,14 @@ def prepare(
     checks.check_allowed(allow)
     if validation_source:
         refuse_weights(_listed(validation_source), "held-out rows are all evaluated")
-    own = read_examples(source, fields, scratch)
-    extra = read_examples(validation_source, fields, scratch) if validation_source else ReadResult()
+    own = read_examples(source, fields, scratch, kind.forms)
+    extra = read_examples(validation_source, fields, scratch, kind.forms) if validation_source else ReadResult()
     reads, num_rows = (own, extra), own.num_rows + extra.num_rows
     examples = own.examples
     examples.extend(extra.examples)
     num_own = len(own.examples) - len(extra.examples)
     file = SequenceFile(Spool(scratch))
-    rows, findings, dropped = _encode_rows(examples, template, max_seq_len, encode, file, report)
+    rows, findings, dropped = _encode_rows(examples, template, max_seq_len, kind, file, report)
     dropped += Counter(error.finding for read in reads for error in read.odd)
     findings += [*checks.find_in_reading(reads), *checks.find_many_dropped(dropped, num_rows)]
     ranks = content_ranks(rows.as_examples(), seed)
@@ -136,6 +158,7 @@ def prepare(
     sequences = train_sequences + validation_sequences
     findings += _find_in_rows(rows.chosen(np.concatenate((places, held_out))), template, vocab_size)
     findings += _find_between(train, validation, ranks[places], ranks[held_out], report)
+    findings += kind.find(train_sequences)
     if vocab_size is not None and embedding_rows is not None:
         findings += find_new_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows)
     lengths = sequences.lengths + sequences.num_truncated
@@ -200,7 +223,7 @@ def _encode_rows(
     examples: Sequence[Example],
     template: ChatTemplate,
     max_seq_len: int,
-    encode: Encode,
+    kind: RowKind,
     sequences: SequenceFile,
     report: Listener,
 ) -> tuple[KeptRows, list[Finding], Counter[str]]:
@@ -212,7 +235,7 @@ def _encode_rows(
     for number, example in enumerate(tracked_rows(examples, "encoding rows", report)):
         try:
             _check_size(example)
-            whole = encode(template, example)
+            whole = kind.encode(template, example)
         except RowError as error:
             refused[error.finding].append(error)
             dropped[error.finding] += 1
@@ -220,7 +243,7 @@ def _encode_rows(
         supervised = [sequence for sequence in whole if sequence.supervised_tokens]
         kept = [cut for sequence in supervised if (cut := sequence.truncate(max_seq_len)).supervised_tokens]
         for finding, concerns in (
-            ("template-rewrites-history", len(whole) > 1),
+            (kind.several, len(whole) > 1 and kind.several),
             ("no-supervised-tokens", len(supervised) < len(whole) or not whole),
             ("too-long", len(kept) < len(supervised)),
             ("truncated", any(sequence.num_truncated for sequence in kept)),
@@ -282,7 +305,7 @@ def prepare_data(
     template: ChatTemplate,
     vocab_size: int,
     embedding_rows: ReadRows | None = None,
-    encode: Encode = ChatTemplate.encode_example,
+    kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,
     report: Listener = silent,
 ) -> PreparedData:
@@ -299,7 +322,7 @@ def prepare_data(
         vocab_size=vocab_size,
         embedding_rows=embedding_rows,
         allow=options.allow,
-        encode=encode,
+        kind=kind,
         scratch=scratch,
         report=report,
     )

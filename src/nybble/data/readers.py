@@ -56,7 +56,9 @@ KNOWN_COLUMNS = frozenset(
     (
         *(column for pair in PAIRS for column in pair),
         *(*SYSTEM_COLUMNS, *TEACHING_COLUMNS, *BESIDE_A_PROMPT),
-        *("messages", "conversations", "text", "label", "chosen", "rejected", "input_ids", "answers", "chat"),
+        *("messages", "conversations", "text", "input_ids", "label", "kto_tag", "chosen", "rejected"),
+        *("chosen_response", "rejected_response", "preferred_output", "non_preferred_output"),
+        *("answers", "chat"),
     )
 )
 COLUMNS_NAMED = 20
@@ -64,7 +66,9 @@ OWN_COLUMNS = "name your columns with --prompt-field and --completion-field, --m
 
 
 class Layout(NamedTuple):
-    """Which columns hold what; `name` is for people, `optional` columns are read where a row has them."""
+    """Which columns hold what; `name` is for people, `optional` columns are read where a row has them, and numbers in
+    `raw` ones are none that text is meant by.
+    """
 
     kind: Literal["turns", "pair", "text"]
     name: str
@@ -72,6 +76,25 @@ class Layout(NamedTuple):
     optional: tuple[str, ...]
     build: Callable[[Row, str], Example]
     calls: str | None = None  # the format of tool calls that its rows are in
+    raw: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RowForms:
+    """Which rows are read.
+
+    Args:
+        find_layout: of a row, by its columns; None where it is of no known one.
+        unknown: what is said of a file (file:line and its first row) that has no row of a known form.
+    """
+
+    find_layout: Callable[[Row, FieldNames], Layout | None]
+    unknown: Callable[[str, Row], DataError]
+
+    def knows(self, row: Row, fields: FieldNames) -> bool:
+        """Whether an object, or a table's heading, is of a known form."""
+        layout = self.find_layout(row, fields)
+        return layout is not None and all(column in row for column in layout.columns)
 
 
 @dataclass
@@ -116,7 +139,10 @@ class ReadResult:
 
 
 def read_examples(
-    source: str | Sequence[str], fields: FieldNames | None = None, scratch: Path | None = None
+    source: str | Sequence[str],
+    fields: FieldNames | None = None,
+    scratch: Path | None = None,
+    forms: RowForms | None = None,
 ) -> ReadResult:
     """Read every row of a source, or of several.
 
@@ -126,25 +152,26 @@ def read_examples(
             "builtin:pydoc"; behind hub ids and folders "#SPLIT", behind each of several ":WEIGHT".
         fields: the user's own column names.
         scratch: folder on the disk that takes what is too much for memory; that of temporary files where None.
+        forms: which rows are read; examples to follow where None.
 
     Raises:
         DataError: a source is missing, empty, unreadable or in no known layout, or no row of it can be read; the
             message names file:line.
     """
-    fields = fields or FieldNames()
+    fields, forms = fields or FieldNames(), forms or EXAMPLES
     sources = parse_sources([source] if isinstance(source, str) else source)
     result = ReadResult(Spool(scratch))
     layouts = []
     for own in (own for own in sources if own.given.startswith(BUILTIN)):
         before = len(result.examples)
-        layouts.append(_read_builtin(own.given, result))
+        layouts.append(_read_builtin(own.given, forms, result))
         result.sources.append((own, len(result.examples) - before))
     others = [own for own in sources if not own.given.startswith(BUILTIN)]
-    opened = open_sources(others, lambda row: _is_row(_known_names(row, fields), fields))
+    opened = open_sources(others, lambda row: forms.knows(_known_names(row, fields), fields))
     for own, files in zip(others, opened, strict=True):
         before = len(result.examples)
         for file in files:
-            layouts.append(_read_file(file.name, file.rows, fields, result))
+            layouts.append(_read_file(file.name, file.rows, fields, forms, result))
             result.notices += file.notices
         result.sources.append((own, len(result.examples) - before))
     result.layout = ", ".join(dict.fromkeys(layouts))
@@ -156,16 +183,20 @@ def read_examples(
     return result
 
 
-def _read_builtin(source: str, result: ReadResult) -> str:
+def _read_builtin(source: str, forms: RowForms, result: ReadResult) -> str:
     from nybble.data.standard_library import read_pydoc
 
     if source != "builtin:pydoc":
         raise DataError(f"{source}: no such built-in source", "allowed: builtin:pydoc")
+    if forms is not EXAMPLES:
+        raise forms.unknown(source, {"function": "", "docstring": ""})
     result.examples.extend(read_pydoc())
     return "function/docstring"
 
 
-def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNames, result: ReadResult) -> str:
+def _read_file(
+    name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNames, forms: RowForms, result: ReadResult
+) -> str:
     """Add the rows of one file to `result`; returns the name of their layout."""
     layout: Layout | None = None
     before = len(result.examples)
@@ -178,13 +209,13 @@ def _read_file(name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNa
             odd.append(error)
             continue
         row = _known_names(row, fields)
-        layout = layout or _find_layout(row, fields)
+        layout = layout or forms.find_layout(row, fields)
         waiting.append((origin, row))
         if layout is not None:
             odd.extend(_add(waiting, layout, fields, result))
             waiting = []
     if waiting:
-        raise _unknown_format(*waiting[0])
+        raise forms.unknown(*waiting[0])
     if layout is None and not odd:
         raise DataError(f"{name}: no rows in it", "needed: at least one row")
     if len(result.examples) == before:
@@ -260,11 +291,9 @@ def _known_names(row: Row, fields: FieldNames) -> Row:
 
 def _with_numbers_as_text(row: Row, layout: Layout) -> tuple[Row, list[str]]:
     """The row with numbers, true and false in the columns that are read as JSON writes them, and what was changed."""
-    read = [column for column in (*layout.columns, *layout.optional) if column in row and column not in TOOL_COLUMNS]
-    texts = {column: as_text(row[column]) for column in read}
-    changes = [
-        f"{column!r}: {change_of(row[column], texts[column])}" for column in read if texts[column] != row[column]
-    ]
+    read = [column for column in (*layout.columns, *layout.optional) if column in row]
+    texts = {column: as_text(row[column]) for column in read if column not in (*TOOL_COLUMNS, *layout.raw)}
+    changes = [f"{column!r}: {change_of(row[column], text)}" for column, text in texts.items() if text != row[column]]
     return ({**row, **texts} if changes else row), changes
 
 
@@ -286,12 +315,6 @@ def _find_layout(row: Row, fields: FieldNames) -> Layout | None:
     return _text_layout("text") if "text" in row else None
 
 
-def _is_row(row: Row, fields: FieldNames) -> bool:
-    """Whether an object, or a table's heading, is of a known form."""
-    layout = _find_layout(row, fields)
-    return layout is not None and all(column in row for column in layout.columns)
-
-
 def _may_be_turns(value: Any) -> bool:
     """False for rows that stand under the name of turns: {"conversations": [{"conversations": [..]}, ..]}."""
     first = value[0] if isinstance(value, list) and value else None
@@ -304,8 +327,8 @@ def _unknown_format(origin: str, row: Row) -> DataError:
         column = "--messages-field chosen" if isinstance(row["chosen"], list) else "--completion-field chosen"
         return DataError(
             f"{origin}: rows of preferences (chosen, rejected)",
-            "nybble trains on examples to follow, not on comparisons",
-            f"to train on the answers that were chosen: {column}",
+            "--objective sft learns from examples to follow, not from comparisons",
+            f"to learn from both answers: --objective dpo; to follow those that were chosen: {column}",
         )
     if "input_ids" in row:
         return DataError(
@@ -316,6 +339,9 @@ def _unknown_format(origin: str, row: Row) -> DataError:
     more = f" and {len(row) - COLUMNS_NAMED} more" if len(row) > COLUMNS_NAMED else ""
     got = f"{origin}: unknown format, columns {', '.join(map(repr, list(row)[:COLUMNS_NAMED])) or '(none)'}{more}"
     return DataError(got, f"known formats: {KNOWN_LAYOUTS}", OWN_COLUMNS)
+
+
+EXAMPLES = RowForms(_find_layout, _unknown_format)  # to follow
 
 
 def _own_layout(fields: FieldNames) -> Layout | None:
@@ -344,11 +370,11 @@ def _pair_layout(prompt: str, completion: str, fields: FieldNames) -> Layout:
     def build(row: Row, origin: str) -> Example:
         if isinstance(row[prompt], list) or isinstance(row[completion], list):
             turns = _joined_turns(row, (prompt, completion), fields, origin)
-            return Example(origin, messages=(*_system(row, origin), *turns))
+            return Example(origin, messages=(*read_system(row, origin), *turns))
         asked, answer = text_of(row, prompt, origin), text_of(row, completion, origin)
         about = [column for column in subjects if not says_nothing(row.get(column))]
         asked = "\n\n".join([asked, *(text_of(row, column, origin) for column in about)])
-        system = _system(row, origin)
+        system = read_system(row, origin)
         if system:
             return Example(origin, messages=(*system, Message("user", asked), Message("assistant", answer)))
         return Example(origin, prompt=asked, completion=answer)
@@ -378,7 +404,7 @@ def _joined_turns(row: Row, columns: tuple[str, str], fields: FieldNames, origin
 def _messages_layout(column: str, fields: FieldNames) -> Layout:
     def build(row: Row, origin: str) -> Example:
         turns = read_turns(row[column], column, origin, dict(fields.roles))
-        return Example(origin, messages=(*_system(row, origin), *turns))
+        return Example(origin, messages=(*read_system(row, origin), *turns))
 
     return Layout("turns", column, (column,), (*SYSTEM_COLUMNS, *TOOL_COLUMNS), build)
 
@@ -395,7 +421,7 @@ def _calls_layout(
     return Layout("pair", f"{name} ({known_as})", columns, ("system", *TOOL_COLUMNS), build, known_as)
 
 
-def _system(row: Row, origin: str) -> tuple[Message, ...]:
+def read_system(row: Row, origin: str) -> tuple[Message, ...]:
     """A system prompt in a column of its own, as the first turn."""
     columns = [column for column in SYSTEM_COLUMNS if not says_nothing(row.get(column))]
     if len({text_of(row, column, origin) for column in columns}) > 1:

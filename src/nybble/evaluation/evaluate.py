@@ -14,13 +14,15 @@ import numpy as np
 import torch
 
 from nybble.data.examples import EncodedExample
+from nybble.data.preference_rows import to_follow
 from nybble.data.standard_library import read_general_text
 from nybble.errors import RunError
 from nybble.evaluation.divergence import Distributions, text_logits
-from nybble.evaluation.evaluation_rows import evaluation_rows
+from nybble.evaluation.evaluation_rows import held_out_rows
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.html_report import write_html
 from nybble.evaluation.model_card import write_card
+from nybble.evaluation.preferences import Preferences, ask_preferences, is_preference
 from nybble.evaluation.scores import METRICS, Estimate, choose_metrics, mean_loss, mean_score, row_losses
 from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
@@ -32,7 +34,6 @@ from nybble.layers.precision import set_up
 from nybble.options.verbs import EvalConfig
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.load import load_model
-from nybble.training.objective import SupervisedFineTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,7 @@ class Evaluation:
     arms: dict[str, Arm]
     metrics: list[str]
     lm_eval: dict[str, Any]
+    preferences: Preferences | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -131,7 +133,7 @@ class Evaluation:
             "worst_rows": [self._row(i, changes[i]) for i in order[::-1][:SHOWN_ROWS]],
             "samples": [self._row(i, changes[i]) for i in range(len(self.arms[TUNED].answers))],
             "lm_eval": self.lm_eval,
-        }
+        } | ({} if self.preferences is None else {"preferences": self.preferences.to_json()})
 
     def _row(self, index: int, change: float) -> dict[str, Any]:
         prompt, reference = self.texts[index]
@@ -172,7 +174,8 @@ def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
 def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silent) -> Evaluation:
     """Ask the three models."""
     asked_for = config.evaluation
-    rows = evaluation_rows(opened, asked_for.data, config.data.allow)
+    held_out = held_out_rows(opened, asked_for.data, config.data.allow)
+    rows = to_follow(held_out) or held_out
     device, dtype = set_up(config.machine)
     tokenizer = opened.template.tokenizer
     texts = [(_text(tokenizer, row.prompt_ids), _text(tokenizer, row.answer_ids)) for row in rows]
@@ -191,9 +194,12 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silen
     for name, enabled in ((BASE_4, False), (TUNED, True)):
         enable_adapters(model, enabled)
         arms[name] = asked.ask(model, kept, first=False)
+    preferences = (
+        ask_preferences(opened, CausalLM.of(model), held_out, MICRO_BATCH, report) if is_preference(held_out) else None
+    )
     tasks = [task.strip() for task in asked_for.lm_eval.split(",")] if asked_for.lm_eval else []
     lm_eval = run_tasks(model, opened.template.tokenizer, tasks) if tasks else {}
-    return Evaluation(opened, rows, texts, arms, metrics, lm_eval)
+    return Evaluation(opened, rows, texts, arms, metrics, lm_eval, preferences)
 
 
 @dataclass(frozen=True)
@@ -216,7 +222,7 @@ class _Asked:
             else:
                 divergences.append(kept[index].kl(log_p).mean().item())
         return Arm(
-            row_losses(SupervisedFineTuning(), causal_lm, self.rows, MICRO_BATCH),
+            row_losses(causal_lm, self.rows, MICRO_BATCH),
             float(np.mean(divergences)) if divergences else 0.0,
             self._answers(model),
         )

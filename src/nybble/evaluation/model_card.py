@@ -10,7 +10,19 @@ from nybble.options.option import flat
 from nybble.runs.open_run import OpenRun
 
 SETTINGS = (
-    *("format", "rank", "alpha", "dropout", "target_modules", "rslora", "lr", "schedule", "warmup", "epochs"),
+    *(
+        "objective",
+        "format",
+        "rank",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "rslora",
+        "lr",
+        "schedule",
+        "warmup",
+        "epochs",
+    ),
     *("max_steps", "rows_per_step", "max_seq_len", "seed"),
 )
 
@@ -29,6 +41,7 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     first, *_ = report["lm_eval"].items() or [None]
     harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
     change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
+    preferences = _preferences(report.get("preferences"))
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -55,7 +68,7 @@ The last column but scores: KL divergence from the base in 16 bits on general te
 
 {_results(report["arms"])}
 
-Loss of the tuned model minus that of its base as trained on, row by row: {change}.
+{preferences}Loss of the tuned model minus that of its base as trained on, row by row: {change}.
 {harness}"""
 
 
@@ -79,6 +92,17 @@ def _results(arms: dict[str, Any]) -> str:
         cells = [name, _estimate(arm["loss"], ".4f"), f"{arm['perplexity']:.3f}", f"{arm['kl_general_text']:.4f}"]
         lines.append("| " + " | ".join([*cells, *scores]) + " |")
     return "\n".join(lines)
+
+
+def _preferences(found: dict[str, Any] | None) -> str:
+    """A table of its own, and an empty line; nothing of a run that learnt from examples to follow."""
+    if found is None:
+        return ""
+    told = {arm: {"loss": found[arm]["loss"], **found[arm]["metrics"]} for arm in ("base", "tuned")}
+    lines = [f"| {found['objective']}, {found['rows']} held-out rows | base | tuned |", "|---|---|---|"]
+    lines += [f"| {name} | {told['base'][name]:.4f} | {value:.4f} |" for name, value in told["tuned"].items()]
+    lines.append(f"| KL of the tuned model from its base, nats a token | | {_estimate(found['kl'], '.4f')} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def _estimate(estimate: dict[str, float], form: str) -> str:

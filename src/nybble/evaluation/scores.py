@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from nybble.data.examples import EncodedExample
+from nybble.data.packing import collate
 from nybble.data.sampler import split_micro_batches
 from nybble.layers.causal_lm import CausalLM
-from nybble.training.objective import Objective
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -34,15 +34,13 @@ class Estimate:
 
 
 @torch.no_grad()
-def row_losses(
-    objective: Objective, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int
-) -> np.ndarray:
+def row_losses(model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int) -> np.ndarray:
     """The summed loss of each row's supervised tokens in nats, fp64 `(rows,)`."""
     losses = np.zeros(len(rows))
     lengths = [len(row) for row in rows]
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
-        batch = objective.collate([rows[row] for row in micro], model.packed).to(model.device)
-        tokens = objective.token_losses(model, batch).double().cpu()
+        batch = collate([rows[row] for row in micro], model.packed).to(model.device)
+        tokens = model.token_losses(batch).double().cpu()
         counts = [rows[row].supervised_tokens for row in micro]
         losses[list(micro)] = [part.sum().item() for part in tokens.split(counts)]
     return losses

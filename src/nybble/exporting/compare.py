@@ -63,7 +63,8 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
     for name, load in arms.items():
         model = load()
         causal_lm = CausalLM.of(model)
-        losses[name], num_tokens = validation_loss(SupervisedFineTuning(), causal_lm, rows, MICRO_BATCH)
+        found = validation_loss(SupervisedFineTuning(), causal_lm, rows, MICRO_BATCH)
+        losses[name], num_tokens = found.loss, found.supervised_tokens
         del model, causal_lm
         gc.collect()  # modules refer to each other, and the next model needs the room
     compared = MergesCompared(losses, len(rows), num_tokens)

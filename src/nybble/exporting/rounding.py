@@ -13,6 +13,7 @@ import torch
 
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.examples import EncodedExample
+from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import prepare_data
 from nybble.errors import DataError
 from nybble.events import Listener, Note, silent
@@ -80,7 +81,8 @@ def _text(
     if rounding.calibrate is not None:
         return text([])
     try:
-        return text(prepare_data(data, template, source.config.get_text_config().vocab_size).train)
+        kind = ROW_KINDS[opened.config.objective.objective]
+        return text(prepare_data(data, template, source.config.get_text_config().vocab_size, kind=kind).train)
     except DataError as error:
         report(Note(f"The run's training rows are not calibrated on: {error.got}"))
         return text([])

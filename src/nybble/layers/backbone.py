@@ -21,7 +21,14 @@ from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
-from nybble.layers.decoder_block import Keep, PackedSequences, block_ops, decoder_block, rotary_angles
+from nybble.layers.decoder_block import (
+    Keep,
+    PackedSequences,
+    Spread,
+    block_ops,
+    decoder_block,
+    rotary_angles,
+)
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.projection import DenseWeights
 from nybble.layers.rotary import angles_by_length
@@ -212,25 +219,30 @@ class FusedForward:
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
-        input_ids, position_ids, cu_seqlens, max_length = _fill_up(batch)
-        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens, max_length)
+        input_ids, position_ids, cu_seqlens, max_length, spread = _fill_up(batch)
+        sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens, max_length, spread)
         return self.model.base_model.embed_tokens(input_ids[0]), sequences
 
 
-def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Token ids, positions, borders and the length of the longest document, with a document of arbitrary tokens at the
-    end, so that there are as many as the device multiplies best.
+def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
+    """Token ids, positions, borders, the length of the longest document and how documents share rows, with a document
+    of arbitrary tokens at the end, so that there are as many as the device multiplies best.
 
     Attention keeps it apart and no position of it is asked for, so it changes no state and no gradient.
     """
     input_ids, position_ids, cu_seqlens = batch.input_ids, batch.position_ids, batch.cu_seqlens
     assert cu_seqlens is not None, "decoder blocks take packed batches"
     missing = -input_ids.shape[1] % SHAPE_RULES[input_ids.device.type].token_multiple
+    spread = None
+    if batch.spread is not None and batch.first_places is not None and batch.second_places is not None:
+        added = torch.arange(missing, device=batch.spread.device)
+        rows = torch.cat([batch.spread, input_ids.shape[1] + added])
+        spread = Spread(rows, torch.cat([batch.first_places, len(batch.spread) + added]), batch.second_places)
     if not missing:
-        return input_ids, position_ids, cu_seqlens, batch.max_document_length
+        return input_ids, position_ids, cu_seqlens, batch.max_document_length, spread
     filled, positions = F.pad(input_ids, (0, missing)), F.pad(position_ids, (0, missing))
     borders = torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
-    return filled, positions, borders, max(batch.max_document_length, missing)
+    return filled, positions, borders, max(batch.max_document_length, missing), spread
 
 
 def why_not_blocks(

@@ -28,6 +28,7 @@ from nybble.layers.backbone import (
 )
 from nybble.layers.convert import adapters_of, trained_parameters
 from nybble.layers.decoder_block import Keep
+from nybble.layers.log_probs import log_probs
 from nybble.layers.loss_head import Denominator, Head, OwnHead, loss_head
 from nybble.layers.probe import Difference, Probe
 from nybble.layers.rotary import length_of_change, rotate_rows_alone
@@ -145,6 +146,11 @@ class CausalLM:
         """Whether rows lie side by side in its batches, else padded."""
         return self.backbone.layout == "packed"
 
+    @property
+    def shares(self) -> bool:
+        """Whether documents of its batches may share a beginning (`packing.share_beginnings`)."""
+        return isinstance(self.backbone, FusedForward)
+
     # ---- batches ---------------------------------------------------------------------------------
 
     def loss(self, batch: Batch, denominator: Denominator | None = None) -> Tensor:
@@ -164,6 +170,19 @@ class CausalLM:
         denominator = max(1, batch.supervised_tokens) if denominator is None else denominator
         self.check_targets(batch)
         return self.head.loss(self.hidden(batch), batch.supervised_targets, denominator, batch.supervised_weights)
+
+    def log_probs(self, batch: Batch) -> Tensor:
+        """log p of each target in nats, with its gradient: what losses are made of that are no sum over tokens.
+
+        Returns:
+            fp32 `(N,)`, in the order of `batch.supervised_positions`; weights have no part in it. The logits are never
+            held all at once.
+
+        Raises:
+            ModelError: the batch's layout is not the model's, or a target lies outside its vocabulary.
+        """
+        self.check_targets(batch)
+        return log_probs(self.head, self.hidden(batch), batch.supervised_targets)
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
@@ -207,6 +226,7 @@ class CausalLM:
 
     def _check_layout(self, batch: Batch) -> None:
         """One document alone is the same packed or not; decoder blocks want it packed."""
+        assert batch.spread is None or self.shares, "documents that share a beginning, and a model that mixes them"
         if batch.packed == self.packed or (batch.packed and len(batch.document_lengths) == 1):
             return
         raise ModelError(

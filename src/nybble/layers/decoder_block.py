@@ -27,7 +27,7 @@ experts and layer-scale; such models run on the generic path.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,6 +70,29 @@ def block_ops(family: Family) -> tuple[str, ...]:
     )
 
 
+class Spread(NamedTuple):
+    """How documents share the rows of a batch; each is a part of two at most.
+
+    Args:
+        rows: int64 `(D)`, the row of each of the documents' tokens.
+        first: int64 `(T)`, the first token that each row is.
+        second: int64, tokens whose rows others were before.
+    """
+
+    rows: Tensor
+    first: Tensor
+    second: Tensor
+
+    def to_documents(self, rows: Tensor) -> Tensor:
+        """(T, ..) -> (D, ..)."""
+        return rows.index_select(0, self.rows)
+
+    def gradient(self, grad: Tensor, out: Tensor) -> None:
+        """Of the rows, into `out` (T, ..), from that of the documents' tokens (D, ..)."""
+        torch.index_select(grad, 0, self.first, out=out)
+        out.index_add_(0, self.rows[self.second], grad.index_select(0, self.second))
+
+
 @dataclass(frozen=True)
 class PackedSequences:
     """Where the T tokens of a packed batch lie, the same for every block.
@@ -78,11 +101,13 @@ class PackedSequences:
         angles: of each token's position, for each kind of layer.
         cu_seqlens: int32 `(num_documents + 1)`, the documents' borders.
         max_length: tokens of the longest document.
+        spread: where documents share rows; only attention tells them apart.
     """
 
     angles: Angles
     cu_seqlens: Tensor
     max_length: int
+    spread: Spread | None = None
 
 
 def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
@@ -207,12 +232,13 @@ class DecoderBlock:
         return Heads(z, qkv, normed_heads)
 
     def attend(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
-        """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, T)."""
-        q, k, v = self._split_heads(qkv)
+        """Attention: (T, q + 2 kv) -> output (T, q) and log-sum-exp (heads, documents' tokens)."""
+        q, k, v = self._split_heads(qkv if rows.spread is None else rows.spread.to_documents(qkv))
         out, lse = attention_forward(
             q, k, v, rows.cu_seqlens, rows.max_length, scale=self.scale, window=self.window, softcap=self.softcap
         )
-        return out.flatten(1), lse
+        out = out.flatten(1)
+        return (out if rows.spread is None else out.index_select(0, rows.spread.first)), lse
 
     def attention_output(self, out: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
         """The states after attention: its output (T, q), and what came into the block, to (T, hidden)."""
@@ -269,13 +295,20 @@ class DecoderBlock:
         self, grad_out: Tensor, heads: "Heads", out: Tensor, lse: Tensor, rows: PackedSequences
     ) -> Tensor:
         """From the gradient of attention's output, (T, q), to that of what qkv gave, (T, q + 2 kv)."""
-        grad_qkv = torch.empty_like(heads.qkv)
-        grads = self._split_heads(grad_qkv)
-        q, k, v = self._split_heads(heads.qkv)
+        grad_qkv, qkv = torch.empty_like(heads.qkv), heads.qkv
+        seen = grad_qkv  # by the documents' tokens
+        if rows.spread is not None:
+            qkv, out = rows.spread.to_documents(qkv), rows.spread.to_documents(out)
+            seen = torch.empty_like(qkv)
+            grad_out = torch.zeros_like(out).index_copy_(0, rows.spread.first, grad_out)
+        q, k, v = self._split_heads(qkv)
         attention_backward(
             grad_out.view(q.shape), q, k, v, out.view(q.shape), lse, rows.cu_seqlens, rows.max_length,
-            scale=self.scale, window=self.window, softcap=self.softcap, grads=grads,
+            scale=self.scale, window=self.window, softcap=self.softcap, grads=self._split_heads(seen),
         )  # fmt: skip
+        if rows.spread is not None:
+            rows.spread.gradient(seen, out=grad_qkv)
+        grads = self._split_heads(grad_qkv)
         rope_backward_(self._rotated(grad_qkv), *rows.angles[self.kind])
         for grad, normed in zip(grads, heads.normed, strict=False):
             normed.backward(grad, out=grad)

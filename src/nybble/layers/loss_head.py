@@ -124,7 +124,7 @@ class LossHead:
     @torch.no_grad()
     def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
-        chunks = self._chunks(hidden, targets)
+        chunks = self.chunks(hidden, targets)
         losses = [cross_entropy_(self.logits(h, buffer), t, 0.0) for h, t, buffer in chunks]
         return _weighted(torch.cat([hidden.new_zeros(0, dtype=torch.float32), *losses])[: len(targets)], weights)
 
@@ -181,7 +181,7 @@ class LossHead:
         """Rows of a chunk of logits."""
         return self.rules.chunk_rows(self.vocabulary * (itemsize if self._is_plain else 8))
 
-    def _chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
         target.
         """
@@ -253,7 +253,7 @@ class _LossFunction(torch.autograd.Function):
         missing = -len(targets) % head.rules.row_multiple  # as the chunks are filled up
         left = None if low is None else F.pad(low, (0, 0, 0, missing))
         left_weights = None if weights is None else F.pad(weights, (0, missing))
-        for h, t, buffer in head._chunks(hidden, targets):
+        for h, t, buffer in head.chunks(hidden, targets):
             part, left = _take(left, len(h))
             w, left_weights = _take(left_weights, len(h))
             losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, factor, part, b)

@@ -1,5 +1,6 @@
 """Every option of nybble, declared once: name, type, default, bounds, meaning, group. Here those of how a model is
-trained, planned and quantised; what is done with one that is there is in use_groups.py.
+trained, planned and quantised; what is minimised is in objective_groups.py, what is done with a model that is there in
+use_groups.py.
 
 The command line's flags, the keys of a run's YAML file and the comments of `train --print-config` are generated from
 the classes below; verbs.py says which verb takes which. An option's Python name `rows_per_step` is the flag

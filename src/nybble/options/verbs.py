@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options import groups, use_groups
+from nybble.options import groups, objective_groups, use_groups
 from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, named_values, read_yaml
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
@@ -42,6 +42,7 @@ class TrainConfig(Verb):
 
     model: groups.ModelOptions
     data: groups.DataOptions
+    objective: objective_groups.ObjectiveOptions
     run: groups.RunOptions
     weights: groups.WeightOptions
     rounding: groups.QualityOptions
@@ -52,12 +53,24 @@ class TrainConfig(Verb):
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
 
+    @model_validator(mode="after")
+    def _reference_is_asked_in_time(self) -> Self:
+        adapters = self.adapters
+        if self.objective.reference == "step" and (adapters.adapter is not None or adapters.init != "default"):
+            raise ConfigError(
+                "reference is step, and training begins with an adapter that does something (--adapter, --init).",
+                "The reference is what training begins with; in the step only the bare base can be asked.",
+                "Leave --reference out: it is asked once, before the first step.",
+            )
+        return self
+
 
 class PlanConfig(Verb):
     """What `nybble plan` needs to know."""
 
     model: groups.ModelOptions
     data: groups.PlannedData
+    objective: objective_groups.ObjectiveOptions
     weights: groups.WeightOptions
     rounding: groups.MixedOptions
     adapters: groups.PlannedAdapters
@@ -104,6 +117,7 @@ class DataConfig(Verb):
 
     model: groups.ModelOptions
     data: groups.DataOptions
+    objective: objective_groups.ObjectiveName
 
 
 class EvalConfig(Verb):

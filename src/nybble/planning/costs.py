@@ -264,11 +264,16 @@ def head_bytes(run: RunShape) -> int:
 
 
 def validation_bytes(run: RunShape) -> int:
-    """Height of an evaluation: one block forward at a time, its input and output; then the states of the head."""
+    """Height of an evaluation, or of asking the reference: one block forward at a time, its input and output; then the
+    states of the head.
+    """
     c, batches = run.compute_bytes, run.batches
     h, q, kv, f = run.model.widths
-    block = batches.validation_tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank)
-    states = batches.validation_supervised * h * (2 * c + 8) + _panels(run)
+    tokens, targets = batches.validation_tokens, batches.validation_supervised
+    if run.asks_reference:
+        tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
+    block = tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank)
+    states = targets * h * (2 * c + 8) + _panels(run)
     return max(block, states)
 
 

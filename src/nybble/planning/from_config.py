@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
+from nybble.layers.backbone import why_not_blocks
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.verbs import PlanConfig
@@ -22,14 +24,14 @@ from nybble.planning.planner import Plans, make_plans
 from nybble.planning.request import requests
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
-from nybble.sizes import SHAPE_RULES, ShapeRules
+from nybble.sizes import SHAPE_RULES
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import open_model
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, stored_text_config
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 QUANTIZATION = "quantization_config"  # which the tensors' own names and sizes say
 
@@ -44,12 +46,11 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     machine, dtype = _machine(options.machine, options.memory.memory)
     skeleton = build_skeleton(transformers_config(written))
     formats = formats_from_config(written)
-    vocab_size = skeleton.config.get_text_config().vocab_size
     asked, unconstrained = requests(
         options,
         skeleton,
         machine,
-        micro_batches=_micro_batches(options, vocab_size, SHAPE_RULES[machine.kind], report),
+        micro_batches=_micro_batches(options, skeleton, machine, report),
         dtype=dtype,
         in_folder=formats is not None or options.model.model in SHAPES,
         formats=formats,
@@ -111,17 +112,24 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
 
 
 def _micro_batches(
-    options: PlanConfig, vocab_size: int, rules: ShapeRules, report: Listener
+    options: PlanConfig, skeleton: "PreTrainedModel", machine: Machine, report: Listener
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
-    data, memory = options.data, options.memory
+    data, memory, rules = options.data, options.memory, SHAPE_RULES[machine.kind]
     if data.data is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing
-        return lambda size: even_micro_batches(length, rows_per_step=rows, size=size, packed=packed, rules=rules)
+        documents = 1 if options.objective.objective in ("sft", "kto") else 2
+        return lambda size: even_micro_batches(
+            length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=documents
+        )
     source = open_model(options.model.model, options.model.tokenizer)
     template = open_template(data, source.load_tokenizer())
-    prepared = prepare_data(DataOptions(**data.model_dump()), template, vocab_size)
+    kind = ROW_KINDS[options.objective.objective]
+    vocab_size = skeleton.config.get_text_config().vocab_size
+    prepared = prepare_data(DataOptions(**data.model_dump()), template, vocab_size, kind=kind)
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
     if prepared.mixture is not None:
         report(Note(prepared.mixture.describe(steps * memory.rows_per_step)))
-    return micro_batches_of(prepared, memory, rules, steps=steps, seed=data.seed)
+    device, dropout = torch.device(machine.kind), options.adapters.dropout > 0
+    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device, here=machine.here)
+    return micro_batches_of(prepared, memory, rules, steps=steps, seed=data.seed, shares=against is None)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from nybble.data.encoded_rows import lengths_of, supervised_of
+from nybble.data.encoded_rows import EncodedRows, counted
 from nybble.data.examples import EncodedExample
 from nybble.data.mixture import Mixture
 from nybble.data.prepare import PreparedData
@@ -18,9 +18,13 @@ COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later o
 
 
 def micro_batches_of(
-    data: PreparedData, memory: MemoryOptions, rules: ShapeRules, *, steps: int, seed: int
+    data: PreparedData, memory: MemoryOptions, rules: ShapeRules, *, steps: int, seed: int, shares: bool = False
 ) -> Callable[[int], MicroBatches]:
-    """Most rows at once -> what the micro-batches of the run come to; counted once for each number of rows."""
+    """Most rows at once -> what the micro-batches of the run come to; counted once for each number of rows.
+
+    Args:
+        shares: what two documents of a row begin with is computed once.
+    """
 
     @functools.cache
     def of_size(size: int) -> MicroBatches:
@@ -33,6 +37,7 @@ def micro_batches_of(
             seed=seed,
             size=size,
             packed=memory.packing,
+            shares=shares,
             rules=rules,
         )
 
@@ -50,9 +55,11 @@ def count_micro_batches(
     packed: bool,
     rules: ShapeRules,
     mixture: Mixture | None = None,
+    shares: bool = False,
 ) -> MicroBatches:
     """What the micro-batches of at most `size` rows come to over `steps` optimizer steps and in evaluations."""
-    lengths, supervised = lengths_of(train), supervised_of(train)
+    training, held_out = counted(train), counted(validation)
+    lengths, supervised = training.lengths, training.num_targets
     sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     heaviest: list[int] = []
     tokens = targets = 0
@@ -63,22 +70,22 @@ def count_micro_batches(
         if within and step >= COUNTED_STEPS:
             continue
         for micro in split_micro_batches(rows, lengths, size, packed):
-            taken = _tokens(lengths[micro].tolist(), packed, rules)
+            taken = _tokens_of(training, micro, packed, shares, rules)
             counts.add(taken)
             if taken > tokens:
                 tokens, heaviest = taken, micro
             targets = max(targets, int(supervised[micro].sum()))
-    held_out, held_out_supervised = lengths_of(validation), supervised_of(validation)
-    dealt = split_micro_batches(range(len(validation)), held_out, size, packed)
-    own = [_tokens(held_out[micro].tolist(), packed, rules) for micro in dealt]
+    dealt = split_micro_batches(range(len(held_out)), held_out.lengths, size, packed)
+    own = [_tokens_of(held_out, micro, packed, shares, rules) for micro in dealt]
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
-        longest_row=int(lengths.max()),
+        longest_row=int(training.longest.max()),
         token_counts=len(counts),
         validation_tokens=max(own, default=0),
-        validation_supervised=max((int(held_out_supervised[micro].sum()) for micro in dealt), default=0),
+        validation_supervised=max((int(held_out.num_targets[micro].sum()) for micro in dealt), default=0),
         validation_counts=len(set(own) - counts),
+        documents=int(training.documents.max()),
         heaviest=tuple(heaviest),
         heaviest_validation=tuple(dealt[own.index(max(own))]) if own else (),
     )
@@ -89,18 +96,26 @@ def total_steps(length: LengthOptions, num_rows: int, rows_per_step: int) -> int
     return length.max_steps or StepSampler(num_rows, rows_per_step, 0).num_steps(length.epochs)
 
 
-def even_micro_batches(length: int, *, rows_per_step: int, size: int, packed: bool, rules: ShapeRules) -> MicroBatches:
-    """The micro-batches of a run whose rows all have `length` tokens, all supervised."""
+def even_micro_batches(
+    length: int, *, rows_per_step: int, size: int, packed: bool, rules: ShapeRules, documents: int = 1
+) -> MicroBatches:
+    """The micro-batches of a run whose rows all have so many documents of `length` tokens, all supervised."""
     sizes = {size, rows_per_step % size or size}
-    tokens = _tokens([length] * size, packed, rules)
-    return MicroBatches(tokens, size * length, length, len(sizes), tokens, size * length, 0)
+    targets = size * documents * length
+    tokens = _filled(targets, rules) if packed else targets
+    return MicroBatches(tokens, targets, length, len(sizes), tokens, targets, 0, documents)
 
 
-def _tokens(lengths: Sequence[int], packed: bool, rules: ShapeRules) -> int:
+def _tokens_of(rows: EncodedRows, micro: Sequence[int], packed: bool, shares: bool, rules: ShapeRules) -> int:
     """Of one micro-batch, padding included."""
     if not packed:
-        return len(lengths) * max(lengths)
-    return -(-sum(lengths) // rules.token_multiple) * rules.token_multiple
+        return int(rows.documents[micro].sum()) * int(rows.longest[micro].max())
+    shared = int(rows.shared_tokens[micro].sum()) if shares else 0
+    return _filled(int(rows.lengths[micro].sum()) - shared, rules)
+
+
+def _filled(tokens: int, rules: ShapeRules) -> int:
+    return -(-tokens // rules.token_multiple) * rules.token_multiple
 
 
 def _largest(numbers: np.ndarray, rows: Sequence[int], size: int) -> int:

@@ -15,7 +15,7 @@ from nybble.planning.costs import Part, end_bytes, offloaded_bytes, predict, res
 from nybble.planning.machine_table import Machine
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy
-from nybble.planning.work import Work, work_of
+from nybble.planning.work import Work, forward_work, work_of
 from nybble.sizes import PAGE_BUFFERS
 
 if TYPE_CHECKING:
@@ -232,6 +232,16 @@ def _step_seconds(run: RunShape, machine: Machine) -> float:
         speed = machine.link_bytes_per_s if run.from_ram else machine.disk_bytes_per_s
         micro_batch = STREAMING_OVERHEAD * max(compute, work.read_bytes / speed)
     return run.micro_batches * micro_batch + update
+
+
+def forward_seconds(run: RunShape, machine: Machine, num_tokens: int) -> float:
+    """Of a pass without a gradient over so many tokens, in micro-batches such as the run's."""
+    work = forward_work(run)
+    seconds = _compute_seconds(run, work, machine)
+    if run.resident_blocks is not None:
+        speed = machine.link_bytes_per_s if run.from_ram else machine.disk_bytes_per_s
+        seconds = STREAMING_OVERHEAD * max(seconds, work.read_bytes / speed)
+    return seconds * num_tokens / run.batches.tokens
 
 
 def _compute_seconds(run: RunShape, work: Work, machine: Machine) -> float:

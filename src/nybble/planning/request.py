@@ -16,6 +16,7 @@ from nybble.layers.convert import end_modules, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
 from nybble.options.groups import MemoryOptions, WeightOptions
+from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
 from nybble.options.option import fields_of, flat, with_options, yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
 from nybble.planning.costs import mean_bits
@@ -154,6 +155,8 @@ def requests(
         adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         dropout=dropout,
         on_cpu=machine.on_cpu,
+        asks_reference=options.objective.objective in WITH_REFERENCE,
+        more_forwards=more_forwards(options.objective),
     )
     _check_whole_blocks(memory, run, str(against))
     ends = [name for name in end_modules(skeleton) if name in targets]
@@ -164,7 +167,7 @@ def requests(
         against = {strategy: list(reasons_against(strategy, options, model, in_folder, ends)) for strategy in Strategy}
         return PlanRequest(
             run,
-            batches={size: micro_batches(size) for size in _sizes(memory, run.batches.longest_row)},
+            batches={size: micro_batches(size) for size in _sizes(memory, run.batches)},
             rows_per_step=memory.rows_per_step,
             keeps=get_args(Keep) if memory.keep == "auto" else (memory.keep,),
             pagings={"auto": (False, True), "never": (False,), "always": (True,)}[memory.page_optimizer],
@@ -199,11 +202,29 @@ def _check_whole_blocks(memory: MemoryOptions, run: RunShape, why_not_blocks: st
         )
 
 
-def _sizes(memory: MemoryOptions, longest_row: int) -> list[int]:
-    """Rows at once to choose among."""
+def more_forwards(objective: ObjectiveOptions) -> int:
+    """Passes without a gradient that each micro-batch takes: of the reference in the step, and KTO's own over the
+    mismatched answers.
+    """
+    in_step = objective.reference == "step"
+    match objective.objective:
+        case "dpo" | "ipo":
+            return 1 if in_step else 0
+        case "kto":
+            return 3 if in_step else 1
+        case _:
+            return 0
+
+
+def _sizes(memory: MemoryOptions, one_row: MicroBatches) -> list[int]:
+    """Rows at once to choose among.
+
+    Args:
+        one_row: micro-batches of a row each.
+    """
     if memory.micro_batch_size:
         return [memory.micro_batch_size]
-    sizes = [max(1, min(memory.rows_per_step, MICRO_BATCH_TOKENS // longest_row))]
+    sizes = [max(1, min(memory.rows_per_step, MICRO_BATCH_TOKENS // (one_row.longest_row * one_row.documents)))]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes

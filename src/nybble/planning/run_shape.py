@@ -103,6 +103,7 @@ class MicroBatches:
         token_counts: different numbers of tokens that training meets.
         validation_tokens, validation_supervised: the same of evaluations.
         validation_counts: different numbers of tokens that only evaluations meet.
+        documents: of a row, at most.
         heaviest, heaviest_validation: the rows of the largest micro-batches, by number; empty where there is no data.
     """
 
@@ -113,6 +114,7 @@ class MicroBatches:
     validation_tokens: int
     validation_supervised: int
     validation_counts: int
+    documents: int = 1
     heaviest: tuple[int, ...] = ()
     heaviest_validation: tuple[int, ...] = ()
 
@@ -154,6 +156,8 @@ class RunShape:
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         full: every weight is trained; then rank and adapters are 0.
         graphs: micro-batches come from graphs, which have memory of their own.
+        asks_reference: training's micro-batches go through without a gradient too.
+        more_forwards: passes without a gradient beside each micro-batch's own, as a reference's in the step.
     """
 
     model: ModelShape
@@ -177,6 +181,8 @@ class RunShape:
     dropout: bool = False
     on_cpu: bool = True
     full: bool = False
+    asks_reference: bool = False
+    more_forwards: int = 0
     graphs: bool = False
 
     @property

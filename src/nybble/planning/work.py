@@ -27,9 +27,33 @@ class Work:
     read_bytes: int
     block_passes: int
 
+    def plus(self, times: int, other: "Work") -> "Work":
+        """Both, the other so many times."""
+        return Work(
+            self.flops + times * other.flops,
+            (self.attention[0] + times * other.attention[0], self.attention[1] + times * other.attention[1]),
+            self.weight_bytes + times * other.weight_bytes,
+            self.moved_bytes + times * other.moved_bytes,
+            self.read_bytes + times * other.read_bytes,
+            self.block_passes + times * other.block_passes,
+        )
+
+
+def forward_work(run: RunShape) -> Work:
+    """Products of one micro-batch's pass without a gradient."""
+    tokens, targets, layers = run.batches.tokens, run.batches.supervised, run.model.num_layers
+    head = 2.0 * targets * run.model.vocab_size * run.model.hidden_size
+    products = 2.0 * tokens * (run.model.multiplied_elements + run.adapter_parameters) + head
+    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
+    dense = 0 if run.spec is None else run.compute_bytes * run.model.parts.linear_elements
+    stored = 0 if run.spec is None else int(base_bytes(run.model, run.spec, run.average_bits))
+    moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, 0.0) // 3  # of forward and backward
+    return Work(products, (attention, 0.0), dense, moved, streamed_bytes(run), layers)
+
 
 def work_of(run: RunShape) -> Work:
-    """Products of one micro-batch: forward, recomputation, input gradients, adapters, attention, head.
+    """Products of one micro-batch: forward, recomputation, input gradients, adapters, attention, head; and what else
+    goes forward beside it.
 
     Attention is causal and within rows.
     """
@@ -54,4 +78,5 @@ def work_of(run: RunShape) -> Work:
     stored = 0 if run.spec is None else int(passes * base_bytes(run.model, run.spec, run.average_bits))
     moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, share)
     products = weights + adapters + head
-    return Work(products, (attention_passes * attention, 2.5 * attention), dense, moved, read, 2 * layers)
+    training = Work(products, (attention_passes * attention, 2.5 * attention), dense, moved, read, 2 * layers)
+    return training.plus(run.more_forwards, forward_work(run)) if run.more_forwards else training

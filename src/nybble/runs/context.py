@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nybble.data import audit as checks
-from nybble.data.prepare import Encode, PreparedData, prepare_data
+from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind, prepare_data
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
@@ -37,7 +37,9 @@ def within_context(max_seq_len: int, base: StoredModel) -> int:
     return context
 
 
-def read_examples(options: DataOptions, source: StoredModel) -> tuple[PreparedData, ChatTemplate]:
+def read_examples(
+    options: DataOptions, source: StoredModel, kind: RowKind = EXAMPLE_ROWS
+) -> tuple[PreparedData, ChatTemplate]:
     """Read, encode, split and audit the examples that the options name, within the base's context, as its template or
     the one named writes them.
 
@@ -46,20 +48,20 @@ def read_examples(options: DataOptions, source: StoredModel) -> tuple[PreparedDa
     """
     options = options.model_copy(update={"max_seq_len": within_context(options.max_seq_len, source)})
     template = open_template(options, source.load_tokenizer())
-    return read_rows(options, source, template), template
+    return read_rows(options, source, template, kind), template
 
 
 def read_rows(
     options: DataOptions,
     source: StoredModel,
     template: ChatTemplate,
-    encode: Encode = ChatTemplate.encode_example,
+    kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,
     report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, for a base; as `prepare`."""
     vocab_size = source.config.get_text_config().vocab_size
-    data = prepare_data(options, template, vocab_size, source.embedding_rows, encode, scratch, report)
+    data = prepare_data(options, template, vocab_size, source.embedding_rows, kind, scratch, report)
     return _note_context(data, options.max_seq_len, source.config)
 
 
@@ -73,6 +75,6 @@ def _note_context(data: PreparedData, max_seq_len: int, base: "PretrainedConfig"
         note = f"max_seq_len is {context}, the tokens that the model has positions for"
         audit = replace(audit, notices=(*audit.notices, note))
     rows = data.train + data.validation
-    beyond = (rows[number].origin for number in np.flatnonzero(rows.lengths > context).tolist())
+    beyond = (rows[number].origin for number in np.flatnonzero(rows.longest > context).tolist())
     found = checks.find("beyond-context", beyond, f"its context is {context} tokens")
     return replace(data, audit=replace(audit, findings=(*audit.findings, *found)))

@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
 config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
-events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/  report/
+reference.json  events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/  report/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
 second, its base while it is calibrated. Only then does an earlier run go, and what lies there takes its place.
@@ -44,6 +44,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"
+        self.reference = path / "reference.json"
         self.report = path / "report"
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
         self._lock: int | None = None

@@ -7,6 +7,7 @@ come twice get one.
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator, LossHead
 from nybble.memory.graph import Graph, graph_on
 from nybble.sizes import GRAPH_MULTIPLE, SHAPE_RULES
-from nybble.training.objective import Objective
+from nybble.training.objective import Objective, Part, Totals
 
 MOST_GRAPHS = 8  # each takes some megabytes beside the pool, and seconds to make
 CAPTURED_AFTER = 3  # micro-batches of a shape: one without a graph, and its first two runs
@@ -48,22 +49,22 @@ class GradientAccumulation:
             batch = self._filled_up(batch)
         return batch.to(self._model.device)
 
-    def __call__(self, batch: Batch, denominator: float) -> Tensor:
-        """Add a prepared batch's gradients; returns its part of the step's loss, a scalar on the model's device.
+    def __call__(self, batch: Batch, totals: Totals) -> Part:
+        """Add a prepared batch's gradients; returns its part of the step, on the model's device.
 
         Args:
-            denominator: supervised tokens of the whole step.
+            totals: of the whole step.
         """
         graph = self._graph_for(batch)
         if graph is None:
-            return forward_backward(self._objective, self._model, batch, denominator)
+            return forward_backward(self._objective, self._model, batch, totals)
         self._model.check_targets(batch)
-        return graph.run(batch, denominator)
+        return Part(graph.run(batch, totals.terms))
 
-    def rehearse(self, batch: Batch, denominator: float) -> None:
+    def rehearse(self, batch: Batch, totals: Totals) -> None:
         """Take the memory that a prepared batch of this shape will take, its graph's included."""
         for _ in range(1 if self._shape(batch) is None else CAPTURED_AFTER):
-            self(batch, denominator)
+            self(batch, totals)
 
     def drop_graphs(self) -> bool:
         """Make room: no graphs from now on. Whether there were any."""
@@ -117,25 +118,30 @@ class _FromGraph:
         self._batch = batch.copy()
         self._denominator = torch.ones((), dtype=torch.float64, device=model.device)
         self._graph = graph_type(
-            partial(forward_backward, objective, model, self._batch, self._denominator),
+            partial(_loss_of, objective, model, self._batch, Totals(self._denominator)),
             lambda: [*backbone.weights.buffers, *head.rooms],
         )
 
-    def run(self, batch: Batch, denominator: float) -> Tensor:
+    def run(self, batch: Batch, denominator: Denominator) -> Tensor:
         self._batch.take(batch)
         self._denominator.fill_(denominator)
         self._backbone.refresh_adapters()  # a graph knows nothing of what has changed
         return self._graph().clone()
 
 
-def forward_backward(objective: Objective, model: CausalLM, batch: Batch, denominator: Denominator) -> Tensor:
-    """Add a micro-batch's gradients; returns its part of the step's loss, a scalar on the model's device.
+def forward_backward(objective: Objective, model: CausalLM, batch: Batch, totals: Totals) -> Part:
+    """Add a micro-batch's gradients; returns its part of the step, on the model's device.
 
     A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
     """
-    loss = objective.loss(model, batch, denominator)
-    loss.backward()
-    return loss.detach()
+    part = objective.loss(model, batch, totals)
+    part.loss.backward()
+    return replace(part, loss=part.loss.detach())
+
+
+def _loss_of(objective: Objective, model: CausalLM, batch: Batch, totals: Totals) -> Tensor:
+    """What a graph leaves behind; objectives with metrics are not captured."""
+    return forward_backward(objective, model, batch, totals).loss
 
 
 def _can_be_captured(objective: Objective, model: CausalLM) -> bool:

@@ -1,7 +1,8 @@
 """What a training run tells of itself. Those with a `kind` lie in its `events.jsonl`, under these names and fields."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from nybble.events import Event
 
@@ -65,6 +66,7 @@ class Step(Event):
         grad_norm: before clipping.
         tokens, supervised_tokens: of its rows.
         memory_bytes: held by the process now.
+        metrics: the objective's, by name; the log has each under its own.
     """
 
     kind: ClassVar[str] = "step"
@@ -77,16 +79,39 @@ class Step(Event):
     step_s: float
     tokens_per_s: float
     memory_bytes: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """As `Event` says."""
+        return _unfolded(super().fields())
 
 
 @dataclass(frozen=True)
 class HeldOutLoss(Event):
-    """Held-out rows were evaluated after this step, 0 before the first; nats a supervised token."""
+    """Held-out rows were evaluated after this step, 0 before the first.
+
+    Args:
+        unit: of the loss; the log leaves it out.
+        metrics: the objective's, by name; the log has each under its own.
+    """
 
     kind: ClassVar[str] = "eval"
     step: int
     loss: float
     supervised_tokens: int
+    unit: str = "nats per supervised token"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """As `Event` says."""
+        recorded = _unfolded(super().fields())
+        del recorded["unit"]
+        return recorded
+
+
+def _unfolded(fields: dict[str, Any]) -> dict[str, Any]:
+    metrics = fields.pop("metrics")
+    return fields | metrics
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from nybble.data.encoded_rows import lengths_of
+from nybble.data.encoded_rows import lengths_of, supervised_of
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler, split_micro_batches
@@ -28,7 +27,7 @@ from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progre
 from nybble.training.evaluations import Evaluations
 from nybble.training.events import HeldOutLoss, NotPaged, OutOfMemory, Step
 from nybble.training.interrupt import InterruptOnce
-from nybble.training.objective import Objective
+from nybble.training.objective import Objective, Part
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.schedule import learning_rate, warmup_steps
@@ -124,10 +123,11 @@ def train_loop(
         due = step % evaluations.every == 0 or step == total_steps
         if not due or step == progress.evaluated_step or not evaluations.rows:
             return
-        loss, num_tokens = validation_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
+        found = validation_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
-        report(HeldOutLoss(step, loss, num_tokens))
+        loss = found.loss
+        report(HeldOutLoss(step, loss, found.supervised_tokens, objective.unit, found.metrics))
         progress.loss_after, progress.evaluated_step = loss, step
         if step == 0:
             progress.loss_before = loss
@@ -156,21 +156,20 @@ def train_loop(
             step, rows = progress.step + 1, sampler.next_step()
             model.train()
             micro_batches = [
-                forward_backward.prepare(objective.collate([train[row] for row in micro], model.packed))
+                forward_backward.prepare(objective.collate([train[row] for row in micro], model))
                 for micro in split_micro_batches(rows, lengths, progress.micro_batch_size, model.packed)
             ]
-            # One denominator for the whole step: how it is cut into micro-batches changes nothing.
-            num_supervised = sum(objective.tokens(batch) for batch in micro_batches)
-            losses: list[Tensor] = []
+            parts: list[Part] = []
             out_of_memory = False
-            for batch in micro_batches:
-                try:
-                    losses.append(forward_backward(batch, num_supervised))
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    out_of_memory = True  # what the step holds is freed once the exception is gone, below
-                    break
+            try:
+                # Of the whole step: how it is cut into micro-batches changes nothing.
+                totals = objective.totals(model, [train[row] for row in rows], progress.micro_batch_size)
+                for batch in micro_batches:
+                    parts.append(forward_backward(batch, totals))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                out_of_memory = True  # what the step holds is freed once the exception is gone, below
 
             if out_of_memory:
                 optimizer.drop_gradients()
@@ -190,9 +189,12 @@ def train_loop(
                 report(OutOfMemory(step, micro_batch_size=progress.micro_batch_size))
                 continue
             # The one look at the device, which may be a GPU at work; before anything is updated.
-            *values, grad_norm = torch.stack([*(loss.double() for loss in losses), optimizer.gradient_norm()]).tolist()
-            totals = list(itertools.accumulate(values))
-            for batch, total in zip(micro_batches, totals, strict=True):
+            seen = [*(part.loss.double() for part in parts), optimizer.gradient_norm()]
+            measured = [part.metrics for part in parts if part.metrics is not None]
+            figures = torch.cat([torch.stack(seen), *([torch.stack(measured).sum(dim=0)] if measured else [])]).tolist()
+            losses, grad_norm, metrics = figures[: len(parts)], figures[len(parts)], figures[len(seen) :]
+            losses = list(itertools.accumulate(losses))
+            for batch, total in zip(micro_batches, losses, strict=True):
                 if not math.isfinite(total):
                     save(before, last=True)
                     suspects = [train[row] for row in rows if train[row].origin in batch.rows]
@@ -209,14 +211,15 @@ def train_loop(
             report(
                 Step(
                     step=step,
-                    loss=totals[-1],
+                    loss=losses[-1],
                     lr=lr,
                     grad_norm=grad_norm,
                     tokens=num_tokens,
-                    supervised_tokens=num_supervised,
+                    supervised_tokens=sum(batch.supervised_tokens for batch in micro_batches),
                     step_s=step_s,
                     tokens_per_s=num_tokens / step_s,
                     memory_bytes=used_bytes(device),
+                    metrics=dict(zip(objective.metrics, metrics, strict=True)),
                 )
             )
             evaluate_if_due()
@@ -240,11 +243,11 @@ def rehearse(
     Nothing is learnt from it: gradients are dropped, moments stay as they were, random generators go back.
     """
     device = model.device
-    batch = forward_backward.prepare(objective.collate(rehearsal.rows, model.packed))
+    batch = forward_backward.prepare(objective.collate(rehearsal.rows, model))
     rng = capture_rng(device)
     model.train()
     optimizer.materialise()
-    forward_backward.rehearse(batch, max(1, objective.tokens(batch)))
+    forward_backward.rehearse(batch, objective.totals(model, rehearsal.rows, len(rehearsal.rows)))
     optimizer.drop_gradients()
     if rehearsal.validation:
         validation_loss(objective, model, rehearsal.validation, len(rehearsal.validation))
@@ -261,6 +264,21 @@ def paged_out(optimizer: AdamW, run: RunFolder, report: Listener) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What rows say.
+
+    Args:
+        loss: the mean over the objective's terms.
+        metrics: the objective's, by name.
+        supervised_tokens: of all rows.
+    """
+
+    loss: float
+    metrics: dict[str, float]
+    supervised_tokens: int
+
+
 @torch.no_grad()
 def validation_loss(
     objective: Objective,
@@ -268,23 +286,26 @@ def validation_loss(
     rows: Sequence[EncodedExample],
     micro_batch_size: int,
     interrupt: InterruptOnce | None = None,
-) -> tuple[float, int]:
-    """Mean loss in nats per supervised token over `rows`, of which there are some, and the number of those tokens.
+) -> Measured:
+    """Loss and metrics over `rows`, of which there are some.
 
-    Once `interrupt` is requested it stops early; what it returns then is over the rows it came to.
+    Once `interrupt` is requested it stops early; what it returns then means nothing.
     """
     was_training = model.training
     model.eval()
-    total, num_tokens = 0.0, 0
+    totals = objective.totals(model, rows, micro_batch_size)
+    sums = [0.0] * (1 + len(objective.metrics))
     lengths = lengths_of(rows)
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
-        batch = objective.collate([rows[row] for row in micro], model.packed).to(model.device)
-        total += objective.token_losses(model, batch).double().sum().item()
-        num_tokens += objective.tokens(batch)
+        batch = objective.collate([rows[row] for row in micro], model).to(model.device)
+        terms = objective.terms(model, batch, totals)
+        sums = [total + row.double().sum().item() for total, row in zip(sums, terms, strict=True)]
         if interrupt is not None and interrupt.requested:
             break
     model.train(was_training)
-    return total / num_tokens, num_tokens
+    loss, *metrics = (total / float(totals.terms) for total in sums)
+    named = dict(zip(objective.metrics, metrics, strict=True))
+    return Measured(loss, named, int(supervised_of(rows).sum()))
 
 
 @torch.no_grad()
@@ -292,8 +313,8 @@ def non_finite_rows(objective: Objective, model: CausalLM, rows: Sequence[Encode
     """Origins (file:line) of the rows whose own loss is not finite; of all rows if it is so only together."""
 
     def is_finite(row: EncodedExample) -> bool:
-        batch = objective.collate([row], model.packed).to(model.device)
-        return bool(objective.token_losses(model, batch).isfinite().all())
+        batch = objective.collate([row], model).to(model.device)
+        return bool(objective.terms(model, batch, objective.totals(model, [row], 1)).isfinite().all())
 
     return [row.origin for row in rows if not is_finite(row)] or [row.origin for row in rows]
 

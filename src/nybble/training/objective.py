@@ -1,20 +1,47 @@
 """What a run minimises. `train_loop` knows nothing else of it."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nybble.data import packing
-from nybble.data.examples import EncodedExample, Example
+from nybble.data.encoded_rows import supervised_of
+from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
-from nybble.data.template import ChatTemplate
+from nybble.data.prepare import EXAMPLE_ROWS, RowKind
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator
 
 
+@dataclass(frozen=True)
+class Totals:
+    """What the micro-batches of one step, or of one evaluation, share: how it is cut into them changes nothing.
+
+    Args:
+        terms: of the sum that the loss is the mean of: supervised tokens, or pairs, or rows.
+    """
+
+    terms: Denominator
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a micro-batch adds to its step.
+
+    Args:
+        loss: a scalar in fp32, whose backward gives the adapters' gradients.
+        metrics: fp64 `(M,)`, of the objective's metrics; None where it has none.
+    """
+
+    loss: Tensor
+    metrics: Tensor | None = None
+
+
 class Objective(Protocol):
-    """How an example becomes rows, rows a batch, and a batch a loss."""
+    """What rows are learnt from, how they become a batch, and a batch a loss."""
 
     @property
     def capturable(self) -> bool:
@@ -22,54 +49,65 @@ class Objective(Protocol):
         (`nybble.data.packing.fill_up`): then a GPU may replay it for another batch in their place.
         """
 
-    def encode(self, template: ChatTemplate, example: Example) -> list[EncodedExample]:
-        """The training sequences of an example, untruncated.
+    @property
+    def kind(self) -> RowKind:
+        """Of the rows."""
 
-        Raises:
-            RowError: it cannot be trained on; its `finding` says why.
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of what is told of a step beside its loss."""
+
+    @property
+    def unit(self) -> str:
+        """Of the loss, for people."""
+
+    def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> Sequence[EncodedExample]:
+        """Rows with what each needs of the others, before the first step."""
+
+    def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> Batch:
+        """One micro-batch, on the CPU, as the model takes it: rows side by side, or padded."""
+
+    def totals(self, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int) -> Totals:
+        """What all rows of a step, or of an evaluation, come to; no more than so many are computed at once."""
+
+    def loss(self, model: CausalLM, batch: Batch, totals: Any) -> Part:
+        """The batch's part of its step's loss, the sum of its terms / `totals.terms`, and of the metrics."""
+
+    def terms(self, model: CausalLM, batch: Batch, totals: Any) -> Tensor:
+        """The terms of the sum in `loss`, and of those of the metrics, `(1 + M, N)`, without a gradient: what
+        evaluations add up.
         """
-
-    def collate(self, rows: Sequence[EncodedExample], packed: bool) -> Batch:
-        """One micro-batch, on the CPU: rows side by side, or padded."""
-
-    def tokens(self, batch: Batch) -> int:
-        """What the batch adds to the denominator of its step's loss, and of an evaluation's."""
-
-    def loss(self, model: CausalLM, batch: Batch, denominator: Denominator) -> Tensor:
-        """The batch's part of its step's loss: a scalar in fp32, whose backward gives the adapters' gradients.
-
-        Args:
-            denominator: `tokens` of all batches of the step: how it is cut into batches changes nothing.
-        """
-
-    def token_losses(self, model: CausalLM, batch: Batch) -> Tensor:
-        """The terms of the sum in `loss`, fp32 `(N,)`, without a gradient: what evaluations add up."""
 
 
 class SupervisedFineTuning:
     """The mean of −log p over supervised tokens, in nats; where the batch has weights, each term times its own."""
+
+    kind = EXAMPLE_ROWS
+    metrics: tuple[str, ...] = ()
+    unit = "nats per supervised token"
 
     @property
     def capturable(self) -> bool:
         """As `Objective` says; what inherits from this with a loss of its own says so itself."""
         return type(self).loss is SupervisedFineTuning.loss
 
-    def encode(self, template: ChatTemplate, example: Example) -> list[EncodedExample]:
-        """Encode an example; what is learnt is what the template marks as the assistant's."""
-        return template.encode_example(example)
+    def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> Sequence[EncodedExample]:
+        """As `Objective` says: they need nothing."""
+        return rows
 
-    def collate(self, rows: Sequence[EncodedExample], packed: bool) -> Batch:
+    def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> Batch:
         """As `Objective` says."""
-        return packing.collate(rows, packed)
+        return packing.collate(rows, model.packed)
 
-    def tokens(self, batch: Batch) -> int:
+    def totals(self, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int) -> Totals:
         """Count the supervised tokens."""
-        return batch.supervised_tokens
+        return Totals(int(supervised_of(rows).sum()))
 
-    def loss(self, model: CausalLM, batch: Batch, denominator: Denominator) -> Tensor:
+    def loss(self, model: CausalLM, batch: Batch, totals: Totals) -> Part:
         """As `Objective` says."""
-        return model.loss(batch, denominator)
+        return Part(model.loss(batch, totals.terms))
 
-    def token_losses(self, model: CausalLM, batch: Batch) -> Tensor:
+    @torch.no_grad()
+    def terms(self, model: CausalLM, batch: Batch, totals: Totals) -> Tensor:
         """As `Objective` says."""
-        return model.token_losses(batch)
+        return model.token_losses(batch)[None]

@@ -1,20 +1,27 @@
 """Pictures: training and held-out loss over the steps of a run; what strategies take against a budget."""
 
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nybble.pictures import picture
 from nybble.planning.planner import Plans
 from nybble.runs.events import read_events
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARGINS = "rewards/margins"
 _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
 
 
 def draw_loss(events: Path, out: Path | BinaryIO) -> None:
-    """Draw the losses recorded in `events` (nats per supervised token) into the picture `out`."""
+    """Draw the losses recorded in `events` into the picture `out`; of preferences, the margins too."""
     steps = list(read_events(events, "step"))
     evaluations = list(read_events(events, "eval"))
-    with picture(out, "step", "loss, nats per supervised token") as axes:
+    compares = bool(steps) and MARGINS in steps[-1]
+    with picture(out, "step", "loss" if compares else "loss, nats per supervised token") as axes:
+        if compares:
+            _draw_margins(axes.twinx(), steps, evaluations)
         if steps:
             x = [record["step"] for record in steps]
             losses = [record["loss"] for record in steps]
@@ -25,6 +32,15 @@ def draw_loss(events: Path, out: Path | BinaryIO) -> None:
             axes.plot(x, [record["loss"] for record in evaluations], "o-", color="tab:orange", label="held-out")
         axes.grid(alpha=0.3)
         axes.legend()
+
+
+def _draw_margins(axes: "Axes", steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+    """On axes of their own, which share the steps."""
+    margins = _running_mean([record[MARGINS] for record in steps])
+    axes.plot([record["step"] for record in steps], margins, ":", color="tab:green", linewidth=1)
+    held_out = [record[MARGINS] for record in evaluations]
+    axes.plot([record["step"] for record in evaluations], held_out, "x:", color="tab:green")
+    axes.set_ylabel(f"{MARGINS} (dotted)", color="tab:green", labelpad=-28)
 
 
 def draw_plans(plans: Plans, out: Path) -> None:

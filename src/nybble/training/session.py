@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from nybble import __version__, openmp
 from nybble.data.audit import Audited
 from nybble.data.calibration_text import CalibrationText
+from nybble.data.encoded_rows import counted
 from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler
@@ -19,9 +21,10 @@ from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import PlanError, RunError
 from nybble.events import Listener, Note, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
+from nybble.files.spool import Chosen
 from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import trim_heap
-from nybble.layers.backbone import KeptTensors
+from nybble.layers.backbone import KeptTensors, why_not_blocks
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import add_new_adapters, describe_untouched
 from nybble.layers.precision import set_up
@@ -31,7 +34,7 @@ from nybble.memory.store import FolderBlockStore, open_store
 from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.micro_batches import micro_batches_of, total_steps
-from nybble.planning.planner import Plan, Plans
+from nybble.planning.planner import Plan, Plans, forward_seconds
 from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
 from nybble.planning.run_shape import MicroBatches
@@ -77,8 +80,10 @@ from nybble.training.events import (
     TrainingEnded,
 )
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
-from nybble.training.objective import Objective, SupervisedFineTuning
+from nybble.training.objective import Objective
+from nybble.training.objectives import USUAL_LR, asks_before, make_objective
 from nybble.training.plots import draw_loss
+from nybble.training.reference import ADAPTER, References, ask_reference
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 
 if TYPE_CHECKING:
@@ -117,6 +122,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
         fit, causal_lm = _choose_path(opened, examples, base, fit, model, report)
         trim_heap()  # what loading took and freed
         _move_in(opened, examples, base, log)
+        examples = _with_reference(opened, examples, base, fit, causal_lm, report)
         started = time.perf_counter()
         result = _take_steps(opened, examples, base, fit, causal_lm, log, report)
         training_s = time.perf_counter() - started
@@ -218,11 +224,14 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     """The rows, audited, and compared with those of the run that is gone on with."""
     config, source, resumed = opened.config, opened.source, opened.resumed
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
-    objective = SupervisedFineTuning()
-    data = read_rows(config.data, source, opened.template, objective.encode, opened.run.path, report)
+    objective = make_objective(config.objective)
+    data = read_rows(config.data, source, opened.template, objective.kind, opened.run.path, report)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
+    data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
+    if config.objective.objective != "sft" and "lr" not in config.loop.model_fields_set:
+        report(Note(f"lr is {config.loop.lr:g}, the default; preferences are usually learnt with {USUAL_LR}: --lr"))
     base, digests = source.fingerprint(), DataDigests.of(data)
     if resumed is not None:
         check_base(resumed, base, allowed)
@@ -236,14 +245,16 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
         report(Note(data.mixture.describe(num_steps * rows_per_step)))
     if evaluations.note:
         report(Note(evaluations.note))
-    micro_batches = _micro_batches(config, data, num_steps, opened.device)
+    micro_batches = _micro_batches(config, source, data, num_steps, opened.device)
     return _Examples(data, digests, base, objective, num_steps, evaluations, micro_batches)
 
 
 def _micro_batches(
-    config: TrainConfig, data: PreparedData, num_steps: int, device: torch.device
+    config: TrainConfig, source: StoredModel, data: PreparedData, num_steps: int, device: torch.device
 ) -> Callable[[int], MicroBatches]:
-    return micro_batches_of(data, config.memory, SHAPE_RULES[device.type], steps=num_steps, seed=config.data.seed)
+    rules, packing, dropout = SHAPE_RULES[device.type], config.memory.packing, config.adapters.dropout > 0
+    shares = why_not_blocks(source.skeleton, packing=packing, dropout=dropout, device=device) is None
+    return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=config.data.seed, shares=shares)
 
 
 # ---- its base, in few bits
@@ -409,7 +420,7 @@ def _plan_padded(opened: _Opened, examples: _Examples, base: _Base, packed: _Fit
         padded,
         base.source,
         base.formats,
-        _micro_batches(padded, examples.data, examples.num_steps, opened.device),
+        _micro_batches(padded, base.source, examples.data, examples.num_steps, opened.device),
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,
@@ -446,6 +457,48 @@ def _move_in(opened: _Opened, examples: _Examples, base: _Base, log: EventLog) -
     if not opened.config.run.resume:
         run.clear(opened.config.run.overwrite)
     run.move_in(log, 0 if opened.resumed is None else opened.resumed.state["events_bytes"])
+
+
+def _with_reference(
+    opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, causal_lm: CausalLM, report: Listener
+) -> _Examples:
+    """The rows with what the model that training begins with says of them, where the objective asks it beforehand."""
+    if not asks_before(opened.config.objective):
+        return examples
+    data, evaluations = examples.data, examples.evaluations
+    made_of = (examples.base, base.formats, base.rounding and base.rounding.rounding, opened.dtype)
+    references = References.open(opened.run.reference, ", ".join(map(str, made_of)), _begins_with(opened))
+    ask_reference(
+        references,
+        causal_lm,
+        (Chosen(data.train, _met(opened, examples)), evaluations.rows),
+        micro_batch_size=fit.plan.micro_batch_size,
+        resumed=opened.resumed is not None,
+        seconds_of=partial(forward_seconds, fit.plan.run, fit.plans.machine),
+        report=report,
+    )
+    evaluations = replace(evaluations, rows=references.attached(evaluations.rows))
+    return replace(examples, data=data.changed(references.attached), evaluations=evaluations)
+
+
+def _met(opened: _Opened, examples: _Examples) -> np.ndarray:
+    """The training rows that the steps meet."""
+    data, rows_per_step = examples.data, opened.config.memory.rows_per_step
+    sampler = StepSampler(len(data.train), rows_per_step, opened.config.data.seed, data.mixture)
+    met: set[int] = set()
+    for _ in range(examples.num_steps):
+        met.update(sampler.next_step())
+        if len(met) == len(data.train):
+            break
+    return np.array(sorted(met), dtype=np.int64)
+
+
+def _begins_with(opened: _Opened) -> str:
+    """The adapter that training begins with; empty where that does nothing to the base."""
+    adapters = opened.config.adapters
+    if adapters.adapter is not None:
+        return ADAPTER if opened.continued is None else f"{ADAPTER} {opened.continued.fingerprint()}"
+    return "" if adapters.init == "default" else f"init {adapters.init}"
 
 
 def _take_steps(

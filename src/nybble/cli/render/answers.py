@@ -5,6 +5,7 @@ import math
 from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
+from nybble.evaluation.preferences import Preferences
 from nybble.evaluation.scores import Estimate
 from nybble.serving.server import ServerReady
 
@@ -24,8 +25,21 @@ def _(event: Evaluated, terminal: Terminal) -> None:
         cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change, f"{arm.kl_general:.4f}"]
         table.add_row(*cells, *scores)
     terminal.console.print(table)
+    if evaluation.preferences is not None:
+        _show_preferences(evaluation.preferences, terminal)
     for task, result in evaluation.lm_eval.items():
         terminal.say(f"{task}: {result}")
+
+
+def _show_preferences(found: Preferences, terminal: Terminal) -> None:
+    title = (
+        f"{found.rows} held-out rows by {found.objective}; KL from the base {_interval(found.kl, '.4f')} nats a token"
+    )
+    table = new_table(title, ["", "base", "tuned"], right=("base", "tuned"))
+    table.add_row("loss", f"{found.base.loss:.4f}", f"{found.tuned.loss:.4f}")
+    for name, tuned in found.tuned.metrics.items():
+        table.add_row(name, f"{found.base.metrics[name]:.4f}", f"{tuned:.4f}")
+    terminal.console.print(table)
 
 
 def _interval(estimate: Estimate, form: str) -> str:

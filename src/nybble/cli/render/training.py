@@ -14,6 +14,7 @@ from nybble.sources.bundled import Fetching
 from nybble.training import events
 from nybble.units import format_bytes
 
+SHOWN = ("rewards/margins", "rewards/accuracies", "kl")  # metrics in the lines of steps and evaluations
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
 
@@ -47,14 +48,16 @@ def _(event: events.TrainingBegun, terminal: Terminal) -> None:
 @show.register
 def _(event: events.Step, terminal: Terminal) -> None:
     assert terminal.steps is not None
-    figures = f"loss {event.loss:.4f}  {event.tokens_per_s:.0f} tokens/s  {format_bytes(event.memory_bytes)}"
+    told = "".join(f"  {_last(name)} {event.metrics[name]:.3f}" for name in SHOWN if name in event.metrics)
+    figures = f"loss {event.loss:.4f}{told}  {event.tokens_per_s:.0f} tokens/s  {format_bytes(event.memory_bytes)}"
     terminal.steps.update(event.step, figures)
 
 
 @show.register
 def _(event: events.HeldOutLoss, terminal: Terminal) -> None:
     when = "before training" if event.step == 0 else f"after step {event.step}"
-    terminal.say(f"held-out loss {when}: {event.loss:.4f} nats per supervised token")
+    told = "".join(f", {_last(name)} {event.metrics[name]:.4f}" for name in SHOWN if name in event.metrics)
+    terminal.say(f"held-out loss {when}: {event.loss:.4f} {event.unit}{told}")
 
 
 @show.register
@@ -98,7 +101,8 @@ def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample
     show_samples(terminal, samples)
     before, after = trained.loss_before, trained.loss_after
     if before is not None and after is not None:
-        gained = f"{before - after:+.4f} nats per supervised token gained"
+        unit = "nats per supervised token gained" if trained.config.objective.objective == "sft" else "gained"
+        gained = f"{before - after:+.4f} {unit}"
         terminal.say(f"held-out loss: {before:.4f} before, {after:.4f} after ({gained})")
     for note in trained.source.notes:
         terminal.say(note)
@@ -123,6 +127,11 @@ def show_samples(terminal: Terminal, samples: Sequence[Sample]) -> None:
         ):
             table.add_row(name, Text(text))
         terminal.console.print(table)
+
+
+def _last(name: str) -> str:
+    """What a metric is called in a line: its name without its family."""
+    return name.rpartition("/")[2]
 
 
 def _shorten(text: str) -> str:

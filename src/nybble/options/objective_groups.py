@@ -1,0 +1,78 @@
+"""The options of what is minimised, as groups.py declares the others."""
+
+from collections.abc import Mapping
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from nybble.errors import ConfigError
+from nybble.options.option import Options, knob
+
+
+class ObjectiveName(Options, group="Objective"):
+    """What rows are learnt from."""
+
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto"] = knob(
+        "sft",
+        "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
+        "kto: answers labelled good or bad.",
+        aliases=("loss_type", "rl", "stage", "pref_loss"),
+    )
+
+
+class ObjectiveOptions(ObjectiveName):
+    """What an objective is made of; None takes the objective's own default."""
+
+    beta: float | None = knob(
+        None,
+        "dpo, ipo, kto: how closely the model stays with its reference (0.1); simpo: factor on log-probabilities (2).",
+        gt=0,
+        aliases=("pref_beta", "rl_beta", "dpo_beta", "kto_beta"),
+    )
+    label_smoothing: float | None = knob(
+        None,
+        "dpo, simpo: share of pairs whose answers are taken to be swapped (0); conservative DPO.",
+        ge=0,
+        lt=0.5,
+        aliases=("dpo_label_smoothing", "rl_label_smoothing"),
+    )
+    simpo_gamma: float | None = knob(None, "simpo: the margin that is aimed at (1).", ge=0, aliases=("gamma",))
+    orpo_lambda: float | None = knob(
+        None, "orpo: weight of the odds ratio beside the likelihood (0.1).", gt=0, aliases=("orpo_alpha", "orpo_beta")
+    )
+    desirable_weight: float | None = knob(
+        None, "kto: weight of good answers (1).", gt=0, aliases=("kto_desirable_weight", "kto_chosen_weight")
+    )
+    undesirable_weight: float | None = knob(
+        None, "kto: weight of bad answers (1).", gt=0, aliases=("kto_undesirable_weight", "kto_rejected_weight")
+    )
+    reference: Literal["precomputed", "step"] | None = knob(
+        None,
+        "dpo, ipo, kto: when the model that training begins with is asked. precomputed: once, before the first step, "
+        "into the run folder (the default). step: in each step, adapters off.",
+        aliases=("precompute_ref_log_probs",),
+    )
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> Self:
+        used = OBJECTIVE_OPTIONS[self.objective]
+        for name in dict.fromkeys(name for names in OBJECTIVE_OPTIONS.values() for name in names):
+            if getattr(self, name) is not None and name not in used:
+                users = ", ".join(objective for objective, names in OBJECTIVE_OPTIONS.items() if name in names)
+                raise ConfigError(
+                    f"{name.replace('_', '-')} is {getattr(self, name)}, and objective is {self.objective}.",
+                    f"It belongs to --objective {users}.",
+                    f"Leave --{name.replace('_', '-')} out, or choose such an objective.",
+                )
+        return self
+
+
+OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is made of
+    "sft": (),
+    "dpo": ("beta", "label_smoothing", "reference"),
+    "ipo": ("beta", "reference"),
+    "simpo": ("beta", "label_smoothing", "simpo_gamma"),
+    "orpo": ("orpo_lambda",),
+    "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
+}
+WITH_REFERENCE = tuple(name for name, options in OBJECTIVE_OPTIONS.items() if "reference" in options)

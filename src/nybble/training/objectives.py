@@ -1,0 +1,33 @@
+"""The objectives that users choose among."""
+
+from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
+from nybble.training.kto import KTO
+from nybble.training.objective import Objective, SupervisedFineTuning
+from nybble.training.preference import DPO, IPO, ORPO, SimPO
+
+BETA, SIMPO_BETA, SIMPO_GAMMA, ORPO_LAMBDA = 0.1, 2.0, 1.0, 0.1  # of the papers
+USUAL_LR = "5e-6 to 5e-5"  # of adapters that learn preferences; examples to follow take more
+
+
+def make_objective(options: ObjectiveOptions) -> Objective:
+    """The objective that the options choose, with its own defaults where they say nothing."""
+    beta = options.beta or (SIMPO_BETA if options.objective == "simpo" else BETA)
+    smoothing = options.label_smoothing or 0.0
+    match options.objective:
+        case "sft":
+            return SupervisedFineTuning()
+        case "dpo":
+            return DPO(beta, smoothing)
+        case "ipo":
+            return IPO(beta)
+        case "simpo":
+            return SimPO(beta, SIMPO_GAMMA if options.simpo_gamma is None else options.simpo_gamma, smoothing)
+        case "orpo":
+            return ORPO(options.orpo_lambda or ORPO_LAMBDA)
+        case "kto":
+            return KTO(beta, options.desirable_weight or 1.0, options.undesirable_weight or 1.0)
+
+
+def asks_before(options: ObjectiveOptions) -> bool:
+    """Whether a reference is asked once, before the first step."""
+    return options.objective in WITH_REFERENCE and options.reference != "step"
