@@ -81,7 +81,7 @@ def _write_model(model: str, inputs: Inputs) -> None:
             source.load_tokenizer().save_pretrained(folder)
     attach_adapters(dense, quantizable_linears(dense), rank=RANK, alpha=ALPHA)
     with staged_folder(inputs.adapter) as folder:
-        write_adapter(dense, folder, adapter_config(dense, str(inputs.base), alpha=ALPHA, rslora=False))
+        write_adapter(dense, folder, adapter_config(dense, str(inputs.base)))
 
 
 def _answer_steps(rows: list[EncodedExample], num_steps: int) -> list[list[dict[str, list[int]]]]:

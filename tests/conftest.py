@@ -291,7 +291,7 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
             torch.nn.init.normal_(adapter.lora_B)
             delta = adapter.scaling * (adapter.lora_B @ adapter.lora_A)
             adapter.lora_B.data *= size * adapter.base.weight.norm() / delta.norm()
-        write_adapter(model, folder / "run" / "adapter", adapter_config(model, "base", alpha=8.0, rslora=rslora))
+        write_adapter(model, folder / "run" / "adapter", adapter_config(model, "base"))
         return folder / "run"
 
     return make

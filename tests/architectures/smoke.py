@@ -62,7 +62,7 @@ def train_in(folder: Path, dtype: torch.dtype, out: Path) -> Trained:
     for packing in (True, False):
         _fill_adapters(model)
         ran[packing] = _train(model, dtype, packing)
-    write_adapter(model, out, adapter_config(model, str(folder), alpha=ALPHA, rslora=False))
+    write_adapter(model, out, adapter_config(model, str(folder)))
     read = _compare_with_peft(model, folder, out, dtype)
     path = "decoder blocks" if ran[True][0].startswith("decoder blocks") else "generic"
     return Trained(path, "packed" if ran[True][1] else "padded", read)

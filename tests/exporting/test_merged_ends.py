@@ -31,7 +31,7 @@ def run_with_ends(make_run) -> Callable[..., Path]:
             nn.init.normal_(adapter.lora_B, std=0.1)
         for file in (run / "adapter").iterdir():
             file.unlink()
-        write_adapter(base, run / "adapter", adapter_config(base, str(run.parent / "base"), alpha=8.0, rslora=False))
+        write_adapter(base, run / "adapter", adapter_config(base, str(run.parent / "base")))
         return run
 
     return make

@@ -56,7 +56,7 @@ def in_peft(base: nn.Module, adapters: dict[str, nn.Module], folder: Path) -> nn
     attached = attach_adapters(holder, list(adapters), rank=3, alpha=6.0)
     for name, adapter in attached.items():
         adapter.load_state_dict(adapters[name].state_dict())
-    write_adapter(holder, folder, adapter_config(holder, "base", alpha=6.0, rslora=False))
+    write_adapter(holder, folder, adapter_config(holder, "base"))
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
 
 
@@ -155,10 +155,9 @@ def test_a_pattern_that_matches_nothing_is_refused(wanted: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True},
+        {"use_dora": True},  # without magnitudes
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 8}},
         {"init_lora_weights": "pissa_niter_4"},
         {"peft_type": "IA3"},
         {"an_option_of_next_year": 3},

@@ -116,7 +116,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp
         total_steps=STEPS,
         micro_batch_size=3,
         run=RunFolder(tmp_path),
-        adapter_config=adapter_config(model, "tiny", alpha=6.0, rslora=False),
+        adapter_config=adapter_config(model, "tiny"),
         report=events,
         events_bytes=events.sync,
         checkpoints=Checkpoints(tmp_path, save_every="99", keep=1, config="", about={}, settled={}),

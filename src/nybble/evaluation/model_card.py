@@ -10,7 +10,20 @@ from nybble.options.option import flat
 from nybble.runs.open_run import OpenRun
 
 SETTINGS = (
-    *("format", "rank", "alpha", "dropout", "target_modules", "rslora", "lr", "schedule", "warmup", "epochs"),
+    *(
+        "format",
+        "rank",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "rslora",
+        "dora",
+        "init",
+        "lr",
+        "schedule",
+        "warmup",
+        "epochs",
+    ),
     *("max_steps", "rows_per_step", "max_seq_len", "seed"),
 )
 

@@ -22,6 +22,7 @@ from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.decoder_block import Keep, PackedSequences, block_ops, decoder_block, rotary_angles
+from nybble.layers.lora import DoraLinear
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.projection import DenseWeights
 from nybble.layers.rotary import angles_by_length
@@ -45,6 +46,7 @@ class Why(StrEnum):
     OPTION = "decoder blocks do not know {}"
     MODULES = "decoder blocks know other layers in this family: {}"
     DROPOUT = "decoder blocks have no adapter dropout"
+    DORA = "decoder blocks have no DoRA"
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
@@ -234,7 +236,13 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def why_not_blocks(
-    model: "PreTrainedModel", *, packing: bool, dropout: bool, device: torch.device | None = None, here: bool = True
+    model: "PreTrainedModel",
+    *,
+    packing: bool,
+    dropout: bool,
+    dora: bool = False,
+    device: torch.device | None = None,
+    here: bool = True,
 ) -> Reason | None:
     """None when nybble's decoder blocks train this model, as far as it shows without computing, else the reason.
 
@@ -242,6 +250,7 @@ def why_not_blocks(
         model: loaded, or on the meta device and without adapters, as a plan has it.
         packing: rows of a micro-batch lie side by side.
         dropout: something of the adapters' inputs is dropped.
+        dora: adapters to come are DoRA's.
         device: that trains; the model's own if not given.
         here: it is this machine's.
     """
@@ -249,6 +258,8 @@ def why_not_blocks(
         return Reason(Why.NOT_PACKED)
     if getattr(model.config.get_text_config(), "attention_dropout", 0):
         return Reason(Why.OPTION, "attention_dropout")
+    if dora:
+        return Reason(Why.DORA)
     why = why_not_forward(model, device, here=here)
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
@@ -276,6 +287,8 @@ def why_not_forward(
     for option in family.unsupported:
         if getattr(config, option, None):
             return Reason(Why.OPTION, option)
+    if any(isinstance(module, DoraLinear) for module in model.modules()):
+        return Reason(Why.DORA)
     other = _other_modules(model.base_model.layers, family)
     if other:
         return Reason(Why.MODULES, ", ".join(other))

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options import groups, use_groups
-from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, named_values, read_yaml
+from nybble.options import adapter_groups, groups, use_groups
+from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, flat, named_values, read_yaml
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
 Artefact = TypeVar("Artefact", "MergeConfig", "ExportConfig")
@@ -37,6 +37,24 @@ def _check_calibrate(config: Artefact) -> Artefact:
     return config
 
 
+def _check_residual(config: "TrainConfig") -> "TrainConfig":
+    init, rounding = config.adapters.init, config.rounding
+    clashes = {"format": config.weights.format == "none", "quality": rounding.quality == "calibrated"}
+    clashes |= {
+        "dora": config.adapters.dora,
+        "calibrate": rounding.calibrate is not None,
+        "mixed": rounding.mixed is not None,
+    }
+    if init in adapter_groups.TAKES_FROM_BASE and (clashing := [name for name, found in clashes.items() if found]):
+        raise ConfigError(
+            f"init is {init}, and {clashing[0]} is {flat(config)[clashing[0]]}.",
+            f"--init {init} puts what it leaves of the weights into four bits; by --quality absmax or search alone, "
+            "since a model of such weights gives no states to calibrate on; and is not DoRA's.",
+            f"Leave --{clashing[0]} or --init out.",
+        )
+    return config
+
+
 class TrainConfig(Verb):
     """What `nybble train` needs to know."""
 
@@ -45,12 +63,13 @@ class TrainConfig(Verb):
     run: groups.RunOptions
     weights: groups.WeightOptions
     rounding: groups.QualityOptions
-    adapters: groups.AdapterOptions
+    adapters: adapter_groups.AdapterOptions
     memory: groups.MemoryOptions
     loop: groups.LoopOptions
     machine: groups.MachineOptions
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
+    _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
 
 
 class PlanConfig(Verb):
@@ -60,7 +79,7 @@ class PlanConfig(Verb):
     data: groups.PlannedData
     weights: groups.WeightOptions
     rounding: groups.MixedOptions
-    adapters: groups.PlannedAdapters
+    adapters: adapter_groups.PlannedAdapters
     memory: groups.MemoryOptions
     loop: groups.LengthOptions
     machine: groups.PlannedMachine
@@ -187,7 +206,7 @@ class LoadConfig(Verb):
 class AttachConfig(Verb):
     """What `nybble.add_adapters` needs to know."""
 
-    adapters: groups.SeededAdapters
+    adapters: adapter_groups.SeededAdapters
 
 
 class StepConfig(Verb):

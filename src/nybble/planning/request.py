@@ -12,9 +12,10 @@ from nybble.errors import ConfigError, PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import why_not_blocks
-from nybble.layers.convert import end_modules, resolve_targets
+from nybble.layers.convert import block_names, check_dora, check_patterns, end_modules, of_pattern, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
+from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.groups import MemoryOptions, WeightOptions
 from nybble.options.option import fields_of, flat, with_options, yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
@@ -136,15 +137,21 @@ def requests(
     """
     adapters, weights, memory = options.adapters, options.weights, options.memory
     targets = resolve_targets(skeleton, adapters.target_modules)
+    check_patterns(targets, rank_pattern=adapters.rank_pattern)
+    if adapters.dora:
+        check_dora(skeleton, targets)
+    ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.rank) for name in targets}
     device, dropout = torch.device(machine.kind), adapters.dropout > 0
-    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device, here=machine.here)
+    against = why_not_blocks(
+        skeleton, packing=memory.packing, dropout=dropout, dora=adapters.dora, device=device, here=machine.here
+    )
     model = shape_of(skeleton, in_four_bits)
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
     run = RunShape(
         model,
         batches=micro_batches(1),
-        adapter_parameters=adapters.rank * sum(map(sum, sizes.values())),
-        rank=adapters.rank,
+        adapter_parameters=sum(ranks[n] * sum(size) + size[1] * adapters.dora for n, size in sizes.items()),
+        rank=(rank := _mean_rank(skeleton, ranks) if adapters.rank_pattern else adapters.rank),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",
@@ -153,11 +160,13 @@ def requests(
         average_bits=mean_bits(model, formats) if formats and formats.layers else options.rounding.mixed,
         adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         dropout=dropout,
+        dora=adapters.dora,
         on_cpu=machine.on_cpu,
+        other_ranks=tuple(sorted({*ranks.values()} - {rank})),
     )
     _check_whole_blocks(memory, run, str(against))
     ends = [name for name in end_modules(skeleton) if name in targets]
-    largest_adapter = adapters.rank * max(max(features) for features in sizes.values())
+    largest_adapter = max(ranks[name] * max(features) for name, features in sizes.items())
 
     def request(options: TrainConfig | PlanConfig) -> PlanRequest:
         memory = options.memory
@@ -197,6 +206,12 @@ def _check_whole_blocks(memory: MemoryOptions, run: RunShape, why_not_blocks: st
             "Blocks that keep more than others are nybble's decoder blocks.",
             "Leave --whole-blocks out.",
         )
+
+
+def _mean_rank(skeleton: "PreTrainedModel", ranks: Mapping[str, int]) -> int:
+    """Of the layers of the block that has most, rounded up."""
+    blocks = [[rank for name, rank in ranks.items() if name.startswith(f"{block}.")] for block in block_names(skeleton)]
+    return max((-(-sum(block) // len(block)) for block in blocks if block), default=max(ranks.values()))
 
 
 def _sizes(memory: MemoryOptions, longest_row: int) -> list[int]:
@@ -246,8 +261,10 @@ def why_not_streamed(options: TrainConfig | PlanConfig, in_folder: bool, ends: l
     """Why blocks of the base cannot be read where they are used; nothing where they can. Arguments as
     `reasons_against` takes them.
     """
-    if options.adapters.init != "default":
+    if options.adapters.init not in ("default", *TAKES_FROM_BASE):
         yield Reason(Cause.OPTION, f"--init {options.adapters.init} needs the whole base", "--init default")
+    if options.adapters.dora:
+        yield Reason(Cause.OPTION, "--dora needs the rows of the whole base", "--no-dora")
     if ends:
         yield Reason(Cause.OPTION, f"the adapter on {ends[0]} needs it in memory", "--target-modules without it")
     elif not in_folder:

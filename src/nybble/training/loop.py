@@ -19,6 +19,7 @@ from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.events import Listener
 from nybble.files.disk import complete_folder
 from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
 from nybble.runs.adapter_files import write_adapter
@@ -108,6 +109,7 @@ def train_loop(
         beta2=options.beta2,
         weight_decay=options.weight_decay,
         bits=optimizer_bits,
+        rates=learning_rates(module, options.lora_plus_ratio),
         paged_in=run.path if paged else None,
     )
     forward_backward = GradientAccumulation(objective, model, graphs=graphs)

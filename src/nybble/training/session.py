@@ -23,11 +23,12 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import trim_heap
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import add_new_adapters, describe_untouched
+from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, new_adapter_sizes
 from nybble.layers.precision import set_up
 from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
+from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.micro_batches import micro_batches_of, total_steps
@@ -36,7 +37,13 @@ from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest, Strategy
-from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
+from nybble.quantization.adapter_init import (
+    STATISTICS_BYTES,
+    check_initialisable,
+    initialise_adapters,
+    start_along_inputs,
+)
+from nybble.quantization.residual import ResidualSource
 from nybble.quantization.sensitivity import MixedFormats, measure_formats, some_windows
 from nybble.quantization.walk import WalkError
 from nybble.runs.adapter_files import StoredAdapter, adapter_config, restore_adapter
@@ -49,6 +56,7 @@ from nybble.runs.base import (
     data_free_rounding,
     kept_base,
     make_calibrated_base,
+    make_residual_base,
     quant_spec,
     run_calibration_text,
     without_calibration,
@@ -85,7 +93,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-INIT_TOKENS = 8192  # of the text that --init activation takes the layers' inputs from
+INIT_TOKENS = 8192  # of the text that --init activation and eva take the layers' inputs from
 
 
 def train(config: TrainConfig, report: Listener = silent) -> RunResult:
@@ -183,7 +191,7 @@ def _open(given: TrainConfig, run: RunFolder, report: Listener) -> _Opened:
     device, dtype = set_up(config.machine)
     source = open_model(config.model.model, config.model.tokenizer, report)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
-    if adapters.init != "default":
+    if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
     if adapters.adapter is not None and resumed is None:
@@ -257,12 +265,14 @@ class _Base:
         source: the run's own, or the calibrated folder made from it.
         rounding: None where there is nothing to put into four bits.
         mixed: where the formats of its layers were measured for this run.
+        residual: where the adapters begin with a part of the weights.
     """
 
     source: StoredModel
     formats: BaseFormats | None
     rounding: RoundingChoice | None
     mixed: MixedFormats | None
+    residual: ResidualSource | None = None
 
 
 def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Base:
@@ -282,12 +292,18 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
     if begins and mixes:
         mixed = _measure_mixed(opened, examples, report)
     formats = mixed.formats if mixed is not None else base_formats(config.weights, config.rounding.mixed, opened.run)
-    if rounding is None or not calibrated:
+    takes = config.adapters.init in TAKES_FROM_BASE
+    if rounding is None or not (calibrated or takes):
         return _Base(source, formats, rounding, mixed)
     kept = None if begins else kept_base(opened.run)
     if kept is not None:
         return _Base(kept, formats, rounding, mixed)
     assert formats is not None
+    if takes:
+        residual = ResidualSource(source, config.adapters.init, new_adapter_sizes(source.skeleton, config.adapters))
+        put, share = data_free_rounding(config.rounding), config.weights.max_dense_share
+        made = make_residual_base(opened.run, residual, formats, put, share, report)
+        return _Base(made, formats, rounding, mixed, residual)
     try:
         text = _calibration_text(opened, examples)
         share = config.weights.max_dense_share
@@ -360,14 +376,31 @@ def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: 
     )
     add_new_adapters(model, adapters, config.data.seed)
     if adapters.init != "default" and opened.resumed is None:
-        windows = None
-        if adapters.init == "activation":
-            windows = some_windows(_calibration_text(opened, examples).windows, INIT_TOKENS)
         free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
-        initialise_adapters(model, opened.source, windows, min(free, STATISTICS_BYTES))
+        _begin_adapters(opened, examples, base, model, min(free, STATISTICS_BYTES))
     if opened.continued is not None:
         restore_adapter(model, opened.continued.folder)
     return model
+
+
+def _begin_adapters(
+    opened: _Opened, examples: _Examples, base: _Base, model: "PreTrainedModel", statistics_bytes: int
+) -> None:
+    """What --init says."""
+    init = opened.config.adapters.init
+    if init in TAKES_FROM_BASE:
+        assert base.residual is not None
+        for name, adapter in adapters_of(model).items():
+            adapter.start_from(*base.residual.begun(name), taken_by=init)
+        return
+    windows = None
+    if init != "loftq":
+        windows = some_windows(_calibration_text(opened, examples).windows, INIT_TOKENS)
+    if init == "eva":
+        assert windows is not None
+        start_along_inputs(model, windows, statistics_bytes)
+    else:
+        initialise_adapters(model, opened.source, windows, statistics_bytes)
 
 
 def _choose_path(
@@ -459,7 +492,7 @@ def _take_steps(
 ) -> LoopResult:
     """Train, with checkpoints."""
     run, config, resumed = opened.run, opened.config, opened.resumed
-    data, plan, adapters = examples.data, fit.plan, config.adapters
+    data, plan = examples.data, fit.plan
     done = None if resumed is None else resumed.step
     if opened.continued is not None:
         report(AdapterTaken(str(opened.continued.folder), opened.continued.fingerprint()))
@@ -490,9 +523,7 @@ def _take_steps(
         total_steps=examples.num_steps,
         micro_batch_size=plan.micro_batch_size,
         run=run,
-        adapter_config=adapter_config(
-            causal_lm.module, config.model.model, alpha=adapters.alpha, rslora=adapters.rslora
-        ),
+        adapter_config=adapter_config(causal_lm.module, config.model.model),
         report=report,
         events_bytes=log.sync,
         checkpoints=checkpoints,
