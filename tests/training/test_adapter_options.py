@@ -43,6 +43,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lora-plus": {"lora_plus_ratio": 8, "optimizer_bits": 8, "page_optimizer": "always"},
 }
 OPTIONS["dora"] = {"dora": True, "rank_pattern": "up_proj=3", "lora_plus_ratio": 2}
+OPTIONS["regularised"] = {"neftune_alpha": 5, "label_smoothing": 0.1, "z_loss": 1e-3}
 OPTIONS |= {init: {"init": init, "lr": 1e-3} for init in ("eva", "pissa", "olora")}
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
 
@@ -101,7 +102,7 @@ def test_trained_resumed_and_read_by_peft(start, tmp_path: Path, option: str, pa
     torch.testing.assert_close(logits(merged), logits(theirs.merge_and_unload()), rtol=0.03, atol=0.03)  # bf16
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", OPTIONS.keys() - {"regularised"})  # whose noise differs
 def test_both_ways_learn_the_same(start, option: str) -> None:
     first, second = (
         load_file(start(path, **OPTIONS[option], **PATHS[path]) / "adapter/adapter_model.safetensors") for path in PATHS

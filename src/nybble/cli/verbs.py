@@ -105,6 +105,8 @@ def _metavar(field: FieldInfo) -> str:
         return "|".join(choices)
     if get_origin(kind) is dict:
         return "PATTERN=N"
+    if get_args(kind)[:1] == (float,):
+        return "X,X"
     if get_origin(kind) is tuple:
         return "PATH" if get_args(get_args(kind)[0])[:1] == (Path,) else "NAMES"
     return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")

@@ -324,6 +324,31 @@ class LoopOptions(LengthOptions):
     max_grad_norm: float = knob(
         0.3, "Gradients with a larger norm are scaled down to it.", gt=0, aliases=("gradient_clipping", "clip")
     )
+    neftune_alpha: float = knob(
+        0.0,
+        "Noise on the embeddings while training: uniform up to this over the root of a row's tokens times the width "
+        "(NEFTune).",
+        ge=0,
+        aliases=("neftune_noise_alpha",),
+    )
+    label_smoothing: float = knob(
+        0.0,
+        "Part of each target's probability that is spread over the vocabulary while training.",
+        ge=0,
+        lt=1,
+        aliases=("label_smoothing_factor",),
+    )
+    z_loss: float = knob(
+        0.0, "Weight of the square of the log of the logits' sum of exponentials in the training's loss.", ge=0
+    )
+    early_stopping_patience: int | None = knob(
+        None, "Stop once the held-out loss has not fallen for so many evaluations.", ge=1
+    )
+    keep_best: bool = knob(
+        False,
+        "Let the run's adapter be that of the lowest held-out loss instead of the last.",
+        aliases=("load_best_model_at_end",),
+    )
     eval_every: int | None = knob(
         None, "Steps between evaluations; about five a run if not given.", ge=1, aliases=("eval_steps",)
     )

@@ -313,6 +313,8 @@ def _describe_type(kind: Any) -> str:
     if choices := choices_of(kind):
         listed = ", ".join(map(str, choices))
         return f"one of {listed}" if len(choices) > 1 else listed
+    if get_args(kind)[:1] == (float,):
+        return "numbers"
     if get_origin(kind) is tuple:
         return (
             "a name or a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import model_validator
 
@@ -152,11 +152,22 @@ class MergeConfig(Verb):
     """What `nybble merge` needs to know."""
 
     data: groups.AcceptOptions
-    run: use_groups.MergedRun
+    run: use_groups.MergedInputs
     rounding: use_groups.RoundingOptions
     output: use_groups.MergeOutput
 
     _text_is_for_calibrating = model_validator(mode="after")(_check_calibrate)
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> Self:
+        given = self.data.model_fields_set | self.rounding.model_fields_set | self.output.model_fields_set
+        if self.run.adapters and (unused := sorted(given - {"out"})):
+            raise ConfigError(
+                f"adapters are given, and {unused[0]}.",
+                "Adapters are made into one adapter; nothing is merged into a base.",
+                f"Leave --{unused[0].replace('_', '-')} out.",
+            )
+        return self
 
 
 class ExportConfig(Verb):

@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,26 @@ def write_plain_adapter(adapter: "StoredAdapter", model: nn.Module, folder: Path
     write_config(folder, config | {"r": rank, "rank_pattern": rank_pattern, "init_lora_weights": True})
 
 
+def write_merged_adapter(
+    adapters: Sequence["StoredAdapter"], merged: Mapping[str, tuple[Tensor, Tensor]], folder: Path
+) -> None:
+    """Write A and B of layers, their scaling in them, into an existing folder.
+
+    Args:
+        adapters: that they were made of; what else a config says is the first one's.
+    """
+    rank, rank_pattern = _usual_and_others({name: len(a) for name, (a, _) in merged.items()})
+    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
+    own = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": sorted(merged)}
+    kept = {key: value for key, value in adapters[0].config.items() if key not in ("target_parameters", *patterns)}
+    tensors: dict[str, Tensor] = {}
+    for name, pair in merged.items():
+        leaves = next(each for each in adapters if name in each.names).leaves(name)
+        tensors |= {f"{_PREFIX}{name}.{leaf}": each.contiguous() for leaf, each in zip(leaves, pair, strict=True)}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    write_config(folder, kept | own | {key: pattern for key, pattern in patterns.items() if pattern})
+
+
 def _names_of_merged_experts(model: "PreTrainedModel") -> set[str]:
     """Last parts of the names of weights that transformers merges, over all experts, when it loads a checkpoint."""
     merging = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
@@ -226,13 +246,14 @@ class StoredAdapter:
         self.names = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
         self._check_ranks()
 
-    def _leaves(self, name: str) -> tuple[str, str]:
+    def leaves(self, name: str) -> tuple[str, str]:
+        """How the keys of one layer's A and B end."""
         return _EMBEDDING if f"{_PREFIX}{name}.{_EMBEDDING[0]}" in self._stored.entries else _LINEAR
 
     def _check_ranks(self) -> None:
         """Before anything is made of the ranks that the config says."""
         for name in self.names or [""]:
-            first = self._stored.entries.get(f"{_PREFIX}{name}.{self._leaves(name)[0]}")
+            first = self._stored.entries.get(f"{_PREFIX}{name}.{self.leaves(name)[0]}")
             rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
             if rank != (said := self._own_rank(name)):
                 raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {said!r}.")
@@ -248,6 +269,19 @@ class StoredAdapter:
         """What the product B A of one layer is multiplied by."""
         alpha = of_pattern(self.settings["alpha_pattern"], layer, self.settings["alpha"])
         return lora_scaling(alpha, self._own_rank(layer), self.settings["rslora"])
+
+    @property
+    def has_initial(self) -> bool:
+        """Whether it began with something other than B = 0."""
+        return self._initial is not None
+
+    def features(self, layer: str) -> tuple[int, int]:
+        """What one layer takes and gives, as its matrices say."""
+        key_a, key_b = (f"{_PREFIX}{layer}.{leaf}" for leaf in self.leaves(layer))
+        a, b = (self._stored.entries.get(key) for key in (key_a, key_b))
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+            raise RunError(f"The adapter in {self.folder} has not two matrices for {layer}.")
+        return a.shape[1], b.shape[0]
 
     def fingerprint(self) -> str:
         """SHA-256 over every matrix's name and shape, and samples of its bytes."""
@@ -319,7 +353,7 @@ class StoredAdapter:
     def _pair(
         self, stored: SafetensorsFolder, file: str, name: str, in_features: int, out_features: int
     ) -> tuple[Tensor, Tensor]:
-        key_a, key_b = (f"{_PREFIX}{name}.{leaf}" for leaf in self._leaves(name))
+        key_a, key_b = (f"{_PREFIX}{name}.{leaf}" for leaf in self.leaves(name))
         rank = self._own_rank(name)
         a = self._tensor(stored, file, key_a, (rank, in_features))
         return a, self._tensor(stored, file, key_b, (out_features, rank))

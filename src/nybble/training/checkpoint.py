@@ -53,6 +53,8 @@ class Progress:
         micro_batch_size: rows computed at once; smaller than planned once memory ran out.
         loss_before, loss_after: held-out losses before the first step and at the last evaluation, None before it.
         evaluated_step: step of the last evaluation, None before the first.
+        best_loss, best_step: lowest held-out loss, and after which step.
+        evaluations_since: how many there were after that one.
     """
 
     step: int
@@ -60,6 +62,20 @@ class Progress:
     loss_before: float | None = None
     loss_after: float | None = None
     evaluated_step: int | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since: int = 0
+
+    def evaluated(self, loss: float) -> bool:
+        """Take down a held-out loss; whether it is the lowest so far."""
+        if self.step == 0:
+            self.loss_before = loss
+        self.loss_after, self.evaluated_step = loss, self.step
+        if self.best_loss is not None and not loss < self.best_loss:
+            self.evaluations_since += 1
+            return False
+        self.best_loss, self.best_step, self.evaluations_since = loss, self.step, 0
+        return True
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate, open_template
-from nybble.errors import PlanError, RunError
+from nybble.errors import ConfigError, PlanError, RunError
 from nybble.events import Listener, Note, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
 from nybble.formats.quant_spec import BaseFormats
@@ -25,10 +25,12 @@ from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, new_adapter_sizes
 from nybble.layers.precision import set_up
+from nybble.layers.regularisers import Regularisers
 from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
 from nybble.options.adapter_groups import TAKES_FROM_BASE
+from nybble.options.groups import LoopOptions
 from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.micro_batches import micro_batches_of, total_steps
@@ -242,10 +244,22 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     )
     if data.mixture is not None:
         report(Note(data.mixture.describe(num_steps * rows_per_step)))
+    if not evaluations.rows:
+        _refuse_without_evaluations(config.loop)
     if evaluations.note:
         report(Note(evaluations.note))
     micro_batches = _micro_batches(config, data, num_steps, opened.device)
     return _Examples(data, digests, base, objective, num_steps, evaluations, micro_batches)
+
+
+def _refuse_without_evaluations(loop: LoopOptions) -> None:
+    given = {"early-stopping-patience": loop.early_stopping_patience is not None, "keep-best": loop.keep_best}
+    if asked := [name for name, there in given.items() if there]:
+        raise ConfigError(
+            f"{asked[0]} is given, and no row is held out.",
+            "Which adapter is best is seen on held-out rows.",
+            f"Hold rows out (--validation-data, --validation-fraction), or leave --{asked[0]} out.",
+        )
 
 
 def _micro_batches(
@@ -421,6 +435,8 @@ def _choose_path(
         report(Note(f"planned again, for padded rows: {fit.plan.describe()}"))
         if fit.plan.keep != plan.keep:
             causal_lm = choose(keep=fit.plan.keep, whole_blocks=fit.plan.whole_blocks)
+    loop = opened.config.loop
+    causal_lm.regularise(Regularisers(loop.neftune_alpha, loop.label_smoothing, loop.z_loss))
     report(Note(f"computing through: {causal_lm.name}"))
     for note in describe_untouched(model):
         report(Note(note))
