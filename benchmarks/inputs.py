@@ -14,7 +14,7 @@ from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.formats.safetensors import staged_folder
 from nybble.layers.convert import attach_adapters, quantizable_linears
-from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 

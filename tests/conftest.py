@@ -265,7 +265,7 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
     from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
     from nybble.options.option import build_options, config_to_yaml
     from nybble.options.verbs import TrainConfig
-    from nybble.runs.adapter_files import adapter_config, write_adapter
+    from nybble.runs.adapter_writing import adapter_config, write_adapter
     from nybble.sources.open import open_model
 
     def make(

@@ -22,7 +22,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.dense import weight_matrix
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.folder import FolderSource
 from nybble.sources.load import load_model
 from nybble.training.optimizer import AdamW

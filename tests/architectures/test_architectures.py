@@ -24,7 +24,7 @@ from nybble.layers.backbone import decoder_states
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
-from nybble.runs.adapter_files import adapter_config
+from nybble.runs.adapter_writing import adapter_config
 
 PROJECT = Path(__file__).parents[2]
 TABLE = PROJECT / "docs" / "architectures.md"

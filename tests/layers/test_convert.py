@@ -20,7 +20,8 @@ from nybble.layers.convert import (
     resolve_targets,
 )
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.runs.adapter_files import adapter_config, read_adapter, write_adapter
+from nybble.runs.adapter_files import read_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 
 LLAMA = LlamaConfig(
     vocab_size=96,

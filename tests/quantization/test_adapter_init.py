@@ -14,7 +14,8 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.lora import LoraLinear
 from nybble.quantization.adapter_init import initialise_adapters
-from nybble.runs.adapter_files import INITIAL_NAME, adapter_config, read_adapter, restore_adapter, write_adapter
+from nybble.runs.adapter_files import INITIAL_NAME, read_adapter, restore_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 

@@ -19,7 +19,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.memory import graph
 from nybble.options.groups import LoopOptions
-from nybble.runs.adapter_files import adapter_config
+from nybble.runs.adapter_writing import adapter_config
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.sizes import SHAPE_RULES

@@ -39,7 +39,7 @@ from nybble.options.groups import DataOptions, MemoryOptions
 from nybble.options.option import build_options
 from nybble.options.verbs import AttachConfig, LoadConfig, RowsConfig, SourceConfig, StepConfig
 from nybble.planning.micro_batches import total_steps
-from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.runs.base import quant_spec
 from nybble.runs.context import read_examples
 from nybble.sources.inventory import take_inventory

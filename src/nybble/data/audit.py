@@ -99,7 +99,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "untrained-tokens": (
         "rows use tokens that were added to the tokenizer and that nothing shows to be trained; embeddings are frozen, "
         "so the model reads and writes them as noise",
-        "spell them as ordinary text, or train them into the base's embedding first; nothing, if they are trained",
+        "train them (--train-new-tokens), or spell them as ordinary text; nothing, if they are trained",
     ),
     "validation-leak": (
         "validation rows that also stand in the training data",

@@ -22,7 +22,8 @@ from nybble.errors import ConfigError
 from nybble.events import Listener, Note, silent
 from nybble.files.disk import complete_folder
 from nybble.options.use_groups import AdapterMethod
-from nybble.runs.adapter_files import StoredAdapter, write_merged_adapter
+from nybble.runs.adapter_files import StoredAdapter
+from nybble.runs.adapter_writing import write_merged_adapter
 from nybble.runs.continued import open_adapter
 from nybble.runs.folder import RunFolder
 
@@ -133,6 +134,7 @@ def _check_bases(adapters: Sequence[StoredAdapter]) -> None:
 
 def _check_addable(adapter: StoredAdapter) -> None:
     why = "is DoRA's, whose lengths do not add up" if adapter.dora else ""
+    why = "has trained rows of tokens" if adapter.tokens else why
     why = "began with what quantising lost of its base" if adapter.has_initial else why
     if why:
         raise ConfigError(

@@ -30,7 +30,8 @@ from nybble.memory.measure import available_bytes
 from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.options.verbs import ExportConfig, MergeConfig
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder, save_dense_folder
-from nybble.runs.adapter_files import StoredAdapter, write_plain_adapter
+from nybble.runs.adapter_files import StoredAdapter
+from nybble.runs.adapter_writing import write_plain_adapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_model
 from nybble.sources.tokenizer import save_tokenizer

@@ -119,9 +119,9 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
             "Allowed in llama.cpp's adapters: linear layers of the blocks.",
             "Merge it (`nybble merge`, or export --to gguf).",
         )
-    if adapter.dora:
+    if adapter.dora or adapter.tokens:
         raise ExportError(
-            "The adapter is DoRA's.",
+            "The adapter is DoRA's." if adapter.dora else "The adapter has trained rows of tokens.",
             "Allowed in llama.cpp's adapters: LoRA.",
             "Merge it (`nybble merge`, or export --to gguf).",
         )

@@ -84,9 +84,15 @@ class MergedSource(StoredModel):
         if _layer(name) not in self._adapted and _layer(name) not in self.linears:
             tensor = self.opened.source.read_parameter(name)
             assert isinstance(tensor, Tensor)
-            return tensor
+            return self._with_token_rows(name, tensor)
         weight, delta = self.read_base(name), self.read_delta(name)
         return weight if delta is None else weight.add_(delta)
+
+    def _with_token_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """With the trained rows of tokens in place, where it has some."""
+        if tokens := self.adapter.tokens.get(_layer(name)):
+            tensor[tokens] = self.adapter.token_rows(_layer(name), tensor.shape[1]).to(tensor.dtype)
+        return tensor
 
     def read_base(self, name: str) -> Tensor:
         """The weight that ΔW goes onto, in fp32, as the module stores it."""

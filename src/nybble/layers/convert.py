@@ -19,6 +19,7 @@ from nybble.layers.dense import kept_in_fp32
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
+from nybble.layers.token_rows import TokenLogits, TokenRows
 from nybble.layers.weight_reads import weights_read
 
 if TYPE_CHECKING:
@@ -331,3 +332,6 @@ def enable_adapters(model: nn.Module, enabled: bool) -> None:
     """Switch the adapters on, or off to ask the base."""
     for adapter in adapters_of(model).values():
         adapter.switch(enabled)
+    for module in model.modules():
+        if isinstance(module, TokenRows | TokenLogits):
+            module.enabled = enabled

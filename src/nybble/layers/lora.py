@@ -63,13 +63,8 @@ class LoraLinear(nn.Module):
         a = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
         return a, torch.zeros(self.out_features, self.rank)
 
-    def start_from(self, a: Tensor, b: Tensor, taken_by: str = "") -> None:
-        """Begin with these A `(r, in)` and B `(out, r)` instead of with B = 0, and remember them.
-
-        Args:
-            taken_by: "pissa" or "olora", where the frozen weight is less by their product.
-        """
-        self.taken_by = taken_by
+    def start_from(self, a: Tensor, b: Tensor) -> None:
+        """Begin with these A `(r, in)` and B `(out, r)` instead of with B = 0, and remember them."""
         with torch.no_grad():
             self.lora_A.copy_(a)
             self.lora_B.copy_(b)
@@ -124,9 +119,9 @@ class DoraLinear(LoraLinear):
         self._norms, self._versions = self._base_norms, (-1, -1)
         self.magnitude = nn.Parameter(self._base_norms.clone())
 
-    def start_from(self, a: Tensor, b: Tensor, taken_by: str = "") -> None:
+    def start_from(self, a: Tensor, b: Tensor) -> None:
         """As `LoraLinear` says; m begins with the norms of the sum."""
-        super().start_from(a, b, taken_by)
+        super().start_from(a, b)
         with torch.no_grad():
             self.magnitude.copy_(self.norms())
 

@@ -28,6 +28,7 @@ from nybble.kernels.ops.loss import cross_entropy_
 from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.streamed import HeadMatrix, StreamedHead, widened
+from nybble.layers.token_rows import TokenLogits
 from nybble.sizes import SHAPE_RULES, ShapeRules
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class LossHead:
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    adapter: LoraLinear | None = None
+    adapter: LoraLinear | TokenLogits | None = None
     regularisers: Regularisers = PLAIN
     _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -415,7 +416,8 @@ class _Output(BaseModelOutputWithPast):
 
 def is_plain(output: nn.Module) -> bool:
     """Whether a model's output head is a frozen matrix, in memory or on disk, with an adapter or without."""
-    return isinstance(output.base if isinstance(output, LoraLinear) else output, nn.Linear | StreamedHead)
+    base = output.base if isinstance(output, LoraLinear | TokenLogits) else output
+    return isinstance(base, nn.Linear | StreamedHead)
 
 
 def loss_head(model: "PreTrainedModel") -> Head:
@@ -431,7 +433,7 @@ def loss_head(model: "PreTrainedModel") -> Head:
             f"{type(model).__name__} has no output head.", "Allowed: causal language models with a linear head."
         )
     own = OwnHead(model)
-    adapter = output if isinstance(output, LoraLinear) else None
+    adapter = output if isinstance(output, LoraLinear | TokenLogits) else None
     linear: Any = output if adapter is None else adapter.base
     if not is_plain(output):
         return own

@@ -87,6 +87,11 @@ class SeededAdapters(NewAdapters):
 class AdapterOptions(NewAdapters, PlannedAdapters):
     """The adapters of a run."""
 
+    train_new_tokens: bool = knob(
+        False,
+        "Train the embedding's and the head's rows of tokens in the examples that the base never learnt.",
+        aliases=("trainable_token_indices", "new_tokens"),
+    )
     adapter: Name | None = knob(
         None,
         "Adapter folder, nybble's or PEFT's, to train on from; its rank, alpha and layers are taken.",

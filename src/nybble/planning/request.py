@@ -54,6 +54,7 @@ def plan_run(
     device: torch.device,
     folder_to_come: bool = False,
     machine: Machine | None = None,
+    new_tokens: int = 0,
 ) -> tuple[Plans, PlanRequest]:
     """Choose how to train before anything is loaded; what the config says is not chosen.
 
@@ -63,6 +64,7 @@ def plan_run(
         micro_batches: most rows at once -> what the run's micro-batches come to.
         folder_to_come: the source will be calibrated into a 4-bit folder first.
         machine: as it was before anything was loaded; None where nothing is yet.
+        new_tokens: whose rows are trained.
 
     Returns:
         the plans, and what would be asked if every choice were the planner's.
@@ -83,6 +85,7 @@ def plan_run(
         in_folder=folder_to_come or source.is_streamable,
         formats=formats if source.quant_spec is None else source.layer_formats,
         in_four_bits=source.in_four_bits,
+        new_tokens=new_tokens,
     )
     if config.weights.format != "none":
         check_dense_share(asked.run.model.parts, source.name, config.weights.max_dense_share)
@@ -122,6 +125,7 @@ def requests(
     in_folder: bool,
     formats: BaseFormats | None,
     in_four_bits: set[str] | None = None,
+    new_tokens: int = 0,
 ) -> tuple[PlanRequest, PlanRequest]:
     """What a run with these options asks of the planner, and the same with every choice left to it.
 
@@ -131,6 +135,7 @@ def requests(
         in_folder: blocks of the base lie in a four-bit folder, or will.
         formats: of a model that is already in four bits, or what was chosen; None where the options tell it.
         in_four_bits: names of the linear layers that a source in four bits has so; None where all will be.
+        new_tokens: whose rows of embedding and head are trained.
 
     Raises:
         ConfigError: target_modules names no layer.
@@ -147,10 +152,13 @@ def requests(
     )
     model = shape_of(skeleton, in_four_bits)
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
+    parameters = sum(ranks[name] * sum(size) + size[1] * adapters.dora for name, size in sizes.items())
+    if new_tokens:
+        parameters += new_tokens * model.hidden_size * (1 if skeleton.all_tied_weights_keys else 2)
     run = RunShape(
         model,
         batches=micro_batches(1),
-        adapter_parameters=sum(ranks[n] * sum(size) + size[1] * adapters.dora for n, size in sizes.items()),
+        adapter_parameters=parameters,
         rank=(rank := _mean_rank(skeleton, ranks) if adapters.rank_pattern else adapters.rank),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
@@ -165,7 +173,7 @@ def requests(
         other_ranks=tuple(sorted({*ranks.values()} - {rank})),
     )
     _check_whole_blocks(memory, run, str(against))
-    ends = [name for name in end_modules(skeleton) if name in targets]
+    ends = [name for name in end_modules(skeleton) if name in targets or new_tokens]
     largest_adapter = max(ranks[name] * max(features) for name, features in sizes.items())
 
     def request(options: TrainConfig | PlanConfig) -> PlanRequest:

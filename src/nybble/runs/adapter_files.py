@@ -2,7 +2,7 @@
 
 Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32; of an
 embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`; DoRA's `.lora_magnitude_vector`
-`[out]`.
+`[out]`; of tokens with rows of their own `.token_adapter.trainable_tokens_delta` `[tokens, width]`, these rows.
 Adapters that began with something other than B = 0 have a third file, `initial.safetensors`, with the same keys: what
 they began with. PEFT does not look at it: on the quantised base the adapter is whole without it. Where that was taken
 out of the base's weights (`init_lora_weights` is pissa or olora), PEFT takes it out of the base again when it loads
@@ -12,40 +12,37 @@ the adapter; for others there is the plain adapter of twice the rank, B A - B₀
 import json
 import math
 import re
-import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from nybble.errors import ModelError, RunError
 from nybble.formats.safetensors import SafetensorsFolder, sampled_sha256
 from nybble.layers.convert import adapters_of, attach_adapters, end_modules, of_pattern, quantizable_linears
-from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
+from nybble.layers.lora import DoraLinear, LoraLinear, lora_scaling
+from nybble.layers.token_rows import token_rows, train_rows
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 INITIAL_NAME = "initial.safetensors"
-_PREFIX = "base_model.model."
-_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
-_MAGNITUDE = ".lora_magnitude_vector"
+PREFIX = "base_model.model."
+LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+MAGNITUDE = ".lora_magnitude_vector"
 _BASE_WEIGHT = ".base_layer.weight"  # PEFT stores the frozen weight of an adapted embedding or head too
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape, _LINEAR + _EMBEDDING))})")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape, LINEAR + EMBEDDING))})")
 
 # What a config may say without changing what the adapter computes; anything else must be off.
 PLAIN_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
-    "use_dora",
+    *("use_dora", "trainable_token_indices"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("fan_in_fan_out", "inference_mode"),
     *("auto_mapping", "peft_version", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
@@ -56,157 +53,9 @@ OFF: tuple[object, ...] = (None, False, "none", [], {}, 0)
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # ways to begin that leave the base with other weights
 
 
-def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """PEFT's keys -> fp32 tensors on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in adapters.items():
-        tensors |= _named(name, adapter, adapter.lora_A.detach(), adapter.lora_B.detach())
-        if isinstance(adapter, DoraLinear):
-            tensors[_PREFIX + name + _MAGNITUDE] = adapter.magnitude.detach().cpu()
-    return tensors
-
-
-def initial_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """PEFT's keys -> what the adapters began with; empty where that was B = 0."""
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in adapters.items():
-        if adapter.initial is not None:
-            tensors |= _named(name, adapter, *adapter.initial)
-    return tensors
-
-
-def _named(name: str, adapter: LoraLinear, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    leaves = _EMBEDDING if isinstance(adapter, LoraEmbedding) else _LINEAR
-    return {f"{_PREFIX}{name}.{leaf}": each.cpu().contiguous() for leaf, each in zip(leaves, (a, b), strict=True)}
-
-
-def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
-    """What PEFT needs to know to put the model's adapters on its base.
-
-    Where experts that checkpoints store one by one are one tensor in the model, PEFT takes every target module of their
-    names (`gate_proj`) for the experts. Other layers of these names are targets as parameters, which it leaves alone;
-    those have no dropout in PEFT.
-    """
-    adapters = adapters_of(model)
-    first = next(iter(adapters.values()))
-    rank, rank_pattern = _usual_and_others({name: adapter.rank for name, adapter in adapters.items()})
-    alpha, alpha_pattern = _usual_and_others({name: adapter.alpha for name, adapter in adapters.items()})
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
-    taken = _names_of_merged_experts(model)
-    as_parameters = [name for name in adapters if name.rpartition(".")[2] in taken]
-    as_modules = [name for name in adapters if name not in as_parameters]
-    parameters: dict[str, Any] = {}
-    if as_parameters:
-        parameters["target_parameters"] = sorted(f"{name}.weight" for name in as_parameters)
-    if any(isinstance(adapter, DoraLinear) for adapter in adapters.values()):
-        parameters["use_dora"] = True
-    if first.taken_by:
-        parameters["init_lora_weights"] = first.taken_by
-    return {
-        **parameters,
-        **{key: pattern for key, pattern in patterns.items() if pattern},
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if as_parameters else first.dropout,
-        "use_rslora": first.rslora,
-        "target_modules": _shortest_targets(model, as_modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-
-
-def _usual_and_others(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What most layers have, and PEFT's pattern for the others: by the last part of their names where all layers that
-    end so have the same, else by whole names.
-    """
-    usual = Counter(values.values()).most_common(1)[0][0]
-    by_leaf: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        by_leaf.setdefault(name.rpartition(".")[2], set()).add(value)
-    pattern: dict[str, Any] = {}
-    for name, value in values.items():
-        leaf = name.rpartition(".")[2]
-        if value != usual:
-            pattern[leaf if len(by_leaf[leaf]) == 1 else name] = value
-    return usual, pattern
-
-
-def write_plain_adapter(adapter: "StoredAdapter", model: nn.Module, folder: Path) -> None:
-    """Write an adapter into an existing folder for those who scale by alpha / rank and begin with B = 0.
-
-    Args:
-        model: the base, on the meta device.
-    """
-    alphas = {name: adapter.scaling_of(name) * adapter.rank_of(name) for name in adapter.names}
-    alpha, alpha_pattern = _usual_and_others(alphas)
-    config = adapter.config | {"use_rslora": False, "lora_alpha": alpha, "alpha_pattern": alpha_pattern}
-    if not adapter.doubled:
-        shutil.copyfile(adapter.folder / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-        write_config(folder, config)
-        return
-    rank, rank_pattern = _usual_and_others({name: adapter.rank_of(name) for name in adapter.names})
-    tensors: dict[str, Tensor] = {}
-    for name in adapter.names:
-        pair = adapter.matrices(name, *linear_features(model.get_submodule(name)))
-        tensors |= {f"{_PREFIX}{name}.{leaf}": each for leaf, each in zip(_LINEAR, pair, strict=True)}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    write_config(folder, config | {"r": rank, "rank_pattern": rank_pattern, "init_lora_weights": True})
-
-
-def write_merged_adapter(
-    adapters: Sequence["StoredAdapter"], merged: Mapping[str, tuple[Tensor, Tensor]], folder: Path
-) -> None:
-    """Write A and B of layers, their scaling in them, into an existing folder.
-
-    Args:
-        adapters: that they were made of; what else a config says is the first one's.
-    """
-    rank, rank_pattern = _usual_and_others({name: len(a) for name, (a, _) in merged.items()})
-    patterns = {"rank_pattern": rank_pattern, "alpha_pattern": rank_pattern}
-    own = {"r": rank, "lora_alpha": rank, "use_rslora": False, "target_modules": sorted(merged)}
-    kept = {key: value for key, value in adapters[0].config.items() if key not in ("target_parameters", *patterns)}
-    tensors: dict[str, Tensor] = {}
-    for name, pair in merged.items():
-        leaves = next(each for each in adapters if name in each.names).leaves(name)
-        tensors |= {f"{_PREFIX}{name}.{leaf}": each.contiguous() for leaf, each in zip(leaves, pair, strict=True)}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    write_config(folder, kept | own | {key: pattern for key, pattern in patterns.items() if pattern})
-
-
-def _names_of_merged_experts(model: "PreTrainedModel") -> set[str]:
-    """Last parts of the names of weights that transformers merges, over all experts, when it loads a checkpoint."""
-    merging = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
-    patterns = [pattern for converter in merging for pattern in converter.source_patterns if ".*." in pattern]
-    return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns}
-
-
-def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Leaf names where, among all modules, they match exactly the adapted layers, else the full names."""
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
-    return leaves if sorted(same_leaf) == sorted(names) else sorted(names)
-
-
 def _adaptable(model: nn.Module) -> list[str]:
     """Names of all layers that can have an adapter, or have one."""
     return sorted({*quantizable_linears(model), *end_modules(model), *adapters_of(model)})
-
-
-def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
-    """Write the model's adapters into an existing folder."""
-    save_file(adapter_tensors(adapters_of(model)), folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    if initial := initial_tensors(adapters_of(model)):
-        save_file(initial, folder / INITIAL_NAME, metadata={"format": "pt"})
-    write_config(folder, config)
-
-
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write PEFT's `adapter_config.json`; the order of patterns stays, since the first that matches counts."""
-    (folder / CONFIG_NAME).write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n", encoding="utf-8")
 
 
 class StoredAdapter:
@@ -245,15 +94,39 @@ class StoredAdapter:
         self.dora: bool = self.settings["dora"]
         self.names = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
         self._check_ranks()
+        self.tokens = self._tokens()
+
+    def _tokens(self) -> dict[str, list[int]]:
+        """Modules with rows that were trained -> of which tokens."""
+        said = self.config.get("trainable_token_indices") or {}
+        names = [key.removeprefix(PREFIX).removesuffix(TOKENS) for key in self._stored.entries if key.endswith(TOKENS)]
+        by_leaf = said if isinstance(said, dict) else {"embed_tokens": said}
+        found = {n: ids for n in names for leaf, ids in by_leaf.items() if n == leaf or n.endswith(f".{leaf}")}
+        whole = all(isinstance(ids, list) and ids and all(type(id) is int for id in ids) for ids in found.values())
+        if not whole or len(found) != len(names) or (by_leaf and not found):
+            raise RunError(
+                f"The adapter in {self.folder} has trained rows in {names}, its {CONFIG_NAME} says {said!r}.",
+                "Allowed: rows of the embedding and of the head, each with its tokens.",
+            )
+        return found
+
+    def token_rows(self, name: str, width: int) -> Tensor:
+        """The trained rows of one module, fp32 `[tokens, width]`.
+
+        Raises:
+            RunError: as `matrices`.
+        """
+        shape = (len(self.tokens[name]), width)
+        return self._tensor(self._stored, WEIGHTS_NAME, PREFIX + name + TOKENS, shape)
 
     def leaves(self, name: str) -> tuple[str, str]:
         """How the keys of one layer's A and B end."""
-        return _EMBEDDING if f"{_PREFIX}{name}.{_EMBEDDING[0]}" in self._stored.entries else _LINEAR
+        return EMBEDDING if f"{PREFIX}{name}.{EMBEDDING[0]}" in self._stored.entries else LINEAR
 
     def _check_ranks(self) -> None:
         """Before anything is made of the ranks that the config says."""
         for name in self.names or [""]:
-            first = self._stored.entries.get(f"{_PREFIX}{name}.{self.leaves(name)[0]}")
+            first = self._stored.entries.get(f"{PREFIX}{name}.{self.leaves(name)[0]}")
             rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
             if rank != (said := self._own_rank(name)):
                 raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {said!r}.")
@@ -277,7 +150,7 @@ class StoredAdapter:
 
     def features(self, layer: str) -> tuple[int, int]:
         """What one layer takes and gives, as its matrices say."""
-        key_a, key_b = (f"{_PREFIX}{layer}.{leaf}" for leaf in self.leaves(layer))
+        key_a, key_b = (f"{PREFIX}{layer}.{leaf}" for leaf in self.leaves(layer))
         a, b = (self._stored.entries.get(key) for key in (key_a, key_b))
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             raise RunError(f"The adapter in {self.folder} has not two matrices for {layer}.")
@@ -334,7 +207,7 @@ class StoredAdapter:
         Raises:
             RunError: as `matrices`.
         """
-        return self._tensor(self._stored, WEIGHTS_NAME, _PREFIX + name + _MAGNITUDE, (out_features,))
+        return self._tensor(self._stored, WEIGHTS_NAME, PREFIX + name + MAGNITUDE, (out_features,))
 
     def check_base(self, name: str, weight: Tensor) -> None:
         """Refuse a base whose weight of one layer is not the one that PEFT stored beside the adapter.
@@ -342,7 +215,7 @@ class StoredAdapter:
         Raises:
             RunError: it is another, as after tokens were added to it.
         """
-        key = f"{_PREFIX}{name}{_BASE_WEIGHT}"
+        key = f"{PREFIX}{name}{_BASE_WEIGHT}"
         if key in self._stored.entries and not torch.equal(self._stored.read(key).to(weight), weight):
             raise RunError(
                 f"The adapter in {self.folder} was trained beside another {name}.weight than this base has.",
@@ -353,7 +226,7 @@ class StoredAdapter:
     def _pair(
         self, stored: SafetensorsFolder, file: str, name: str, in_features: int, out_features: int
     ) -> tuple[Tensor, Tensor]:
-        key_a, key_b = (f"{_PREFIX}{name}.{leaf}" for leaf in self.leaves(name))
+        key_a, key_b = (f"{PREFIX}{name}.{leaf}" for leaf in self.leaves(name))
         rank = self._own_rank(name)
         a = self._tensor(stored, file, key_a, (rank, in_features))
         return a, self._tensor(stored, file, key_b, (out_features, rank))
@@ -412,14 +285,14 @@ def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str], t
     strange = [f"{key} = {value!r}" for key, value in config.items() if key not in PLAIN_KEYS and value not in OFF]
     strange += [f"init_lora_weights = {begun!r}"] if begun.startswith(CHANGES_BASE) and not taken_by else []
     strange += [f"peft_type = {kind!r}"] if (kind := config.get("peft_type", "LORA")) != "LORA" else []
-    allowed = (_BASE_WEIGHT, _MAGNITUDE) if config.get("use_dora") else (_BASE_WEIGHT,)
+    allowed = (_BASE_WEIGHT, TOKENS, MAGNITUDE) if config.get("use_dora") else (_BASE_WEIGHT, TOKENS)
     strange += [f"the tensor {key}" for key in keys if not _KEY.fullmatch(key) and not key.endswith(allowed)]
-    if config.get("use_dora") and not any(key.endswith(_MAGNITUDE) for key in keys):
+    if config.get("use_dora") and not any(key.endswith(MAGNITUDE) for key in keys):
         strange.append("use_dora = True without magnitudes")
     if strange:
         raise RunError(
             f"The adapter in {folder} is not LoRA alone: {', '.join(strange[:3])}.",
-            "Allowed: LoRA's A and B on linear layers, embedding and head, and DoRA's magnitudes.",
+            "Allowed: LoRA's A and B on linear layers, embedding and head, DoRA's magnitudes, and tokens' rows.",
             "Merge it into its base with PEFT (merge_and_unload), and use the merged model.",
         )
 
@@ -433,7 +306,10 @@ def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
     stored = StoredAdapter(folder)
     stored.check_layers(model)
     adapters = attach_adapters(model, stored.names, **stored.settings)
+    if stored.tokens:
+        train_rows(model, next(iter(stored.tokens.values())))
     _fill(adapters, stored)
+    _fill_rows(model, stored)
     return adapters
 
 
@@ -447,6 +323,21 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
     if unknown := sorted(set(stored.names) - adapters.keys()):
         raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
     _fill(adapters, stored)
+    _fill_rows(model, stored)
+
+
+def _fill_rows(model: nn.Module, stored: StoredAdapter) -> None:
+    rows = token_rows(model)
+    if not stored.tokens:
+        return  # an adapter without such rows is trained on: they begin with the base's
+    if stored.tokens != {name: model.get_submodule(name).tokens for name in rows}:
+        raise RunError(
+            f"The adapter in {stored.folder} has rows of other tokens than this run trains.",
+            "Allowed: the same tokens in embedding and head.",
+        )
+    with torch.no_grad():
+        for name, parameter in rows.items():
+            parameter.copy_(stored.token_rows(name, parameter.shape[1]))
 
 
 def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:

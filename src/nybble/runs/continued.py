@@ -26,6 +26,12 @@ def open_adapter(path: str) -> StoredAdapter:
     folder = Path(path).expanduser()
     of_run = RunFolder(folder).adapter
     adapter = StoredAdapter(of_run if of_run.is_dir() else folder)
+    if adapter.tokens:
+        raise RunError(
+            f"The adapter in {adapter.folder} has trained rows of tokens.",
+            "Trained on are adapters alone.",
+            "Merge it (`nybble merge`) and train on the merged model.",
+        )
     if adapter.taken_by:
         raise RunError(
             f"The adapter in {adapter.folder} belongs on what {adapter.taken_by} left of its base's weights.",

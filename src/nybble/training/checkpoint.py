@@ -31,7 +31,8 @@ from nybble.events import Listener, Note, silent
 from nybble.files.disk import TEMPORARY, complete_folder, reason_of, remove_folder
 from nybble.files.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors import SafetensorsFolder, write_tensors
-from nybble.runs.adapter_files import restore_adapter, write_adapter
+from nybble.runs.adapter_files import restore_adapter
+from nybble.runs.adapter_writing import write_adapter
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import RngState, capture_rng, restore_rng
 from nybble.units import format_bytes

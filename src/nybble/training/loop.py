@@ -23,7 +23,8 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
-from nybble.runs.adapter_files import restore_adapter, write_adapter
+from nybble.runs.adapter_files import restore_adapter
+from nybble.runs.adapter_writing import write_adapter
 from nybble.runs.folder import RunFolder
 from nybble.training.accumulation import GradientAccumulation
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress

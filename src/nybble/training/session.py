@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from nybble import __version__, openmp
 from nybble.data.audit import Audited
 from nybble.data.calibration_text import CalibrationText
+from nybble.data.new_tokens import describe_tokens, untrained_tokens
 from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler
@@ -26,6 +28,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, new_adapter_sizes
 from nybble.layers.precision import set_up
 from nybble.layers.regularisers import Regularisers
+from nybble.layers.token_rows import train_rows
 from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
@@ -48,7 +51,8 @@ from nybble.quantization.adapter_init import (
 from nybble.quantization.residual import ResidualSource
 from nybble.quantization.sensitivity import MixedFormats, measure_formats, some_windows
 from nybble.quantization.walk import WalkError
-from nybble.runs.adapter_files import StoredAdapter, adapter_config, restore_adapter
+from nybble.runs.adapter_files import StoredAdapter, restore_adapter
+from nybble.runs.adapter_writing import adapter_config
 from nybble.runs.base import (
     RoundingChoice,
     RoundingChosen,
@@ -219,6 +223,7 @@ class _Examples:
     digests: DataDigests
     base: str
     objective: Objective
+    new_tokens: tuple[int, ...]
     num_steps: int
     evaluations: Evaluations
     micro_batches: Callable[[int], MicroBatches]
@@ -230,6 +235,9 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = SupervisedFineTuning()
     data = read_rows(config.data, source, opened.template, objective.encode, opened.run.path, report)
+    new_tokens: tuple[int, ...] = ()
+    if config.adapters.train_new_tokens:
+        data, new_tokens = _take_new_tokens(opened, data)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
@@ -249,7 +257,28 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     if evaluations.note:
         report(Note(evaluations.note))
     micro_batches = _micro_batches(config, data, num_steps, opened.device)
-    return _Examples(data, digests, base, objective, num_steps, evaluations, micro_batches)
+    return _Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
+
+
+def _take_new_tokens(opened: _Opened, data: PreparedData) -> tuple[PreparedData, tuple[int, ...]]:
+    """The tokens whose rows are trained, and the rows without the finding that these are not.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    template, source = opened.template, opened.source
+    vocab_size, sequences = source.config.get_text_config().vocab_size, chain(data.train, data.validation)
+    tokens = untrained_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, source.embedding_rows)
+    if not tokens:
+        raise ConfigError(
+            "train-new-tokens is on, and the rows have no token that the base never learnt.",
+            "New are tokens added to the tokenizer that its template does not mention, or with rows never trained.",
+            "Leave --train-new-tokens out.",
+        )
+    findings = tuple(found for found in data.audit.findings if found.id != "untrained-tokens")
+    notice = f"rows of {describe_tokens(tokens, template.tokenizer)} are trained"
+    audit = replace(data.audit, findings=findings, notices=(*data.audit.notices, notice))
+    return replace(data, audit=audit), tuple(tokens)
 
 
 def _refuse_without_evaluations(loop: LoopOptions) -> None:
@@ -369,7 +398,10 @@ class _Fit:
 def _plan(opened: _Opened, examples: _Examples, base: _Base, report: Listener) -> _Fit:
     """The plan, and the streamed base's store opened."""
     dtype, device = opened.dtype, opened.device
-    plans, unconstrained = plan_run(opened.config, base.source, base.formats, examples.micro_batches, dtype, device)
+    count = len(examples.new_tokens)
+    plans, unconstrained = plan_run(
+        opened.config, base.source, base.formats, examples.micro_batches, dtype, device, new_tokens=count
+    )
     report(Planned(plans, unconstrained))
     fit = _Fit(plans, unconstrained, None)
     return replace(fit, store=open_blocks(base.source, fit.plan, device))
@@ -389,6 +421,11 @@ def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: 
         report=report,
     )
     add_new_adapters(model, adapters, config.data.seed)
+    if examples.new_tokens:
+        train_rows(model, examples.new_tokens)
+    if adapters.init in TAKES_FROM_BASE:
+        for adapter in adapters_of(model).values():
+            adapter.taken_by = adapters.init  # a checkpoint has what that was
     if adapters.init != "default" and opened.resumed is None:
         free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
         _begin_adapters(opened, examples, base, model, min(free, STATISTICS_BYTES))
@@ -405,7 +442,7 @@ def _begin_adapters(
     if init in TAKES_FROM_BASE:
         assert base.residual is not None
         for name, adapter in adapters_of(model).items():
-            adapter.start_from(*base.residual.begun(name), taken_by=init)
+            adapter.start_from(*base.residual.begun(name))
         return
     windows = None
     if init != "loftq":
@@ -462,6 +499,7 @@ def _plan_padded(opened: _Opened, examples: _Examples, base: _Base, packed: _Fit
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,
+        new_tokens=len(examples.new_tokens),
     )
     fit = _Fit(plans, unconstrained, packed.store)
     plan = fit.plan
