@@ -17,6 +17,8 @@ from nybble.layers.dense import weight_matrix
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
 
+TINY = 1e-30  # a norm of zero is not divided by
+
 
 def lora_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """The factor before B·A·x."""
@@ -74,15 +76,18 @@ class LoraLinear(nn.Module):
         """On, or off to ask the base: with what was taken out of it back in, where something was."""
         if not self.taken_by:
             self.enabled = enabled
-        if not self.taken_by or self.tuned == enabled:
-            return
+        elif self.tuned != enabled:
+            self._exchange()
+            self.tuned = enabled
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """What A and B are, and what they began with."""
         assert self.initial is not None
-        with torch.no_grad():
-            for parameter, other in zip((self.lora_A, self.lora_B), self.initial, strict=True):
-                value = parameter.detach().clone()
-                parameter.copy_(other)
-                other.copy_(value)
-        self.tuned = enabled
+        for parameter, other in zip((self.lora_A, self.lora_B), self.initial, strict=True):
+            value = parameter.detach().clone()
+            parameter.copy_(other)
+            other.copy_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -136,7 +141,7 @@ class DoraLinear(LoraLinear):
             along = answers.float() if base.bias is None else (answers - base.bias).float()
             squares = self._base_norms.square() + 2 * self.scaling * (along.T * b).sum(1)
             squares += self.scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
-            self._norms, self._versions = squares.clamp_(min=0).sqrt_(), versions
+            self._norms, self._versions = squares.clamp_(min=TINY).sqrt_(), versions
         return self._norms
 
     def forward(self, x: Tensor) -> Tensor:

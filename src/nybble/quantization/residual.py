@@ -7,6 +7,7 @@ Training begins with W = (W - s B A) + s B A: only the first part is frozen, and
 W, so that less is lost. The names are PEFT's, which does the same.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ class ResidualSource(StoredModel):
         return self.source.load_generation_config()
 
     def fingerprint(self) -> str:
-        return f"{self.source.fingerprint()} less {self.way} {sorted(self.ranks.items())}"
+        text = f"{self.source.fingerprint()} less {self.way} {sorted(self.ranks.items())}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_names(self) -> list[str]:
         return list(self.source.placements)
