@@ -45,7 +45,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OPTIONS["dora"] = {"dora": True, "rank_pattern": "up_proj=3", "lora_plus_ratio": 2}
 OPTIONS["regularised"] = {"neftune_alpha": 5, "label_smoothing": 0.1, "z_loss": 1e-3}
 OPTIONS |= {init: {"init": init, "lr": 1e-3} for init in ("eva", "pissa", "olora")}
+QUICK = {("patterns", "blocks"), ("patterns",), ("lora-plus", "generic"), ("dora", "blocks"), ("regularised", "blocks")}
+QUICK |= {("pissa", "generic"), ("eva", "blocks")}
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
+
+
+def _case(*case: str) -> Any:
+    return pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
 
 
 @pytest.fixture
@@ -79,8 +85,7 @@ def widened(opened: OpenRun) -> nn.Module:
     return base
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "path"), [_case(option, path) for option in OPTIONS for path in PATHS])
 def test_trained_resumed_and_read_by_peft(start, tmp_path: Path, option: str, path: str) -> None:
     run = start(**OPTIONS[option], **PATHS[path], save_every=1, keep_checkpoints=9)
     opened, kept = open_run(run), {path.name: path.read_bytes() for path in (run / "adapter").glob("*.*")}
@@ -102,7 +107,9 @@ def test_trained_resumed_and_read_by_peft(start, tmp_path: Path, option: str, pa
     torch.testing.assert_close(logits(merged), logits(theirs.merge_and_unload()), rtol=0.03, atol=0.03)  # bf16
 
 
-@pytest.mark.parametrize("option", OPTIONS.keys() - {"regularised"})  # whose noise differs
+@pytest.mark.parametrize(
+    "option", [_case(option) for option in OPTIONS if option != "regularised"]
+)  # its noise differs
 def test_both_ways_learn_the_same(start, option: str) -> None:
     first, second = (
         load_file(start(path, **OPTIONS[option], **PATHS[path]) / "adapter/adapter_model.safetensors") for path in PATHS
@@ -111,7 +118,7 @@ def test_both_ways_learn_the_same(start, option: str) -> None:
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("init", TAKES_FROM_BASE)
+@pytest.mark.parametrize("init", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
 def test_what_is_taken_from_the_base_is_pefts(start, tiny_model: Path, tmp_path: Path, init: str) -> None:
     """PEFT takes the same out of the 16-bit base, and its tuned model is ours where that is merged into."""
     run = start(init=init, lr=1e-3, alpha=8.0)
