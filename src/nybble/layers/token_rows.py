@@ -73,7 +73,7 @@ class TokenLogits(nn.Module):
         self.rows = nn.Parameter(self.original.clone()) if tied is None else None
         self._tied = (tied,)  # in a tuple: it is no module of this one
         self.lora_B = torch.zeros(len(base.weight), len(self.tokens), device=base.weight.device)
-        self.lora_B[self.tokens, range(len(self.tokens))] = 1.0
+        self.lora_B[self.tokens, list(range(len(self.tokens)))] = 1.0
 
     @property
     def lora_A(self) -> Tensor:
