@@ -27,15 +27,20 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def start(request: Any, tmp_path: Path) -> Callable[..., Path]:
+@pytest.fixture
+def tied() -> bool:
+    return True
+
+
+@pytest.fixture
+def start(tied: bool, tmp_path: Path) -> Callable[..., Path]:
     """Trains in 16 bits on a tiny model whose tokenizer has a token that it never learnt; returns the run folder."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([NEW], special_tokens=True)
     tokenizer.save_pretrained(tmp_path / "base")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer) + 5, tie_word_embeddings=request.param, bos_token_id=None, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer) + 5, tie_word_embeddings=tied, bos_token_id=None, **sizes)
     config.eos_token_id = tokenizer.eos_token_id
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
     rows = [{"prompt": f"What is {n}?", "completion": f"{NEW}It is {n}."} for n in range(40)]
@@ -48,7 +53,6 @@ def start(request: Any, tmp_path: Path) -> Callable[..., Path]:
         train(load_config(None, options | more))
         return tmp_path / out
 
-    run.tied = request.param  # type: ignore[attr-defined]
     return run
 
 
@@ -57,14 +61,22 @@ def logits(model: nn.Module, token: int) -> torch.Tensor:
         return model.eval()(input_ids=torch.tensor([[70, 5, token, 33, 90, 12]])).logits.float()
 
 
-@pytest.mark.parametrize("packing", [True, False], ids=["blocks", "generic"])
-def test_trained_resumed_read_and_merged(start: Any, tmp_path: Path, packing: bool) -> None:
+@pytest.mark.parametrize(
+    ("tied", "packing"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_trained_resumed_read_and_merged(start: Callable[..., Path], tmp_path: Path, tied: bool, packing: bool) -> None:
     run = start(packing=packing, save_every=1, keep_checkpoints=9)
     opened = open_run(run)
     token = opened.template.tokenizer.convert_tokens_to_ids(NEW)
     stored = load_file(run / WEIGHTS)
     rows = {key: tensor for key, tensor in stored.items() if "trainable_tokens_delta" in key}
-    assert len(rows) == (1 if start.tied else 2) and all(tensor.shape == (1, 64) for tensor in rows.values())
+    assert len(rows) == (1 if tied else 2) and all(tensor.shape == (1, 64) for tensor in rows.values())
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     before = {"embed_tokens": base.get_input_embeddings().weight, "lm_head": base.get_output_embeddings().weight}
     for key, tensor in rows.items():
@@ -90,13 +102,15 @@ def test_trained_resumed_read_and_merged(start: Any, tmp_path: Path, packing: bo
         start("more", adapter=str(run))
 
 
-def test_both_ways_learn_the_same(start: Any) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_both_ways_learn_the_same(start: Callable[..., Path]) -> None:
     first, second = (load_file(start(str(packing), packing=packing) / WEIGHTS) for packing in (True, False))
     for name, tensor in first.items():
         torch.testing.assert_close(tensor, second[name], rtol=1e-3, atol=2e-4)
 
 
-def test_where_it_does_not_fit(start: Any, tmp_path: Path) -> None:
+def test_where_it_does_not_fit(start: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="target-modules"):
         start(target_modules="q_proj,embed_tokens")
     (tmp_path / "plain.jsonl").write_text('{"prompt": "What is one?", "completion": "One."}\n' * 9)
