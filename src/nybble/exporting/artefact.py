@@ -100,8 +100,8 @@ def export_run(
     unverified = out.with_name(out.name + ".unverified")
     for path in (out, unverified):
         _check_free(path)
-    assert config.run.run is not None
     run, quality = config.run, config.rounding.quality
+    assert run.run is not None
     opened = open_run(run.run, report)
     artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
     validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
