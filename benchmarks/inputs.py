@@ -14,7 +14,7 @@ from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.formats.safetensors import staged_folder
 from nybble.layers.convert import attach_adapters, quantizable_linears
-from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
@@ -87,7 +87,7 @@ def _write_model(model: str, inputs: Inputs) -> None:
             source.load_tokenizer().save_pretrained(folder)
     attach_adapters(dense, quantizable_linears(dense), rank=RANK, alpha=ALPHA)
     with staged_folder(inputs.adapter) as folder:
-        write_adapter(dense, folder, adapter_config(dense, str(inputs.base), alpha=ALPHA, rslora=False))
+        write_adapter(dense, folder, adapter_config(dense, str(inputs.base)))
 
 
 def _answer_steps(rows: list[EncodedExample], num_steps: int) -> list[list[dict[str, list[int]]]]:

@@ -265,7 +265,7 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
     from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
     from nybble.options.option import build_options, config_to_yaml
     from nybble.options.verbs import TrainConfig
-    from nybble.runs.adapter_files import adapter_config, write_adapter
+    from nybble.runs.adapter_writing import adapter_config, write_adapter
     from nybble.sources.open import open_model
 
     def make(
@@ -291,7 +291,7 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
             torch.nn.init.normal_(adapter.lora_B)
             delta = adapter.scaling * (adapter.lora_B @ adapter.lora_A)
             adapter.lora_B.data *= size * adapter.base.weight.norm() / delta.norm()
-        write_adapter(model, folder / "run" / "adapter", adapter_config(model, "base", alpha=8.0, rslora=rslora))
+        write_adapter(model, folder / "run" / "adapter", adapter_config(model, "base"))
         return folder / "run"
 
     return make

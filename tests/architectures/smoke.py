@@ -22,7 +22,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.dense import weight_matrix
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.folder import FolderSource
 from nybble.sources.load import load_model
 from nybble.training.optimizer import AdamW
@@ -62,7 +62,7 @@ def train_in(folder: Path, dtype: torch.dtype, out: Path) -> Trained:
     for packing in (True, False):
         _fill_adapters(model)
         ran[packing] = _train(model, dtype, packing)
-    write_adapter(model, out, adapter_config(model, str(folder), alpha=ALPHA, rslora=False))
+    write_adapter(model, out, adapter_config(model, str(folder)))
     read = _compare_with_peft(model, folder, out, dtype)
     path = "decoder blocks" if ran[True][0].startswith("decoder blocks") else "generic"
     return Trained(path, "packed" if ran[True][1] else "padded", read)

@@ -24,7 +24,7 @@ from nybble.layers.backbone import decoder_states
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
-from nybble.runs.adapter_files import adapter_config
+from nybble.runs.adapter_writing import adapter_config
 
 PROJECT = Path(__file__).parents[2]
 TABLE = PROJECT / "docs" / "architectures.md"
@@ -89,7 +89,7 @@ def test_a_sample_trains_as_the_model_is(model_type: str) -> None:
 def test_layers_with_the_names_of_merged_experts_are_where_peft_leaves_them() -> None:
     model = tiny_model("deepseek_v3")
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=4.0, dropout=0.1)
-    config = adapter_config(model, "base", alpha=4.0, rslora=False)
+    config = adapter_config(model, "base")
     expected = adapters_of(model).keys()
     peft = get_peft_model(tiny_model("deepseek_v3"), LoraConfig(**config | {"inference_mode": False}))
     found = {n.removeprefix("base_model.model.") for n, m in peft.named_modules() if hasattr(m, "lora_A")}

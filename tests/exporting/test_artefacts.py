@@ -172,9 +172,9 @@ def test_a_gguf_adapter_read_back(make_run: Callable, tmp_path: Path, family: st
     run = make_run(family, rslora=True)
     opened = open_run(run)
     write(opened, Artefact(ArtefactKind.GGUF_ADAPTER, GgufType.F16, "dequantized"), tmp_path / "out")
-    scaling, matrices = read_gguf_adapter(tmp_path / "out" / "adapter.gguf", opened.source)
+    alpha, matrices = read_gguf_adapter(tmp_path / "out" / "adapter.gguf", opened.source)
     stored = StoredAdapter(run / "adapter")
-    assert scaling == pytest.approx(stored.scaling) and sorted(matrices) == stored.names
+    assert alpha == pytest.approx(4 * stored.scaling_of(stored.names[0])) and sorted(matrices) == stored.names
     for name, (a, b) in matrices.items():
         ours = stored.matrices(name, a.shape[1], b.shape[0])
         assert torch.equal(a, ours[0]) and torch.equal(b, ours[1]), name

@@ -13,7 +13,8 @@ from nybble.errors import ExportError, RunError
 from nybble.exporting.gguf_model import write_gguf_adapter
 from nybble.exporting.merged_source import MergedSource
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.runs.adapter_files import StoredAdapter, adapter_config, read_adapter, write_adapter
+from nybble.runs.adapter_files import StoredAdapter, read_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.runs.open_run import load_frozen, open_run
 from nybble.sources.load import load_model
 
@@ -31,7 +32,7 @@ def run_with_ends(make_run) -> Callable[..., Path]:
             nn.init.normal_(adapter.lora_B, std=0.1)
         for file in (run / "adapter").iterdir():
             file.unlink()
-        write_adapter(base, run / "adapter", adapter_config(base, str(run.parent / "base"), alpha=8.0, rslora=False))
+        write_adapter(base, run / "adapter", adapter_config(base, str(run.parent / "base")))
         return run
 
     return make

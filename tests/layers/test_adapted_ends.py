@@ -17,7 +17,8 @@ from nybble.generation.decoding import CachedDecoder
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.layers.loss_head import loss_head
-from nybble.runs.adapter_files import StoredAdapter, adapter_config, read_adapter, write_adapter
+from nybble.runs.adapter_files import StoredAdapter, read_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 
 SHAPE = {
     "vocab_size": 150,
@@ -56,7 +57,7 @@ def in_peft(base: nn.Module, adapters: dict[str, nn.Module], folder: Path) -> nn
     attached = attach_adapters(holder, list(adapters), rank=3, alpha=6.0)
     for name, adapter in attached.items():
         adapter.load_state_dict(adapters[name].state_dict())
-    write_adapter(holder, folder, adapter_config(holder, "base", alpha=6.0, rslora=False))
+    write_adapter(holder, folder, adapter_config(holder, "base"))
     return peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True)
 
 
@@ -155,10 +156,9 @@ def test_a_pattern_that_matches_nothing_is_refused(wanted: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"use_dora": True},
+        {"use_dora": True},  # without magnitudes
         {"bias": "all"},
         {"modules_to_save": ["lm_head"]},
-        {"rank_pattern": {"q_proj": 8}},
         {"init_lora_weights": "pissa_niter_4"},
         {"peft_type": "IA3"},
         {"an_option_of_next_year": 3},

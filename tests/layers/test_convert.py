@@ -20,7 +20,8 @@ from nybble.layers.convert import (
     resolve_targets,
 )
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.runs.adapter_files import adapter_config, read_adapter, write_adapter
+from nybble.runs.adapter_files import read_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 
 LLAMA = LlamaConfig(
     vocab_size=96,
@@ -94,7 +95,7 @@ def test_peft_reads_our_adapter_and_gives_the_same_logits(family, targets, rslor
         nn.init.normal_(adapter.lora_B, std=0.3)
     ids = torch.randint(96, (2, 9))
     base_logits = twin(input_ids=ids).logits
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=6.0, rslora=rslora))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
     peft_logits = PeftModel.from_pretrained(twin, tmp_path).eval()(input_ids=ids).logits
     ours = model(input_ids=ids).logits
     assert (ours - base_logits).norm() > 1e-2 * base_logits.norm(), "the adapter must change something"
@@ -106,7 +107,7 @@ def test_an_adapter_is_read_back_exactly(tmp_path):
     attach_adapters(model, resolve_targets(model, "q_proj,down_proj"), rank=2, alpha=5.0, dropout=0.1, seed=1)
     for adapter in adapters_of(model).values():
         nn.init.normal_(adapter.lora_B)
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=5.0, rslora=False))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
     other = dense_model("llama")
     adapters = read_adapter(other, tmp_path)
     assert adapters.keys() == adapters_of(model).keys()
@@ -119,7 +120,7 @@ def test_an_adapter_is_read_back_exactly(tmp_path):
 def test_adapters_that_do_not_fit_are_refused(tmp_path):
     model = dense_model("llama")
     attach_adapters(model, resolve_targets(model, "all-linear"), rank=2, alpha=5.0)
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=5.0, rslora=False))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
     with pytest.raises(RunError, match=r"model\.layers.*which this base does not have"):
         read_adapter(dense_model("gpt2"), tmp_path)
     with pytest.raises(RunError, match="should have shape"):

@@ -14,7 +14,8 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.lora import LoraLinear
 from nybble.quantization.adapter_init import initialise_adapters
-from nybble.runs.adapter_files import INITIAL_NAME, adapter_config, read_adapter, restore_adapter, write_adapter
+from nybble.runs.adapter_files import INITIAL_NAME, read_adapter, restore_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
@@ -86,7 +87,7 @@ def test_peft_reads_the_whole_adapter_on_the_quantised_base(
     folder, base = make_folder("llama", torch.bfloat16)  # what stays dense is then the same in both
     base.float()
     model = started(folder, init, windows)
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=16.0, rslora=False))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
     for name, adapter in adapters_of(model).items():  # PEFT knows no nf2: the same numbers, dense
         base.get_submodule(name).weight.data = adapter.base.dequantize(torch.float32)
     theirs = PeftModel.from_pretrained(base, tmp_path).eval()
@@ -105,7 +106,7 @@ def test_what_training_added_is_right_for_the_16_bit_base(
         for adapter in adapters_of(model).values():
             adapter.lora_A.add_(torch.randn_like(adapter.lora_A))
             adapter.lora_B.add_(torch.randn_like(adapter.lora_B))
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=16.0, rslora=False))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
 
     again = load_model(open_model(str(folder)), FORMATS, torch.float32)
     for read in (read_adapter(again, tmp_path), restored(started(folder, "default", windows), tmp_path)):
@@ -125,7 +126,7 @@ def test_an_adapter_that_began_with_nothing_has_no_third_file(
 ) -> None:
     folder, _ = make_folder("llama")
     model = started(folder, "default", windows)
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=16.0, rslora=False))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
     assert not (tmp_path / INITIAL_NAME).exists()
     for adapter in adapters_of(model).values():
         adapter.lora_B.data.normal_()
@@ -135,7 +136,7 @@ def test_an_adapter_that_began_with_nothing_has_no_third_file(
 def test_a_damaged_third_file_is_named(make_folder: Callable, tmp_path: Path, windows: Tensor) -> None:
     folder, _ = make_folder("llama")
     model = started(folder, "loftq", windows)
-    write_adapter(model, tmp_path, adapter_config(model, "base", alpha=16.0, rslora=False))
+    write_adapter(model, tmp_path, adapter_config(model, "base"))
     (tmp_path / INITIAL_NAME).write_bytes(b"damaged")
     with pytest.raises(RunError, match=INITIAL_NAME):
         restore_adapter(copy.deepcopy(model), tmp_path)

@@ -85,7 +85,8 @@ def test_pefts_adapter_is_trained_on(start, tiny_model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("rank", 8), ("alpha", 16.0), ("rslora", True), ("target_modules", "q_proj")]
+    ("option", "value"),
+    [("rank", 8), ("alpha", 16.0), ("rslora", True), ("target_modules", "q_proj"), ("rank_pattern", {"q_proj": 2})],
 )
 def test_an_option_that_differs_is_refused_by_name(make_run, data: Path, tmp_path: Path, option: str, value: Any):
     run = make_run()

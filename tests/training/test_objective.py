@@ -19,7 +19,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.memory import graph
 from nybble.options.groups import LoopOptions
-from nybble.runs.adapter_files import adapter_config
+from nybble.runs.adapter_writing import adapter_config
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.sizes import SHAPE_RULES
@@ -116,7 +116,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp
         total_steps=STEPS,
         micro_batch_size=3,
         run=RunFolder(tmp_path),
-        adapter_config=adapter_config(model, "tiny", alpha=6.0, rslora=False),
+        adapter_config=adapter_config(model, "tiny"),
         report=events,
         events_bytes=events.sync,
         checkpoints=Checkpoints(tmp_path, save_every="99", keep=1, config="", about={}, settled={}),

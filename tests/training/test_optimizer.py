@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
 from nybble.kernels.ops.optimizer import adamw_, adamw_8bit_
+from nybble.layers.convert import attach_adapters, learning_rates, trained_parameters
 from nybble.training.optimizer import AdamW, Bits, moments_layout
 
 
@@ -73,3 +78,33 @@ def test_a_gradient_that_was_replaced_is_noticed():
     parameter.grad = torch.ones(3)
     with pytest.raises(AssertionError, match="replaced"):
         optimizer.step(1e-2, grad_scale=1.0)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_lora_plus_takes_pefts_steps(paged: bool, tmp_path: Path) -> None:
+    """And every moment keeps the name that it has without it."""
+    torch.manual_seed(0)
+    theirs = get_peft_model(
+        nn.Sequential(*(nn.Linear(9, 9) for _ in range(3))), LoraConfig(r=2, target_modules="[012]")
+    )
+    ours = nn.Sequential(*(nn.Linear(9, 9) for _ in range(3)))
+    attach_adapters(ours, ["0", "1", "2"], rank=2, alpha=8.0)
+    pairs = list(zip(trained_parameters(ours), trained_parameters(theirs), strict=True))  # A, B, A, B, ..
+    for mine, other in pairs:
+        mine.data.copy_(other)
+    settings = {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0, "paged_in": tmp_path if paged else None}
+    optimizer = AdamW(trained_parameters(ours), rates=learning_rates(ours, 16.0), **settings)
+    reference = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, betas=(0.9, 0.99), eps=1e-8
+    )
+    for _ in range(3):
+        for mine, other in pairs:
+            other.grad = torch.randn_like(other)
+            mine.grad.copy_(other.grad)
+        optimizer.step(1e-3, grad_scale=1.0)
+        reference.step()
+        for mine, other in pairs:
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+    for i, (_, other) in enumerate(pairs):
+        moment = {name: tensor.clone() for name, tensor in optimizer.tensors()}[f"{i}.exp_avg"]
+        torch.testing.assert_close(moment, reference.state[other]["exp_avg"])

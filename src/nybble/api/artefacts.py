@@ -1,5 +1,7 @@
 """`nybble.merge` and `nybble.export`."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from nybble.api.keywords import RunLike, as_options
@@ -20,24 +22,35 @@ def merge(
 
 
 @overload
+def merge(*, adapters: Sequence[RunLike], on_event: Listener = silent, **options: Any) -> Path: ...
+
+
+@overload
 def merge(
     run: RunLike | None = None, *, compare: Literal[False] = False, on_event: Listener = silent, **options: Any
 ) -> "ExportResult": ...
 
 
 def merge(
-    run: RunLike | None = None, *, compare: bool = False, on_event: Listener = silent, **options: Any
-) -> "ExportResult | MergesCompared":
-    """Merge a run's adapter into its base, verified against the run before it is called done.
+    run: RunLike | None = None,
+    *,
+    compare: bool = False,
+    adapters: Sequence[RunLike] = (),
+    on_event: Listener = silent,
+    **options: Any,
+) -> "ExportResult | MergesCompared | Path":
+    """Merge a run's adapter into its base, verified against the run before it is called done; or adapters into one.
 
     Args:
         run: what `nybble.train` or `nybble.open_run` returned, or the path of its folder.
+        adapters: folders of adapters on one base, to make one adapter of, in place of `run`; with `weights`, `method`
+            ("cat", "linear", "ties", "dare_linear", "dare_ties"), `density` and `seed` among the options.
         compare: only measure what each way of merging costs in held-out loss, and write nothing.
         on_event: told what happens, as it happens.
         options: the flags of `nybble merge` with underscores. `out`, a new folder, is needed unless `compare`.
 
     Returns:
-        What was written and the verdict; with `compare` the losses, in nats a token.
+        What was written and the verdict; with `compare` the losses, in nats a token; of adapters the folder.
 
     Raises:
         NybbleError: there is no such run, `out` exists, or nothing can be written. Nothing that looks complete is left.
@@ -47,8 +60,16 @@ def merge(
         >>> merged.outcome, (merged.folder / "config.json").exists()
         ('verified', True)
     """
-    config = build_options(MergeConfig, as_options({"run": run, "compare": compare} | options))
-    output = config.output
+    of_run = {"compare": True} if compare else {}
+    config = build_options(MergeConfig, as_options({"run": run, "adapters": adapters or None} | of_run | options))
+    output, merged = config.output, config.run
+    if merged.adapters:
+        from nybble.exporting.adapter_merge import merge_adapters
+
+        assert output.out is not None
+        weights = merged.weights or (1 / len(merged.adapters),) * len(merged.adapters)
+        how: dict[str, Any] = {"method": merged.method, "density": merged.density, "seed": merged.seed}
+        return merge_adapters(merged.adapters, weights, output.out, **how, report=on_event)
     if output.out is None:
         from nybble.exporting.compare import compare_merges
 

@@ -34,11 +34,12 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, trained_parameters
 from nybble.layers.precision import set_up
-from nybble.options.groups import DataOptions, MemoryOptions, SeededAdapters
+from nybble.options.adapter_groups import SeededAdapters
+from nybble.options.groups import DataOptions, MemoryOptions
 from nybble.options.option import build_options
 from nybble.options.verbs import AttachConfig, LoadConfig, RowsConfig, SourceConfig, StepConfig
 from nybble.planning.micro_batches import total_steps
-from nybble.runs.adapter_files import adapter_config, write_adapter
+from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.runs.base import quant_spec
 from nybble.runs.context import read_examples
 from nybble.sources.inventory import take_inventory
@@ -249,10 +250,9 @@ class Model:
         """
         if self._adapters is None:
             raise ConfigError("The model has no adapter.", "", "Add adapters with `nybble.add_adapters` first.")
-        alpha, rslora = self._adapters.alpha, self._adapters.rslora
         Path(folder).parent.mkdir(parents=True, exist_ok=True)
         with complete_folder(Path(folder)) as temporary:
-            write_adapter(self.module, temporary, adapter_config(self.module, self.name, alpha=alpha, rslora=rslora))
+            write_adapter(self.module, temporary, adapter_config(self.module, self.name))
 
 
 def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) -> Model:
@@ -290,7 +290,8 @@ def add_adapters(model: Model, **options: Any) -> None:
 
     Args:
         model: without adapters.
-        options: `rank`, `alpha`, `dropout`, `rslora`, `target_modules` and `seed` as the flags of `nybble train`.
+        options: `rank`, `alpha`, `dropout`, `rslora`, `target_modules`, `rank_pattern`, `alpha_pattern` and `seed` as
+            the flags of `nybble train`; a pattern is a dict.
 
     Raises:
         ConfigError: an option is wrong, a name matches no layer, or the model has adapters already.

@@ -1,4 +1,4 @@
-"""Adapters that start from what quantisation lost, instead of from nothing.
+"""Adapters that start from what quantisation lost, from the weights or from their inputs, instead of from nothing.
 
 With E = W - Q, the quantised weight's error, the adapter's first value is the product of rank r nearest to it:
 
@@ -8,6 +8,9 @@ With E = W - Q, the quantised weight's error, the adapter's first value is the p
     activation   least |(E - s B A) Xᵀ|_F over the layer's inputs X, which is what its output loses. With
                  XᵀX = H = L Lᵀ it is the decomposition of E L, and A is multiplied by L⁻¹ (the closed form of QERA,
                  arXiv 2410.06040, and CLoQ, arXiv 2501.18475, which write H^(1/2) for L: the product is the same).
+
+For E = W the first is PiSSA's first value; `leading_columns` gives OLoRA's. EVA (Paischer et al. 2024, arXiv
+2410.07170) lets A be the r directions in which a layer's inputs are largest, and B zero.
 """
 
 import torch
@@ -36,6 +39,27 @@ def nearest_product(error: Tensor, rank: int, scaling: float, hessian: Tensor | 
     missing = rank - len(singular)
     pad = torch.nn.functional.pad
     return pad(a, (0, 0, 0, missing)).float().contiguous(), pad(b, (0, missing)).float().contiguous()
+
+
+def leading_columns(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A `(rank, in)` and B `(out, rank)`, fp32: the first rows of R and columns of Q, where the weight is Q R.
+
+    As in PEFT's OLoRA nothing is divided by the scaling, which multiplies what is taken from the weight.
+    """
+    q, r = torch.linalg.qr(weight)
+    missing, pad = max(0, rank - q.shape[1]), torch.nn.functional.pad
+    return pad(r[:rank], (0, 0, 0, missing)).contiguous(), pad(q[:, :rank], (0, missing)).contiguous()
+
+
+def largest_directions(hessian: Tensor, rank: int) -> Tensor:
+    """A `(rank, in)`, fp32: the right singular vectors of the inputs X with the largest singular values.
+
+    Args:
+        hessian: `(in, in)`, XᵀX up to a factor, whose eigenvectors they are.
+        rank: above the inputs' width, the rest of A is zero.
+    """
+    vectors = torch.linalg.eigh(hessian.double()).eigenvectors.flip(1)[:, :rank].T
+    return torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors))).float().contiguous()
 
 
 def _largest_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,9 +9,9 @@ EXIT_CODES = {"verified": 0, "failed": 3, "undecided": 4}
 
 
 def merge(given: dict[str, Any]) -> int:
-    """Merge a run's adapter into its base, verified against the run before it is called done."""
+    """Merge a run's adapter into its base, verified against the run before it is called done; or adapters into one."""
     with LazyTerminal() as listener:
-        if given.get("compare"):
+        if given.get("compare") or given.get("adapters"):
             nybble.merge(on_event=listener, **given)
             return 0
         return EXIT_CODES[nybble.merge(on_event=listener, **given).outcome]

@@ -93,7 +93,7 @@ def _flag(name: str, field: FieldInfo, group: str) -> Any:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "(required)"
-    if field.default is None:
+    if field.default is None or field.default == {}:
         return ""
     return f"(default: {'on' if field.default is True else 'off' if field.default is False else field.default})"
 
@@ -103,6 +103,10 @@ def _metavar(field: FieldInfo) -> str:
     choices = choices_of(kind)
     if choices and all(isinstance(choice, str) for choice in choices):
         return "|".join(choices)
+    if get_origin(kind) is dict:
+        return "PATTERN=N"
+    if get_args(kind)[:1] == (float,):
+        return "X,X"
     if get_origin(kind) is tuple:
         return "PATH" if get_args(get_args(kind)[0])[:1] == (Path,) else "NAMES"
     return {str: "TEXT", Path: "PATH", float: "X"}.get(kind, "N")

@@ -115,7 +115,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
     "untrained-tokens": (
         "rows use tokens that were added to the tokenizer and that nothing shows to be trained; embeddings are frozen, "
         "so the model reads and writes them as noise",
-        "spell them as ordinary text, or train them into the base's embedding first; nothing, if they are trained",
+        "train them (--train-new-tokens), or spell them as ordinary text; nothing, if they are trained",
     ),
     "one-class": (
         "all answers are judged alike, so that there is nothing to tell apart",

@@ -27,7 +27,27 @@ def find_new_tokens(
     vocab_size: int,
     read_rows: ReadRows,
 ) -> list[Finding]:
-    """Sequences with added tokens that nothing shows to have been trained.
+    """Sequences with tokens that `untrained_tokens` gives; arguments as it takes them."""
+    new = set(untrained_tokens(sequences, tokenizer, chat_template, vocab_size, read_rows))
+    if not new:
+        return []
+    origins = (s.origin for s in sequences if new.intersection(s.input_ids.tolist()))
+    return find("untrained-tokens", origins, describe_tokens(sorted(new), tokenizer))
+
+
+def describe_tokens(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """How they are spelled."""
+    return ", ".join(repr(tokenizer.convert_ids_to_tokens(id)) for id in ids)
+
+
+def untrained_tokens(
+    sequences: Iterable[EncodedExample],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template: str | None,
+    vocab_size: int,
+    read_rows: ReadRows,
+) -> list[int]:
+    """Ids of added tokens in the sequences that nothing shows to have been trained, in order.
 
     Args:
         chat_template: the one that the sequences were rendered with.
@@ -43,10 +63,7 @@ def find_new_tokens(
         return []
     never = _untrained(candidates, len(tokenizer), vocab_size, read_rows)
     new = never | _unmentioned(candidates, tokenizer, chat_template)
-    if not new:
-        return []
-    names = ", ".join(repr(tokenizer.convert_ids_to_tokens(id)) for id in candidates if id in new)
-    return find("untrained-tokens", (s.origin for s in sequences if new.intersection(s.input_ids.tolist())), names)
+    return [id for id in candidates if id in new]
 
 
 def _unmentioned(candidates: Iterable[int], tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> set[int]:

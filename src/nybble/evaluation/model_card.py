@@ -18,6 +18,8 @@ SETTINGS = (
         "dropout",
         "target_modules",
         "rslora",
+        "dora",
+        "init",
         "lr",
         "schedule",
         "warmup",

@@ -30,7 +30,8 @@ from nybble.memory.measure import available_bytes
 from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.options.verbs import ExportConfig, MergeConfig
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder, save_dense_folder
-from nybble.runs.adapter_files import CONFIG_NAME, WEIGHTS_NAME, StoredAdapter
+from nybble.runs.adapter_files import StoredAdapter
+from nybble.runs.adapter_writing import write_plain_adapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_model
 from nybble.sources.tokenizer import save_tokenizer
@@ -100,6 +101,7 @@ def export_run(
     for path in (out, unverified):
         _check_free(path)
     run, quality = config.run, config.rounding.quality
+    assert run.run is not None
     opened = open_run(run.run, report)
     artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
     validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
@@ -221,18 +223,18 @@ def _verifying_dtype(opened: OpenRun) -> torch.dtype:
 
 
 def _write_peft(opened: OpenRun, folder: Path) -> None:
-    """The adapter, rsLoRA's factor folded into alpha: every consumer scales by alpha / rank, not all know rsLoRA."""
-    adapter = StoredAdapter(opened.run.adapter)
-    folded = adapter.config | {"use_rslora": False, "lora_alpha": adapter.scaling * adapter.rank}
-    shutil.copyfile(opened.run.adapter / WEIGHTS_NAME, folder / WEIGHTS_NAME)
-    (folder / CONFIG_NAME).write_text(json.dumps(folded, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """The adapter, rsLoRA's factor folded into alpha: every consumer scales by alpha / rank, not all know rsLoRA, nor
+    PiSSA.
+    """
+    write_plain_adapter(StoredAdapter(opened.run.adapter, on_original=True), opened.source.skeleton, folder)
     if (opened.run.adapter / CARD).is_file():
         shutil.copyfile(opened.run.adapter / CARD, folder / CARD)
     save_tokenizer(tokenizer_with_template(opened.template), folder)
 
 
 def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:
-    gguf_model.write_gguf_adapter(StoredAdapter(opened.run.adapter), opened.source, folder / gguf_model.ADAPTER_FILE)
+    adapter = StoredAdapter(opened.run.adapter, on_original=True)
+    gguf_model.write_gguf_adapter(adapter, opened.source, folder / gguf_model.ADAPTER_FILE)
     base = Path(opened.source.name).absolute()
     named = str(base) if base.suffix == ".gguf" else "./BASE.gguf"  # for the user to put there
     _write_modelfile(folder, named, opened, f"./{gguf_model.ADAPTER_FILE}")

@@ -42,6 +42,7 @@ class MergesCompared(Event):
 
 def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesCompared:
     """The held-out loss of base, kept-separate and each merge."""
+    assert config.run.run is not None
     opened = open_run(config.run.run, report)
     rows = evaluation_rows(opened, config.run.data, config.data.allow)
     calibration = rounding_input(opened, config.rounding, rows, report)

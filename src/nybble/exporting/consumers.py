@@ -13,6 +13,7 @@ such models are read by nybble instead. What stands in for a consumer that is no
 
 import copy
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +31,7 @@ from nybble.layers.convert import attach_adapters
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.use_groups import ArtefactKind
-from nybble.runs.adapter_files import read_adapter
+from nybble.runs.adapter_files import StoredAdapter, read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
@@ -191,7 +192,7 @@ def load_consumer(
 
 
 def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, report: Listener) -> Consumer:
-    base = load_frozen(opened, dtype, CPU, report)
+    base = base_of_adapters(opened, dtype, report)
     if not _installed("peft"):
         read_adapter(base, artefact)
         name = "nybble's own reader of adapters (PEFT is not installed)"
@@ -244,10 +245,10 @@ def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) ->
 
 def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context: int, report: Listener) -> Consumer:
     """On the very base that was trained on, so that what differs is the adapter."""
-    model = load_frozen(opened, dtype, CPU, report)
-    scaling, matrices = read_gguf_adapter(file, opened.source)
-    rank = next(iter(matrices.values()))[0].shape[0]
-    adapters = attach_adapters(model, matrices, rank=rank, alpha=scaling * rank)
+    model = base_of_adapters(opened, dtype, report)
+    alpha, matrices = read_gguf_adapter(file, opened.source)
+    ranks = {re.escape(layer): len(a) for layer, (a, _) in matrices.items()}
+    adapters = attach_adapters(model, matrices, rank=1, alpha=alpha, rank_pattern=ranks)
     with torch.no_grad():
         for name, adapter in adapters.items():
             adapter.lora_A.copy_(matrices[name][0])
@@ -257,6 +258,22 @@ def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context:
 
 def _template(artefact: Path, opened: OpenRun) -> ChatTemplate:
     return ChatTemplate(load_tokenizer(str(artefact)), opened.config.data.template)
+
+
+def base_of_adapters(opened: OpenRun, dtype: torch.dtype, report: Listener) -> "PreTrainedModel":
+    """The run's base; with what its adapters took out of it back in, where they did."""
+    model, adapter = load_frozen(opened, dtype, CPU, report), StoredAdapter(opened.run.adapter)
+    if not adapter.taken_by:
+        return model
+    _widen(model)
+    for name in adapter.names:
+        linear = model.get_submodule(name)
+        begun = adapter.initial(name, *linear_features(linear))
+        assert begun is not None
+        with torch.no_grad():
+            weight = linear.weight.float() + adapter.scaling_of(name) * begun[1] @ begun[0]
+            linear.weight.copy_(weight)
+    return model
 
 
 def _widen(model: nn.Module) -> None:

@@ -104,8 +104,8 @@ def write_gguf_model(
 
 
 def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) -> None:
-    """Write a LoRA adapter for llama.cpp (`--lora`), in fp32. llama.cpp scales by alpha / rank: rsLoRA's factor is in
-    alpha.
+    """Write a LoRA adapter for llama.cpp (`--lora`), in fp32. llama.cpp scales by alpha / rank, with each layer's own
+    rank and one alpha: rsLoRA's factor is in alpha, and where layers differ what else there is in B.
 
     Raises:
         ExportError: the family is none of those that GGUF export knows.
@@ -119,27 +119,35 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
             "Allowed in llama.cpp's adapters: linear layers of the blocks.",
             "Merge it (`nybble merge`, or export --to gguf).",
         )
+    if adapter.dora or adapter.tokens:
+        raise ExportError(
+            "The adapter is DoRA's." if adapter.dora else "The adapter has trained rows of tokens.",
+            "Allowed in llama.cpp's adapters: LoRA.",
+            "Merge it (`nybble merge`, or export --to gguf).",
+        )
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.scaling * adapter.rank)
+    alphas = {layer: adapter.scaling_of(layer) * adapter.rank_of(layer) for layer in adapter.names}
+    alpha = next(iter(alphas.values()))
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
 
     def read(layer: str, part: int) -> Tensor:
         matrix = adapter.matrices(layer, *linear_features(skeleton.get_submodule(layer)))[part]
-        return _reorder(matrix, f"{layer}.weight", config) if part else matrix
+        return _reorder(matrix * (alphas[layer] / alpha), f"{layer}.weight", config) if part else matrix
 
     planned = []
     for layer in adapter.names:
         in_features, out_features = linear_features(skeleton.get_submodule(layer))
-        name, full = names[f"{layer}.weight"], gguf.GGMLQuantizationType.F32
-        planned.append(_Planned(f"{name}.lora_a", (adapter.rank, in_features), full, partial(read, layer, 0)))
-        planned.append(_Planned(f"{name}.lora_b", (out_features, adapter.rank), full, partial(read, layer, 1)))
+        name, full, rank = names[f"{layer}.weight"], gguf.GGMLQuantizationType.F32, adapter.rank_of(layer)
+        planned.append(_Planned(f"{name}.lora_a", (rank, in_features), full, partial(read, layer, 0)))
+        planned.append(_Planned(f"{name}.lora_b", (out_features, rank), full, partial(read, layer, 1)))
     _write(writer, planned, silent)
     fsync(file)
 
 
 def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:
-    """A GGUF adapter for this base: its scaling, and layer -> (A, B) in transformers' order."""
+    """A GGUF adapter for this base: its alpha, and layer -> (A, B) in transformers' order."""
     reader = gguf.GGUFReader(file)
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     layers = {stored: name.removesuffix(".weight") for name, stored in _names(base).items()}
@@ -150,9 +158,7 @@ def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, t
         matrices.setdefault(layers[stored], {})[part] = (
             _restore(matrix, f"{layers[stored]}.weight", base.config) if part == "lora_b" else matrix
         )
-    pairs = {layer: (parts["lora_a"], parts["lora_b"]) for layer, parts in matrices.items()}
-    rank = next(iter(pairs.values()))[0].shape[0]
-    return alpha / rank, pairs
+    return alpha, {layer: (parts["lora_a"], parts["lora_b"]) for layer, parts in matrices.items()}
 
 
 def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:

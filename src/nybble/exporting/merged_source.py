@@ -3,7 +3,7 @@
 Because it is a source like any other, whatever takes one (a folder in 16 or in four bits, a GGUF file, a model in
 memory) takes merged models too, and no more than one tensor is ever merged at once.
 
-ΔW = scaling · B·A goes onto one of two bases (DESIGN.md, "Merging"):
+ΔW = scaling · B·A (of DoRA, what makes its weight of the base's) goes onto one of two bases (DESIGN.md, "Merging"):
 
     dequantized   the four bits that were trained on, widened: the faithful merge
     original      the base's own 16-bit weights: what the adapter was not trained on, often better. An adapter that
@@ -73,7 +73,7 @@ class MergedSource(StoredModel):
         return generation
 
     def fingerprint(self) -> str:
-        text = f"{self.opened.source.fingerprint()} {self.onto} {self.adapter.scaling} {self.adapter.fingerprint()}"
+        text = f"{self.opened.source.fingerprint()} {self.onto} {self.adapter.scalings()} {self.adapter.fingerprint()}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_names(self) -> list[str]:
@@ -84,9 +84,15 @@ class MergedSource(StoredModel):
         if _layer(name) not in self._adapted and _layer(name) not in self.linears:
             tensor = self.opened.source.read_parameter(name)
             assert isinstance(tensor, Tensor)
-            return tensor
+            return self._with_token_rows(name, tensor)
         weight, delta = self.read_base(name), self.read_delta(name)
         return weight if delta is None else weight.add_(delta)
+
+    def _with_token_rows(self, name: str, tensor: Tensor) -> Tensor:
+        """With the trained rows of tokens in place, where it has some."""
+        if tokens := self.adapter.tokens.get(_layer(name)):
+            tensor[tokens] = self.adapter.token_rows(_layer(name), tensor.shape[1]).to(tensor.dtype)
+        return tensor
 
     def read_base(self, name: str) -> Tensor:
         """The weight that ΔW goes onto, in fp32, as the module stores it."""
@@ -104,10 +110,16 @@ class MergedSource(StoredModel):
         if layer not in self._adapted:
             return None
         a, b = self._matrices(layer)
-        delta = (b * self.adapter.scaling) @ a
+        scaling = self.adapter.scaling_of(layer)
+        delta = (b * scaling) @ a
         begun = self.adapter.initial(layer, *linear_features(self.skeleton.get_submodule(layer)))
         if self.onto == "original" and begun is not None:
-            delta -= (begun[1] * self.adapter.scaling) @ begun[0]
+            delta -= (begun[1] * scaling) @ begun[0]
+        if self.adapter.dora:
+            weight = self.turned(layer, self.read_base(name))
+            turned = weight + delta
+            lengths = self.adapter.magnitude(layer, len(turned)) / turned.norm(dim=1)
+            delta = turned * lengths[:, None] - weight
         if isinstance(self.skeleton.get_submodule(layer), nn.Embedding):
             return delta.T.contiguous()
         return self.turned(layer, delta).contiguous()

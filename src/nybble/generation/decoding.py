@@ -34,6 +34,7 @@ from nybble.layers.loss_head import LossHead, loss_head
 from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.rotary import angles_by_length
+from nybble.layers.token_rows import TokenLogits
 from nybble.memory.graph import Graph, graph_on
 
 if TYPE_CHECKING:
@@ -271,7 +272,7 @@ def _describe_linear(linear: Any, adapter: LoraLinear | None) -> DecoderLinear:
     return DecoderLinear(weight, bias, *_describe_adapter(adapter))
 
 
-def _describe_adapter(adapter: LoraLinear | None) -> tuple[Tensor | None, Tensor | None]:
+def _describe_adapter(adapter: LoraLinear | TokenLogits | None) -> tuple[Tensor | None, Tensor | None]:
     if adapter is None or not adapter.enabled:
         return None, None
     return adapter.lora_A.detach() * adapter.scaling, adapter.lora_B.detach()

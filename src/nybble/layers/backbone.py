@@ -29,8 +29,10 @@ from nybble.layers.decoder_block import (
     decoder_block,
     rotary_angles,
 )
+from nybble.layers.lora import DoraLinear
 from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.projection import DenseWeights
+from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.sizes import SHAPE_RULES
@@ -52,6 +54,7 @@ class Why(StrEnum):
     OPTION = "decoder blocks do not know {}"
     MODULES = "decoder blocks know other layers in this family: {}"
     DROPOUT = "decoder blocks have no adapter dropout"
+    DORA = "decoder blocks have no DoRA"
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
@@ -74,10 +77,12 @@ class Backbone(Protocol):
     Args:
         layout: of the batches that it takes; "single" ones are padded, too.
         details: for the user, what there is to say about it.
+        regularisers: whose noise embeddings get while the model trains.
     """
 
     layout: Layout
     details: str
+    regularisers: Regularisers
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """Final hidden states at `positions`, int64 `(N,)`, indices into the flattened B * T positions.
@@ -121,6 +126,7 @@ class ModuleForward:
         kept: KeptTensors | None = None,
     ):
         self.model, self.layout, self.store, self.kept = model, layout, store, kept
+        self.regularisers = PLAIN
         self._trims = checkpointing and kept is None and lies_in_heap(next(model.parameters()).device)
         if store is not None:
             attach_store(model, store)
@@ -147,13 +153,23 @@ class ModuleForward:
     def _all_states(self, batch: Batch) -> Tensor:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
         if self.layout != "single" or batch.attention_mask is None:
-            return decoder_states(self.model, batch.input_ids, batch.position_ids, batch.attention_mask)
+            states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
+            return decoder_states(self.model, states, batch.position_ids, batch.attention_mask)
         width = batch.input_ids.shape[1]
         rows = []
         for ids, places, length in zip(batch.input_ids, batch.position_ids, batch.document_lengths, strict=True):
-            states = decoder_states(self.model, ids[None, :length], places[None, :length])
+            row = self._embedded(ids[None, :length], (length,))
+            states = decoder_states(self.model, row, places[None, :length])
             rows.append(F.pad(states[0], (0, 0, 0, width - length)))
         return torch.stack(rows)
+
+    def _embedded(self, input_ids: Tensor, lengths: Sequence[int], packed: bool = False) -> Tensor:
+        """The token ids, or, where they get noise, their embeddings."""
+        if not (self.regularisers.noise and self.model.training):
+            return input_ids
+        embedded = self.model.get_input_embeddings()(input_ids)
+        noised = self.regularisers.noised(embedded[0] if packed else embedded, lengths)
+        return noised[None] if packed else noised
 
 
 class FusedForward:
@@ -176,7 +192,7 @@ class FusedForward:
         kept: KeptTensors | None = None,
         whole_blocks: int = 0,
     ):
-        self.model, self.kept = model, kept
+        self.model, self.kept, self.regularisers = model, kept, PLAIN
         self.weights = DenseWeights(store)
         self.blocks = [decoder_block(layer, model.config, self.weights) for layer in model.base_model.layers]
         others = len(self.blocks) - whole_blocks
@@ -186,10 +202,11 @@ class FusedForward:
 
     @property
     def asks_for_nothing(self) -> bool:
-        """Whether a pass needs nothing but what lies in the memory that it computes in, and waits for nobody."""
+        """Whether a pass needs nothing but what lies in the memory that it computes in, draws nothing, and waits for
+        nobody."""
         norm = self.blocks[0].input_norm.weight
         waits = any(block.attention_waits(norm) for block in self.blocks) or angles_by_length(self.model)
-        return self.weights.store is None and self.kept is None and not waits
+        return self.weights.store is None and self.kept is None and not self.regularisers.noise and not waits
 
     @property
     def block_elements(self) -> int:
@@ -221,7 +238,10 @@ class FusedForward:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
         input_ids, position_ids, cu_seqlens, max_length, spread = _fill_up(batch)
         sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens, max_length, spread)
-        return self.model.base_model.embed_tokens(input_ids[0]), sequences
+        x = self.model.base_model.embed_tokens(input_ids[0])
+        if self.regularisers.noise and self.model.training:
+            x = self.regularisers.noised(x, batch.document_lengths)
+        return x, sequences
 
 
 def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
@@ -246,7 +266,13 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
 
 
 def why_not_blocks(
-    model: "PreTrainedModel", *, packing: bool, dropout: bool, device: torch.device | None = None, here: bool = True
+    model: "PreTrainedModel",
+    *,
+    packing: bool,
+    dropout: bool,
+    dora: bool = False,
+    device: torch.device | None = None,
+    here: bool = True,
 ) -> Reason | None:
     """None when nybble's decoder blocks train this model, as far as it shows without computing, else the reason.
 
@@ -254,6 +280,7 @@ def why_not_blocks(
         model: loaded, or on the meta device and without adapters, as a plan has it.
         packing: rows of a micro-batch lie side by side.
         dropout: something of the adapters' inputs is dropped.
+        dora: adapters to come are DoRA's.
         device: that trains; the model's own if not given.
         here: it is this machine's.
     """
@@ -261,6 +288,8 @@ def why_not_blocks(
         return Reason(Why.NOT_PACKED)
     if getattr(model.config.get_text_config(), "attention_dropout", 0):
         return Reason(Why.OPTION, "attention_dropout")
+    if dora:
+        return Reason(Why.DORA)
     why = why_not_forward(model, device, here=here)
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
@@ -288,6 +317,8 @@ def why_not_forward(
     for option in family.unsupported:
         if getattr(config, option, None):
             return Reason(Why.OPTION, option)
+    if any(isinstance(module, DoraLinear) for module in model.modules()):
+        return Reason(Why.DORA)
     other = _other_modules(model.base_model.layers, family)
     if other:
         return Reason(Why.MODULES, ", ".join(other))
@@ -313,12 +344,17 @@ def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:
 
 
 def decoder_states(
-    model: "PreTrainedModel", input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+    model: "PreTrainedModel", tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:
-    """The final hidden states of a transformers causal language model, `(B, T, hidden)`."""
+    """The final hidden states of a transformers causal language model, `(B, T, hidden)`.
+
+    Args:
+        tokens: ids `(B, T)`, or what takes the place of their embeddings, `(B, T, hidden)`.
+    """
     base = decoder_of(model) if model.base_model is model else model.base_model
     wanted = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
-    states: Tensor = base(input_ids=input_ids, **accepted(base, **wanted)).last_hidden_state
+    given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
+    states: Tensor = base(**given, **accepted(base, **wanted)).last_hidden_state
     return states
 
 

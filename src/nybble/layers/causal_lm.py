@@ -31,6 +31,7 @@ from nybble.layers.decoder_block import Keep
 from nybble.layers.log_probs import log_probs
 from nybble.layers.loss_head import Denominator, Head, OwnHead, loss_head
 from nybble.layers.probe import Difference, Probe
+from nybble.layers.regularisers import Regularisers
 from nybble.layers.rotary import length_of_change, rotate_rows_alone
 from nybble.layers.streamed import BlockStore, attach_store
 
@@ -247,6 +248,11 @@ class CausalLM:
                 f"The model's vocabulary ends at {self.head.vocabulary - 1}.",
                 "Make batches with the tokenizer of the model.",
             )
+
+    def regularise(self, regularisers: Regularisers) -> None:
+        """From now on these are part of a training step: of `loss`, and of `hidden` while the model trains."""
+        self.backbone.regularisers = regularisers
+        self.head = self.head.with_regularisers(regularisers)
 
     # ---- as an nn.Module has it ------------------------------------------------------------------
 

@@ -4,9 +4,9 @@ import difflib
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +16,18 @@ from transformers.pytorch_utils import Conv1D
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.dense import kept_in_fp32
-from nybble.layers.lora import LoraEmbedding, LoraLinear, linear_features
+from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
+from nybble.layers.token_rows import TokenLogits, TokenRows
 from nybble.layers.weight_reads import weights_read
 
 if TYPE_CHECKING:
-    from nybble.options.groups import NewAdapters
+    from nybble.options.adapter_groups import NewAdapters
 
 PATTERN_SIGNS = set("*?[]()|^$+\\{}")
 ATTENTION_PARENTS = ("attn", "attention")
+Value = TypeVar("Value", int, float)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -195,9 +197,70 @@ def _refuse_untouched(model: nn.Module, wanted: str) -> None:
             )
 
 
+def of_pattern(pattern: Mapping[str, Value], layer: str, otherwise: Value) -> Value:
+    """The value of the first pattern that a layer's name matches, as in PEFT's `rank_pattern` and `alpha_pattern`."""
+    key = first_match(pattern, layer)
+    return otherwise if key is None else pattern[key]
+
+
+def first_match(pattern: Iterable[str], layer: str) -> str | None:
+    """The first regular expression that is the whole name, or its end after a dot (PEFT's `get_pattern_key`)."""
+    return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", layer)), None)
+
+
+def check_patterns(names: Sequence[str], **patterns: Mapping[str, Any]) -> None:
+    """Refuse a pattern that decides nothing.
+
+    Args:
+        names: of the layers that get an adapter.
+        patterns: by the option's name.
+
+    Raises:
+        ConfigError: a pattern matches no adapter, or only those that an earlier one matches.
+    """
+    for option, pattern in patterns.items():
+        used = {first_match(pattern, name) for name in names}
+        if unused := [key for key in pattern if key not in used]:
+            shadowed = any(first_match(unused[:1], name) for name in names)
+            why = "all of whose layers an earlier pattern has taken" if shadowed else "which matches no adapter"
+            leaves = sorted({name.rpartition(".")[2] for name in names})
+            raise ConfigError(
+                f"{option.replace('_', '-')} names {unused[0]!r}, {why}.",
+                f"Allowed: regular expressions for {', '.join(leaves)}, for other ends of names after a dot, or for "
+                f"whole names such as {names[0]}; the first that matches counts.",
+                "Leave it out, or put it before the other." if shadowed else "",
+            )
+
+
+def check_dora(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse DoRA on the embedding or the head.
+
+    Raises:
+        ConfigError: one of them is among the names.
+    """
+    if ends := sorted(set(names) & set(end_modules(model))):
+        raise ConfigError(
+            f"dora is on, and {ends[0]} gets an adapter.",
+            "DoRA is for linear layers of the blocks.",
+            "Leave it out of --target-modules, or leave --dora out.",
+        )
+
+
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A `(rank, in)` and B `(out, rank)` of every adapter."""
+    """A `(rank, in)` and B `(out, rank)` of every adapter, and the magnitudes `(out)` of DoRA's."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def learning_rates(model: nn.Module, ratio: float) -> list[float]:
+    """What the learning rate of each of `trained_parameters` is multiplied by.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B's by `ratio`, and DoRA's magnitudes' as in PEFT; but not an
+    embedding's, where A and B change places.
+    """
+    adapters = [each for each in adapters_of(model).values() if not isinstance(each, LoraEmbedding)]
+    faster = {id(each.lora_B) for each in adapters}
+    faster |= {id(each.magnitude) for each in adapters if isinstance(each, DoraLinear)}
+    return [ratio if id(parameter) in faster else 1.0 for parameter in trained_parameters(model)]
 
 
 def attach_adapters(
@@ -208,16 +271,24 @@ def attach_adapters(
     alpha: float,
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> dict[str, LoraLinear]:
-    """Freeze the model and put a LoRA adapter beside each named layer, in place; name -> adapter."""
+    """Freeze the model and put a LoRA adapter beside each named layer, in place; name -> adapter.
+
+    Args:
+        rank_pattern, alpha_pattern: of layers whose rank or alpha is another, by PEFT's rule (`of_pattern`).
+    """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
     for name in names:
         base = model.get_submodule(name)
-        kind = LoraEmbedding if isinstance(base, nn.Embedding) else LoraLinear
-        adapter = kind(base, rank, alpha, dropout, rslora, generator)
+        kind = LoraEmbedding if isinstance(base, nn.Embedding) else DoraLinear if dora else LoraLinear
+        own_rank, own_alpha = of_pattern(rank_pattern or {}, name, rank), of_pattern(alpha_pattern or {}, name, alpha)
+        adapter = kind(base, own_rank, own_alpha, dropout, rslora, generator)
         adapter.train(model.training)
         model.set_submodule(name, adapter)
         adapters[name] = adapter
@@ -228,10 +299,28 @@ def add_new_adapters(model: nn.Module, adapters: "NewAdapters", seed: int) -> No
     """`attach_adapters` as options say.
 
     Raises:
-        ConfigError: target_modules names no layer.
+        ConfigError: target_modules names no layer, or a pattern no adapter.
     """
-    how = adapters.model_dump(include={"rank", "alpha", "dropout", "rslora"})
-    attach_adapters(model, resolve_targets(model, adapters.target_modules), seed=seed, **how)
+    how = adapters.model_dump(include={"rank", "alpha", "dropout", "rslora", "dora", "rank_pattern", "alpha_pattern"})
+    attach_adapters(model, new_adapter_sizes(model, adapters), seed=seed, **how)
+
+
+def new_adapter_sizes(model: nn.Module, adapters: "NewAdapters") -> dict[str, tuple[int, float]]:
+    """Layers that options give an adapter -> its rank, and what its product is multiplied by.
+
+    Raises:
+        ConfigError: target_modules names no layer, or a pattern no adapter; or one that cannot have DoRA.
+    """
+    names = resolve_targets(model, adapters.target_modules)
+    check_patterns(names, rank_pattern=adapters.rank_pattern, alpha_pattern=adapters.alpha_pattern)
+    if adapters.dora:
+        check_dora(model, names)
+    sizes = {}
+    for name in names:
+        rank = of_pattern(adapters.rank_pattern, name, adapters.rank)
+        alpha = of_pattern(adapters.alpha_pattern, name, adapters.alpha)
+        sizes[name] = (rank, lora_scaling(alpha, rank, adapters.rslora))
+    return sizes
 
 
 def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
@@ -242,4 +331,7 @@ def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
     """Switch the adapters on, or off to ask the base."""
     for adapter in adapters_of(model).values():
-        adapter.enabled = enabled
+        adapter.switch(enabled)
+    for module in model.modules():
+        if isinstance(module, TokenRows | TokenLogits):
+            module.enabled = enabled

@@ -26,7 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.ops.loss import cross_entropy_
 from nybble.layers.lora import LoraLinear
+from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.streamed import HeadMatrix, StreamedHead, widened
+from nybble.layers.token_rows import TokenLogits
 from nybble.sizes import SHAPE_RULES, ShapeRules
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class Head(Protocol):
         ...
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
-        """Σ weight · (−log p(target)) / `denominator` over the rows.
+        """Σ weight · (−log p(target)) / `denominator` over the rows, with what regularisers add.
 
         Args:
             hidden: `(N, hidden)`, the states of supervised positions.
@@ -73,6 +75,9 @@ class Head(Protocol):
     def chunk_rows(self, itemsize: int) -> int:
         """Rows whose logits are made at once, for states of elements of so many bytes."""
 
+    def with_regularisers(self, regularisers: Regularisers) -> "Head":
+        """The same with these in its `loss`."""
+
 
 @dataclass(frozen=True)
 class LossHead:
@@ -84,13 +89,15 @@ class LossHead:
         scale: factor on the logits, bias included.
         softcap: c in c · tanh(logits / c) (Gemma 2), or None.
         adapter: beside the weight, or None; its A and B get gradients.
+        regularisers: of `loss`, not of `token_losses`.
     """
 
     weight: Tensor | HeadMatrix
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    adapter: LoraLinear | None = None
+    adapter: LoraLinear | TokenLogits | None = None
+    regularisers: Regularisers = PLAIN
     _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -110,6 +117,10 @@ class LossHead:
     def rules(self) -> ShapeRules:
         """How its device wants rows and matrices cut."""
         return SHAPE_RULES[self.device.type]
+
+    def with_regularisers(self, regularisers: Regularisers) -> "LossHead":
+        """As `Head` says."""
+        return replace(self, regularisers=regularisers)
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
@@ -218,7 +229,11 @@ class LossHead:
         """
         logits = self._logits(hidden, buffer, low, b)
         slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
-        losses = cross_entropy_(logits, targets, (factor * self.scale).float())  # logits now holds the gradient
+        read = self.regularisers.read(logits, targets) if self.regularisers.of_loss else None
+        scaled = (factor * self.scale).float()
+        losses = cross_entropy_(logits, targets, scaled)  # logits now holds the gradient
+        if read is not None:
+            self.regularisers.add_(losses, logits, targets, read, scaled)
         if slope is not None:
             logits *= slope
         grad = logits.to(hidden.dtype)
@@ -295,8 +310,8 @@ class OwnHead:
     A chunk of logits exists at a time; backward computes it again. Adapters in the head get their gradients.
     """
 
-    def __init__(self, model: "PreTrainedModel"):
-        self.model = model
+    def __init__(self, model: "PreTrainedModel", regularisers: Regularisers = PLAIN):
+        self.model, self.regularisers = model, regularisers
         decoder = decoder_of(model)
         self._decoder = next(name for name, module in model.named_modules() if module is decoder)
 
@@ -308,13 +323,19 @@ class OwnHead:
     def vocabulary(self) -> int:
         return int(self.model.config.get_text_config().vocab_size)
 
+    def with_regularisers(self, regularisers: Regularisers) -> "OwnHead":
+        """As `Head` says."""
+        return OwnHead(self.model, regularisers)
+
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
         total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
         left = None if weights is None else weights.detach()
         for h, t in self._chunks(hidden, targets):
             w, left = _take(left, len(h))
-            part = checkpoint(self._chunk_losses, h, t, use_reentrant=False, preserve_rng_state=False)
+            part = checkpoint(
+                self._chunk_losses, h, t, self.regularisers, use_reentrant=False, preserve_rng_state=False
+            )
             total = total + _weighted(part, w).double().sum()
         return (total / denominator).float()
 
@@ -345,8 +366,8 @@ class OwnHead:
         finally:
             self.model.set_submodule(self._decoder, decoder)
 
-    def _chunk_losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.logits(hidden).float(), targets, reduction="none")
+    def _chunk_losses(self, hidden: Tensor, targets: Tensor, regularisers: Regularisers = PLAIN) -> Tensor:
+        return regularisers.losses(self.logits(hidden).float(), targets)
 
     def _chunks(self, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         rows = self.chunk_rows(hidden.dtype.itemsize)
@@ -395,7 +416,8 @@ class _Output(BaseModelOutputWithPast):
 
 def is_plain(output: nn.Module) -> bool:
     """Whether a model's output head is a frozen matrix, in memory or on disk, with an adapter or without."""
-    return isinstance(output.base if isinstance(output, LoraLinear) else output, nn.Linear | StreamedHead)
+    base = output.base if isinstance(output, LoraLinear | TokenLogits) else output
+    return isinstance(base, nn.Linear | StreamedHead)
 
 
 def loss_head(model: "PreTrainedModel") -> Head:
@@ -411,7 +433,7 @@ def loss_head(model: "PreTrainedModel") -> Head:
             f"{type(model).__name__} has no output head.", "Allowed: causal language models with a linear head."
         )
     own = OwnHead(model)
-    adapter = output if isinstance(output, LoraLinear) else None
+    adapter = output if isinstance(output, LoraLinear | TokenLogits) else None
     linear: Any = output if adapter is None else adapter.base
     if not is_plain(output):
         return own

@@ -9,7 +9,6 @@ are one small class, with a heading, its `group`; where a verb takes only some o
 extends. Options come in the order in which they are declared, those of a base first; of several bases, the last one's.
 """
 
-import re
 from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, field_validator, model_validator
@@ -239,77 +238,6 @@ class QualityOptions(MixedOptions, CalibrationOptions):
         return self
 
 
-class AdapterSizes(Options, group="Adapters"):
-    """Which adapters there are, and how large."""
-
-    rank: int = knob(16, "Rank of each adapter.", ge=1, aliases=("r", "lora_r", "lora_rank"))
-    dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, aliases=("lora_dropout",))
-    target_modules: str | tuple[Name, ...] = knob(
-        "all-linear",
-        "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj,lm_head,embed_tokens; or"
-        " patterns: layers.1*.q_proj, or a regular expression for whole names.",
-        aliases=("lora_target_modules", "targets"),
-    )
-
-    @field_validator("target_modules", mode="after")
-    @classmethod
-    def _split_names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if value in ("all-linear", "attention"):
-            return value
-        # a comma in brackets belongs to a pattern
-        names = re.split(r",(?![^([{]*[)\]}])", value) if isinstance(value, str) else value
-        names = tuple(name.strip() for name in names)
-        if not names or not all(names):
-            raise ValueError("no names")
-        return names
-
-
-class AdapterInit(Options, group="Adapters"):
-    init: Literal["default", "loftq", "activation"] = knob(
-        "default",
-        "What adapters begin with. default: nothing. loftq: what quantising lost of the weights. activation: of the"
-        " layers' outputs on the training rows.",
-        aliases=("init_lora_weights",),
-    )
-
-
-class AdapterScaling(Options, group="Adapters"):
-    alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, aliases=("lora_alpha",))
-    rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", aliases=("use_rslora",))
-
-
-class PlannedAdapters(AdapterInit, AdapterSizes):
-    """What of adapters decides how a run fits."""
-
-
-class NewAdapters(AdapterScaling, AdapterSizes):
-    """What adapters are made with."""
-
-
-class SeededAdapters(NewAdapters):
-    seed: Seed = knob(0, "Seed of the adapters.")
-
-
-class AdapterOptions(NewAdapters, PlannedAdapters):
-    """The adapters of a run."""
-
-    adapter: Name | None = knob(
-        None,
-        "Adapter folder, nybble's or PEFT's, to train on from; its rank, alpha and layers are taken.",
-        aliases=("adapter_name_or_path", "lora_model_dir", "peft_model_id"),
-    )
-
-    @model_validator(mode="after")
-    def _begins_once(self) -> Self:
-        if self.adapter is not None and self.init != "default":
-            raise ConfigError(
-                f"init is {self.init}, and adapter is {self.adapter!r}.",
-                "Adapters begin either with what quantising lost or with an adapter that exists.",
-                "Leave --init or --adapter out.",
-            )
-        return self
-
-
 class BatchOptions(Options, group="Memory"):
     memory: Bytes | None = knob(
         None,
@@ -394,6 +322,12 @@ class LengthOptions(Options, group="Training"):
 
 class LoopOptions(LengthOptions):
     lr: float = knob(2e-4, "Peak learning rate.", gt=0, aliases=("learning_rate",))
+    lora_plus_ratio: float = knob(
+        1.0,
+        "LoRA+: B learns at this many times --lr, A at --lr; embeddings' adapters stay at --lr.",
+        ge=1,
+        aliases=("loraplus_lr_ratio",),
+    )
     schedule: Literal["constant", "cosine", "linear"] = knob(
         "cosine", "How the learning rate goes on after the warm-up.", aliases=("lr_scheduler_type", "lr_scheduler")
     )
@@ -408,6 +342,14 @@ class LoopOptions(LengthOptions):
     beta2: float = knob(0.999, "AdamW's decay of the gradient's square.", ge=0, lt=1, aliases=("adam_beta2",))
     max_grad_norm: float = knob(
         0.3, "Gradients with a larger norm are scaled down to it.", gt=0, aliases=("gradient_clipping", "clip")
+    )
+    early_stopping_patience: int | None = knob(
+        None, "Stop once the held-out loss has not fallen for so many evaluations.", ge=1
+    )
+    keep_best: bool = knob(
+        False,
+        "Let the run's adapter be that of the lowest held-out loss instead of the last.",
+        aliases=("load_best_model_at_end",),
     )
     eval_every: int | None = knob(
         None, "Steps between evaluations; about five a run if not given.", ge=1, aliases=("eval_steps",)

@@ -31,10 +31,23 @@ class ObjectiveOptions(ObjectiveName):
     )
     label_smoothing: float | None = knob(
         None,
-        "dpo, simpo: share of pairs whose answers are taken to be swapped (0); conservative DPO.",
+        "sft: part of each target's probability that is spread over the vocabulary (0). dpo, simpo: share of pairs "
+        "whose answers are taken to be swapped (0, below 0.5); conservative DPO.",
         ge=0,
-        lt=0.5,
-        aliases=("dpo_label_smoothing", "rl_label_smoothing"),
+        lt=1,
+        aliases=("label_smoothing_factor", "dpo_label_smoothing", "rl_label_smoothing"),
+    )
+    neftune_alpha: float | None = knob(
+        None,
+        "sft: noise on the embeddings while training, uniform up to this over the root of a row's tokens times the "
+        "width (0; NEFTune).",
+        ge=0,
+        aliases=("neftune_noise_alpha",),
+    )
+    z_loss: float | None = knob(
+        None,
+        "sft: weight of the square of the log of the logits' sum of exponentials in the training's loss (0).",
+        ge=0,
     )
     simpo_gamma: float | None = knob(None, "simpo: the margin that is aimed at (1).", ge=0, aliases=("gamma",))
     orpo_lambda: float | None = knob(
@@ -66,9 +79,18 @@ class ObjectiveOptions(ObjectiveName):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _fewer_pairs_swapped_than_not(self) -> Self:
+        if self.objective != "sft" and (self.label_smoothing or 0) >= 0.5:
+            raise ConfigError(
+                f"label-smoothing is {self.label_smoothing}, and objective is {self.objective}.",
+                "Allowed: below 0.5; at a half, neither answer of a pair is the better one.",
+            )
+        return self
+
 
 OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is made of
-    "sft": (),
+    "sft": ("label_smoothing", "neftune_alpha", "z_loss"),
     "dpo": ("beta", "label_smoothing", "reference"),
     "ipo": ("beta", "reference"),
     "simpo": ("beta", "label_smoothing", "simpo_gamma"),

@@ -57,6 +57,25 @@ def split_names(value: Any) -> Any:
     return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
+def pattern_of(value: Any) -> Any:
+    """`q_proj=8,layers.0.*=32` as a mapping, in this order; a comma in brackets belongs to an expression."""
+    if isinstance(value, str):
+        parts = [part.strip().rpartition("=") for part in re.split(COMMA, value)]
+        pairs = [(name.strip(), number.strip()) for name, _, number in parts]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("an expression is given twice")
+        value = dict(pairs)
+    if isinstance(value, dict):
+        for name, number in value.items():
+            if not isinstance(name, str) or not name or isinstance(number, bool):
+                raise ValueError("not an expression and a number")
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError("not a regular expression") from error
+    return value
+
+
 def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
@@ -76,6 +95,7 @@ class Size(int):
         return handler(int)
 
 
+COMMA = r",(?![^([{]*[)\]}])"  # a comma in brackets belongs to a pattern
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -101,6 +121,8 @@ Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
 Sources = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_one_or_more)]  # may hold commas: not split
+RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(pattern_of)]
+AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(pattern_of)]
 MAX_YAML_BYTES = 1_000_000
 Interval = Annotated[str, BeforeValidator(_interval)]
 
@@ -291,10 +313,15 @@ def _describe_type(kind: Any) -> str:
     if choices := choices_of(kind):
         listed = ", ".join(map(str, choices))
         return f"one of {listed}" if len(choices) > 1 else listed
+    if get_args(kind)[:1] == (float,):
+        return "numbers"
     if get_origin(kind) is tuple:
         return (
             "a name or a list of names" if get_origin(get_args(kind)[0]) is not Literal else f"some of {_choices(kind)}"
         )
+    if get_origin(kind) is dict:
+        number = get_args(get_args(kind)[1])[0]
+        return f"regular expressions, each with {_describe_type(number)}, such as q_proj=8,layers.0.*=4"
     names = {str: "text", Path: "a path", int: "a whole number", float: "a number", bool: "true or false"}
     return {**names, Size: "a size such as 8GB, 8GiB or 1.5G"}[kind]
 
@@ -353,7 +380,9 @@ def _place(origin: str) -> str:
 def _yaml_line(key: str, value: Any) -> str:
     if value is None:
         return f"{key}:"
-    text: str = yaml.safe_dump({key: value}, default_flow_style=False)  # ASCII: YAML folds some of Unicode away
+    text: str = yaml.safe_dump(
+        {key: value}, default_flow_style=False, sort_keys=False
+    )  # ASCII: YAML folds some of Unicode away
     return text.rstrip("\n")
 
 

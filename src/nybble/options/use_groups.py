@@ -72,7 +72,9 @@ class AnswerOptions(Options, group="Chat"):
     seed: Seed = knob(0, "Seed of the sampling.")
 
 
-class MergedRun(OpenedRun):
+class MergeOptions(Options, group="Run"):
+    """How an adapter goes into its base, and what that is verified on."""
+
     onto: Literal["auto", "original", "dequantized"] = knob(
         "auto",
         "Base that the adapter is merged onto: its original weights, or the four bits that were trained on. "
@@ -80,6 +82,53 @@ class MergedRun(OpenedRun):
     )
     data: Sources | None = knob(None, "Held-out examples to verify on; the run's own validation rows if not given.")
     verify_positions: int = knob(1000, "Held-out tokens at which the artefact is compared with the run.", ge=1)
+
+
+class MergedRun(MergeOptions, OpenedRun):
+    """A run whose adapter goes into its base."""
+
+
+AdapterMethod = Literal["cat", "linear", "ties", "dare_linear", "dare_ties"]
+
+
+class MergedInputs(MergeOptions):
+    """A run, or adapters that one is made of."""
+
+    run: Folder | None = knob(None, "Run folder that `nybble train` made.", aliases=("adapter",))
+    adapters: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        (), "Instead of a run: adapters on one base, nybble's or PEFT's, to make one adapter of."
+    )
+    weights: Annotated[tuple[float, ...], BeforeValidator(split_names)] = knob(
+        (), "With --adapters: how much each counts; each 1 / their number if not given."
+    )
+    method: AdapterMethod = knob(
+        "cat",
+        "With --adapters: cat adds them exactly, the ranks too; the others add A and B of one rank entry by entry, "
+        "ties and dare some of these.",
+        aliases=("combination_type",),
+    )
+    density: float = knob(0.5, "With --method ties or dare: part of the entries that is kept.", gt=0, le=1)
+    seed: Seed = knob(0, "With --method dare: seed of the entries that are kept.")
+
+    @model_validator(mode="after")
+    def _run_or_adapters(self) -> Self:
+        if (self.run is None) != bool(self.adapters):
+            raise ConfigError(
+                "run is not given." if self.run is None else "run and adapters are both given.",
+                "Either the folder of a training run, or adapters to make one of.",
+                "Add --run RUN or --adapters A,B, and only one of them.",
+            )
+        if len(self.adapters) == 1 or (self.weights and len(self.weights) != len(self.adapters)):
+            raise ConfigError(
+                f"adapters are {len(self.adapters)}, weights {len(self.weights)}.",
+                "Two adapters or more, and a weight for each where weights are given.",
+                "Name as many weights as adapters.",
+            )
+        both = ("onto", "data", "verify_positions") if self.adapters else ("weights", "method", "density", "seed")
+        if unused := [name for name in both if name in self.model_fields_set]:
+            of = "a merge into a base: with --run" if self.adapters else "several adapters: with --adapters"
+            raise ConfigError(f"{unused[0]} is given.", f"--{unused[0].replace('_', '-')} is of {of}.", "Leave it out.")
+        return self
 
 
 class LoadedOptions(PathOptions):

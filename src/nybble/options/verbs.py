@@ -7,8 +7,8 @@ from typing import Any, Self, TypeVar
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options import groups, objective_groups, use_groups
-from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, named_values, read_yaml
+from nybble.options import adapter_groups, groups, objective_groups, use_groups
+from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, flat, named_values, read_yaml
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
 Artefact = TypeVar("Artefact", "MergeConfig", "ExportConfig")
@@ -37,6 +37,24 @@ def _check_calibrate(config: Artefact) -> Artefact:
     return config
 
 
+def _check_residual(config: "TrainConfig") -> "TrainConfig":
+    init, rounding = config.adapters.init, config.rounding
+    clashes = {"format": config.weights.format == "none", "quality": rounding.quality == "calibrated"}
+    clashes |= {
+        "dora": config.adapters.dora,
+        "calibrate": rounding.calibrate is not None,
+        "mixed": rounding.mixed is not None,
+    }
+    if init in adapter_groups.TAKES_FROM_BASE and (clashing := [name for name, found in clashes.items() if found]):
+        raise ConfigError(
+            f"init is {init}, and {clashing[0]} is {flat(config)[clashing[0]]}.",
+            f"--init {init} puts what it leaves of the weights into four bits; by --quality absmax or search alone, "
+            "since a model of such weights gives no states to calibrate on; and is not DoRA's.",
+            f"Leave --{clashing[0]} or --init out.",
+        )
+    return config
+
+
 class TrainConfig(Verb):
     """What `nybble train` needs to know."""
 
@@ -46,12 +64,13 @@ class TrainConfig(Verb):
     run: groups.RunOptions
     weights: groups.WeightOptions
     rounding: groups.QualityOptions
-    adapters: groups.AdapterOptions
+    adapters: adapter_groups.AdapterOptions
     memory: groups.MemoryOptions
     loop: groups.LoopOptions
     machine: groups.MachineOptions
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
+    _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
 
     @model_validator(mode="after")
     def _reference_is_asked_in_time(self) -> Self:
@@ -64,6 +83,16 @@ class TrainConfig(Verb):
             )
         return self
 
+    @model_validator(mode="after")
+    def _new_tokens_are_learnt_from_examples(self) -> Self:
+        if self.adapters.train_new_tokens and self.objective.objective != "sft":
+            raise ConfigError(
+                f"train-new-tokens is on, and objective is {self.objective.objective}.",
+                "Rows of new tokens are learnt from examples to follow (--objective sft).",
+                "Train on examples first, or leave --train-new-tokens out.",
+            )
+        return self
+
 
 class PlanConfig(Verb):
     """What `nybble plan` needs to know."""
@@ -73,7 +102,7 @@ class PlanConfig(Verb):
     objective: objective_groups.ObjectiveOptions
     weights: groups.WeightOptions
     rounding: groups.MixedOptions
-    adapters: groups.PlannedAdapters
+    adapters: adapter_groups.PlannedAdapters
     memory: groups.MemoryOptions
     loop: groups.LengthOptions
     machine: groups.PlannedMachine
@@ -147,11 +176,22 @@ class MergeConfig(Verb):
     """What `nybble merge` needs to know."""
 
     data: groups.AcceptOptions
-    run: use_groups.MergedRun
+    run: use_groups.MergedInputs
     rounding: use_groups.RoundingOptions
     output: use_groups.MergeOutput
 
     _text_is_for_calibrating = model_validator(mode="after")(_check_calibrate)
+
+    @model_validator(mode="after")
+    def _adapters_alone(self) -> Self:
+        given = self.data.model_fields_set | self.rounding.model_fields_set | self.output.model_fields_set
+        if self.run.adapters and (unused := sorted(given - {"out"})):
+            raise ConfigError(
+                f"adapters are given, and {unused[0]}.",
+                "Adapters are made into one adapter; nothing is merged into a base.",
+                f"Leave --{unused[0].replace('_', '-')} out.",
+            )
+        return self
 
 
 class ExportConfig(Verb):
@@ -201,7 +241,7 @@ class LoadConfig(Verb):
 class AttachConfig(Verb):
     """What `nybble.add_adapters` needs to know."""
 
-    adapters: groups.SeededAdapters
+    adapters: adapter_groups.SeededAdapters
 
 
 class StepConfig(Verb):

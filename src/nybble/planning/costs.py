@@ -13,6 +13,7 @@ nothing: tensors are written from where they are.
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
+from itertools import product
 from typing import NamedTuple
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
@@ -212,7 +213,7 @@ def working_bytes(run: RunShape) -> int:
 def module_bytes(run: RunShape) -> int:
     """What transformers' modules of one block hold for their backward pass, per token: fp32 copies inside the two norms
     (input and normalised), then in the compute dtype the inputs of every product and of every elementwise function;
-    with dropout each adapter's input once more, and its mask.
+    with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
@@ -221,7 +222,9 @@ def module_bytes(run: RunShape) -> int:
     mlp = 2 * h + 4 * f
     inputs_again = max(sum(width for _, width, _ in block.linears) for block, _ in run.model.parts.blocks)
     dropped = (c + 1) * inputs_again if run.dropout else 0  # inputs again, and masks
-    return norms + c * (inputs + mlp + 14 * r) + dropped
+    outputs = max(sum(width for _, _, width in block.linears) for block, _ in run.model.parts.blocks)
+    turned = c * outputs if run.dora else 0  # what is scaled
+    return norms + c * (inputs + mlp + 14 * r) + dropped + turned
 
 
 def attention_scratch(run: RunShape) -> int:
@@ -291,9 +294,9 @@ def _panels(run: RunShape) -> int:
     return 2 * min(run.rules.panel_bytes, head) if run.stream_ends else 0
 
 
-def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:
-    """Different matrix products of a decoder block for one number of tokens: those of the forward pass, and those that
-    the backward pass adds. Layers of the same widths, in buffers of the same width, share one.
+def compiled_products(shape: ModelShape, *ranks: int) -> tuple[int, int]:
+    """Different matrix products of decoder blocks of these ranks for one number of tokens: those of the forward pass,
+    and those that the backward pass adds. Layers of the same widths, in buffers of the same width, share one.
 
     Each is named by what tells it apart: its widths, and how far apart the rows of its operands lie.
     """
@@ -301,13 +304,13 @@ def compiled_products(shape: ModelShape, rank: int) -> tuple[int, int]:
     together = ((h, (q, kv, kv)), (q, (h,)), (h, (f, f)), (f, (h,)))  # inputs, and outputs side by side
     forward: set[tuple[object, ...]] = set()
     backward: set[tuple[object, ...]] = set()
-    for width, outputs in together:
-        ranks, row = rank * len(outputs), sum(outputs)
-        forward.add(("low rank", width, ranks))
-        backward |= {("adapters", ranks, width, ranks, width), ("add", ranks, width, ranks, width)}
+    for rank, (width, outputs) in product(ranks, together):
+        columns, row = rank * len(outputs), sum(outputs)
+        forward.add(("low rank", width, columns))
+        backward |= {("adapters", columns, width, columns, width), ("add", columns, width, columns, width)}
         for i, out in enumerate(outputs):
-            forward |= {("base", width, out, row, len(outputs)), ("add", rank, out, ranks, row)}
-            backward |= {("low rank back", out, row, ranks), ("adapters", rank, out, ranks, row)}
+            forward |= {("base", width, out, row, len(outputs)), ("add", rank, out, columns, row)}
+            backward |= {("low rank back", out, row, columns), ("adapters", rank, out, columns, row)}
             backward.add(("base back", out, width, row, i > 0))
     return len(forward), len(backward - forward)
 
@@ -331,7 +334,7 @@ def compiled_bytes(run: RunShape) -> int:
     """
     if not run.on_cpu or run.compute_bytes != 2:
         return MATRIX_BUFFERS if run.on_cpu else 0
-    forward, backward = compiled_products(run.model, run.rank)
+    forward, backward = compiled_products(run.model, run.rank, *run.other_ranks)
     batches = run.batches
     counts = batches.token_counts * (forward + backward) + batches.validation_counts * forward
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))

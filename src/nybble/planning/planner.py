@@ -343,6 +343,6 @@ def _ways_down(request: PlanRequest, machine: Machine) -> list[str]:
     ways = [f"--max-seq-len {longest} ({smallest(replace(request, batches=shorter))})"]
     rank, adapters, largest = request.run.rank, request.run.adapter_parameters, request.largest_adapter
     if rank > 4:
-        run = replace(request.run, rank=4, adapter_parameters=adapters * 4 // rank)
+        run = replace(request.run, rank=4, other_ranks=(), adapter_parameters=adapters * 4 // rank)
         ways.append(f"--rank 4 ({smallest(replace(request, run=run, largest_adapter=largest * 4 // rank))})")
     return ways

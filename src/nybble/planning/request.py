@@ -12,9 +12,10 @@ from nybble.errors import ConfigError, PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import why_not_blocks
-from nybble.layers.convert import end_modules, resolve_targets
+from nybble.layers.convert import block_names, check_dora, check_patterns, end_modules, of_pattern, resolve_targets
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
+from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.groups import MemoryOptions, WeightOptions
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
 from nybble.options.option import fields_of, flat, with_options, yaml_key
@@ -54,6 +55,7 @@ def plan_run(
     device: torch.device,
     folder_to_come: bool = False,
     machine: Machine | None = None,
+    new_tokens: int = 0,
 ) -> tuple[Plans, PlanRequest]:
     """Choose how to train before anything is loaded; what the config says is not chosen.
 
@@ -63,6 +65,7 @@ def plan_run(
         micro_batches: most rows at once -> what the run's micro-batches come to.
         folder_to_come: the source will be calibrated into a 4-bit folder first.
         machine: as it was before anything was loaded; None where nothing is yet.
+        new_tokens: whose rows are trained.
 
     Returns:
         the plans, and what would be asked if every choice were the planner's.
@@ -83,6 +86,7 @@ def plan_run(
         in_folder=folder_to_come or source.is_streamable,
         formats=formats if source.quant_spec is None else source.layer_formats,
         in_four_bits=source.in_four_bits,
+        new_tokens=new_tokens,
     )
     if config.weights.format != "none":
         check_dense_share(asked.run.model.parts, source.name, config.weights.max_dense_share)
@@ -122,6 +126,7 @@ def requests(
     in_folder: bool,
     formats: BaseFormats | None,
     in_four_bits: set[str] | None = None,
+    new_tokens: int = 0,
 ) -> tuple[PlanRequest, PlanRequest]:
     """What a run with these options asks of the planner, and the same with every choice left to it.
 
@@ -131,21 +136,31 @@ def requests(
         in_folder: blocks of the base lie in a four-bit folder, or will.
         formats: of a model that is already in four bits, or what was chosen; None where the options tell it.
         in_four_bits: names of the linear layers that a source in four bits has so; None where all will be.
+        new_tokens: whose rows of embedding and head are trained.
 
     Raises:
         ConfigError: target_modules names no layer.
     """
     adapters, weights, memory = options.adapters, options.weights, options.memory
     targets = resolve_targets(skeleton, adapters.target_modules)
+    check_patterns(targets, rank_pattern=adapters.rank_pattern)
+    if adapters.dora:
+        check_dora(skeleton, targets)
+    ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.rank) for name in targets}
     device, dropout = torch.device(machine.kind), adapters.dropout > 0
-    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device, here=machine.here)
+    against = why_not_blocks(
+        skeleton, packing=memory.packing, dropout=dropout, dora=adapters.dora, device=device, here=machine.here
+    )
     model = shape_of(skeleton, in_four_bits)
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
+    parameters = sum(ranks[name] * sum(size) + size[1] * adapters.dora for name, size in sizes.items())
+    if new_tokens:
+        parameters += new_tokens * model.hidden_size * (1 if skeleton.all_tied_weights_keys else 2)
     run = RunShape(
         model,
         batches=micro_batches(1),
-        adapter_parameters=adapters.rank * sum(map(sum, sizes.values())),
-        rank=adapters.rank,
+        adapter_parameters=parameters,
+        rank=(rank := _mean_rank(skeleton, ranks) if adapters.rank_pattern else adapters.rank),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",
@@ -154,13 +169,15 @@ def requests(
         average_bits=mean_bits(model, formats) if formats and formats.layers else options.rounding.mixed,
         adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         dropout=dropout,
+        dora=adapters.dora,
         on_cpu=machine.on_cpu,
         asks_reference=options.objective.objective in WITH_REFERENCE,
         more_forwards=more_forwards(options.objective),
+        other_ranks=tuple(sorted({*ranks.values()} - {rank})),
     )
     _check_whole_blocks(memory, run, str(against))
-    ends = [name for name in end_modules(skeleton) if name in targets]
-    largest_adapter = adapters.rank * max(max(features) for features in sizes.values())
+    ends = [name for name in end_modules(skeleton) if name in targets or new_tokens]
+    largest_adapter = max(ranks[name] * max(features) for name, features in sizes.items())
 
     def request(options: TrainConfig | PlanConfig) -> PlanRequest:
         memory = options.memory
@@ -216,6 +233,12 @@ def more_forwards(objective: ObjectiveOptions) -> int:
             return 0
 
 
+def _mean_rank(skeleton: "PreTrainedModel", ranks: Mapping[str, int]) -> int:
+    """Of the layers of the block that has most, rounded up."""
+    blocks = [[rank for name, rank in ranks.items() if name.startswith(f"{block}.")] for block in block_names(skeleton)]
+    return max((-(-sum(block) // len(block)) for block in blocks if block), default=max(ranks.values()))
+
+
 def _sizes(memory: MemoryOptions, one_row: MicroBatches) -> list[int]:
     """Rows at once to choose among.
 
@@ -267,8 +290,10 @@ def why_not_streamed(options: TrainConfig | PlanConfig, in_folder: bool, ends: l
     """Why blocks of the base cannot be read where they are used; nothing where they can. Arguments as
     `reasons_against` takes them.
     """
-    if options.adapters.init != "default":
+    if options.adapters.init not in ("default", *TAKES_FROM_BASE):
         yield Reason(Cause.OPTION, f"--init {options.adapters.init} needs the whole base", "--init default")
+    if options.adapters.dora:
+        yield Reason(Cause.OPTION, "--dora needs the rows of the whole base", "--no-dora")
     if ends:
         yield Reason(Cause.OPTION, f"the adapter on {ends[0]} needs it in memory", "--target-modules without it")
     elif not in_folder:

@@ -137,7 +137,7 @@ class RunShape:
     Args:
         model: the widths of the model.
         batches: T and the other sizes of micro-batches.
-        adapter_parameters, rank: P and r.
+        adapter_parameters, rank: P and r; where layers' ranks differ, the mean of the block that has most.
         compute_bytes: c.
         spec: format of the base, or None for 16 bits.
         path: "blocks" for nybble's decoder blocks, "generic" for transformers' modules.
@@ -153,7 +153,9 @@ class RunShape:
         page_bytes: None where optimizer state is resident, else what the buffers of its pages take.
         offload: what blocks keep goes to a file, or beside a GPU.
         dropout: on the adapters' inputs, on the generic path.
+        dora: rows' lengths are trained; on the generic path.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
+        other_ranks: that some layers have instead of r.
         full: every weight is trained; then rank and adapters are 0.
         graphs: micro-batches come from graphs, which have memory of their own.
         asks_reference: training's micro-batches go through without a gradient too.
@@ -179,7 +181,9 @@ class RunShape:
     page_bytes: int | None = None
     offload: bool = False
     dropout: bool = False
+    dora: bool = False
     on_cpu: bool = True
+    other_ranks: tuple[int, ...] = ()
     full: bool = False
     asks_reference: bool = False
     more_forwards: int = 0

@@ -105,7 +105,7 @@ class PlanRequest:
 
 
 def _full_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
-    yield replace(run, adapter_parameters=0, rank=0, spec=None, full=True)
+    yield replace(run, adapter_parameters=0, rank=0, other_ranks=(), spec=None, full=True)
 
 
 def _lora_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:

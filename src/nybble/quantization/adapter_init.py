@@ -1,4 +1,4 @@
-"""Start a model's adapters from what its base lost when it was quantised."""
+"""Start a model's adapters from what its base lost when it was quantised, or from what its layers are given."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.adapter_init import nearest_product
+from nybble.calibration.adapter_init import largest_directions, nearest_product
 from nybble.calibration.statistics import InputStatistics
 from nybble.errors import ModelError
 from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import adapters_of
-from nybble.layers.lora import LoraLinear
+from nybble.layers.lora import LoraEmbedding, LoraLinear
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.quantization.watch import watched
 from nybble.sources.stored_model import StoredModel
@@ -32,7 +32,7 @@ def check_initialisable(source: StoredModel, quantized: bool) -> None:
         state = "comes already quantised" if source.quant_spec is not None else "is not quantised (--format none)"
         raise ModelError(
             f"{source.name} {state}: what quantisation loses is not known.",
-            "--init loftq and activation need a 16-bit model that is quantised for this run.",
+            "--init loftq, activation, pissa and olora need a 16-bit model that is quantised for this run.",
             "Give the 16-bit model, or use --init default.",
         )
 
@@ -60,6 +60,21 @@ def initialise_adapters(
         quantized: Any = adapter.base
         error = weight.to(adapter.lora_A.device).float() - quantized.dequantize(torch.float32)
         adapter.start_from(*nearest_product(error, adapter.rank, adapter.scaling, hessian))
+
+
+@torch.no_grad()
+def start_along_inputs(model: "PreTrainedModel", windows: Tensor, statistics_bytes: int = STATISTICS_BYTES) -> None:
+    """Let every adapter's A be the directions in which its layer's inputs are largest (EVA); B stays zero.
+
+    Args:
+        model: with adapters that have not been trained; of an embedding they stay as they are.
+        windows: int64 `(windows, tokens)`, the text that the inputs come from.
+        statistics_bytes: as `initialise_adapters` takes them.
+    """
+    adapters = {name: each for name, each in adapters_of(model).items() if not isinstance(each, LoraEmbedding)}
+    for _, adapter, hessian in _with_statistics(model, adapters, windows, statistics_bytes):
+        assert hessian is not None
+        adapter.lora_A.copy_(largest_directions(hessian, adapter.rank))
 
 
 def _with_statistics(

@@ -1,126 +1,61 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32; of an
-embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`.
+embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`; DoRA's `.lora_magnitude_vector`
+`[out]`; of tokens with rows of their own `.token_adapter.trainable_tokens_delta` `[tokens, width]`, these rows.
 Adapters that began with something other than B = 0 have a third file, `initial.safetensors`, with the same keys: what
-they began with. PEFT does not look at it: on the quantised base the adapter is whole without it.
+they began with. PEFT does not look at it: on the quantised base the adapter is whole without it. Where that was taken
+out of the base's weights (`init_lora_weights` is pissa or olora), PEFT takes it out of the base again when it loads
+the adapter; for others there is the plain adapter of twice the rank, B A - B₀ A₀, which belongs on the base as it was.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from nybble.errors import ModelError, RunError
 from nybble.formats.safetensors import SafetensorsFolder, sampled_sha256
-from nybble.layers.convert import adapters_of, attach_adapters, end_modules, quantizable_linears
-from nybble.layers.lora import LoraEmbedding, LoraLinear, lora_scaling
+from nybble.layers.convert import adapters_of, attach_adapters, end_modules, of_pattern, quantizable_linears
+from nybble.layers.lora import DoraLinear, LoraLinear, lora_scaling
+from nybble.layers.token_rows import token_rows, train_rows
+from nybble.options.adapter_groups import TAKES_FROM_BASE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 INITIAL_NAME = "initial.safetensors"
-_PREFIX = "base_model.model."
-_LINEAR, _EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+PREFIX = "base_model.model."
+LINEAR, EMBEDDING = ("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")
+TOKENS = ".token_adapter.trainable_tokens_delta"
+MAGNITUDE = ".lora_magnitude_vector"
 _BASE_WEIGHT = ".base_layer.weight"  # PEFT stores the frozen weight of an adapted embedding or head too
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape, _LINEAR + _EMBEDDING))})")
+_KEY = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape, LINEAR + EMBEDDING))})")
 
 # What a config may say without changing what the adapter computes; anything else must be off.
 PLAIN_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
+    *("use_dora", "trainable_token_indices"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("fan_in_fan_out", "inference_mode"),
     *("auto_mapping", "peft_version", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+    *("rank_pattern", "alpha_pattern"),
     *("lora_ga_config", "runtime_config", "ensure_weight_tying", "qalora_group_size", "init_lora_weights"),
 }
 OFF: tuple[object, ...] = (None, False, "none", [], {}, 0)
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # ways to begin that leave the base with other weights
 
 
-def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """PEFT's keys -> fp32 tensors on the CPU."""
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in adapters.items():
-        tensors |= _named(name, adapter, adapter.lora_A.detach(), adapter.lora_B.detach())
-    return tensors
-
-
-def initial_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
-    """PEFT's keys -> what the adapters began with; empty where that was B = 0."""
-    tensors: dict[str, Tensor] = {}
-    for name, adapter in adapters.items():
-        if adapter.initial is not None:
-            tensors |= _named(name, adapter, *adapter.initial)
-    return tensors
-
-
-def _named(name: str, adapter: LoraLinear, a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    leaves = _EMBEDDING if isinstance(adapter, LoraEmbedding) else _LINEAR
-    return {f"{_PREFIX}{name}.{leaf}": each.cpu().contiguous() for leaf, each in zip(leaves, (a, b), strict=True)}
-
-
-def adapter_config(model: "PreTrainedModel", base_name: str, *, alpha: float, rslora: bool) -> dict[str, Any]:
-    """What PEFT needs to know to put the adapter on its base.
-
-    Where experts that checkpoints store one by one are one tensor in the model, PEFT takes every target module of their
-    names (`gate_proj`) for the experts. Other layers of these names are targets as parameters, which it leaves alone;
-    those have no dropout in PEFT.
-    """
-    adapters = adapters_of(model)
-    first = next(iter(adapters.values()))
-    taken = _names_of_merged_experts(model)
-    as_parameters = [name for name in adapters if name.rpartition(".")[2] in taken]
-    as_modules = [name for name in adapters if name not in as_parameters]
-    parameters = {"target_parameters": sorted(f"{name}.weight" for name in as_parameters)} if as_parameters else {}
-    return parameters | {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": first.rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0 if as_parameters else first.dropout,
-        "use_rslora": rslora,
-        "target_modules": _shortest_targets(model, as_modules),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-
-
-def _names_of_merged_experts(model: "PreTrainedModel") -> set[str]:
-    """Last parts of the names of weights that transformers merges, over all experts, when it loads a checkpoint."""
-    merging = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightConverter)]
-    patterns = [pattern for converter in merging for pattern in converter.source_patterns if ".*." in pattern]
-    return {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in patterns}
-
-
-def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
-    """Leaf names where, among all modules, they match exactly the adapted layers, else the full names."""
-    leaves = sorted({name.rpartition(".")[2] for name in names})
-    same_leaf = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in leaves]
-    return leaves if sorted(same_leaf) == sorted(names) else sorted(names)
-
-
 def _adaptable(model: nn.Module) -> list[str]:
     """Names of all layers that can have an adapter, or have one."""
     return sorted({*quantizable_linears(model), *end_modules(model), *adapters_of(model)})
-
-
-def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
-    """Write the model's adapters into an existing folder."""
-    save_file(adapter_tensors(adapters_of(model)), folder / WEIGHTS_NAME, metadata={"format": "pt"})
-    if initial := initial_tensors(adapters_of(model)):
-        save_file(initial, folder / INITIAL_NAME, metadata={"format": "pt"})
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 class StoredAdapter:
@@ -129,45 +64,106 @@ class StoredAdapter:
     Attributes:
         config: of PEFT.
         names: of the adapted layers.
-        rank, scaling: of every layer's adapter.
+        taken_by: "pissa" or "olora" where the frozen weights are less what the adapter began with.
+
+    Args:
+        on_original: give such an adapter as the plain one of twice the rank that belongs on the base as it was.
 
     Raises:
         RunError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, on_original: bool = False):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise RunError(f"{folder} has no {name}.", "An adapter folder holds both.", "Check the path.")
         self.folder = folder
         try:
             self.config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text())
-            self.rank: int = self.config["r"]
-            rslora = self.config.get("use_rslora", False)
-            self.scaling = lora_scaling(self.config["lora_alpha"], self.rank, rslora)
+            self.settings = _settings(self.config)
+            lora_scaling(self.settings["alpha"], self.settings["rank"], self.settings["rslora"])
             self._stored = SafetensorsFolder(folder / WEIGHTS_NAME)
             begun = folder / INITIAL_NAME
             self._initial = SafetensorsFolder(begun) if begun.is_file() else None
         except (ModelError, ValueError, ArithmeticError, RecursionError, KeyError, TypeError) as error:
             raise RunError(f"The adapter in {folder} is damaged: {error}.", "", "Use an earlier checkpoint.") from error
-        _check_plain(folder, self.config, self._stored.entries)
+        begun_as = self.config.get("init_lora_weights")
+        self.taken_by: str = begun_as if self._initial is not None and begun_as in TAKES_FROM_BASE else ""
+        self.doubled = on_original and bool(self.taken_by)
+        _check_plain(folder, self.config, self._stored.entries, self.taken_by)
+        self.dora: bool = self.settings["dora"]
         self.names = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
-        self._check_rank()
+        self._check_ranks()
+        self.tokens = self._tokens()
 
-    def _leaves(self, name: str) -> tuple[str, str]:
-        return _EMBEDDING if f"{_PREFIX}{name}.{_EMBEDDING[0]}" in self._stored.entries else _LINEAR
+    def _tokens(self) -> dict[str, list[int]]:
+        """Modules with rows that were trained -> of which tokens."""
+        said = self.config.get("trainable_token_indices") or {}
+        names = [key.removeprefix(PREFIX).removesuffix(TOKENS) for key in self._stored.entries if key.endswith(TOKENS)]
+        by_leaf = said if isinstance(said, dict) else {"embed_tokens": said}
+        found = {n: ids for n in names for leaf, ids in by_leaf.items() if n == leaf or n.endswith(f".{leaf}")}
+        whole = all(isinstance(ids, list) and ids and all(type(id) is int for id in ids) for ids in found.values())
+        if not whole or len(found) != len(names) or (by_leaf and not found):
+            raise RunError(
+                f"The adapter in {self.folder} has trained rows in {names}, its {CONFIG_NAME} says {said!r}.",
+                "Allowed: rows of the embedding and of the head, each with its tokens.",
+            )
+        return found
 
-    def _check_rank(self) -> None:
-        """Before anything is made of the rank that the config says."""
-        name = self.names[0] if self.names else ""
-        first = self._stored.entries.get(f"{_PREFIX}{name}.{self._leaves(name)[0]}")
-        rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
-        if rank != self.rank:
-            raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {self.rank!r}.")
+    def token_rows(self, name: str, width: int) -> Tensor:
+        """The trained rows of one module, fp32 `[tokens, width]`.
+
+        Raises:
+            RunError: as `matrices`.
+        """
+        shape = (len(self.tokens[name]), width)
+        return self._tensor(self._stored, WEIGHTS_NAME, PREFIX + name + TOKENS, shape)
+
+    def leaves(self, name: str) -> tuple[str, str]:
+        """How the keys of one layer's A and B end."""
+        return EMBEDDING if f"{PREFIX}{name}.{EMBEDDING[0]}" in self._stored.entries else LINEAR
+
+    def _check_ranks(self) -> None:
+        """Before anything is made of the ranks that the config says."""
+        for name in self.names or [""]:
+            first = self._stored.entries.get(f"{PREFIX}{name}.{self.leaves(name)[0]}")
+            rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
+            if rank != (said := self._own_rank(name)):
+                raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {said!r}.")
+
+    def _own_rank(self, layer: str) -> int:
+        return of_pattern(self.settings["rank_pattern"], layer, self.settings["rank"])
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of one layer's adapter."""
+        return self._own_rank(layer) * (2 if self.doubled else 1)
+
+    def scaling_of(self, layer: str) -> float:
+        """What the product B A of one layer is multiplied by."""
+        alpha = of_pattern(self.settings["alpha_pattern"], layer, self.settings["alpha"])
+        return lora_scaling(alpha, self._own_rank(layer), self.settings["rslora"])
+
+    @property
+    def has_initial(self) -> bool:
+        """Whether it began with something other than B = 0."""
+        return self._initial is not None
+
+    def features(self, layer: str) -> tuple[int, int]:
+        """What one layer takes and gives, as its matrices say."""
+        key_a, key_b = (f"{PREFIX}{layer}.{leaf}" for leaf in self.leaves(layer))
+        a, b = (self._stored.entries.get(key) for key in (key_a, key_b))
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
+            raise RunError(f"The adapter in {self.folder} has not two matrices for {layer}.")
+        return a.shape[1], b.shape[0]
 
     def fingerprint(self) -> str:
         """SHA-256 over every matrix's name and shape, and samples of its bytes."""
         return sampled_sha256(self._stored.entries.values())
+
+    def scalings(self) -> str:
+        """The layers' scalings as text, short where all have the same."""
+        scalings = {name: self.scaling_of(name) for name in self.names}
+        return str(next(iter(scalings.values()))) if len(set(scalings.values())) == 1 else json.dumps(scalings)
 
     def check_layers(self, model: nn.Module) -> None:
         """Refuse a model (on the meta device is enough) that lacks a layer of this adapter.
@@ -188,7 +184,12 @@ class StoredAdapter:
         Raises:
             RunError: a matrix is missing, of another shape, or not finite.
         """
-        return self._pair(self._stored, WEIGHTS_NAME, name, in_features, out_features)
+        a, b = self._pair(self._stored, WEIGHTS_NAME, name, in_features, out_features)
+        if not self.doubled:
+            return a, b
+        begun = self.initial(name, in_features, out_features)
+        assert begun is not None
+        return torch.cat([a, begun[0]]), torch.cat([b, -begun[1]], dim=1)
 
     def initial(self, name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor] | None:
         """A and B that one layer's adapter began with; None where B was 0.
@@ -200,13 +201,21 @@ class StoredAdapter:
             return None
         return self._pair(self._initial, INITIAL_NAME, name, in_features, out_features)
 
+    def magnitude(self, name: str, out_features: int) -> Tensor:
+        """DoRA's length of each row of one layer's weight, fp32 `[out]`.
+
+        Raises:
+            RunError: as `matrices`.
+        """
+        return self._tensor(self._stored, WEIGHTS_NAME, PREFIX + name + MAGNITUDE, (out_features,))
+
     def check_base(self, name: str, weight: Tensor) -> None:
         """Refuse a base whose weight of one layer is not the one that PEFT stored beside the adapter.
 
         Raises:
             RunError: it is another, as after tokens were added to it.
         """
-        key = f"{_PREFIX}{name}{_BASE_WEIGHT}"
+        key = f"{PREFIX}{name}{_BASE_WEIGHT}"
         if key in self._stored.entries and not torch.equal(self._stored.read(key).to(weight), weight):
             raise RunError(
                 f"The adapter in {self.folder} was trained beside another {name}.weight than this base has.",
@@ -217,11 +226,12 @@ class StoredAdapter:
     def _pair(
         self, stored: SafetensorsFolder, file: str, name: str, in_features: int, out_features: int
     ) -> tuple[Tensor, Tensor]:
-        key_a, key_b = (f"{_PREFIX}{name}.{leaf}" for leaf in self._leaves(name))
-        a = self._matrix(stored, file, key_a, (self.rank, in_features))
-        return a, self._matrix(stored, file, key_b, (out_features, self.rank))
+        key_a, key_b = (f"{PREFIX}{name}.{leaf}" for leaf in self.leaves(name))
+        rank = self._own_rank(name)
+        a = self._tensor(stored, file, key_a, (rank, in_features))
+        return a, self._tensor(stored, file, key_b, (out_features, rank))
 
-    def _matrix(self, stored: SafetensorsFolder, file: str, key: str, shape: tuple[int, int]) -> Tensor:
+    def _tensor(self, stored: SafetensorsFolder, file: str, key: str, shape: tuple[int, ...]) -> Tensor:
         entry = stored.entries.get(key)
         where = f"{self.folder / file}: {key}"
         if entry is None or entry.shape != shape:
@@ -235,21 +245,54 @@ class StoredAdapter:
         return matrix
 
 
-def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str]) -> None:
-    """Refuse what is more or other than LoRA matrices beside the base.
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How adapters are made (`attach_adapters`), as PEFT's config says it.
+
+    Raises:
+        ValueError, KeyError, TypeError: it does not.
+    """
+    patterns: dict[str, dict[str, Any]] = {}
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns[key] = dict(config.get(key) or {})
+        for expression in patterns[key]:
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise ValueError(f"{key} has {expression!r}: {error}") from error
+    for rank in (config["r"], *patterns["rank_pattern"].values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"a rank is {rank!r}")
+    alphas = [float(alpha) for alpha in (config["lora_alpha"], *patterns["alpha_pattern"].values())]
+    if not all(math.isfinite(alpha) for alpha in alphas):
+        raise ValueError("an alpha is not finite")
+    return {
+        "rank": config["r"],
+        "alpha": config["lora_alpha"],
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": config.get("use_rslora", False),
+        "dora": bool(config.get("use_dora", False)),
+        **patterns,
+    }
+
+
+def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str], taken_by: str) -> None:
+    """Refuse what is more or other than LoRA matrices beside the base, or beside what they left of it.
 
     Raises:
         RunError: names the option, or the tensor.
     """
     begun = str(config.get("init_lora_weights", "")).lower()
     strange = [f"{key} = {value!r}" for key, value in config.items() if key not in PLAIN_KEYS and value not in OFF]
-    strange += [f"init_lora_weights = {begun!r}"] if begun.startswith(CHANGES_BASE) else []
+    strange += [f"init_lora_weights = {begun!r}"] if begun.startswith(CHANGES_BASE) and not taken_by else []
     strange += [f"peft_type = {kind!r}"] if (kind := config.get("peft_type", "LORA")) != "LORA" else []
-    strange += [f"the tensor {key}" for key in keys if not _KEY.fullmatch(key) and not key.endswith(_BASE_WEIGHT)]
+    allowed = (_BASE_WEIGHT, TOKENS, MAGNITUDE) if config.get("use_dora") else (_BASE_WEIGHT, TOKENS)
+    strange += [f"the tensor {key}" for key in keys if not _KEY.fullmatch(key) and not key.endswith(allowed)]
+    if config.get("use_dora") and not any(key.endswith(MAGNITUDE) for key in keys):
+        strange.append("use_dora = True without magnitudes")
     if strange:
         raise RunError(
             f"The adapter in {folder} is not LoRA alone: {', '.join(strange[:3])}.",
-            "Allowed: LoRA's A and B on linear layers, embedding and head, all of one rank and alpha.",
+            "Allowed: LoRA's A and B on linear layers, embedding and head, DoRA's magnitudes, and tokens' rows.",
             "Merge it into its base with PEFT (merge_and_unload), and use the merged model.",
         )
 
@@ -262,15 +305,11 @@ def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
     """
     stored = StoredAdapter(folder)
     stored.check_layers(model)
-    adapters = attach_adapters(
-        model,
-        stored.names,
-        rank=stored.rank,
-        alpha=stored.config["lora_alpha"],
-        dropout=stored.config.get("lora_dropout", 0.0),
-        rslora=stored.config.get("use_rslora", False),
-    )
+    adapters = attach_adapters(model, stored.names, **stored.settings)
+    if stored.tokens:
+        train_rows(model, next(iter(stored.tokens.values())))
     _fill(adapters, stored)
+    _fill_rows(model, stored)
     return adapters
 
 
@@ -284,6 +323,21 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
     if unknown := sorted(set(stored.names) - adapters.keys()):
         raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
     _fill(adapters, stored)
+    _fill_rows(model, stored)
+
+
+def _fill_rows(model: nn.Module, stored: StoredAdapter) -> None:
+    rows = token_rows(model)
+    if not stored.tokens:
+        return  # an adapter without such rows is trained on: they begin with the base's
+    if stored.tokens != {name: model.get_submodule(name).tokens for name in rows}:
+        raise RunError(
+            f"The adapter in {stored.folder} has rows of other tokens than this run trains.",
+            "Allowed: the same tokens in embedding and head.",
+        )
+    with torch.no_grad():
+        for name, parameter in rows.items():
+            parameter.copy_(stored.token_rows(name, parameter.shape[1]))
 
 
 def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
@@ -292,6 +346,9 @@ def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
             a, b = stored.matrices(name, adapter.in_features, adapter.out_features)
             adapter.lora_A.copy_(a)
             adapter.lora_B.copy_(b)
+            adapter.taken_by = stored.taken_by
+            if isinstance(adapter, DoraLinear):
+                adapter.magnitude.copy_(stored.magnitude(name, adapter.out_features))
             if isinstance(weight := getattr(adapter.base, "weight", None), Tensor):
                 stored.check_base(name, weight)
             if begun := stored.initial(name, adapter.in_features, adapter.out_features):

@@ -1,7 +1,8 @@
-"""The four-bit base of a run: how its bits are chosen, and, where they are calibrated, the folder that holds them.
+"""The four-bit base of a run: how its bits are chosen, and the folder that holds them where they cannot be made again.
 
-Calibrated weights depend on text, so they cannot be made again from the model alone: they lie in `base/` of the run,
-a folder as `nybble quantize` writes it, with a manifest. Searched and absmax weights are made anew at each loading.
+Calibrated weights depend on text, and what adapters have left of the weights (--init pissa) on these adapters: they lie
+in `base/` of the run, a folder as `nybble quantize` writes it, with a manifest. Searched and absmax weights of the
+model itself are made anew at each loading.
 """
 
 import shlex
@@ -26,6 +27,7 @@ from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.context import context_length
 from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
+from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.groups import (
     DENSE_SHARE,
     CalibrationOptions,
@@ -40,6 +42,7 @@ from nybble.planning.request import quantize_command
 from nybble.planning.run_shape import ModelShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import CalibrationInput, Rounding, quantize_folder
+from nybble.quantization.residual import ResidualSource
 from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
@@ -110,6 +113,8 @@ def choose_rounding(
     if rounding.quality == "calibrated" or rounding.calibrate is not None:
         why = "as asked" if rounding.calibrate is None else "text to calibrate on was given"
         return RoundingChoice("calibrated", why, asked=True)
+    if config.adapters.init in TAKES_FROM_BASE:
+        return RoundingChoice("absmax", f"what {config.adapters.init} leaves of the weights is not calibrated")
     needed = calibration_peak(config.weights, rounding.calibration_tokens, source, dtype)
     room = _budget(config.memory, device) or anonymous_bytes() + available_bytes(torch.device("cpu"))
     if needed > room:
@@ -204,6 +209,23 @@ def make_calibrated_base(
     return open_model(str(folder))
 
 
+def make_residual_base(
+    run: RunFolder,
+    residual: ResidualSource,
+    formats: BaseFormats,
+    rounding: Literal["absmax", "search"],
+    max_dense_share: float = DENSE_SHARE,
+    report: Listener = silent,
+) -> StoredModel:
+    """Put what adapters leave of the weights into four bits where the run lies until it trains."""
+    folder = run.starting.base
+    what = f"taking {residual.way} out of the weights"
+    quantize_folder(
+        residual, formats, folder, rounding=rounding, max_dense_share=max_dense_share, what=what, report=report
+    )
+    return open_model(str(folder))
+
+
 def without_calibration(choice: RoundingChoice, error: WalkError) -> RoundingChoice:
     """What is done instead, where calibrating was nybble's own choice.
 
@@ -216,7 +238,7 @@ def without_calibration(choice: RoundingChoice, error: WalkError) -> RoundingCho
 
 
 def kept_base(run: RunFolder) -> StoredModel | None:
-    """The calibrated base in the run's folder, verified; None where there is none.
+    """The calibrated base, or what adapters left of it, in the run's folder, verified; None where there is none.
 
     Raises:
         FormatError: a file of it is missing or damaged.

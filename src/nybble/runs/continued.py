@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ConfigError, RunError
 from nybble.layers.convert import resolve_targets
-from nybble.options.groups import AdapterOptions
+from nybble.options.adapter_groups import AdapterOptions
 from nybble.options.option import yaml_key
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.folder import RunFolder
@@ -21,11 +21,24 @@ def open_adapter(path: str) -> StoredAdapter:
     """The adapter in a folder, or the last one of the run in it.
 
     Raises:
-        RunError: there is none, it is damaged, or it is more than LoRA.
+        RunError: there is none, it is damaged, it is more than LoRA, or its base is its own.
     """
     folder = Path(path).expanduser()
     of_run = RunFolder(folder).adapter
-    return StoredAdapter(of_run if of_run.is_dir() else folder)
+    adapter = StoredAdapter(of_run if of_run.is_dir() else folder)
+    if adapter.tokens:
+        raise RunError(
+            f"The adapter in {adapter.folder} has trained rows of tokens.",
+            "Trained on are adapters alone.",
+            "Merge it (`nybble merge`) and train on the merged model.",
+        )
+    if adapter.taken_by:
+        raise RunError(
+            f"The adapter in {adapter.folder} belongs on what {adapter.taken_by} left of its base's weights.",
+            "Trained on are adapters that belong on a base as it is.",
+            f"`nybble export --run {adapter.folder.parent} --to peft` makes such a one, of twice the rank.",
+        )
+    return adapter
 
 
 def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrainedModel") -> dict[str, Any]:
@@ -39,10 +52,14 @@ def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrai
         RunError: the base lacks a layer of the adapter.
     """
     adapter.check_layers(skeleton)
+    settings = adapter.settings
     own: dict[str, Any] = {
-        "rank": adapter.rank,
-        "alpha": float(adapter.config["lora_alpha"]),
-        "rslora": bool(adapter.config.get("use_rslora", False)),
+        "rank": settings["rank"],
+        "alpha": float(settings["alpha"]),
+        "rslora": bool(settings["rslora"]),
+        "dora": settings["dora"],
+        "rank_pattern": settings["rank_pattern"],
+        "alpha_pattern": settings["alpha_pattern"],
     }
     same_layers = set(resolve_targets(skeleton, given.target_modules)) == set(adapter.names)
     own["target_modules"] = given.target_modules if same_layers else tuple(adapter.names)
@@ -83,6 +100,8 @@ def check_base_of(adapter: StoredAdapter, source: StoredModel, allowed: Collecti
 
 
 def _listed(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{name}={number}" for name, number in value.items()) or "nothing"
     if not isinstance(value, tuple):
         return str(value)
     return ", ".join(value[:3]) + (f" and {len(value) - 3} more" if len(value) > 3 else "")

@@ -20,10 +20,11 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
+from nybble.layers.convert import enable_adapters
 from nybble.layers.precision import set_up
 from nybble.options.groups import MachineOptions
 from nybble.options.option import flat
-from nybble.runs.adapter_files import read_adapter
+from nybble.runs.adapter_files import StoredAdapter, read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen, open_run
 
 if TYPE_CHECKING:
@@ -171,7 +172,17 @@ def load_models(runs: Sequence[Path], machine: MachineOptions, report: Listener 
         tuned = _with_shared_tensors(base)
         read_adapter(tuned, run.run.adapter)
         served.append(ServedModel(name, tuned.requires_grad_(False).eval(), run.template))
-    return [*served, ServedModel(f"{first.source.name} (base)", base, first.template)]
+    return [*served, ServedModel(f"{first.source.name} (base)", _untuned(base, first), first.template)]
+
+
+def _untuned(base: "PreTrainedModel", run: OpenRun) -> "PreTrainedModel":
+    """The base; with what the run's adapter took out of it back in, where it did."""
+    if not StoredAdapter(run.run.adapter).taken_by:
+        return base
+    model = _with_shared_tensors(base)
+    read_adapter(model, run.run.adapter)
+    enable_adapters(model, False)
+    return model.requires_grad_(False).eval()
 
 
 def _with_shared_tensors(model: "PreTrainedModel") -> "PreTrainedModel":

@@ -31,7 +31,8 @@ from nybble.events import Listener, Note, silent
 from nybble.files.disk import TEMPORARY, complete_folder, reason_of, remove_folder
 from nybble.files.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors import SafetensorsFolder, write_tensors
-from nybble.runs.adapter_files import restore_adapter, write_adapter
+from nybble.runs.adapter_files import restore_adapter
+from nybble.runs.adapter_writing import write_adapter
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import RngState, capture_rng, restore_rng
 from nybble.units import format_bytes
@@ -53,6 +54,8 @@ class Progress:
         micro_batch_size: rows computed at once; smaller than planned once memory ran out.
         loss_before, loss_after: held-out losses before the first step and at the last evaluation, None before it.
         evaluated_step: step of the last evaluation, None before the first.
+        best_loss, best_step: lowest held-out loss, and after which step.
+        evaluations_since: how many there were after that one.
     """
 
     step: int
@@ -60,6 +63,20 @@ class Progress:
     loss_before: float | None = None
     loss_after: float | None = None
     evaluated_step: int | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since: int = 0
+
+    def evaluated(self, loss: float) -> bool:
+        """Take down a held-out loss; whether it is the lowest so far."""
+        if self.step == 0:
+            self.loss_before = loss
+        self.loss_after, self.evaluated_step = loss, self.step
+        if self.best_loss is not None and not loss < self.best_loss:
+            self.evaluations_since += 1
+            return False
+        self.best_loss, self.best_step, self.evaluations_since = loss, self.step, 0
+        return True
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,16 @@ def _unfolded(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class StoppedEarly(Event):
+    """Training ended because the held-out loss, nats a supervised token, no longer fell after `best_step`."""
+
+    kind: ClassVar[str] = "early-stop"
+    step: int
+    best_step: int
+    best_loss: float
+
+
+@dataclass(frozen=True)
 class OutOfMemory(Event):
     """A step is taken again.
 

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,17 +16,19 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import PlanError, TrainingError, is_out_of_memory
-from nybble.events import Listener
+from nybble.events import Listener, Note
 from nybble.files.disk import complete_folder
 from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
-from nybble.runs.adapter_files import write_adapter
+from nybble.runs.adapter_files import restore_adapter
+from nybble.runs.adapter_writing import write_adapter
 from nybble.runs.folder import RunFolder
 from nybble.training.accumulation import GradientAccumulation
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.evaluations import Evaluations
-from nybble.training.events import HeldOutLoss, NotPaged, OutOfMemory, Step
+from nybble.training.events import HeldOutLoss, NotPaged, OutOfMemory, Step, StoppedEarly
 from nybble.training.interrupt import InterruptOnce
 from nybble.training.objective import Objective, Part
 from nybble.training.optimizer import AdamW
@@ -107,6 +110,7 @@ def train_loop(
         beta2=options.beta2,
         weight_decay=options.weight_decay,
         bits=optimizer_bits,
+        rates=learning_rates(module, options.lora_plus_ratio),
         paged_in=run.path if paged else None,
     )
     forward_backward = GradientAccumulation(objective, model, graphs=graphs)
@@ -126,17 +130,22 @@ def train_loop(
         found = validation_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
-        loss = found.loss
-        report(HeldOutLoss(step, loss, found.supervised_tokens, objective.unit, found.metrics))
-        progress.loss_after, progress.evaluated_step = loss, step
-        if step == 0:
-            progress.loss_before = loss
+        report(HeldOutLoss(step, found.loss, found.supervised_tokens, objective.unit, found.metrics))
+        if progress.evaluated(found.loss) and options.keep_best:
+            write_into(run.best)
+
+    def stopped_early() -> bool:
+        patience = options.early_stopping_patience
+        return patience is not None and progress.evaluations_since >= patience
+
+    def write_into(folder: Path) -> None:
+        with complete_folder(folder) as temporary:
+            write_adapter(module, temporary, adapter_config)
 
     def save(position: Position, last: bool) -> None:
         checkpoints.save(position, module, optimizer, adapter_config, events_bytes())
         if last:
-            with complete_folder(run.adapter) as temporary:
-                write_adapter(module, temporary, adapter_config)
+            write_into(run.adapter)
 
     with InterruptOnce() as interrupt:
         if rehearsal is not None:
@@ -150,7 +159,7 @@ def train_loop(
                 checkpoints.rehearse(Position.now(progress, sampler, device), module, optimizer, adapter_config)
             rehearsal.check(memory.peak_bytes)
         evaluate_if_due()
-        while progress.step < total_steps and not interrupt.requested:
+        while progress.step < total_steps and not interrupt.requested and not stopped_early():
             started = time.perf_counter()
             before = Position.now(progress, sampler, device)
             step, rows = progress.step + 1, sampler.next_step()
@@ -227,7 +236,17 @@ def train_loop(
                 save(Position.now(progress, sampler, device), last=False)
 
         save(Position.now(progress, sampler, device), last=True)
-    return LoopResult(progress.step, progress.loss_before, progress.loss_after, interrupt.requested)
+        loss = progress.loss_after
+        if stopped_early():
+            assert progress.best_step is not None and progress.best_loss is not None
+            report(StoppedEarly(progress.step, progress.best_step, progress.best_loss))
+        if options.keep_best and not interrupt.requested and progress.best_step != progress.step:
+            assert progress.best_step is not None
+            restore_adapter(module, run.best)  # what is asked of the model from here on is what the run keeps
+            write_into(run.adapter)
+            loss = progress.best_loss
+            report(Note(f"the adapter is that of step {progress.best_step}, of the lowest held-out loss"))
+    return LoopResult(progress.step, progress.loss_before, loss, interrupt.requested)
 
 
 def rehearse(

@@ -1,5 +1,6 @@
 """The objectives that users choose among."""
 
+from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
 from nybble.training.kto import KTO
 from nybble.training.objective import Objective, SupervisedFineTuning
@@ -26,6 +27,13 @@ def make_objective(options: ObjectiveOptions) -> Objective:
             return ORPO(options.orpo_lambda or ORPO_LAMBDA)
         case "kto":
             return KTO(beta, options.desirable_weight or 1.0, options.undesirable_weight or 1.0)
+
+
+def make_regularisers(options: ObjectiveOptions) -> Regularisers:
+    """What the options add to the plain loss of examples; nothing to that of preferences."""
+    if options.objective != "sft":
+        return PLAIN
+    return Regularisers(options.neftune_alpha or 0.0, options.label_smoothing or 0.0, options.z_loss or 0.0)
 
 
 def asks_before(options: ObjectiveOptions) -> bool:

@@ -1,7 +1,7 @@
 """AdamW over the adapters (Loshchilov & Hutter 2019, arXiv 1711.05101): fp32 masters, moments in 32 or 8 bits."""
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import accumulate
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,8 @@ class AdamW:
         weight_decay: each step multiplies a parameter by 1 - lr * weight_decay.
         eps: added to the root of the second moment.
         bits: of a moment between steps; 8 are codes with a scale for each 256 (see `adamw_8bit_`).
+        rates: of each parameter, what its learning rate is multiplied by (LoRA+); 1 where not given. Parameters of one
+            rate lie side by side in the buffer, so that a step takes one call for each.
         paged_in: the folder that the moments are paged in from the start (see `page_out`); None keeps them in memory.
 
     Raises:
@@ -81,9 +83,14 @@ class AdamW:
         weight_decay: float,
         eps: float = 1e-8,
         bits: Bits = 32,
+        rates: Sequence[float] | None = None,
         paged_in: Path | None = None,
     ):
-        self._flat = FlatParameters(parameters)
+        given = list(parameters)
+        of_given = [1.0] * len(given) if rates is None else list(rates)
+        self._order = sorted(range(len(given)), key=of_given.__getitem__)  # place in the buffer -> as it was given
+        self._rates = [of_given[i] for i in self._order]
+        self._flat = FlatParameters(given[i] for i in self._order)
         self.beta1, self.beta2, self.weight_decay, self.eps, self.bits = beta1, beta2, weight_decay, eps, bits
         self.num_steps = 0
         self._update = adamw_ if bits == 32 else adamw_8bit_
@@ -149,8 +156,8 @@ class AdamW:
 
     def _moments(self, group: range, state: State) -> Iterator[tuple[str, Tensor]]:
         """The moments of a group's parameters, by the names that a checkpoint knows them by."""
-        for i in group:
-            parameter, start = self.parameters[i], self._flat.starts[i]
+        for place in group:
+            i, parameter, start = self._order[place], self.parameters[place], self._flat.starts[place]
             for name, (_, shape) in moments_layout(parameter.shape, self.bits).items():
                 part = self._part(state[name], group, slice(start, start + parameter.numel()))
                 yield f"{i}.{name}", part.view(shape)
@@ -158,7 +165,8 @@ class AdamW:
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Type and shape of all that a checkpoint keeps, by name."""
         layouts = [moments_layout(parameter.shape, self.bits) for parameter in self.parameters]
-        kept = {f"{i}.{name}": place for i, layout in enumerate(layouts) for name, place in layout.items()}
+        named = zip(self._order, layouts, strict=True)
+        kept = {f"{i}.{name}": place for i, layout in named for name, place in layout.items()}
         return {"num_steps": (torch.int64, ()), **kept}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -206,21 +214,26 @@ class AdamW:
         self._flat.check()
         self.num_steps += 1
         for group, state in zip(self._groups, self._state, strict=True):
-            elements = self._flat.elements(group)
-            self._update(
-                self._flat.values[elements],
-                self._flat.gradients[elements],
-                **state,
-                step=self.num_steps,
-                lr=lr,
-                beta1=self.beta1,
-                beta2=self.beta2,
-                eps=self.eps,
-                weight_decay=self.weight_decay,
-                grad_scale=grad_scale,
-            )
+            for rate, places in groupby(group, key=self._rates.__getitem__):
+                self._step_part(group, state, list(places), lr * rate, grad_scale)
         increment_version(self.parameters)  # written past autograd, and copies of the masters must notice
         self.drop_gradients()
+
+    def _step_part(self, group: range, state: State, places: list[int], lr: float, grad_scale: float) -> None:
+        """Those of a group that have one learning rate."""
+        elements = self._flat.elements(range(places[0], places[-1] + 1))
+        self._update(
+            self._flat.values[elements],
+            self._flat.gradients[elements],
+            **{name: self._part(moment, group, elements) for name, moment in state.items()},
+            step=self.num_steps,
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            grad_scale=grad_scale,
+        )
 
 
 def moments_layout(shape: tuple[int, ...], bits: Bits) -> Layout:

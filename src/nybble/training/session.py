@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,11 +15,12 @@ from nybble import __version__, openmp
 from nybble.data.audit import Audited
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.encoded_rows import counted
+from nybble.data.new_tokens import describe_tokens, untrained_tokens
 from nybble.data.plots import draw_lengths
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate, open_template
-from nybble.errors import PlanError, RunError
+from nybble.errors import ConfigError, PlanError, RunError
 from nybble.events import Listener, Note, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
 from nybble.files.spool import Chosen
@@ -26,11 +28,14 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.heap import trim_heap
 from nybble.layers.backbone import KeptTensors, why_not_blocks
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import add_new_adapters, describe_untouched
+from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, new_adapter_sizes
 from nybble.layers.precision import set_up
+from nybble.layers.token_rows import train_rows
 from nybble.memory.measure import PeakMemory, has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
+from nybble.options.adapter_groups import TAKES_FROM_BASE
+from nybble.options.groups import LoopOptions
 from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.micro_batches import micro_batches_of, total_steps
@@ -39,10 +44,17 @@ from nybble.planning.report import Planned
 from nybble.planning.request import check_peak, plan_run
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest, Strategy
-from nybble.quantization.adapter_init import STATISTICS_BYTES, check_initialisable, initialise_adapters
+from nybble.quantization.adapter_init import (
+    STATISTICS_BYTES,
+    check_initialisable,
+    initialise_adapters,
+    start_along_inputs,
+)
+from nybble.quantization.residual import ResidualSource
 from nybble.quantization.sensitivity import MixedFormats, measure_formats, some_windows
 from nybble.quantization.walk import WalkError
-from nybble.runs.adapter_files import StoredAdapter, adapter_config, restore_adapter
+from nybble.runs.adapter_files import StoredAdapter, restore_adapter
+from nybble.runs.adapter_writing import adapter_config
 from nybble.runs.base import (
     RoundingChoice,
     RoundingChosen,
@@ -52,6 +64,7 @@ from nybble.runs.base import (
     data_free_rounding,
     kept_base,
     make_calibrated_base,
+    make_residual_base,
     quant_spec,
     run_calibration_text,
     without_calibration,
@@ -81,7 +94,7 @@ from nybble.training.events import (
 )
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
 from nybble.training.objective import Objective
-from nybble.training.objectives import USUAL_LR, asks_before, make_objective
+from nybble.training.objectives import USUAL_LR, asks_before, make_objective, make_regularisers
 from nybble.training.plots import draw_loss
 from nybble.training.reference import ADAPTER, References, ask_reference
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
@@ -90,7 +103,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-INIT_TOKENS = 8192  # of the text that --init activation takes the layers' inputs from
+INIT_TOKENS = 8192  # of the text that --init activation and eva take the layers' inputs from
 
 
 def train(config: TrainConfig, report: Listener = silent) -> RunResult:
@@ -189,7 +202,7 @@ def _open(given: TrainConfig, run: RunFolder, report: Listener) -> _Opened:
     device, dtype = set_up(config.machine)
     source = open_model(config.model.model, config.model.tokenizer, report)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
-    if adapters.init != "default":
+    if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
     if adapters.adapter is not None and resumed is None:
@@ -215,6 +228,7 @@ class _Examples:
     digests: DataDigests
     base: str
     objective: Objective
+    new_tokens: tuple[int, ...]
     num_steps: int
     evaluations: Evaluations
     micro_batches: Callable[[int], MicroBatches]
@@ -226,6 +240,9 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = make_objective(config.objective)
     data = read_rows(config.data, source, opened.template, objective.kind, opened.run.path, report)
+    new_tokens: tuple[int, ...] = ()
+    if config.adapters.train_new_tokens:
+        data, new_tokens = _take_new_tokens(opened, data)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
@@ -243,10 +260,43 @@ def _read_examples(opened: _Opened, report: Listener) -> _Examples:
     )
     if data.mixture is not None:
         report(Note(data.mixture.describe(num_steps * rows_per_step)))
+    if not evaluations.rows:
+        _refuse_without_evaluations(config.loop)
     if evaluations.note:
         report(Note(evaluations.note))
     micro_batches = _micro_batches(config, source, data, num_steps, opened.device)
-    return _Examples(data, digests, base, objective, num_steps, evaluations, micro_batches)
+    return _Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
+
+
+def _take_new_tokens(opened: _Opened, data: PreparedData) -> tuple[PreparedData, tuple[int, ...]]:
+    """The tokens whose rows are trained, and the rows without the finding that these are not.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    template, source = opened.template, opened.source
+    vocab_size, sequences = source.config.get_text_config().vocab_size, chain(data.train, data.validation)
+    tokens = untrained_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, source.embedding_rows)
+    if not tokens:
+        raise ConfigError(
+            "train-new-tokens is on, and the rows have no token that the base never learnt.",
+            "New are tokens added to the tokenizer that its template does not mention, or with rows never trained.",
+            "Leave --train-new-tokens out.",
+        )
+    findings = tuple(found for found in data.audit.findings if found.id != "untrained-tokens")
+    notice = f"rows of {describe_tokens(tokens, template.tokenizer)} are trained"
+    audit = replace(data.audit, findings=findings, notices=(*data.audit.notices, notice))
+    return replace(data, audit=audit), tuple(tokens)
+
+
+def _refuse_without_evaluations(loop: LoopOptions) -> None:
+    given = {"early-stopping-patience": loop.early_stopping_patience is not None, "keep-best": loop.keep_best}
+    if asked := [name for name, there in given.items() if there]:
+        raise ConfigError(
+            f"{asked[0]} is given, and no row is held out.",
+            "Which adapter is best is seen on held-out rows.",
+            f"Hold rows out (--validation-data, --validation-fraction), or leave --{asked[0]} out.",
+        )
 
 
 def _micro_batches(
@@ -268,12 +318,14 @@ class _Base:
         source: the run's own, or the calibrated folder made from it.
         rounding: None where there is nothing to put into four bits.
         mixed: where the formats of its layers were measured for this run.
+        residual: where the adapters begin with a part of the weights.
     """
 
     source: StoredModel
     formats: BaseFormats | None
     rounding: RoundingChoice | None
     mixed: MixedFormats | None
+    residual: ResidualSource | None = None
 
 
 def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Base:
@@ -293,12 +345,18 @@ def _choose_base(opened: _Opened, examples: _Examples, report: Listener) -> _Bas
     if begins and mixes:
         mixed = _measure_mixed(opened, examples, report)
     formats = mixed.formats if mixed is not None else base_formats(config.weights, config.rounding.mixed, opened.run)
-    if rounding is None or not calibrated:
+    takes = config.adapters.init in TAKES_FROM_BASE
+    if rounding is None or not (calibrated or takes):
         return _Base(source, formats, rounding, mixed)
     kept = None if begins else kept_base(opened.run)
     if kept is not None:
         return _Base(kept, formats, rounding, mixed)
     assert formats is not None
+    if takes:
+        residual = ResidualSource(source, config.adapters.init, new_adapter_sizes(source.skeleton, config.adapters))
+        put, share = data_free_rounding(config.rounding), config.weights.max_dense_share
+        made = make_residual_base(opened.run, residual, formats, put, share, report)
+        return _Base(made, formats, rounding, mixed, residual)
     try:
         text = _calibration_text(opened, examples)
         share = config.weights.max_dense_share
@@ -350,7 +408,10 @@ class _Fit:
 def _plan(opened: _Opened, examples: _Examples, base: _Base, report: Listener) -> _Fit:
     """The plan, and the streamed base's store opened."""
     dtype, device = opened.dtype, opened.device
-    plans, unconstrained = plan_run(opened.config, base.source, base.formats, examples.micro_batches, dtype, device)
+    count = len(examples.new_tokens)
+    plans, unconstrained = plan_run(
+        opened.config, base.source, base.formats, examples.micro_batches, dtype, device, new_tokens=count
+    )
     report(Planned(plans, unconstrained))
     fit = _Fit(plans, unconstrained, None)
     return replace(fit, store=open_blocks(base.source, fit.plan, device))
@@ -370,15 +431,37 @@ def _load(opened: _Opened, examples: _Examples, base: _Base, fit: _Fit, report: 
         report=report,
     )
     add_new_adapters(model, adapters, config.data.seed)
+    if examples.new_tokens:
+        train_rows(model, examples.new_tokens)
+    if adapters.init in TAKES_FROM_BASE:
+        for adapter in adapters_of(model).values():
+            adapter.taken_by = adapters.init  # a checkpoint has what that was
     if adapters.init != "default" and opened.resumed is None:
-        windows = None
-        if adapters.init == "activation":
-            windows = some_windows(_calibration_text(opened, examples).windows, INIT_TOKENS)
         free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
-        initialise_adapters(model, opened.source, windows, min(free, STATISTICS_BYTES))
+        _begin_adapters(opened, examples, base, model, min(free, STATISTICS_BYTES))
     if opened.continued is not None:
         restore_adapter(model, opened.continued.folder)
     return model
+
+
+def _begin_adapters(
+    opened: _Opened, examples: _Examples, base: _Base, model: "PreTrainedModel", statistics_bytes: int
+) -> None:
+    """What --init says."""
+    init = opened.config.adapters.init
+    if init in TAKES_FROM_BASE:
+        assert base.residual is not None
+        for name, adapter in adapters_of(model).items():
+            adapter.start_from(*base.residual.begun(name))
+        return
+    windows = None
+    if init != "loftq":
+        windows = some_windows(_calibration_text(opened, examples).windows, INIT_TOKENS)
+    if init == "eva":
+        assert windows is not None
+        start_along_inputs(model, windows, statistics_bytes)
+    else:
+        initialise_adapters(model, opened.source, windows, statistics_bytes)
 
 
 def _choose_path(
@@ -399,6 +482,7 @@ def _choose_path(
         report(Note(f"planned again, for padded rows: {fit.plan.describe()}"))
         if fit.plan.keep != plan.keep:
             causal_lm = choose(keep=fit.plan.keep, whole_blocks=fit.plan.whole_blocks)
+    causal_lm.regularise(make_regularisers(opened.config.objective))
     report(Note(f"computing through: {causal_lm.name}"))
     for note in describe_untouched(model):
         report(Note(note))
@@ -424,6 +508,7 @@ def _plan_padded(opened: _Opened, examples: _Examples, base: _Base, packed: _Fit
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,
+        new_tokens=len(examples.new_tokens),
     )
     fit = _Fit(plans, unconstrained, packed.store)
     plan = fit.plan
@@ -512,7 +597,7 @@ def _take_steps(
 ) -> LoopResult:
     """Train, with checkpoints."""
     run, config, resumed = opened.run, opened.config, opened.resumed
-    data, plan, adapters = examples.data, fit.plan, config.adapters
+    data, plan = examples.data, fit.plan
     done = None if resumed is None else resumed.step
     if opened.continued is not None:
         report(AdapterTaken(str(opened.continued.folder), opened.continued.fingerprint()))
@@ -543,9 +628,7 @@ def _take_steps(
         total_steps=examples.num_steps,
         micro_batch_size=plan.micro_batch_size,
         run=run,
-        adapter_config=adapter_config(
-            causal_lm.module, config.model.model, alpha=adapters.alpha, rslora=adapters.rslora
-        ),
+        adapter_config=adapter_config(causal_lm.module, config.model.model),
         report=report,
         events_bytes=log.sync,
         checkpoints=checkpoints,

@@ -68,6 +68,12 @@ def _(event: events.OutOfMemory, terminal: Terminal) -> None:
 
 
 @show.register
+def _(event: events.StoppedEarly, terminal: Terminal) -> None:
+    lowest = f"the held-out loss was lowest, {event.best_loss:.4f}, after step {event.best_step}"
+    terminal.say(f"stopped after step {event.step}: {lowest}")
+
+
+@show.register
 def _(event: events.NotPaged, terminal: Terminal) -> None:
     terminal.say(event.reason)
 
