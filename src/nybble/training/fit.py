@@ -1,0 +1,190 @@
+"""How a run fits, and the model in memory as its plan says."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from nybble import openmp
+from nybble.errors import PlanError
+from nybble.events import Listener, Note
+from nybble.layers.backbone import KeptTensors
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched
+from nybble.layers.token_rows import train_rows
+from nybble.memory.measure import has_own_memory, used_bytes
+from nybble.memory.offload import activation_place
+from nybble.memory.store import FolderBlockStore, open_store
+from nybble.options.adapter_groups import TAKES_FROM_BASE
+from nybble.options.option import with_options
+from nybble.planning.planner import Plan, Plans
+from nybble.planning.report import Planned
+from nybble.planning.request import plan_run
+from nybble.planning.strategies import PlanRequest, Strategy
+from nybble.quantization.adapter_init import STATISTICS_BYTES, initialise_adapters, start_along_inputs
+from nybble.quantization.sensitivity import some_windows
+from nybble.runs.adapter_files import restore_adapter
+from nybble.runs.base import data_free_rounding
+from nybble.runs.folder import RunFolder
+from nybble.sources.load import load_model
+from nybble.sources.stored_model import StoredModel
+from nybble.training.base import Base, text_of_rows
+from nybble.training.objectives import make_regularisers
+from nybble.training.start import Examples, Opened, _micro_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+INIT_TOKENS = 8192  # of the text that --init activation and eva take the layers' inputs from
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the run is made to fit.
+
+    Args:
+        unconstrained: what was asked, with every choice left to the planner.
+        store: of a base that is streamed.
+    """
+
+    plans: Plans
+    unconstrained: PlanRequest
+    store: FolderBlockStore | None
+
+    @property
+    def plan(self) -> Plan:
+        """On a CPU, without --memory, the smallest is tried in any case."""
+        return self.plans.chosen or self.plans.smallest
+
+
+def plan_fit(opened: Opened, examples: Examples, base: Base, report: Listener) -> Fit:
+    """The plan, and the streamed base's store opened."""
+    dtype, device = opened.dtype, opened.device
+    count = len(examples.new_tokens)
+    plans, unconstrained = plan_run(
+        opened.config, base.source, base.formats, examples.micro_batches, dtype, device, new_tokens=count
+    )
+    report(Planned(plans, unconstrained))
+    fit = Fit(plans, unconstrained, None)
+    return replace(fit, store=open_blocks(base.source, fit.plan, device))
+
+
+def load_fitted(opened: Opened, examples: Examples, base: Base, fit: Fit, report: Listener) -> "PreTrainedModel":
+    """The frozen base with the adapters that training begins with."""
+    config, plan, adapters = opened.config, fit.plan, opened.config.adapters
+    model = load_model(
+        base.source,
+        base.formats,
+        opened.dtype,
+        opened.device,
+        data_free_rounding(config.rounding),
+        stream_linears_of=() if fit.store is None else fit.store.names,
+        stream_ends=plan.stream_ends,
+        report=report,
+    )
+    add_new_adapters(model, adapters, config.data.seed)
+    if examples.new_tokens:
+        train_rows(model, examples.new_tokens)
+    if adapters.init in TAKES_FROM_BASE:
+        for adapter in adapters_of(model).values():
+            adapter.taken_by = adapters.init  # a checkpoint has what that was
+    if adapters.init != "default" and opened.resumed is None:
+        free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
+        _begin_adapters(opened, examples, base, model, min(free, STATISTICS_BYTES))
+    if opened.continued is not None:
+        restore_adapter(model, opened.continued.folder)
+    return model
+
+
+def _begin_adapters(
+    opened: Opened, examples: Examples, base: Base, model: "PreTrainedModel", statistics_bytes: int
+) -> None:
+    """What --init says."""
+    init = opened.config.adapters.init
+    if init in TAKES_FROM_BASE:
+        assert base.residual is not None
+        for name, adapter in adapters_of(model).items():
+            adapter.start_from(*base.residual.begun(name))
+        return
+    windows = None
+    if init != "loftq":
+        windows = some_windows(text_of_rows(opened, examples).windows, INIT_TOKENS)
+    if init == "eva":
+        assert windows is not None
+        start_along_inputs(model, windows, statistics_bytes)
+    else:
+        initialise_adapters(model, opened.source, windows, statistics_bytes)
+
+
+def choose_path(
+    opened: Opened,
+    examples: Examples,
+    base: Base,
+    fit: Fit,
+    model: "PreTrainedModel",
+    report: Listener,
+) -> tuple[Fit, CausalLM]:
+    """What computes the model; planned again where it cannot take rows side by side."""
+    packing, plan = opened.config.memory.packing, fit.plan
+    kept = _place_for_kept(plan, opened.run, opened.device)
+    choose = partial(CausalLM.of, model, packing=packing, store=fit.store, kept=kept)
+    causal_lm = choose(keep=plan.keep, whole_blocks=plan.whole_blocks)
+    if causal_lm.packed != packing:
+        fit = _plan_padded(opened, examples, base, fit)
+        report(Note(f"planned again, for padded rows: {fit.plan.describe()}"))
+        if fit.plan.keep != plan.keep:
+            causal_lm = choose(keep=fit.plan.keep, whole_blocks=fit.plan.whole_blocks)
+    causal_lm.regularise(make_regularisers(opened.config.objective))
+    report(Note(f"computing through: {causal_lm.name}"))
+    for note in describe_untouched(model):
+        report(Note(note))
+    if openmp.waiting == "unknown" and not has_own_memory(opened.device):
+        report(Note(f"threads wait {openmp.SENTENCES['unknown']}", warning=True))
+    return fit, causal_lm
+
+
+def _plan_padded(opened: Opened, examples: Examples, base: Base, packed: Fit) -> Fit:
+    """Plans for rows that turned out not to go side by side; how the base was loaded stays.
+
+    Raises:
+        PlanError: they would need it loaded otherwise, or nothing fits.
+    """
+    loaded = packed.plan
+    stream = "never" if loaded.resident_blocks is None else "always"
+    padded = with_options(opened.config, packing=False, stream_base=stream)
+    plans, unconstrained = plan_run(
+        padded,
+        base.source,
+        base.formats,
+        _micro_batches(padded, base.source, examples.data, examples.num_steps, opened.device),
+        opened.dtype,
+        opened.device,
+        machine=packed.plans.machine,
+        new_tokens=len(examples.new_tokens),
+    )
+    fit = Fit(plans, unconstrained, packed.store)
+    plan = fit.plan
+    if (plan.resident_blocks, plan.offloaded) != (loaded.resident_blocks, loaded.offloaded):
+        raise PlanError(
+            "The plan is for rows side by side, which this model mixes, and padded rows need another.",
+            f"What fits padded: {plan.describe()}.",
+            "Plan for them from the beginning: add --no-packing.",
+        )
+    return fit
+
+
+def open_blocks(source: StoredModel, plan: Plan, device: torch.device) -> FolderBlockStore | None:
+    """The store of a base that the plan streams, else None."""
+    if plan.resident_blocks is None:
+        return None
+    in_ram = has_own_memory(device) and plan.strategy is Strategy.FROM_RAM  # beside a CPU the file cache has them
+    return open_store(source, plan.resident_blocks, device, in_ram=in_ram)
+
+
+def _place_for_kept(plan: Plan, run: RunFolder, device: torch.device) -> KeptTensors | None:
+    """Where blocks keep what their backward passes need; None where that is the memory they compute in."""
+    if not plan.offloaded:
+        return None
+    return activation_place(device, run.path, plan.offloaded_bytes, plan.run.model.num_layers)

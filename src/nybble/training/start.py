@@ -1,0 +1,177 @@
+"""What a run starts from: checkpoint, base, template and examples, read and compared, before anything is computed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+
+from nybble.data.audit import Audited
+from nybble.data.encoded_rows import counted
+from nybble.data.new_tokens import describe_tokens, untrained_tokens
+from nybble.data.prepare import PreparedData
+from nybble.data.template import ChatTemplate, open_template
+from nybble.errors import ConfigError
+from nybble.events import Listener, Note
+from nybble.layers.backbone import why_not_blocks
+from nybble.layers.precision import set_up
+from nybble.options.groups import LoopOptions
+from nybble.options.option import config_to_yaml, with_options
+from nybble.options.verbs import TrainConfig
+from nybble.planning.micro_batches import micro_batches_of, total_steps
+from nybble.planning.run_shape import MicroBatches
+from nybble.quantization.adapter_init import check_initialisable
+from nybble.runs.adapter_files import StoredAdapter
+from nybble.runs.context import read_rows, within_context
+from nybble.runs.continued import check_base_of, open_adapter, options_of
+from nybble.runs.folder import RunFolder
+from nybble.sizes import SHAPE_RULES
+from nybble.sources.open import open_model
+from nybble.sources.stored_model import StoredModel
+from nybble.training.checkpoint import Checkpoint, newest_checkpoint
+from nybble.training.evaluations import Evaluations, plan_evaluations
+from nybble.training.events import ModelOpened
+from nybble.training.objective import Objective
+from nybble.training.objectives import USUAL_LR, make_objective
+from nybble.training.resume import DataDigests, check_base, check_data, settle_config
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a run starts from.
+
+    Args:
+        run: its folder.
+        config: options as the checkpoint, the adapter and the base settle them.
+        given: those that the run folder keeps: what chooses for itself does so again.
+        resumed: the checkpoint that the run goes on from.
+        continued: the adapter that a new run trains on from.
+    """
+
+    run: RunFolder
+    config: TrainConfig
+    given: TrainConfig
+    resumed: Checkpoint | None
+    continued: StoredAdapter | None
+    source: StoredModel
+    template: ChatTemplate
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def options(self) -> str:
+        """The text of the run's `config.yaml`."""
+        return config_to_yaml(with_options(self.given, resume=False, allow_change=()))
+
+
+def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
+    """Checkpoint, base, adapter and template; the number of threads is set."""
+    resumed = newest_checkpoint(run.checkpoints, report) if given.run.resume else None
+    config = given if resumed is None else settle_config(resumed, given)
+    adapters, allowed = config.adapters, config.run.allow_change
+    device, dtype = set_up(config.machine)
+    source = open_model(config.model.model, config.model.tokenizer, report)
+    config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
+    if adapters.init not in ("default", "eva"):
+        check_initialisable(source, config.weights.format != "none")
+    continued = None
+    if adapters.adapter is not None and resumed is None:
+        continued = open_adapter(adapters.adapter)
+        config = given = with_options(config, **options_of(continued, adapters, source.skeleton))
+        for note in check_base_of(continued, source, allowed):
+            report(Note(note, warning=True))
+    same_options = resumed is not None and "config" not in allowed
+    template = open_template(config.data, source.load_tokenizer(), run.chat_template if same_options else None)
+    return Opened(run, config, given, resumed, continued, source, template, device, dtype)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a run learns from, and for how long.
+
+    Args:
+        base: fingerprint of the base, as the run's records name it.
+        micro_batches: most rows at once -> what the run's micro-batches come to.
+    """
+
+    data: PreparedData
+    digests: DataDigests
+    base: str
+    objective: Objective
+    new_tokens: tuple[int, ...]
+    num_steps: int
+    evaluations: Evaluations
+    micro_batches: Callable[[int], MicroBatches]
+
+
+def take_examples(opened: Opened, report: Listener) -> Examples:
+    """The rows, audited, and compared with those of the run that is gone on with."""
+    config, source, resumed = opened.config, opened.source, opened.resumed
+    allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
+    objective = make_objective(config.objective)
+    data = read_rows(config.data, source, opened.template, objective.kind, opened.run.path, report)
+    new_tokens: tuple[int, ...] = ()
+    if config.adapters.train_new_tokens:
+        data, new_tokens = _take_new_tokens(opened, data)
+    report(ModelOpened(source.name, tuple(source.notes)))
+    report(Audited(data.audit))
+    data.audit.check()
+    data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
+    if config.objective.objective != "sft" and "lr" not in config.loop.model_fields_set:
+        report(Note(f"lr is {config.loop.lr:g}, the default; preferences are usually learnt with {USUAL_LR}: --lr"))
+    base, digests = source.fingerprint(), DataDigests.of(data)
+    if resumed is not None:
+        check_base(resumed, base, allowed)
+        check_data(resumed, data, digests, allowed)
+    num_steps = total_steps(config.loop, len(data.train), rows_per_step)
+    begun_with = None if resumed is None else resumed.about.get("evaluated_rows")
+    evaluations = plan_evaluations(
+        config.data, config.loop.eval_every, data.train, data.validation, rows_per_step, num_steps, begun_with
+    )
+    if data.mixture is not None:
+        report(Note(data.mixture.describe(num_steps * rows_per_step)))
+    if not evaluations.rows:
+        _refuse_without_evaluations(config.loop)
+    if evaluations.note:
+        report(Note(evaluations.note))
+    micro_batches = _micro_batches(config, source, data, num_steps, opened.device)
+    return Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
+
+
+def _take_new_tokens(opened: Opened, data: PreparedData) -> tuple[PreparedData, tuple[int, ...]]:
+    """The tokens whose rows are trained, and the rows without the finding that these are not.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    template, source = opened.template, opened.source
+    vocab_size, sequences = source.config.get_text_config().vocab_size, chain(data.train, data.validation)
+    tokens = untrained_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, source.embedding_rows)
+    if not tokens:
+        raise ConfigError(
+            "train-new-tokens is on, and the rows have no token that the base never learnt.",
+            "New are tokens added to the tokenizer that its template does not mention, or with rows never trained.",
+            "Leave --train-new-tokens out.",
+        )
+    findings = tuple(found for found in data.audit.findings if found.id != "untrained-tokens")
+    notice = f"rows of {describe_tokens(tokens, template.tokenizer)} are trained"
+    audit = replace(data.audit, findings=findings, notices=(*data.audit.notices, notice))
+    return replace(data, audit=audit), tuple(tokens)
+
+
+def _refuse_without_evaluations(loop: LoopOptions) -> None:
+    given = {"early-stopping-patience": loop.early_stopping_patience is not None, "keep-best": loop.keep_best}
+    if asked := [name for name, there in given.items() if there]:
+        raise ConfigError(
+            f"{asked[0]} is given, and no row is held out.",
+            "Which adapter is best is seen on held-out rows.",
+            f"Hold rows out (--validation-data, --validation-fraction), or leave --{asked[0]} out.",
+        )
+
+
+def _micro_batches(
+    config: TrainConfig, source: StoredModel, data: PreparedData, num_steps: int, device: torch.device
+) -> Callable[[int], MicroBatches]:
+    rules, packing, dropout = SHAPE_RULES[device.type], config.memory.packing, config.adapters.dropout > 0
+    shares = why_not_blocks(source.skeleton, packing=packing, dropout=dropout, device=device) is None
+    return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=config.data.seed, shares=shares)
