@@ -2,13 +2,14 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from nybble.data.encoded_rows import SequenceFile, TokenIds, lengths_of, supervised_of
 from nybble.data.examples import EncodedExample
-from nybble.data.prepare import prepare
+from nybble.data.prepare import EXAMPLE_ROWS, prepare
 from nybble.data.template import ChatTemplate
 from nybble.files import spool
 from nybble.files.spool import Spool
@@ -58,12 +59,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer_of, monkeypatch)
                 )
         return str(tmp_path / name)
 
+    kind = replace(EXAMPLE_ROWS, encode=encode)
     monkeypatch.setattr(spool, "KEPT_BYTES", 1 << 20)
     template = ChatTemplate(tokenizer_of("bytes", "chatml"))
-    prepare(write("small.jsonl", 20), template, max_seq_len=4000, encode=encode, validation_fraction=0)  # imports
+    prepare(write("small.jsonl", 20), template, max_seq_len=4000, kind=kind, validation_fraction=0)  # imports
     large = write("large.jsonl", 1500)
     with PeakMemory(torch.device("cpu")) as memory:
-        data = prepare(large, template, max_seq_len=4000, encode=encode, validation_fraction=0)
+        data = prepare(large, template, max_seq_len=4000, kind=kind, validation_fraction=0)
     assert data.audit.num_train == len(data.train) == 1500
     assert data.audit.tokens == int(data.train.lengths.sum()) == 1500 * 3000
     assert memory.peak_bytes - memory.start_bytes < 10_000_000

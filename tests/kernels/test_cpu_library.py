@@ -91,7 +91,7 @@ def test_a_kernel_without_memory_raises_and_the_next_call_is_fine(call, kernel, 
         with pytest.raises(MemoryError, match=kernel):
             call(f"_{kernel.removeprefix('attention_')}_kernel")
         logits = torch.zeros(1, 3)
-        assert torch.isfinite(loss.cross_entropy_(logits, torch.tensor([1]), 1.0)).all()
+        assert torch.isfinite(loss.cross_entropy_(logits, torch.tensor([1]), torch.tensor(1.0))).all()
 
 
 @needs_library

@@ -20,7 +20,7 @@ from nybble.data.sampler import permutation
 from nybble.data.template import ChatTemplate
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of
-from nybble.runs.adapter_files import adapter_tensors
+from nybble.runs.adapter_writing import adapter_tensors
 from nybble.training.accumulation import forward_backward
 from nybble.training.kto import KTO
 from nybble.training.objective import Objective

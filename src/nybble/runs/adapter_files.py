@@ -251,6 +251,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, TypeError: it does not.
     """
+    if not isinstance(config, dict):
+        raise TypeError(f"{CONFIG_NAME} is no object")
     patterns: dict[str, dict[str, Any]] = {}
     for key in ("rank_pattern", "alpha_pattern"):
         patterns[key] = dict(config.get(key) or {})

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,11 @@ from nybble.data import packing
 from nybble.data.encoded_rows import supervised_of
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
-from nybble.data.prepare import EXAMPLE_ROWS, RowKind
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator
+
+if TYPE_CHECKING:
+    from nybble.data.prepare import RowKind
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Objective(Protocol):
         """
 
     @property
-    def kind(self) -> RowKind:
+    def kind(self) -> "RowKind":
         """Of the rows."""
 
     @property
@@ -82,9 +84,15 @@ class Objective(Protocol):
 class SupervisedFineTuning:
     """The mean of −log p over supervised tokens, in nats; where the batch has weights, each term times its own."""
 
-    kind = EXAMPLE_ROWS
     metrics: tuple[str, ...] = ()
     unit = "nats per supervised token"
+
+    @property
+    def kind(self) -> "RowKind":
+        """Examples to follow."""
+        from nybble.data.prepare import EXAMPLE_ROWS  # brings all that reads examples; the check of a card has no rows
+
+        return EXAMPLE_ROWS
 
     @property
     def capturable(self) -> bool:
