@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from common import ROOT
 
 from gpu.check import KEEPS, NO_CARD, SMALL, TINY, Check, Load
-from gpu.models import accumulation_of, batch_of, four_bit_model, streamed_model
+from gpu.models import accumulation_of, add_gradients, batch_of, four_bit_model, streamed_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,7 +191,7 @@ def gradients_of_four(model: Any, graphs: bool) -> "Tensor":
     accumulation, flat = accumulation_of(model, graphs), FlatParameters(model.parameters())
     for row in (60, 64, 56, 62):
         batch = batch_of(SMALL, Load(4 * row, row))
-        accumulation(accumulation.prepare(batch), batch.supervised_tokens)
+        add_gradients(accumulation, batch)
     torch.cuda.synchronize()
     return flat.gradients.clone()
 

@@ -132,8 +132,15 @@ def accumulation_of(model: Any, graphs: bool = False) -> Any:
     return GradientAccumulation(SupervisedFineTuning(), model, graphs=graphs)
 
 
+def add_gradients(accumulation: Any, batch: Any) -> Any:
+    """Both passes over a batch that is a step of its own; what it adds to the loss."""
+    from nybble.training.objective import Totals
+
+    return accumulation(accumulation.prepare(batch), Totals(batch.supervised_tokens)).loss
+
+
 def training_step(accumulation: Any, batch: Any, optimizer: Any) -> None:
     """As the training loop takes one, from a batch in host memory."""
-    accumulation(accumulation.prepare(batch), batch.supervised_tokens)
+    add_gradients(accumulation, batch)
     norm = float(optimizer.gradient_norm())
     optimizer.step(LR, grad_scale=min(1.0, MAX_GRAD_NORM / norm))
