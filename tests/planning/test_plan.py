@@ -28,7 +28,7 @@ from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import WAYS, Cause, Strategy
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton
-from nybble.training import checkpoint, loop, session
+from nybble.training import base, checkpoint, loop, session
 from nybble.training.session import train
 
 
@@ -232,8 +232,8 @@ def test_what_never_fits_is_refused_before_its_bits_are_made(tiny_model, data, t
     def too_late(*arguments):
         raise AssertionError("spent minutes on a base that does not fit")
 
-    monkeypatch.setattr(session, "make_calibrated_base", too_late)
-    monkeypatch.setattr(session, "measure_formats", too_late)
+    monkeypatch.setattr(base, "make_calibrated_base", too_late)
+    monkeypatch.setattr(base, "measure_formats", too_late)
     with pytest.raises(PlanError, match="smallest plan takes"):
         train(config(tiny_model, data, tmp_path / "run", memory="10MB", **bits))
 
