@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from bench_attention import matmul_rate
-from bench_step import GRADIENT_COSINE, LOSS_TOLERANCE, Work, agrees, trl
+from bench_step import GRADIENT_COSINE, LOSS_TOLERANCE, Work, agrees, take_turns, trl
 from common import Contender, Spread, Table, Turns, about_machine, model_options, options, report, wait_for_quiet
 from inputs import Inputs, prepare_base, read_steps
 
@@ -105,23 +105,15 @@ def measure(work: PairWork, arguments: argparse.Namespace) -> tuple[Table, dict[
     ours = [work.start(name, settings) for name, settings in OURS.items()]
     peers = [work.start(name, settings) for name, settings in PEERS.items()]
     contenders: list[Contender] = [*ours, *peers]
-    turns, found = Turns(arguments.wait), {}
-    for step in range(WARM_UP + arguments.rounds):
-        taken = turns if step >= WARM_UP else Turns()
-        taken.ask(contenders, step=step)
-        if step == 0:
-            first = taken.rounds[0]
-            twin = ours[1]
-            for peer in peers:
-                loss = first[peer.name]["loss"]
-                found[peer.name] = work.disagreement(peer.name, loss, twin.name, twin.hello["loss"])
-                print(peer.name, found[peer.name], peer.hello, flush=True)
-                if not agrees(found[peer.name]):
-                    raise SystemExit(f"{peer.name} does not agree with nybble's loss and gradients.")
-        print(f"{work.name}, step {step}", flush=True)
-    peaks = {contender.name: contender.peak_rss_bytes() for contender in contenders}
-    for contender in contenders:
-        contender.close()
+    found, twin, first = {}, ours[1], Turns()
+    first.ask(contenders, step=0)
+    for peer in peers:
+        loss = first.rounds[0][peer.name]["loss"]
+        found[peer.name] = work.disagreement(peer.name, loss, twin.name, twin.hello["loss"])
+        print(peer.name, found[peer.name], peer.hello, flush=True)
+        if not agrees(found[peer.name]):
+            raise SystemExit(f"{peer.name} does not agree with nybble's loss and gradients.")
+    turns, peaks = take_turns(work.name, contenders, WARM_UP, arguments, first=1)
     tokens = [work.tokens[WARM_UP + i] for i in turns.quiet_rounds()]
     rows = []
     for contender in contenders:

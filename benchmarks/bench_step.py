@@ -19,6 +19,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,21 @@ def fastest_setting(
     return {"chosen": min(good, key=lambda setting: good[setting]), "tried": tried}
 
 
+def take_turns(
+    what: str, contenders: Sequence[Contender], warm_up: int, arguments: argparse.Namespace, first: int = 0
+) -> tuple[Turns, dict[str, int]]:
+    """Ask all for one step after the other, from the `first`, and end them: what they answered after `warm_up` steps,
+    and each one's peak of memory."""
+    turns = Turns(arguments.wait)
+    for step in range(first, warm_up + arguments.rounds):
+        (turns if step >= warm_up else Turns()).ask(contenders, step=step)
+        print(f"{what}, step {step}", flush=True)
+    peaks = {contender.name: contender.peak_rss_bytes() for contender in contenders}
+    for contender in contenders:
+        contender.close()
+    return turns, peaks
+
+
 def measure(work: Work, arguments: argparse.Namespace) -> tuple[list[Table], dict[str, Any]]:
     ours = {name: work.start(name, settings) for name, settings in OURS.items()}
     choices: dict[str, dict[str, Any]] = {}
@@ -164,14 +180,7 @@ def measure(work: Work, arguments: argparse.Namespace) -> tuple[list[Table], dic
     for peer, choice in choices.items():
         contenders.append(work.start(peer, PEERS[work.name][peer][choice["chosen"]]))
 
-    turns = Turns(arguments.wait)
-    for step in range(WARM_UP + arguments.rounds):
-        (turns if step >= WARM_UP else Turns()).ask(contenders, step=step)
-        print(f"{work.name}, step {step}", flush=True)
-    peaks = {contender.name: contender.peak_rss_bytes() for contender in contenders}
-    for contender in contenders:
-        contender.close()
-
+    turns, peaks = take_turns(work.name, contenders, WARM_UP, arguments)
     tokens = [work.tokens[WARM_UP + i] for i in turns.quiet_rounds()]
     rows = []
     for contender in contenders:
