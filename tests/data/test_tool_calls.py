@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rendered import learnt_texts, template_of
 
 from nybble.data.examples import CallForm, Example, Message, ToolCall
 from nybble.data.field_names import FieldNames, field_names
 from nybble.data.prepare import prepare
 from nybble.data.readers import read_examples
-from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, DataError
 from nybble.options.groups import RowOptions
 
@@ -82,27 +82,6 @@ STYLES = {
 }
 
 
-def template_of(tokenizer_of, text: str) -> ChatTemplate:
-    tokenizer = tokenizer_of("cl100k", "chatml")
-    copy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
-    copy.chat_template = text
-    return ChatTemplate(copy)
-
-
-def learnt(template: ChatTemplate, example: Example) -> list[str]:
-    """The texts of the supervised runs."""
-    texts = []
-    for row in template.encode_example(example):
-        run: list[int] = []
-        for token, supervised in [*zip(row.input_ids.tolist(), row.supervised.tolist(), strict=True), (0, False)]:
-            if supervised:
-                run.append(token)
-            elif run:
-                texts.append(template.tokenizer.decode(run))
-                run = []
-    return texts
-
-
 def write(tmp_path, *rows, name="a.jsonl") -> str:
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -128,7 +107,7 @@ def test_calls_are_learnt_and_results_are_not(tokenizer_of, tmp_path, style, arg
     template = template_of(tokenizer_of, text)
     assert template.shows_calls and template._call_form == form
     [example] = read_examples(write(tmp_path, openai(arguments))).examples
-    runs = learnt(template, example)
+    runs = learnt_texts(template, example)
     if by_hand is None:
         id = example.messages[1].calls[0].id
         by_hand = f"[{form.id(id)}]{BY_HAND}<|im_end|>"
@@ -170,7 +149,7 @@ def test_parallel_calls_and_results_in_another_order(tokenizer_of, tmp_path):
         ("b", "weather", "2"),
         ("a", "weather", '[{"sky": "blue"}]'),
     ]
-    first, last = learnt(template_of(tokenizer_of, STYLES["objects"][0]), example)
+    first, last = learnt_texts(template_of(tokenizer_of, STYLES["objects"][0]), example)
     assert first == "Two calls." + "".join(BY_HAND.replace("Oslo", city) for city in "AB") + "<|im_end|>"
     assert last == "Done.<|im_end|>"
 
@@ -237,7 +216,7 @@ def test_each_format_gives_the_same_conversation(tokenizer_of, tmp_path, known_a
     assert (call.name, call.arguments) == ("weather", {"city": "Oslo"})
     assert (example.messages[2].answers, example.messages[2].name) == (call.id, "weather")
     assert example.tools == (SCHEMA,)
-    assert learnt(template_of(tokenizer_of, STYLES["objects"][0]), example) == [
+    assert learnt_texts(template_of(tokenizer_of, STYLES["objects"][0]), example) == [
         f"{BY_HAND}<|im_end|>",
         "Grey.<|im_end|>",
     ]
@@ -258,7 +237,7 @@ def test_xlam_rows_are_a_question_and_the_calls_that_answer_it(tokenizer_of, tmp
         "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
         "required": ["city"],
     }
-    assert learnt(template_of(tokenizer_of, STYLES["objects"][0]), example) == [f"{BY_HAND * 2}<|im_end|>"]
+    assert learnt_texts(template_of(tokenizer_of, STYLES["objects"][0]), example) == [f"{BY_HAND * 2}<|im_end|>"]
 
 
 def test_toolaces_calls_with_names_of_several_words_and_values_of_every_kind(tmp_path):
@@ -283,7 +262,7 @@ def test_calls_in_text_can_be_left_as_they_are(tokenizer_of, tmp_path, known_as)
     said = [turn["value"] for turn in FORMATS[known_as]["conversations"]]
     assert [turn.content for turn in example.messages[-4:]] == said[-4:]
     assert example.messages[0].role == "system" and not example.tools and not result.formats
-    runs = learnt(template_of(tokenizer_of, STYLES["objects"][0]), example)
+    runs = learnt_texts(template_of(tokenizer_of, STYLES["objects"][0]), example)
     assert runs == [f"{said[-3]}<|im_end|>", "Grey.<|im_end|>"]
 
 
@@ -434,7 +413,11 @@ def test_an_answer_without_an_end_is_ended_by_the_opening_of_the_next_turn(token
         Message("user", "why"),
         Message("assistant", "No."),
     )
-    assert learnt(template, Example("x:1", messages=talk)) == [f"{BY_HAND}<|system|>", "Grey.<|user|>", "No.<|user|>"]
+    assert learnt_texts(template, Example("x:1", messages=talk)) == [
+        f"{BY_HAND}<|system|>",
+        "Grey.<|user|>",
+        "No.<|user|>",
+    ]
     assert template.stop_ids == tuple(template.tokenizer.convert_tokens_to_ids(["<|user|>", "<|system|>", "</s>"]))
     [row] = template.encode_example(Example("x:1", messages=talk))
     asked = template.encode_prompt(talk[:5])

@@ -1,8 +1,11 @@
 """Which part of a conversation is learnt, and how much: thinking, weights, --train-on, answers that go on."""
 
 import json
+from functools import partial
 
 import pytest
+import rendered
+from rendered import learnt_texts
 
 from nybble.data.examples import Example, Message, ToolCall
 from nybble.data.field_names import field_names
@@ -38,27 +41,11 @@ THINKERS = {
     "plain": HEAD + "{{ m['content'] }}" + TAIL,
 }
 END = "<|im_end|>"
-
-
-def template_of(tokenizer_of, text: str, **learnt) -> ChatTemplate:
-    tokenizer = tokenizer_of("cl100k", "chatml")
-    copy = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token=END)
-    copy.chat_template = text
-    return ChatTemplate(copy, learnt=Learnt(**learnt))
+template_of = partial(rendered.template_of, eos=END)
 
 
 def runs(template: ChatTemplate, *messages: Message) -> list[str]:
-    """The texts of the supervised runs, in the order of the sequences."""
-    texts = []
-    for row in template.encode_example(Example("x:1", messages=messages)):
-        run: list[int] = []
-        for token, supervised in [*zip(row.input_ids.tolist(), row.supervised.tolist(), strict=True), (0, False)]:
-            if supervised:
-                run.append(token)
-            elif run:
-                texts.append(template.tokenizer.decode(run))
-                run = []
-    return texts
+    return learnt_texts(template, Example("x:1", messages=messages))
 
 
 ASK = Message("user", "q")
