@@ -1,14 +1,13 @@
 """The sequences that a run is made of: on the disk, with what everybody asks of them in memory."""
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import overload
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
-from nybble.files.spool import Chosen, Spool
+from nybble.files.spool import Chosen, Numbered, Spool
 
 COUNTS = 7  # that are kept of each sequence
 
@@ -74,17 +73,9 @@ class ChangedRows(EncodedRows):
         super().__init__(rows.items, rows.numbers, rows.counts)
         self._rows, self._change = rows, change
 
-    @overload
-    def __getitem__(self, number: int) -> EncodedExample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[EncodedExample]: ...
-    def __getitem__(self, number: int | slice) -> EncodedExample | list[EncodedExample]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        return self._change(range(len(self))[number], self._rows[number])
-
-    def __iter__(self) -> Iterator[EncodedExample]:
-        return (self[number] for number in range(len(self)))
+    def item(self, number: int) -> EncodedExample:
+        """As `Numbered` says."""
+        return self._change(number, self._rows[number])
 
 
 def counted(rows: Sequence[EncodedExample]) -> EncodedRows:
@@ -108,7 +99,7 @@ def supervised_of(rows: Sequence[EncodedExample]) -> np.ndarray:
     return np.array([row.supervised_tokens for row in rows], dtype=np.int32)
 
 
-class TokenIds(Sequence[Tensor]):
+class TokenIds(Numbered[Tensor]):
     """The token ids of rows, read when they are asked for."""
 
     def __init__(self, rows: Sequence[EncodedExample]):
@@ -117,11 +108,6 @@ class TokenIds(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._rows)
 
-    @overload
-    def __getitem__(self, number: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Tensor]: ...
-    def __getitem__(self, number: int | slice) -> Tensor | list[Tensor]:
-        if isinstance(number, slice):
-            return [row.input_ids for row in self._rows[number]]
+    def item(self, number: int) -> Tensor:
+        """As `Numbered` says."""
         return self._rows[number].input_ids

@@ -19,7 +19,27 @@ KEPT_BYTES = 8 << 20  # of the first items, pickled: these stay in memory as the
 TAIL_BYTES = 1 << 20  # of the last items, until they are written together
 
 
-class Spool(Sequence[Item]):
+class Numbered(Sequence[Item]):
+    """A list whose items are made or read when they are asked for; subclasses say how, and how many there are."""
+
+    def item(self, number: int) -> Item:
+        """The item of a number from 0 to `len(self)` - 1."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, number: int) -> Item: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Item]: ...
+    def __getitem__(self, number: int | slice) -> Item | list[Item]:
+        if isinstance(number, slice):
+            return [self.item(each) for each in range(*number.indices(len(self)))]
+        return self.item(range(len(self))[number])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self.item, range(len(self)))
+
+
+class Spool(Numbered[Item]):
     """A list whose first items stay in memory; of the others eight bytes each do, the rest is in a file without a name.
 
     Nothing of the file is left however the process ends. Nothing is mapped, so its pages count as the system's cache.
@@ -66,14 +86,9 @@ class Spool(Sequence[Item]):
     def __len__(self) -> int:
         return len(self._kept) + len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, number: int) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Item]: ...
-    def __getitem__(self, number: int | slice) -> Item | list[Item]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
-        index = range(len(self))[number] - len(self._kept)
+    def item(self, number: int) -> Item:
+        """As `Numbered` says."""
+        index = number - len(self._kept)
         if index < 0:
             return self._kept[index]
         start, end = self._ends[index], self._ends[index + 1]
@@ -100,7 +115,7 @@ class Spool(Sequence[Item]):
         self._tail = bytearray()
 
 
-class Chosen(Sequence[Item]):
+class Chosen(Numbered[Item]):
     """Some items of a list, in an order of their own.
 
     Args:
@@ -113,14 +128,6 @@ class Chosen(Sequence[Item]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, number: int) -> Item: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Item]: ...
-    def __getitem__(self, number: int | slice) -> Item | list[Item]:
-        if isinstance(number, slice):
-            return [self.items[each] for each in self.numbers[number].tolist()]
+    def item(self, number: int) -> Item:
+        """As `Numbered` says."""
         return self.items[int(self.numbers[number])]
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self.items[int(number)] for number in self.numbers)
