@@ -140,6 +140,19 @@ def test_what_options_say_together_is_refused_after_each_by_itself() -> None:
     assert "mixed is 3.5" in refused(mixed=3.5, format="fp4").got
 
 
+def test_what_an_objective_does_not_know_is_refused() -> None:
+    assert "train-on is all, and objective is dpo" in refused(objective="dpo", train_on="all").got
+    assert "neftune-alpha is 5" in refused(objective="kto", neftune_alpha=5).got
+    assert "label-smoothing is 0.5" in refused(objective="dpo", label_smoothing=0.5).got
+    assert "train-new-tokens" in refused(objective="orpo", train_new_tokens=True).got
+
+
+def test_a_reference_within_the_step_is_the_bare_base() -> None:
+    load(objective="dpo", reference="step", init="eva")  # whose B are zeros
+    for begun in ({"init": "activation"}, {"adapter": "a"}):
+        assert "reference is step" in refused(objective="dpo", reference="step", **begun).got
+
+
 def test_the_same_option_under_two_spellings_is_refused() -> None:
     assert "given twice" in refused(**{"max-steps": 1, "max_steps": 2}).got
 

@@ -13,7 +13,6 @@ from nybble.evaluation.scores import Estimate, mean_score
 from nybble.events import Listener, Note
 from nybble.layers.causal_lm import CausalLM
 from nybble.options.objective_groups import WITH_REFERENCE
-from nybble.options.verbs import TrainConfig
 from nybble.runs.open_run import OpenRun
 from nybble.training.loop import Measured, validation_loss
 from nybble.training.objectives import make_objective
@@ -59,17 +58,13 @@ def ask_preferences(
     complete = objective.complete(rows, config.data.seed, config.data.max_seq_len)
     compared = known_references(opened.run.reference, complete)
     known = all(isinstance(row, PreferenceRow) and row.reference for row in compared)
-    if not known and _begins_with_an_adapter(config) and config.objective.objective in WITH_REFERENCE:
+    if not known and config.adapters.begins_with_an_effect and config.objective.objective in WITH_REFERENCE:
         report(Note("rewards are against the bare base: what training began with was not asked about these rows", True))
     tuned = validation_loss(objective, model, compared, micro_batch_size)
     with adapters_off(model):
         base = validation_loss(objective, model, compared, micro_batch_size)
     followed = to_follow(rows)[:KL_ROWS]
     return Preferences(config.objective.objective, len(rows), base, tuned, mean_score(_kl_of_rows(model, followed)))
-
-
-def _begins_with_an_adapter(config: TrainConfig) -> bool:
-    return config.adapters.adapter is not None or config.adapters.init != "default"
 
 
 @torch.no_grad()

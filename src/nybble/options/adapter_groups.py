@@ -98,6 +98,11 @@ class AdapterOptions(NewAdapters, PlannedAdapters):
         aliases=("adapter_name_or_path", "lora_model_dir", "peft_model_id"),
     )
 
+    @property
+    def begins_with_an_effect(self) -> bool:
+        """Whether training begins with adapters that change what the base says; eva's B are zeros, as by default."""
+        return self.adapter is not None or self.init not in ("default", "eva")
+
     @model_validator(mode="after")
     def _begins_once(self) -> Self:
         if self.adapter is not None and self.init != "default":

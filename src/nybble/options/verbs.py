@@ -11,6 +11,7 @@ from nybble.options import adapter_groups, groups, objective_groups, use_groups
 from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, flat, named_values, read_yaml
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
+Learning = TypeVar("Learning", "TrainConfig", "PlanConfig", "DataConfig")
 Artefact = TypeVar("Artefact", "MergeConfig", "ExportConfig")
 
 
@@ -33,6 +34,16 @@ def _check_calibrate(config: Artefact) -> Artefact:
             f"calibrate is {calibrate!r}, and nothing is calibrated.",
             "Only --to nf4 with --quality calibrated, and --compare, use text.",
             "Leave --calibrate out, or use --to nf4 --quality calibrated.",
+        )
+    return config
+
+
+def _check_answers_alone(config: Learning) -> Learning:
+    if config.data.train_on == "all" and config.objective.objective != "sft":
+        raise ConfigError(
+            f"train-on is all, and objective is {config.objective.objective}.",
+            "Answers are compared or judged; prompts are what they follow.",
+            "Leave --train-on out.",
         )
     return config
 
@@ -70,12 +81,12 @@ class TrainConfig(Verb):
     machine: groups.MachineOptions
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
+    _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
 
     @model_validator(mode="after")
     def _reference_is_asked_in_time(self) -> Self:
-        adapters = self.adapters
-        if self.objective.reference == "step" and (adapters.adapter is not None or adapters.init != "default"):
+        if self.objective.reference == "step" and self.adapters.begins_with_an_effect:
             raise ConfigError(
                 "reference is step, and training begins with an adapter that does something (--adapter, --init).",
                 "The reference is what training begins with; in the step only the bare base can be asked.",
@@ -108,6 +119,7 @@ class PlanConfig(Verb):
     machine: groups.PlannedMachine
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
+    _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
 
 
 class SynthConfig(Verb):
@@ -147,6 +159,8 @@ class DataConfig(Verb):
     model: groups.ModelOptions
     data: groups.DataOptions
     objective: objective_groups.ObjectiveName
+
+    _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
 
 
 class EvalConfig(Verb):

@@ -88,6 +88,7 @@ def choose_base(opened: Opened, examples: Examples, report: Listener) -> Base:
 
 
 def text_of_rows(opened: Opened, examples: Examples) -> CalibrationText:
+    """The text to calibrate on: what --calibrate names, else the run's own rows."""
     config, data = opened.config, examples.data
     return run_calibration_text(
         config.rounding, config.data, opened.source, data.train, data.validation, opened.template

@@ -116,7 +116,7 @@ def _unfolded(fields: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StoppedEarly(Event):
-    """Training ended because the held-out loss, nats a supervised token, no longer fell after `best_step`."""
+    """Training ended because the held-out loss no longer fell after `best_step`; its unit is that of `HeldOutLoss`."""
 
     kind: ClassVar[str] = "early-stop"
     step: int

@@ -31,7 +31,7 @@ from nybble.sources.load import load_model
 from nybble.sources.stored_model import StoredModel
 from nybble.training.base import Base, text_of_rows
 from nybble.training.objectives import make_regularisers
-from nybble.training.start import Examples, Opened, _micro_batches
+from nybble.training.start import Examples, Opened, micro_batches_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,7 +158,7 @@ def _plan_padded(opened: Opened, examples: Examples, base: Base, packed: Fit) ->
         padded,
         base.source,
         base.formats,
-        _micro_batches(padded, base.source, examples.data, examples.num_steps, opened.device),
+        micro_batches_for(padded, base.source, examples.data, examples.num_steps, opened.device),
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,

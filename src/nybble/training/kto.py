@@ -17,7 +17,8 @@ from nybble.training.reference import adapters_off, answer_log_probs, reference_
 
 @dataclass(frozen=True)
 class KtoTotals(Totals):
-    """
+    """What a step's micro-batches of judged answers share.
+
     Args:
         desirable: rows whose answer is good.
         kl: how far the model is from its reference, nats, at least 0.

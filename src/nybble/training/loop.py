@@ -163,16 +163,17 @@ def train_loop(
             started = time.perf_counter()
             before = Position.now(progress, sampler, device)
             step, rows = progress.step + 1, sampler.next_step()
+            drawn = {row: train[row] for row in rows}  # read once: they may lie on the disk
             model.train()
             micro_batches = [
-                forward_backward.prepare(objective.collate([train[row] for row in micro], model))
+                forward_backward.prepare(objective.collate([drawn[row] for row in micro], model))
                 for micro in split_micro_batches(rows, lengths, progress.micro_batch_size, model.packed)
             ]
             parts: list[Part] = []
             out_of_memory = False
             try:
                 # Of the whole step: how it is cut into micro-batches changes nothing.
-                totals = objective.totals(model, [train[row] for row in rows], progress.micro_batch_size)
+                totals = objective.totals(model, [drawn[row] for row in rows], progress.micro_batch_size)
                 for batch in micro_batches:
                     parts.append(forward_backward(batch, totals))
             except (RuntimeError, MemoryError) as error:
@@ -206,7 +207,7 @@ def train_loop(
             for batch, total in zip(micro_batches, losses, strict=True):
                 if not math.isfinite(total):
                     save(before, last=True)
-                    suspects = [train[row] for row in rows if train[row].origin in batch.rows]
+                    suspects = [row for row in drawn.values() if row.origin in batch.rows]
                     raise _not_finite("loss", total, step, non_finite_rows(objective, model, suspects), run)
             if not math.isfinite(grad_norm):
                 save(before, last=True)

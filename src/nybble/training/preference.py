@@ -64,7 +64,8 @@ class Compared(NamedTuple):
 
 @dataclass(frozen=True)
 class PairTotals(Totals):
-    """
+    """What a step's micro-batches of pairs share.
+
     Args:
         chosen_targets: tokens that are predicted of chosen documents.
     """

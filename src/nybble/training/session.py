@@ -172,9 +172,11 @@ def _met(opened: Opened, examples: Examples) -> np.ndarray:
 def _begins_with(opened: Opened) -> str:
     """The adapter that training begins with; empty where that does nothing to the base."""
     adapters = opened.config.adapters
-    if adapters.adapter is not None:
-        return ADAPTER if opened.continued is None else f"{ADAPTER} {opened.continued.fingerprint()}"
-    return "" if adapters.init == "default" else f"init {adapters.init}"
+    if not adapters.begins_with_an_effect:
+        return ""
+    if adapters.adapter is None:
+        return f"init {adapters.init}"
+    return ADAPTER if opened.continued is None else f"{ADAPTER} {opened.continued.fingerprint()}"
 
 
 def _take_steps(

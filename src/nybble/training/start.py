@@ -134,7 +134,7 @@ def take_examples(opened: Opened, report: Listener) -> Examples:
         _refuse_without_evaluations(config.loop)
     if evaluations.note:
         report(Note(evaluations.note))
-    micro_batches = _micro_batches(config, source, data, num_steps, opened.device)
+    micro_batches = micro_batches_for(config, source, data, num_steps, opened.device)
     return Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
 
 
@@ -169,9 +169,10 @@ def _refuse_without_evaluations(loop: LoopOptions) -> None:
         )
 
 
-def _micro_batches(
+def micro_batches_for(
     config: TrainConfig, source: StoredModel, data: PreparedData, num_steps: int, device: torch.device
 ) -> Callable[[int], MicroBatches]:
+    """What the run's micro-batches come to, by the most rows at once."""
     rules, packing, dropout = SHAPE_RULES[device.type], config.memory.packing, config.adapters.dropout > 0
     shares = why_not_blocks(source.skeleton, packing=packing, dropout=dropout, device=device) is None
     return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=config.data.seed, shares=shares)
