@@ -1,6 +1,7 @@
 """One adapter of several, compared with PEFT's add_weighted_adapter."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import nybble
-from nybble.errors import ConfigError
+from nybble.errors import ConfigError, RunError
 from nybble.runs.adapter_files import StoredAdapter
 
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
@@ -100,3 +101,17 @@ def test_ranks_and_layers_that_differ_are_added_exactly(adapter, tiny_model: Pat
 def test_what_does_not_go_together_is_refused(tmp_path: Path, options: dict, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         nybble.merge(out=tmp_path / "out", **options)
+
+
+def test_adapters_of_runs_on_other_bases_and_damaged_records_are_refused(adapter, tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        (tmp_path / f"run-{name}").mkdir()
+        runs.append(adapter(name, 0).rename(tmp_path / f"run-{name}" / "adapter").parent)
+        (runs[-1] / "base.json").write_text(f'{{"fingerprint": "{name}"}}')
+    merge = partial(nybble.merge, adapters=[str(run / "adapter") for run in runs], weights=[1, 1], out=tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"run-a and .*run-b were trained on different bases"):
+        merge()
+    (runs[1] / "base.json").write_text("[]")
+    with pytest.raises(RunError, match=r"run-b/base\.json is damaged"):
+        merge()

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import EncodedPair, JudgedAnswer, PreferenceRow, with_mismatched
+from nybble.errors import RunError
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.training.accumulation import forward_backward
@@ -240,6 +241,14 @@ def test_a_reference_asked_before_is_the_one_asked_in_the_step(name: str, tmp_pa
     asked = again.attached(train)
     assert all(isinstance(row, PreferenceRow) and all(map(math.isfinite, row.reference)) for row in asked)
     assert step(objective, ours, asked, 2) == pytest.approx(step(objective, ours, train, 2), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": {}}', '{"model": "m", "begins_with": "", "rows": {"d": 3}}'])
+def test_a_damaged_reference_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "reference.json"
+    file.write_text(text)
+    with pytest.raises(RunError, match=r"reference\.json is damaged"):
+        References.open(file, "m", "")
 
 
 def test_what_a_reference_said_is_kept_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

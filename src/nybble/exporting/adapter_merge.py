@@ -11,7 +11,6 @@ With weights w and scalings s of adapters B A:
     dare_ties    those, and of them the ones whose sign most weight has
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -120,13 +119,13 @@ def _drawn(matrix: Tensor, density: float, generator: torch.Generator) -> Tensor
 
 
 def _check_bases(adapters: Sequence[StoredAdapter]) -> None:
-    records = [RunFolder(adapter.folder.parent).base_record for adapter in adapters]
-    known = {record: json.loads(record.read_text())["fingerprint"] for record in records if record.is_file()}
+    runs = [adapter.folder.parent for adapter in adapters]
+    known = {run: base for run in runs if (base := RunFolder(run).recorded().get("fingerprint")) is not None}
     if len(set(known.values())) > 1:
         first, *others = known
-        other = next(record for record in others if known[record] != known[first])
+        other = next(run for run in others if known[run] != known[first])
         raise ConfigError(
-            f"{first.parent} and {other.parent} were trained on different bases.",
+            f"{first} and {other} were trained on different bases.",
             "Merged are adapters that belong on one base.",
             "Merge each into its base (`nybble merge --run`).",
         )

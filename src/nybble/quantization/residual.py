@@ -74,11 +74,16 @@ class ResidualSource(StoredModel):
         assert isinstance(tensor, Tensor)
         if layer not in self.ranks:
             return tensor
-        a, b = self.begun(layer)
+        a, b = self._product(layer)
         return tensor.float() - self.turned(layer, self.ranks[layer][1] * b @ a)
 
-    def begun(self, layer: str) -> Pair:
-        """A `(r, in)` and B `(out, r)`, fp32, that a layer's adapter begins with."""
+    def hand_over(self, layer: str) -> Pair:
+        """A `(r, in)` and B `(out, r)`, fp32, that a layer's adapter begins with; they are not kept any longer."""
+        pair = self._product(layer)
+        del self._begun[layer]
+        return pair
+
+    def _product(self, layer: str) -> Pair:
         if layer not in self._begun:
             weight = self.source.read_linear(layer)
             assert isinstance(weight, Tensor)

@@ -1,6 +1,5 @@
 """Training on from an adapter that exists: what it fixes, and which base it belongs to."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,18 +77,19 @@ def check_base_of(adapter: StoredAdapter, source: StoredModel, allowed: Collecti
     """Refuse another base than the adapter's run recorded; returns sentences the user should see.
 
     Raises:
-        RunError: it is another, and "base" is not among `allowed`.
+        RunError: it is another, and "base" is not among `allowed`; or what its run recorded is damaged.
     """
     run = RunFolder(adapter.folder.parent)
-    if not run.base_record.is_file():
+    recorded = run.recorded()
+    if not recorded:
         named = adapter.config.get("base_model_name_or_path")
         return [f"The adapter says that it is for {named!r}; whether {source.name} is that cannot be checked."]
-    recorded = json.loads(run.base_record.read_text(encoding="utf-8"))
     if recorded["fingerprint"] not in (source.fingerprint(), source.made_from) and "base" not in allowed:
+        base = recorded.get("model", "its base")
         raise RunError(
-            f"The adapter in {adapter.folder} was trained on {recorded['model']!r}, and {source.name} is another base.",
+            f"The adapter in {adapter.folder} was trained on {base!r}, and {source.name} is another base.",
             "An adapter is trained on on the base that it belongs to, or on its four-bit folder.",
-            f"Use --model {recorded['model']}, or insist with --allow-change base.",
+            f"Use --model {base}, or insist with --allow-change base.",
         )
     if run.base.is_dir() and source.quant_spec is None:
         return [

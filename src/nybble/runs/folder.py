@@ -9,6 +9,7 @@ second, its base while it is calibrated. Only then does an earlier run go, and w
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -49,6 +50,22 @@ class RunFolder:
         self.report = path / "report"
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
         self._lock: int | None = None
+
+    def recorded(self) -> dict[str, str]:
+        """What `base.json` says: the run's `model`, the base's `fingerprint`, and which `nybble` made it; nothing where
+        there is no such file, as in runs from before it was written.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        if not self.base_record.is_file():
+            return {}
+        try:
+            record: dict[str, str] = json.loads(self.base_record.read_text(encoding="utf-8"))
+            record["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.base_record} is damaged: {error!r}.", "", "Restore it, or train again.") from error
+        return record
 
     def check_free(self, overwrite: bool) -> None:
         """Refuse a folder that cannot take a new run, before any long work; nothing is touched.

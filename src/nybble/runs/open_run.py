@@ -1,6 +1,5 @@
 """A finished run, opened or loaded again: its base in the same four bits, its adapter, its template."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -124,7 +123,7 @@ def load_frozen(
 
 def _unreadable(run: RunFolder, error: ConfigError) -> NybbleError:
     """The error itself where this version made the run: then someone has changed its options."""
-    made_by = _recorded(run).get("nybble")
+    made_by = run.recorded().get("nybble")
     if made_by == __version__:
         return error
     maker = "an earlier nybble" if made_by is None else f"nybble {made_by}"
@@ -135,21 +134,9 @@ def _unreadable(run: RunFolder, error: ConfigError) -> NybbleError:
     )
 
 
-def _recorded(run: RunFolder) -> dict[str, str]:
-    """What the run's record says of its base and its maker; nothing of runs from before it was written."""
-    if not run.base_record.is_file():
-        return {}
-    try:
-        record: dict[str, str] = json.loads(run.base_record.read_text(encoding="utf-8"))
-        record["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{run.base_record} is damaged: {error!r}.", "", "Restore it, or train again.") from error
-    return record
-
-
 def _check_base(run: RunFolder, source: StoredModel) -> None:
     """Compare the base with the one that was trained on; runs from before that was recorded are let through."""
-    recorded = _recorded(run).get("fingerprint")
+    recorded = run.recorded().get("fingerprint")
     if recorded is not None and recorded != source.fingerprint():
         raise RunError(
             f"{source.name} is not the base that {run.path} was trained on: its fingerprint is another.",

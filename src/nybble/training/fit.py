@@ -106,7 +106,7 @@ def _begin_adapters(
     if init in TAKES_FROM_BASE:
         assert base.residual is not None
         for name, adapter in adapters_of(model).items():
-            adapter.start_from(*base.residual.begun(name))
+            adapter.start_from(*base.residual.hand_over(name))
         return
     windows = None
     if init != "loftq":

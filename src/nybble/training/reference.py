@@ -126,15 +126,28 @@ class References:
         Args:
             begins_with: ADAPTER alone where it is one whose run goes on, and only the file knows which.
         """
-        opened = cls(path, model, begins_with)
-        if path.is_file():
+        found = cls.read(path)
+        if found is None or found.model != model:
+            return cls(path, model, begins_with)
+        same = found.begins_with == begins_with or (begins_with == ADAPTER and found.begins_with.startswith(ADAPTER))
+        return found if same else cls(path, model, begins_with)
+
+    @classmethod
+    def read(cls, path: Path) -> "References | None":
+        """What a file holds, whatever reference it is of; None where there is none.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            recorded = found["begins_with"]
-            same = recorded == begins_with or (begins_with == ADAPTER and recorded.startswith(ADAPTER))
-            if found["model"] == model and same:
-                opened.begins_with = recorded
-                opened.known = {digest: tuple(log_p) for digest, log_p in found["rows"].items()}
-        return opened
+            known = {digest: tuple(map(float, log_p)) for digest, log_p in found["rows"].items()}
+            return cls(path, found["model"], found["begins_with"], known)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fix = "Restore it; or remove it, and what training began with is asked again where that is the bare base."
+            raise RunError(f"{path} is damaged: {error!r}.", "", fix) from error
 
     def missing(self, rows: Iterable[EncodedExample]) -> list[PreferenceRow]:
         """Those rows that it knows nothing of."""
@@ -221,11 +234,8 @@ def ask_reference(
 
 def known_references(path: Path, rows: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
     """The rows with what a run's file says of them; without, where there is no file, or it does not know all."""
-    if not path.is_file():
-        return rows
-    found = json.loads(path.read_text(encoding="utf-8"))
-    references = References.open(path, found["model"], found["begins_with"])
-    return rows if references.missing(rows) else references.attached(rows)
+    references = References.read(path)
+    return rows if references is None or references.missing(rows) else references.attached(rows)
 
 
 def _digest(row: PreferenceRow) -> str:
