@@ -119,9 +119,9 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
             "Allowed in llama.cpp's adapters: linear layers of the blocks.",
             "Merge it (`nybble merge`, or export --to gguf).",
         )
-    if adapter.dora or adapter.tokens:
+    if why := _no_lora(adapter):
         raise ExportError(
-            "The adapter is DoRA's." if adapter.dora else "The adapter has trained rows of tokens.",
+            f"The adapter {why}.",
             "Allowed in llama.cpp's adapters: LoRA.",
             "Merge it (`nybble merge`, or export --to gguf).",
         )
@@ -144,6 +144,13 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
         planned.append(_Planned(f"{name}.lora_b", (out_features, rank), full, partial(read, layer, 1)))
     _write(writer, planned, silent)
     fsync(file)
+
+
+def _no_lora(adapter: StoredAdapter) -> str:
+    """What it has beside LoRA's matrices; "" where nothing."""
+    if adapter.modules:
+        return f"has {next(iter(adapter.modules))} trained whole"
+    return "is DoRA's" if adapter.dora else "has trained rows of tokens" if adapter.tokens else ""
 
 
 def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, tuple[Tensor, Tensor]]]:

@@ -51,8 +51,12 @@ class MergedSource(StoredModel):
         self._formats = opened.formats
         self._base = opened.source if onto == "original" else opened.base
         self._adapted = set(self.adapter.names)
+        modules = self.adapter.modules.items()
+        self._whole = {f"{module}.{leaf}": (module, leaf) for module, leaves in modules for leaf in leaves}
         for layer in self.adapter.names:  # all of it is checked before anything is written
             self._matrices(layer)
+        for module in self.adapter.modules:
+            self.adapter.module_weights(module, self.skeleton.get_submodule(module))
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
@@ -80,7 +84,12 @@ class MergedSource(StoredModel):
         return list(self.opened.source.placements)
 
     def read(self, name: str) -> Tensor:
-        """W + ΔW in fp32 of a block's linear layer or what else has an adapter, any other tensor as it is stored."""
+        """W + ΔW in fp32 of a block's linear layer or what else has an adapter, a module that was trained whole as it
+        was trained, any other tensor as it is stored.
+        """
+        if name in self._whole:
+            module, leaf = self._whole[name]
+            return self.adapter.module_weights(module, self.skeleton.get_submodule(module))[leaf]
         if _layer(name) not in self._adapted and _layer(name) not in self.linears:
             tensor = self.opened.source.read_parameter(name)
             assert isinstance(tensor, Tensor)

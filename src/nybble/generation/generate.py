@@ -18,6 +18,7 @@ from nybble.errors import ConfigError, DataError
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.context import context_length
+from nybble.layers.trained import trained_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +102,8 @@ def generate(
     if not prompts:
         return []
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
-    through = _through_blocks if why_not_forward(model, ops=decoder_ops) is None else _through_transformers
+    fused = why_not_forward(model, ops=decoder_ops) is None and not trained_modules(model)
+    through = _through_blocks if fused else _through_transformers
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or (lambda prompt, token: None))
 
 

@@ -21,6 +21,7 @@ from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
+from nybble.layers.convert import block_names
 from nybble.layers.decoder_block import (
     Keep,
     PackedSequences,
@@ -35,6 +36,7 @@ from nybble.layers.projection import DenseWeights
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
+from nybble.layers.trained import trained_modules
 from nybble.sizes import SHAPE_RULES
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class Why(StrEnum):
     MODULES = "decoder blocks know other layers in this family: {}"
     DROPOUT = "decoder blocks have no adapter dropout"
     DORA = "decoder blocks have no DoRA"
+    TRAINED = "decoder blocks train adapters alone, not {}"
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
@@ -271,6 +274,7 @@ def why_not_blocks(
     packing: bool,
     dropout: bool,
     dora: bool = False,
+    trained: Iterable[str] = (),
     device: torch.device | None = None,
     here: bool = True,
 ) -> Reason | None:
@@ -281,6 +285,7 @@ def why_not_blocks(
         packing: rows of a micro-batch lie side by side.
         dropout: something of the adapters' inputs is dropped.
         dora: adapters to come are DoRA's.
+        trained: names of modules that will be trained whole.
         device: that trains; the model's own if not given.
         here: it is this machine's.
     """
@@ -290,6 +295,8 @@ def why_not_blocks(
         return Reason(Why.OPTION, "attention_dropout")
     if dora:
         return Reason(Why.DORA)
+    if inside := trained_inside(trained, block_names(model)):
+        return Reason(Why.TRAINED, inside)
     why = why_not_forward(model, device, here=here)
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
@@ -319,6 +326,8 @@ def why_not_forward(
             return Reason(Why.OPTION, option)
     if any(isinstance(module, DoraLinear) for module in model.modules()):
         return Reason(Why.DORA)
+    if inside := trained_inside(trained_modules(model), block_names(model)):
+        return Reason(Why.TRAINED, inside)
     other = _other_modules(model.base_model.layers, family)
     if other:
         return Reason(Why.MODULES, ", ".join(other))
@@ -328,6 +337,11 @@ def why_not_forward(
     if not is_plain(model.get_output_embeddings()):
         return Reason(Why.HEAD)
     return None
+
+
+def trained_inside(names: Iterable[str], blocks: Sequence[str]) -> str:
+    """The first of these modules that lies in a block; "" where none does."""
+    return next((name for name in names if any(name.startswith(f"{block}.") for block in blocks)), "")
 
 
 def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:

@@ -5,7 +5,6 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,17 +14,19 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.dense import kept_in_fp32
+from nybble.layers.dense import why_untouched
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
+from nybble.layers.names import matches
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import StreamedLinear
 from nybble.layers.token_rows import TokenLogits, TokenRows
-from nybble.layers.weight_reads import weights_read
+from nybble.layers.trained import TrainedModule, resolve_modules, train_modules, trained_modules
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nybble.options.adapter_groups import NewAdapters
 
-PATTERN_SIGNS = set("*?[]()|^$+\\{}")
 ATTENTION_PARENTS = ("attn", "attention")
 Value = TypeVar("Value", int, float)
 
@@ -73,12 +74,14 @@ def block_names(model: nn.Module) -> list[str]:
 def block_linears(model: nn.Module) -> list[str]:
     """Names of all linear layers inside the model's blocks; the head and the embeddings lie outside."""
     lists = block_lists(model)
+    whole = tuple(f"{name}." for name in trained_modules(model))
     return [
         name
         for name, module in model.named_modules()
         if is_linear(module)
         and any(name.startswith(outer + ".") for outer in lists)
         and not isinstance(model.get_submodule(name.rpartition(".")[0]), LoraLinear)
+        and not name.startswith(whole)
     ]
 
 
@@ -93,20 +96,14 @@ def quantizable_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers that go into four bits and can have an adapter: those of the blocks that the model
     does nothing with but call, and whose makers do not keep them in fp32.
     """
-    why = _why_untouched(model)
+    why = why_untouched(model)
     return [name for name in block_linears(model) if name not in why]
 
 
 def untouched_linears(model: nn.Module) -> dict[str, str]:
     """Linear layers of the blocks that stay as they are, without adapter -> why."""
-    why = _why_untouched(model)
+    why = why_untouched(model)
     return {name: why[name] for name in block_linears(model) if name in why}
-
-
-def _why_untouched(model: nn.Module) -> dict[str, str]:
-    """Modules, linear layers or not, whose weights stay as they are -> why."""
-    why = {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
-    return why | {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
 
 
 def describe_untouched(model: nn.Module) -> list[str]:
@@ -158,7 +155,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
     wanted = [name.strip() for name in wanted]
     leaves = sorted({name.rpartition(".")[2] for name in layers})
     for name in wanted:
-        if not any(_matches(layer, name) for layer in layers):
+        if not any(matches(layer, name) for layer in layers):
             _refuse_untouched(model, name)
             near = difflib.get_close_matches(name, leaves, n=1)
             raise ConfigError(
@@ -167,29 +164,12 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
                 f"{layers[0]}.",
                 f"Did you mean {near[0]!r}?" if near else "",
             )
-    return [layer for layer in layers if any(_matches(layer, name) for name in wanted)]
-
-
-def _matches(layer: str, wanted: str) -> bool:
-    if layer == wanted or layer.endswith("." + wanted):
-        return True
-    if not PATTERN_SIGNS & set(wanted):
-        return False
-    wildcard = fnmatchcase(layer, wanted) or fnmatchcase(layer, f"*.{wanted}")
-    return wildcard or (_is_expression(wanted) and re.fullmatch(wanted, layer) is not None)
-
-
-def _is_expression(text: str) -> bool:
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
+    return [layer for layer in layers if any(matches(layer, name) for name in wanted)]
 
 
 def _refuse_untouched(model: nn.Module, wanted: str) -> None:
     for name, why in untouched_linears(model).items():
-        if _matches(name, wanted):
+        if matches(name, wanted):
             raise ConfigError(
                 f"target_modules names {wanted!r}, which stays as it is: {why}.",
                 "Adapters go onto the layers that can go into few bits.",
@@ -247,7 +227,9 @@ def check_dora(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A `(rank, in)` and B `(out, rank)` of every adapter, and the magnitudes `(out)` of DoRA's."""
+    """A `(rank, in)` and B `(out, rank)` of every adapter, the magnitudes `(out)` of DoRA's, and whatever is trained
+    whole.
+    """
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -295,14 +277,22 @@ def attach_adapters(
     return adapters
 
 
-def add_new_adapters(model: nn.Module, adapters: "NewAdapters", seed: int) -> None:
-    """`attach_adapters` as options say.
+def add_new_adapters(model: "PreTrainedModel", adapters: "NewAdapters", seed: int) -> None:
+    """`attach_adapters` as options say, and what is trained whole beside them.
 
     Raises:
-        ConfigError: target_modules names no layer, or a pattern no adapter.
+        ConfigError: target_modules or modules_to_save names nothing of the model, or a pattern no adapter.
     """
     how = adapters.model_dump(include={"rank", "alpha", "dropout", "rslora", "dora", "rank_pattern", "alpha_pattern"})
-    attach_adapters(model, new_adapter_sizes(model, adapters), seed=seed, **how)
+    sizes = new_adapter_sizes(model, adapters)
+    whole = resolve_modules(model, adapters.modules_to_save, in_few_bits(model), sizes)
+    attach_adapters(model, sizes, seed=seed, **how)
+    train_modules(model, whole)
+
+
+def in_few_bits(model: nn.Module) -> list[str]:
+    """Names of the layers of a loaded model whose weights are in few bits."""
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear | StreamedLinear)]
 
 
 def new_adapter_sizes(model: nn.Module, adapters: "NewAdapters") -> dict[str, tuple[int, float]]:
@@ -329,9 +319,9 @@ def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:
 
 
 def enable_adapters(model: nn.Module, enabled: bool) -> None:
-    """Switch the adapters on, or off to ask the base."""
+    """Switch the adapters, and what is trained beside them, on, or off to ask the base."""
     for adapter in adapters_of(model).values():
         adapter.switch(enabled)
     for module in model.modules():
-        if isinstance(module, TokenRows | TokenLogits):
+        if isinstance(module, TokenRows | TokenLogits | TrainedModule):
             module.enabled = enabled

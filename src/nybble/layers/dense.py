@@ -36,6 +36,12 @@ def kept_in_fp32(model: nn.Module) -> set[str]:
     return {name for name, _ in tensors if any(pattern.search(name) for pattern in patterns)}
 
 
+def why_untouched(model: nn.Module) -> dict[str, str]:
+    """Modules, linear layers or not, whose weights stay as they are -> why."""
+    why = {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
+    return why | {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
+
+
 def weight_matrix(linear: Any) -> Tensor:
     """The weight of a dense linear layer, `[out, in]`."""
     weight: Tensor = linear.weight.detach()

@@ -29,6 +29,7 @@ from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.streamed import HeadMatrix, StreamedHead, widened
 from nybble.layers.token_rows import TokenLogits
+from nybble.layers.trained import TrainedModule
 from nybble.sizes import SHAPE_RULES, ShapeRules
 
 if TYPE_CHECKING:
@@ -415,14 +416,14 @@ class _Output(BaseModelOutputWithPast):
 
 
 def is_plain(output: nn.Module) -> bool:
-    """Whether a model's output head is a frozen matrix, in memory or on disk, with an adapter or without."""
-    base = output.base if isinstance(output, LoraLinear | TokenLogits) else output
+    """Whether a model's output head is a matrix in memory or on disk, with an adapter or without, or trained whole."""
+    base = output.base if isinstance(output, LoraLinear | TokenLogits | TrainedModule) else output
     return isinstance(base, nn.Linear | StreamedHead)
 
 
 def loss_head(model: "PreTrainedModel") -> Head:
     """The head of a transformers causal language model: linear, with a scale and a cap if the model has them, where
-    that gives what the model's own forward gives; else the own forward.
+    that gives what the model's own forward gives; else the own forward, as of one that is trained whole.
 
     Raises:
         ModelError: the model has no output head, or no decoder apart from it.
@@ -435,7 +436,7 @@ def loss_head(model: "PreTrainedModel") -> Head:
     own = OwnHead(model)
     adapter = output if isinstance(output, LoraLinear | TokenLogits) else None
     linear: Any = output if adapter is None else adapter.base
-    if not is_plain(output):
+    if not is_plain(output) or isinstance(output, TrainedModule):
         return own
     width = linear.weight.shape[1]
     if getattr(model.config.get_text_config(), "hidden_size", width) != width:

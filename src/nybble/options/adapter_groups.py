@@ -1,12 +1,12 @@
 """Options of adapters: which layers get one, how large, and what they begin with."""
 
 import re
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, field_validator, model_validator
 
 from nybble.errors import ConfigError
-from nybble.options.option import COMMA, AlphaPattern, Name, Options, RankPattern, Seed, knob
+from nybble.options.option import COMMA, AlphaPattern, Name, Options, RankPattern, Seed, knob, split_names
 
 TAKES_FROM_BASE = ("pissa", "olora")  # ways to begin that leave the base with other weights
 
@@ -27,7 +27,11 @@ class AdapterSizes(Options, group="Adapters"):
         " patterns: layers.1*.q_proj, or a regular expression for whole names.",
         aliases=("lora_target_modules", "targets"),
     )
-
+    modules_to_save: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        (),
+        "Modules that are trained whole beside the adapters and saved with them, such as lm_head,embed_tokens or norm.",
+        aliases=("additional_target", "lora_modules_to_save", "trained_modules"),
+    )
     rank_pattern: RankPattern = knob(
         {},
         "Ranks of layers that have another: regular expressions for ends of names, as in PEFT; the first that matches "

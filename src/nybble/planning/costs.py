@@ -62,6 +62,7 @@ class Part(StrEnum):
     STREAMED = "blocks on their way"
     ENDS = "embeddings, head, norms"
     ADAPTERS = "adapters"
+    TRAINED = "modules trained whole"
     OPTIMIZER = "optimizer state"
     PAGES = "pages of the optimizer"
     LOGITS = "room for logits"
@@ -247,7 +248,9 @@ def attention_scratch(run: RunShape) -> int:
 
 
 def logits_bytes(run: RunShape) -> int:
-    """Room for a chunk of logits, which the loss head keeps."""
+    """Room for a chunk of logits, which the loss head keeps; a head that is trained keeps none."""
+    if run.trained_head:
+        return 0
     c = run.compute_bytes
     fit = run.rules.chunk_rows(run.model.vocab_size * c)
     multiple = run.rules.row_multiple
@@ -263,7 +266,24 @@ def head_bytes(run: RunShape) -> int:
     """
     per_element = 4 * run.compute_bytes + 12 if run.on_cpu else cuda_costs.HEAD_BYTES
     states = run.batches.supervised * run.model.hidden_size * per_element
-    return states + _panels(run)
+    return states + _panels(run) + _own_logits(run)
+
+
+def _own_logits(run: RunShape) -> int:
+    """A chunk of logits of a head that is trained, as they come and in fp32, and the gradients of both."""
+    if not run.trained_head:
+        return 0
+    c, vocabulary = run.compute_bytes, run.model.vocab_size
+    rows = min(run.rules.chunk_rows((c + MASTER_BYTES) * vocabulary), run.batches.supervised)
+    return rows * vocabulary * 2 * (c + MASTER_BYTES)
+
+
+def trained_bytes(run: RunShape) -> int:
+    """Modules that are trained whole: masters, their copies in the compute dtype where that is another, and the largest
+    gradient on its way, in both.
+    """
+    copy = run.compute_bytes if run.compute_bytes != MASTER_BYTES else 0
+    return (MASTER_BYTES + copy) * (run.trained_parameters + run.largest_trained)
 
 
 def validation_bytes(run: RunShape) -> int:
@@ -282,7 +302,7 @@ def validation_bytes(run: RunShape) -> int:
 
 def widened_bytes(run: RunShape) -> int:
     """Room for a panel of the 16-bit head in the compute dtype, where that is wider; the loss head keeps it."""
-    if run.compute_bytes == DENSE_BYTES:
+    if run.compute_bytes == DENSE_BYTES or run.trained_head:
         return 0
     row_bytes = DENSE_BYTES * run.model.hidden_size
     rows = run.rules.head_panel_rows(run.model.vocab_size, row_bytes, widened=True, streamed=run.stream_ends)
@@ -359,13 +379,14 @@ def predict(run: RunShape) -> dict[Part, int]:
     buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
     masters = run.adapter_parameters * MASTER_BYTES
     copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and not run.wide else 0
-    optimizer = int(run.adapter_parameters * run.adam_bytes)
+    optimizer = int(run.learnt_parameters * run.adam_bytes)
     always = {
         Part.BASE: resident_bytes(run.model, *stored, resident),
         Part.DENSE: c * run.model.parts.matrix_elements,
         Part.STREAMED: buffers,
         Part.ENDS: dense_bytes(run.model, c) - (end_bytes(run.model, c) if run.stream_ends else 0),
         Part.ADAPTERS: masters + copies,
+        Part.TRAINED: trained_bytes(run),
         Part.OPTIMIZER: optimizer if run.page_bytes is None else 0,
         Part.PAGES: run.page_bytes or 0,
     }
@@ -379,7 +400,7 @@ def predict(run: RunShape) -> dict[Part, int]:
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
     always |= written_out_bytes(run)
-    always[Part.GRADIENTS] = masters  # they stay from step to step
+    always[Part.GRADIENTS] = run.learnt_parameters * MASTER_BYTES  # they stay from step to step
     always[Part.BATCH] = 0 if run.on_cpu else cuda_costs.batch_bytes(run)
     heights = [
         {Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},

@@ -13,7 +13,6 @@ from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
-from nybble.layers.backbone import why_not_blocks
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.verbs import PlanConfig
@@ -21,7 +20,7 @@ from nybble.planning.machine import this_machine_later
 from nybble.planning.machine_table import Machine, named_machine
 from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
 from nybble.planning.planner import Plans, make_plans
-from nybble.planning.request import requests
+from nybble.planning.request import requests, why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
 from nybble.sizes import SHAPE_RULES
@@ -130,6 +129,5 @@ def _micro_batches(
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
     if prepared.mixture is not None:
         report(Note(prepared.mixture.describe(steps * memory.rows_per_step)))
-    device, dropout = torch.device(machine.kind), options.adapters.dropout > 0
-    against = why_not_blocks(skeleton, packing=memory.packing, dropout=dropout, device=device, here=machine.here)
+    against = why_no_blocks(options, skeleton, torch.device(machine.kind), machine.here)
     return micro_batches_of(prepared, memory, rules, steps=steps, seed=data.seed, shares=against is None)

@@ -224,7 +224,7 @@ def _step_seconds(run: RunShape, machine: Machine) -> float:
     """Seconds an optimizer step: every micro-batch as the largest, then the update."""
     work = work_of(run)
     compute = _compute_seconds(run, work, machine) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
-    trained = run.model.parameters if run.full else run.adapter_parameters
+    trained = run.model.parameters if run.full else run.learnt_parameters
     paging = 0 if run.page_bytes is None else 16 * trained / machine.link_bytes_per_s
     update = 28 * trained / machine.ram_bytes_per_s + paging
     micro_batch = compute
@@ -344,5 +344,6 @@ def _ways_down(request: PlanRequest, machine: Machine) -> list[str]:
     rank, adapters, largest = request.run.rank, request.run.adapter_parameters, request.largest_adapter
     if rank > 4:
         run = replace(request.run, rank=4, other_ranks=(), adapter_parameters=adapters * 4 // rank)
-        ways.append(f"--rank 4 ({smallest(replace(request, run=run, largest_adapter=largest * 4 // rank))})")
+        largest = max(largest * 4 // rank, run.largest_trained)
+        ways.append(f"--rank 4 ({smallest(replace(request, run=run, largest_adapter=largest))})")
     return ways

@@ -1,8 +1,9 @@
 """A run's plan: what its options ask of the planner, and what it chose, compared with what was measured."""
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -11,10 +12,20 @@ import torch
 from nybble.errors import ConfigError, PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.layers.backbone import Reason as NotBlocks
 from nybble.layers.backbone import why_not_blocks
-from nybble.layers.convert import block_names, check_dora, check_patterns, end_modules, of_pattern, resolve_targets
+from nybble.layers.convert import (
+    block_names,
+    check_dora,
+    check_patterns,
+    end_modules,
+    of_pattern,
+    quantizable_linears,
+    resolve_targets,
+)
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
+from nybble.layers.trained import resolve_modules
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.groups import MemoryOptions, WeightOptions
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
@@ -147,11 +158,11 @@ def requests(
     if adapters.dora:
         check_dora(skeleton, targets)
     ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.rank) for name in targets}
-    device, dropout = torch.device(machine.kind), adapters.dropout > 0
-    against = why_not_blocks(
-        skeleton, packing=memory.packing, dropout=dropout, dora=adapters.dora, device=device, here=machine.here
-    )
+    few_bits = linears_in_few_bits(options, skeleton, in_four_bits)
+    whole = resolve_modules(skeleton, adapters.modules_to_save, few_bits, targets)
+    against = why_no_blocks(options, skeleton, torch.device(machine.kind), machine.here, in_four_bits)
     model = shape_of(skeleton, in_four_bits)
+    trained = [weight.numel() for name in whole for weight in skeleton.get_submodule(name).parameters()]
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
     parameters = sum(ranks[name] * sum(size) + size[1] * adapters.dora for name, size in sizes.items())
     if new_tokens:
@@ -168,20 +179,24 @@ def requests(
         rules=SHAPE_RULES[machine.kind],
         average_bits=mean_bits(model, formats) if formats and formats.layers else options.rounding.mixed,
         adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
-        dropout=dropout,
+        dropout=adapters.dropout > 0,
         dora=adapters.dora,
+        trained_parameters=sum(trained),
+        largest_trained=max(trained, default=0),
+        trained_head=any(skeleton.get_submodule(name) is skeleton.get_output_embeddings() for name in whole),
         on_cpu=machine.on_cpu,
         asks_reference=options.objective.objective in WITH_REFERENCE,
         more_forwards=more_forwards(options.objective),
         other_ranks=tuple(sorted({*ranks.values()} - {rank})),
     )
     _check_whole_blocks(memory, run, str(against))
-    ends = [name for name in end_modules(skeleton) if name in targets or new_tokens]
-    largest_adapter = max(ranks[name] * max(features) for name, features in sizes.items())
+    ends = [name for name in end_modules(skeleton) if name in (*targets, *whole) or new_tokens]
+    largest_adapter = max(run.largest_trained, *(ranks[name] * max(features) for name, features in sizes.items()))
 
     def request(options: TrainConfig | PlanConfig) -> PlanRequest:
         memory = options.memory
-        against = {strategy: list(reasons_against(strategy, options, model, in_folder, ends)) for strategy in Strategy}
+        why = partial(reasons_against, options=options, model=model, in_folder=in_folder, ends=ends, whole=whole)
+        against = {strategy: list(why(strategy)) for strategy in Strategy}
         return PlanRequest(
             run,
             batches={size: micro_batches(size) for size in _sizes(memory, run.batches)},
@@ -196,6 +211,36 @@ def requests(
         )
 
     return request(options), request(with_options(options, **UNCONSTRAINED))
+
+
+def linears_in_few_bits(
+    options: TrainConfig | PlanConfig, skeleton: "PreTrainedModel", in_four_bits: Collection[str] | None = None
+) -> Collection[str]:
+    """Names of the linear layers that are or will be; `in_four_bits` as `requests` takes it."""
+    if options.weights.format == "none":
+        return ()
+    return quantizable_linears(skeleton) if in_four_bits is None else in_four_bits
+
+
+def why_no_blocks(
+    options: TrainConfig | PlanConfig,
+    skeleton: "PreTrainedModel",
+    device: torch.device,
+    here: bool = True,
+    in_four_bits: Collection[str] | None = None,
+) -> NotBlocks | None:
+    """None when nybble's decoder blocks will train the model of these options on such a device, else the reason.
+
+    Args:
+        here: the device is this machine's.
+    """
+    adapters, packing = options.adapters, options.memory.packing
+    few_bits = linears_in_few_bits(options, skeleton, in_four_bits)
+    trained = resolve_modules(skeleton, adapters.modules_to_save, few_bits, ())
+    dropout, dora = adapters.dropout > 0, adapters.dora
+    return why_not_blocks(
+        skeleton, packing=packing, dropout=dropout, dora=dora, trained=trained, device=device, here=here
+    )
 
 
 def _check_whole_blocks(memory: MemoryOptions, run: RunShape, why_not_blocks: str) -> None:
@@ -260,13 +305,19 @@ def _offloads(wanted: str, run: RunShape) -> tuple[bool, ...]:
 
 
 def reasons_against(
-    strategy: Strategy, options: TrainConfig | PlanConfig, model: ModelShape, in_folder: bool, ends: list[str]
+    strategy: Strategy,
+    options: TrainConfig | PlanConfig,
+    model: ModelShape,
+    in_folder: bool,
+    ends: list[str],
+    whole: Collection[str],
 ) -> Iterator[Reason]:
     """Why these options do not allow a strategy; nothing where they do.
 
     Args:
         in_folder: blocks of the base lie in a four-bit folder, or will.
-        ends: embedding and head, where they get an adapter.
+        ends: embedding and head, where something of them is trained.
+        whole: names of the modules that are trained whole.
     """
     weights, memory = options.weights, options.memory
     if strategy is Strategy.FULL:
@@ -283,10 +334,12 @@ def reasons_against(
     if strategy in (Strategy.FOUR_BIT, Strategy.PAGED) and memory.stream_base == "always":
         yield Reason(Cause.OPTION, "--stream-base always", "--stream-base auto")
     if strategy.streamed:
-        yield from why_not_streamed(options, in_folder, ends)
+        yield from why_not_streamed(options, in_folder, ends, whole)
 
 
-def why_not_streamed(options: TrainConfig | PlanConfig, in_folder: bool, ends: list[str]) -> Iterator[Reason]:
+def why_not_streamed(
+    options: TrainConfig | PlanConfig, in_folder: bool, ends: list[str], whole: Collection[str]
+) -> Iterator[Reason]:
     """Why blocks of the base cannot be read where they are used; nothing where they can. Arguments as
     `reasons_against` takes them.
     """
@@ -295,7 +348,9 @@ def why_not_streamed(options: TrainConfig | PlanConfig, in_folder: bool, ends: l
     if options.adapters.dora:
         yield Reason(Cause.OPTION, "--dora needs the rows of the whole base", "--no-dora")
     if ends:
-        yield Reason(Cause.OPTION, f"the adapter on {ends[0]} needs it in memory", "--target-modules without it")
+        named = "--target-modules" if ends[0] not in whole else "--modules-to-save"
+        what = "the adapter on" if ends[0] not in whole else "training"
+        yield Reason(Cause.OPTION, f"{what} {ends[0]} needs it in memory", f"{named} without it")
     elif not in_folder:
         command, folder = quantize_command(options)
         way = f"{command}, then --model {shlex.quote(folder)}"

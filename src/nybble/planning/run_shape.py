@@ -155,6 +155,8 @@ class RunShape:
         dropout: on the adapters' inputs, on the generic path.
         dora: rows' lengths are trained; on the generic path.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
+        trained_parameters, largest_trained: of modules that are trained whole, all of them and their largest weight.
+        trained_head: the head is one of them: the model's own forward makes its logits.
         other_ranks: that some layers have instead of r.
         full: every weight is trained; then rank and adapters are 0.
         graphs: micro-batches come from graphs, which have memory of their own.
@@ -183,11 +185,19 @@ class RunShape:
     dropout: bool = False
     dora: bool = False
     on_cpu: bool = True
+    trained_parameters: int = 0
+    largest_trained: int = 0
+    trained_head: bool = False
     other_ranks: tuple[int, ...] = ()
     full: bool = False
     asks_reference: bool = False
     more_forwards: int = 0
     graphs: bool = False
+
+    @property
+    def learnt_parameters(self) -> int:
+        """Of adapters, and of what is trained whole beside them."""
+        return self.adapter_parameters + self.trained_parameters
 
     @property
     def filled_up(self) -> bool:

@@ -88,7 +88,7 @@ class PlanRequest:
         offloads: whether what blocks keep may go to a file, to choose among.
         whole_blocks: the last so many keep everything; None where that is chosen.
         adapted: names of the layers that get an adapter.
-        largest_adapter: parameters of the largest A or B.
+        largest_adapter: parameters of the largest A or B, or weight of a module that is trained whole.
         excluded: strategy -> why this run cannot use it.
     """
 
@@ -105,7 +105,8 @@ class PlanRequest:
 
 
 def _full_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
-    yield replace(run, adapter_parameters=0, rank=0, other_ranks=(), spec=None, full=True)
+    alone = replace(run, trained_parameters=0, largest_trained=0, trained_head=False)
+    yield replace(alone, adapter_parameters=0, rank=0, other_ranks=(), spec=None, full=True)
 
 
 def _lora_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:

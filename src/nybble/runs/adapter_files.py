@@ -2,7 +2,8 @@
 
 Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32; of an
 embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`; DoRA's `.lora_magnitude_vector`
-`[out]`; of tokens with rows of their own `.token_adapter.trainable_tokens_delta` `[tokens, width]`, these rows.
+`[out]`; of tokens with rows of their own `.token_adapter.trainable_tokens_delta` `[tokens, width]`, these rows; of
+modules that are trained whole (`modules_to_save`) their weights, as the module calls them.
 Adapters that began with something other than B = 0 have a third file, `initial.safetensors`, with the same keys: what
 they began with. PEFT does not look at it: on the quantised base the adapter is whole without it. Where that was taken
 out of the base's weights (`init_lora_weights` is pissa or olora), PEFT takes it out of the base again when it loads
@@ -13,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from nybble.formats.safetensors import SafetensorsFolder, sampled_sha256
 from nybble.layers.convert import adapters_of, attach_adapters, end_modules, of_pattern, quantizable_linears
 from nybble.layers.lora import DoraLinear, LoraLinear, lora_scaling
 from nybble.layers.token_rows import token_rows, train_rows
+from nybble.layers.trained import TrainedModule, train_modules, trained_modules
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 
 if TYPE_CHECKING:
@@ -42,7 +45,7 @@ _KEY = re.compile(rf"{re.escape(PREFIX)}(?P<layer>.+)\.({'|'.join(map(re.escape,
 # What a config may say without changing what the adapter computes; anything else must be off.
 PLAIN_KEYS = {
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("use_dora", "trainable_token_indices"),
+    *("use_dora", "trainable_token_indices", "modules_to_save"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("fan_in_fan_out", "inference_mode"),
     *("auto_mapping", "peft_version", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config"),
@@ -64,6 +67,7 @@ class StoredAdapter:
     Attributes:
         config: of PEFT.
         names: of the adapted layers.
+        modules: names of the modules that were trained whole -> those of their weights.
         taken_by: "pissa" or "olora" where the frozen weights are less what the adapter began with.
 
     Args:
@@ -90,7 +94,14 @@ class StoredAdapter:
         begun_as = self.config.get("init_lora_weights")
         self.taken_by: str = begun_as if self._initial is not None and begun_as in TAKES_FROM_BASE else ""
         self.doubled = on_original and bool(self.taken_by)
-        _check_plain(folder, self.config, self._stored.entries, self.taken_by)
+        self.modules = _modules(self.config, self._stored.entries)
+        whole = {PREFIX + name + "." + leaf for name, leaves in self.modules.items() for leaf in leaves}
+        if (said := self.config.get("modules_to_save")) and not self.modules:
+            raise RunError(
+                f"The adapter in {folder} has no weights of what its modules_to_save says: {said}.",
+                "Allowed: an adapter with the weights of modules that were trained whole.",
+            )
+        _check_plain(folder, self.config, [key for key in self._stored.entries if key not in whole], self.taken_by)
         self.dora: bool = self.settings["dora"]
         self.names = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
         self._check_ranks()
@@ -118,6 +129,25 @@ class StoredAdapter:
         """
         shape = (len(self.tokens[name]), width)
         return self._tensor(self._stored, WEIGHTS_NAME, PREFIX + name + TOKENS, shape)
+
+    def module_weights(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """All weights of a module that was trained whole by their names in it, fp32.
+
+        Args:
+            module: of that name in the base; on the meta device is enough.
+
+        Raises:
+            RunError: as `matrices`, or they are others than the base's.
+        """
+        shapes = {leaf: tuple(weight.shape) for leaf, weight in module.named_parameters()}
+        if shapes.keys() != set(self.modules[name]):
+            raise RunError(
+                f"The adapter in {self.folder} has {', '.join(self.modules[name])} of {name}, this base has "
+                f"{', '.join(shapes) or 'nothing'} of it.",
+                "Allowed: an adapter trained on the same base.",
+            )
+        read = partial(self._tensor, self._stored, WEIGHTS_NAME)
+        return {leaf: read(f"{PREFIX}{name}.{leaf}", shape) for leaf, shape in shapes.items()}
 
     def leaves(self, name: str) -> tuple[str, str]:
         """How the keys of one layer's A and B end."""
@@ -171,8 +201,9 @@ class StoredAdapter:
         Raises:
             RunError: names the layer.
         """
-        layers = set(_adaptable(model))
-        if unknown := [name for name in self.names if name not in layers]:
+        layers, modules = set(_adaptable(model)), {name for name, _ in model.named_modules()}
+        unknown = [name for name in self.names if name not in layers]
+        if unknown := [*unknown, *(name for name in self.modules if name not in modules)]:
             raise RunError(
                 f"The adapter in {self.folder} is for layer {unknown[0]!r}, which this base does not have.",
                 "Allowed: an adapter trained on the same base.",
@@ -277,6 +308,21 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _modules(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[str]]:
+    """Modules that were trained whole -> the names of their weights. As in PEFT a module is one whose name ends in an
+    entry of `modules_to_save`; of several that lie in each other, the outermost.
+    """
+    ends = tuple(map(str, config.get("modules_to_save") or ()))
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        parts = key.removeprefix(PREFIX).split(".")
+        outer = (".".join(parts[:length]) for length in range(1, len(parts)))
+        if not ends or _KEY.fullmatch(key) or (name := next((n for n in outer if n.endswith(ends)), None)) is None:
+            continue
+        found.setdefault(name, []).append(key.removeprefix(f"{PREFIX}{name}."))
+    return found
+
+
 def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str], taken_by: str) -> None:
     """Refuse what is more or other than LoRA matrices beside the base, or beside what they left of it.
 
@@ -294,7 +340,8 @@ def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str], t
     if strange:
         raise RunError(
             f"The adapter in {folder} is not LoRA alone: {', '.join(strange[:3])}.",
-            "Allowed: LoRA's A and B on linear layers, embedding and head, DoRA's magnitudes, and tokens' rows.",
+            "Allowed: LoRA's A and B on linear layers, embedding and head, DoRA's magnitudes, tokens' rows, modules "
+            "trained whole.",
             "Merge it into its base with PEFT (merge_and_unload), and use the merged model.",
         )
 
@@ -310,8 +357,10 @@ def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
     adapters = attach_adapters(model, stored.names, **stored.settings)
     if stored.tokens:
         train_rows(model, next(iter(stored.tokens.values())))
+    train_modules(model, stored.modules)
     _fill(adapters, stored)
     _fill_rows(model, stored)
+    _fill_modules(trained_modules(model), stored)
     return adapters
 
 
@@ -324,8 +373,25 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
     adapters, stored = adapters_of(model), StoredAdapter(folder)
     if unknown := sorted(set(stored.names) - adapters.keys()):
         raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
+    modules = trained_modules(model)
+    if modules.keys() != stored.modules.keys():
+        differing = sorted(modules.keys() ^ stored.modules.keys())
+        whose = "this run" if differing[0] in modules else f"the adapter in {folder}"
+        raise RunError(
+            f"Only {whose} has {differing[0]} trained whole.",
+            "An adapter is trained on with the modules that it has (modules_to_save).",
+        )
     _fill(adapters, stored)
     _fill_rows(model, stored)
+    _fill_modules(modules, stored)
+
+
+def _fill_modules(modules: Mapping[str, TrainedModule], stored: StoredAdapter) -> None:
+    with torch.no_grad():
+        for name, module in modules.items():
+            weights = stored.module_weights(name, module.trained)
+            for leaf, parameter in module.trained.named_parameters():
+                parameter.copy_(weights[leaf])
 
 
 def _fill_rows(model: nn.Module, stored: StoredAdapter) -> None:

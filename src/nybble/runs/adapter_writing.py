@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter
 from nybble.layers.convert import adapters_of
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.token_rows import token_rows
+from nybble.layers.trained import TrainedModule, trained_modules
 from nybble.runs.adapter_files import (
     CONFIG_NAME,
     EMBEDDING,
@@ -75,6 +76,8 @@ def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
         parameters["target_parameters"] = sorted(f"{name}.weight" for name in as_parameters)
     if any(isinstance(adapter, DoraLinear) for adapter in adapters.values()):
         parameters["use_dora"] = True
+    if modules := trained_modules(model):
+        parameters["modules_to_save"] = _shortest_ends(model, list(modules))
     if rows := token_rows(model):
         tokens = {name.rpartition(".")[2]: model.get_submodule(name).tokens for name in rows}
         parameters["trainable_token_indices"] = tokens
@@ -131,6 +134,9 @@ def write_plain_adapter(adapter: "StoredAdapter", model: nn.Module, folder: Path
     for name in adapter.names:
         pair = adapter.matrices(name, *linear_features(model.get_submodule(name)))
         tensors |= {f"{PREFIX}{name}.{leaf}": each for leaf, each in zip(LINEAR, pair, strict=True)}
+    for name in adapter.modules:
+        weights = adapter.module_weights(name, model.get_submodule(name))
+        tensors |= {f"{PREFIX}{name}.{leaf}": weight for leaf, weight in weights.items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     write_config(folder, config | {"r": rank, "rank_pattern": rank_pattern, "init_lora_weights": True})
 
@@ -169,9 +175,24 @@ def _shortest_targets(model: nn.Module, names: list[str]) -> list[str]:
     return leaves if sorted(same_leaf) == sorted(names) else sorted(names)
 
 
+def _shortest_ends(model: nn.Module, modules: Sequence[str]) -> list[str]:
+    """Last parts of names where, by PEFT's rule, exactly these modules' names end so, else whole names."""
+    ends = sorted({name.rpartition(".")[2] for name in modules})
+    inside = tuple(f"{name}." for name in modules)
+    alike = [n for n, _ in model.named_modules() if n.endswith(tuple(ends)) and not n.startswith(inside)]
+    return ends if sorted(alike) == sorted(modules) else sorted(modules)
+
+
+def module_tensors(modules: Mapping[str, TrainedModule]) -> dict[str, Tensor]:
+    """PEFT's keys -> fp32 weights on the CPU of modules that are trained whole."""
+    weights = {n: module.trained.named_parameters() for n, module in modules.items()}
+    return {f"{PREFIX}{n}.{leaf}": w.detach().cpu() for n, named in weights.items() for leaf, w in named}
+
+
 def write_adapter(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     """Write the model's adapters into an existing folder."""
     tensors = adapter_tensors(adapters_of(model))
+    tensors |= module_tensors(trained_modules(model))
     tensors |= {PREFIX + name + TOKENS: rows.detach().cpu() for name, rows in token_rows(model).items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     if initial := initial_tensors(adapters_of(model)):

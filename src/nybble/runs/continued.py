@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ConfigError, RunError
 from nybble.layers.convert import resolve_targets
+from nybble.layers.trained import resolve_modules
 from nybble.options.adapter_groups import AdapterOptions
 from nybble.options.option import yaml_key
 from nybble.runs.adapter_files import StoredAdapter
@@ -41,7 +42,7 @@ def open_adapter(path: str) -> StoredAdapter:
 
 
 def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrainedModel") -> dict[str, Any]:
-    """The options that the adapter fixes: its rank, alpha, scaling and layers.
+    """The options that the adapter fixes: its rank, alpha, scaling, layers and the modules that it has whole.
 
     Args:
         skeleton: the base, on the meta device.
@@ -62,6 +63,9 @@ def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrai
     }
     same_layers = set(resolve_targets(skeleton, given.target_modules)) == set(adapter.names)
     own["target_modules"] = given.target_modules if same_layers else tuple(adapter.names)
+    own["modules_to_save"] = tuple(adapter.modules)
+    if given.modules_to_save and set(resolve_modules(skeleton, given.modules_to_save, (), ())) == set(adapter.modules):
+        own["modules_to_save"] = given.modules_to_save
     for name in given.model_fields_set & own.keys():
         if getattr(given, name) != own[name]:
             shown = _listed(own[name])

@@ -13,12 +13,12 @@ from nybble.data.prepare import PreparedData
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError
 from nybble.events import Listener, Note
-from nybble.layers.backbone import why_not_blocks
 from nybble.layers.precision import set_up
 from nybble.options.groups import LoopOptions
 from nybble.options.option import config_to_yaml, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.micro_batches import micro_batches_of, total_steps
+from nybble.planning.request import why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.quantization.adapter_init import check_initialisable
 from nybble.runs.adapter_files import StoredAdapter
@@ -173,6 +173,6 @@ def micro_batches_for(
     config: TrainConfig, source: StoredModel, data: PreparedData, num_steps: int, device: torch.device
 ) -> Callable[[int], MicroBatches]:
     """What the run's micro-batches come to, by the most rows at once."""
-    rules, packing, dropout = SHAPE_RULES[device.type], config.memory.packing, config.adapters.dropout > 0
-    shares = why_not_blocks(source.skeleton, packing=packing, dropout=dropout, device=device) is None
-    return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=config.data.seed, shares=shares)
+    shares = why_no_blocks(config, source.skeleton, device, in_four_bits=source.in_four_bits) is None
+    rules, seed = SHAPE_RULES[device.type], config.data.seed
+    return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=seed, shares=shares)
