@@ -308,6 +308,10 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _is_beside_adapter(key: str) -> bool:
+    return _KEY.fullmatch(key) is not None or key.endswith((_BASE_WEIGHT, TOKENS, MAGNITUDE))
+
+
 def _modules(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[str]]:
     """Modules that were trained whole -> the names of their weights. As in PEFT a module is one whose name ends in an
     entry of `modules_to_save`; of several that lie in each other, the outermost.
@@ -317,7 +321,7 @@ def _modules(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, list[s
     for key in keys:
         parts = key.removeprefix(PREFIX).split(".")
         outer = (".".join(parts[:length]) for length in range(1, len(parts)))
-        if not ends or _KEY.fullmatch(key) or (name := next((n for n in outer if n.endswith(ends)), None)) is None:
+        if not ends or _is_beside_adapter(key) or (name := next((n for n in outer if n.endswith(ends)), None)) is None:
             continue
         found.setdefault(name, []).append(key.removeprefix(f"{PREFIX}{name}."))
     return found
