@@ -1,12 +1,14 @@
 """Small models of each family in four bits, a packed batch, and their losses and gradients by decoder blocks and by
 transformers' own layers.
 
-A new family is one line of `CONFIGS`.
+A new family is one line of `CONFIGS`. What goes by little of a family's own is run with all of them in the slow tests,
+with a few always (`SAMPLED`).
 """
 
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 from tiny import put_into_four_bits, tune
@@ -15,12 +17,18 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 from nybble.data.packing import IGNORE, Batch, pack_tokens
@@ -37,6 +45,7 @@ SHAPE = {
 }  # fmt: skip
 KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
 GEMMA = {**KINDS, "head_dim": 18, "query_pre_attn_scalar": 11, "attn_implementation": "eager"}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
@@ -44,8 +53,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, **KINDS, use_sliding_window=True, head_dim=16),
     "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
     "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
+    "ministral": MinistralConfig(**SHAPE, **KINDS, head_dim=16),
+    "smollm3": SmolLM3Config(**SHAPE, **KINDS, use_sliding_window=True, no_rope_layers=[1, 0, 1]),
+    "granite": GraniteConfig(
+        **SHAPE, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=1.5
+    ),
+    "olmo2": Olmo2Config(**SHAPE),
+    "olmo3": Olmo3Config(**SHAPE, **KINDS),
+    "phi3": Phi3Config(**SHAPE, sliding_window=WINDOW, rope_parameters=PARTIAL),
 }
 DOCUMENTS = (7, 1, 20, 13)
+ALWAYS = ("llama", "gemma2", "olmo3", "phi3")  # all stages and linears of other families are one of theirs
+SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in CONFIGS]
 
 
 def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:

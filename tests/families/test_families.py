@@ -15,6 +15,7 @@ import pytest
 import torch
 from family_models import (
     CONFIGS,
+    SAMPLED,
     VOCABULARY,
     by_blocks,
     by_transformers,
@@ -37,7 +38,7 @@ from nybble.generation.generate import Sampling, generate
 from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.layers.decoder_block import Norm
+from nybble.layers.norms import Norm
 from nybble.memory.store import open_store
 from nybble.planning.costs import kept_bytes
 from nybble.planning.run_shape import MicroBatches, RunShape
@@ -105,7 +106,7 @@ def test_training_takes_the_blocks(name: str) -> None:
     assert CausalLM.of(transformers_own(name)[0]).verdict.path == "blocks"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_bf16_is_no_worse_than_the_models_own(name: str) -> None:
     """States and gradients of some draws together: one of so small a model says little."""
     ours, theirs = torch.zeros(2), torch.zeros(2)
@@ -118,7 +119,7 @@ def test_bf16_is_no_worse_than_the_models_own(name: str) -> None:
             (theirs, by_transformers(narrow, batch)),
         ):
             errors += torch.tensor([relative_error(states, exact_states), relative_error(gradients, exact)])
-    assert (ours <= 1.05 * theirs).all(), (ours, theirs)
+    assert (ours <= torch.tensor([1.05, 1.1]) * theirs).all(), (ours, theirs)
 
 
 # ---- answers -------------------------------------------------------------------------------------
@@ -133,13 +134,20 @@ def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
+@functools.cache  # backends share them
+def transformers_answers(name: str) -> list[list[int]]:
+    dense = written_out(transformers_own(name)[0])
+    answers = [greedy(dense, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(ids) for ids in answers}) == len(PROMPTS), "the answers must tell the prompts apart"
+    return answers
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_answers_are_the_models_own(kernels: str, name: str) -> None:
     """A few texts at once, and more than are multiplied with packed weights."""
     model, _ = transformers_own(name)
     assert why_not_forward(model, ops=decoder_ops) is None
-    expected = [greedy(written_out(model), prompt, 12) for prompt in PROMPTS]
-    assert len({tuple(ids) for ids in expected}) == len(PROMPTS), "the answers must tell the prompts apart"
+    expected = transformers_answers(name)
     for times in (1, 4):
         answers = generate(model, PROMPTS * times, stop_ids=(), max_new_tokens=12, sampling=Sampling())
         assert answers == expected * times
@@ -181,7 +189,7 @@ def test_calibrations_walk_sees_what_the_models_own_layers_do(name: str, monkeyp
 # ---- streaming -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_a_streamed_base_changes_no_bit(name: str, tmp_path: Path) -> None:
     dense_model(name).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
@@ -221,11 +229,14 @@ def test_what_a_config_asks_for_beyond_its_family_is_named(name: str, option: st
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_dropout_of_attention_is_not_left_out_in_silence(name: str) -> None:
+def test_dropout_of_states_is_not_left_out_in_silence(name: str) -> None:
     model = dense_model(name)
+    for option in ("attention_dropout", *FAMILIES[name].dropouts):
+        setattr(model.config, option, 0.1)
+        reason = why_not_blocks(model, packing=True, dropout=False)
+        assert reason is not None and option in str(reason)
+        setattr(model.config, option, 0.0)
     model.config.attention_dropout = 0.1
-    reason = why_not_blocks(model, packing=True, dropout=False)
-    assert reason is not None and "attention_dropout" in str(reason)
     assert why_not_forward(model, ops=decoder_ops) is None, "answers drop nothing"
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from family_models import CONFIGS, in_bf16, packed_batch, relative_error, tuned_model
+from family_models import CONFIGS, SAMPLED, in_bf16, packed_batch, relative_error, tuned_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -126,7 +126,7 @@ def in_bf16_by_plain_bodies(name: str) -> tuple[PreTrainedModel, Step]:
         return narrow, step_of(copy.deepcopy(narrow), KEEPS[name], ONE)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", SAMPLED)
 def test_a_step_in_bf16_is_that_of_the_plain_bodies(kernels: str, name: str) -> None:
     """Triton's to the bit, but for GeGLU: its tanh is a sigmoid there. C++ rounds elsewhere, in attention above all."""
     model, expected = in_bf16_by_plain_bodies(name)

@@ -142,7 +142,7 @@ def test_the_way_that_is_chosen_is_the_same_in_bf16(name):
     assert causal_lm.packed == (name not in PADDED) and isinstance(causal_lm.head, LossHead), causal_lm.name
     ours, our_gradients = trained_loss_and_gradients(causal_lm, rows)
     assert ours == pytest.approx(loss, rel=1e-2)
-    assert relative(our_gradients, gradients) <= 0.06
+    assert relative(our_gradients, gradients) <= 0.07
 
 
 @pytest.mark.parametrize(
@@ -290,8 +290,9 @@ def test_angles_are_those_of_each_row_in_a_fresh_model(name):
     assert not torch.allclose(copy.deepcopy(fresh)(x, packed)[0], rotary(x, packed)[0], atol=1e-3)
 
 
-def test_decoder_blocks_turn_each_row_by_its_own_length():
-    model = tiny_model("dynamic")
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_decoder_blocks_turn_each_row_by_its_own_length(name):
+    model = tiny_model(name)
     causal_lm = CausalLM.of(model)
     assert isinstance(causal_lm.backbone, FusedForward)
 
@@ -320,7 +321,7 @@ def test_an_own_loss_that_is_not_of_the_next_token_is_refused():
 
 def test_a_way_that_fails_in_the_models_own_code_is_refused_in_words() -> None:
     """xLSTM in bf16 takes the probe's document alone and fails over several."""
-    model = tiny_model("granite")
+    model = tiny_model("nanochat")
     first = model.model.layers[0]
 
     def fails_over_several(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -2,12 +2,12 @@
 
 A layer of every family is
 
-    x = x + attention_output_norm(o(attention(rope(head_norms(qkv(input_norm(x)))))))
-    x = x + mlp_output_norm(down(activation(gate) * up)),   gate, up = gate_up(mlp_norm(x))
+    x = x + residual * attention_output_norm(o(attention(rope(head_norms(qkv(input_norm(x)))))))
+    x = x + residual * mlp_output_norm(down(activation(gate) * up)),   gate, up = gate_up(mlp_norm(x))
 
 and a `Family` says which of its parts there are and what transformers calls them. What a layer or config of
-transformers holds as a number (head widths, the factor on the scores, epsilon) is read there; scaled embeddings are the
-embedding module's own business.
+transformers holds as a number (head widths, the factor on the scores, epsilon) is read there; embeddings that are
+scaled by their own module are its business.
 """
 
 from dataclasses import dataclass
@@ -26,13 +26,19 @@ class Family:
         model_type: of its configs.
         activation, activation_option: of the MLP's gate, and the config's option that names it.
         norm_offset: what is added to the weights of its norms.
-        input_norm, mlp_norm: modules that norm what attention and the MLP read.
+        input_norm, mlp_norm: modules that norm what attention and the MLP read, or None.
         attention_output_norm, mlp_output_norm: modules that norm what these two add to the states, or None.
-        head_norms: modules that norm each query and each key head, or none.
-        qkv, o, gate_up, down: linear layers; those that read the same states together.
+        head_norms: modules that norm queries and keys, or none.
+        heads_together: they norm all heads of a token as one row, not each by itself.
+        qkv, o, gate_up, down: linear layers; those that read the same states together, or one whose outputs lie as
+            theirs would.
         windows: layers that attend to the last `sliding_window` tokens only: none, all, or those of that kind.
         rope_by_kind: each kind of layer has its own rotary angles.
+        rotated_layers: the config's option that says of each layer whether it has rotary angles; all have where None.
         attention_softcap: the config's option for c in c · tanh(scores / c), or None.
+        embedding_multiplier, residual_multiplier: the config's options for factors on the embeddings and on what is
+            added to the states, or None.
+        dropouts: options, beside `attention_dropout`, for shares of a layer's states that training drops.
         unsupported: options that, where a config sets them, make of its layers something else than this.
         gguf: its architecture in GGUF files, a name of gguf.MODEL_ARCH, or None where it is not exported.
     """
@@ -41,20 +47,30 @@ class Family:
     activation: Activation = "silu"
     activation_option: str = "hidden_act"
     norm_offset: float = 0.0
-    input_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    input_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
     head_norms: tuple[str, ...] = ()
+    heads_together: bool = False
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     windows: Literal["none", "all", "by kind"] = "none"
     rope_by_kind: bool = False
+    rotated_layers: str | None = None
     attention_softcap: str | None = None
+    embedding_multiplier: str | None = None
+    residual_multiplier: str | None = None
+    dropouts: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     gguf: str | None = None
+
+    @property
+    def input_norms(self) -> int:
+        """How many norms there are of what attention and the MLP read."""
+        return sum(name is not None for name in (self.input_norm, self.mlp_norm))
 
     @property
     def added_norms(self) -> int:
@@ -80,3 +96,15 @@ class Family:
     def softcap(self, config: Any) -> float:
         """c of the scores' soft cap; 0 where there is none."""
         return (getattr(config, self.attention_softcap) or 0.0) if self.attention_softcap else 0.0
+
+    def rotated(self, config: Any, layer: int) -> bool:
+        """Whether queries and keys of this layer are rotated."""
+        return self.rotated_layers is None or bool(getattr(config, self.rotated_layers)[layer])
+
+    def embedding_factor(self, config: Any) -> float:
+        """Of what the embedding module gives."""
+        return getattr(config, self.embedding_multiplier) if self.embedding_multiplier else 1.0
+
+    def residual_factor(self, config: Any) -> float:
+        """Of what attention and the MLP add to the states."""
+        return getattr(config, self.residual_multiplier) if self.residual_multiplier else 1.0

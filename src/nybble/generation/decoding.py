@@ -14,7 +14,6 @@ Left out: a ring buffer for sliding windows; the cache keeps all positions and a
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +25,13 @@ from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.hardware import send
 from nybble.kernels.ops.cached_attention import cached_attention
-from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
+from nybble.kernels.ops.decode import MAX_ROWS, NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
 from nybble.layers.backbone import FusedForward
-from nybble.layers.decoder_block import Angles, DecoderBlock, Norm, block_ops, rotary_angles
+from nybble.layers.decoder_block import DecoderBlock, block_ops
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead, loss_head
+from nybble.layers.norms import Norm
+from nybble.layers.packed_rows import Angles, rotary_angles, scaled_embeddings
 from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.rotary import angles_by_length
@@ -141,8 +142,7 @@ class CachedDecoder:
         self.blocks = self.backbone.blocks
         self.kinds = sorted({block.kind for block in self.blocks})
         self.layers = [_describe(block, self.kinds.index(block.kind)) for block in self.blocks]
-        norm = replace(self.blocks[0].input_norm, module=model.base_model.norm)
-        self.few_rows = decoder(_describe_model(self.layers, norm, self.head))
+        self.few_rows = decoder(_describe_model(self.layers, self.backbone.norm, self.head))
         waits = angles_by_length(model) or registry.waits("cached_attention", head.device)
         self._graph_type = graph_on(head.device) if graphs and not waits else None
         self._graph: Graph | None = None  # of a step of the texts that there are now
@@ -197,7 +197,7 @@ class CachedDecoder:
         """A step of `_tokens`."""
         cache = self.cache
         cache.advance()
-        x = self.model.base_model.embed_tokens(self._tokens)  # (texts, hidden)
+        x = scaled_embeddings(self.model, self.model.base_model.embed_tokens(self._tokens))  # (texts, hidden)
         angles = rotary_angles(self.model, (cache.columns - cache.starts)[:, None])
         where = cache.texts, cache.columns, cache.starts
         if len(x) <= MAX_ROWS:
@@ -222,7 +222,7 @@ class CachedDecoder:
     def _logits(self, x: Tensor) -> Tensor:
         if len(x) <= MAX_ROWS:
             return self.head.finish(self.few_rows.logits(x))
-        return self.head.logits(self.model.base_model.norm(x))
+        return self.head.logits(self.backbone.norm.module(x))
 
 
 # ---- what the op is told -------------------------------------------------------------------------
@@ -249,8 +249,8 @@ def _describe(block: DecoderBlock, rope: int) -> DecoderLayer:
         o=linears(block.o),
         gate_up=linears(block.gate_up),
         down=linears(block.down),
-        input_norm=_describe_norm(block.input_norm),
-        mlp_norm=_describe_norm(block.mlp_norm),
+        input_norm=norm(block.input_norm),
+        mlp_norm=norm(block.mlp_norm),
         q_norm=q_norm,
         k_norm=k_norm,
         num_heads=block.num_heads,
@@ -262,7 +262,8 @@ def _describe(block: DecoderBlock, rope: int) -> DecoderLayer:
         mlp_output_norm=norm(block.mlp_output_norm),
         activation=block.activation,
         softcap=block.softcap,
-        rope=rope,
+        rope=rope if block.rotated else NO_ROPE,
+        residual=block.residual,
     )
 
 

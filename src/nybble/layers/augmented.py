@@ -48,8 +48,9 @@ class AugmentedProjection(Projection):
         """As `Projection` says, (T, R)."""
         return self._input(x) @ self._below(x).T if self._adapted() else None
 
-    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None, factor: float = 1.0) -> Tensor:
         """As `Projection` says."""
+        assert residual is not None or factor == 1.0
         rows, weight = self._input(x), self._weight(x)[: self.out_features]
         if z is None:
             weight = weight[:, : self.in_features]
@@ -59,10 +60,10 @@ class AugmentedProjection(Projection):
             y = x.new_empty(x.shape[0], self.out_width)
             part = torch.mm(rows, weight.T, out=y[:, : self.out_features])
         else:
-            y = part = torch.addmm(residual, rows, weight.T)
+            y = part = torch.addmm(residual, rows, weight.T, alpha=factor)
         for linear, columns in zip(self.linears, self.columns, strict=True):
             if linear.bias is not None:
-                part[:, columns] += linear.bias.to(x.dtype)
+                part[:, columns].add_(linear.bias.to(x.dtype), alpha=factor)
         return y
 
     def gradient(self, grad_y: Tensor) -> Tensor:

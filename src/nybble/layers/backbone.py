@@ -22,16 +22,11 @@ from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.convert import block_names
-from nybble.layers.decoder_block import (
-    Keep,
-    PackedSequences,
-    Spread,
-    block_ops,
-    decoder_block,
-    rotary_angles,
-)
+from nybble.layers.decoder_block import Keep, block_ops, decoder_block
 from nybble.layers.lora import DoraLinear
 from nybble.layers.loss_head import decoder_of, is_plain
+from nybble.layers.norms import final_norm
+from nybble.layers.packed_rows import PackedSequences, Spread, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.rotary import angles_by_length
@@ -196,7 +191,7 @@ class FusedForward:
         whole_blocks: int = 0,
     ):
         self.model, self.kept, self.regularisers = model, kept, PLAIN
-        self.weights = DenseWeights(store)
+        self.weights, self.norm = DenseWeights(store), final_norm(model)
         self.blocks = [decoder_block(layer, model.config, self.weights) for layer in model.base_model.layers]
         others = len(self.blocks) - whole_blocks
         self.keeps: list[Keep] = [keep if i < others else "everything" for i in range(len(self.blocks))]
@@ -207,8 +202,7 @@ class FusedForward:
     def asks_for_nothing(self) -> bool:
         """Whether a pass needs nothing but what lies in the memory that it computes in, draws nothing, and waits for
         nobody."""
-        norm = self.blocks[0].input_norm.weight
-        waits = any(block.attention_waits(norm) for block in self.blocks) or angles_by_length(self.model)
+        waits = any(block.attention_waits(self.norm.weight) for block in self.blocks) or angles_by_length(self.model)
         return self.weights.store is None and self.kept is None and not self.regularisers.noise and not waits
 
     @property
@@ -230,12 +224,13 @@ class FusedForward:
                 for block, keep in zip(self.blocks, self.keeps, strict=True):
                     self.kept.next_block()
                     x = block(x, sequences, keep)
-        return self.model.base_model.norm(x.index_select(0, positions))
+        states: Tensor = self.norm.module(x.index_select(0, positions))
+        return states
 
     def refresh_adapters(self) -> None:
         """Bring copies of adapters up to date: together, not among what the blocks free."""
         for block in self.blocks:
-            block.refresh_adapters(block.input_norm.weight.dtype)
+            block.refresh_adapters(self.norm.weight.dtype)
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
@@ -244,7 +239,7 @@ class FusedForward:
         x = self.model.base_model.embed_tokens(input_ids[0])
         if self.regularisers.noise and self.model.training:
             x = self.regularisers.noised(x, batch.document_lengths)
-        return x, sequences
+        return scaled_embeddings(self.model, x), sequences
 
 
 def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
@@ -291,8 +286,11 @@ def why_not_blocks(
     """
     if not packing:
         return Reason(Why.NOT_PACKED)
-    if getattr(model.config.get_text_config(), "attention_dropout", 0):
-        return Reason(Why.OPTION, "attention_dropout")
+    config = model.config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    for option in ("attention_dropout", *(family.dropouts if family else ())):
+        if getattr(config, option, 0):
+            return Reason(Why.OPTION, option)
     if dora:
         return Reason(Why.DORA)
     if inside := trained_inside(trained, block_names(model)):

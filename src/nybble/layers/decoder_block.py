@@ -3,9 +3,9 @@
     x2 = x  + o(attention(rope(qkv(rms_norm(x)))))
     y  = x2 + down(silu(gate) * up),   gate, up = gate_up(rms_norm(x2))
 
-So it is for Llama; what other families have beside that (norms of heads and of what is added to x, norms whose weights
-lie around zero, GeGLU, a soft cap on the scores) their `Family` says. The stages of a layer are methods, which
-training, answers and calibration share.
+So it is for Llama; what other families have beside that or lack (norms of heads, of what is added to x, of what is
+read; norms whose weights lie around zero; a factor on what is added; GeGLU; a soft cap on the scores; layers without
+rotary angles) their `Family` says. The stages of a layer are methods, which training, answers and calibration share.
 
 Autograd through transformers' layer keeps some twenty tensors of a layer's width and casts most of them to
 fp32 and back. Written out by hand, a layer keeps what its caller asks for:
@@ -27,7 +27,7 @@ experts and layer-scale; such models run on the generic path.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,17 +37,13 @@ from nybble.families.family import Activation, Family
 from nybble.kernels import registry
 from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
-from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
 from nybble.layers.augmented import projection_on
+from nybble.layers.norms import Norm, Normed, norm_over, through_norm
+from nybble.layers.packed_rows import Angles, PackedSequences
 from nybble.layers.projection import DenseWeights, Projection
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 Keep = Literal["nothing", "attention", "everything"]
-
-Angles = Mapping[str, tuple[Tensor, Tensor]]  # kind of layer -> cos and sin, each fp32 (T, rotary_dim / 2)
 
 GATES: Mapping[Activation, tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]] = {
     "silu": (swiglu, swiglu_backward),
@@ -70,92 +66,6 @@ def block_ops(family: Family) -> tuple[str, ...]:
     )
 
 
-class Spread(NamedTuple):
-    """How documents share the rows of a batch; each is a part of two at most.
-
-    Args:
-        rows: int64 `(D)`, the row of each of the documents' tokens.
-        first: int64 `(T)`, the first token that each row is.
-        second: int64, tokens whose rows others were before.
-    """
-
-    rows: Tensor
-    first: Tensor
-    second: Tensor
-
-    def to_documents(self, rows: Tensor) -> Tensor:
-        """(T, ..) -> (D, ..)."""
-        return rows.index_select(0, self.rows)
-
-    def gradient(self, grad: Tensor, out: Tensor) -> None:
-        """Of the rows, into `out` (T, ..), from that of the documents' tokens (D, ..)."""
-        torch.index_select(grad, 0, self.first, out=out)
-        out.index_add_(0, self.rows[self.second], grad.index_select(0, self.second))
-
-
-@dataclass(frozen=True)
-class PackedSequences:
-    """Where the T tokens of a packed batch lie, the same for every block.
-
-    Args:
-        angles: of each token's position, for each kind of layer.
-        cu_seqlens: int32 `(num_documents + 1)`, the documents' borders.
-        max_length: tokens of the longest document.
-        spread: where documents share rows; only attention tells them apart.
-    """
-
-    angles: Angles
-    cu_seqlens: Tensor
-    max_length: int
-    spread: Spread | None = None
-
-
-def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
-    """cos and sin of the model's own RoPE variants, each fp32 `(B * T, rotary_dim / 2)`, for positions `(B, T)`.
-
-    In fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
-    """
-    config = model.config.get_text_config()
-    family = FAMILIES[config.model_type]
-    kinds = sorted(set(family.kinds(config)))
-    if family.rope_by_kind:
-        return {kind: _angles(model, position_ids, kind) for kind in kinds}
-    return dict.fromkeys(kinds, _angles(model, position_ids))
-
-
-def _angles(model: "PreTrainedModel", position_ids: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
-    cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids, *kind)
-    half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
-    return cos[..., :half].flatten(0, 1).contiguous(), sin[..., :half].flatten(0, 1).contiguous()
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm over a module's weight.
-
-    Args:
-        offset: added to the weight.
-    """
-
-    module: Any
-    eps: float
-    offset: float
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.detach()
-
-    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The normed rows and 1 / RMS of each."""
-        return rms_norm(x, self.weight, self.eps, self.offset, out=out)
-
-    def backward(
-        self, grad: Tensor, x: Tensor, rstd: Tensor, out: Tensor | None = None, accumulate: bool = False
-    ) -> Tensor:
-        return rms_norm_backward(grad, x, self.weight, rstd, self.offset, out=out, accumulate=accumulate)
-
-
 class DecoderBlock:
     """The forward and backward of one transformers decoder layer; it owns no parameters.
 
@@ -171,26 +81,36 @@ class DecoderBlock:
         def projection(*names: str) -> Projection:
             return own_class([layer.get_submodule(name) for name in names], weights)
 
-        def norm(name: str) -> Norm:
-            return Norm(layer.get_submodule(name), config.rms_norm_eps, family.norm_offset)
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else norm_over(layer.get_submodule(name), family, config)
 
         self.qkv, self.o = projection(*family.qkv), projection(family.o)
         self.gate_up, self.down = projection(*family.gate_up), projection(family.down)
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
-        self.attention_output_norm = norm(family.attention_output_norm) if family.attention_output_norm else None
-        self.mlp_output_norm = norm(family.mlp_output_norm) if family.mlp_output_norm else None
-        self.head_norms = [norm(name) for name in family.head_norms]
-        self.activation = family.activation
-        self.kind = family.kinds(config)[layer.self_attn.layer_idx]
+        self.attention_output_norm, self.mlp_output_norm = (
+            norm(family.attention_output_norm),
+            norm(family.mlp_output_norm),
+        )
+        self.head_norms = [norm_over(layer.get_submodule(name), family, config) for name in family.head_norms]
+        self.heads_together = family.heads_together
+        self.activation, self.residual = family.activation, family.residual_factor(config)
+        index = layer.self_attn.layer_idx
+        self.kind, self.rotated = family.kinds(config)[index], family.rotated(config, index)
         self.window, self.softcap = family.window(config, self.kind), family.softcap(config)
         self.scale = layer.self_attn.scaling
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        q_width, k_width = self.qkv.columns[0].stop, self.qkv.columns[1].stop - self.qkv.columns[0].stop
-        self.num_heads, self.num_kv_heads = q_width // self.head_dim, k_width // self.head_dim
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = self.qkv.out_features // (self.num_heads + 2 * self.num_kv_heads)
 
     def __call__(self, x: Tensor, rows: PackedSequences, keep: Keep) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
         return _BlockFunction.apply(x, self, rows, keep, *self.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states."""
+        norm = self.input_norm or self.attention_output_norm
+        assert norm is not None
+        return norm.weight.dtype
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -219,8 +139,10 @@ class DecoderBlock:
 
     # ---- the stages of forward -------------------------------------------------------------------
 
-    def attention_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What q, k and v are made of, (T, hidden) in rows for `qkv`, and 1 / RMS of the block's input."""
+    def attention_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What q, k and v are made of, (T, hidden) in rows for `qkv`, and 1 / RMS of the block's input where that is
+        normed.
+        """
         return _normed_for(self.qkv, self.input_norm, x)
 
     def queries_keys_values(self, normed: Tensor, angles: Angles) -> "Heads":
@@ -228,7 +150,8 @@ class DecoderBlock:
         z = self.qkv.low_rank(normed)
         qkv = self.qkv.forward(normed, z)
         normed_heads = self._norm_heads(qkv)
-        rope_(self._rotated(qkv), *angles[self.kind])
+        if self.rotated:
+            rope_(self._queries_and_keys(qkv), *angles[self.kind])
         return Heads(z, qkv, normed_heads)
 
     def attend(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
@@ -242,10 +165,10 @@ class DecoderBlock:
 
     def attention_output(self, out: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
         """The states after attention: its output (T, q), and what came into the block, to (T, hidden)."""
-        return _add(self.o, self.attention_output_norm, out, x)
+        return _add(self.o, self.attention_output_norm, self.residual, out, x)
 
-    def mlp_input(self, x2: Tensor) -> tuple[Tensor, Tensor]:
-        """What gate and up are made of, (T, hidden) in rows for `gate_up`, and 1 / RMS of each of its rows."""
+    def mlp_input(self, x2: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What gate and up are made of, as `attention_input`."""
         return _normed_for(self.gate_up, self.mlp_norm, x2)
 
     def gate(self, normed: Tensor) -> tuple[Tensor, "Gated"]:
@@ -263,31 +186,38 @@ class DecoderBlock:
 
     def mlp_output(self, act: Tensor, x2: Tensor) -> tuple[Tensor, "Added"]:
         """The block's result: what `gate` gave (T, f), and the states after attention, to (T, hidden)."""
-        return _add(self.down, self.mlp_output_norm, act, x2)
+        return _add(self.down, self.mlp_output_norm, self.residual, act, x2)
 
     def mlp_added(self, act: Tensor, x2: Tensor) -> "Added":
         """What `mlp_output` leaves for backward, without the product where nothing after it needs it."""
-        return Added(self.down.low_rank(act)) if self.mlp_output_norm is None else self.mlp_output(act, x2)[1]
+        if self.mlp_output_norm is None:
+            return Added(self.down.low_rank(act), self.residual)
+        return self.mlp_output(act, x2)[1]
 
     def by_head(self, qkv: Tensor) -> Tensor:
         heads = qkv[:, : self.qkv.out_features]
         return heads.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
 
-    def _rotated(self, qkv: Tensor) -> Tensor:
+    def _queries_and_keys(self, qkv: Tensor) -> Tensor:
         return self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads]
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.by_head(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return q, k, v
 
-    def _norm_heads(self, qkv: Tensor) -> list["Normed"]:
-        """Norms queries and keys in place, each head by itself, where the family does."""
+    def _norm_heads(self, qkv: Tensor) -> list[Normed]:
+        """Norms queries and keys in place, where the family does."""
         kept = []
-        for heads, norm in zip(self._split_heads(qkv), self.head_norms, strict=False):
+        for heads, norm in zip(self._normed_heads(qkv), self.head_norms, strict=False):
             before = heads.clone(memory_format=torch.contiguous_format)
             _, rstd = norm.forward(before, out=heads)
             kept.append(Normed(norm, before, rstd))
         return kept
+
+    def _normed_heads(self, qkv: Tensor) -> list[Tensor]:
+        """Queries and keys in the rows that their norms see: heads (T, heads, head_dim), or all of a token (T, q)."""
+        queries, keys, _ = self._split_heads(qkv)
+        return [part.view(len(qkv), -1) if self.heads_together else part for part in (queries, keys)]
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -308,9 +238,9 @@ class DecoderBlock:
         )  # fmt: skip
         if rows.spread is not None:
             rows.spread.gradient(seen, out=grad_qkv)
-        grads = self._split_heads(grad_qkv)
-        rope_backward_(self._rotated(grad_qkv), *rows.angles[self.kind])
-        for grad, normed in zip(grads, heads.normed, strict=False):
+        if self.rotated:
+            rope_backward_(self._queries_and_keys(grad_qkv), *rows.angles[self.kind])
+        for grad, normed in zip(self._normed_heads(grad_qkv), heads.normed, strict=False):
             normed.backward(grad, out=grad)
         return grad_qkv
 
@@ -321,32 +251,22 @@ def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBloc
     return DecoderBlock(layer, FAMILIES[config.model_type], config, weights)
 
 
-def _normed_for(projection: Projection, norm: Norm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The normed rows as the projection reads them, and 1 / RMS of each."""
+def _normed_for(projection: Projection, norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The normed rows as the projection reads them, and 1 / RMS of each; x itself where there is no norm."""
+    if norm is None:
+        return x, None
     rows = x.new_empty(x.shape[0], projection.in_width)
     return rows, norm.forward(x, out=rows[:, : projection.in_features])[1]
 
 
-def _add(projection: Projection, norm: Norm | None, inputs: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
-    """x + norm(projection(inputs))"""
+def _add(projection: Projection, norm: Norm | None, factor: float, inputs: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
+    """x + factor · norm(projection(inputs))"""
     z = projection.low_rank(inputs)
     if norm is None:
-        return projection.forward(inputs, z, residual=x), Added(z)
+        return projection.forward(inputs, z, residual=x, factor=factor), Added(z, factor)
     before = projection.forward(inputs, z)[:, : projection.out_features]
     normed, rstd = norm.forward(before)
-    return normed.add_(x), Added(z, Normed(norm, before, rstd))
-
-
-@dataclass
-class Normed:
-    """What the backward of a norm needs."""
-
-    norm: Norm
-    before: Tensor  # (T, width) or (T, heads, head_dim)
-    rstd: Tensor  # (T) or (T, heads)
-
-    def backward(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.norm.backward(grad, self.before, self.rstd, out=out)
+    return torch.add(x, normed, alpha=factor, out=normed), Added(z, factor, Normed(norm, before, rstd))
 
 
 @dataclass
@@ -371,10 +291,13 @@ class Added:
     """What a projection back into the states leaves for backward."""
 
     z: Tensor | None  # (T, r)
+    factor: float  # on what it adds
     normed: Normed | None = None  # its result, where that is normed
 
     def backward(self, grad: Tensor) -> Tensor:
         """From the gradient of the states, (T, hidden) or wider, to that of the projection's result."""
+        if self.factor != 1.0:
+            grad = grad * self.factor
         return grad if self.normed is None else self.normed.backward(grad[:, : self.normed.before.shape[1]])
 
 
@@ -382,13 +305,13 @@ class Added:
 class Intermediates:
     """Everything a block's backward reads besides its input."""
 
-    rstd: Tensor  # (T), of the input's norm
+    rstd: Tensor | None  # (T), of the input's norm
     heads: Heads
     attention_out: Tensor  # (T, q)
     lse: Tensor  # (heads, T)
     attention_added: Added
     x2: Tensor  # (T, hidden)
-    rstd2: Tensor  # (T), of its norm
+    rstd2: Tensor | None  # (T), of its norm
     gated: Gated
     mlp_added: Added
 
@@ -454,7 +377,7 @@ class _BlockFunction(torch.autograd.Function):
         grad_normed = block.gate_up.backward_input(grad_gate_up, grad_z)
         grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
         grad_x2[:, :hidden] = grad_y[:, :hidden]
-        block.mlp_norm.backward(grad_normed, s.x2, s.rstd2, out=grad_x2[:, :hidden], accumulate=True)
+        through_norm(block.mlp_norm, grad_normed, s.x2, s.rstd2, out=grad_x2[:, :hidden])
         del grad_normed
 
         grad_o = s.attention_added.backward(grad_x2)
@@ -470,5 +393,5 @@ class _BlockFunction(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = block.qkv.backward_input(grad_qkv, grad_z)
-            grad_x = block.input_norm.backward(grad_normed, x, s.rstd, out=grad_x2[:, :hidden], accumulate=True)
+            grad_x = through_norm(block.input_norm, grad_normed, x, s.rstd, out=grad_x2[:, :hidden])
         return grad_x, None, None, None, *qkv, *o, *gate_up, *down

@@ -121,8 +121,11 @@ class Projection:
         """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
         return x @ self._adapter_copies(x.dtype).a.T if self._adapted() else None
 
-    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        """y = residual + x · Wᵀ + bias + scaling · z · Bᵀ, (T, in) -> (T, out), `out_width` wide without a residual."""
+    def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None, factor: float = 1.0) -> Tensor:
+        """y = residual + factor · (x · Wᵀ + bias + scaling · z · Bᵀ), (T, in) -> (T, out); without a residual there is
+        no factor, and y is `out_width` wide.
+        """
+        assert residual is not None or factor == 1.0
         y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
         for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
             part = y[:, columns]
@@ -130,11 +133,11 @@ class Projection:
             if residual is None:
                 torch.mm(x, weight.T, out=part)
             else:
-                part.addmm_(x, weight.T)
+                part.addmm_(x, weight.T, alpha=factor)
             if linear.bias is not None:
-                part += linear.bias.to(x.dtype)
+                part.add_(linear.bias.to(x.dtype), alpha=factor)
             if adapter is not None and z is not None:
-                part.addmm_(z[:, ranks], self._adapter_copies(x.dtype).b_transposed[i])
+                part.addmm_(z[:, ranks], self._adapter_copies(x.dtype).b_transposed[i], alpha=factor)
         return y
 
     def gradient(self, grad_y: Tensor) -> Tensor:

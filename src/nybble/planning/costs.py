@@ -158,14 +158,14 @@ def kept_bytes(run: RunShape) -> int:
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
         per_token = c * (2 * h + run.model.normed_width + 2 * q + 2 * kv + 2 * f + low_rank_columns(run))
-        per_token += LSE_BYTES * (run.model.num_heads + 2 + run.model.normed_rows)
+        per_token += LSE_BYTES * (run.model.num_heads + run.model.normed_rows)
     kept = run.batches.tokens * per_token
     return kept if run.on_cpu else kept + cuda_costs.kept_rounding_bytes(run, kept)
 
 
 def low_rank_columns(run: RunShape) -> int:
-    """Of the products with the seven A of a block; where rows are wide, of four, and beside q/k/v and gate and up."""
-    return 6 * run.beside if run.wide else 7 * run.rank
+    """Of the products with the A of a block; where rows are wide, of four, and beside q/k/v and gate and up."""
+    return 6 * run.beside if run.wide else sum(len(outputs) for _, outputs in run.model.products) * run.rank
 
 
 def offloaded_bytes(run: RunShape) -> int:
@@ -194,7 +194,7 @@ def working_bytes(run: RunShape) -> int:
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
-        swiglu += run.batches.tokens * c * h * bool(run.model.added_norms)
+        swiglu += run.batches.tokens * c * h * bool(run.model.added_norms or run.model.scaled_residual)
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
         if run.wide:  # gradients of the block's A and B, as they come and turned
             attention += 2 * MASTER_BYTES * run.adapter_parameters // run.model.num_layers
@@ -203,7 +203,8 @@ def working_bytes(run: RunShape) -> int:
         )  # x2, norms, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
-        attended_rows = 0 if run.on_cpu or run.keep == "everything" else LSE_BYTES * (run.model.num_heads + 2)
+        roots = run.model.num_heads + run.model.input_norms
+        attended_rows = 0 if run.on_cpu or run.keep == "everything" else LSE_BYTES * roots
         copied = h + 3 * run.beside if run.wide else 0  # the gradient of y, wide; beside what is wide; of a low rank
         return max(swiglu, attention) + run.batches.tokens * (c * (made + copied) + attended_rows)
     if run.keep == "everything":
@@ -320,11 +321,9 @@ def compiled_products(shape: ModelShape, *ranks: int) -> tuple[int, int]:
 
     Each is named by what tells it apart: its widths, and how far apart the rows of its operands lie.
     """
-    h, q, kv, f = shape.widths
-    together = ((h, (q, kv, kv)), (q, (h,)), (h, (f, f)), (f, (h,)))  # inputs, and outputs side by side
     forward: set[tuple[object, ...]] = set()
     backward: set[tuple[object, ...]] = set()
-    for rank, (width, outputs) in product(ranks, together):
+    for rank, (width, outputs) in product(ranks, shape.products):
         columns, row = rank * len(outputs), sum(outputs)
         forward.add(("low rank", width, columns))
         backward |= {("adapters", columns, width, columns, width), ("add", columns, width, columns, width)}

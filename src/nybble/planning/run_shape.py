@@ -25,8 +25,12 @@ class ModelShape:
         query_width, key_value_width: of all heads together; h where no layer is called so.
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
-        added_norms: norms in a block of what attention and the MLP add to the states.
-        normed_heads: queries and keys are normed, head by head.
+        input_norms, added_norms: norms in a block of what attention and the MLP read, and of what they add to the
+            states.
+        normed_heads: queries and keys are normed.
+        heads_together: all of a token as one row, not head by head.
+        scaled_residual: what is added to the states has a factor.
+        qkv_layers, gate_up_layers: linear layers that these are.
     """
 
     parts: Inventory
@@ -36,8 +40,13 @@ class ModelShape:
     key_value_width: int
     intermediate_size: int
     narrow_ends: bool
+    input_norms: int = 2
     added_norms: int = 0
     normed_heads: bool = False
+    heads_together: bool = False
+    scaled_residual: bool = False
+    qkv_layers: int = 3
+    gate_up_layers: int = 2
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -52,9 +61,18 @@ class ModelShape:
 
     @property
     def normed_rows(self) -> int:
-        """Rows a token that these norms see, each of which has a root of its own."""
+        """Rows a token that norms see, each of which has a root of its own."""
         heads = self.num_heads * (self.query_width + self.key_value_width) // self.query_width
-        return self.added_norms + (heads if self.normed_heads else 0)
+        rows = 2 if self.heads_together else heads
+        return self.input_norms + self.added_norms + (rows if self.normed_heads else 0)
+
+    @property
+    def products(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """What each projection of a decoder block reads, and what its linear layers give side by side."""
+        h, q, kv, f = self.widths
+        qkv = (q, kv, kv) if self.qkv_layers == 3 else (q + 2 * kv,)
+        gate_up = (f, f) if self.gate_up_layers == 2 else (2 * f,)
+        return (h, qkv), (q, (h,)), (h, gate_up), (f, (h,))
 
     @property
     def num_layers(self) -> int:

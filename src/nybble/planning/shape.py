@@ -1,9 +1,10 @@
 """The widths that decide what a model costs, read off its own parameters."""
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nybble.families import FAMILIES
+from nybble.families.family import Family
 from nybble.layers.dense import narrow_ends
 from nybble.planning.run_shape import ModelShape
 from nybble.sources.inventory import take_inventory
@@ -21,12 +22,10 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     """
     parts = take_inventory(model, in_four_bits)
     hidden = _hidden_size(parts)
-    widths = [block.widths for block, _ in parts.blocks]
-    query = max((found["q_proj"][1] for found in widths if "q_proj" in found), default=hidden)
-    key_value = max((found["k_proj"][1] for found in widths if "k_proj" in found), default=query)
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     family = FAMILIES.get(config.model_type)
+    query, key_value = _attention_widths(parts, hidden, family, config)
     return ModelShape(
         parts,
         hidden_size=hidden,
@@ -35,9 +34,34 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         key_value_width=key_value,
         intermediate_size=max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
-        added_norms=family.added_norms if family else 0,
-        normed_heads=bool(family and family.head_norms),
+        **_of_family(family, config),
     )
+
+
+def _of_family(family: Family | None, config: Any) -> dict[str, Any]:
+    """What decoder blocks of the family have; nothing for other models, which go another way."""
+    if family is None:
+        return {}
+    return {
+        "input_norms": family.input_norms,
+        "added_norms": family.added_norms,
+        "normed_heads": bool(family.head_norms),
+        "heads_together": family.heads_together,
+        "scaled_residual": family.residual_factor(config) != 1.0,
+        "qkv_layers": len(family.qkv),
+        "gate_up_layers": len(family.gate_up),
+    }
+
+
+def _attention_widths(parts: Inventory, hidden: int, family: Family | None, config: Any) -> tuple[int, int]:
+    """Of all queries, and of all keys."""
+    widths = [block.widths for block, _ in parts.blocks]
+    if family is not None and len(family.qkv) == 1:
+        leaf, queries, keys = family.qkv[0].rpartition(".")[2], config.num_attention_heads, config.num_key_value_heads
+        head = max(found[leaf][1] for found in widths) // (queries + 2 * keys)
+        return queries * head, keys * head
+    query = max((found["q_proj"][1] for found in widths if "q_proj" in found), default=hidden)
+    return query, max((found["k_proj"][1] for found in widths if "k_proj" in found), default=query)
 
 
 def _hidden_size(parts: Inventory) -> int:

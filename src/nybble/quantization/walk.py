@@ -26,8 +26,9 @@ from nybble.errors import ModelError
 from nybble.families import FAMILIES
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
-from nybble.layers.decoder_block import DecoderBlock, PackedSequences, decoder_block, rotary_angles
+from nybble.layers.decoder_block import DecoderBlock, decoder_block
 from nybble.layers.dense import weight_matrix
+from nybble.layers.packed_rows import PackedSequences, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
 from nybble.quantization.watch import watched
 from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_TOKENS
@@ -119,7 +120,7 @@ class PackedWalk:
         ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
         self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
         for chunk in self._chunks:
-            self.states[chunk.tokens] = embedding(ids[chunk.tokens]).to(STATES_DTYPE)
+            self.states[chunk.tokens] = scaled_embeddings(model, embedding(ids[chunk.tokens])).to(STATES_DTYPE)
         parts = [self.states[chunk.tokens] for chunk in self._chunks if chunk.exact is not None]
         self.exact = torch.cat(parts) if parts else None
 
@@ -203,7 +204,7 @@ class _Kept:
 
 
 def _attention_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    return block.attention_input(states.to(block.input_norm.weight.dtype))[0]
+    return block.attention_input(states.to(block.dtype))[0]
 
 
 def _attend(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
@@ -216,7 +217,7 @@ def _add_attention(block: DecoderBlock, attended: Tensor, states: Tensor) -> Non
 
 
 def _mlp_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    return block.mlp_input(states.to(block.mlp_norm.weight.dtype))[0]
+    return block.mlp_input(states.to(block.dtype))[0]
 
 
 def _gate(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:

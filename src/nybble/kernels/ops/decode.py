@@ -16,6 +16,7 @@ from torch import Tensor
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 
+NO_ROPE = -1  # a layer's `rope`, where it has no rotary angles
 MAX_ROWS = 8  # up to which multiplying packed weights beats dequantising them first; kRowsAtOnce of csrc/gemv.h
 
 
@@ -51,20 +52,22 @@ class DecoderLayer:
     """A decoder layer; each projection is the linears that read the same rows.
 
     Args:
-        q_norm, k_norm: of each head, or None.
+        input_norm, mlp_norm: of what attention and the MLP read, or None.
+        q_norm, k_norm: of each head, of all heads of a row where they are so wide, or None.
         window: columns that a token attends to, its own included; 0 for all.
         attention_output_norm, mlp_output_norm: of what is added to the rows, or None.
         activation: of the gate, "silu" or "gelu_pytorch_tanh".
         softcap: c in c · tanh(scores / c); 0 for none.
-        rope: which of a step's rotary angles are its own.
+        rope: which of a step's rotary angles are its own, or NO_ROPE.
+        residual: factor on what is added to the rows.
     """
 
     qkv: Sequence[DecoderLinear]
     o: Sequence[DecoderLinear]
     gate_up: Sequence[DecoderLinear]
     down: Sequence[DecoderLinear]
-    input_norm: DecoderNorm
-    mlp_norm: DecoderNorm
+    input_norm: DecoderNorm | None
+    mlp_norm: DecoderNorm | None
     q_norm: DecoderNorm | None
     k_norm: DecoderNorm | None
     num_heads: int
@@ -77,6 +80,7 @@ class DecoderLayer:
     activation: str = "silu"
     softcap: float = 0.0
     rope: int = 0
+    residual: float = 1.0
 
     @property
     def projections(self) -> tuple[Sequence[DecoderLinear], ...]:

@@ -10,7 +10,7 @@ from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp.four_bit import codebook_for_bf16, scale_pointers
 from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT64, POINTER, function, pointer
-from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
+from nybble.kernels.ops.decode import MAX_ROWS, NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 
 GATES = {"silu": 0, "gelu_pytorch_tanh": 1}  # enum Gate of csrc/glu.h
 
@@ -82,7 +82,20 @@ def _missing(model: DecoderModel, *others: object) -> str | None:
         return f"keeps keys and values in float32 and bfloat16, not {model.dtype}"
     specs = {each.weight.spec for each in model.linears() if isinstance(each.weight, QuantizedTensor)}
     formats = sorted({spec.format for spec in specs if spec.bits != 4})
-    return f"multiplies weights in four bits, not {formats[0]}" if formats else None
+    if formats:
+        return f"multiplies weights in four bits, not {formats[0]}"
+    return next(filter(None, map(_unknown, model.layers)), None)
+
+
+def _unknown(layer: DecoderLayer) -> str | None:
+    """What the kernel lacks for this layer, or None."""
+    if layer.input_norm is None or layer.mlp_norm is None:
+        return "norms what attention and the MLP read"
+    if layer.q_norm is not None and len(layer.q_norm.weight) != layer.head_dim:
+        return "norms queries head by head"
+    if layer.rope == NO_ROPE or layer.residual != 1.0:
+        return "rotates all layers, and scales nothing that it adds"
+    return None
 
 
 @registry.register("decode", "cpp", _missing)

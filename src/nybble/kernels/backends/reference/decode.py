@@ -9,7 +9,7 @@ from torch import Tensor
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 from nybble.kernels.ops.cached_attention import cached_attention
-from nybble.kernels.ops.decode import DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
+from nybble.kernels.ops.decode import NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 from nybble.kernels.ops.four_bit import gemv_4bit
 from nybble.kernels.ops.glu import geglu, swiglu
 from nybble.kernels.ops.norm import rms_norm
@@ -31,7 +31,7 @@ class OpByOp:
     ) -> Tensor:
         for layer, keys_values in zip(self.model.layers, cache, strict=True):
             where = (keys_values, texts, columns, starts)
-            x = _through_layer(layer, x, cos[layer.rope], sin[layer.rope], where)
+            x = _through_layer(layer, x, cos, sin, where)
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -39,18 +39,23 @@ class OpByOp:
 
 
 def _through_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, where: tuple[Tensor, ...]) -> Tensor:
-    """(T, hidden) -> (T, hidden); `where`: the layer's cache, and the rows' texts, columns and starts."""
+    """(T, hidden) -> (T, hidden); `cos`, `sin`: of each kind of layer; `where`: the layer's cache, and the rows' texts,
+    columns and starts.
+    """
     heads = _product(layer.qkv, _norm(layer.input_norm, x)).view(x.shape[0], -1, layer.head_dim)
     rotated = heads[:, : layer.num_heads + layer.num_kv_heads]
     queries, keys = rotated.split([layer.num_heads, layer.num_kv_heads], dim=1)
     for norm, part in ((layer.q_norm, queries), (layer.k_norm, keys)):
-        _norm(norm, part, out=part)
-    rope_(rotated, cos, sin)
+        if norm is not None:
+            seen = part if len(norm.weight) == layer.head_dim else part.view(len(part), -1)
+            _norm(norm, seen, out=seen)
+    if layer.rope != NO_ROPE:
+        rope_(rotated, cos[layer.rope], sin[layer.rope])
     attended = cached_attention(heads, *where, scale=layer.scale, window=layer.window, softcap=layer.softcap)
-    x = x + _norm(layer.attention_output_norm, _product(layer.o, attended))
+    x = x.add(_norm(layer.attention_output_norm, _product(layer.o, attended)), alpha=layer.residual)
     gate, up = _product(layer.gate_up, _norm(layer.mlp_norm, x)).chunk(2, dim=1)
     act = GATES[layer.activation](gate, up)
-    return x + _norm(layer.mlp_output_norm, _product(layer.down, act))
+    return x.add(_norm(layer.mlp_output_norm, _product(layer.down, act)), alpha=layer.residual)
 
 
 def _norm(norm: DecoderNorm | None, x: Tensor, out: Tensor | None = None) -> Tensor:
