@@ -128,8 +128,8 @@ def in_bf16_by_plain_bodies(name: str) -> tuple[PreTrainedModel, Step]:
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_step_in_bf16_is_that_of_the_plain_bodies(kernels: str, name: str) -> None:
-    """Triton's to the bit, but for GeGLU: its tanh is a sigmoid there. C++ rounds elsewhere, in attention above all, and
-    what comes after makes more of it: 0.0 to 0.011 of the norm for three draws of six families.
+    """Triton's to the bit, but for GeGLU: its tanh is a sigmoid there. C++ rounds elsewhere, in attention above all,
+    and what comes after makes more of it: 0.0 to 0.011 of the norm for three draws of six families.
     """
     model, expected = in_bf16_by_plain_bodies(name)
     loss, gradients, _ = step_of(copy.deepcopy(model), KEEPS[name], ONE)
