@@ -280,7 +280,7 @@ def test_config_without_quantization() -> None:
     "quantization",
     [
         {"quant_method": "gptq", "bits": 4},
-        {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
+        {"quant_method": "bitsandbytes", "load_in_8bit": False, "load_in_4bit": False},
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"},
         {"quant_method": "nybble", "format": "int4"},
         {"quant_method": "nybble", "format": "int4", "double_quant": True, "block_size": "64"},

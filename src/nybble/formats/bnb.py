@@ -28,6 +28,7 @@ from torch import Tensor
 from nybble.errors import FormatError
 from nybble.formats.codebooks import codebook, dynamic_map
 from nybble.formats.format import FORMATS, Format
+from nybble.formats.packed_methods import METHODS, packing_from_config
 from nybble.formats.quant_spec import NESTED_BLOCK_SIZE, BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor, ScaleParts, join_scales
 
@@ -136,7 +137,8 @@ def true_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def formats_from_config(config: Mapping[str, Any]) -> BaseFormats | None:
-    """How the linears of a folder are quantised, from the contents of its config.json; None when they are not.
+    """How the linears of a folder are quantised, from the contents of its config.json; None when they are not, or in
+    the few bits of another program, which are widened (`packed_methods.py`).
 
     Of a mixed folder, `spec` is how most are. What each tensor's own state says (`from_bnb`) goes before this.
 
@@ -144,7 +146,7 @@ def formats_from_config(config: Mapping[str, Any]) -> BaseFormats | None:
         FormatError: the folder is quantised in a way nybble cannot read.
     """
     quantization = config.get("quantization_config")
-    if quantization is None:
+    if quantization is None or packing_from_config(config) is not None:
         return None
     if not isinstance(quantization, Mapping):
         raise FormatError(f"quantization_config is {quantization!r:.200}.", "Needed: an object, or none.")
@@ -155,8 +157,8 @@ def formats_from_config(config: Mapping[str, Any]) -> BaseFormats | None:
         keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
     else:
         raise FormatError(
-            f"The model is quantised by {method!r}, not in four bits of bitsandbytes or nybble.",
-            "Readable: bitsandbytes with load_in_4bit, nybble, and 16- or 32-bit models.",
+            f"The model is quantised by {method!r}.",
+            f"Readable: nybble, {', '.join(METHODS)}, and 16- or 32-bit models.",
             "Start from the 16-bit model.",
         )
     values = [quantization.get(key) for key in keys]

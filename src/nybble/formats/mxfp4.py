@@ -6,16 +6,65 @@ scale is E8M0: a byte s that stands for 2 ** (s - 127), and 255 for no number. g
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from nybble.errors import FormatError
+from nybble.formats.packed_layout import (
+    PackedLayout,
+    Part,
+    Shapes,
+    check_matrix,
+    check_shape,
+    group_count,
+    refuse_shape,
+)
 
 BLOCK_SIZE = 32
 SCALE_BIAS = 127
 NO_NUMBER = 255  # the scale of a block that holds no numbers
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # by index
+
+
+def experts_layout() -> PackedLayout:
+    """gpt-oss's stacks of experts, `[experts, in, out]` as transformers keeps them: stored are blocks of
+    `[experts, out, in / 32, 16]`. bf16 holds their values exactly.
+    """
+
+    def shape(shapes: Shapes) -> tuple[int, ...]:
+        if len(shapes["_blocks"]) != 4:
+            refuse_shape("_blocks", shapes["_blocks"], "[experts, out, in / 32, 16]")
+        experts, rows, groups, _ = shapes["_blocks"]
+        check_shape("_blocks", shapes["_blocks"], (experts, rows, groups, BLOCK_SIZE // 2))
+        check_shape("_scales", shapes["_scales"], (experts, rows, groups))
+        return experts, groups * BLOCK_SIZE, rows
+
+    def widened(parts: Mapping[str, Tensor]) -> Tensor:
+        blocks, scales = parts["_blocks"], parts["_scales"]
+        stack = torch.empty(len(blocks), scales.shape[2] * BLOCK_SIZE, scales.shape[1], dtype=torch.bfloat16)
+        for expert, (own_blocks, own_scales) in enumerate(zip(blocks, scales, strict=True)):
+            stack[expert] = dequantize(own_blocks, own_scales, torch.bfloat16).T
+        return stack
+
+    parts = {"_blocks": Part(("U8",)), "_scales": Part(("U8",))}
+    return PackedLayout("MXFP4 experts", "_blocks", parts, shape, widened, weight="")
+
+
+def compressed_layout() -> PackedLayout:
+    """compressed-tensors' linear layers."""
+
+    def shape(shapes: Shapes) -> tuple[int, ...]:
+        rows, num_bytes = check_matrix(".weight_packed", shapes[".weight_packed"])
+        check_shape(".weight_scale", shapes[".weight_scale"], (rows, group_count(2 * num_bytes, BLOCK_SIZE)))
+        return rows, 2 * num_bytes
+
+    def widened(parts: Mapping[str, Tensor]) -> Tensor:
+        return dequantize(parts[".weight_packed"], parts[".weight_scale"])
+
+    parts = {".weight_packed": Part(("U8",)), ".weight_scale": Part(("U8",))}
+    return PackedLayout("MXFP4", ".weight_packed", parts, shape, widened, unused=(".input_global_scale",))
 
 
 def dequantize(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.files.manifest import MANIFEST_NAME, verify_manifest
 from nybble.formats.bnb import StoredWeight, formats_from_config, from_bnb, is_quantized, stored_weight, true_config
+from nybble.formats.packed_methods import Packing, packing_from_config
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import (
@@ -25,6 +26,7 @@ from nybble.formats.safetensors import (
     sampled_sha256,
 )
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
+from nybble.sources.packed_weights import PackedWeights, find_packed_weights
 from nybble.sources.skeleton import build_whole, config_refused, is_taken_alone, stored_text_config
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
@@ -34,7 +36,10 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 class FolderSource(StoredModel):
-    """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer; in 16, 32 or already 4 bits.
+    """A Hugging Face folder: config.json, safetensors (sharded or not), tokenizer.
+
+    Weights are in 16 or 32 bits; in four of nybble's or bitsandbytes' own, which stay as they are; or in the few bits
+    of another program, which are widened one tensor at a time.
 
     Raises:
         ModelError: no config, no safetensors, a missing or damaged shard.
@@ -50,9 +55,14 @@ class FolderSource(StoredModel):
         self._stored = SafetensorsFolder(path)
         self.files = tuple(self._stored.files)
         _check_layers(path, self._config_json, len(self._stored.entries))
-        self._parts = _group_by_weight(list(self._stored.entries))
-        written = _written_formats(path, self._config_json)
+        written, packing = _written_formats(path, self._config_json)
+        self._packed = PackedWeights({}, ())
+        if packing is not None:
+            self._packed = find_packed_weights(packing, self._stored.entries)
+        packed_parts = self._packed.part_names
+        self._parts = _group_by_weight([name for name in self._stored.entries if name not in packed_parts])
         _refuse_codes(path, self._parts, self._stored.entries)
+        self._parts |= {name: list(weight.parts.values()) for name, weight in self._packed.weights.items()}
         first = self._first_spec()
         layers = {} if written is None else written.layers
         self.layer_formats = None if first is None else BaseFormats(first, layers)
@@ -64,8 +74,7 @@ class FolderSource(StoredModel):
 
     @cached_property
     def _names(self) -> CheckpointNames:
-        shapes = {name: self._stored.entries[name].shape for name in self._parts}
-        names = checkpoint_names(shapes, self.skeleton, self._whole)
+        names = checkpoint_names(self._shapes(), self.skeleton, self._whole)
         for target, recipe in names.recipes.items():
             if recipe.plain_name is None and any(self._is_quantized(name) for name, _ in recipe.sources):
                 raise ModelError(
@@ -74,6 +83,16 @@ class FolderSource(StoredModel):
                     "Start from the 16-bit model.",
                 )
         return names
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all stored weights; but biases of zeros that GPTQ's programs write beside layers that have none."""
+        packed, entries = self._packed.weights, self._stored.entries
+        shapes = {name: packed[name].shape if name in packed else entries[name].shape for name in self._parts}
+        known = [name for name in self.skeleton.state_dict() if name.endswith(".bias")]
+        biases = {f"{weight.module}.bias" for weight in packed.values()} & shapes.keys()
+        extra = {name for name in biases if not any(name.endswith(own) for own in known)}
+        zeros = {name for name in extra if not self._stored.read(name).any()}
+        return {name: shape for name, shape in shapes.items() if name not in zeros}
 
     @cached_property
     def licence(self) -> str | None:
@@ -89,6 +108,7 @@ class FolderSource(StoredModel):
         notes = []
         if self.quant_spec is not None:
             notes.append(f"{self.name} is already quantised ({self._stored_formats()}); its own bits are kept.")
+        notes += self._packed.notes(self.name)
         if wrapper := self._names.wrapper:
             notes.append(f"Its tensors' names begin with {wrapper!r}, which was taken off.")
         if left_out := self._names.left_out:
@@ -139,8 +159,12 @@ class FolderSource(StoredModel):
     def read(self, name: str) -> Tensor | QuantizedTensor:
         recipe = self._names.recipes[name]
         if not self.is_quantized(name):
-            return recipe.make(self._stored.read)
+            return recipe.make(self._read_weight)
         return self._read_quantized(recipe.sources[0][0])
+
+    def _read_weight(self, stored: str) -> Tensor:
+        packed = self._packed.weights.get(stored)
+        return self._stored.read(stored) if packed is None else packed.read(self._stored.read)
 
     def _read_quantized(self, stored: str) -> QuantizedTensor:
         return from_bnb(stored, {part: self._stored.read(part) for part in self._parts[stored]})
@@ -153,7 +177,7 @@ class FolderSource(StoredModel):
 
     def matrix(self, name: str) -> MatrixFile | None:
         stored = self._names.recipes[name].plain_name
-        if stored is None or self._is_quantized(stored):
+        if stored is None or self._is_quantized(stored) or stored in self._packed.weights:
             return None
         return MatrixFile(self._stored.entries[stored])
 
@@ -190,15 +214,35 @@ def _read_config_json(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not readable JSON: {error}.", fix="Fetch the file again.") from error
     config = true_config(config) if isinstance(config, dict) else {}
+    config = _with_own_file(folder, config)
     if not isinstance(config.get("model_type"), str):
         raise ModelError(f"{file} has no model_type.", "Allowed: a config.json written by transformers.")
     return config
 
 
-def _written_formats(folder: Path, config: dict[str, Any]) -> BaseFormats | None:
-    """How config.json says that layers are quantised; a folder that is quantised in another way is refused."""
+def _with_own_file(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """ModelOpt may say how it quantised in a file of its own alone."""
+    file = folder / "hf_quant_config.json"
+    if "quantization_config" in config or not file.is_file():
+        return config
     try:
-        return formats_from_config(config)
+        written = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=object_without_duplicates)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not readable JSON: {error}.", fix="Fetch the file again.") from error
+    own = written.get("quantization") if isinstance(written, dict) else None
+    if not isinstance(own, dict):
+        raise FormatError(f"{file} has no object 'quantization'.", fix="Fetch the file again.")
+    return config | {"quantization_config": {"quant_method": "modelopt", **own}}
+
+
+def _written_formats(folder: Path, config: dict[str, Any]) -> tuple[BaseFormats | None, Packing | None]:
+    """How config.json says that layers are quantised: in few bits that stay, or in those of another program.
+
+    Raises:
+        FormatError: in yet another way.
+    """
+    try:
+        return formats_from_config(config), packing_from_config(config)
     except FormatError as error:
         raise FormatError(f"{folder / 'config.json'}: {error.got}", error.allowed, error.fix) from error
 
@@ -224,7 +268,7 @@ def _load_config(folder: Path, config_json: dict[str, Any]) -> PretrainedConfig:
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the tensors say it; left in, it would mark what is loaded as quantised
+        del config.quantization_config  # left in, it would mark what is loaded as quantised
     return config
 
 
@@ -237,8 +281,8 @@ def _refuse_codes(folder: Path, parts: Mapping[str, list[str]], entries: Mapping
         if is_fp8 or is_code:
             raise FormatError(
                 f"{folder} stores {name} as {'fp8' if is_fp8 else 'integers'} ({dtype}).",
-                "Readable: 16- or 32-bit models, and four bits of bitsandbytes or nybble.",
-                "Start from the 16-bit model.",
+                "Needed beside them: quantization_config in config.json, and the scales that it asks for.",
+                "Fetch the whole model again, or start from the 16-bit one.",
             )
 
 
