@@ -4,7 +4,7 @@
 them here, since importing `kernels/` brings torch and the planner counts without it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ _CUBLAS = ShapeRules(
     block_buffers=3,  # told ahead of time: two on their way keep the link busy while one waits for its buffer
     graph_work=3e11,  # 1,376 tokens of an 8B: some 25 us a kernel on an H100, as asking for one takes; assumed
 )
-SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS}
+_PLAIN = replace(_CUBLAS, chunk_bytes=2**27, graph_work=0.0)  # of GPUs that nothing here was measured on
+SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS, "xpu": _PLAIN, "mps": _PLAIN}
 
 GRAPH_MULTIPLE = 256  # of tokens and of supervised ones, that micro-batches from graphs are filled up to
 

@@ -54,11 +54,12 @@ def test_a_card_that_only_imitates_bf16_computes_in_fp32(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("there", "name"), [("backends.mps", "mps"), ("xpu", "xpu")])
-def test_a_mac_and_an_intel_gpu_are_left_for_the_cpu_in_words(
+def test_a_mac_and_an_intel_gpu_are_used_only_where_they_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, there: str, name: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(f"torch.{there}.is_available", lambda: True)
     assert set_up(MachineOptions())[0] == CPU
-    with pytest.raises(ConfigError, match=rf"GPU is .*\({name}\), on which nybble does not compute"):
+    with pytest.raises(ConfigError, match=f"it is used where --device {name} asks for it"):
         set_up(MachineOptions(device="cuda"))
+    assert set_up(MachineOptions(device=name))[0] == torch.device(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_device import WithoutDoubles, as_there
 from tiny import SMALL, tune
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -303,3 +304,19 @@ def test_each_prompt_is_given_another_rows_answer() -> None:
     assert all(answer != theirs for answer, theirs in zip(answers, own, strict=True))
     again: Callable[[int], list[Any]] = lambda seed: [r.mismatched.content for r in with_mismatched(judged, seed, 64)]  # type: ignore[union-attr]  # noqa: E731
     assert again(0) == again(0) != again(1)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_gpu_without_fp64_compares_answers_too(name, monkeypatch):
+    objective = OBJECTIVES[name]
+    model, given = CausalLM.of(adapted_model()), rows(OBJECTIVES[name])
+
+    batch, totals = objective.collate(given, model), objective.totals(model, given, 2)
+    expected = forward_backward(objective, model, batch, totals)
+    as_there(monkeypatch)
+    batch = batch.to(torch.device("cpu"))
+    with WithoutDoubles():
+        found = forward_backward(objective, model, batch, totals)
+    assert expected.metrics is not None and found.metrics is not None
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    assert found.metrics.tolist() == pytest.approx(expected.metrics.tolist(), rel=1e-4, abs=1e-5)

@@ -11,6 +11,7 @@ from nybble.data.packing import pack
 from nybble.data.preference_rows import PreferenceRow, to_follow
 from nybble.evaluation.scores import Estimate, mean_score
 from nybble.events import Listener, Note
+from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.options.objective_groups import WITH_REFERENCE
 from nybble.runs.open_run import OpenRun
@@ -78,9 +79,9 @@ def _kl_of_rows(model: CausalLM, rows: Sequence[EncodedExample]) -> list[float]:
             base = model.hidden(batch)
         total = 0.0
         for ours, theirs in zip(tuned.split(KL_POSITIONS), base.split(KL_POSITIONS), strict=True):
-            log_p = model.head.logits(ours).double().log_softmax(dim=-1)
+            log_p = as_double(model.head.logits(ours)).log_softmax(dim=-1)
             with adapters_off(model):
-                log_q = model.head.logits(theirs).double().log_softmax(dim=-1)
+                log_q = as_double(model.head.logits(theirs)).log_softmax(dim=-1)
             total += float((log_p.exp() * (log_p - log_q)).sum())
         found.append(total / len(tuned))
     return found

@@ -40,7 +40,7 @@ def row_losses(model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size
     lengths = [len(row) for row in rows]
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
         batch = collate([rows[row] for row in micro], model.packed).to(model.device)
-        tokens = model.token_losses(batch).double().cpu()
+        tokens = model.token_losses(batch).cpu().double()
         counts = [rows[row].supervised_tokens for row in micro]
         losses[list(micro)] = [part.sum().item() for part in tokens.split(counts)]
     return losses

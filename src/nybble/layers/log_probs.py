@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from nybble.kernels.hardware import wide_dtype
 from nybble.layers.loss_head import Head, LossHead
 
 
@@ -40,7 +41,7 @@ class _GradientsKept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: LossHead, targets: Tensor) -> Tensor:
-        factor = torch.full((), -1.0, dtype=torch.float64, device=hidden.device)
+        factor = torch.full((), -1.0, dtype=wide_dtype(hidden.device), device=hidden.device)
         losses, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
         for rows, chunk, buffer in head.chunks(hidden, targets):
             nats, gradient, _ = head.loss_and_gradient(rows, chunk, buffer, factor)

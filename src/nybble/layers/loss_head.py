@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nybble.errors import ModelError, first_line, foreign_errors
+from nybble.kernels.hardware import as_double, wide_dtype
 from nybble.kernels.ops.loss import cross_entropy_
 from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
@@ -261,8 +262,8 @@ class _LossFunction(torch.autograd.Function):
         b: Tensor | None = None,
     ) -> Tensor:
         if not hidden.requires_grad and (low is None or not low.requires_grad):
-            return (head.token_losses(hidden, targets, weights).double().sum() / denominator).float()
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+            return (as_double(head.token_losses(hidden, targets, weights)).sum() / denominator).float()
+        total = torch.zeros((), dtype=wide_dtype(hidden.device), device=hidden.device)
         factor = 1 / (torch.full_like(total, denominator) if isinstance(denominator, float | int) else denominator)
         grads, grads_low = [hidden[:0]], []
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
@@ -273,7 +274,7 @@ class _LossFunction(torch.autograd.Function):
             part, left = _take(left, len(h))
             w, left_weights = _take(left_weights, len(h))
             losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, factor, part, b)
-            total += _weighted(losses, w).double().sum()
+            total += as_double(_weighted(losses, w)).sum()
             grads.append(_weighted(grad, w))
             if part is not None and b is not None and grad_b is not None:
                 grads_low.append(_weighted(grad_product @ b, w))  # (C, vocabulary) -> (C, r)
@@ -330,14 +331,14 @@ class OwnHead:
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
-        total = hidden.sum().double() * 0  # a graph, and a zero, where no row is supervised
+        total = as_double(hidden.sum()) * 0  # a graph, and a zero, where no row is supervised
         left = None if weights is None else weights.detach()
         for h, t in self._chunks(hidden, targets):
             w, left = _take(left, len(h))
             part = checkpoint(
                 self._chunk_losses, h, t, self.regularisers, use_reentrant=False, preserve_rng_state=False
             )
-            total = total + _weighted(part, w).double().sum()
+            total = total + as_double(_weighted(part, w)).sum()
         return (total / denominator).float()
 
     @torch.no_grad()
@@ -457,14 +458,14 @@ def _linear_head(plain: LossHead, own: OwnHead, width: int) -> LossHead | None:
     sizes = torch.tensor(PROBED_STATES).repeat_interleave(STATES_OF_A_SIZE)[:, None]
     states = (torch.randn(len(sizes), width, generator=generator) * sizes).to(own.device, dtype)
     with foreign_errors(partial(_needs_more, own.model)):
-        wanted = own.logits(states).double()
-    product = plain.logits(states).double()
+        wanted = as_double(own.logits(states))
+    product = as_double(plain.logits(states))
     small, large = slice(0, STATES_OF_A_SIZE), slice(-STATES_OF_A_SIZE, None)
     scale = float((product[small] * wanted[small]).sum() / product[small].square().sum())
     cap = float(wanted[large].abs().max())
     scaled = replace(plain, scale=scale)
     for candidate in (plain, scaled, replace(plain, softcap=cap), replace(scaled, softcap=cap)):
-        if _agree(candidate.logits(states).double(), wanted, dtype):
+        if _agree(as_double(candidate.logits(states)), wanted, dtype):
             return candidate
     return None
 

@@ -3,7 +3,7 @@
 import torch
 
 from nybble.errors import ConfigError
-from nybble.kernels.hardware import multiplies_bf16, why_no_gpu
+from nybble.kernels.hardware import PLAIN_DEVICES, multiplies_bf16, plain_devices, why_no_gpu
 from nybble.options.groups import ComputeOptions, MachineOptions
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -17,17 +17,23 @@ def resolve_compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The torch device for "auto", "cpu" or "cuda", which on AMD's cards is ROCm. auto is the CPU where there is no
-    such card, beside Apple's and Intel's GPUs too.
+    """The torch device for "auto", "cpu", "xpu", "mps" or "cuda", which on AMD's cards is ROCm. auto is the CPU where
+    there is no such card, beside Apple's and Intel's GPUs too.
 
     Raises:
-        ConfigError: cuda was asked for and there is none.
+        ConfigError: what was asked for is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and (why := why_no_gpu()) is not None:
         raise ConfigError(
             f"device is cuda, but there is no GPU: {why}.", "Allowed here: auto, cpu.", "Use --device cpu."
+        )
+    if name in PLAIN_DEVICES and name not in plain_devices():
+        raise ConfigError(
+            f"device is {name}, but PyTorch finds no GPU of {PLAIN_DEVICES[name]}.",
+            f"Allowed here: {', '.join(('auto', 'cpu', *plain_devices()))}.",
+            "Leave --device out.",
         )
     return torch.device(name)
 

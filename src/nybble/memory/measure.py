@@ -10,6 +10,7 @@ import torch
 
 from nybble.kernels.hardware import system_bytes
 from nybble.kernels.heap import lies_in_heap
+from nybble.memory.allocators import KEEPS_NO_PEAK, allocator
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _CGROUP_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))  # version 2, 1
@@ -32,14 +33,14 @@ def has_own_memory(device: torch.device) -> bool:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory in use that a budget counts: RssAnon on the CPU, the allocator's on CUDA."""
-    return torch.cuda.memory_allocated(device) if has_own_memory(device) else anonymous_bytes()
+    """Memory in use that a budget counts: RssAnon on the CPU, the allocator's on a GPU."""
+    return int(allocator(device).memory_allocated(device)) if has_own_memory(device) else anonymous_bytes()
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that a run may still take: free memory of the device, on the CPU within the process's cgroup."""
     if has_own_memory(device):
-        return torch.cuda.mem_get_info(device)[0]
+        return int(allocator(device).mem_get_info(device)[0])
     free = system_bytes("/proc/meminfo", "MemAvailable") or _MEMINFO_DEFAULT
     return min([free, *_left_in_cgroups()])
 
@@ -77,12 +78,12 @@ def _cached_files(stat: Path) -> int:
 
 
 class PeakMemory:
-    """Context manager that samples memory from a thread and keeps the peak, in bytes; of CUDA's allocator also that of
+    """Context manager that samples memory from a thread and keeps the peak, in bytes; of a GPU's allocator also that of
     what it reserved, gaps included.
 
     Args:
-        device: whose memory; CUDA's allocator keeps its own peak, so no thread is started there.
-        interval_s: seconds between samples on the CPU.
+        device: whose memory; where its allocator keeps its own peak, no thread is started.
+        interval_s: seconds between samples.
     """
 
     def __init__(self, device: torch.device, interval_s: float = 0.02):
@@ -93,8 +94,8 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         self.start_bytes = self.peak_bytes = used_bytes(self.device)
-        if has_own_memory(self.device):
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if has_own_memory(self.device) and self.device.type not in KEEPS_NO_PEAK:
+            allocator(self.device).reset_peak_memory_stats(self.device)
         else:
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()
@@ -102,13 +103,18 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._stop.wait(self.interval_s):
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+            self._look()
+
+    def _look(self) -> None:
+        self.peak_bytes = max(self.peak_bytes, used_bytes(self.device))
+        if has_own_memory(self.device):
+            self.reserved_bytes = max(self.reserved_bytes, allocator(self.device).memory_reserved(self.device))
 
     def __exit__(self, *exc_info: object) -> None:
         if self._thread is None:
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-            self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+            self.peak_bytes = allocator(self.device).max_memory_allocated(self.device)
+            self.reserved_bytes = allocator(self.device).max_memory_reserved(self.device)
             return
         self._stop.set()
         self._thread.join()
-        self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+        self._look()

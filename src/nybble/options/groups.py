@@ -31,6 +31,7 @@ from nybble.options.option import (
 )
 
 ComputeType = Literal["auto", "bf16", "fp32"]
+Device = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits where it is called four-bit
 
 
@@ -372,10 +373,10 @@ class ComputeOptions(Options, group="Machine"):
 
 
 class MachineOptions(ComputeOptions):
-    device: Literal["auto", "cpu", "cuda"] = knob(
+    device: Device = knob(
         "auto",
-        "Where to compute. auto: CUDA where there is one, else CPU. cuda is ROCm on AMD's cards; Apple's and Intel's "
-        "GPUs are not used.",
+        "Where to compute. auto: CUDA where there is one, else CPU. cuda is ROCm on AMD's cards; xpu is Intel's, mps "
+        "Apple's GPU: in plain PyTorch, without nybble's own kernels.",
     )
 
 
@@ -396,9 +397,7 @@ class PlannedMachine(Options, group="Machine"):
     machine: Name | None = knob(
         None, f"Card to plan for, which need not be here: {', '.join(CARDS)}. This machine if not given."
     )
-    device: Literal["auto", "cpu", "cuda"] = knob(
-        "auto", "Where to compute on this machine; --machine plans for a card that is not here."
-    )
+    device: Device = knob("auto", "Where to compute on this machine; --machine plans for a card that is not here.")
     host_memory: Bytes | None = knob(None, "Memory beside a GPU, such as 16GB; this machine's if not given.")
     compute_dtype: ComputeType = knob("auto", "Type of activations and products.")
 

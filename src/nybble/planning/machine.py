@@ -11,14 +11,17 @@ import torch
 
 from nybble.cards import OTHER_ATTENTION
 from nybble.kernels.heap import trim_heap
+from nybble.memory.allocators import allocator
 from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
 from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, Machine
 
 SAFE_SHARE = 0.8  # of the free memory that a run without a budget may take
 IMPORTED_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
 PROBE_S = 0.1
-PROBE_PRODUCT = {"cpu": (512, 1536), "cuda": (4096, 8192)}  # rows, and width of a square; long after it was called
-PROBE_COPY_BYTES = {"cpu": 2**24, "cuda": 2**30}  # more than caches hold
+_ON_GPU = (4096, 8192)
+# rows, and width of a square; long after it was called
+PROBE_PRODUCT = {"cpu": (512, 1536), "cuda": _ON_GPU, "xpu": _ON_GPU, "mps": (2048, 4096)}
+PROBE_COPY_BYTES = {"cpu": 2**24, "cuda": 2**30, "xpu": 2**28, "mps": 2**28}  # more than caches hold
 LINK_COPY_BYTES = 2**26
 PIECE_BYTES, PIECES = 4_194_304, 16
 
@@ -51,7 +54,7 @@ def this_machine(
     machine = Machine(name, device.type, budget, process, host, flops, copy, link, disk, others_bytes=others)
     if not on_gpu:
         return machine
-    torch.cuda.empty_cache()  # what the probes were computed in
+    allocator(device).empty_cache()  # what the probes were computed in
     return replace(machine, attention=OTHER_ATTENTION)  # not measured: the slowest of those known
 
 
@@ -60,8 +63,8 @@ def context_bytes(device: torch.device) -> tuple[int, int]:
     taken is its own. Where that is more than twice what is usual, others are there too, and its own is what is usual.
     """
     torch.ones(64, 64, device=device).mm(torch.ones(64, 64, device=device))  # makes the context, loads the library
-    free, total = torch.cuda.mem_get_info(device)
-    taken = total - free - torch.cuda.memory_reserved(device)
+    free, total = allocator(device).mem_get_info(device)
+    taken = max(0, total - free - allocator(device).memory_reserved(device))
     own = taken if taken <= 2 * CUDA_CONTEXT_BYTES else CUDA_CONTEXT_BYTES
     return own, taken - own
 
@@ -101,8 +104,9 @@ def _copy_speed(device: torch.device) -> float:
 
 @cache
 def _link_speed(device: torch.device) -> float:
-    """Bytes a second from pinned memory of the host to a GPU."""
-    source = torch.ones(LINK_COPY_BYTES, dtype=torch.uint8).pin_memory()
+    """Bytes a second from memory of the host, pinned where it is for lanes, to a GPU."""
+    source = torch.ones(LINK_COPY_BYTES, dtype=torch.uint8)
+    source = source.pin_memory() if device.type == "cuda" else source
     target = torch.empty(LINK_COPY_BYTES, dtype=torch.uint8, device=device)
     return LINK_COPY_BYTES / _seconds(lambda: target.copy_(source, non_blocking=True), device)
 
@@ -113,8 +117,8 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
     while time.perf_counter() < end or quickest == float("inf"):
         started = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if has_own_memory(device):
+            allocator(device).synchronize(device)
         quickest = min(quickest, time.perf_counter() - started)
     return quickest
 

@@ -6,6 +6,7 @@ from nybble.cards import CARDS
 
 CUDA_CONTEXT_BYTES = 500_000_000  # of a process on a GPU before its first tensor, libraries included; assumed
 NEVER_RUN = "predicted; never run on such a card"
+PLAIN = "predicted by what CUDA takes; nybble was never run on such a GPU"
 RUN_BYTES = 6_000_000  # modules, objects and threads that a run adds to its process after it was planned, measured
 
 
@@ -15,8 +16,8 @@ class Machine:
 
     Args:
         name: for the user.
-        kind: "cpu" or "cuda", as torch calls the type of its device.
-        budget_bytes: what the run may take, its process included; on CUDA of the device's memory.
+        kind: "cpu", "cuda", "xpu" or "mps", as torch calls the type of its device.
+        budget_bytes: what the run may take, its process included; on a GPU of the device's memory.
         process_bytes: of it, what the process takes before anything is loaded.
         host_bytes: memory beside a GPU; on a CPU, memory beyond the budget, which caches files.
         flops: sustained by large matrix products in the compute dtype, a second.
@@ -49,7 +50,14 @@ class Machine:
     @property
     def note(self) -> str:
         """What users should know of its figures."""
+        if self.here and not self.has_lane:
+            return PLAIN
         return "" if self.here else NEVER_RUN
+
+    @property
+    def has_lane(self) -> bool:
+        """Whether copies to and from it go beside its computing (`memory/lane.py`)."""
+        return self.kind in ("cpu", "cuda")
 
     @property
     def begun_bytes(self) -> int:

@@ -46,6 +46,7 @@ from nybble.units import format_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NO_LANE = "copied beside the computing, which nybble does on CPUs and CUDA, not on {kind}"
 MICRO_BATCH_TOKENS = 2048  # what one micro-batch aims at when its size is not given
 UNCONSTRAINED: Mapping[str, str | None] = {
     "micro_batch_size": None,
@@ -153,6 +154,7 @@ def requests(
         ConfigError: target_modules names no layer.
     """
     adapters, weights, memory = options.adapters, options.weights, options.memory
+    _check_lane(memory, machine)
     targets = resolve_targets(skeleton, adapters.target_modules)
     check_patterns(targets, rank_pattern=adapters.rank_pattern)
     if adapters.dora:
@@ -197,13 +199,16 @@ def requests(
         memory = options.memory
         why = partial(reasons_against, options=options, model=model, in_folder=in_folder, ends=ends, whole=whole)
         against = {strategy: list(why(strategy)) for strategy in Strategy}
+        if not machine.has_lane:
+            for strategy in (Strategy.PAGED, Strategy.FROM_RAM, Strategy.FROM_DISK):
+                against[strategy].insert(0, Reason(Cause.OPTION, NO_LANE.format(kind=machine.kind), "--device cpu"))
         return PlanRequest(
             run,
             batches={size: micro_batches(size) for size in _sizes(memory, run.batches)},
             rows_per_step=memory.rows_per_step,
             keeps=get_args(Keep) if memory.keep == "auto" else (memory.keep,),
             pagings={"auto": (False, True), "never": (False,), "always": (True,)}[memory.page_optimizer],
-            offloads=_offloads(memory.offload_activations, run),
+            offloads=_offloads(memory.offload_activations, run) if machine.has_lane else (False,),
             whole_blocks=memory.whole_blocks,
             adapted=tuple(targets),
             largest_adapter=largest_adapter,
@@ -241,6 +246,22 @@ def why_no_blocks(
     return why_not_blocks(
         skeleton, packing=packing, dropout=dropout, dora=dora, trained=trained, device=device, here=here
     )
+
+
+def _check_lane(memory: MemoryOptions, machine: Machine) -> None:
+    """Refuse what is copied beside the computing where that is not made for the device.
+
+    Raises:
+        ConfigError: it was asked for.
+    """
+    asked = ("page_optimizer", "offload_activations", "stream_base")
+    always = [name.replace("_", "-") for name in asked if getattr(memory, name) == "always"]
+    if always and not machine.has_lane:
+        raise ConfigError(
+            f"{always[0]} is always, and device is {machine.kind}.",
+            f"It is {NO_LANE.format(kind=machine.kind)}.",
+            f"Leave --{always[0]} out, or use --device cpu.",
+        )
 
 
 def _check_whole_blocks(memory: MemoryOptions, run: RunShape, why_not_blocks: str) -> None:

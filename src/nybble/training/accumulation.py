@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.packing import Batch, fill_up
+from nybble.kernels.hardware import wide_dtype
 from nybble.layers.backbone import FusedForward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator, LossHead
@@ -116,7 +117,7 @@ class _FromGraph:
         assert isinstance(backbone, FusedForward) and isinstance(head, LossHead)
         self._backbone = backbone
         self._batch = batch.copy()
-        self._denominator = torch.ones((), dtype=torch.float64, device=model.device)
+        self._denominator = torch.ones((), dtype=wide_dtype(model.device), device=model.device)
         self._graph = graph_type(
             partial(_loss_of, objective, model, self._batch, Totals(self._denominator)),
             lambda: [*backbone.weights.buffers, *head.rooms],

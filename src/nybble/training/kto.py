@@ -9,6 +9,7 @@ from torch import Tensor
 from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import JudgedAnswer, PreferenceBatch, with_mismatched
 from nybble.data.preferences import JUDGED_ROWS
+from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.training.objective import Totals
 from nybble.training.preference import LOG_P, REWARDS, PreferenceObjective
@@ -65,8 +66,8 @@ class KTO(PreferenceObjective):
         """As `PreferenceObjective` says."""
         assert batch.desirable is not None
         reference = reference_of(model, batch)
-        log_p = batch.sums(model.log_probs(batch).double())  # (rows,)
-        ratio, good = log_p - reference, batch.desirable.double()
+        log_p = batch.sums(as_double(model.log_probs(batch)))  # (rows,)
+        ratio, good = log_p - reference, as_double(batch.desirable)
         sign = 2 * good - 1
         weights = self.desirable_weight * good + self.undesirable_weight * (1 - good)
         losses = weights * (1 - torch.sigmoid(self.beta * sign * (ratio - totals.kl)))

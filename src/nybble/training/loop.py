@@ -18,6 +18,7 @@ from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.events import Listener, Note
 from nybble.files.disk import complete_folder
+from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
@@ -199,7 +200,7 @@ def train_loop(
                 report(OutOfMemory(step, micro_batch_size=progress.micro_batch_size))
                 continue
             # The one look at the device, which may be a GPU at work; before anything is updated.
-            seen = [*(part.loss.double() for part in parts), optimizer.gradient_norm()]
+            seen = [*(as_double(part.loss) for part in parts), optimizer.gradient_norm()]
             measured = [part.metrics for part in parts if part.metrics is not None]
             figures = torch.cat([torch.stack(seen), *([torch.stack(measured).sum(dim=0)] if measured else [])]).tolist()
             losses, grad_norm, metrics = figures[: len(parts)], figures[len(parts)], figures[len(seen) :]
@@ -319,7 +320,7 @@ def validation_loss(
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
         batch = objective.collate([rows[row] for row in micro], model).to(model.device)
         terms = objective.terms(model, batch, totals)
-        sums = [total + row.double().sum().item() for total, row in zip(sums, terms, strict=True)]
+        sums = [total + as_double(row).sum().item() for total, row in zip(sums, terms, strict=True)]
         if interrupt is not None and interrupt.requested:
             break
     model.train(was_training)

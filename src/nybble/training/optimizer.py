@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from nybble.kernels.hardware import as_double
 from nybble.kernels.heap import trim_heap
 from nybble.kernels.ops.optimizer import ADAMW_BLOCK, adamw_, adamw_8bit_
 from nybble.memory.measure import has_own_memory
@@ -195,10 +196,10 @@ class AdamW:
                 moment.copy_(saved)
 
     def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients together: a scalar on their device, fp64."""
+        """Euclidean norm of all gradients together: a scalar on their device, fp64 where it has that."""
         self._flat.check()
         norms = torch._foreach_norm(self._flat.slices)  # one launch on a GPU
-        return torch.stack(norms).double().norm()
+        return as_double(torch.stack(norms)).norm()
 
     def drop_gradients(self) -> None:
         """Forget what was accumulated."""

@@ -19,6 +19,7 @@ from nybble.data.packing import Batch
 from nybble.data.preference_rows import EncodedPair, PreferenceBatch, PreferenceRow, compare
 from nybble.data.preferences import PAIR_ROWS, WHOLE_PAIR_ROWS
 from nybble.data.prepare import RowKind
+from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.training.objective import Part, Totals
 from nybble.training.reference import reference_of
@@ -127,14 +128,14 @@ class PairObjective(PreferenceObjective):
     def terms_of(self, model: CausalLM, batch: PreferenceBatch, totals: PairTotals) -> Tensor:
         """As `PreferenceObjective` says."""
         reference = reference_of(model, batch) if self.has_reference else torch.zeros_like(batch.answer_tokens)
-        log_p = model.log_probs(batch).double()  # (N,)
+        log_p = as_double(model.log_probs(batch))  # (N,)
         weights = batch.supervised_weights
         answers = batch.sums(log_p if weights is None else log_p * weights)
         parts = answers, batch.answer_tokens, reference, batch.sums(-log_p)
         chosen, rejected = Answers(*(part[::2] for part in parts)), Answers(*(part[1::2] for part in parts))
         found = self.compare(chosen, rejected, totals)
         good, bad = found.rewards
-        metrics = (good, bad, good - bad, (good > bad).double(), *found.log_p, *found.more)
+        metrics = (good, bad, good - bad, (good > bad).to(good.dtype), *found.log_p, *found.more)
         return torch.stack([found.losses, *(metric.detach() for metric in metrics)])
 
 

@@ -26,6 +26,7 @@ from nybble.data.sampler import split_micro_batches
 from nybble.errors import RunError
 from nybble.events import Listener, Note, silent, tracked
 from nybble.files.disk import write_complete
+from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
 
@@ -65,7 +66,7 @@ def reference_of(model: CausalLM, batch: PreferenceBatch) -> Tensor:
     if batch.reference is not None:
         return batch.reference
     with adapters_off(model):
-        return batch.sums(-model.token_losses(batch).double())
+        return batch.sums(as_double(-model.token_losses(batch)))
 
 
 @torch.no_grad()
@@ -80,7 +81,7 @@ def answer_log_probs(model: CausalLM, documents: Sequence[EncodedExample], micro
     with as_evaluated(model):
         for micro in split_micro_batches(range(len(documents)), lengths, micro_batch_size, model.packed):
             batch = packing.collate([documents[i] for i in micro], model.packed).to(model.device)
-            log_p = -model.token_losses(batch).double().cpu()
+            log_p = -model.token_losses(batch).cpu().double()
             counts = [documents[i].supervised_tokens for i in micro]
             found[micro] = torch.stack([part.sum() for part in log_p.split(counts)])
     return found
@@ -99,7 +100,7 @@ def _asked(
         lengths = [len(row) for row in rows]
         for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
             batch = compare([rows[i] for i in micro], model.packed, model.shares).to(model.device)
-            chosen, rejected = batch.sums(-model.token_losses(batch).double()).view(-1, 2).T.tolist()
+            chosen, rejected = batch.sums(as_double(-model.token_losses(batch))).view(-1, 2).T.tolist()
             yield from ((rows[i], sides) for i, sides in zip(micro, zip(chosen, rejected, strict=True), strict=True))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nybble.memory.allocators import allocator
 from nybble.memory.measure import has_own_memory
 
 
@@ -26,7 +27,7 @@ def capture_rng(device: torch.device) -> RngState:
     """The state of all generators now; drawing nothing."""
     tensors = {"cpu": torch.get_rng_state()}
     if has_own_memory(device):  # a GPU has a generator of its own
-        tensors["cuda"] = torch.cuda.get_rng_state(device)
+        tensors[device.type] = allocator(device).get_rng_state(device)
     legacy: Any = np.random.get_state()
     return RngState(tensors, {"python": random.getstate(), "numpy": [legacy[1].tolist(), *legacy[2:]]})
 
@@ -34,8 +35,8 @@ def capture_rng(device: torch.device) -> RngState:
 def restore_rng(state: RngState, device: torch.device) -> None:
     """Put all generators where `capture_rng` found them."""
     torch.set_rng_state(state.tensors["cpu"])
-    if has_own_memory(device) and "cuda" in state.tensors:
-        torch.cuda.set_rng_state(state.tensors["cuda"], device)
+    if has_own_memory(device) and device.type in state.tensors:
+        allocator(device).set_rng_state(state.tensors[device.type], device)
     version, internal, gauss = state.numbers["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, *position = state.numbers["numpy"]
