@@ -130,5 +130,5 @@ def test_intels_module_answers_as_cudas_does():
 def test_a_gpu_that_is_not_there_is_refused(device, maker):
     result = typed(["plan", "--model", "llama-3-8b", "--device", device])
     said = " ".join(result.output.split())
-    assert result.exit_code == 2 and f"device is {device}, but PyTorch finds no GPU of {maker}" in said
+    assert result.exit_code == 2 and f"device is {device}, but PyTorch finds none of {maker} GPUs" in said
     assert "Allowed here: auto, cpu" in said

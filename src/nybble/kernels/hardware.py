@@ -47,6 +47,14 @@ def plain_devices() -> list[str]:
     return [name for name in PLAIN_DEVICES if there[name]]
 
 
+def describe_unproven(device: torch.device) -> str | None:
+    """What is to be said of computing on one of `PLAIN_DEVICES`; None of other devices."""
+    if device.type not in PLAIN_DEVICES:
+        return None
+    maker = PLAIN_DEVICES[device.type]
+    return f"nybble was never run on {maker} GPUs: there it computes in plain PyTorch, without kernels of its own"
+
+
 def why_no_gpu() -> str | None:
     """None where PyTorch computes on a GPU of NVIDIA or AMD, else what is in the way; another GPU is named."""
     if torch.cuda.is_available():

@@ -31,7 +31,7 @@ def resolve_device(name: str) -> torch.device:
         )
     if name in PLAIN_DEVICES and name not in plain_devices():
         raise ConfigError(
-            f"device is {name}, but PyTorch finds no GPU of {PLAIN_DEVICES[name]}.",
+            f"device is {name}, but PyTorch finds none of {PLAIN_DEVICES[name]} GPUs.",
             f"Allowed here: {', '.join(('auto', 'cpu', *plain_devices()))}.",
             "Leave --device out.",
         )

@@ -9,7 +9,7 @@ import torch
 from nybble import openmp
 from nybble.errors import PlanError
 from nybble.events import Listener, Note
-from nybble.kernels.hardware import PLAIN_DEVICES
+from nybble.kernels.hardware import describe_unproven
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-UNPROVEN = "nybble was never run on a GPU of {maker}: it computes there in plain PyTorch, without kernels of its own"
 INIT_TOKENS = 8192  # of the text that --init activation and eva take the layers' inputs from
 
 
@@ -142,8 +141,8 @@ def choose_path(
     report(Note(f"computing through: {causal_lm.name}"))
     for note in describe_untouched(model):
         report(Note(note))
-    if opened.device.type in PLAIN_DEVICES:
-        report(Note(UNPROVEN.format(maker=PLAIN_DEVICES[opened.device.type]), warning=True))
+    if (unproven := describe_unproven(opened.device)) is not None:
+        report(Note(unproven, warning=True))
     if openmp.waiting == "unknown" and not has_own_memory(opened.device):
         report(Note(f"threads wait {openmp.SENTENCES['unknown']}", warning=True))
     return fit, causal_lm
