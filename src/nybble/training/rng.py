@@ -35,8 +35,8 @@ def capture_rng(device: torch.device) -> RngState:
 def restore_rng(state: RngState, device: torch.device) -> None:
     """Put all generators where `capture_rng` found them."""
     torch.set_rng_state(state.tensors["cpu"])
-    if has_own_memory(device) and device.type in state.tensors:
-        allocator(device).set_rng_state(state.tensors[device.type], device)
+    if has_own_memory(device) and (own := state.tensors.get(device.type)) is not None:
+        allocator(device).set_rng_state(own, device)
     version, internal, gauss = state.numbers["python"]
     random.setstate((version, tuple(internal), gauss))
     keys, *position = state.numbers["numpy"]
