@@ -15,20 +15,28 @@ from tiny import put_into_four_bits, tune
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4Config,
+    GlmConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MinistralConfig,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
+    PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from nybble.data.packing import IGNORE, Batch, pack_tokens
@@ -46,6 +54,10 @@ SHAPE = {
 KINDS = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": WINDOW}
 GEMMA = {**KINDS, "head_dim": 18, "query_pre_attn_scalar": 11, "attn_implementation": "eager"}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+GROWING = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8,
+    "llama_4_scaling_beta": 0.5,
+}  # fmt: skip
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
@@ -54,6 +66,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
     "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
     "ministral": MinistralConfig(**SHAPE, **KINDS, head_dim=16),
+    "ministral3": Ministral3Config(**SHAPE, head_dim=16, sliding_window=WINDOW, rope_parameters=GROWING),
     "smollm3": SmolLM3Config(**SHAPE, **KINDS, use_sliding_window=True, no_rope_layers=[1, 0, 1]),
     "granite": GraniteConfig(
         **SHAPE, embedding_multiplier=3.0, residual_multiplier=0.6, attention_multiplier=0.2, logits_scaling=1.5
@@ -61,9 +74,16 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "olmo2": Olmo2Config(**SHAPE),
     "olmo3": Olmo3Config(**SHAPE, **KINDS),
     "phi3": Phi3Config(**SHAPE, sliding_window=WINDOW, rope_parameters=PARTIAL),
+    "glm": GlmConfig(**SHAPE, head_dim=16, attention_bias=True, rope_parameters=PARTIAL),
+    "glm4": Glm4Config(**SHAPE, head_dim=16, rope_parameters=PARTIAL),
+    "cohere": CohereConfig(**SHAPE, logit_scale=0.3),
+    "cohere2": Cohere2Config(**SHAPE, **KINDS, logit_scale=0.3),
+    "stablelm": StableLmConfig(**SHAPE, use_qkv_bias=True, rope_parameters=PARTIAL),
+    "phi": PhiConfig(**SHAPE, rope_parameters=PARTIAL),
+    "starcoder2": Starcoder2Config(**SHAPE, sliding_window=WINDOW),
 }
 DOCUMENTS = (7, 1, 20, 13)
-ALWAYS = ("llama", "gemma2", "olmo3", "phi3")  # all stages and linears of other families are one of theirs
+ALWAYS = ("llama", "gemma2", "olmo3", "cohere2", "phi")  # all stages and linears of other families are one of theirs
 SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in CONFIGS]
 
 
@@ -76,7 +96,7 @@ def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrain
         config.layer_types = config.layer_types[:layers]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name:
+        if "norm" in parameter_name and parameter_name.endswith("weight"):
             nn.init.normal_(parameter, mean=1.0 - FAMILIES[name].norm_offset, std=0.3)
         else:
             nn.init.normal_(parameter, std=0.2)

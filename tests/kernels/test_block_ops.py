@@ -3,6 +3,8 @@
 Outputs start as NaN; shapes leave tails; rows lie apart; outputs overwrite inputs.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,9 @@ from nybble.kernels import registry
 from nybble.kernels.backends.cpp import library
 from nybble.kernels.backends.reference import loss as reference_loss
 from nybble.kernels.ops.four_bit import dequantize, gemv_4bit, quantize
-from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
+from nybble.kernels.ops.glu import geglu, geglu_backward, gelu, gelu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.loss import cross_entropy_
-from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
+from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from nybble.kernels.ops.optimizer import adamw_, adamw_8bit_
 from nybble.kernels.ops.rope import rope_, rope_backward_
 
@@ -97,12 +99,54 @@ def test_rms_norm_and_its_gradient(dtype, weight_dtype, weight_offset, width):
         assert remainder.isnan().all()
 
 
+# ---- LayerNorm -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm_and_its_gradient(dtype, weight_dtype, width):
+    for shape, biased in itertools.product(((5, width), (3, 4, width)), (False, True)):
+        x, remainder = rows_apart(randn(*shape, dtype=dtype) + 2)
+        weight, grad = randn(width, dtype=weight_dtype, seed=1), randn(*shape, dtype=dtype, seed=2)
+        bias = randn(width, dtype=weight_dtype, seed=3) if biased else None
+        x64 = x.double().requires_grad_()
+        y64 = F.layer_norm(x64, (width,), weight.double(), bias.double() if biased else None, 1e-5)
+        y64.backward(grad.double())
+        deviation = torch.rsqrt(x.double().var(-1, correction=0) + 1e-5)
+
+        out, _ = rows_apart(torch.full(shape, torch.nan, dtype=dtype))
+        y, stats = layer_norm(x, weight, bias, 1e-5, out=out)
+        assert y is out
+        rounding = 4 * deviation.max() * weight.abs().max() if dtype == torch.float32 else 0.0  # of the mean
+        assert_close(y, y64.detach(), dtype, scale=rounding)
+        assert_close(stats[..., 0], x.double().mean(-1), torch.float32)
+        assert_close(stats[..., 1], deviation, torch.float32)
+
+        dx = layer_norm_backward(grad, x, weight, stats)
+        terms = grad.abs().max() * stats[..., 1].max() * weight.abs().max().float()
+        terms = terms * max(1.0, float(y.abs().max())) * (4 if width == 1 else 2)
+        assert_close(dx, x64.grad, dtype, scale=terms)
+        base = randn(*shape, dtype=dtype, seed=3)
+        total = layer_norm_backward(grad, x, weight, stats, out=base.clone(), accumulate=True)
+        assert_close(total, x64.grad + base.double(), dtype, scale=terms)
+
+        in_place = grad.clone()
+        layer_norm_backward(in_place, x, weight, stats, out=in_place)
+        assert torch.equal(in_place, dx)
+        expected = y.clone()
+        layer_norm(x, weight, bias, 1e-5, out=x)
+        assert torch.equal(x, expected)
+        assert remainder.isnan().all()
+
+
 # ---- RoPE ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("neighbours", [False, True])
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(2, 2), (6, 6), (64, 64), (80, 32), (128, 128), (34, 34)])
-def test_rope_is_hugging_faces_and_its_backward_is_the_transpose(dtype, head_dim, rotary_dim):
+def test_rope_is_hugging_faces_and_its_backward_is_the_transpose(dtype, head_dim, rotary_dim, neighbours):
     tokens, heads = 9, 3
     angles = torch.arange(tokens)[:, None] / 10000 ** (torch.arange(rotary_dim // 2) * 2 / rotary_dim)
     cos, sin = 1.1 * angles.cos(), 1.1 * angles.sin()  # 1.1: as yarn's attention scaling
@@ -111,26 +155,30 @@ def test_rope_is_hugging_faces_and_its_backward_is_the_transpose(dtype, head_dim
 
     x64 = x.double().requires_grad_()
     turned, kept = x64[..., :rotary_dim], x64[..., rotary_dim:]
-    rotated_half = torch.cat([-turned[..., rotary_dim // 2 :], turned[..., : rotary_dim // 2]], dim=-1)
-    cos64, sin64 = (torch.cat([table, table], dim=-1)[:, None].double() for table in (cos, sin))
-    y64 = torch.cat([turned * cos64 + rotated_half * sin64, kept], dim=-1)
+    if neighbours:
+        rotated = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+        cos64, sin64 = (table.repeat_interleave(2, dim=-1)[:, None].double() for table in (cos, sin))
+    else:
+        rotated = torch.cat([-turned[..., rotary_dim // 2 :], turned[..., : rotary_dim // 2]], dim=-1)
+        cos64, sin64 = (torch.cat([table, table], dim=-1)[:, None].double() for table in (cos, sin))
+    y64 = torch.cat([turned * cos64 + rotated * sin64, kept], dim=-1)
     y64.backward(grad.double())
 
-    rope_(x, cos, sin)
+    rope_(x, cos, sin, neighbours)
     assert_close(x, y64.detach(), dtype)
     assert remainder.isnan().all()
-    rope_backward_(grad, cos, sin)
+    rope_backward_(grad, cos, sin, neighbours)
     assert_close(grad, x64.grad, dtype)
 
 
 # ---- gated linear units --------------------------------------------------------------------------
 
 
-def gelu(g):
+def tanh_gelu(g):
     return 0.5 * g * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)))
 
 
-GATES = {"swiglu": (swiglu, swiglu_backward, F.silu), "geglu": (geglu, geglu_backward, gelu)}
+GATES = {"swiglu": (swiglu, swiglu_backward, F.silu), "geglu": (geglu, geglu_backward, tanh_gelu)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,6 +202,26 @@ def test_gates_and_their_gradients(gates, dtype, width):
     backward(grad, gate, up, grad_gate=gate, grad_up=up, act=grad)  # everything in place
     assert torch.equal(gate, grad_gate)
     assert torch.equal(up, grad_up)
+    assert torch.equal(grad, y)
+    assert remainder.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gelu_and_its_gradient(dtype, width):
+    x, remainder = rows_apart(3 * randn(7, width, dtype=dtype))
+    grad = randn(7, width, dtype=dtype, seed=1)
+    x64 = x.double().requires_grad_()
+    y64 = F.gelu(x64, approximate="tanh")
+    y64.backward(grad.double())
+
+    y = gelu(x, out=torch.full((7, width), torch.nan, dtype=dtype))
+    assert_close(y, y64.detach(), dtype)
+    grad_x = gelu_backward(grad, x)
+    assert_close(grad_x, x64.grad, dtype)
+
+    gelu_backward(grad, x, grad_x=x, act=grad)  # everything in place
+    assert torch.equal(x, grad_x)
     assert torch.equal(grad, y)
     assert remainder.isnan().all()
 
@@ -326,7 +394,16 @@ def examples():
     yield "rms_norm_out", (x, weight, 1e-5, 0.0, nan.clone())
     yield "rms_norm_backward_out", (x, x, weight, rstd, 0.0, False, nan.clone())
     yield "rms_norm_backward_out", (x, x, weight, rstd, 1.0, True, x.clone())
-    yield "rope_", (x, randn(4, 10), randn(4, 10, seed=3), False)
+    stats = randn(4, 3, 2, seed=2).abs()
+    yield "layer_norm_out", (x, weight, randn(24, seed=3), 1e-5, nan.clone())
+    yield "layer_norm_out", (x, weight, None, 1e-5, nan.clone())
+    yield "layer_norm_backward_out", (x, x, weight, stats, False, nan.clone())
+    yield "layer_norm_backward_out", (x, x, weight, stats, True, x.clone())
+    yield "rope_", (x, randn(4, 10), randn(4, 10, seed=3), False, False)
+    yield "rope_", (x, randn(4, 10), randn(4, 10, seed=3), True, True)
+    yield "gelu_out", (flat, torch.full((4, 33), torch.nan))
+    yield "gelu_backward_out", (flat, flat, *(torch.full((4, 33), torch.nan) for _ in range(2)))
+    yield "gelu_backward_out", (flat, flat, torch.full((4, 33), torch.nan), None)
     yield "swiglu_out", (flat, flat, torch.full((4, 33), torch.nan))
     nans = [torch.full((4, 33), torch.nan) for _ in range(3)]
     yield "swiglu_backward_out", (flat, flat, flat, *nans)
@@ -353,6 +430,11 @@ def test_wrong_arguments_are_refused():
         lambda: rms_norm(x.t(), randn(4), 1e-5),
         lambda: rms_norm(x.long(), randn(8), 1e-5),
         lambda: rms_norm(x, randn(8), 1e-5, out=randn(4, 8, dtype=torch.bfloat16)),
+        lambda: layer_norm(x, randn(8), randn(7), 1e-5),
+        lambda: layer_norm(x, randn(8), randn(8).bfloat16(), 1e-5),
+        lambda: layer_norm_backward(x, x, randn(8), randn(4)),
+        lambda: gelu(x[:, None]),
+        lambda: gelu_backward(x, x[:, :7]),
         lambda: rope_(x, randn(4, 4), randn(4, 4)),
         lambda: rope_(x[:, None], randn(4, 5), randn(4, 5)),
         lambda: swiglu(x, randn(4, 7)),

@@ -18,7 +18,7 @@ from nybble.kernels.backends.cpp import library
 from nybble.kernels.backends.cpp.decode import Kernel
 from nybble.kernels.backends.reference.decode import OpByOp
 from nybble.kernels.ops.cached_attention import cached_attention
-from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
+from nybble.kernels.ops.decode import MAX_ROWS, NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
 from nybble.kernels.ops.four_bit import dequantize, quantize
 
 ISAS = library.supported_isas() if library.why_unavailable() is None else ()
@@ -70,6 +70,9 @@ class Random:
     def norm(self, width):
         return DecoderNorm(self.normal(width, std=0.3, mean=1.0), 1e-5)
 
+    def layer_norm(self, width, bias):
+        return replace(self.norm(width), bias=self.normal(width, std=0.3) if bias else None, centred=True)
+
     def layer(self, hidden, heads, kv_heads, head_dim, mlp, weight, bias, ranks, window, head_norms):
         def projection(width, *outs):
             return [self.linear(out, width, weight, bias, rank) for out, rank in zip(outs, ranks, strict=False)]
@@ -107,14 +110,27 @@ def project(linears, x):
 
 
 def norm(n, x):
+    if n is not None and n.centred:
+        return F.layer_norm(x, x.shape[-1:], n.weight.double(), None if n.bias is None else n.bias.double(), n.eps)
     return x if n is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + n.eps) * n.weight.double()
 
 
-def rotate(x, cos, sin):
+def rotate(x, cos, sin, neighbours=False):
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    if neighbours:
+        a, b = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
     cos, sin = cos[:, None].double(), sin[:, None].double()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+    turned = a * cos - b * sin, b * cos + a * sin
+    if neighbours:
+        return torch.cat([torch.stack(turned, dim=-1).flatten(-2), rest], dim=-1)
+    return torch.cat([*turned, rest], dim=-1)
+
+
+def norm_heads(n, heads):
+    """Each, or all of a row together, by the norm's width."""
+    together = n is not None and len(n.weight) != heads.shape[-1]
+    return norm(n, heads.flatten(1)).view(heads.shape) if together else norm(n, heads)
 
 
 def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns, starts):
@@ -123,8 +139,10 @@ def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns,
     for layer, (keys, values) in zip(layers, cache, strict=True):
         heads = project(layer.qkv, norm(layer.input_norm, x)).unflatten(-1, (-1, layer.head_dim))
         q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
-        angles = cos[layer.rope], sin[layer.rope]
-        q, k = rotate(norm(layer.q_norm, q), *angles), rotate(norm(layer.k_norm, k), *angles)
+        q, k = norm_heads(layer.q_norm, q), norm_heads(layer.k_norm, k)
+        if layer.rope != NO_ROPE:
+            q = rotate(q, cos[layer.query_rope], sin[layer.query_rope], layer.neighbours)
+            k = rotate(k, cos[layer.rope], sin[layer.rope], layer.neighbours)
         keys[texts, :, columns], values[texts, :, columns] = k, v
         mixed = []
         for row, (text, column, start) in enumerate(zip(texts, columns, starts, strict=True)):
@@ -136,10 +154,11 @@ def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns,
             if layer.softcap:
                 scores = layer.softcap * torch.tanh(scores / layer.softcap)
             mixed.append(torch.einsum("hc,hcd->hd", scores.softmax(-1), v_seen).flatten())
-        x = x + norm(layer.attention_output_norm, project(layer.o, torch.stack(mixed)))
-        gate, up = project(layer.gate_up, norm(layer.mlp_norm, x)).chunk(2, dim=-1)
+        x2 = x + layer.residual * norm(layer.attention_output_norm, project(layer.o, torch.stack(mixed)))
+        inner = project(layer.gate_up, norm(layer.mlp_norm, x if layer.parallel else x2))
+        gate, up = inner.chunk(2, dim=-1) if layer.gated else (inner, 1.0)
         act = F.silu(gate) if layer.activation == "silu" else F.gelu(gate, approximate="tanh")
-        x = x + norm(layer.mlp_output_norm, project(layer.down, act * up))
+        x = x2 + layer.residual * norm(layer.mlp_output_norm, project(layer.down, act * up))
     return project([head], norm(last_norm, x))
 
 
@@ -219,12 +238,45 @@ def test_what_other_families_have(run, softcap):
     for rope, window in enumerate((3, 0)):
         plain = random.layer(48, 4, 2, 18, 56, NF4, False, (2, 2, 2), window, True)
         others = {"attention_output_norm": random.norm(48), "mlp_output_norm": random.norm(48), "softcap": softcap}
-        layers.append(replace(plain, activation="gelu_pytorch_tanh", rope=rope, **others))
+        layers.append(replace(plain, activation="gelu_pytorch_tanh", rope=rope, query_rope=1, **others))
     last_norm, head = random.norm(48), random.linear(VOCABULARY, 48, torch.bfloat16)
     ready = decoder(DecoderModel(layers, last_norm, head, dtype))
     texts, columns, starts = map(torch.tensor, PLACES["ragged"])
     x, cache = random.normal(3, 48).to(dtype), random.normal(LAYERS, 2, 3, 2, CAPACITY, 18).to(dtype)
     angles = columns[None, :, None] / torch.tensor([10.0, 100.0])[:, None, None] ** (torch.arange(9) / 9)
+    exact = cache.double()
+    expected = expected_logits(layers, last_norm, head, x, angles.cos(), angles.sin(), exact, texts, columns, starts)
+    got = ready.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
+    assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    assert (cache.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+def bare(layer, random):
+    """Without what there may be none of: norms of what is read, rotary angles. Norms of all heads, and a factor."""
+    norms = {"attention_output_norm": random.norm(48), "mlp_output_norm": random.norm(48)}
+    whole = {"q_norm": random.norm(4 * 18), "k_norm": random.norm(2 * 18)}
+    return replace(
+        layer, input_norm=None, mlp_norm=None, rope=NO_ROPE, query_rope=NO_ROPE, residual=0.6, **norms, **whole
+    )
+
+
+def beside(layer, random):
+    """The MLP beside attention, without a gate; LayerNorm with bias and without; neighbours turned together."""
+    norms = {"input_norm": random.layer_norm(48, bias=True), "mlp_norm": random.layer_norm(48, bias=False)}
+    mlp = {"gate_up": layer.gate_up[:1], "activation": "gelu_new", "gated": False}
+    return replace(layer, parallel=True, neighbours=True, residual=1.5, **norms, **mlp)
+
+
+@pytest.mark.parametrize("other", [bare, beside])
+def test_what_layers_lack_or_have_otherwise(run, other):
+    _, dtype = run
+    random = Random()
+    layers = [other(random.layer(48, 4, 2, 18, 56, NF4, True, (2, 2, 2), 3, False), random) for _ in range(LAYERS)]
+    last_norm, head = random.layer_norm(48, bias=True), random.linear(VOCABULARY, 48, torch.bfloat16)
+    ready = decoder(DecoderModel(layers, last_norm, head, dtype))
+    texts, columns, starts = map(torch.tensor, PLACES["ragged"])
+    x, cache = random.normal(3, 48).to(dtype), random.normal(LAYERS, 2, 3, 2, CAPACITY, 18).to(dtype)
+    angles = (columns[:, None] / 10 ** (torch.arange(7) / 7))[None]
     exact = cache.double()
     expected = expected_logits(layers, last_norm, head, x, angles.cos(), angles.sin(), exact, texts, columns, starts)
     got = ready.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)

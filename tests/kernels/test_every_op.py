@@ -22,7 +22,7 @@ from nybble.kernels import registry
 from nybble.kernels.backends.cpp import library
 from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.checks import FLOAT_DTYPES
-from nybble.kernels.ops.decode import DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
+from nybble.kernels.ops.decode import NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
 from nybble.kernels.ops.four_bit import quantize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of the largest value
@@ -72,11 +72,26 @@ def rms_norm_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         yield grad, x, weight, rstd, 0.0, True, total
 
 
+def layer_norm(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for shape in norm_shapes():
+        x = rows(*shape, seed=1, dtype=dtype)
+        weight, bias = (normal(shape[-1], seed=seed, dtype=dtype) for seed in (2, 3))
+        yield x, weight, bias if len(shape) == 2 else None, 1e-5, Out(x)
+
+
+def layer_norm_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for shape in norm_shapes():
+        grad, x, total = (rows(*shape, seed=seed, dtype=dtype) for seed in (1, 2, 3))
+        weight, stats = normal(shape[-1], seed=4, dtype=dtype), normal(*shape[:-1], 2, seed=5).abs() + 0.1
+        yield grad, x, weight, stats, False, Out(x)
+        yield grad, x, weight, stats, True, total
+
+
 def rope(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     for head_dim, half in ((2, 1), (6, 3), (80, 16), (34, 17)):
         cos, sin = (normal(5, half, seed=seed) for seed in (2, 3))
-        for backward in (False, True):
-            yield rows(5, 3, head_dim, seed=1, dtype=dtype), cos, sin, backward
+        for neighbours, backward in itertools.product((False, True), repeat=2):
+            yield rows(5, 3, head_dim, seed=1, dtype=dtype), cos, sin, neighbours, backward
 
 
 def swiglu(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -90,6 +105,19 @@ def swiglu_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
         grad, gate, up = (rows(5, width, seed=seed, dtype=dtype) for seed in (1, 2, 3))
         yield grad, gate, up, Out(gate), Out(up), Out(grad)
         yield grad, gate, up, Out(gate), Out(up), None
+
+
+def gelu(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for width in WIDTHS:
+        x = rows(5, width, seed=1, dtype=dtype)
+        yield x, Out(x)
+
+
+def gelu_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    for width in WIDTHS:
+        grad, x = (rows(5, width, seed=seed, dtype=dtype) for seed in (1, 2))
+        yield grad, x, Out(x), Out(grad)
+        yield grad, x, Out(x), None
 
 
 def cross_entropy(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
@@ -188,8 +216,8 @@ def packed_attention_backward(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 
 
 def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
-    """Two layers, the second with head norms, adapters and a window; one with all else that there is. Two texts of
-    unequal length.
+    """Two layers, the second with head norms, adapters and a window; one with all else that there is; two without what
+    there may be none of, or with the other kind. Two texts of unequal length.
     """
     seeds = itertools.count(10)
 
@@ -215,7 +243,17 @@ def decode(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
     plain = DecoderModel([layer(False, 0, 0), layer(True, 3, 4)], norm(32), head, dtype)
     others = norm(32), norm(32), "gelu_pytorch_tanh", 0.7, 1
     angles = torch.stack([normal(2, 5, seed=seed) for seed in (1, 4)])
-    for model in (plain, DecoderModel([layer(True, 0, 3, *others)], norm(32), head, dtype)):
+    centred = [replace(norm(32), bias=normal(32, seed=next(seeds)), centred=True), replace(norm(32), centred=True)]
+    beside = replace(
+        layer(False, 2, 0), input_norm=centred[0], mlp_norm=centred[1], gate_up=linears(32, 40, rank=2),
+        activation="gelu_new", gated=False, parallel=True, neighbours=True,
+    )  # fmt: skip
+    bare = replace(
+        layer(False, 0, 0, *others), input_norm=None, mlp_norm=None, q_norm=norm(32), k_norm=norm(16), rope=NO_ROPE,
+        query_rope=NO_ROPE, residual=0.6,
+    )  # fmt: skip
+    all_else = DecoderModel([layer(True, 0, 3, *others)], norm(32), head, dtype)
+    for model in (plain, all_else, DecoderModel([beside, bare], centred[0], head, dtype)):
         cache = normal(len(model.layers), 2, 2, 1, 9, 16, seed=2, dtype=dtype)
         where = (torch.tensor(values) for values in ([0, 1], [7, 7], [0, 5]))
         yield model, normal(2, 32, seed=3, dtype=dtype), angles.cos(), angles.sin(), cache, *where
@@ -234,11 +272,15 @@ def cached_attention(dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
 CASES: dict[str, Callable[[torch.dtype], Iterator[tuple[Any, ...]]]] = {
     "rms_norm_out": rms_norm,
     "rms_norm_backward_out": rms_norm_backward,
+    "layer_norm_out": layer_norm,
+    "layer_norm_backward_out": layer_norm_backward,
     "rope_": rope,
     "swiglu_out": swiglu,
     "swiglu_backward_out": swiglu_backward,
     "geglu_out": swiglu,
     "geglu_backward_out": swiglu_backward,
+    "gelu_out": gelu,
+    "gelu_backward_out": gelu_backward,
     "cross_entropy_": cross_entropy,
     "adamw_": adamw,
     "adamw_8bit_": adamw_8bit,

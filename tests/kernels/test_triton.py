@@ -4,6 +4,7 @@ test_every_op.py compares all bodies on small shapes; its interpreter takes most
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from nybble.kernels.ops.calibration import ScaleGrid, assign_columns, search_sca
 from nybble.kernels.ops.four_bit import augmented_weight_, dequantize, gemv_4bit, quantize
 from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.loss import cross_entropy_
-from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
+from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from nybble.kernels.ops.optimizer import ADAMW_BLOCK, adamw_, adamw_8bit_
 from nybble.kernels.ops.rope import rope_, rope_backward_
 
@@ -88,8 +89,12 @@ def test_results_are_the_references_in_bits(dtype):
         if len(shape) == 2:
             assert_same_bits(by_both(swiglu, x, grad))
             assert_same_bits(by_both(swiglu_backward, grad, x, total, None, None, torch.empty_like(x)))
-    for rotate in (rope_, rope_backward_):
-        pairs = by_both(rotate, normal(45, 3, 80, seed=1, dtype=dtype), normal(45, 32, seed=2), normal(45, 32, seed=3))
+        stats = torch.stack([normal(*shape[:-1], seed=5), rstd], dim=-1)
+        assert_same_bits(by_both(layer_norm, x, weight, normal(shape[-1], seed=6, dtype=dtype), 1e-5))
+        assert_same_bits(by_both(layer_norm_backward, grad, x, weight, stats, total, True))
+    for rotate, neighbours in itertools.product((rope_, rope_backward_), (False, True)):
+        angles = normal(45, 32, seed=2), normal(45, 32, seed=3)
+        pairs = by_both(rotate, normal(45, 3, 80, seed=1, dtype=dtype), *angles, neighbours)
         assert all(torch.equal(got, expected) for got, expected in pairs)
 
 

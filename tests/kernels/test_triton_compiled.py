@@ -132,8 +132,9 @@ def rows(
 ) -> Kernel:
     """A kernel that `launch_tiles` starts on rows of such a width, in 8B shapes a multiple of 16."""
     types = {"weight": f"*{dtype}:16", "rows": "i32", "eps": "fp32", "weight_offset": "fp32"}
-    types |= dict.fromkeys(("rstd", "cos", "sin"), "*fp32:16")
-    types |= dict.fromkeys(("x", "out", "grad", "gate", "up", "grad_gate", "grad_up", "act"), f"*{dtype}:16")
+    types |= dict.fromkeys(("rstd", "stats", "cos", "sin"), "*fp32:16")
+    inner = ("gate", "up", "grad_gate", "grad_up", "grad_x", "act")
+    types |= dict.fromkeys(("x", "out", "grad", "bias", *inner), f"*{dtype}:16")
     tile_rows, columns, num_warps = tile_of(width, whole_rows)
     constants = constants | {"ROWS": tile_rows, "COLUMNS": columns}
     arguments = {name: types.get(name, "i32:16") for name in function.arg_names if name not in constants}
@@ -198,12 +199,21 @@ KERNELS = {
     "rms_norm_backward": rows(norm.rms_norm_backward_kernel, 4096, whole_rows=True, ACCUMULATE=True),
     "rms_norm_backward, widest": rows(norm.rms_norm_backward_kernel, 16384, "fp32", whole_rows=True, ACCUMULATE=True),
     "rms_norm_backward, heads": rows(norm.rms_norm_backward_kernel, 128, whole_rows=True, ACCUMULATE=False),
-    "rope": rows(rope.rope_kernel, 64, exact=True, BACKWARD=True),
+    "layer_norm": rows(norm.layer_norm_kernel, 4096, whole_rows=True, BIAS=True),
+    "layer_norm, widest": rows(norm.layer_norm_kernel, 16384, "fp32", whole_rows=True, BIAS=True),
+    "layer_norm_backward": rows(norm.layer_norm_backward_kernel, 4096, whole_rows=True, ACCUMULATE=True),
+    "layer_norm_backward, widest": rows(
+        norm.layer_norm_backward_kernel, 16384, "fp32", whole_rows=True, ACCUMULATE=True
+    ),
+    "rope": rows(rope.rope_kernel, 64, exact=True, NEIGHBOURS=False, BACKWARD=True),
+    "rope, neighbours": rows(rope.rope_kernel, 64, exact=True, NEIGHBOURS=True, BACKWARD=True),
     "swiglu": rows(glu.glu_kernel, 14336, GELU=False),
     "swiglu_backward": rows(glu.glu_backward_kernel, 14336, GELU=False, ACT=True),
     "swiglu_backward, fp32": rows(glu.glu_backward_kernel, 14336, "fp32", GELU=False, ACT=True),
     "geglu": rows(glu.glu_kernel, 14336, GELU=True),
     "geglu_backward": rows(glu.glu_backward_kernel, 14336, GELU=True, ACT=True),
+    "gelu": rows(glu.gelu_kernel, 14336),
+    "gelu_backward": rows(glu.gelu_backward_kernel, 14336, ACT=True),
     "cached_attention": cached(),
     "cached_attention, wide heads, soft cap": cached(width=256, softcap=True),
     "cached_attention, fp32": cached("fp32"),

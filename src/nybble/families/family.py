@@ -5,15 +5,16 @@ A layer of every family is
     x = x + residual * attention_output_norm(o(attention(rope(head_norms(qkv(input_norm(x)))))))
     x = x + residual * mlp_output_norm(down(activation(gate) * up)),   gate, up = gate_up(mlp_norm(x))
 
-and a `Family` says which of its parts there are and what transformers calls them. What a layer or config of
-transformers holds as a number (head widths, the factor on the scores, epsilon) is read there; embeddings that are
-scaled by their own module are its business.
+or, where the MLP stands beside attention, both read the same x and are added together. Without a gate the MLP is
+down(activation(up)). A `Family` says which of its parts there are and what transformers calls them. What a layer or
+config of transformers holds as a number (head widths, the factor on the scores, epsilon) is read there; embeddings that
+are scaled by their own module are its business.
 """
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Activation = Literal["silu", "gelu_pytorch_tanh"]  # as transformers names them: SwiGLU, GeGLU
+Activation = Literal["silu", "gelu_pytorch_tanh", "gelu_new"]  # as transformers names them; the last two are one
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as in a config's `layer_types`
 
@@ -25,8 +26,12 @@ class Family:
     Args:
         model_type: of its configs.
         activation, activation_option: of the MLP's gate, and the config's option that names it.
-        norm_offset: what is added to the weights of its norms.
+        gated: whether it has one.
+        norm, norm_eps: of which kind its norms are, and the config's option for their epsilon.
+        norm_offset: what is added to the weights of RMSNorm.
+        final_norm: module that norms what the head reads.
         input_norm, mlp_norm: modules that norm what attention and the MLP read, or None.
+        parallel: attention and the MLP read the same states, those that come into the layer.
         attention_output_norm, mlp_output_norm: modules that norm what these two add to the states, or None.
         head_norms: modules that norm queries and keys, or none.
         heads_together: they norm all heads of a token as one row, not each by itself.
@@ -34,21 +39,31 @@ class Family:
             theirs would.
         windows: layers that attend to the last `sliding_window` tokens only: none, all, or those of that kind.
         rope_by_kind: each kind of layer has its own rotary angles.
+        rope_neighbours: neighbouring elements of a head are turned together, not those of its halves.
+        angles_in_pairs: transformers lists each rotary angle twice in a row, not all of them once and then once more.
+        rotated_windows: only layers under a window have rotary angles.
         rotated_layers: the config's option that says of each layer whether it has rotary angles; all have where None.
+        growing_queries: queries grow with their position, by `llama_4_scaling_beta` of the rotary parameters.
         attention_softcap: the config's option for c in c · tanh(scores / c), or None.
         embedding_multiplier, residual_multiplier: the config's options for factors on the embeddings and on what is
             added to the states, or None.
         dropouts: options, beside `attention_dropout`, for shares of a layer's states that training drops.
         unsupported: options that, where a config sets them, make of its layers something else than this.
         gguf: its architecture in GGUF files, a name of gguf.MODEL_ARCH, or None where it is not exported.
+        gguf_neighbours: llama.cpp turns neighbouring elements of a head together, transformers those of its halves.
     """
 
     model_type: str
     activation: Activation = "silu"
     activation_option: str = "hidden_act"
+    gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: str = "rms_norm_eps"
     norm_offset: float = 0.0
+    final_norm: str = "norm"
     input_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
+    parallel: bool = False
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
     head_norms: tuple[str, ...] = ()
@@ -59,13 +74,18 @@ class Family:
     down: str = "mlp.down_proj"
     windows: Literal["none", "all", "by kind"] = "none"
     rope_by_kind: bool = False
+    rope_neighbours: bool = False
+    angles_in_pairs: bool = False
+    rotated_windows: bool = False
     rotated_layers: str | None = None
+    growing_queries: bool = False
     attention_softcap: str | None = None
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
     dropouts: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
     gguf: str | None = None
+    gguf_neighbours: bool = False
 
     @property
     def input_norms(self) -> int:
@@ -99,6 +119,8 @@ class Family:
 
     def rotated(self, config: Any, layer: int) -> bool:
         """Whether queries and keys of this layer are rotated."""
+        if self.rotated_windows:
+            return self.window(config, self.kinds(config)[layer]) > 0
         return self.rotated_layers is None or bool(getattr(config, self.rotated_layers)[layer])
 
     def embedding_factor(self, config: Any) -> float:

@@ -2,4 +2,10 @@
 
 from nybble.families.family import Family
 
-GRANITE = Family("granite", embedding_multiplier="embedding_multiplier", residual_multiplier="residual_multiplier")
+GRANITE = Family(
+    "granite",
+    embedding_multiplier="embedding_multiplier",
+    residual_multiplier="residual_multiplier",
+    gguf="GRANITE",
+    gguf_neighbours=True,
+)

@@ -2,4 +2,4 @@
 
 from nybble.families.family import Family
 
-LLAMA = Family("llama", gguf="LLAMA")
+LLAMA = Family("llama", gguf="LLAMA", gguf_neighbours=True)

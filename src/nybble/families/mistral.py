@@ -2,4 +2,4 @@
 
 from nybble.families.family import Family
 
-MISTRAL = Family("mistral", windows="all", gguf="LLAMA")
+MISTRAL = Family("mistral", windows="all", gguf="LLAMA", gguf_neighbours=True)

@@ -12,4 +12,5 @@ OLMO2 = Family(
     mlp_output_norm="post_feedforward_layernorm",
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     heads_together=True,
+    gguf="OLMO2",
 )

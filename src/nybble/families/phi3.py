@@ -10,4 +10,5 @@ PHI3 = Family(
     gate_up=("mlp.gate_up_proj",),
     windows="all",
     dropouts=("resid_pdrop",),
+    gguf="PHI3",
 )

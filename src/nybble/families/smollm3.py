@@ -2,4 +2,4 @@
 
 from nybble.families.family import Family
 
-SMOLLM3 = Family("smollm3", windows="by kind", rotated_layers="no_rope_layers")
+SMOLLM3 = Family("smollm3", windows="by kind", rotated_layers="no_rope_layers", gguf="SMOLLM3", gguf_neighbours=True)

@@ -30,7 +30,7 @@ from nybble.layers.backbone import FusedForward
 from nybble.layers.decoder_block import DecoderBlock, block_ops
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead, loss_head
-from nybble.layers.norms import Norm
+from nybble.layers.norms import LayerNorm, Norm
 from nybble.layers.packed_rows import Angles, rotary_angles, scaled_embeddings
 from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -140,8 +140,8 @@ class CachedDecoder:
         assert isinstance(head, LossHead), head
         self.head = head
         self.blocks = self.backbone.blocks
-        self.kinds = sorted({block.kind for block in self.blocks})
-        self.layers = [_describe(block, self.kinds.index(block.kind)) for block in self.blocks]
+        self.kinds = sorted({kind for block in self.blocks for kind in (block.kind, block.query_kind)})
+        self.layers = [_describe(block, self.kinds) for block in self.blocks]
         self.few_rows = decoder(_describe_model(self.layers, self.backbone.norm, self.head))
         waits = angles_by_length(model) or registry.waits("cached_attention", head.device)
         self._graph_type = graph_on(head.device) if graphs and not waits else None
@@ -215,8 +215,8 @@ class CachedDecoder:
     def _through_blocks(self, x: Tensor, angles: Angles, attends: Sequence[Attend]) -> Tensor:
         for block, attend in zip(self.blocks, attends, strict=True):
             heads = block.queries_keys_values(block.attention_input(x)[0], angles)
-            x, _ = block.attention_output(attend(block.by_head(heads.qkv)), x)
-            x, _ = block.mlp_output(block.gate(block.mlp_input(x)[0])[0], x)
+            x2, _ = block.attention_output(attend(block.by_head(heads.qkv)), x)
+            x, _ = block.mlp_output(block.gate(block.mlp_input(block.mlp_reads(x, x2))[0])[0], x2)
         return x
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -234,8 +234,12 @@ def _describe_model(layers: Sequence[DecoderLayer], norm: Norm, head: LossHead) 
     return DecoderModel(layers, _describe_norm(norm), described, norm.weight.dtype)
 
 
-def _describe(block: DecoderBlock, rope: int) -> DecoderLayer:
-    """A block as it is now: an adapter counts if it is enabled now."""
+def _describe(block: DecoderBlock, kinds: Sequence[str]) -> DecoderLayer:
+    """A block as it is now: an adapter counts if it is enabled now.
+
+    Args:
+        kinds: of rotary angles, in their order.
+    """
 
     def linears(projection: Projection) -> list[DecoderLinear]:
         return [_describe_linear(*each) for each in zip(projection.linears, projection.adapters, strict=True)]
@@ -262,8 +266,12 @@ def _describe(block: DecoderBlock, rope: int) -> DecoderLayer:
         mlp_output_norm=norm(block.mlp_output_norm),
         activation=block.activation,
         softcap=block.softcap,
-        rope=rope if block.rotated else NO_ROPE,
+        rope=kinds.index(block.kind) if block.rotated else NO_ROPE,
+        query_rope=kinds.index(block.query_kind) if block.rotated else NO_ROPE,
+        neighbours=block.neighbours,
         residual=block.residual,
+        gated=block.gated,
+        parallel=block.parallel,
     )
 
 
@@ -280,4 +288,6 @@ def _describe_adapter(adapter: LoraLinear | TokenLogits | None) -> tuple[Tensor 
 
 
 def _describe_norm(norm: Norm) -> DecoderNorm:
+    if isinstance(norm, LayerNorm):
+        return DecoderNorm(norm.weight, norm.eps, norm.bias, centred=True)
     return DecoderNorm(norm.weight.float() + norm.offset if norm.offset else norm.weight, norm.eps)

@@ -4,15 +4,16 @@
     y  = x2 + down(silu(gate) * up),   gate, up = gate_up(rms_norm(x2))
 
 So it is for Llama; what other families have beside that or lack (norms of heads, of what is added to x, of what is
-read; norms whose weights lie around zero; a factor on what is added; GeGLU; a soft cap on the scores; layers without
-rotary angles) their `Family` says. The stages of a layer are methods, which training, answers and calibration share.
+read; LayerNorm; norms whose weights lie around zero; a factor on what is added; an MLP that reads x beside attention;
+GeGLU, GELU without a gate; a soft cap on the scores; layers without rotary angles) their `Family` says. The stages of a
+layer are methods, which training, answers and calibration share.
 
 Autograd through transformers' layer keeps some twenty tensors of a layer's width and casts most of them to
 fp32 and back. Written out by hand, a layer keeps what its caller asks for:
 
     "nothing"     the input; backward recomputes all but down_proj's base product, which only a norm after it needs
     "attention"   also attention's output and log-sum-exp: no second pass of attention, and no o_proj product
-                  is spared, since x2 comes from it
+                  is spared, since x2 comes from it (where the MLP reads x, it always is)
     "everything"  also what the products gave: backward recomputes only norms and the gate
 
 The frozen weights are fetched (dequantised) where a product needs them, again in backward, so that they may
@@ -21,8 +22,8 @@ an input are stacked into one product. With no gradient wanted for x (nothing be
 are skipped.
 
 Source of the formulas: LoRA (arXiv 2106.09685), RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864),
-SwiGLU and GeGLU (arXiv 2002.05202), FlashAttention-2's backward (arXiv 2307.08691). Left out: dropout, mixture of
-experts and layer-scale; such models run on the generic path.
+SwiGLU and GeGLU (arXiv 2002.05202), LayerNorm (arXiv 1607.06450), FlashAttention-2's backward (arXiv 2307.08691).
+Left out: dropout, mixture of experts and layer-scale; such models run on the generic path.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,33 +37,35 @@ from nybble.families import FAMILIES
 from nybble.families.family import Activation, Family
 from nybble.kernels import registry
 from nybble.kernels.ops.attention import attention_backward, attention_forward
-from nybble.kernels.ops.glu import geglu, geglu_backward, swiglu, swiglu_backward
+from nybble.kernels.ops.glu import geglu, geglu_backward, gelu, gelu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
 from nybble.layers.augmented import projection_on
 from nybble.layers.norms import Norm, Normed, norm_over, through_norm
-from nybble.layers.packed_rows import Angles, PackedSequences
+from nybble.layers.packed_rows import QUERIES, Angles, PackedSequences
 from nybble.layers.projection import DenseWeights, Projection
 
 Keep = Literal["nothing", "attention", "everything"]
 
-GATES: Mapping[Activation, tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]]] = {
-    "silu": (swiglu, swiglu_backward),
-    "gelu_pytorch_tanh": (geglu, geglu_backward),
+ACTIVATIONS: Mapping[tuple[Activation, bool], tuple[Callable[..., Tensor], Callable[..., Any]]] = {  # with a gate?
+    ("silu", True): (swiglu, swiglu_backward),
+    ("gelu_pytorch_tanh", True): (geglu, geglu_backward),
+    ("gelu_pytorch_tanh", False): (gelu, gelu_backward),
+    ("gelu_new", False): (gelu, gelu_backward),
 }
 
 
 def block_ops(family: Family) -> tuple[str, ...]:
     """The ops that a family's blocks are made of."""
-    gate = GATES[family.activation][0].__name__
+    activation = ACTIVATIONS[family.activation, family.gated][0].__name__
     return (
         "dequantize_4bit_out",
-        "rms_norm_out",
-        "rms_norm_backward_out",
+        f"{family.norm}_norm_out",
+        f"{family.norm}_norm_backward_out",
         "rope_",
         "packed_attention",
         "packed_attention_backward",
-        f"{gate}_out",
-        f"{gate}_backward_out",
+        f"{activation}_out",
+        f"{activation}_backward_out",
     )
 
 
@@ -87,15 +90,16 @@ class DecoderBlock:
         self.qkv, self.o = projection(*family.qkv), projection(family.o)
         self.gate_up, self.down = projection(*family.gate_up), projection(family.down)
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
-        self.attention_output_norm, self.mlp_output_norm = (
-            norm(family.attention_output_norm),
-            norm(family.mlp_output_norm),
-        )
+        self.attention_output_norm = norm(family.attention_output_norm)
+        self.mlp_output_norm = norm(family.mlp_output_norm)
         self.head_norms = [norm_over(layer.get_submodule(name), family, config) for name in family.head_norms]
         self.heads_together = family.heads_together
-        self.activation, self.residual = family.activation, family.residual_factor(config)
+        self.activation, self.gated = family.activation, family.gated
+        self.parallel, self.residual = family.parallel, family.residual_factor(config)
         index = layer.self_attn.layer_idx
-        self.kind, self.rotated = family.kinds(config)[index], family.rotated(config, index)
+        self.kind = family.kinds(config)[index]
+        self.query_kind = QUERIES if family.growing_queries else self.kind
+        self.rotated, self.neighbours = family.rotated(config, index), family.rope_neighbours
         self.window, self.softcap = family.window(config, self.kind), family.softcap(config)
         self.scale = layer.self_attn.scaling
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -140,8 +144,8 @@ class DecoderBlock:
     # ---- the stages of forward -------------------------------------------------------------------
 
     def attention_input(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What q, k and v are made of, (T, hidden) in rows for `qkv`, and 1 / RMS of the block's input where that is
-        normed.
+        """What q, k and v are made of, (T, hidden) in rows for `qkv`, and what its norm's backward needs of each row of
+        the block's input, where there is one.
         """
         return _normed_for(self.qkv, self.input_norm, x)
 
@@ -151,7 +155,8 @@ class DecoderBlock:
         qkv = self.qkv.forward(normed, z)
         normed_heads = self._norm_heads(qkv)
         if self.rotated:
-            rope_(self._queries_and_keys(qkv), *angles[self.kind])
+            for part, kind in self._rotated(qkv):
+                rope_(part, *angles[kind], self.neighbours)
         return Heads(z, qkv, normed_heads)
 
     def attend(self, qkv: Tensor, rows: PackedSequences) -> tuple[Tensor, Tensor]:
@@ -167,22 +172,32 @@ class DecoderBlock:
         """The states after attention: its output (T, q), and what came into the block, to (T, hidden)."""
         return _add(self.o, self.attention_output_norm, self.residual, out, x)
 
-    def mlp_input(self, x2: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What gate and up are made of, as `attention_input`."""
-        return _normed_for(self.gate_up, self.mlp_norm, x2)
+    def mlp_reads(self, x: Tensor, x2: Tensor) -> Tensor:
+        """Of what came into the block and the states after attention, those that the MLP reads."""
+        return x if self.parallel else x2
+
+    def attention_added(self, out: Tensor, x: Tensor) -> "Added":
+        """What `attention_output` leaves for backward, without the product where nothing after it needs it."""
+        if self.attention_output_norm is None:
+            return Added(self.o.low_rank(out), self.residual)
+        return self.attention_output(out, x)[1]
+
+    def mlp_input(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What gate and up are made of, as `attention_input`, from what `mlp_reads` says."""
+        return _normed_for(self.gate_up, self.mlp_norm, states)
 
     def gate(self, normed: Tensor) -> tuple[Tensor, "Gated"]:
         """What down_proj reads, (T, f) in rows for it."""
         z = self.gate_up.low_rank(normed)
         gated = Gated(z, self.gate_up.forward(normed, z))
         act = normed.new_empty(normed.shape[0], self.down.in_width)
-        activate, _ = GATES[self.activation]
+        activate, _ = ACTIVATIONS[self.activation, self.gated]
         activate(*self.gate_and_up(gated), out=act[:, : self.down.in_features])
         return act, gated
 
     def gate_and_up(self, gated: "Gated") -> tuple[Tensor, ...]:
-        """Each (T, f)."""
-        return gated.gate_up[:, : self.gate_up.out_features].chunk(2, dim=1)
+        """Each (T, f); one of them without a gate."""
+        return gated.gate_up[:, : self.gate_up.out_features].chunk(1 + self.gated, dim=1)
 
     def mlp_output(self, act: Tensor, x2: Tensor) -> tuple[Tensor, "Added"]:
         """The block's result: what `gate` gave (T, f), and the states after attention, to (T, hidden)."""
@@ -198,8 +213,12 @@ class DecoderBlock:
         heads = qkv[:, : self.qkv.out_features]
         return heads.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
 
-    def _queries_and_keys(self, qkv: Tensor) -> Tensor:
-        return self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads]
+    def _rotated(self, qkv: Tensor) -> list[tuple[Tensor, str]]:
+        """Heads that are turned, and the kind of their angles."""
+        if self.query_kind == self.kind:
+            return [(self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads], self.kind)]
+        queries, keys, _ = self._split_heads(qkv)
+        return [(queries, self.query_kind), (keys, self.kind)]
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.by_head(qkv).split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
@@ -210,8 +229,8 @@ class DecoderBlock:
         kept = []
         for heads, norm in zip(self._normed_heads(qkv), self.head_norms, strict=False):
             before = heads.clone(memory_format=torch.contiguous_format)
-            _, rstd = norm.forward(before, out=heads)
-            kept.append(Normed(norm, before, rstd))
+            _, stats = norm.forward(before, out=heads)
+            kept.append(Normed(norm, before, stats))
         return kept
 
     def _normed_heads(self, qkv: Tensor) -> list[Tensor]:
@@ -239,7 +258,8 @@ class DecoderBlock:
         if rows.spread is not None:
             rows.spread.gradient(seen, out=grad_qkv)
         if self.rotated:
-            rope_backward_(self._queries_and_keys(grad_qkv), *rows.angles[self.kind])
+            for part, kind in self._rotated(grad_qkv):
+                rope_backward_(part, *rows.angles[kind], self.neighbours)
         for grad, normed in zip(self._normed_heads(grad_qkv), heads.normed, strict=False):
             normed.backward(grad, out=grad)
         return grad_qkv
@@ -252,7 +272,7 @@ def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBloc
 
 
 def _normed_for(projection: Projection, norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The normed rows as the projection reads them, and 1 / RMS of each; x itself where there is no norm."""
+    """The normed rows as the projection reads them, and what the norm's backward needs; x where there is no norm."""
     if norm is None:
         return x, None
     rows = x.new_empty(x.shape[0], projection.in_width)
@@ -265,8 +285,8 @@ def _add(projection: Projection, norm: Norm | None, factor: float, inputs: Tenso
     if norm is None:
         return projection.forward(inputs, z, residual=x, factor=factor), Added(z, factor)
     before = projection.forward(inputs, z)[:, : projection.out_features]
-    normed, rstd = norm.forward(before)
-    return torch.add(x, normed, alpha=factor, out=normed), Added(z, factor, Normed(norm, before, rstd))
+    normed, stats = norm.forward(before)
+    return torch.add(x, normed, alpha=factor, out=normed), Added(z, factor, Normed(norm, before, stats))
 
 
 @dataclass
@@ -305,13 +325,13 @@ class Added:
 class Intermediates:
     """Everything a block's backward reads besides its input."""
 
-    rstd: Tensor | None  # (T), of the input's norm
+    stats: Tensor | None  # of the input's norm
     heads: Heads
     attention_out: Tensor  # (T, q)
     lse: Tensor  # (heads, T)
     attention_added: Added
-    x2: Tensor  # (T, hidden)
-    rstd2: Tensor | None  # (T), of its norm
+    mlp_states: Tensor  # (T, hidden), what the MLP reads
+    mlp_stats: Tensor | None  # of its norm
     gated: Gated
     mlp_added: Added
 
@@ -324,15 +344,19 @@ def _compute(
     Args:
         kept: attention's output and log-sum-exp when they were kept.
     """
-    normed, rstd = block.attention_input(x)
+    normed, stats = block.attention_input(x)
     heads = block.queries_keys_values(normed, rows.angles)
     del normed
     out, lse = kept or block.attend(heads.qkv, rows)
-    x2, attention_added = block.attention_output(out, x)
-    normed, rstd2 = block.mlp_input(x2)
+    if block.parallel and not result:
+        x2, attention_added = x, block.attention_added(out, x)
+    else:
+        x2, attention_added = block.attention_output(out, x)
+    states = block.mlp_reads(x, x2)
+    normed, mlp_stats = block.mlp_input(states)
     act, gated = block.gate(normed)
     last, mlp_added = block.mlp_output(act, x2) if result else (act, block.mlp_added(act, x2))
-    return Intermediates(rstd, heads, out, lse, attention_added, x2, rstd2, gated, mlp_added), last
+    return Intermediates(stats, heads, out, lse, attention_added, states, mlp_stats, gated, mlp_added), last
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -360,27 +384,27 @@ class _BlockFunction(torch.autograd.Function):
         grad_down = s.mlp_added.backward(grad_y)
         grad_z = block.down.backward_low_rank(grad_down)
         grad_act = block.down.backward_input(grad_down, grad_z)
-        gate, up = block.gate_and_up(s.gated)
-        _, activate_backward = GATES[block.activation]
+        activated = block.gate_and_up(s.gated)
+        _, activate_backward = ACTIVATIONS[block.activation, block.gated]
         if act is None:
             act = torch.empty_like(grad_act)
-            activate_backward(grad_act, gate, up, gate, up, act)  # gate_up now holds its own gradient
+            activate_backward(grad_act, *activated, *activated, act)  # gate_up now holds its own gradient
         else:
-            activate_backward(grad_act, gate, up, gate, up)
+            activate_backward(grad_act, *activated, *activated)
         del grad_act
         down = block.down.backward_adapters(grad_down, grad_z, act, s.mlp_added.z)
         del act, grad_down
 
         grad_gate_up = s.gated.gate_up
         grad_z = block.gate_up.backward_low_rank(grad_gate_up)
-        gate_up = block.gate_up.backward_adapters(grad_gate_up, grad_z, block.mlp_input(s.x2)[0], s.gated.z)
+        gate_up = block.gate_up.backward_adapters(grad_gate_up, grad_z, block.mlp_input(s.mlp_states)[0], s.gated.z)
         grad_normed = block.gate_up.backward_input(grad_gate_up, grad_z)
         grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
         grad_x2[:, :hidden] = grad_y[:, :hidden]
-        through_norm(block.mlp_norm, grad_normed, s.x2, s.rstd2, out=grad_x2[:, :hidden])
+        through_norm(block.mlp_norm, grad_normed, s.mlp_states, s.mlp_stats, out=grad_x2[:, :hidden])
         del grad_normed
 
-        grad_o = s.attention_added.backward(grad_x2)
+        grad_o = s.attention_added.backward(grad_y[:, :hidden] if block.parallel else grad_x2)
         grad_z = block.o.backward_low_rank(grad_o)
         o = block.o.backward_adapters(grad_o, grad_z, s.attention_out, s.attention_added.z)
         grad_out = block.o.backward_input(grad_o, grad_z)
@@ -393,5 +417,5 @@ class _BlockFunction(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_normed = block.qkv.backward_input(grad_qkv, grad_z)
-            grad_x = through_norm(block.input_norm, grad_normed, x, s.rstd, out=grad_x2[:, :hidden])
+            grad_x = through_norm(block.input_norm, grad_normed, x, s.stats, out=grad_x2[:, :hidden])
         return grad_x, None, None, None, *qkv, *o, *gate_up, *down

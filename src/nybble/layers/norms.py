@@ -1,6 +1,6 @@
 """Norms over transformers' modules, forward and backward, as decoder blocks compute them.
 
-RMSNorm: arXiv 1910.07467.
+RMSNorm: arXiv 1910.07467. LayerNorm: arXiv 1607.06450.
 """
 
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from nybble.families import FAMILIES
 from nybble.families.family import Family
-from nybble.kernels.ops.norm import rms_norm, rms_norm_backward
+from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Norm:
-    """RMSNorm over a module's weight.
+class RMSNorm:
+    """Over a module's weight.
 
     Args:
         offset: added to the weight.
@@ -43,31 +43,63 @@ class Norm:
         return rms_norm_backward(grad, x, self.weight, rstd, self.offset, out=out, accumulate=accumulate)
 
 
+@dataclass(frozen=True)
+class LayerNorm:
+    """Over a module's weight and, where it has one, bias."""
+
+    module: Any
+    eps: float
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight.detach()
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        return None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The normed rows, and mean and 1 / standard deviation of each."""
+        return layer_norm(x, self.weight, self.bias, self.eps, out=out)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, stats: Tensor, out: Tensor | None = None, accumulate: bool = False
+    ) -> Tensor:
+        return layer_norm_backward(grad, x, self.weight, stats, out=out, accumulate=accumulate)
+
+
+Norm = RMSNorm | LayerNorm
+
+
 @dataclass
 class Normed:
     """What the backward of a norm needs."""
 
     norm: Norm
     before: Tensor  # (T, width) or (T, heads, head_dim)
-    rstd: Tensor  # (T) or (T, heads)
+    stats: Tensor  # of each row, what its norm's backward needs
 
     def backward(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.norm.backward(grad, self.before, self.rstd, out=out)
+        return self.norm.backward(grad, self.before, self.stats, out=out)
 
 
 def norm_over(module: Any, family: Family, config: Any) -> Norm:
     """The norm that a module of the family's models computes."""
-    return Norm(module, config.rms_norm_eps, family.norm_offset)
+    eps = getattr(config, family.norm_eps)
+    return LayerNorm(module, eps) if family.norm == "layer" else RMSNorm(module, eps, family.norm_offset)
 
 
 def final_norm(model: "PreTrainedModel") -> Norm:
     """What comes between a model's last block and its head."""
     config = model.config.get_text_config()
-    return norm_over(model.base_model.norm, FAMILIES[config.model_type], config)
+    family = FAMILIES[config.model_type]
+    return norm_over(model.base_model.get_submodule(family.final_norm), family, config)
 
 
-def through_norm(norm: Norm | None, grad: Tensor, x: Tensor, rstd: Tensor | None, out: Tensor) -> Tensor:
+def through_norm(norm: Norm | None, grad: Tensor, x: Tensor, stats: Tensor | None, out: Tensor) -> Tensor:
     """Add to `out` the gradient for x, from that for the normed rows, or for x itself where there is no norm."""
-    if norm is None or rstd is None:
+    if norm is None or stats is None:
         return out.add_(grad)
-    return norm.backward(grad, x, rstd, out=out, accumulate=True)
+    return norm.backward(grad, x, stats, out=out, accumulate=True)

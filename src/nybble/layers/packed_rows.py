@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nybble.families import FAMILIES
+from nybble.families.family import Family
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Angles = Mapping[str, tuple[Tensor, Tensor]]  # kind of layer -> cos and sin, each fp32 (T, rotary_dim / 2)
+
+QUERIES = "queries"  # the kind of the angles of queries, where they are not those of the layer's keys
 
 
 class Spread(NamedTuple):
@@ -64,14 +67,26 @@ def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
     family = FAMILIES[config.model_type]
     kinds = sorted(set(family.kinds(config)))
     if family.rope_by_kind:
-        return {kind: _angles(model, position_ids, kind) for kind in kinds}
-    return dict.fromkeys(kinds, _angles(model, position_ids))
+        return {kind: _angles(model, family, position_ids, kind) for kind in kinds}
+    angles = dict.fromkeys(kinds, _angles(model, family, position_ids))
+    if family.growing_queries:
+        growth = _growth(config, position_ids)
+        angles[QUERIES] = tuple(part * growth for part in angles[kinds[0]])  # the whole head is turned
+    return angles
 
 
-def _angles(model: "PreTrainedModel", position_ids: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
+def _growth(config: Any, position_ids: Tensor) -> Tensor:
+    """What queries at these positions are multiplied by, fp32 `(B * T, 1)`: 1 + β log(1 + ⌊position / original⌋)."""
+    rope = config.rope_parameters
+    beta, original = rope.get("llama_4_scaling_beta") or 0.0, rope["original_max_position_embeddings"]
+    return (1 + beta * torch.log(1 + torch.floor(position_ids / original))).float().view(-1, 1)
+
+
+def _angles(model: "PreTrainedModel", family: Family, position_ids: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
     cos, sin = model.base_model.rotary_emb(torch.empty(0, device=position_ids.device), position_ids, *kind)
-    half = cos.shape[-1] // 2  # transformers repeats each angle for the two elements it turns
-    return cos[..., :half].flatten(0, 1).contiguous(), sin[..., :half].flatten(0, 1).contiguous()
+    # transformers repeats each angle for the two elements it turns
+    once = slice(None, None, 2) if family.angles_in_pairs else slice(cos.shape[-1] // 2)
+    return cos[..., once].flatten(0, 1).contiguous(), sin[..., once].flatten(0, 1).contiguous()
 
 
 def scaled_embeddings(model: "PreTrainedModel", embedded: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def input_bytes(run: RunShape) -> int:
 def kept_bytes(run: RunShape) -> int:
     """What one block keeps between its forward and its backward pass."""
     c = run.compute_bytes
-    h, q, kv, f = run.model.widths
+    h, q, kv, _ = run.model.widths
     if run.keep == "nothing" or (run.path == "generic" and run.keep == "attention"):
         per_token = c * h
     elif run.path == "generic":
@@ -157,8 +157,10 @@ def kept_bytes(run: RunShape) -> int:
     elif run.keep == "attention":
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
-        per_token = c * (2 * h + run.model.normed_width + 2 * q + 2 * kv + 2 * f + low_rank_columns(run))
-        per_token += LSE_BYTES * (run.model.num_heads + run.model.normed_rows)
+        states = h if run.model.parallel else 2 * h
+        inner = 2 * q + 2 * kv + run.model.gate_up_width
+        per_token = c * (states + run.model.normed_width + inner + low_rank_columns(run))
+        per_token += LSE_BYTES * run.model.num_heads + run.model.norm_bytes
     kept = run.batches.tokens * per_token
     return kept if run.on_cpu else kept + cuda_costs.kept_rounding_bytes(run, kept)
 
@@ -199,11 +201,11 @@ def working_bytes(run: RunShape) -> int:
         if run.wide:  # gradients of the block's A and B, as they come and turned
             attention += 2 * MASTER_BYTES * run.adapter_parameters // run.model.num_layers
         recomputed = (
-            h + run.model.normed_width + q + 2 * kv + 2 * f + low_rank_columns(run)
+            h + run.model.normed_width + q + 2 * kv + run.model.gate_up_width + low_rank_columns(run)
         )  # x2, norms, q/k/v, gate and up
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
-        roots = run.model.num_heads + run.model.input_norms
+        roots = run.model.num_heads + run.model.norm_values * run.model.input_norms
         attended_rows = 0 if run.on_cpu or run.keep == "everything" else LSE_BYTES * roots
         copied = h + 3 * run.beside if run.wide else 0  # the gradient of y, wide; beside what is wide; of a low rank
         return max(swiglu, attention) + run.batches.tokens * (c * (made + copied) + attended_rows)

@@ -30,7 +30,11 @@ class ModelShape:
         normed_heads: queries and keys are normed.
         heads_together: all of a token as one row, not head by head.
         scaled_residual: what is added to the states has a factor.
+        norm_values: numbers that a norm keeps of each row.
         qkv_layers, gate_up_layers: linear layers that these are.
+        gated: the MLP's activation is that of a gate.
+        parallel: the MLP reads what comes into the block.
+        last_layers: what the linears are called whose products are never computed again but for a norm.
     """
 
     parts: Inventory
@@ -45,13 +49,22 @@ class ModelShape:
     normed_heads: bool = False
     heads_together: bool = False
     scaled_residual: bool = False
+    norm_values: int = 1
     qkv_layers: int = 3
     gate_up_layers: int = 2
+    gated: bool = True
+    parallel: bool = False
+    last_layers: tuple[str, ...] = ("down_proj",)
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
         """h, the widths of queries and of keys or values, and that of the MLP."""
         return self.hidden_size, self.query_width, self.key_value_width, self.intermediate_size
+
+    @property
+    def gate_up_width(self) -> int:
+        """Of what the MLP's activation reads."""
+        return (1 + self.gated) * self.intermediate_size
 
     @property
     def normed_width(self) -> int:
@@ -67,11 +80,16 @@ class ModelShape:
         return self.input_norms + self.added_norms + (rows if self.normed_heads else 0)
 
     @property
+    def norm_bytes(self) -> int:
+        """What norms keep of a token's rows beside them, in fp32."""
+        return 4 * self.norm_values * self.normed_rows
+
+    @property
     def products(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """What each projection of a decoder block reads, and what its linear layers give side by side."""
         h, q, kv, f = self.widths
         qkv = (q, kv, kv) if self.qkv_layers == 3 else (q + 2 * kv,)
-        gate_up = (f, f) if self.gate_up_layers == 2 else (2 * f,)
+        gate_up = (f, f) if self.gate_up_layers == 2 else (self.gate_up_width,)
         return (h, qkv), (q, (h,)), (h, gate_up), (f, (h,))
 
     @property
@@ -106,7 +124,7 @@ class ModelShape:
             count * rows * columns
             for block, count in self.parts.blocks
             for name, rows, columns in block.linears
-            if name.rpartition(".")[2] == "down_proj"
+            if name.rpartition(".")[2] in self.last_layers
         )
 
 

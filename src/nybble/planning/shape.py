@@ -26,13 +26,14 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     heads = getattr(config, "num_attention_heads", None)
     family = FAMILIES.get(config.model_type)
     query, key_value = _attention_widths(parts, hidden, family, config)
+    last = _leaf(family.down) if family else "down_proj"
     return ModelShape(
         parts,
         hidden_size=hidden,
         num_heads=heads if isinstance(heads, int) else 1,
         query_width=query,
         key_value_width=key_value,
-        intermediate_size=max((_mlp_width(block, hidden) for block, _ in parts.blocks), default=hidden),
+        intermediate_size=max((_mlp_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
         **_of_family(family, config),
     )
@@ -48,8 +49,12 @@ def _of_family(family: Family | None, config: Any) -> dict[str, Any]:
         "normed_heads": bool(family.head_norms),
         "heads_together": family.heads_together,
         "scaled_residual": family.residual_factor(config) != 1.0,
+        "norm_values": 2 if family.norm == "layer" else 1,
         "qkv_layers": len(family.qkv),
         "gate_up_layers": len(family.gate_up),
+        "gated": family.gated,
+        "parallel": family.parallel,
+        "last_layers": tuple(map(_leaf, (family.down, family.o) if family.parallel else (family.down,))),
     }
 
 
@@ -57,7 +62,7 @@ def _attention_widths(parts: Inventory, hidden: int, family: Family | None, conf
     """Of all queries, and of all keys."""
     widths = [block.widths for block, _ in parts.blocks]
     if family is not None and len(family.qkv) == 1:
-        leaf, queries, keys = family.qkv[0].rpartition(".")[2], config.num_attention_heads, config.num_key_value_heads
+        leaf, queries, keys = _leaf(family.qkv[0]), config.num_attention_heads, config.num_key_value_heads
         head = max(found[leaf][1] for found in widths) // (queries + 2 * keys)
         return queries * head, keys * head
     query = max((found["q_proj"][1] for found in widths if "q_proj" in found), default=hidden)
@@ -71,12 +76,16 @@ def _hidden_size(parts: Inventory) -> int:
     return width if not widths or width in widths else max(set(widths), key=widths.count)
 
 
-def _mlp_width(block: BlockParts, hidden: int) -> int:
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _mlp_width(block: BlockParts, hidden: int, last: str) -> int:
     """Of the MLP: what its last layer takes; where none is called as in Llama, the widest there is. Experts: those that
     a token passes.
     """
     linears = block.widths
-    dense = linears["down_proj"][0] if "down_proj" in linears else 0
+    dense = linears[last][0] if last in linears else 0
     inner = [size for shape in block.experts for size in shape[1:] if size != hidden]
     experts = block.passed_experts * min(inner, default=hidden)
     if not dense and not experts:

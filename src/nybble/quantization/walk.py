@@ -127,10 +127,15 @@ class PackedWalk:
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
         exact = None if self.exact is None else self._block(layer)  # keeps the 16-bit linears
         family = self._family
-        yield self._group(layer, exact, family.qkv, _attention_input)
-        yield from self._group_and_step(layer, exact, family.o, _attend, _add_attention)
-        yield self._group(layer, exact, family.gate_up, _mlp_input)
-        yield from self._group_and_step(layer, exact, family.down, _gate, _add_mlp)
+        attention, mlp = (family.o, _attend, _add_attention), (family.down, _gate, _add_mlp)
+        if family.parallel:
+            yield self._group(layer, exact, (*family.qkv, *family.gate_up), _attention_input)
+            yield from self._groups_and_step(layer, exact, attention, mlp)
+        else:
+            yield self._group(layer, exact, family.qkv, _attention_input)
+            yield from self._groups_and_step(layer, exact, attention)
+            yield self._group(layer, exact, family.gate_up, _mlp_input)
+            yield from self._groups_and_step(layer, exact, mlp)
 
     def _block(self, layer: nn.Module) -> DecoderBlock:
         return decoder_block(layer, self._config, self._weights)
@@ -151,23 +156,24 @@ class PackedWalk:
         assert statistics is not None
         return tuple(weights), statistics
 
-    def _group_and_step(
-        self, layer: nn.Module, exact: DecoderBlock | None, name: str, inputs: "Inputs", step: "Step"
+    def _groups_and_step(
+        self, layer: nn.Module, exact: DecoderBlock | None, *parts: tuple[str, "Inputs", "Step"]
     ) -> Iterator[Group]:
-        """A group of one linear, and once it is quantised the step from its inputs to the next states.
+        """Groups of one linear each, whose inputs come of the same states, and once they are quantised the steps from
+        their inputs to the next states.
 
         The inputs of all tokens may be far larger than their states: those that CALIBRATION_KEPT_BYTES have no
         room for are computed twice.
         """
-        kept = _Kept(inputs)
-        yield self._group(layer, exact, (name,), kept.make)
+        kept = [_Kept(inputs, CALIBRATION_KEPT_BYTES // len(parts)) for _, inputs, _ in parts]
+        for (name, _, _), each in zip(parts, kept, strict=True):
+            yield self._group(layer, exact, (name,), each.make)
+        steps = [step for _, _, step in parts]
         block = self._block(layer)
         for chunk in self._chunks:
-            states = self.states[chunk.tokens]
-            step(block, kept.take(block, chunk.rows, states), states)
+            _advance(block, chunk.rows, self.states[chunk.tokens], kept, steps)
             if exact is not None and self.exact is not None and chunk.exact is not None:
-                states = self.exact[chunk.exact]
-                step(exact, kept.take(exact, chunk.rows, states), states)
+                _advance(exact, chunk.rows, self.exact[chunk.exact], kept, steps)
 
 
 Inputs = Callable[[DecoderBlock, PackedSequences, Tensor], Tensor]  # (block, rows, states) -> inputs (tokens, in)
@@ -184,12 +190,11 @@ class _Chunk:
 
 
 class _Kept:
-    """Inputs of a linear that are needed twice, as many of them as `CALIBRATION_KEPT_BYTES` holds."""
+    """Inputs of a linear that are needed twice, as many of them as `room` holds, in bytes."""
 
-    def __init__(self, inputs: Inputs):
-        self._inputs = inputs
+    def __init__(self, inputs: Inputs, room: int):
+        self._inputs, self._room = inputs, room
         self._made: dict[int, Tensor] = {}  # by where the chunk's states lie
-        self._room = CALIBRATION_KEPT_BYTES
 
     def make(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
         made = self._inputs(block, rows, states)
@@ -201,6 +206,15 @@ class _Kept:
     def take(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
         made = self._made.pop(states.data_ptr(), None)
         return self._inputs(block, rows, states) if made is None else made
+
+
+def _advance(
+    block: DecoderBlock, rows: PackedSequences, states: Tensor, kept: Sequence[_Kept], steps: Sequence[Step]
+) -> None:
+    """The states after all steps, whose inputs come of the states before any, in place."""
+    inputs = [each.take(block, rows, states) for each in kept]
+    for step, each in zip(steps, inputs, strict=True):
+        step(block, each, states)
 
 
 def _attention_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:

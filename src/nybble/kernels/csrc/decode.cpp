@@ -1,11 +1,12 @@
 // All decoder layers and the head for up to 8 rows, each the next token of a text: one call and one parallel region.
 //
-//     heads = qkv(rms_norm(x))      head norms, rope, keys and values into the cache
+//     heads = qkv(norm(x))          head norms, rope, keys and values into the cache
 //     x += o(attention)             each row over the columns of its text, up to its own
-//     x += down(silu(gate) * up)    gate, up = gate_up(rms_norm(x))
-//     logits = head(rms_norm(x))
+//     x += down(silu(gate) * up)    gate, up = gate_up(norm(x))
+//     logits = head(norm(x))
 //
-// and what else a layer may have: a norm of what is added to x, gelu in place of silu, a soft cap on the scores.
+// and what else a layer may have or lack: RMSNorm, LayerNorm or none of them; a norm of what is added to x, a factor on
+// it; gelu in place of silu, a gate or none; a soft cap on the scores; the MLP beside attention, on the same rows.
 //
 // A product reads each weight once for all rows, so memory sets the pace as long as nothing else does: with a parallel
 // region for each product of a small model, threads spent as long at the regions' ends as on the weights. Here all
@@ -16,6 +17,7 @@
 #include "dispatch.h"
 #include "gemv.h"
 #include "glu.h"
+#include "layer_norm.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "threads.h"
@@ -41,16 +43,27 @@ struct Projection {
 };
 
 struct Norm {
-    const float* weight;  // or null: no norm
+    const float *weight, *bias;  // null: no norm, no bias
+    int64_t width, centred;      // centred: LayerNorm, else RMSNorm
     float eps;
+
+    void row(const float* from, float* to) const {
+        float stats[2];
+        if (centred) {
+            layer_norm_row(from, weight, bias, eps, width, to, stats);
+        } else {
+            rms_norm_row(from, weight, 0.0f, eps, width, to);
+        }
+    }
 };
 
 struct Layer {
     Projection qkv, o, gate_up, down;
     Norm input_norm, mlp_norm, q_norm, k_norm, attention_output_norm, mlp_output_norm;
     int64_t heads, kv_heads, head_dim, window;  // window 0: all columns
-    int64_t rope, gate;                         // which of a step's angles; a Gate
-    float scale, softcap;                       // softcap 0: none
+    int64_t rope, query_rope, neighbours;       // which of a step's angles, -1 none; who is turned with whom
+    int64_t gate, parallel;                     // a Gate; the MLP reads what attention does
+    float scale, softcap, residual;             // softcap 0: none; the factor on what is added to x
 };
 
 struct Head {
@@ -145,11 +158,12 @@ static void low_rank(const Team& team, const Projection& p, const float* x, int6
     }
 }
 
-// What is written of a product: y = or += product + bias + z B^T.
+// What is written of a product: y = product + bias + z B^T, or where it is added y += factor times that.
 struct Output {
     float* y;
     int64_t stride, rows;
     bool add;
+    float factor;
     const float* z;  // [rows, z_stride]
     int64_t z_stride;
 
@@ -161,7 +175,7 @@ struct Output {
             for (int64_t k = 0; k < linear.rank; ++k)
                 v = fma(splat(z[row * z_stride + k]), load_up_to(linear.b + k * linear.out_features + first, left), v);
             float* to = y + row * stride + first;
-            if (add) v += load_up_to(to, left);
+            if (add) v = fma(v, splat(factor), load_up_to(to, left));
             store_up_to(to, v, left);
         }
     }
@@ -190,10 +204,10 @@ static void multiply(const Linear& linear, const FewRows<T, float>& x, int64_t b
     }
 }
 
-// y [rows, Σ out_features] = or += the projection of x. Ends with a barrier.
+// y [rows, Σ out_features] = the projection of x, or += `factor` times it. Ends with a barrier.
 template <typename T>
 static void project(const Team& team, const Projection& p, const Buffers& buffers, const float* x, int64_t rows,
-                    float* y, bool add) {
+                    float* y, bool add = false, float factor = 1.0f) {
     const FewRows<T, float> operand(x, rows, p.in, buffers.arranged);
     int64_t units = 0;
     bool packed = false;
@@ -207,7 +221,7 @@ static void project(const Team& team, const Projection& p, const Buffers& buffer
     if (packed || p.ranks) team.meet();
 
     int64_t before = 0;  // units of the linears before this one
-    Output out{y, width_of(p), rows, add, buffers.low_rank, p.ranks};
+    Output out{y, width_of(p), rows, add, factor, buffers.low_rank, p.ranks};
     for (int64_t i = 0; i < p.num_linears; ++i) {
         const Linear& linear = p.linears[i];
         const int64_t own = (linear.out_features + kLanes - 1) / kLanes;
@@ -224,23 +238,29 @@ static void project(const Team& team, const Projection& p, const Buffers& buffer
 
 // ---- between the products ------------------------------------------------------------------------------------------
 
-static void norm_rows(const Team& team, const Norm& norm, const float* x, int64_t rows, int64_t width, float* y) {
+// The normed rows of x, in `room`; x itself where there is no norm.
+static const float* norm_rows(const Team& team, const Norm& norm, const float* x, int64_t rows, float* room) {
+    if (!norm.weight) return x;
     for (int64_t row = team.begin(rows); row < team.end(rows); ++row)
-        rms_norm_row(x + row * width, norm.weight, 0.0f, norm.eps, width, y + row * width);
+        norm.row(x + row * norm.width, room + row * norm.width);
     team.meet();
+    return room;
 }
 
-// The projection of `from`, normed where there is a norm, is added to x; `room` is [rows, hidden].
+// The projection of `from`, normed where there is a norm, times `factor` is added to x; `room` is [rows, hidden].
 template <typename T>
-static void add_projection(const Team& team, const Projection& p, const Norm& norm, const Buffers& buffers,
-                           const float* from, int64_t rows, int64_t hidden, float* room, float* x) {
-    if (!norm.weight) return project<T>(team, p, buffers, from, rows, x, true);
-    project<T>(team, p, buffers, from, rows, room, false);
+static void add_projection(const Team& team, const Projection& p, const Norm& norm, float factor,
+                           const Buffers& buffers, const float* from, int64_t rows, int64_t hidden, float* room,
+                           float* x) {
+    if (!norm.weight) return project<T>(team, p, buffers, from, rows, x, true, factor);
+    project<T>(team, p, buffers, from, rows, room);
     for (int64_t row = team.begin(rows); row < team.end(rows); ++row) {
         float *added = room + row * hidden, *to = x + row * hidden;
-        rms_norm_row(added, norm.weight, 0.0f, norm.eps, hidden, added);
-        for (int64_t i = 0; i < hidden; i += kLanes)
-            store_up_to(to + i, load_up_to(to + i, hidden - i) + load_up_to(added + i, hidden - i), hidden - i);
+        norm.row(added, added);
+        for (int64_t i = 0; i < hidden; i += kLanes) {
+            const F32 v = load_up_to(added + i, hidden - i);
+            store_up_to(to + i, fma(v, splat(factor), load_up_to(to + i, hidden - i)), hidden - i);
+        }
     }
     team.meet();
 }
@@ -251,19 +271,36 @@ static T* columns_of(const Step& s, const Layer& l, int64_t layer, int values, i
     return (T*)s.cache + (((layer * 2 + values) * s.texts + text) * l.kv_heads + head) * s.capacity * l.head_dim;
 }
 
+// Norms all queries of a row together, and all keys.
+static void norm_heads_together(const Team& team, const Layer& l, int64_t rows, float* heads) {
+    for (int64_t row = team.begin(rows); row < team.end(rows); ++row) {
+        float* queries = heads + row * (l.heads + 2 * l.kv_heads) * l.head_dim;
+        float* keys = queries + l.heads * l.head_dim;
+        l.q_norm.row(queries, queries);
+        l.k_norm.row(keys, keys);
+    }
+    team.meet();
+}
+
 // Norms and rotates heads, and puts keys and values into the cache.
 template <typename T>
 static void place_heads(const Team& team, const Layer& l, int64_t layer, const Step& s, float* heads) {
     const int64_t all = l.heads + 2 * l.kv_heads;
+    const bool together = l.q_norm.weight && l.q_norm.width == l.heads * l.head_dim && l.heads > 1;
+    if (together) norm_heads_together(team, l, s.rows, heads);
     for (int64_t task = team.begin(s.rows * all); task < team.end(s.rows * all); ++task) {
         const int64_t row = task / all, head = task % all, kv_head = (head - l.heads) % l.kv_heads;
         const bool is_query = head < l.heads, is_value = head >= l.heads + l.kv_heads;
         float* x = heads + task * l.head_dim;
         if (!is_value) {
             const Norm& norm = is_query ? l.q_norm : l.k_norm;
-            if (norm.weight) rms_norm_row(x, norm.weight, 0.0f, norm.eps, l.head_dim, x);
-            const int64_t angles = (l.rope * s.rows + row) * s.half;
-            rotate_head(x, s.cos + angles, s.sin + angles, s.half, 1.0f);
+            if (norm.weight && !together) norm.row(x, x);
+            const int64_t rope = is_query ? l.query_rope : l.rope, angles = (rope * s.rows + row) * s.half;
+            if (rope >= 0 && l.neighbours) {
+                rotate_neighbours(x, s.cos + angles, s.sin + angles, s.half, 1.0f);
+            } else if (rope >= 0) {
+                rotate_head(x, s.cos + angles, s.sin + angles, s.half, 1.0f);
+            }
         }
         if (is_query) continue;
         T* to = columns_of<T>(s, l, layer, is_value, s.text[row], kv_head) + s.column[row] * l.head_dim;
@@ -330,14 +367,16 @@ static void attend(const Team& team, const Layer& l, int64_t layer, const Step& 
     team.meet();
 }
 
-// act = activation(gate) * up, [rows, f] from [rows, 2 f]; the columns are shared out.
-template <class A>
-static void activate(const Team& team, int64_t rows, int64_t width, const float* gate_up, float* act) {
+// act = activation(gate) * up, [rows, f] from [rows, 2 f], or without a gate from [rows, f]; the columns are shared out.
+static void activate(const Team& team, int64_t kind, int64_t rows, int64_t width, const float* gate_up, float* act) {
     const int64_t units = (width + kLanes - 1) / kLanes, begin = team.begin(units) * kLanes;
-    const int64_t end = team.end(units) * kLanes < width ? team.end(units) * kLanes : width;
+    const int64_t end = team.end(units) * kLanes < width ? team.end(units) * kLanes : width, count = end - begin;
     for (int64_t row = 0; row < rows; ++row) {
-        const float* gate = gate_up + row * 2 * width;
-        glu_row<A>(gate + begin, gate + width + begin, end - begin, act + row * width + begin);
+        const float* from = gate_up + row * (kind == GELU ? width : 2 * width) + begin;
+        float* to = act + row * width + begin;
+        if (kind == GATE_SILU) glu_row<Silu>(from, from + width, count, to);
+        if (kind == GATE_GELU) glu_row<Gelu>(from, from + width, count, to);
+        if (kind == GELU) activate_row<Gelu>(from, count, to);
     }
     team.meet();
 }
@@ -345,19 +384,15 @@ static void activate(const Team& team, int64_t rows, int64_t width, const float*
 template <typename T>
 static void through_layer(const Team& team, const Layer& l, int64_t layer, const Step& s, const Buffers& b) {
     const int64_t rows = s.rows, hidden = l.qkv.in;
-    norm_rows(team, l.input_norm, s.x, rows, hidden, b.normed);
-    project<T>(team, l.qkv, b, b.normed, rows, b.heads, false);
+    const float* read = norm_rows(team, l.input_norm, s.x, rows, b.normed);
+    project<T>(team, l.qkv, b, read, rows, b.heads);
+    if (l.parallel) project<T>(team, l.gate_up, b, norm_rows(team, l.mlp_norm, s.x, rows, b.normed), rows, b.gate_up);
     place_heads<T>(team, l, layer, s, b.heads);
     attend<T>(team, l, layer, s, b);
-    add_projection<T>(team, l.o, l.attention_output_norm, b, b.mixed, rows, hidden, b.normed, s.x);
-    norm_rows(team, l.mlp_norm, s.x, rows, hidden, b.normed);
-    project<T>(team, l.gate_up, b, b.normed, rows, b.gate_up, false);
-    if (l.gate == GATE_GELU) {
-        activate<Gelu>(team, rows, l.down.in, b.gate_up, b.act);
-    } else {
-        activate<Silu>(team, rows, l.down.in, b.gate_up, b.act);
-    }
-    add_projection<T>(team, l.down, l.mlp_output_norm, b, b.act, rows, hidden, b.normed, s.x);
+    add_projection<T>(team, l.o, l.attention_output_norm, l.residual, b, b.mixed, rows, hidden, b.normed, s.x);
+    if (!l.parallel) project<T>(team, l.gate_up, b, norm_rows(team, l.mlp_norm, s.x, rows, b.normed), rows, b.gate_up);
+    activate(team, l.gate, rows, l.down.in, b.gate_up, b.act);
+    add_projection<T>(team, l.down, l.mlp_output_norm, l.residual, b, b.act, rows, hidden, b.normed, s.x);
 }
 
 // ---- the whole step ------------------------------------------------------------------------------------------------
@@ -408,8 +443,8 @@ static void through_all(const Layer* layers, int64_t num_layers, const Head& hea
     {
         const Team team{thread_index(), num_threads()};
         for (int64_t i = 0; i < num_layers; ++i) through_layer<T>(team, layers[i], i, s, buffers);
-        norm_rows(team, head.norm, s.x, s.rows, head.projection.in, buffers.normed);
-        project<T>(team, head.projection, buffers, buffers.normed, s.rows, s.logits, false);
+        const float* normed = norm_rows(team, head.norm, s.x, s.rows, buffers.normed);
+        project<T>(team, head.projection, buffers, normed, s.rows, s.logits);
     }
     free(memory);
 }

@@ -3,6 +3,8 @@
 //
 //     dgate = dact * up * (s + gate * s * (1 - s) * a'(gate)),   dup = dact * gate * s
 //
+// And GELU without a gate: act = activation(x), dx = dact * (s + x * s * (1 - s) * a'(x)).
+//
 // Rows may lie apart (gate and up are often halves of one buffer), and every output may be any of the inputs.
 #include "glu.h"
 
@@ -34,6 +36,29 @@ static void backward_rows(const T* dact, int64_t dact_stride, const T* gate, int
             store_up_to(dgate + row * dgate_stride + i, d * u * slope, left);
             store_up_to(dup + row * dup_stride + i, d * activated, left);
             if (act) store_up_to(act + row * act_stride + i, activated * u, left);
+        }
+    }
+}
+
+template <typename T>
+static void gelu_rows(const T* x, int64_t x_stride, int64_t rows, int64_t width, T* act, int64_t act_stride) {
+#pragma omp parallel for schedule(static) if (rows * width > 16384)
+    for (int64_t row = 0; row < rows; ++row) activate_row<Gelu>(x + row * x_stride, width, act + row * act_stride);
+}
+
+template <typename T>
+static void gelu_backward_rows(const T* dact, int64_t dact_stride, const T* x, int64_t x_stride, int64_t rows,
+                               int64_t width, T* dx, int64_t dx_stride, T* act, int64_t act_stride) {
+#pragma omp parallel for schedule(static) if (rows * width > 16384)
+    for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = 0; i < width; i += kLanes) {
+            const int64_t left = width - i;
+            const F32 d = load_up_to(dact + row * dact_stride + i, left);
+            const F32 v = load_up_to(x + row * x_stride + i, left);
+            const F32 s = sigmoid(Gelu::argument(v)), activated = v * s;
+            const F32 slope = fma(activated * Gelu::argument_slope(v), 1.0f - s, s);
+            store_up_to(dx + row * dx_stride + i, d * slope, left);
+            if (act) store_up_to(act + row * act_stride + i, activated, left);
         }
     }
 }
@@ -78,8 +103,31 @@ void geglu FORWARD_PARAMETERS { forward<Gelu> FORWARD_ARGUMENTS; }
 void swiglu_backward BACKWARD_PARAMETERS { backward<Silu> BACKWARD_ARGUMENTS; }
 void geglu_backward BACKWARD_PARAMETERS { backward<Gelu> BACKWARD_ARGUMENTS; }
 
+void gelu(const void* x, int64_t x_stride, int dtype, int64_t rows, int64_t width, void* act, int64_t act_stride) {
+    if (dtype == NYBBLE_F32) gelu_rows((const float*)x, x_stride, rows, width, (float*)act, act_stride);
+    if (dtype == NYBBLE_BF16) gelu_rows((const bf16*)x, x_stride, rows, width, (bf16*)act, act_stride);
+}
+
+// `act` may be null, as above.
+void gelu_backward(const void* dact, int64_t dact_stride, const void* x, int64_t x_stride, int dtype, int64_t rows,
+                   int64_t width, void* dx, int64_t dx_stride, void* act, int64_t act_stride) {
+#define RUN(T)                                                                                                     \
+    gelu_backward_rows((const T*)dact, dact_stride, (const T*)x, x_stride, rows, width, (T*)dx, dx_stride, (T*)act, \
+                       act_stride)
+    if (dtype == NYBBLE_F32) RUN(float);
+    if (dtype == NYBBLE_BF16) RUN(bf16);
+#undef RUN
+}
+
 }  // namespace nybble::NYBBLE_ISA
 
+NYBBLE_ENTRY(gelu,
+             (const void* x, int64_t x_stride, int dtype, int64_t rows, int64_t width, void* act, int64_t act_stride),
+             (x, x_stride, dtype, rows, width, act, act_stride))
+NYBBLE_ENTRY(gelu_backward,
+             (const void* dact, int64_t dact_stride, const void* x, int64_t x_stride, int dtype, int64_t rows,
+              int64_t width, void* dx, int64_t dx_stride, void* act, int64_t act_stride),
+             (dact, dact_stride, x, x_stride, dtype, rows, width, dx, dx_stride, act, act_stride))
 NYBBLE_ENTRY(swiglu, FORWARD_PARAMETERS, FORWARD_ARGUMENTS)
 NYBBLE_ENTRY(geglu, FORWARD_PARAMETERS, FORWARD_ARGUMENTS)
 NYBBLE_ENTRY(swiglu_backward, BACKWARD_PARAMETERS, BACKWARD_ARGUMENTS)

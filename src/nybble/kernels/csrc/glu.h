@@ -1,4 +1,4 @@
-// Gated linear units of a row: what glu.cpp and decode.cpp share.
+// Activations of a row, gated and not: what glu.cpp and decode.cpp share.
 #pragma once
 
 #include "vec.h"
@@ -6,7 +6,7 @@
 namespace nybble::NYBBLE_ISA {
 
 // Which of them; backends/cpp/decode.py holds the same numbers.
-enum Gate : int64_t { GATE_SILU = 0, GATE_GELU = 1 };
+enum Gate : int64_t { GATE_SILU = 0, GATE_GELU = 1, GELU = 2 };
 
 // Kept to where 1 + e^-v is finite; beyond, sigmoid(v) is less than 1e-37.
 inline F32 sigmoid(F32 v) { return reciprocal(1.0f + exp(min(splat(87.0f), -v))); }
@@ -38,6 +38,15 @@ inline void glu_row(const T* gate, const T* up, int64_t width, T* act) {
     for (int64_t i = 0; i < width; i += kLanes) {
         const F32 g = load_up_to(gate + i, width - i), u = load_up_to(up + i, width - i);
         store_up_to(act + i, g * sigmoid(A::argument(g)) * u, width - i);
+    }
+}
+
+// act = activation(x) for `width` elements; act may be x.
+template <class A, typename T>
+inline void activate_row(const T* x, int64_t width, T* act) {
+    for (int64_t i = 0; i < width; i += kLanes) {
+        const F32 v = load_up_to(x + i, width - i);
+        store_up_to(act + i, v * sigmoid(A::argument(v)), width - i);
     }
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 
-NO_ROPE = -1  # a layer's `rope`, where it has no rotary angles
+NO_ROPE = -1  # a layer's `rope` and `query_rope`, where it has no rotary angles
 MAX_ROWS = 8  # up to which multiplying packed weights beats dequantising them first; kRowsAtOnce of csrc/gemv.h
 
 
@@ -41,10 +41,16 @@ class DecoderLinear:
 
 @dataclass(frozen=True)
 class DecoderNorm:
-    """An RMSNorm: its weight, and what is added to the mean square."""
+    """An RMSNorm, or a LayerNorm: its weight, what is added to the mean square, and its bias, if there is one.
+
+    Args:
+        centred: LayerNorm.
+    """
 
     weight: Tensor
     eps: float
+    bias: Tensor | None = None
+    centred: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,13 @@ class DecoderLayer:
         q_norm, k_norm: of each head, of all heads of a row where they are so wide, or None.
         window: columns that a token attends to, its own included; 0 for all.
         attention_output_norm, mlp_output_norm: of what is added to the rows, or None.
-        activation: of the gate, "silu" or "gelu_pytorch_tanh".
+        activation: "silu", "gelu_pytorch_tanh" or "gelu_new", which is the same.
         softcap: c in c · tanh(scores / c); 0 for none.
-        rope: which of a step's rotary angles are its own, or NO_ROPE.
+        rope, query_rope: which of a step's rotary angles its keys and its queries have, or NO_ROPE.
+        neighbours: elements 2 i and 2 i + 1 of a head are turned together, else i and i + half of what is turned.
         residual: factor on what is added to the rows.
+        gated: the activation is that of a gate.
+        parallel: the MLP reads the rows that attention does.
     """
 
     qkv: Sequence[DecoderLinear]
@@ -80,7 +89,11 @@ class DecoderLayer:
     activation: str = "silu"
     softcap: float = 0.0
     rope: int = 0
+    query_rope: int = 0
+    neighbours: bool = False
     residual: float = 1.0
+    gated: bool = True
+    parallel: bool = False
 
     @property
     def projections(self) -> tuple[Sequence[DecoderLinear], ...]:

@@ -1,7 +1,9 @@
-"""RMSNorm of rows or of each head.
+"""RMSNorm and LayerNorm of rows or of each head.
 
-    nybble::rms_norm_out            x, weight -> written into `out`, and rstd
-    nybble::rms_norm_backward_out   the gradient for x, written into or added to `out`
+    nybble::rms_norm_out              x, weight -> written into `out`, and rstd
+    nybble::rms_norm_backward_out     the gradient for x, written into or added to `out`
+    nybble::layer_norm_out            x, weight, bias -> written into `out`, and mean and rstd
+    nybble::layer_norm_backward_out   the gradient for x, written into or added to `out`
 
 Forward and backward are ops of their own, for modules that write their backward out. Arithmetic is fp32 with one
 rounding to the result's dtype. Outputs may be inputs: elements are read before they are written.
@@ -57,6 +59,57 @@ def rms_norm_backward(
     return out
 
 
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`(x - mean) * rstd * weight + bias` with `rstd = 1 / sqrt(mean((x - mean)^2) + eps)` (arXiv 1607.06450).
+
+    Args:
+        x: rows [tokens, width] or [tokens, heads, width].
+        weight, bias: [width], of one dtype, which may differ from that of x; no bias where None.
+        out: rows like x, may be x; a fresh tensor where None.
+
+    Returns:
+        the result, and mean and rstd side by side, fp32 [tokens, 2] or [tokens, heads, 2], which the backward needs.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    return out, torch.ops.nybble.layer_norm_out(x, weight, bias, eps, out)
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, out: Tensor | None = None, accumulate: bool = False
+) -> Tensor:
+    """The gradient of `layer_norm` for x.
+
+    With g = grad * weight and n = (x - mean) * rstd: rstd * (g - mean(g) - n * mean(g * n)).
+
+    Args:
+        grad, x: rows of one shape and dtype; x is what `layer_norm` was given.
+        stats: what `layer_norm` returned.
+        out: where to put it, may be grad; a fresh tensor where None.
+        accumulate: add to what `out` holds (the residual branch's gradient) instead of overwriting it.
+    """
+    assert out is not None or not accumulate
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    torch.ops.nybble.layer_norm_backward_out(grad, x, weight, stats, accumulate, out)
+    return out
+
+
+def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> None:
+    check_rows(None, x=x, out=out)
+    check_tensor("weight", weight, x, x.shape[-1:], FLOAT_DTYPES)
+    if bias is not None:
+        check_tensor("bias", bias, x, x.shape[-1:], (weight.dtype,))
+
+
+def _check_layer_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, accumulate: bool, out: Tensor
+) -> None:
+    check_rows(None, grad=grad, x=x, out=out)
+    check_tensor("weight", weight, x, x.shape[-1:], FLOAT_DTYPES)
+    check_tensor("stats", stats, x, (*x.shape[:-1], 2), FP32)
+
+
 def _check_rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float, out: Tensor) -> None:
     check_rows(None, x=x, out=out)
     check_tensor("weight", weight, x, x.shape[-1:], FLOAT_DTYPES)
@@ -80,5 +133,17 @@ registry.declare(
     "rms_norm_backward_out",
     "(Tensor grad, Tensor x, Tensor weight, Tensor rstd, float weight_offset, bool accumulate, Tensor(a!) out) -> ()",
     _check_rms_norm_backward,
+    nothing,
+)
+registry.declare(
+    "layer_norm_out",
+    "(Tensor x, Tensor weight, Tensor? bias, float eps, Tensor(a!) out) -> Tensor",
+    _check_layer_norm,
+    lambda x, *rest: x.new_empty((*x.shape[:-1], 2), dtype=torch.float32),
+)
+registry.declare(
+    "layer_norm_backward_out",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor stats, bool accumulate, Tensor(a!) out) -> ()",
+    _check_layer_norm_backward,
     nothing,
 )

@@ -7,22 +7,23 @@ from nybble.kernels import registry
 from nybble.kernels.ops.checks import FP32, check_rows, check_tensor, nothing, refusal
 
 
-def rope_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate in place (arXiv 2104.09864; Hugging Face's layout: element i pairs with i + rotary_dim / 2).
+def rope_(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> None:
+    """Rotate in place (arXiv 2104.09864).
 
     Args:
         x: rows [tokens, heads, head_dim]; elements from rotary_dim on are left alone.
         cos, sin: fp32 [tokens, rotary_dim / 2], the angles of each token's position (times the variant's scaling).
+        neighbours: elements 2 i and 2 i + 1 are a pair, as in GLM and Cohere; else i and i + rotary_dim / 2.
     """
-    torch.ops.nybble.rope_(x, cos, sin, False)
+    torch.ops.nybble.rope_(x, cos, sin, neighbours, False)
 
 
-def rope_backward_(grad: Tensor, cos: Tensor, sin: Tensor) -> None:
+def rope_backward_(grad: Tensor, cos: Tensor, sin: Tensor, neighbours: bool = False) -> None:
     """The gradient of `rope_` for its input, in place of the gradient for its output."""
-    torch.ops.nybble.rope_(grad, cos, sin, True)
+    torch.ops.nybble.rope_(grad, cos, sin, neighbours, True)
 
 
-def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
+def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, neighbours: bool, backward: bool) -> None:
     check_rows(3, x=x)
     half = cos.shape[-1]
     if 2 * half > x.shape[-1]:
@@ -31,4 +32,6 @@ def _check_rope(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> None:
     check_tensor("sin", sin, x, torch.Size((x.shape[0], half)), FP32)
 
 
-registry.declare("rope_", "(Tensor(a!) x, Tensor cos, Tensor sin, bool backward) -> ()", _check_rope, nothing)
+registry.declare(
+    "rope_", "(Tensor(a!) x, Tensor cos, Tensor sin, bool neighbours, bool backward) -> ()", _check_rope, nothing
+)

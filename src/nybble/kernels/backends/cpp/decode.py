@@ -10,9 +10,14 @@ from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp.four_bit import codebook_for_bf16, scale_pointers
 from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT64, POINTER, function, pointer
-from nybble.kernels.ops.decode import MAX_ROWS, NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
+from nybble.kernels.ops.decode import MAX_ROWS, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 
-GATES = {"silu": 0, "gelu_pytorch_tanh": 1}  # enum Gate of csrc/glu.h
+GATES = {  # by activation, and whether it is that of a gate: enum Gate of csrc/glu.h
+    ("silu", True): 0,
+    ("gelu_pytorch_tanh", True): 1,
+    ("gelu_pytorch_tanh", False): 2,
+    ("gelu_new", False): 2,
+}
 
 _decode = function("decode", POINTER, INT64, POINTER, POINTER)
 
@@ -45,7 +50,7 @@ class _Projection(ctypes.Structure):
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = (("weight", POINTER), ("eps", FLOAT))
+    _fields_ = (("weight", POINTER), ("bias", POINTER), ("width", INT64), ("centred", INT64), ("eps", FLOAT))
 
 
 class _Layer(ctypes.Structure):
@@ -53,8 +58,9 @@ class _Layer(ctypes.Structure):
         *((name, _Projection) for name in ("qkv", "o", "gate_up", "down")),
         *((name, _Norm) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
         *((name, _Norm) for name in ("attention_output_norm", "mlp_output_norm")),
-        *((name, INT64) for name in ("num_heads", "num_kv_heads", "head_dim", "window", "rope", "gate")),
-        *((name, FLOAT) for name in ("scale", "softcap")),
+        *((name, INT64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
+        *((name, INT64) for name in ("rope", "query_rope", "neighbours", "gate", "parallel")),
+        *((name, FLOAT) for name in ("scale", "softcap", "residual")),
     )
 
 
@@ -82,20 +88,7 @@ def _missing(model: DecoderModel, *others: object) -> str | None:
         return f"keeps keys and values in float32 and bfloat16, not {model.dtype}"
     specs = {each.weight.spec for each in model.linears() if isinstance(each.weight, QuantizedTensor)}
     formats = sorted({spec.format for spec in specs if spec.bits != 4})
-    if formats:
-        return f"multiplies weights in four bits, not {formats[0]}"
-    return next(filter(None, map(_unknown, model.layers)), None)
-
-
-def _unknown(layer: DecoderLayer) -> str | None:
-    """What the kernel lacks for this layer, or None."""
-    if layer.input_norm is None or layer.mlp_norm is None:
-        return "norms what attention and the MLP read"
-    if layer.q_norm is not None and len(layer.q_norm.weight) != layer.head_dim:
-        return "norms queries head by head"
-    if layer.rope == NO_ROPE or layer.residual != 1.0:
-        return "rotates all layers, and scales nothing that it adds"
-    return None
+    return f"multiplies weights in four bits, not {formats[0]}" if formats else None
 
 
 @registry.register("decode", "cpp", _missing)
@@ -118,7 +111,7 @@ class Kernel:
         assert cache.dtype == self.dtype and cache.is_contiguous()
         assert (num_layers, num_kv_heads, head_dim) == (self._num_layers, layer.num_kv_heads, layer.head_dim)
         assert cos.shape == sin.shape and cos.shape[1] == len(x) and 2 * cos.shape[2] <= head_dim
-        assert max(layer.rope for layer in self._layers) < len(cos)
+        assert max(max(layer.rope, layer.query_rope) for layer in self._layers) < len(cos)
         assert all(each.dtype == torch.int64 and each.shape == x.shape[:1] for each in (texts, columns, starts))
         where = [each.contiguous() for each in (cos, sin, texts, columns, starts)]
         cos, sin, texts, columns, starts = where
@@ -143,12 +136,16 @@ class Kernel:
             *map(self._projection, layer.projections),
             *map(self._norm, (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
             *map(self._norm, (layer.attention_output_norm, layer.mlp_output_norm)),
-            layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window, layer.rope, GATES[layer.activation],
-            layer.scale, layer.softcap,
+            layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window,
+            layer.rope, layer.query_rope, layer.neighbours, GATES[layer.activation, layer.gated], layer.parallel,
+            layer.scale, layer.softcap, layer.residual,
         )  # fmt: skip
 
     def _norm(self, norm: DecoderNorm | None) -> _Norm:
-        return _Norm(None, 0.0) if norm is None else _Norm(self._fp32(norm.weight), norm.eps)
+        if norm is None:
+            return _Norm(None)
+        bias = None if norm.bias is None else self._fp32(norm.bias)
+        return _Norm(self._fp32(norm.weight), bias, len(norm.weight), norm.centred, norm.eps)
 
     def _projection(self, linears: Sequence[DecoderLinear]) -> _Projection:
         structs = (_Linear * len(linears))(*map(self._linear, linears))

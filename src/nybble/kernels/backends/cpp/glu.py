@@ -32,3 +32,17 @@ def _backward(gate_name: str) -> Callable[..., None]:
 for _name in ("swiglu", "geglu"):
     registry.register(f"{_name}_out", "cpp", unsupported=no_fp16)(_forward(_name))
     registry.register(f"{_name}_backward_out", "cpp", unsupported=no_fp16)(_backward(_name))
+
+
+_gelu = function("gelu", *ROWS, INT, INT64, INT64, *ROWS)
+_gelu_backward = function("gelu_backward", *ROWS * 2, INT, INT64, INT64, *ROWS * 2)
+
+
+@registry.register("gelu_out", "cpp", unsupported=no_fp16)
+def gelu_out(x: Tensor, out: Tensor) -> None:
+    _gelu(*rows(x), DTYPES[x.dtype], *x.shape, *rows(out))
+
+
+@registry.register("gelu_backward_out", "cpp", unsupported=no_fp16)
+def gelu_backward_out(grad: Tensor, x: Tensor, grad_x: Tensor, act: Tensor | None) -> None:
+    _gelu_backward(*rows(grad), *rows(x), DTYPES[x.dtype], *x.shape, *rows(grad_x), *rows(act))

@@ -11,8 +11,8 @@ from nybble.kernels import registry
 from nybble.kernels.ops.cached_attention import cached_attention
 from nybble.kernels.ops.decode import NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm
 from nybble.kernels.ops.four_bit import gemv_4bit
-from nybble.kernels.ops.glu import geglu, swiglu
-from nybble.kernels.ops.norm import rms_norm
+from nybble.kernels.ops.glu import geglu, gelu, swiglu
+from nybble.kernels.ops.norm import layer_norm, rms_norm
 from nybble.kernels.ops.rope import rope_
 
 GATES = {"silu": swiglu, "gelu_pytorch_tanh": geglu}
@@ -43,24 +43,28 @@ def _through_layer(layer: DecoderLayer, x: Tensor, cos: Tensor, sin: Tensor, whe
     columns and starts.
     """
     heads = _product(layer.qkv, _norm(layer.input_norm, x)).view(x.shape[0], -1, layer.head_dim)
-    rotated = heads[:, : layer.num_heads + layer.num_kv_heads]
-    queries, keys = rotated.split([layer.num_heads, layer.num_kv_heads], dim=1)
+    queries, keys = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)[:2]
     for norm, part in ((layer.q_norm, queries), (layer.k_norm, keys)):
         if norm is not None:
             seen = part if len(norm.weight) == layer.head_dim else part.view(len(part), -1)
             _norm(norm, seen, out=seen)
-    if layer.rope != NO_ROPE:
-        rope_(rotated, cos[layer.rope], sin[layer.rope])
+    for rope, part in ((layer.query_rope, queries), (layer.rope, keys)):
+        if rope != NO_ROPE:
+            rope_(part, cos[rope], sin[rope], layer.neighbours)
     attended = cached_attention(heads, *where, scale=layer.scale, window=layer.window, softcap=layer.softcap)
-    x = x.add(_norm(layer.attention_output_norm, _product(layer.o, attended)), alpha=layer.residual)
-    gate, up = _product(layer.gate_up, _norm(layer.mlp_norm, x)).chunk(2, dim=1)
-    act = GATES[layer.activation](gate, up)
-    return x.add(_norm(layer.mlp_output_norm, _product(layer.down, act)), alpha=layer.residual)
+    x2 = x.add(_norm(layer.attention_output_norm, _product(layer.o, attended)), alpha=layer.residual)
+    inner = _product(layer.gate_up, _norm(layer.mlp_norm, x if layer.parallel else x2))
+    act = GATES[layer.activation](*inner.chunk(2, dim=1)) if layer.gated else gelu(inner)
+    return x2.add(_norm(layer.mlp_output_norm, _product(layer.down, act)), alpha=layer.residual)
 
 
 def _norm(norm: DecoderNorm | None, x: Tensor, out: Tensor | None = None) -> Tensor:
     """The normed rows; they themselves where there is no norm."""
-    return x if norm is None else rms_norm(x, norm.weight, norm.eps, out=out)[0]
+    if norm is None:
+        return x
+    if norm.centred:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, out=out)[0]
+    return rms_norm(x, norm.weight, norm.eps, out=out)[0]
 
 
 def _product(linears: Sequence[DecoderLinear], x: Tensor) -> Tensor:

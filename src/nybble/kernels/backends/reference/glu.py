@@ -42,6 +42,19 @@ def geglu_backward_out(
             out.copy_(result)
 
 
+@registry.register("gelu_out", "reference")
+def gelu_out(x: Tensor, out: Tensor) -> None:
+    out.copy_(_gelu(x.float())[0])
+
+
+@registry.register("gelu_backward_out", "reference")
+def gelu_backward_out(grad: Tensor, x: Tensor, grad_x: Tensor, act: Tensor | None) -> None:
+    gelu, slope = _gelu(x.float())
+    grad_x.copy_(grad.float() * slope)
+    if act is not None:
+        act.copy_(gelu)
+
+
 def _gelu(g: Tensor) -> tuple[Tensor, Tensor]:
     """GELU by its tanh approximation, and its slope. Beyond 16, tanh is 1 in fp32, and g³ might not be finite."""
     near = g.clamp(-16, 16)

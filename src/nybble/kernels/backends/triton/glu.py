@@ -44,3 +44,19 @@ def geglu_backward_out(
     grad: Tensor, gate: Tensor, up: Tensor, grad_gate: Tensor, grad_up: Tensor, act: Tensor | None
 ) -> None:
     _backward(grad, gate, up, grad_gate, grad_up, act, gelu=True)
+
+
+@registry.register("gelu_out", "triton")
+def gelu_out(x: Tensor, out: Tensor) -> None:
+    from nybble.kernels.backends.triton.jit.glu import gelu_kernel
+
+    launch_tiles(gelu_kernel, *x.shape, x, out, x.stride(0), out.stride(0))
+
+
+@registry.register("gelu_backward_out", "triton")
+def gelu_backward_out(grad: Tensor, x: Tensor, grad_x: Tensor, act: Tensor | None) -> None:
+    from nybble.kernels.backends.triton.jit.glu import gelu_backward_kernel
+
+    tensors = grad, x, grad_x, grad if act is None else act
+    strides = (tensor.stride(0) for tensor in tensors)
+    launch_tiles(gelu_backward_kernel, *x.shape, *tensors, *strides, ACT=act is not None)

@@ -44,3 +44,29 @@ def rms_norm_backward_out(
 
 def _heads(x: Tensor) -> int:
     return x.shape[1] if x.dim() == 3 else 1
+
+
+@registry.register("layer_norm_out", "triton", _too_wide)
+def layer_norm_out(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out: Tensor) -> Tensor:
+    from nybble.kernels.backends.triton.jit.norm import layer_norm_kernel
+
+    stats = torch.empty((*x.shape[:-1], 2), dtype=torch.float32, device=x.device)
+    launch_tiles(
+        layer_norm_kernel, stats.numel() // 2, x.shape[-1],
+        x, weight, weight if bias is None else bias, out, stats, _heads(x), x.stride(0), out.stride(0), eps,
+        whole_rows=True, BIAS=bias is not None,
+    )  # fmt: skip
+    return stats
+
+
+@registry.register("layer_norm_backward_out", "triton", _too_wide)
+def layer_norm_backward_out(
+    grad: Tensor, x: Tensor, weight: Tensor, stats: Tensor, accumulate: bool, out: Tensor
+) -> None:
+    from nybble.kernels.backends.triton.jit.norm import layer_norm_backward_kernel
+
+    launch_tiles(
+        layer_norm_backward_kernel, stats.numel() // 2, x.shape[-1],
+        grad, x, weight, stats, out, _heads(x), grad.stride(0), x.stride(0), out.stride(0),
+        whole_rows=True, ACCUMULATE=accumulate,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""SwiGLU and GeGLU of rows, each apart by a stride.
+"""SwiGLU, GeGLU and GELU of rows, each apart by a stride.
 
 With tanh, GELU is g · sigmoid(a(g)), a(g) = 2√(2/π) · (g + 0.044715 g³): the interpreter has no tanh.
 """
@@ -50,6 +50,32 @@ def glu_backward_kernel(
     tl.store(grad_up + row * grad_up_stride + column, rounded(d * g * s, grad_up.dtype.element_ty), mask=inside)
     if ACT:
         tl.store(act + row * act_stride + column, rounded(g * s * u, act.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gelu_kernel(x, out, x_stride, out_stride, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column, inside = tile(rows, width, ROWS, COLUMNS)
+    row = row.to(tl.int64)
+    g = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    s, _ = _sigmoid_and_slope(g)
+    tl.store(out + row * out_stride + column, rounded(g * s, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def gelu_backward_kernel(
+    grad, x, grad_x, act, grad_stride, x_stride, grad_x_stride, act_stride, rows, width,
+    ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """`act` is written with ACT only."""
+    row, column, inside = tile(rows, width, ROWS, COLUMNS)
+    row = row.to(tl.int64)
+    d = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    tl.debug_barrier()  # as above
+    s, slope = _sigmoid_and_slope(g)
+    tl.store(grad_x + row * grad_x_stride + column, rounded(d * (s + g * slope), grad_x.dtype.element_ty), mask=inside)
+    if ACT:
+        tl.store(act + row * act_stride + column, rounded(g * s, act.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from nybble.kernels.backends.triton.jit.language import rounded, tile
 @triton.jit(do_not_specialize=["rows"])
 def rope_kernel(
     x, cos, sin, heads, head_dim, stride, rows, width,
-    BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, BACKWARD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`width`, half of what is turned: cos and sin are fp32 [tokens, width]."""
     row, column, inside = tile(rows, width, ROWS, COLUMNS)
@@ -18,8 +18,13 @@ def rope_kernel(
     sine = tl.load(sin + token * width + column, mask=inside, other=0.0)
     if BACKWARD:
         sine = -sine
-    low = x + token.to(tl.int64) * stride + (row % heads * head_dim + column)
-    high = low + width
+    head = x + token.to(tl.int64) * stride + row % heads * head_dim
+    if NEIGHBOURS:
+        low = head + 2 * column
+        high = low + 1
+    else:
+        low = head + column
+        high = low + width
     first = tl.load(low, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(high, mask=inside, other=0.0).to(tl.float32)
     tl.store(low, rounded(first * cosine - second * sine, x.dtype.element_ty), mask=inside)
