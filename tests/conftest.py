@@ -244,8 +244,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             )
         else:
             extra = {"head_dim": 16} if family == "qwen3" else {"sliding_window": None} if family == "mistral" else {}
-            kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-            config = getattr(transformers, f"{kind}Config")(**(SHAPE | vocabulary | extra | overrides))
+            config = transformers.AutoConfig.for_model(family, **(SHAPE | vocabulary | extra | overrides))
         model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
             if parameter.ndim == 1:

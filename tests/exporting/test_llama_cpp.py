@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.consumers import LlamaCppConsumer
 from nybble.exporting.merged_source import MergedSource
+from nybble.families import FAMILIES
 from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import open_run
@@ -46,12 +47,49 @@ def check(found: LlamaCppConsumer, run: Path, onto: str, tolerance: float) -> No
     assert found.chat_template == opened.template.chat_template
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+ALIKE = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("family", ALIKE)
 @pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.06)])
 def test_models(make_run: Callable, tmp_path: Path, family: str, kind: str, tolerance: float) -> None:
     run = make_run(family, tie_word_embeddings=family == "qwen2")
     write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), tmp_path / "out")
     check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
+
+
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+    "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
+}  # fmt: skip
+WITHOUT = {"gemma2", "gemma3_text", "ministral", "ministral3"}  # families that are not exported
+OTHERS = {  # layers of all kinds; windows and partial angles that the texts tell from none
+    "smollm3": {"num_hidden_layers": 5, "no_rope_layers": None, "pad_token_id": None},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 1.5
+    },
+    "olmo2": {"pad_token_id": None},
+    "olmo3": {"num_hidden_layers": 4, "sliding_window": 6, "pad_token_id": None},
+    "phi3": {"rope_parameters": PARTIAL, "pad_token_id": None},
+    "phi3, long": {"rope_parameters": LONG, "original_max_position_embeddings": 128, "pad_token_id": None},
+    "glm": {"head_dim": 16, "attention_bias": True, "rope_parameters": PARTIAL, "pad_token_id": None},
+    "glm4": {"head_dim": 16, "rope_parameters": PARTIAL, "pad_token_id": None},
+    "cohere": {"logit_scale": 0.4, "tie_word_embeddings": True},
+    "cohere2": {"num_hidden_layers": 5, "sliding_window": 6, "logit_scale": 0.4, "tie_word_embeddings": True},
+    "stablelm": {"use_qkv_bias": True, "rope_parameters": PARTIAL},
+    "phi": {"rope_parameters": PARTIAL, "pad_token_id": None},
+    "starcoder2": {"sliding_window": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_families(make_run: Callable, tmp_path: Path, name: str) -> None:
+    family = name.partition(",")[0]
+    assert set(FAMILIES) - set(ALIKE) == WITHOUT | {n.partition(",")[0] for n in OTHERS}
+    run = make_run(family, **OTHERS[name])
+    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
+    check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -87,9 +125,9 @@ def test_scaled_rotary_frequencies(make_run: Callable, tmp_path: Path, rope: dic
     check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3", "cohere2", "starcoder2"])
 def test_adapters_on_their_base(make_run: Callable, tmp_path: Path, family: str) -> None:
-    run = make_run(family, rslora=True)
+    run = make_run(family, rslora=True, **OTHERS.get(family, {}))
     untuned = tmp_path / "untuned"
     shutil.copytree(run, untuned)
     tensors = load_file(run / "adapter" / WEIGHTS_NAME)

@@ -20,6 +20,7 @@ from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Listener, Note, silent
 from nybble.exporting import gguf_model
 from nybble.exporting.consumers import CPU, load_consumer
+from nybble.exporting.gguf_keys import check_family
 from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
@@ -246,7 +247,7 @@ def _write_modelfile(folder: Path, model: str, opened: OpenRun, adapter: str | N
 
 def _bytes(merged: MergedSource, artefact: Artefact) -> int:
     if artefact.kind is ArtefactKind.GGUF:
-        gguf_model.check_family(merged.config)
+        check_family(merged.config)
         return gguf_model.gguf_bytes(merged, artefact.gguf_type)
     return 2 * sum(p.numel() for p in merged.skeleton.parameters())  # an upper limit for four bits
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from nybble.data.template import ChatTemplate
+from nybble.errors import ExportError
 from nybble.evaluation.divergence import text_logits
 from nybble.events import Listener, silent
+from nybble.exporting.gguf_keys import ARCHITECTURES, READABLE
 from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
 from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
@@ -237,6 +239,12 @@ def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consu
 def _load_gguf(opened: OpenRun, file: Path, dtype: torch.dtype, context: int) -> Consumer:
     if _installed("llama_cpp"):
         return LlamaCppConsumer("llama.cpp", file, context)
+    if ARCHITECTURES[opened.source.config.model_type] not in READABLE:
+        raise ExportError(
+            f"Nothing here reads GGUF files of {opened.source.config.model_type} models.",
+            "llama.cpp does, through the package llama-cpp-python, which is not installed.",
+            "Install it and export again.",
+        )
     source = open_model(str(file))
     template = ChatTemplate(source.load_tokenizer(), opened.config.data.template)
     name = "nybble's own GGUF reader (llama-cpp-python is not installed)"

@@ -1,8 +1,8 @@
 """GGUF files for llama.cpp and Ollama: whole models and LoRA adapters, one tensor at a time.
 
 Names of tensors, metadata keys and block types are the `gguf` package's. llama.cpp turns neighbouring elements of
-q and k together where transformers turns the halves of a head; for the llama architecture (Mistral included) the
-rows of q and k are therefore interleaved, in the adapter's B as in the weight. Qwen's architectures keep the order.
+q and k together in some architectures where transformers turns the halves of a head (`Family.gguf_neighbours`); the
+rows of q and k are therefore interleaved there, in the adapter's B as in the weight. Others keep the order.
 """
 
 import math
@@ -20,19 +20,19 @@ from transformers import PretrainedConfig
 
 from nybble.data.template import ChatTemplate
 from nybble.errors import ExportError
-from nybble.events import Listener, silent, tracked
+from nybble.events import Listener, Note, silent, tracked
+from nybble.exporting.gguf_keys import add_hyperparameters, architecture_of, check_family, left_out, rope_tensors
 from nybble.exporting.gguf_vocabulary import add_vocabulary
 from nybble.exporting.merged_source import MergedSource
 from nybble.families import FAMILIES
 from nybble.files.disk import fsync
-from nybble.formats.gguf import DENSE_ENDS, gguf_names, llama3_divisors
+from nybble.formats.gguf import DENSE_ENDS, gguf_names
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
 from nybble.options.use_groups import GgufType
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.sources.stored_model import StoredModel
 
-ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 
 
@@ -44,27 +44,6 @@ class _Planned:
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
     read: Callable[[], Tensor]
-
-
-def check_family(config: PretrainedConfig) -> None:
-    """Refuse a model that cannot be written as GGUF, before any long work.
-
-    Raises:
-        ExportError: names the families that can.
-    """
-    if config.model_type not in ARCHITECTURES:
-        raise ExportError(
-            f"GGUF export does not know the model type {config.model_type!r}.",
-            f"Supported: {', '.join(ARCHITECTURES)} (SmolLM2 and most Llama relatives say llama).",
-            "Export with --to 16bit and use llama.cpp's own converter.",
-        )
-    rope = _rope(config)
-    if rope["rope_type"] not in ("default", "linear", "yarn", "llama3"):
-        raise ExportError(
-            f"The model scales its rotary frequencies by {rope['rope_type']!r}.",
-            "Supported in GGUF: default, linear, yarn, llama3.",
-            "Export with --to 16bit.",
-        )
 
 
 def write_gguf_model(
@@ -80,13 +59,15 @@ def write_gguf_model(
     """
     config = merged.config
     check_family(config)
+    if (loss := left_out(config)) is not None:
+        report(Note(loss))
     names = _names(merged)
     shapes = {target: place.shape for target, place in merged.placements.items()}
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _add_shape(writer, config)
+    add_hyperparameters(writer, config)
     add_vocabulary(writer, template, merged.skeleton.get_input_embeddings().num_embeddings)
 
     def read(name: str) -> Tensor:
@@ -96,9 +77,9 @@ def write_gguf_model(
         _Planned(names[name], shape, _storage(kind, names[name], shape), partial(read, name))
         for name, shape in shapes.items()
     ]
-    if (factors := _rope_factors(config)) is not None:
+    for name, factors in rope_tensors(config).items():
         kept = gguf.GGMLQuantizationType.F32
-        planned.append(_Planned("rope_freqs.weight", tuple(factors.shape), kept, lambda: factors))
+        planned.append(_Planned(name, tuple(factors.shape), kept, partial(factors.clone)))
     _write(writer, planned, report)
     fsync(file)
 
@@ -125,7 +106,7 @@ def write_gguf_adapter(adapter: StoredAdapter, base: StoredModel, file: Path) ->
             "Allowed in llama.cpp's adapters: LoRA.",
             "Merge it (`nybble merge`, or export --to gguf).",
         )
-    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[_architecture(config)])
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     alphas = {layer: adapter.scaling_of(layer) * adapter.rank_of(layer) for layer in adapter.names}
@@ -216,11 +197,7 @@ def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuan
 
 def _names(model: StoredModel) -> dict[str, str]:
     """transformers' name -> GGUF's, for every parameter that is stored."""
-    return gguf_names(model.skeleton, _architecture(model.config))
-
-
-def _architecture(config: PretrainedConfig) -> gguf.MODEL_ARCH:
-    return gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+    return gguf_names(model.skeleton, architecture_of(model.config))
 
 
 def _reorder(tensor: Tensor, target: str, config: PretrainedConfig) -> Tensor:
@@ -241,49 +218,7 @@ def _restore(tensor: Tensor, target: str, config: PretrainedConfig) -> Tensor:
 def _rotated_heads(target: str, config: PretrainedConfig) -> int:
     """Heads of a parameter whose rows are reordered, else 0."""
     module = target.rpartition(".")[0]
-    if ARCHITECTURES[config.model_type] != "LLAMA" or not module.endswith(("q_proj", "k_proj")):
+    if not FAMILIES[config.model_type].gguf_neighbours or not module.endswith(("q_proj", "k_proj")):
         return 0
     heads: int = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
     return heads
-
-
-def _rope(config: PretrainedConfig) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": 10000.0} | dict(getattr(config, "rope_parameters", None) or {})
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _add_shape(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    """The hyperparameters, under llama.cpp's keys."""
-    writer.add_name(str(getattr(config, "_name_or_path", "")).rpartition("/")[2] or config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    rope = _rope(config)
-    writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
-        writer.add_rope_scaling_factor(rope["factor"])
-    if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(
-            rope.get("original_max_position_embeddings") or config.max_position_embeddings
-        )
-
-
-def _rope_factors(config: PretrainedConfig) -> Tensor | None:
-    """Llama 3's scaling as llama.cpp keeps it; None where the model has another."""
-    rope = _rope(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
-    return llama3_divisors(rope | {"original_max_position_embeddings": original}, _head_dim(config) // 2).float()

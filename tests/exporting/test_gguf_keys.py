@@ -1,0 +1,54 @@
+"""Which models GGUF export takes, under which names; what llama.cpp makes of them is asked in test_llama_cpp.py."""
+
+import copy
+
+import pytest
+import torch
+from family_models import CONFIGS
+from transformers import AutoModelForCausalLM
+
+from nybble.errors import ExportError
+from nybble.exporting.gguf_keys import ARCHITECTURES, architecture_of, check_family, left_out, rope_tensors
+from nybble.formats.gguf import gguf_names
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_parameter_has_a_name_of_its_own(name: str) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = gguf_names(model, architecture_of(config))
+    assert names.keys() == model.state_dict().keys() and len(set(names.values())) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "allowed"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0, 1]}, "rotary angles in all layers but every 4th"),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}, "no windows"),
+        ("cohere2", {}, "windows in all layers but every 4th"),
+        ("cohere", {"tie_word_embeddings": False}, "tied to the embedding"),
+        ("olmo2", {"tie_word_embeddings": True}, "not tied to the embedding"),
+        ("starcoder2", {"head_dim": 32}, "as wide as the hidden states"),
+        ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "linear, yarn"),
+        ("ministral", {}, "does not know the model type 'ministral'"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, options: dict[str, object], allowed: str) -> None:
+    config = copy.deepcopy(CONFIGS[name])
+    for option, value in options.items():
+        setattr(config, option, value)
+    with pytest.raises(ExportError, match=allowed):
+        check_family(config)
+
+
+def test_windows_that_llama_cpp_does_without_are_named() -> None:
+    assert "a window of 5" in (left_out(CONFIGS["phi3"]) or "")
+    assert left_out(CONFIGS["olmo3"]) is None and left_out(CONFIGS["llama"]) is None
+
+
+def test_both_sets_of_factors_of_longrope_are_written() -> None:
+    config = copy.deepcopy(CONFIGS["phi3"])
+    config.rope_parameters = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    found = {name: factors.tolist() for name, factors in rope_tensors(config).items()}
+    assert found == {"rope_factors_long.weight": [3.0, 4.0], "rope_factors_short.weight": [1.0, 2.0]}
