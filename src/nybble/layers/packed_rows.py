@@ -70,8 +70,8 @@ def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
         return {kind: _angles(model, family, position_ids, kind) for kind in kinds}
     angles = dict.fromkeys(kinds, _angles(model, family, position_ids))
     if family.growing_queries:
-        growth = _growth(config, position_ids)
-        angles[QUERIES] = tuple(part * growth for part in angles[kinds[0]])  # the whole head is turned
+        (cos, sin), growth = angles[kinds[0]], _growth(config, position_ids)
+        angles[QUERIES] = cos * growth, sin * growth  # the whole head is turned
     return angles
 
 
