@@ -59,8 +59,8 @@ def test_models(make_run: Callable, tmp_path: Path, family: str, kind: str, tole
 
 
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-LONG = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+LONG = {  # llama.cpp takes the long factors where its context, 256 tokens here, is longer than the original one
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
     "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
 }  # fmt: skip
 WITHOUT = {"gemma2", "gemma3_text", "ministral", "ministral3"}  # families that are not exported
@@ -72,7 +72,7 @@ OTHERS = {  # layers of all kinds; windows and partial angles that the texts tel
     "olmo2": {"pad_token_id": None},
     "olmo3": {"num_hidden_layers": 4, "sliding_window": 6, "pad_token_id": None},
     "phi3": {"rope_parameters": PARTIAL, "pad_token_id": None},
-    "phi3, long": {"rope_parameters": LONG, "original_max_position_embeddings": 128, "pad_token_id": None},
+    "phi3, long": {"rope_parameters": LONG, "original_max_position_embeddings": 256, "pad_token_id": None},
     "glm": {"head_dim": 16, "attention_bias": True, "rope_parameters": PARTIAL, "pad_token_id": None},
     "glm4": {"head_dim": 16, "rope_parameters": PARTIAL, "pad_token_id": None},
     "cohere": {"logit_scale": 0.4, "tie_word_embeddings": True},
