@@ -177,10 +177,11 @@ class SaveUnderStrace:
 
     def save(self, step: int) -> None:
         from nybble.data.sampler import StepSampler
+        from nybble.runs.trained import TrainedAdapters
 
         writer = Checkpoints(self.folder, save_every="1", keep=1, config="a: 1\n", about={"base": "b"}, settled={})
         position = Position.now(Progress(step, 1), StepSampler(5, 2, 0), torch.device("cpu"))
-        writer.save(position, self.model, self.optimizer, {"r": 2}, 0)
+        writer.save(position, self.model, self.optimizer, TrainedAdapters({"r": 2}), 0)
 
     def run(self, *options: str) -> tuple[int, str]:
         """Exit code of the save, and strace's log."""

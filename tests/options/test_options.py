@@ -311,7 +311,7 @@ def test_groups_stand_under_their_headings_in_order() -> None:
     assert groups_of(Play) == {"volume": Tuned, "pace": Pace, "room": Room}
     assert fields_of(Play)["pitch"].default == 442, "what extends a group narrows an option in its place"
     assert list(groups_of(TrainConfig)) == [
-        *("model", "data", "objective", "run", "weights", "rounding", "adapters", "memory", "loop", "machine")
+        *("model", "data", "objective", "method", "run", "weights", "rounding", "adapters", "memory", "loop", "machine")
     ]
 
 

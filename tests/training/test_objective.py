@@ -19,9 +19,9 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
 from nybble.memory import graph
 from nybble.options.groups import LoopOptions
-from nybble.runs.adapter_writing import adapter_config
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
+from nybble.runs.trained import TrainedAdapters
 from nybble.sizes import SHAPE_RULES
 from nybble.training.checkpoint import Checkpoints
 from nybble.training.evaluations import Evaluations
@@ -116,7 +116,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp
         total_steps=STEPS,
         micro_batch_size=3,
         run=RunFolder(tmp_path),
-        adapter_config=adapter_config(model, "tiny"),
+        trained=TrainedAdapters.of(model, "tiny"),
         report=events,
         events_bytes=events.sync,
         checkpoints=Checkpoints(tmp_path, save_every="99", keep=1, config="", about={}, settled={}),

@@ -48,10 +48,10 @@ class PlanResult:
         require(self.plans, self.asked, self.unconstrained)
 
     def to_json(self) -> dict[str, Any]:
-        """Machine, choice, and each strategy that lost with its reason; sizes in bytes, times in seconds."""
-        from nybble.planning.report import plans_json
+        """Machine, choice, each strategy that lost with its reason, and the methods; bytes and seconds."""
+        from nybble.planning.report import methods_json, plans_json
 
-        return plans_json(self.plans)
+        return plans_json(self.plans) | {"methods": methods_json(self.plans)}
 
     def __str__(self) -> str:
         from nybble.planning.report import describe_plans

@@ -47,8 +47,13 @@ class Run:
 
     @property
     def adapter(self) -> Path:
-        """The folder of the trained adapter, in PEFT's format."""
+        """The folder of the trained adapter, in PEFT's format; of a run that has one."""
         return self._opened.run.adapter
+
+    @property
+    def trained(self) -> Path:
+        """The folder of what was trained: the adapter, or the whole model of a run that trained every weight."""
+        return self._opened.trained
 
     @property
     def loss_before(self) -> float | None:

@@ -20,7 +20,7 @@ def plan(
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
     with LazyTerminal() as listener:
         planned = nybble.plan(on_event=listener, **given)
-    from nybble.planning.report import Planned
+    from nybble.planning.report import MethodsPlanned, Planned
     from nybble.training.plots import draw_plans
 
     if plot is not None:
@@ -30,5 +30,6 @@ def plan(
         typer.echo(json.dumps(planned.to_json(), indent=2))
     else:
         listener(Planned(planned.plans, planned.asked))
+        listener(MethodsPlanned(planned.plans))
     planned.check()
     return 0

@@ -22,7 +22,7 @@ def train(
         bool, typer.Option("--print-config", help="Print all options with comments as YAML, and stop.")
     ] = False,
 ) -> int:
-    """Fine-tune a model on examples: four-bit frozen weights, trained adapters."""
+    """Fine-tune a model on examples: adapters over frozen weights of four bits or of 16, or every weight."""
     if print_config:
         typer.echo(draft_config(config_file, given), nl=False)
         return 0
@@ -36,6 +36,6 @@ def train(
         return SIGNAL_EXIT_CODE + trained.interrupted
     # Where the base is streamed, an answer would read all of it for every token.
     rows = [] if trained.streamed else trained.validation[:NUM_SAMPLES]
-    samples = compare_answers(trained.model, trained.template, rows) if rows else []
+    samples = compare_answers(trained.model, trained.template, rows, switch=trained.switch) if rows else []
     training.show_result(listener.terminal, trained, samples)
     return 0

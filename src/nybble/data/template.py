@@ -157,6 +157,12 @@ class ChatTemplate:
         cuts = [*_cuts([turn for turn in turns if turn.stands_in(text)], generated), last.start]
         return _flatten(self.encoder.encode_pieces(text[: last.words], cuts))
 
+    def with_template(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer with the chat template in use, which it may not have had of its own."""
+        if self.chat_template is not None:
+            self.tokenizer.chat_template = self.chat_template
+        return self.tokenizer
+
     def encode_text(self, text: str) -> list[int]:
         """The ids of bare text to go on with: bos before it where the tokenizer puts one, and never a second."""
         return self._after_bos(self.encoder.encode(text))

@@ -29,7 +29,6 @@ from nybble.files.disk import disk_errors
 from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.context import context_length
-from nybble.layers.convert import enable_adapters
 from nybble.layers.precision import set_up
 from nybble.options.verbs import EvalConfig
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
@@ -167,7 +166,7 @@ def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
         write_card(evaluation.opened, found)
     for note in opened.source.notes:
         report(Note(note))
-    report(Note(f"report: {folder / 'report.html'}\ncard:   {opened.run.adapter / 'README.md'}"))
+    report(Note(f"report: {folder / 'report.html'}\ncard:   {opened.trained / 'README.md'}"))
     return evaluation
 
 
@@ -192,11 +191,13 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silen
 
     model = load_tuned(opened, dtype, device, report)
     for name, enabled in ((BASE_4, False), (TUNED, True)):
-        enable_adapters(model, enabled)
+        opened.switch(model, tuned=enabled)
         arms[name] = asked.ask(model, kept, first=False)
-    preferences = (
-        ask_preferences(opened, CausalLM.of(model), held_out, MICRO_BATCH, report) if is_preference(held_out) else None
-    )
+    preferences = None
+    if is_preference(held_out) and opened.full:
+        report(Note("rewards are not told: a base that became the tuned model is not asked beside it", warning=True))
+    elif is_preference(held_out):
+        preferences = ask_preferences(opened, CausalLM.of(model), held_out, MICRO_BATCH, report)
     tasks = [task.strip() for task in asked_for.lm_eval.split(",")] if asked_for.lm_eval else []
     lm_eval = run_tasks(model, opened.template.tokenizer, tasks) if tasks else {}
     return Evaluation(opened, rows, texts, arms, metrics, lm_eval, preferences)

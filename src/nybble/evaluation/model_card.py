@@ -1,4 +1,4 @@
-"""The adapter's README.md: what it is, what it learnt from, how it was made and how well it does."""
+"""The README.md of what was trained: what it is, what it learnt from, how it was made and how well it does."""
 
 import json
 from pathlib import Path
@@ -6,12 +6,14 @@ from typing import Any
 
 import yaml
 
+from nybble.options.adapter_groups import AdapterOptions
 from nybble.options.option import flat
 from nybble.runs.open_run import OpenRun
 
 SETTINGS = (
     *(
         "objective",
+        "method",
         "format",
         "rank",
         "alpha",
@@ -30,16 +32,17 @@ SETTINGS = (
 
 
 def write_card(opened: OpenRun, report: dict[str, Any]) -> None:
-    """Write the card into the run's adapter folder; `report` is the contents of report.json."""
-    (opened.run.adapter / "README.md").write_text(card_text(opened, report), encoding="utf-8")
+    """Write the card into the folder of what was trained; `report` is the contents of report.json."""
+    (opened.trained / "README.md").write_text(card_text(opened, report), encoding="utf-8")
 
 
 def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     """YAML header as the hub reads it, then Markdown."""
     licence = opened.source.licence or "unknown"
-    header = {"base_model": opened.source.name, "library_name": "peft", "license": licence, "tags": ["lora", "nybble"]}
-    options = flat(opened.config)
-    settings = "\n".join(f"| {name} | {options[name]} |" for name in SETTINGS)
+    library, tags = ("transformers", ["nybble"]) if opened.full else ("peft", ["lora", "nybble"])
+    header = {"base_model": opened.source.name, "library_name": library, "license": licence, "tags": tags}
+    options, unused = flat(opened.config), AdapterOptions.model_fields if opened.full else {}
+    settings = "\n".join(f"| {name} | {options[name]} |" for name in SETTINGS if name not in unused)
     first, *_ = report["lm_eval"].items() or [None]
     harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
     change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
@@ -48,9 +51,7 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
 
-# An adapter for {opened.source.name}
-
-Trained with nybble on a frozen base in {options["format"]}. It belongs to that base and no other. The licence above
+{_what_it_is(opened)} The licence above
 is the base's; the data may add conditions of their own.
 
 ## Data
@@ -72,6 +73,14 @@ The last column but scores: KL divergence from the base in 16 bits on general te
 
 {preferences}Loss of the tuned model minus that of its base as trained on, row by row: {change}.
 {harness}"""
+
+
+def _what_it_is(opened: OpenRun) -> str:
+    name, format = opened.source.name, opened.config.weights.format
+    if opened.full:
+        return f"# {name}, fine-tuned\n\nTrained with nybble, every weight of it."
+    belongs = f"Trained with nybble on a frozen base in {format}. It belongs to that base and no other."
+    return f"# An adapter for {name}\n\n{belongs}"
 
 
 def _data(audit: Path) -> str:

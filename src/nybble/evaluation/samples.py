@@ -1,7 +1,7 @@
 """Held-out prompts answered by the base and by the tuned model, side by side."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,12 @@ def compare_answers(
     template: ChatTemplate,
     rows: Sequence[EncodedExample],
     max_new_tokens: int = SAMPLE_TOKENS,
+    switch: Callable[[bool], object] | None = None,
 ) -> list[Sample]:
-    """Greedy answers to the first supervised turn of each row, with the adapters off and on.
+    """Greedy answers to the first supervised turn of each row, by the base and by the tuned model.
+
+    Args:
+        switch: makes the model its base, with False, or the tuned one; where None by its adapters.
 
     Rows without a prompt, or whose prompt fills the model's context, are left out.
     """
@@ -43,7 +47,7 @@ def compare_answers(
     prompts = [row.prompt_ids for row in rows]
     answers = {}
     for tuned in (False, True):
-        enable_adapters(model, tuned)
+        enable_adapters(model, tuned) if switch is None else switch(tuned)
         new_ids = generate(model, prompts, stop_ids=template.stop_ids, max_new_tokens=max_new_tokens)
         answers[tuned] = [decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
     references = [decode(row.answer_ids, skip_special_tokens=True).strip() for row in rows]

@@ -21,7 +21,7 @@ from nybble.events import Listener, Note, silent
 from nybble.exporting import gguf_model
 from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.gguf_keys import check_family
-from nybble.exporting.merged_source import MergedSource, Onto, tokenizer_with_template
+from nybble.exporting.merged_source import MergedSource, Onto
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
 from nybble.exporting.verify import ANSWER_TOKENS, Outcome, Verification, Verified, ask_run, compare, not_loaded
@@ -35,6 +35,7 @@ from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.adapter_writing import write_plain_adapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_model
+from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
 
 REPORT, CARD = "verification.json", "README.md"
@@ -104,6 +105,8 @@ def export_run(
     run, quality = config.run, config.rounding.quality
     assert run.run is not None
     opened = open_run(run.run, report)
+    if opened.full:
+        _refuse_adapter_ways(opened, run.onto, kind)
     artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
     validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
     calibration = rounding_input(opened, config.rounding, validation, report) if kind.is_rounded else None
@@ -150,7 +153,8 @@ def write(
         with staged_folder(out) as staging:
             (_write_peft if artefact.kind is ArtefactKind.PEFT else _write_gguf_adapter)(opened, staging)
         return None
-    merged = MergedSource(opened, artefact.onto)
+    merging = None if opened.full else MergedSource(opened, artefact.onto)
+    merged = merging or opened.tuned
     _check_space(out, _bytes(merged, artefact))
     if artefact.kind is ArtefactKind.GGUF:
         with staged_folder(out) as staging:
@@ -172,7 +176,9 @@ def write(
         what="writing",
         report=report,
     )
-    survival = merged.survival(open_model(str(out)))
+    if merging is None:
+        return None
+    survival = merging.survival(open_model(str(out)))
     report(Note(f"{survival:.1%} of ΔW survived the rounding to four bits."))
     return survival
 
@@ -230,7 +236,7 @@ def _write_peft(opened: OpenRun, folder: Path) -> None:
     write_plain_adapter(StoredAdapter(opened.run.adapter, on_original=True), opened.source.skeleton, folder)
     if (opened.run.adapter / CARD).is_file():
         shutil.copyfile(opened.run.adapter / CARD, folder / CARD)
-    save_tokenizer(tokenizer_with_template(opened.template), folder)
+    save_tokenizer(opened.template.with_template(), folder)
 
 
 def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:
@@ -245,7 +251,22 @@ def _write_modelfile(folder: Path, model: str, opened: OpenRun, adapter: str | N
     (folder / "Modelfile").write_text(modelfile(model, opened.template, adapter), encoding="utf-8")
 
 
-def _bytes(merged: MergedSource, artefact: Artefact) -> int:
+def _refuse_adapter_ways(opened: OpenRun, onto: str, kind: ArtefactKind) -> None:
+    """Refuse what only a run with adapters has.
+
+    Raises:
+        ExportError: so it is.
+    """
+    if kind.is_adapter or onto != "auto":
+        raise ExportError(
+            f"{opened.run.path} trained every weight, and {f'--to {kind}' if kind.is_adapter else '--onto'} is for "
+            "adapters.",
+            f"Allowed: {', '.join(each for each in ArtefactKind if not each.is_adapter)}; it is a whole model already.",
+            f"{opened.run.model} holds it in 16 bits, for transformers and all that reads its folders.",
+        )
+
+
+def _bytes(merged: StoredModel, artefact: Artefact) -> int:
     if artefact.kind is ArtefactKind.GGUF:
         check_family(merged.config)
         return gguf_model.gguf_bytes(merged, artefact.gguf_type)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nybble.errors import ExportError
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Event, Listener, silent
 from nybble.exporting.merged_source import MergedSource
@@ -44,6 +45,12 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
     """The held-out loss of base, kept-separate and each merge."""
     assert config.run.run is not None
     opened = open_run(config.run.run, report)
+    if opened.full:
+        raise ExportError(
+            f"{opened.run.path} trained every weight: there is nothing to merge.",
+            "Compared are ways of merging an adapter.",
+            f"{opened.run.model} holds the tuned model; `nybble export` writes other forms of it.",
+        )
     rows = evaluation_rows(opened, config.run.data, config.data.allow)
     calibration = rounding_input(opened, config.rounding, rows, report)
     dtype = resolve_compute_dtype("auto", CPU)

@@ -23,7 +23,6 @@ from nybble.errors import ExportError
 from nybble.events import Listener, Note, silent, tracked
 from nybble.exporting.gguf_keys import add_hyperparameters, architecture_of, check_family, left_out, rope_tensors
 from nybble.exporting.gguf_vocabulary import add_vocabulary
-from nybble.exporting.merged_source import MergedSource
 from nybble.families import FAMILIES
 from nybble.files.disk import fsync
 from nybble.formats.gguf import DENSE_ENDS, gguf_names
@@ -47,7 +46,7 @@ class _Planned:
 
 
 def write_gguf_model(
-    merged: MergedSource, kind: GgufType, template: ChatTemplate, file: Path, report: Listener = silent
+    merged: StoredModel, kind: GgufType, template: ChatTemplate, file: Path, report: Listener = silent
 ) -> None:
     """Write a merged model to `file` (inside a staging folder: by itself it leaves a partial file when interrupted).
 
@@ -71,7 +70,9 @@ def write_gguf_model(
     add_vocabulary(writer, template, merged.skeleton.get_input_embeddings().num_embeddings)
 
     def read(name: str) -> Tensor:
-        return _reorder(merged.read(name), name, config)
+        tensor = merged.read_parameter(name)
+        assert isinstance(tensor, Tensor), name
+        return _reorder(tensor, name, config)
 
     planned = [
         _Planned(names[name], shape, _storage(kind, names[name], shape), partial(read, name))
@@ -149,7 +150,7 @@ def read_gguf_adapter(file: Path, base: StoredModel) -> tuple[float, dict[str, t
     return alpha, {layer: (parts["lora_a"], parts["lora_b"]) for layer, parts in matrices.items()}
 
 
-def gguf_bytes(merged: MergedSource, kind: GgufType) -> int:
+def gguf_bytes(merged: StoredModel, kind: GgufType) -> int:
     """Bytes that the tensors of a merged model take."""
     names = _names(merged)
     total = 0

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from nybble.calibration.search import round_weight
-from nybble.data.template import ChatTemplate
 from nybble.errors import RunError
 from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.lora import linear_features
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.base import data_free_rounding
 from nybble.runs.open_run import OpenRun
+from nybble.runs.trained import ending_answers
 from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -67,14 +67,10 @@ class MergedSource(StoredModel):
         return self.opened.source.notes
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        return tokenizer_with_template(self.opened.template)
+        return self.opened.template.with_template()
 
     def load_generation_config(self) -> "GenerationConfig":
-        generation = self.opened.source.load_generation_config()
-        known = generation.eos_token_id
-        known = known if isinstance(known, list) else [] if known is None else [known]
-        generation.eos_token_id = list(dict.fromkeys([*self.opened.template.stop_ids, *known]))
-        return generation
+        return ending_answers(self.opened.source.load_generation_config(), self.opened.template)
 
     def fingerprint(self) -> str:
         text = f"{self.opened.source.fingerprint()} {self.onto} {self.adapter.scalings()} {self.adapter.fingerprint()}"
@@ -169,10 +165,3 @@ def _refuse_tied(adapter: StoredAdapter, skeleton: "PreTrainedModel") -> None:
             "Merged are adapters on weights that no other layer uses.",
             "Use the adapter beside the base (`nybble chat --run`, PEFT), or train without it among --target-modules.",
         )
-
-
-def tokenizer_with_template(template: ChatTemplate) -> "PreTrainedTokenizerBase":
-    """The run's tokenizer with the chat template that was trained with, where it has none of its own."""
-    if template.chat_template is not None:
-        template.tokenizer.chat_template = template.chat_template
-    return template.tokenizer

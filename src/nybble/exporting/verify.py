@@ -25,7 +25,6 @@ from nybble.errors import DataError
 from nybble.evaluation.divergence import Distributions
 from nybble.events import Event
 from nybble.exporting.consumers import Consumer, NybbleConsumer
-from nybble.layers.convert import enable_adapters
 from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.runs.open_run import OpenRun
 
@@ -172,9 +171,9 @@ def ask_run(
     prompts = [row.prompt_ids for row in validation if row.prompt_ids][:NUM_PROMPTS]
     consumer = NybbleConsumer("the run", model, opened.template)
     tuned = ask(consumer, rows, prompts)
-    enable_adapters(model, False)
+    opened.switch(model, tuned=False)
     base = ask(NybbleConsumer("the base", model, opened.template), rows, prompts, tuned)
-    enable_adapters(model, True)
+    opened.switch(model, tuned=True)
     return Reference(rows, prompts, tuned, base, opened.template)
 
 

@@ -53,6 +53,7 @@ class Why(StrEnum):
     DROPOUT = "decoder blocks have no adapter dropout"
     DORA = "decoder blocks have no DoRA"
     TRAINED = "decoder blocks train adapters alone, not {}"
+    WEIGHTS = "decoder blocks train adapters, no weights"
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
@@ -270,6 +271,7 @@ def why_not_blocks(
     dropout: bool,
     dora: bool = False,
     trained: Iterable[str] = (),
+    full: bool = False,
     device: torch.device | None = None,
     here: bool = True,
 ) -> Reason | None:
@@ -281,6 +283,7 @@ def why_not_blocks(
         dropout: something of the adapters' inputs is dropped.
         dora: adapters to come are DoRA's.
         trained: names of modules that will be trained whole.
+        full: every weight is trained.
         device: that trains; the model's own if not given.
         here: it is this machine's.
     """
@@ -291,6 +294,8 @@ def why_not_blocks(
     for option in ("attention_dropout", *(family.dropouts if family else ())):
         if getattr(config, option, 0):
             return Reason(Why.OPTION, option)
+    if full:
+        return Reason(Why.WEIGHTS)
     if dora:
         return Reason(Why.DORA)
     if inside := trained_inside(trained, block_names(model)):

@@ -28,6 +28,7 @@ from nybble.layers.backbone import (
 )
 from nybble.layers.convert import adapters_of, trained_parameters
 from nybble.layers.decoder_block import Keep
+from nybble.layers.full_weights import trains_weights
 from nybble.layers.log_probs import log_probs
 from nybble.layers.loss_head import Denominator, Head, OwnHead, loss_head
 from nybble.layers.probe import Difference, Probe
@@ -75,7 +76,8 @@ class Verdict:
 
 
 class CausalLM:
-    """A model of transformers, its weights frozen and its adapters trained, computed from batch to loss.
+    """A model of transformers, its adapters trained and its weights frozen, or its weights trained, computed from batch
+    to loss.
 
     Batches are on the model's device (`batch.to(model.device)`), packed where `packed` says so, else padded
     (`nybble.data.packing.collate`).
@@ -117,7 +119,7 @@ class CausalLM:
         rotate_rows_alone(module)
         probe: Probe | None = None
         dropout = any(adapter.dropout for adapter in adapters_of(module).values())
-        reason = why_not_blocks(module, packing=packing, dropout=dropout)
+        reason = why_not_blocks(module, packing=packing, dropout=dropout, full=trains_weights(module))
         if reason is None:
             forward = FusedForward(module, keep, store, kept, whole_blocks)
             fused = cls(module, forward, loss_head(module), Verdict("blocks", "packed"))
@@ -257,7 +259,7 @@ class CausalLM:
     # ---- as an nn.Module has it ------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained: A and B of every adapter."""
+        """What is trained: A and B of every adapter, or every weight."""
         return trained_parameters(self.module)
 
     @property

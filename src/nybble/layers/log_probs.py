@@ -23,13 +23,13 @@ def log_probs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
         targets: `(N,)` int64.
 
     Returns:
-        What `-head.token_losses` gives, and its backward the gradient of `hidden`, and of the head's adapter.
+        What `-head.token_losses` gives, and its backward the gradient of `hidden`, and of what is trained of the head.
     """
     if not torch.is_grad_enabled():
         return -head.token_losses(hidden, targets)
     if not hidden.requires_grad:  # only the head is trained
         hidden = hidden.detach().requires_grad_()
-    if isinstance(head, LossHead) and head.adapter is None:
+    if isinstance(head, LossHead) and not head.is_trained:
         kept: Tensor = _GradientsKept.apply(hidden, head, targets)
         return kept
     again: Tensor = _HeadAgain.apply(hidden, head, targets)

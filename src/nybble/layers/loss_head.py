@@ -2,7 +2,7 @@
 
 Only supervised positions are projected, a chunk at a time, and the gradient with respect to the hidden
 states is made in the same pass (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989, and of
-Cut Cross-Entropy, arXiv 2411.09009). The head is frozen: it has no gradient. The sum of the losses is
+Cut Cross-Entropy, arXiv 2411.09009), and that of the head's matrix where it is trained. The sum of the losses is
 divided by a denominator that the caller gives, the supervised tokens of the whole step, so that how a step
 is cut into micro-batches and chunks does not change it. Each loss may have a weight.
 
@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.hardware import as_double, wide_dtype
 from nybble.kernels.ops.loss import cross_entropy_
+from nybble.layers.full_weights import master_of
 from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.streamed import HeadMatrix, StreamedHead, widened
@@ -86,7 +87,7 @@ class LossHead:
     """The output projection of a model and what it does to the logits.
 
     Args:
-        weight: `[vocabulary, hidden]`, frozen; on disk where the head is streamed.
+        weight: `[vocabulary, hidden]`; on disk where the head is streamed. It gets a gradient where it is trained.
         bias: `[vocabulary]` or None.
         scale: factor on the logits, bias included.
         softcap: c in c · tanh(logits / c) (Gemma 2), or None.
@@ -126,7 +127,13 @@ class LossHead:
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
-        return _LossFunction.apply(hidden, self, targets, denominator, weights, *self._low_rank(hidden))
+        matrix = self.weight if isinstance(self.weight, Tensor) and self.weight.requires_grad else None
+        return _LossFunction.apply(hidden, self, targets, denominator, weights, *self._low_rank(hidden), matrix)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything of the head gets a gradient."""
+        return self.adapter is not None or (isinstance(self.weight, Tensor) and self.weight.requires_grad)
 
     def _low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """scaling · x · Aᵀ `(N, r)` and B `[vocabulary, r]` in the dtype of x; None without an adapter."""
@@ -260,13 +267,15 @@ class _LossFunction(torch.autograd.Function):
         weights: Tensor | None = None,
         low: Tensor | None = None,
         b: Tensor | None = None,
+        matrix: Tensor | None = None,
     ) -> Tensor:
-        if not hidden.requires_grad and (low is None or not low.requires_grad):
+        if not any(each is not None and each.requires_grad for each in (hidden, low, matrix)):
             return (as_double(head.token_losses(hidden, targets, weights)).sum() / denominator).float()
         total = torch.zeros((), dtype=wide_dtype(hidden.device), device=hidden.device)
         factor = 1 / (torch.full_like(total, denominator) if isinstance(denominator, float | int) else denominator)
         grads, grads_low = [hidden[:0]], []
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
+        grad_matrix = None if matrix is None else torch.zeros_like(matrix, dtype=torch.float32)
         missing = -len(targets) % head.rules.row_multiple  # as the chunks are filled up
         left = None if low is None else F.pad(low, (0, 0, 0, missing))
         left_weights = None if weights is None else F.pad(weights, (0, missing))
@@ -279,16 +288,27 @@ class _LossFunction(torch.autograd.Function):
             if part is not None and b is not None and grad_b is not None:
                 grads_low.append(_weighted(grad_product @ b, w))  # (C, vocabulary) -> (C, r)
                 grad_b += grad_product.T @ _weighted(part, w)
+            if grad_matrix is not None:
+                _add_product(grad_matrix, grad_product, _weighted(h, w), head.rules.panel_rows)
         grad_b = None if b is None or grad_b is None else grad_b.to(b.dtype)
         grad_low = None if low is None else torch.cat([low[:0], *grads_low])[: len(targets)]
-        ctx.save_for_backward(torch.cat(grads)[: len(targets)], grad_low, grad_b)
+        ctx.save_for_backward(torch.cat(grads)[: len(targets)], grad_low, grad_b, grad_matrix)
         return (total / denominator).float()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scaled = [None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
-        grad_hidden, grad_low, grad_b = scaled
-        return grad_hidden, None, None, None, None, grad_low, grad_b
+        grad_hidden, grad_low, grad_b, grad_matrix = scaled
+        return grad_hidden, None, None, None, None, grad_low, grad_b, grad_matrix
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, panel_rows: int) -> None:
+    """total += leftᵀ · right; where that is in fp32 and they are not, so many rows at a time."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+        return
+    for rows, columns in zip(total.split(panel_rows), left.split(panel_rows, dim=1), strict=True):
+        rows += columns.T @ right
 
 
 def _take(rows: Tensor | None, count: int) -> tuple[Tensor | None, Tensor | None]:
@@ -429,7 +449,7 @@ def loss_head(model: "PreTrainedModel") -> Head:
     Raises:
         ModelError: the model has no output head, or no decoder apart from it.
     """
-    output = model.get_output_embeddings()
+    output: Any = model.get_output_embeddings()
     if output is None:
         raise ModelError(
             f"{type(model).__name__} has no output head.", "Allowed: causal language models with a linear head."
@@ -439,12 +459,15 @@ def loss_head(model: "PreTrainedModel") -> Head:
     linear: Any = output if adapter is None else adapter.base
     if not is_plain(output) or isinstance(output, TrainedModule):
         return own
-    width = linear.weight.shape[1]
+    weight = master_of(linear)
+    if linear.bias is not None and weight.requires_grad:
+        return own  # through which a bias gets its gradient
+    width = weight.shape[1]
     if getattr(model.config.get_text_config(), "hidden_size", width) != width:
         return own
     was_training = output.training
     output.eval()  # nothing is dropped while it is measured
-    head = _linear_head(LossHead(linear.weight, linear.bias, adapter=adapter), own, width)
+    head = _linear_head(LossHead(weight, linear.bias, adapter=adapter), own, width)
     output.train(was_training)
     return head or own
 

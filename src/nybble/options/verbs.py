@@ -7,12 +7,24 @@ from typing import Any, Self, TypeVar
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options import adapter_groups, groups, objective_groups, use_groups
-from nybble.options.option import Verb, build_options, config_to_yaml, fields_of, flat, named_values, read_yaml
+from nybble.options import adapter_groups, groups, method_groups, objective_groups, use_groups
+from nybble.options.method_groups import IMPOSSIBLE, MEANINGLESS, WHY, Method
+from nybble.options.option import (
+    Verb,
+    build_options,
+    config_to_yaml,
+    fields_of,
+    flat,
+    named_values,
+    read_yaml,
+    with_options,
+    yaml_key,
+)
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
 Learning = TypeVar("Learning", "TrainConfig", "PlanConfig", "DataConfig")
 Artefact = TypeVar("Artefact", "MergeConfig", "ExportConfig")
+Tuning = TypeVar("Tuning", "TrainConfig", "PlanConfig")
 
 
 def _check_mixed(config: Mixing) -> Mixing:
@@ -66,12 +78,54 @@ def _check_residual(config: "TrainConfig") -> "TrainConfig":
     return config
 
 
+def against_method(config: "TrainConfig | PlanConfig", method: Method) -> str:
+    """The first option that was given and that a method has no use or no way for; empty where there is none."""
+    values = flat(config)
+    given = {name for group in type(config).model_fields for name in getattr(config, group).model_fields_set}
+    meaningless = MEANINGLESS[method] - ({"format"} if config.weights.format == "none" else set())
+    wrong = {name for name, refused in IMPOSSIBLE[method].items() if values.get(name) in refused}
+    return next((name for name in values if name in given & (meaningless | wrong)), "")
+
+
+def _check_method(config: Tuning) -> Tuning:
+    method = config.method.method
+    if method == "auto" or "method" not in config.method.model_fields_set:
+        return config
+    if name := against_method(config, method):
+        raise ConfigError(
+            f"method is {method}, and {yaml_key(name)} is {flat(config)[name]}.",
+            WHY[method],
+            f"Leave --{yaml_key(name)} or --method out.",
+        )
+    return config
+
+
+def as_method(config: Tuning, method: Method) -> Tuning:
+    """The options as a method settles them: where the base stays in 16 bits, `format` is "none"."""
+    return with_options(config, method=method, **({} if method == "qlora" else {"format": "none"}))
+
+
+def methods_left(config: Tuning) -> list[Method]:
+    """Those that options leave open, the one that changes most first."""
+    order: tuple[Method, ...] = ("full", "lora", "qlora")
+    return [method for method in order if not against_method(config, method)]
+
+
+def settle_method(config: Tuning) -> Tuning:
+    """The options with the method that they ask for in so many words; "auto" stays. `--format none` is 16-bit LoRA."""
+    method = config.method.method
+    if method == "auto":
+        return config
+    return as_method(config, "lora" if method == "qlora" and config.weights.format == "none" else method)
+
+
 class TrainConfig(Verb):
     """What `nybble train` needs to know."""
 
     model: groups.ModelOptions
     data: groups.DataOptions
     objective: objective_groups.ObjectiveOptions
+    method: method_groups.MethodOptions
     run: groups.RunOptions
     weights: groups.WeightOptions
     rounding: groups.QualityOptions
@@ -83,6 +137,7 @@ class TrainConfig(Verb):
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
+    _method_uses_what_is_given = model_validator(mode="after")(_check_method)
 
     @model_validator(mode="after")
     def _reference_is_asked_in_time(self) -> Self:
@@ -111,6 +166,7 @@ class PlanConfig(Verb):
     model: groups.ModelOptions
     data: groups.PlannedData
     objective: objective_groups.ObjectiveOptions
+    method: method_groups.MethodOptions
     weights: groups.WeightOptions
     rounding: groups.MixedOptions
     adapters: adapter_groups.PlannedAdapters
@@ -120,6 +176,7 @@ class PlanConfig(Verb):
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
+    _method_uses_what_is_given = model_validator(mode="after")(_check_method)
 
 
 class SynthConfig(Verb):
@@ -279,10 +336,22 @@ def load_config(path: Path | str | None, overrides: Mapping[str, Any]) -> TrainC
     return build_options(TrainConfig, overrides, from_file, origin=str(path))
 
 
+def config_text(config: TrainConfig) -> str:
+    """The YAML text that `load_config` reads back as the same options; what its method has no use for stays empty."""
+    return config_to_yaml(config, to_fill_in=_unused(config))
+
+
+def _unused(config: TrainConfig) -> frozenset[str]:
+    """Options that the method has no use for, but for the format that says 16 bits."""
+    method = config.method.method
+    return frozenset() if method == "auto" else MEANINGLESS[method] - {"format"}
+
+
 def draft_config(path: Path | str | None, overrides: Mapping[str, Any]) -> str:
     """`load_config` as commented YAML, in which required options that are not given are left to be filled in."""
     from_file = {} if path is None else read_yaml(Path(path))
     given = named_values(TrainConfig, from_file, str(path)) | named_values(TrainConfig, overrides, "")
     missing = [name for name, field in fields_of(TrainConfig).items() if field.is_required() and not given.get(name)]
     config = build_options(TrainConfig, {**overrides, **dict.fromkeys(missing, "-")}, from_file, origin=str(path))
-    return config_to_yaml(config, to_fill_in=missing)
+    config = settle_method(config)
+    return config_to_yaml(config, to_fill_in=[*missing, *_unused(config)])

@@ -23,7 +23,6 @@ from nybble.sources.parts import BlockParts
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
 MASTER_BYTES = 4  # fp32 adapters and their gradients
-FULL_BYTES = 12  # full fine-tuning in 16 bits, a parameter: weight 2, gradient 2, two fp32 moments
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
@@ -162,6 +161,8 @@ def kept_bytes(run: RunShape) -> int:
         per_token = c * (states + run.model.normed_width + inner + low_rank_columns(run))
         per_token += LSE_BYTES * run.model.num_heads + run.model.norm_bytes
     kept = run.batches.tokens * per_token
+    if run.full and run.keep == "everything":
+        kept += rounded_bytes(run)
     return kept if run.on_cpu else kept + cuda_costs.kept_rounding_bytes(run, kept)
 
 
@@ -209,9 +210,24 @@ def working_bytes(run: RunShape) -> int:
         attended_rows = 0 if run.on_cpu or run.keep == "everything" else LSE_BYTES * roots
         copied = h + 3 * run.beside if run.wide else 0  # the gradient of y, wide; beside what is wide; of a low rank
         return max(swiglu, attention) + run.batches.tokens * (c * (made + copied) + attended_rows)
+    read = weights_read_bytes(run) if run.full else 0
     if run.keep == "everything":
-        return run.batches.tokens * c * (2 * h + 3 * f)  # gradients around SwiGLU
-    return run.batches.tokens * module_bytes(run)
+        return run.batches.tokens * c * (2 * h + 3 * f) + read  # gradients around SwiGLU
+    return run.batches.tokens * module_bytes(run) + read
+
+
+def weights_read_bytes(run: RunShape) -> int:
+    """Of a block whose weights are trained: the gradient of the largest, before it is added, and where products run in
+    16 bits all of them rounded.
+    """
+    return MASTER_BYTES * run.model.largest_linear + rounded_bytes(run)
+
+
+def rounded_bytes(run: RunShape) -> int:
+    """Trained weights of a block as 16-bit products read them; 0 where they read the fp32 masters."""
+    if run.compute_bytes == MASTER_BYTES:
+        return 0
+    return run.compute_bytes * max(block.linear_elements + block.matrix_elements for block, _ in run.model.parts.blocks)
 
 
 def module_bytes(run: RunShape) -> int:
@@ -289,6 +305,11 @@ def trained_bytes(run: RunShape) -> int:
     return (MASTER_BYTES + copy) * (run.trained_parameters + run.largest_trained)
 
 
+def head_gradient_bytes(run: RunShape) -> int:
+    """Of a trained head's matrix: its gradient, and as the backward pass hands it on."""
+    return 2 * MASTER_BYTES * run.model.vocab_size * run.model.hidden_size if run.full else 0
+
+
 def validation_bytes(run: RunShape) -> int:
     """Height of an evaluation, or of asking the reference: one block forward at a time, its input and output; then the
     states of the head.
@@ -305,7 +326,7 @@ def validation_bytes(run: RunShape) -> int:
 
 def widened_bytes(run: RunShape) -> int:
     """Room for a panel of the 16-bit head in the compute dtype, where that is wider; the loss head keeps it."""
-    if run.compute_bytes == DENSE_BYTES or run.trained_head:
+    if run.trained_head or run.compute_bytes == (MASTER_BYTES if run.full else DENSE_BYTES):
         return 0
     row_bytes = DENSE_BYTES * run.model.hidden_size
     rows = run.rules.head_panel_rows(run.model.vocab_size, row_bytes, widened=True, streamed=run.stream_ends)
@@ -368,29 +389,13 @@ def predict(run: RunShape) -> dict[Part, int]:
     Raises:
         AssertionError: more blocks resident than there are.
     """
-    if run.full:
-        return _predict_full(run)
     if run.filled_up:
         run = replace(run, batches=run.batches.filled_up())
-    c, layers = run.compute_bytes, run.model.num_layers
-    streamed = run.resident_blocks is not None
-    resident = layers if run.resident_blocks is None else run.resident_blocks
-    assert resident <= layers, (resident, layers)
-    stored = (run.spec, run.average_bits, c)  # how a linear's weight is
-    buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
-    masters = run.adapter_parameters * MASTER_BYTES
-    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and not run.wide else 0
-    optimizer = int(run.learnt_parameters * run.adam_bytes)
-    always = {
-        Part.BASE: resident_bytes(run.model, *stored, resident),
-        Part.DENSE: c * run.model.parts.matrix_elements,
-        Part.STREAMED: buffers,
-        Part.ENDS: dense_bytes(run.model, c) - (end_bytes(run.model, c) if run.stream_ends else 0),
-        Part.ADAPTERS: masters + copies,
-        Part.TRAINED: trained_bytes(run),
-        Part.OPTIMIZER: optimizer if run.page_bytes is None else 0,
-        Part.PAGES: run.page_bytes or 0,
-    }
+    layers = run.model.num_layers
+    masters = run.learnt_parameters * MASTER_BYTES
+    always = {Part.BASE: masters} if run.full else _frozen_and_adapters(run)
+    always[Part.OPTIMIZER] = int(run.learnt_parameters * run.adam_bytes) if run.page_bytes is None else 0
+    always[Part.PAGES] = run.page_bytes or 0
     whole = replace(run, keep="everything") if run.whole_blocks else run
     kept = (layers - run.whole_blocks) * kept_bytes(run)  # by those that compute something again
     all_kept, moving = kept + run.whole_blocks * kept_bytes(whole), 0
@@ -401,10 +406,10 @@ def predict(run: RunShape) -> dict[Part, int]:
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
     always |= written_out_bytes(run)
-    always[Part.GRADIENTS] = run.learnt_parameters * MASTER_BYTES  # they stay from step to step
+    always[Part.WEIGHT_GRADIENTS if run.full else Part.GRADIENTS] = masters  # they stay from step to step
     always[Part.BATCH] = 0 if run.on_cpu else cuda_costs.batch_bytes(run)
     heights = [
-        {Part.KEPT: all_kept, Part.HEAD: head_bytes(run)},
+        {Part.KEPT: all_kept, Part.HEAD: head_bytes(run) + head_gradient_bytes(run)},
         {Part.KEPT: all_kept, Part.AT_WORK: working_bytes(whole) + moving},
         {Part.KEPT: kept, Part.AT_WORK: working_bytes(run) + moving},
         {Part.EVALUATION: validation_bytes(run)},
@@ -428,18 +433,25 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     if gate_up >= MAPPED_BYTES and run.keep == "everything":
         kept -= run.model.num_layers * gate_up
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION))
-    at_work -= _panels(run) if Part.HEAD in height else 0
+    at_work -= _panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
     inputs = run.model.num_layers * input_bytes(run)
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 
 
-def _predict_full(run: RunShape) -> dict[Part, int]:
-    """Every weight trained in 16 bits, with gradients in 16 bits and Adam in 32."""
-    weights = DENSE_BYTES * run.model.parameters
+def _frozen_and_adapters(run: RunShape) -> dict[Part, int]:
+    """The base as it lies in memory, and what is trained beside it."""
+    c, layers = run.compute_bytes, run.model.num_layers
+    streamed = run.resident_blocks is not None
+    resident = layers if run.resident_blocks is None else run.resident_blocks
+    assert resident <= layers, (resident, layers)
+    stored = (run.spec, run.average_bits, c)  # how a linear's weight is
+    buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
+    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and not run.wide else 0
     return {
-        Part.BASE: weights,
-        Part.WEIGHT_GRADIENTS: weights,
-        Part.OPTIMIZER: (FULL_BYTES - 2 * DENSE_BYTES) * run.model.parameters,
-        Part.KEPT: run.model.num_layers * kept_bytes(run),
-        Part.AT_WORK: working_bytes(run),
+        Part.BASE: resident_bytes(run.model, *stored, resident),
+        Part.DENSE: c * run.model.parts.matrix_elements,
+        Part.STREAMED: buffers,
+        Part.ENDS: dense_bytes(run.model, c) - (end_bytes(run.model, c) if run.stream_ends else 0),
+        Part.ADAPTERS: run.adapter_parameters * MASTER_BYTES + copies,
+        Part.TRAINED: trained_bytes(run),
     }

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,11 @@ from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
-from nybble.options.verbs import PlanConfig
+from nybble.options.verbs import PlanConfig, as_method, methods_left, settle_method
 from nybble.planning.machine import this_machine_later
 from nybble.planning.machine_table import Machine, named_machine
 from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
-from nybble.planning.planner import Plans, make_plans
+from nybble.planning.planner import Plans, first_that_fits, make_plans
 from nybble.planning.request import requests, why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
@@ -41,20 +42,29 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     Raises:
         ModelError: the config cannot be found, or transformers cannot build its model.
     """
+    options = settle_method(options)
     written = read_config(options.model.model, report)
     machine, dtype = _machine(options.machine, options.memory.memory)
     skeleton = build_skeleton(transformers_config(written))
     formats = formats_from_config(written)
-    asked, unconstrained = requests(
-        options,
-        skeleton,
-        machine,
+    ask = partial(
+        requests,
+        skeleton=skeleton,
+        machine=machine,
         micro_batches=_micro_batches(options, skeleton, machine, report),
         dtype=dtype,
         in_folder=formats is not None or options.model.model in SHAPES,
         formats=formats,
     )
-    return make_plans(asked, machine), asked, unconstrained
+    asked, unconstrained = ask(options)
+    plans = make_plans(asked, machine)
+    if options.method.method == "auto":
+        left = [method for method in methods_left(options) if method == "qlora" or formats is None]
+        method, why = first_that_fits(plans, left, options.memory.memory)
+        report(Note(f"method: {method}: {why}"))
+        asked, unconstrained = ask(as_method(options, method))
+        plans = make_plans(asked, machine)
+    return plans, asked, unconstrained
 
 
 def read_config(model: str, report: Listener = silent) -> dict[str, Any]:

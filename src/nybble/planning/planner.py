@@ -6,7 +6,7 @@ GPU also what other kernels move, and the constant, which its host spends beside
 not at all where micro-batches come from graphs: so they do wherever there is memory for that.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from nybble.errors import PlanError
 from nybble.planning.costs import Part, end_bytes, offloaded_bytes, predict, resident_bytes, streamed_bytes
 from nybble.planning.machine_table import Machine
 from nybble.planning.run_shape import MicroBatches, RunShape
-from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy
+from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy, method_of
 from nybble.planning.work import Work, forward_work, work_of
 from nybble.sizes import PAGE_BUFFERS
 
 if TYPE_CHECKING:
     from nybble.layers.decoder_block import Keep
+    from nybble.options.method_groups import Method
 
 # A block's small kernels and their calls, forward or backward; on a GPU the calls alone: some 20 of 25 us, assumed.
 BLOCK_S = {"cpu": 5e-3, "cuda": 5e-4}
@@ -102,6 +103,11 @@ class Plan:
         return self.excluded.way if self.excluded is not None and self.too_large is None else ""
 
     @property
+    def left_to_method(self) -> bool:
+        """Whether nothing but --method speaks against it."""
+        return self.excluded is None or self.excluded.way == f"--method {method_of(self.strategy)}"
+
+    @property
     def peak_bytes(self) -> int:
         return sum(self.components.values())
 
@@ -163,7 +169,7 @@ class Plans:
 
     def reason(self, plan: Plan) -> Reason:
         """Why this one was not chosen."""
-        if plan.excluded is not None and plan.too_large is not None and plan.excluded.cause is not Cause.COMPARISON:
+        if plan.excluded is not None and plan.too_large is not None:
             return replace(plan.excluded, sentence=f"{plan.excluded.sentence}, and {plan.too_large.sentence}")
         if plan.why_not is not None:
             return plan.why_not
@@ -179,6 +185,34 @@ class Plans:
             if plan.way:
                 found.setdefault(plan.way, plan)
         return tuple(found.values())
+
+
+def best_of_method(plans: Plans, method: "Method") -> Plan:
+    """Of a method's ways the fastest that fits and that nothing but --method speaks against, else the smallest."""
+    own = [plan for plan in plans.candidates if method_of(plan.strategy) == method]
+    fitting = [plan for plan in own if plan.too_large is None and plan.left_to_method]
+    return min(fitting, key=lambda plan: plan.step_s) if fitting else min(own, key=lambda plan: plan.peak_bytes)
+
+
+def first_that_fits(plans: Plans, methods: "Sequence[Method]", memory: int | None) -> "tuple[Method, str]":
+    """What --method auto takes: the first of `methods` that fits, the last where none does; and why.
+
+    Args:
+        plans: for any method.
+        memory: what the user gave. Full fine-tuning is not chosen without: it takes several times what others do.
+    """
+    budget = f"{plans.machine.budget_bytes / 1e9:.2f} GB"
+    passed: list[str] = []
+    for method in methods:
+        found = best_of_method(plans, method)
+        size = f"{found.peak_bytes / 1e9:.2f} GB"
+        if method == "full" and memory is None:
+            passed.append(f"full takes {size} and is chosen with --memory alone")
+        elif found.why_not is None:
+            return method, "; ".join([f"{size} fit into {budget}", *passed])
+        else:
+            passed.append(f"{method}: {plans.reason(found).sentence}")
+    return methods[-1], "; ".join([f"nothing fits into {budget}", *passed])
 
 
 def make_plans(request: PlanRequest, machine: Machine) -> Plans:
@@ -224,7 +258,7 @@ def _step_seconds(run: RunShape, machine: Machine) -> float:
     """Seconds an optimizer step: every micro-batch as the largest, then the update."""
     work = work_of(run)
     compute = _compute_seconds(run, work, machine) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
-    trained = run.model.parameters if run.full else run.learnt_parameters
+    trained = run.learnt_parameters
     paging = 0 if run.page_bytes is None else 16 * trained / machine.link_bytes_per_s
     update = 28 * trained / machine.ram_bytes_per_s + paging
     micro_batch = compute

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 from nybble.events import Event
 from nybble.planning.costs import end_bytes
-from nybble.planning.planner import Plan, Plans
-from nybble.planning.strategies import PlanRequest, Strategy
+from nybble.planning.planner import Plan, Plans, best_of_method
+from nybble.planning.strategies import METHODS, PlanRequest, Strategy, method_of
 from nybble.sources.parts import without_numbers
 from nybble.units import format_bytes
 
@@ -41,6 +41,42 @@ def strategy_rows(plans: Plans) -> list[tuple[str, ...]]:
     return rows
 
 
+METHOD_COLUMNS = ("method", "peak", "step", "is it right here?")
+
+
+@dataclass(frozen=True)
+class MethodsPlanned(Event):
+    """What full fine-tuning, LoRA over 16 bits and QLoRA would take here."""
+
+    plans: Plans
+
+
+def method_rows(plans: Plans) -> list[tuple[str, ...]]:
+    """A row of METHOD_COLUMNS for each method, whichever was asked for."""
+    rows: list[tuple[str, ...]] = []
+    for method in METHODS:
+        plan = best_of_method(plans, method)
+        chosen = plans.chosen is not None and method_of(plans.chosen.strategy) == method
+        shown = plans.chosen if chosen and plans.chosen is not None else plan
+        said = "planned" if chosen else f"fits: --method {method}"
+        if shown.too_large is not None:
+            said = shown.too_large.sentence
+        elif not shown.left_to_method:
+            said = plans.reason(shown).sentence
+        rows.append((method, format_bytes(shown.peak_bytes), f"{shown.step_s:.3g} s", said))
+    return rows
+
+
+def methods_json(plans: Plans) -> list[dict[str, Any]]:
+    """The same for machines: bytes, seconds, and whether it fits."""
+    found = {method: best_of_method(plans, method) for method in METHODS}
+    return [
+        {"method": method, "strategy": plan.strategy, "peak_bytes": plan.peak_bytes, "step_s": round(plan.step_s, 4)}
+        | {"fits": plan.too_large is None and plan.left_to_method}
+        for method, plan in found.items()
+    ]
+
+
 def component_rows(plan: Plan) -> list[tuple[str, str]]:
     """The predicted memory by component, and the peak."""
     parts = (*plan.components.items(), ("peak", plan.peak_bytes))
@@ -68,7 +104,8 @@ def describe_plans(plans: Plans, request: PlanRequest) -> str:
     lines += describe_rejected(plans)
     if plans.chosen is not None:
         lines += [f"predicted memory: {plans.chosen.describe()}", *_aligned(component_rows(plans.chosen), left=(0,))]
-    return "\n".join(lines + describe_left(request))
+    lines += describe_left(request)
+    return "\n".join(lines + _aligned([METHOD_COLUMNS, *method_rows(plans)], left=(0, 3)))
 
 
 def _aligned(rows: Sequence[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:

@@ -37,7 +37,7 @@ from nybble.planning.machine_table import Machine
 from nybble.planning.planner import Plans, make_plans, require
 from nybble.planning.run_shape import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape
 from nybble.planning.shape import shape_of
-from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy
+from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy, method_of
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.parts import accepting, check_dense_share, partly_dense
 from nybble.sources.stored_model import StoredModel
@@ -100,7 +100,7 @@ def plan_run(
         in_four_bits=source.in_four_bits,
         new_tokens=new_tokens,
     )
-    if config.weights.format != "none":
+    if config.method.method == "qlora":
         check_dense_share(asked.run.model.parts, source.name, config.weights.max_dense_share)
     plans = make_plans(asked, machine)
     if config.memory.memory is not None or not machine.on_cpu:  # a processor has more than is free, a GPU has not
@@ -341,12 +341,10 @@ def reasons_against(
         whole: names of the modules that are trained whole.
     """
     weights, memory = options.weights, options.memory
-    if strategy is Strategy.FULL:
-        yield Reason(Cause.COMPARISON, "nybble trains adapters; for comparison")
-    if strategy.four_bit and weights.format == "none":
-        yield Reason(Cause.OPTION, "--format none keeps 16 bits", f"--format {DEFAULT_FORMAT}")
-    if strategy is Strategy.LORA_16 and weights.format != "none":
-        yield Reason(Cause.OPTION, "not asked for", "--format none")
+    method = options.method.method
+    if method_of(strategy) != method and method != "auto":
+        said = "not asked for" if method == "qlora" or not strategy.four_bit else f"--method {method} keeps 16 bits"
+        yield Reason(Cause.OPTION, said, f"--method {method_of(strategy)}")
     if strategy.four_bit and model.parts.dense_share > weights.max_dense_share:
         yield Reason(Cause.MOSTLY_DENSE, partly_dense(model.parts), accepting(model.parts))
     page = memory.page_optimizer

@@ -1,6 +1,7 @@
 """What costs depend on: the widths of a model, the sizes of micro-batches, and how a run is done. Plain numbers."""
 
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from nybble.formats.quant_spec import QuantSpec
@@ -111,6 +112,12 @@ class ModelShape:
         return max((i * o for block, _ in self.parts.blocks for _, i, o in block.linears), default=0)
 
     @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest parameter."""
+        stacked = (prod(shape) for block, _ in self.parts.blocks for _, shape in block.matrices)
+        return max(self.largest_linear, self.parts.head[0] * self.parts.head[1], *stacked)
+
+    @property
     def multiplied_elements(self) -> int:
         """Elements of the blocks' matrices that one token is multiplied with."""
         return sum(count * block.multiplied_elements for block, count in self.parts.blocks)
@@ -194,7 +201,7 @@ class RunShape:
         trained_parameters, largest_trained: of modules that are trained whole, all of them and their largest weight.
         trained_head: the head is one of them: the model's own forward makes its logits.
         other_ranks: that some layers have instead of r.
-        full: every weight is trained; then rank and adapters are 0.
+        full: every weight is trained, of fp32 masters; then rank and adapters are 0.
         graphs: micro-batches come from graphs, which have memory of their own.
         asks_reference: training's micro-batches go through without a gradient too.
         more_forwards: passes without a gradient beside each micro-batch's own, as a reference's in the step.
@@ -232,8 +239,8 @@ class RunShape:
 
     @property
     def learnt_parameters(self) -> int:
-        """Of adapters, and of what is trained whole beside them."""
-        return self.adapter_parameters + self.trained_parameters
+        """Of adapters, and of what is trained whole beside them; or of the whole model."""
+        return self.model.parameters if self.full else self.adapter_parameters + self.trained_parameters
 
     @property
     def filled_up(self) -> bool:

@@ -16,6 +16,7 @@ from nybble.sizes import PAGE_BUFFERS, PAGE_BYTES
 
 if TYPE_CHECKING:
     from nybble.layers.decoder_block import Keep
+    from nybble.options.method_groups import Method
 
 STREAMED_ENDS_BYTES = 2**28  # smaller embeddings and heads stay resident
 
@@ -27,7 +28,7 @@ class Strategy(StrEnum):
     Training opens a block store for those that are streamed, in pinned memory for FROM_RAM where there is a GPU.
     """
 
-    FULL = "full 16-bit"  # every weight trained; for comparison, nybble trains adapters
+    FULL = "full 16-bit"  # every weight trained
     LORA_16 = "LoRA 16-bit"  # adapters on the 16-bit base
     FOUR_BIT = "4-bit"  # QLoRA, all of it in memory
     PAGED = "4-bit, optimizer paged"  # its state in a file
@@ -45,14 +46,23 @@ class Strategy(StrEnum):
         return self in (Strategy.FROM_RAM, Strategy.FROM_DISK)
 
 
+METHODS: "tuple[Method, ...]" = ("qlora", "lora", "full")
+
+
+def method_of(strategy: Strategy) -> "Method":
+    """Which --method it is a way of."""
+    if strategy.four_bit:
+        return "qlora"
+    return "full" if strategy is Strategy.FULL else "lora"
+
+
 class Cause(StrEnum):
     """What a plan is not taken for; the value stands in `plan.json`.
 
-    `Plans.reason` adds to no COMPARISON that it is too large besides, and gives SLOWER to what fits; `planner.require`
-    names the command that makes the folder that a plan NEEDS_FOLDER. The others are for whoever reads `plan.json`.
+    `Plans.reason` gives SLOWER to what fits; `planner.require` names the command that makes the folder that a plan
+    NEEDS_FOLDER. The others are for whoever reads `plan.json`.
     """
 
-    COMPARISON = auto()  # nybble has no such way to train
     OPTION = auto()  # the user's options say otherwise
     NEEDS_FOLDER = auto()  # blocks are read from a four-bit folder, and this base is none
     MOSTLY_DENSE = auto()  # the model would not be four-bit
@@ -105,8 +115,11 @@ class PlanRequest:
 
 
 def _full_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
-    alone = replace(run, trained_parameters=0, largest_trained=0, trained_head=False)
-    yield replace(alone, adapter_parameters=0, rank=0, other_ranks=(), spec=None, full=True)
+    """Through transformers' modules: decoder blocks give weights no gradient."""
+    own = {"adapter_parameters": 0, "rank": 0, "other_ranks": (), "dropout": False, "dora": False}
+    own |= {"trained_parameters": 0, "largest_trained": 0, "trained_head": False}
+    whole = replace(run, **own, spec=None, average_bits=None, full=True, path="generic")  # type: ignore[arg-type]
+    return _resident(request, whole, machine, request.pagings)
 
 
 def _lora_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
@@ -143,11 +156,13 @@ WAYS: Mapping[Strategy, Callable[[PlanRequest, RunShape, Machine], Iterable[RunS
 
 def _variants(request: PlanRequest, run: RunShape, pagings: tuple[bool, ...]) -> Iterable[RunShape]:
     """With the optimizer's state paged or not, and what blocks keep offloaded or not."""
-    largest_page = max(PAGE_BYTES, int(run.adam_bytes * request.largest_adapter))
+    largest = run.model.largest_matrix if run.full else request.largest_adapter
+    largest_page = max(PAGE_BYTES, int(run.adam_bytes * largest))
     if run.keep != "everything":
         run = replace(run, whole_blocks=request.whole_blocks or 0)
     for paged in pagings:
-        for offload in (False,) if run.keep == "everything" or run.whole_blocks else request.offloads:
+        stays = run.keep == "everything" or run.whole_blocks or (run.full and run.on_cpu)
+        for offload in (False,) if stays else request.offloads:
             yield replace(run, page_bytes=PAGE_BUFFERS * largest_page if paged else None, offload=offload)
 
 

@@ -68,7 +68,7 @@ def work_of(run: RunShape) -> Work:
     attention_passes = 1 + (share if run.keep == "nothing" else 0)
     adapters = 6.0 * tokens * run.adapter_parameters * (1 + share / 3)
     weights = forward * (3 if run.full else 2) + again
-    head = 4.0 * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
+    head = (6.0 if run.full else 4.0) * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
     head *= 2 if run.trained_head else 1  # logits again in the backward pass, and the weight's gradient
     passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
     dense = 0 if run.spec is None else int(run.compute_bytes * run.model.parts.linear_elements * passes)

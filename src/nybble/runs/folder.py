@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
 config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
-reference.json  events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/  best/  report/
+reference.json  events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/ or model/  best/  report/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
 second, its base while it is calibrated. Only then does an earlier run go, and what lies there takes its place.
@@ -43,13 +43,18 @@ class RunFolder:
         self.lengths_plot = path / "lengths.png"
         self.base = path / "base"
         self.adapter = path / "adapter"
-        self.best = path / "best"  # the adapter of the lowest held-out loss, where the run keeps that
+        self.model = path / "model"  # the whole model, where every weight was trained
+        self.best = path / "best"  # what is trained as at the lowest held-out loss, where the run keeps that
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"
         self.reference = path / "reference.json"
         self.report = path / "report"
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
         self._lock: int | None = None
+
+    def trained(self, full: bool) -> Path:
+        """The folder of what was trained: the adapter, or, where every weight was, the whole model."""
+        return self.model if full else self.adapter
 
     def recorded(self) -> dict[str, str]:
         """What `base.json` says: the run's `model`, the base's `fingerprint`, and which `nybble` made it; nothing where

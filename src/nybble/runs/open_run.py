@@ -1,6 +1,7 @@
 """A finished run, opened or loaded again: its base in the same four bits, its adapter, its template."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
+from nybble.layers.convert import enable_adapters
 from nybble.layers.precision import set_up
 from nybble.options.groups import MachineOptions
 from nybble.options.option import with_options
@@ -19,7 +21,7 @@ from nybble.runs.adapter_files import read_adapter
 from nybble.runs.base import base_formats, data_free_rounding, kept_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
-from nybble.sources.load import load_model
+from nybble.sources.load import load_model, refill
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 
@@ -41,6 +43,38 @@ class OpenRun:
     source: StoredModel
     base: StoredModel
     template: ChatTemplate
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight was trained, and there is no adapter."""
+        return self.config.method.method == "full"
+
+    @property
+    def trained(self) -> Path:
+        """The folder of what was trained: the adapter, or the whole model."""
+        return self.run.trained(self.full)
+
+    @cached_property
+    def tuned(self) -> StoredModel:
+        """The tuned model of a run that trained every weight.
+
+        Raises:
+            RunError: there is none.
+        """
+        if not self.run.model.is_dir():
+            raise RunError(
+                f"{self.run.path} holds no model yet.",
+                "A run that trains every weight writes it when it ends or is interrupted.",
+                f"Let it end: nybble train --resume --out {self.run.path}",
+            )
+        return open_model(str(self.run.model))
+
+    def switch(self, model: "PreTrainedModel", tuned: bool) -> None:
+        """Make a model of `load_tuned` its base, with False, or the tuned one again."""
+        if self.full:
+            refill(model, self.tuned if tuned else self.source)
+        else:
+            enable_adapters(model, tuned)
 
     @property
     def formats(self) -> BaseFormats | None:
@@ -85,7 +119,7 @@ def load_run(path: Path, machine: MachineOptions, report: Listener = silent) -> 
     """Load the run in `path` as it was trained: same base, same format, its last adapter.
 
     Raises:
-        RunError: the folder holds no run, its base is another now, or its adapter is missing or damaged.
+        RunError: the folder holds no run, its base is another now, or what it trained is missing or damaged.
     """
     opened, (device, dtype) = open_run(path, report), set_up(machine)
     return LoadedModel(load_tuned(opened, dtype, device, report), opened.template)
@@ -106,7 +140,11 @@ def load_plain(name: str, machine: MachineOptions, report: Listener = silent) ->
 def load_tuned(
     opened: OpenRun, dtype: torch.dtype, device: torch.device, report: Listener = silent
 ) -> "PreTrainedModel":
-    """The base of a run in its four bits with the run's adapter beside it, frozen and in eval mode."""
+    """The base of a run in its four bits with the run's adapter beside it, or the model that it trained whole; frozen
+    and in eval mode.
+    """
+    if opened.full:
+        return load_model(opened.tuned, None, dtype, device, report=report)
     model = load_frozen(opened, dtype, device, report)
     read_adapter(model, opened.run.adapter)
     model.requires_grad_(False)

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 
 from nybble.data.examples import EncodedExample
 from nybble.data.template import ChatTemplate
+from nybble.layers.convert import enable_adapters
 from nybble.options.verbs import TrainConfig
 from nybble.runs.folder import RunFolder
+from nybble.sources.load import refill
+from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ class RunResult:
         interrupted: the signal that ended it early.
         peak_memory_bytes: of the process, or of the GPU's memory.
         source: of the base.
-        model: the base with the trained adapters, in training's memory layout.
+        model: the base with the trained adapters, or the trained model, in training's memory layout.
         streamed: the base's weights are read from the disk whenever they are used.
         validation: rows that were not trained on.
     """
@@ -52,6 +55,23 @@ class RunResult:
         return str(self.folder.path)
 
     @property
+    def full(self) -> bool:
+        """Whether every weight was trained, and there is no adapter."""
+        return self.config.method.method == "full"
+
+    @property
     def adapter(self) -> Path:
-        """The folder of the trained adapter, in PEFT's format."""
+        """The folder of the trained adapter, in PEFT's format; of a run that has one."""
         return self.folder.adapter
+
+    @property
+    def trained(self) -> Path:
+        """The folder of what was trained: the adapter, or the whole model."""
+        return self.folder.trained(self.full)
+
+    def switch(self, tuned: bool) -> None:
+        """Make the model in memory its base, with False, or the tuned one again."""
+        if self.full:
+            refill(self.model, open_model(str(self.folder.model)) if tuned else self.source)
+        else:
+            enable_adapters(self.model, tuned)

@@ -25,7 +25,7 @@ from nybble.layers.precision import set_up
 from nybble.options.groups import MachineOptions
 from nybble.options.option import flat
 from nybble.runs.adapter_files import StoredAdapter, read_adapter
-from nybble.runs.open_run import OpenRun, load_frozen, open_run
+from nybble.runs.open_run import OpenRun, load_frozen, load_tuned, open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -161,6 +161,15 @@ def load_models(runs: Sequence[Path], machine: MachineOptions, report: Listener 
     first, (device, dtype) = opened[0], set_up(machine)
     for other in opened[1:]:
         _check_same_base(first, other)
+    if whole := [run for run in opened if run.full]:
+        if len(opened) > 1:
+            raise RunError(
+                f"{whole[0].run.path} trained every weight, and {len(opened)} runs are to be served.",
+                "Runs that are served together share their base; such a run has none.",
+                "Serve it alone, on another --port.",
+            )
+        name = first.run.path.resolve().name
+        return [ServedModel(name, load_tuned(first, dtype, device, report), first.template)]
     base = load_frozen(first, dtype, device, report)
     served: list[ServedModel] = []
     for run in opened:

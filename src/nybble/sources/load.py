@@ -19,6 +19,7 @@ from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
 from nybble.layers.convert import replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
+from nybble.layers.full_weights import weights_by_name
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.rotary import rotate_rows_alone
 from nybble.layers.streamed import StreamedEmbedding, StreamedHead
@@ -37,6 +38,7 @@ def load_model(
     *,
     stream_linears_of: Iterable[str] = (),
     stream_ends: bool = False,
+    narrow_ends: bool = True,
     report: Listener = silent,
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
@@ -53,6 +55,7 @@ def load_model(
         rounding: how scales are chosen for weights that are put into four bits here.
         stream_linears_of: linear layers whose weights are not loaded; a block store has them.
         stream_ends: embedding and head are read where they are used.
+        narrow_ends: they stay in 16 bits where the model's own code allows it; else they are in `compute_dtype` too.
         report: told which tensor is loaded.
 
     Raises:
@@ -62,8 +65,8 @@ def load_model(
     model = source.empty_model(compute_dtype)
     fill_computed_buffers(model, device)  # now, while the model's own code finds the modules that it made
     targets = list(source.placements)
-    ends = source.ends
-    if source.dense_dtype != compute_dtype and not stream_ends:
+    ends = source.ends if narrow_ends else set()
+    if narrow_ends and source.dense_dtype != compute_dtype and not stream_ends:
         ends = replace_dense_ends(model, compute_dtype)
     if formats is not None:
         streamed = set(stream_linears_of)
@@ -91,6 +94,16 @@ def load_model(
     rotate_rows_alone(model)
     model.generation_config = source.load_generation_config()
     return model.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def refill(model: "PreTrainedModel", source: StoredModel) -> None:
+    """Give every weight of a model, none of which is in few bits, the values that a source has for it, in place."""
+    places: dict[str, Tensor] = {**dict(model.named_buffers()), **weights_by_name(model)}
+    for target in source.placements:
+        tensor = source.read_parameter(target)
+        assert isinstance(tensor, Tensor), target
+        places[target].copy_(tensor)
 
 
 def _quantized(

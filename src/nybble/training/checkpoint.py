@@ -1,10 +1,10 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-`checkpoints/step-N/` holds the adapter in PEFT's format, the optimizer's state, the random generators, the position
-in the data, and the options in effect. It is written as `.tmp-step-N`: every file flushed to the disk, then the
-manifest (formats.manifest), then the folder; only then is it renamed, and the parent flushed. So a crash leaves the
-folder complete or not there. A failed flush ends the run: what the system could not write, it may have dropped.
-Older checkpoints go only after the new one has been read back and found right.
+`checkpoints/step-N/` holds the adapter in PEFT's format, or every weight where they are trained, the optimizer's state,
+the random generators, the position in the data, and the options in effect. It is written as `.tmp-step-N`: every file
+flushed to the disk, then the manifest (formats.manifest), then the folder; only then is it renamed, and the parent
+flushed. So a crash leaves the folder complete or not there. A failed flush ends the run: what the system could not
+write, it may have dropped. Older checkpoints go only after the new one has been read back and found right.
 
 Checkpoints lie between optimizer steps. Gradients of a half accumulated step are never saved: on a signal the step is
 finished first, and after a kill it is computed again, from the same rows and random numbers.
@@ -31,8 +31,7 @@ from nybble.events import Listener, Note, silent
 from nybble.files.disk import TEMPORARY, complete_folder, reason_of, remove_folder
 from nybble.files.manifest import verify_manifest, write_manifest
 from nybble.formats.safetensors import SafetensorsFolder, write_tensors
-from nybble.runs.adapter_files import restore_adapter
-from nybble.runs.adapter_writing import write_adapter
+from nybble.runs.trained import Trained
 from nybble.training.optimizer import AdamW
 from nybble.training.rng import RngState, capture_rng, restore_rng
 from nybble.units import format_bytes
@@ -110,14 +109,19 @@ class Checkpoint:
         return int(self.state["progress"]["step"])
 
     def restore(
-        self, model: "PreTrainedModel", optimizer: AdamW, sampler: StepSampler, device: torch.device
+        self,
+        model: "PreTrainedModel",
+        optimizer: AdamW,
+        trained: Trained,
+        sampler: StepSampler,
+        device: torch.device,
     ) -> Progress:
-        """Put adapter, optimizer, sampler and random generators where they were.
+        """Put what is trained, optimizer, sampler and random generators where they were.
 
         Raises:
-            RunError: the adapters or the optimizer's state have another shape than the model's.
+            RunError: what is trained, or the optimizer's state, has another shape than the model's.
         """
-        restore_adapter(model, self.folder)
+        trained.restore(model, self.folder)
         stored = SafetensorsFolder(self.folder / OPTIMIZER)
         try:
             optimizer.load_state(stored.read)
@@ -125,8 +129,8 @@ class Checkpoint:
             raise  # it could not be read
         except (KeyError, ValueError) as error:
             raise RunError(
-                f"The optimizer's state in {self.folder} does not fit these adapters: {error}.",
-                "Allowed: the same base and the same adapters.",
+                f"The optimizer's state in {self.folder} does not fit what is trained: {error}.",
+                "Allowed: the same base, and the same adapters or weights.",
                 "Start a new run.",
             ) from error
         sampler.load_state(self.state["sampler"])
@@ -170,14 +174,14 @@ class Checkpoints:
             return step % self._steps == 0
         return time.monotonic() - self._last_time >= 60 * self._minutes
 
-    def check_space(self, adapter_parameters: int) -> None:
+    def check_space(self, trained_parameters: int) -> None:
         """Refuse to start a run whose checkpoints would not fit on the disk.
 
         Raises:
             RunError: says what is needed and what is free.
         """
-        # fp32 weights and two moments; one more checkpoint than is kept while the newest is written, and the adapter
-        needed = (self.keep + 1) * (12 * adapter_parameters + OVERHEAD_BYTES) + 4 * adapter_parameters
+        # fp32 weights and two moments; one more checkpoint than is kept while the newest is written, and the result
+        needed = (self.keep + 1) * (12 * trained_parameters + OVERHEAD_BYTES) + 4 * trained_parameters
         free = shutil.disk_usage(self.folder.parent).free
         if free < needed:
             raise RunError(
@@ -191,7 +195,7 @@ class Checkpoints:
         position: Position,
         model: "PreTrainedModel",
         optimizer: AdamW,
-        adapter_config: dict[str, object],
+        trained: Trained,
         events_bytes: int,
     ) -> Path:
         """Write the checkpoint of `position`, read it back, then remove those beyond `keep`; returns its folder.
@@ -205,7 +209,7 @@ class Checkpoints:
             return folder
         try:
             with complete_folder(folder, partial(write_manifest, about={**self._about, "step": step})) as temporary:
-                self._write(temporary, position, model, optimizer, adapter_config, events_bytes)
+                self._write(temporary, position, model, optimizer, trained, events_bytes)
             verify_manifest(folder)
             self._remove_older(step)
         except (OSError, SafetensorError, FormatError) as error:
@@ -213,9 +217,7 @@ class Checkpoints:
         self.last_step, self._last_time = step, time.monotonic()
         return folder
 
-    def rehearse(
-        self, position: Position, model: "PreTrainedModel", optimizer: AdamW, adapter_config: dict[str, object]
-    ) -> None:
+    def rehearse(self, position: Position, model: "PreTrainedModel", optimizer: AdamW, trained: Trained) -> None:
         """Write the files of a checkpoint, and remove them again.
 
         Raises:
@@ -224,7 +226,7 @@ class Checkpoints:
         self.folder.mkdir(exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=TEMPORARY) as temporary:
-                self._write(Path(temporary), position, model, optimizer, adapter_config, events_bytes=0)
+                self._write(Path(temporary), position, model, optimizer, trained, events_bytes=0)
         except (OSError, SafetensorError) as error:
             raise self._not_saved(position.progress.step, error) from error
 
@@ -234,7 +236,7 @@ class Checkpoints:
         position: Position,
         model: "PreTrainedModel",
         optimizer: AdamW,
-        adapter_config: dict[str, object],
+        trained: Trained,
         events_bytes: int,
     ) -> None:
         state = {
@@ -244,7 +246,7 @@ class Checkpoints:
             "settled": {**self._settled, "micro_batch_size": position.progress.micro_batch_size},
             "events_bytes": events_bytes,
         }
-        write_adapter(model, folder, adapter_config)
+        trained.write(model, folder)
         write_tensors(folder / OPTIMIZER, optimizer.layout(), optimizer.tensors())
         save_file(position.rng.tensors, folder / RNG)
         (folder / STATE).write_text(json.dumps(state), encoding="utf-8")

@@ -13,6 +13,7 @@ from nybble.kernels.hardware import describe_unproven
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched
+from nybble.layers.full_weights import train_weights
 from nybble.layers.token_rows import train_rows
 from nybble.memory.measure import has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
@@ -73,8 +74,12 @@ def plan_fit(opened: Opened, examples: Examples, base: Base, report: Listener) -
 
 
 def load_fitted(opened: Opened, examples: Examples, base: Base, fit: Fit, report: Listener) -> "PreTrainedModel":
-    """The frozen base with the adapters that training begins with."""
+    """The frozen base with the adapters that training begins with, or the base with every weight trained."""
     config, plan, adapters = opened.config, fit.plan, opened.config.adapters
+    if config.method.method == "full":
+        model = load_model(base.source, None, torch.float32, opened.device, narrow_ends=False, report=report)
+        train_weights(model, opened.dtype)
+        return model
     model = load_model(
         base.source,
         base.formats,
@@ -139,7 +144,7 @@ def choose_path(
             causal_lm = choose(keep=fit.plan.keep, whole_blocks=fit.plan.whole_blocks)
     causal_lm.regularise(make_regularisers(opened.config.objective))
     report(Note(f"computing through: {causal_lm.name}"))
-    for note in describe_untouched(model):
+    for note in () if opened.config.method.method == "full" else describe_untouched(model):
         report(Note(note))
     if (unproven := describe_unproven(opened.device)) is not None:
         report(Note(unproven, warning=True))

@@ -6,7 +6,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,9 +22,8 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
-from nybble.runs.adapter_files import restore_adapter
-from nybble.runs.adapter_writing import write_adapter
 from nybble.runs.folder import RunFolder
+from nybble.runs.trained import Trained
 from nybble.training.accumulation import GradientAccumulation
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.evaluations import Evaluations
@@ -77,7 +75,7 @@ def train_loop(
     total_steps: int,
     micro_batch_size: int,
     run: RunFolder,
-    adapter_config: dict[str, object],
+    trained: Trained,
     report: Listener,
     events_bytes: Callable[[], int],
     checkpoints: Checkpoints,
@@ -86,12 +84,13 @@ def train_loop(
     graphs: bool = True,
     rehearsal: Rehearsal | None = None,
 ) -> LoopResult:
-    """Train the adapters of `model` until `total_steps` optimizer steps are done, or the user interrupts.
+    """Train `model` until `total_steps` optimizer steps are done, or the user interrupts.
 
     Args:
-        model: frozen base with adapters attached; only they require gradients.
+        model: what of it requires gradients is trained.
         objective: what is minimised over the rows of `train`.
         evaluations: which rows, and how often; without rows there are none.
+        trained: how that is written.
         optimizer_bits: of AdamW's moments between steps.
         events_bytes: flushes the run's log to the disk and says its length, which a checkpoint keeps.
         resumed: where to go on, None at the beginning.
@@ -100,13 +99,13 @@ def train_loop(
         rehearsal: what to go through once before the first step.
 
     Raises:
-        TrainingError: a loss or gradient was not finite, or one row alone does not fit into memory. Adapter and
-            checkpoint as they were before that step are saved, and the message names the rows.
+        TrainingError: a loss or gradient was not finite, or one row alone does not fit into memory. What
+            was trained and a checkpoint are saved as before that step, and the message names the rows.
         RunError: a checkpoint could not be saved.
     """
-    module, device, adapters = model.module, model.device, model.parameters()
+    module, device, parameters = model.module, model.device, model.parameters()
     optimizer = AdamW(
-        adapters,
+        parameters,
         beta1=options.beta1,
         beta2=options.beta2,
         weight_decay=options.weight_decay,
@@ -120,8 +119,10 @@ def train_loop(
     torch.manual_seed(sampler.seed)  # dropout
     progress = Progress(0, micro_batch_size)
     if resumed is not None:
-        progress = replace(resumed.restore(module, optimizer, sampler, device), micro_batch_size=micro_batch_size)
-    checkpoints.check_space(sum(parameter.numel() for parameter in adapters))
+        progress = replace(
+            resumed.restore(module, optimizer, trained, sampler, device), micro_batch_size=micro_batch_size
+        )
+    checkpoints.check_space(sum(parameter.numel() for parameter in parameters))
 
     def evaluate_if_due() -> None:
         step = progress.step
@@ -133,20 +134,17 @@ def train_loop(
             return
         report(HeldOutLoss(step, found.loss, found.supervised_tokens, objective.unit, found.metrics))
         if progress.evaluated(found.loss) and options.keep_best:
-            write_into(run.best)
+            with complete_folder(run.best) as temporary:
+                trained.write(module, temporary)
 
     def stopped_early() -> bool:
         patience = options.early_stopping_patience
         return patience is not None and progress.evaluations_since >= patience
 
-    def write_into(folder: Path) -> None:
-        with complete_folder(folder) as temporary:
-            write_adapter(module, temporary, adapter_config)
-
     def save(position: Position, last: bool) -> None:
-        checkpoints.save(position, module, optimizer, adapter_config, events_bytes())
+        checkpoints.save(position, module, optimizer, trained, events_bytes())
         if last:
-            write_into(run.adapter)
+            trained.publish(module, run)
 
     with InterruptOnce() as interrupt:
         if rehearsal is not None:
@@ -157,7 +155,7 @@ def train_loop(
                     if not is_out_of_memory(error):
                         raise
                     raise _rehearsal_out_of_memory(rehearsal) from error
-                checkpoints.rehearse(Position.now(progress, sampler, device), module, optimizer, adapter_config)
+                checkpoints.rehearse(Position.now(progress, sampler, device), module, optimizer, trained)
             rehearsal.check(memory.peak_bytes)
         evaluate_if_due()
         while progress.step < total_steps and not interrupt.requested and not stopped_early():
@@ -244,10 +242,10 @@ def train_loop(
             report(StoppedEarly(progress.step, progress.best_step, progress.best_loss))
         if options.keep_best and not interrupt.requested and progress.best_step != progress.step:
             assert progress.best_step is not None
-            restore_adapter(module, run.best)  # what is asked of the model from here on is what the run keeps
-            write_into(run.adapter)
+            trained.restore(module, run.best)  # what is asked of the model from here on is what the run keeps
+            trained.publish(module, run)
             loss = progress.best_loss
-            report(Note(f"the adapter is that of step {progress.best_step}, of the lowest held-out loss"))
+            report(Note(f"what the run keeps is that of step {progress.best_step}, of the lowest held-out loss"))
     return LoopResult(progress.step, progress.loss_before, loss, interrupt.requested)
 
 
@@ -344,7 +342,7 @@ def _not_finite(what: str, value: float, step: int, rows: Sequence[str], run: Ru
     shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     return TrainingError(
         f"Step {step}: the {what} is {value}. Rows: {shown}.",
-        f"Training needs finite numbers; adapter and checkpoint as they were before this step are in {run.path}.",
+        f"Training needs finite numbers; what was trained, and a checkpoint, as before this step are in {run.path}.",
         "Look at those rows; or lower --lr, raise --warmup, or use --compute-dtype fp32. "
         f"To go on from there: nybble train --resume --out {run.path} --lr .. --allow-change config",
     )
@@ -362,6 +360,6 @@ def _rehearsal_out_of_memory(rehearsal: Rehearsal) -> TrainingError:
 def _out_of_memory(step: int, micro_batches: Sequence[Batch], run: RunFolder) -> TrainingError:
     return TrainingError(
         f"Step {step} ran out of memory with one row at a time, the longest of them {micro_batches[0].rows[0]}.",
-        f"Adapter and checkpoint as they were before this step are in {run.path}.",
+        f"What was trained, and a checkpoint, as before this step are in {run.path}.",
         "Free memory and go on with `nybble train --resume --out ...`; or lower --max-seq-len, or use --keep nothing.",
     )

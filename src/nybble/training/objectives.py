@@ -8,6 +8,7 @@ from nybble.training.preference import DPO, IPO, ORPO, SimPO
 
 BETA, SIMPO_BETA, SIMPO_GAMMA, ORPO_LAMBDA = 0.1, 2.0, 1.0, 0.1  # of the papers
 USUAL_LR = "5e-6 to 5e-5"  # of adapters that learn preferences; examples to follow take more
+USUAL_FULL_LR = "5e-6 to 5e-5"  # a tenth of what adapters take
 
 
 def make_objective(options: ObjectiveOptions) -> Objective:

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 
 from nybble.kernels.hardware import as_double
 from nybble.kernels.heap import trim_heap
-from nybble.kernels.ops.optimizer import ADAMW_BLOCK, adamw_, adamw_8bit_
+from nybble.kernels.ops.optimizer import ADAMW_BLOCK, SIGNED_ZERO, adamw_, adamw_8bit_
 from nybble.memory.measure import has_own_memory
 from nybble.memory.pager import Layout, PagedState, State, deal_into_pages, layout_bytes
 
@@ -188,6 +188,8 @@ class AdamW:
         """
         self.num_steps = int(read("num_steps"))
         for group, state in zip(self._groups, self._state, strict=True):
+            if self.bits == 8 and self.num_steps:
+                state["exp_avg"].fill_(SIGNED_ZERO)  # between parameters too, where steps have left it
             for name, moment in self._moments(group, state):
                 saved = read(name)
                 if saved.shape != moment.shape or saved.dtype != moment.dtype:

@@ -13,7 +13,7 @@ from nybble.data.fingerprint import data_fingerprint, row_digests
 from nybble.data.prepare import PreparedData
 from nybble.errors import RunError
 from nybble.options.option import flat, with_options, yaml_key
-from nybble.options.verbs import TrainConfig, load_config
+from nybble.options.verbs import TrainConfig, as_method, load_config, settle_method
 from nybble.runs.folder import RunFolder
 from nybble.training.checkpoint import CONFIG, Checkpoint
 
@@ -30,7 +30,10 @@ def settle_config(checkpoint: Checkpoint, config: TrainConfig) -> TrainConfig:
     Raises:
         RunError: an option differs from the checkpoint's, and "config" is not among `allow_change`.
     """
-    before = flat(load_config(checkpoint.folder / CONFIG, {}))
+    written = settle_method(load_config(checkpoint.folder / CONFIG, {}))
+    before, begun = flat(written), written.method.method
+    if config.method.method == "auto" and begun != "auto":  # it chose that
+        config = as_method(config, begun)
     changed = [
         f"{yaml_key(name)} was {before[name]}, is {value}"
         for name, value in flat(config).items()

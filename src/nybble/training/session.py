@@ -24,7 +24,6 @@ from nybble.options.verbs import TrainConfig
 from nybble.planning.planner import Plan, Plans, forward_seconds
 from nybble.planning.request import check_peak
 from nybble.planning.strategies import PlanRequest
-from nybble.runs.adapter_writing import adapter_config
 from nybble.runs.base import (
     RoundingChoice,
 )
@@ -33,6 +32,7 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
 from nybble.runs.result import RunResult
+from nybble.runs.trained import Trained, TrainedAdapters, TrainedWeights
 from nybble.sources.tokenizer import save_tokenizer
 from nybble.training.base import Base, choose_base
 from nybble.training.checkpoint import Checkpoints
@@ -49,14 +49,15 @@ from nybble.training.loop import LoopResult, Rehearsal, train_loop
 from nybble.training.objectives import asks_before
 from nybble.training.plots import draw_loss
 from nybble.training.reference import ADAPTER, References, ask_reference
-from nybble.training.start import Examples, Opened, open_start, take_examples
+from nybble.training.start import Examples, Opened, choose_method, open_start, take_examples
 
 if TYPE_CHECKING:
     pass
 
 
 def train(config: TrainConfig, report: Listener = silent) -> RunResult:
-    """Run `config` to its end or to the user's Ctrl-C; the adapter then lies in `<out>/adapter`.
+    """Run `config` to its end or to the user's Ctrl-C; the adapter then lies in `<out>/adapter`, or the model in
+    `<out>/model`.
 
     Raises:
         NybbleError: anything the user can mend; an earlier run's folder is untouched unless training began.
@@ -77,6 +78,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     report(RunStarted(config.model.model, config.data.data, config.run.resume))
     opened = open_start(config, run, report)
     examples = take_examples(opened, report)
+    opened, examples = choose_method(opened, examples, report)
     base = choose_base(opened, examples, report)
     with PeakMemory(opened.device) as memory:
         fit = plan_fit(opened, examples, base, report)
@@ -221,7 +223,7 @@ def _take_steps(
         total_steps=examples.num_steps,
         micro_batch_size=plan.micro_batch_size,
         run=run,
-        adapter_config=adapter_config(causal_lm.module, config.model.model),
+        trained=_trained(opened, causal_lm),
         report=report,
         events_bytes=log.sync,
         checkpoints=checkpoints,
@@ -232,6 +234,12 @@ def _take_steps(
     )
 
 
+def _trained(opened: Opened, causal_lm: CausalLM) -> Trained:
+    if opened.config.method.method == "full":
+        return TrainedWeights(opened.source, opened.template)
+    return TrainedAdapters.of(causal_lm.module, opened.config.model.model)
+
+
 def _median_step_s(run: RunFolder) -> float:
     """Over all sessions of the run; 0 where no step was taken."""
     steps = sorted(event["step_s"] for event in read_events(run.events, "step"))
@@ -239,11 +247,9 @@ def _median_step_s(run: RunFolder) -> float:
 
 
 def _record(opened: Opened, examples: Examples) -> None:
-    """The tokenizer beside the adapter, and pictures."""
-    template, run = opened.template, opened.run
-    if template.chat_template is not None:
-        template.tokenizer.chat_template = template.chat_template  # a fallback template travels with the adapter
-    save_tokenizer(template.tokenizer, run.adapter)
+    """The tokenizer beside what was trained, and pictures."""
+    run = opened.run
+    save_tokenizer(opened.template.with_template(), run.trained(opened.config.method.method == "full"))
     draw_loss(run.events, run.loss_plot)
     draw_lengths(examples.data.lengths(), opened.config.data.max_seq_len, run.lengths_plot)
 

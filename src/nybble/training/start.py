@@ -11,14 +11,16 @@ from nybble.data.encoded_rows import counted
 from nybble.data.new_tokens import describe_tokens, untrained_tokens
 from nybble.data.prepare import PreparedData
 from nybble.data.template import ChatTemplate, open_template
-from nybble.errors import ConfigError
+from nybble.errors import ConfigError, ModelError
 from nybble.events import Listener, Note
 from nybble.layers.precision import set_up
 from nybble.options.groups import LoopOptions
-from nybble.options.option import config_to_yaml, with_options
-from nybble.options.verbs import TrainConfig
+from nybble.options.method_groups import WHY, Method
+from nybble.options.option import with_options
+from nybble.options.verbs import TrainConfig, as_method, config_text, methods_left, settle_method
 from nybble.planning.micro_batches import micro_batches_of, total_steps
-from nybble.planning.request import why_no_blocks
+from nybble.planning.planner import first_that_fits
+from nybble.planning.request import plan_run, why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.quantization.adapter_init import check_initialisable
 from nybble.runs.adapter_files import StoredAdapter
@@ -32,7 +34,7 @@ from nybble.training.checkpoint import Checkpoint, newest_checkpoint
 from nybble.training.evaluations import Evaluations, plan_evaluations
 from nybble.training.events import ModelOpened
 from nybble.training.objective import Objective
-from nybble.training.objectives import USUAL_LR, make_objective
+from nybble.training.objectives import USUAL_FULL_LR, USUAL_LR, make_objective
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 
 
@@ -61,17 +63,20 @@ class Opened:
     @property
     def options(self) -> str:
         """The text of the run's `config.yaml`."""
-        return config_to_yaml(with_options(self.given, resume=False, allow_change=()))
+        return config_text(with_options(self.given, resume=False, allow_change=()))
 
 
 def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     """Checkpoint, base, adapter and template; the number of threads is set."""
+    given = settle_method(given)
     resumed = newest_checkpoint(run.checkpoints, report) if given.run.resume else None
     config = given if resumed is None else settle_config(resumed, given)
     adapters, allowed = config.adapters, config.run.allow_change
     device, dtype = set_up(config.machine)
     source = open_model(config.model.model, config.model.tokenizer, report)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
+    if config.method.method in ("lora", "full"):
+        check_widths(source, config.method.method)
     if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
@@ -113,12 +118,16 @@ def take_examples(opened: Opened, report: Listener) -> Examples:
     new_tokens: tuple[int, ...] = ()
     if config.adapters.train_new_tokens:
         data, new_tokens = _take_new_tokens(opened, data)
+    if config.method.method == "full":
+        data = _all_rows_trained(data)
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
     data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
     if config.objective.objective != "sft" and "lr" not in config.loop.model_fields_set:
         report(Note(f"lr is {config.loop.lr:g}, the default; preferences are usually learnt with {USUAL_LR}: --lr"))
+    elif config.method.method == "full" and "lr" not in config.loop.model_fields_set:
+        report(Note(f"lr is {config.loop.lr:g}, the default; whole models usually take {USUAL_FULL_LR}: --lr"))
     base, digests = source.fingerprint(), DataDigests.of(data)
     if resumed is not None:
         check_base(resumed, base, allowed)
@@ -136,6 +145,42 @@ def take_examples(opened: Opened, report: Listener) -> Examples:
         report(Note(evaluations.note))
     micro_batches = micro_batches_for(config, source, data, num_steps, opened.device)
     return Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
+
+
+def check_widths(source: StoredModel, method: Method) -> None:
+    """Refuse a base in few bits where its 16 bits are wanted.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if source.quant_spec is not None:
+        raise ModelError(
+            f"method is {method}, and {source.name} is in {source.quant_spec.format} already.",
+            WHY[method],
+            "Give the model in 16 bits, or leave --method out: qlora trains over the bits that are there.",
+        )
+
+
+def choose_method(opened: Opened, examples: Examples, report: Listener) -> tuple[Opened, Examples]:
+    """What --method auto means for this run; as they are where the user said which."""
+    config = opened.config
+    if config.method.method != "auto":
+        return opened, examples
+    left = [method for method in methods_left(config) if method == "qlora" or opened.source.quant_spec is None]
+    plans, _ = plan_run(config, opened.source, None, examples.micro_batches, opened.dtype, opened.device)
+    method, why = first_that_fits(plans, left, config.memory.memory)
+    report(Note(f"method: {method}: {why}"))
+    config, given = as_method(config, method), as_method(opened.given, method)
+    opened = replace(opened, config=config, given=given)
+    data = _all_rows_trained(examples.data) if method == "full" else examples.data
+    micro_batches = micro_batches_for(config, opened.source, data, examples.num_steps, opened.device)
+    return opened, replace(examples, data=data, micro_batches=micro_batches)
+
+
+def _all_rows_trained(data: PreparedData) -> PreparedData:
+    """Without the finding that rows of new tokens are not."""
+    findings = tuple(found for found in data.audit.findings if found.id != "untrained-tokens")
+    return replace(data, audit=replace(data.audit, findings=findings))
 
 
 def _take_new_tokens(opened: Opened, data: PreparedData) -> tuple[PreparedData, tuple[int, ...]]:
@@ -173,6 +218,7 @@ def micro_batches_for(
     config: TrainConfig, source: StoredModel, data: PreparedData, num_steps: int, device: torch.device
 ) -> Callable[[int], MicroBatches]:
     """What the run's micro-batches come to, by the most rows at once."""
-    shares = why_no_blocks(config, source.skeleton, device, in_four_bits=source.in_four_bits) is None
+    full = config.method.method == "full"
+    shares = not full and why_no_blocks(config, source.skeleton, device, in_four_bits=source.in_four_bits) is None
     rules, seed = SHAPE_RULES[device.type], config.data.seed
     return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=seed, shares=shares)

@@ -22,6 +22,15 @@ def _(event: report.Planned, terminal: Terminal) -> None:
         terminal.say(line, soft_wrap=True)
 
 
+@show.register
+def _(event: report.MethodsPlanned, terminal: Terminal) -> None:
+    """A line for each method."""
+    table = new_table("methods", report.METHOD_COLUMNS, right=("peak", "step"))
+    for row in report.method_rows(event.plans):
+        table.add_row(*row)
+    terminal.console.print(table)
+
+
 def show_components(terminal: Terminal, plan: Plan) -> None:
     """The predicted memory by component."""
     table = new_table(f"predicted memory: {plan.describe()}", ("component", "bytes"), right=("bytes",))

@@ -94,7 +94,7 @@ def _(event: events.RunMeasured, terminal: Terminal) -> None:
 
 def show_interrupted(terminal: Terminal, trained: RunResult) -> None:
     """Where what there is lies, and how to go on."""
-    terminal.say(f"Interrupted after step {trained.steps}; the adapter is in {trained.adapter}.")
+    terminal.say(f"Interrupted after step {trained.steps}; what was trained is in {trained.trained}.")
     terminal.say(f"next:\n  nybble train --resume --out {trained.folder.path}")
 
 
@@ -112,10 +112,11 @@ def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample
         terminal.say(f"held-out loss: {before:.4f} before, {after:.4f} after ({gained})")
     for note in trained.source.notes:
         terminal.say(note)
-    terminal.say(f"adapter: {trained.adapter}")
+    terminal.say(f"{'model:  ' if trained.full else 'adapter:'} {trained.trained}")
     terminal.say(f"losses:  {trained.folder.loss_plot}")
     terminal.say("next:")
-    for verb in ("chat", "eval", "merge --compare") if trained.validation else ("chat", "merge"):
+    merging = ("export",) if trained.full else ("merge --compare",) if trained.validation else ("merge",)
+    for verb in ("chat", *(("eval",) if trained.validation else ()), *merging):
         terminal.say(f"  nybble {verb} --run {trained.folder.path}")
 
 

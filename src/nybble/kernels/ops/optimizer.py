@@ -12,6 +12,7 @@ from nybble.kernels import registry
 from nybble.kernels.ops.checks import FP32, check_tensor, nothing
 
 ADAMW_BLOCK = 256  # elements of an 8-bit moment that share a scale
+SIGNED_ZERO = 127  # the signed dynamic map's code for 0; that of the other is 0
 
 
 def adamw_(

@@ -4,10 +4,9 @@ from torch import Tensor
 
 from nybble.formats.codebooks import dynamic_map, dynamic_midpoints
 from nybble.kernels import registry
-from nybble.kernels.ops.optimizer import ADAMW_BLOCK
+from nybble.kernels.ops.optimizer import ADAMW_BLOCK, SIGNED_ZERO
 
 ADAMW_CHUNK = 2**20  # elements whose moments are in fp32 at a time
-SIGNED_ZERO = 127  # the signed dynamic map's code for 0
 TINIEST = 1e-38  # smaller scales count as it when dividing
 
 
