@@ -250,6 +250,8 @@ class Workplace:
         if verb == "train" and "--resume" not in arguments and "--model" not in arguments:
             arguments += ["--model", str(self.trained.parent / "base")]
         less = {} if {"--resume", "--print-config", "--help"} & set(arguments) else LESS.get(verb, {})
+        if "full" in arguments:
+            less = {flag: value for flag, value in less.items() if flag != "--rank"}
         return arguments + [word for flag, value in less.items() if flag not in arguments for word in (flag, value)]
 
     def _serve(self, arguments: list[str]) -> None:
