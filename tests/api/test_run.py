@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_data
 
 import nybble
+from nybble.data.preference_rows import PreferenceBatch
 from nybble.errors import ConfigError, PlanError
 
 
@@ -61,6 +63,23 @@ def test_a_plan_is_a_table_and_json_and_refuses_what_does_not_fit() -> None:
     assert small.chosen is None and "predicted memory" not in str(small)
     with pytest.raises(PlanError):
         small.check()
+
+
+def test_rows_of_every_objective_become_batches(tiny_model: Path, tmp_path: Path) -> None:
+    source = nybble.open_model(tiny_model)
+    pairs = make_data(tmp_path / "pairs.jsonl", [{"ask": f"{n}?", "chosen": "yes", "rejected": "no"} for n in range(8)])
+    data = nybble.load_data(pairs, source, objective="dpo", prompt_field="ask")
+    batch = next(data.batches(rows=3))
+    text = data.template.tokenizer.decode(batch.input_ids[0])
+    assert isinstance(batch, PreferenceBatch) and text.count("yes") == text.count("no") == 3
+    assert text.index("yes") < text.index("no") and len(batch.document_lengths) == 6
+    judged = make_data(
+        tmp_path / "judged.jsonl", [{"prompt": "?", "completion": f"{n}", "label": n % 2} for n in range(8)]
+    )
+    batch = next(nybble.load_data(judged, source, objective="kto").batches(rows=4))
+    assert isinstance(batch, PreferenceBatch) and batch.desirable is not None and len(batch.desirable) == 4
+    with pytest.raises(ConfigError, match="objective"):
+        nybble.load_data(judged, source, objective="guess")
 
 
 def test_adapters_added_after_the_model_was_asked_are_computed(tiny_model: Path, data: Path) -> None:

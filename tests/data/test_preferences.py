@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import byte_tokenizer, make_data
 
 from nybble.data.preference_rows import EncodedPair, JudgedAnswer
@@ -225,5 +226,39 @@ def test_a_column_that_pairs_do_not_have_is_refused(template: ChatTemplate, tmp_
     asked = {"ask": "2 + 2?", "chosen": "4", "rejected": "5"}
     (pair,) = read(tmp_path, "dpo", template, asked, fields=FieldNames(prompt="ask")).train
     assert pair.prompt_ids == template.encoder.encode(ASKED)
-    with pytest.raises(ConfigError, match="--prompt-field"):
+    with pytest.raises(ConfigError, match="leave --completion-field out"):
         read(tmp_path, "dpo", template, asked, fields=FieldNames(completion="chosen"))
+
+
+def test_columns_are_those_that_are_named(template: ChatTemplate, tmp_path: Path) -> None:
+    known = {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "label": False}
+    own = {"prompt": "2 + 2?", "Good one": "4", "worse": "5", "chosen": "6", "rejected": "7"}
+    (pair,) = read(tmp_path, "dpo", template, own, fields=FieldNames(chosen="Good one", rejected="worse")).train
+    (expected,) = read(tmp_path, "dpo", template, known).train
+    assert torch.equal(pair.input_ids, expected.input_ids)
+    (half,) = read(tmp_path, "dpo", template, own, fields=FieldNames(rejected="worse")).train  # with `chosen`
+    assert template.tokenizer.decode(half.input_ids).count("6") == 1
+
+    judged = {"prompt": "2 + 2?", "completion": "5", "liked": "false", "label": True}
+    (answer,) = read(tmp_path, "kto", template, judged, fields=FieldNames(label="liked")).train
+    assert isinstance(answer, JudgedAnswer) and not answer.desirable
+    with pytest.raises(DataError, match="without a label"):
+        read(tmp_path, "kto", template, judged, fields=FieldNames(label="voted"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "fields", "option"),
+    [
+        ("sft", {"chosen": "chosen"}, "--chosen-field"),
+        ("sft", {"label": "label"}, "--label-field"),
+        ("dpo", {"label": "label"}, "--label-field"),
+        ("kto", {"chosen": "chosen", "label": "label"}, "--label-field"),
+        ("kto", {"text": "prompt"}, "--text-field"),
+    ],
+)
+def test_no_name_of_a_column_is_ignored(
+    objective: str, fields: dict[str, str], option: str, template: ChatTemplate, tmp_path: Path
+) -> None:
+    row = {"prompt": "q", "completion": "a", "chosen": "a", "rejected": "b", "label": True}
+    with pytest.raises(ConfigError, match=rf"{option} is given.*\n?(?s:.*)leave {option} out"):
+        read(tmp_path, objective, template, row, fields=FieldNames(**fields))

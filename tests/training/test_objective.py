@@ -30,7 +30,7 @@ from nybble.training.objective import SupervisedFineTuning
 
 LENGTHS = (9, 14, 5, 11, 7, 12, 6, 10)
 HELD_OUT = (8, 13)
-STEPS, ROWS_PER_STEP = 4, 4
+STEPS, ROWS_PER_STEP, LR = 4, 4, 5e-3
 
 
 class LateTokensCountMore(SupervisedFineTuning):
@@ -69,7 +69,7 @@ def plain_losses(model: nn.Module, rows: Sequence[EncodedExample]) -> Tensor:
 def trained_plainly(model: nn.Module, train: Sequence[EncodedExample], options: LoopOptions) -> list[float]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     betas = (options.beta1, options.beta2)
-    optimizer = torch.optim.AdamW(parameters, options.lr, betas=betas, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, LR, betas=betas, weight_decay=options.weight_decay)
     sampler, losses = StepSampler(len(train), ROWS_PER_STEP, 0), []
     for _ in range(STEPS):
         loss = plain_losses(model, [train[row] for row in sampler.next_step()]).mean()
@@ -97,7 +97,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp
     if graph_type is not None:
         monkeypatch.setitem(graph.GRAPHS, "cpu", graph_type)
         monkeypatch.setitem(SHAPE_RULES, "cpu", replace(SHAPE_RULES["cpu"], graph_work=3e11))
-    options = LoopOptions(lr=5e-3, schedule="constant", warmup=0)
+    options = LoopOptions(lr=LR, schedule="constant", warmup=0)
     train, validation = rows(LENGTHS, 1), rows(HELD_OUT, 2)
     model = adapted_model()
     plain = copy.deepcopy(model)
@@ -111,6 +111,7 @@ def test_a_second_objective_trains_as_a_plain_loop_does(packing, graph_type, tmp
         train,
         Evaluations(validation, every=STEPS),
         options,
+        lr=LR,
         optimizer_bits=32,
         sampler=StepSampler(len(train), ROWS_PER_STEP, 0),
         total_steps=STEPS,

@@ -13,7 +13,7 @@ model.save_adapter("adapters/first")
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 from nybble.api.keywords import as_options
 from nybble.data.audit import Audited
+from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, collate
+from nybble.data.preference_rows import PreferenceRow, compare
+from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.data.template import ChatTemplate
@@ -145,7 +148,12 @@ class TrainingData(PreparedData):
             dealt = split_micro_batches(
                 sampler.next_step(), self.train.lengths, memory.micro_batch_size or rows, packed
             )
-            yield [collate([self.train[row] for row in micro], packed) for micro in dealt]
+            yield [_collate([self.train[row] for row in micro], packed) for micro in dealt]
+
+
+def _collate(rows: Sequence[EncodedExample], packed: bool) -> Batch:
+    compared = [row for row in rows if isinstance(row, PreferenceRow)]
+    return compare(compared, packed) if compared else collate(rows, packed)
 
 
 def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **options: Any) -> TrainingData:
@@ -155,7 +163,9 @@ def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **
         data: a JSONL, JSON, CSV, Parquet or text file, a folder, a pattern, a hub id, or "builtin:pydoc"; or several.
         source: the base, for its tokenizer, its context and its vocabulary.
         on_event: told of the audit.
-        options: the flags of `nybble data check` with underscores, such as `max_seq_len`.
+        options: the flags of `nybble data check` with underscores, such as `max_seq_len`. With an `objective` rows are
+            what it learns from; a batch of pairs, or of judged answers, says of which it is (`PreferenceBatch` in
+            `nybble.data.preference_rows`), with two documents a pair, the chosen one first.
 
     Raises:
         NybbleError: examples cannot be read, or the audit finds an error that is not in `allow`.
@@ -165,7 +175,8 @@ def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **
         >>> len(data.train), len(data.validation), data.audit.num_dropped
         (38, 2, 0)
     """
-    found = TrainingData.read(build_options(RowsConfig, as_options({"data": data} | options)).data, source)
+    config = build_options(RowsConfig, as_options({"data": data} | options))
+    found = TrainingData.read(config.data, source, ROW_KINDS[config.objective.objective])
     on_event(Audited(found.audit))
     found.audit.check()
     return found

@@ -1,5 +1,6 @@
 """How the rows of a user are named: columns, roles, and the tools of those that bring none."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,16 @@ class FieldNames:
 
     Raises:
         ConfigError: more than one form is named. A `prompt` without a `completion` (or the reverse) is paired
-            with the column of that very name.
+            with the column of that very name, and so are `chosen` and `rejected`.
     """
 
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
     text: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    label: str | None = None
     roles: tuple[tuple[str, str], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
     calls_as_text: bool = False
@@ -42,6 +46,26 @@ class FieldNames:
                 f"fields of more than one form: {', '.join(repr(form) for form in forms if form)}",
                 "allowed: --prompt-field with --completion-field, or --messages-field, or --text-field",
             )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are named."""
+        named = (self.prompt, self.completion, self.messages, self.text, self.chosen, self.rejected, self.label)
+        return tuple(column for column in named if column is not None)
+
+    def refuse(self, unused: Iterable[str], rows: str) -> None:
+        """Refuse names of columns that the rows do not have.
+
+        Args:
+            unused: attributes of such columns.
+            rows: what they are.
+
+        Raises:
+            ConfigError: one of them is named.
+        """
+        options = [f"--{name}-field" for name in unused if getattr(self, name) is not None]
+        if options:
+            raise ConfigError(f"{options[0]} is given, and rows are {rows}", "", f"leave {' and '.join(options)} out")
 
 
 def field_names(options: RowOptions) -> FieldNames:
@@ -58,6 +82,9 @@ def field_names(options: RowOptions) -> FieldNames:
         options.completion_field,
         options.messages_field,
         options.text_field,
+        options.chosen_field,
+        options.rejected_field,
+        options.label_field,
         roles=tuple((old.strip(), new.strip()) for old, _, new in (role.partition("=") for role in options.role)),
         tools=() if options.tools is None else read_tools_file(Path(options.tools).expanduser()),
         calls_as_text=options.tool_calls == "text",

@@ -35,7 +35,7 @@ from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
 from nybble.data.tool_formats import TOOL_COLUMNS
 from nybble.data.turns import read_turns
-from nybble.errors import ConfigError, DataError
+from nybble.errors import DataError
 
 ANSWERS = (
     ("chosen", "rejected"),
@@ -95,13 +95,10 @@ def find_pair_layout(row: Row, fields: FieldNames) -> Layout | None:
     Raises:
         ConfigError: a column is named that pairs do not have.
     """
-    if fields.completion or fields.messages or fields.text:
-        raise ConfigError(
-            "a column is named for the answer, for messages or for text, and rows are pairs of answers",
-            f"known forms of pairs: {PAIR_FORMS}; --prompt-field names the prompt's column",
-            "leave the other --..-field options out",
-        )
-    sides = next((columns for columns in ANSWERS if all(column in row for column in columns)), None)
+    fields.refuse(("completion", "messages", "text", "label"), f"pairs of answers: {PAIR_FORMS}")
+    named = fields.chosen or fields.rejected
+    pairs = [(fields.chosen or "chosen", fields.rejected or "rejected")] if named else ANSWERS
+    sides = next((columns for columns in pairs if all(column in row for column in columns)), None)
     if sides is None:
         return None
     prompt = fields.prompt or next((column for column in PROMPTS if column in row), None)
@@ -115,10 +112,19 @@ def find_pair_layout(row: Row, fields: FieldNames) -> Layout | None:
 
 
 def find_judged_layout(row: Row, fields: FieldNames) -> Layout | None:
-    """The layout of a row of judged answers, or of pairs, each of which is one good answer and one bad."""
-    label = next((column for column in LABELS if column in row), None)
+    """The layout of a row of judged answers, or of pairs, each of which is one good answer and one bad.
+
+    Raises:
+        ConfigError: a column is named that neither has, or columns of both are.
+    """
+    fields.refuse(("text",), f"judged answers: {JUDGED_FORMS}")
+    if fields.chosen or fields.rejected:
+        return find_pair_layout(row, fields)
+    label = fields.label or next((column for column in LABELS if column in row), None)
     if label is None:
         return None if fields.completion or fields.messages else find_pair_layout(row, fields)
+    if label not in row:
+        return None
     prompts = (fields.prompt or fields.completion) and (fields.prompt or "prompt", fields.completion or "completion")
     named = [prompts] if prompts else [(fields.messages,)] if fields.messages else [*PAIRS, ("messages",)]
     read = next((columns for columns in (*named, ("conversations",)) if all(each in row for each in columns)), None)

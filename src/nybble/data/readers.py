@@ -280,11 +280,10 @@ def _is_part_of_the_lesson(column: str, value: Any, layout: Layout) -> bool:
 
 def _known_names(row: Row, fields: FieldNames) -> Row:
     """The row with columns such as "Prompt" or " prompt" under the names by which they are known."""
-    own = (fields.prompt, fields.completion, fields.messages, fields.text)
     named: Row = {}
     for column, value in row.items():
         name = column.strip().lower()
-        renamed = name in KNOWN_COLUMNS and name not in row and name not in named and column not in own
+        renamed = name in KNOWN_COLUMNS and name not in row and name not in named and column not in fields.columns
         named[name if renamed else column] = value
     return named
 
@@ -298,7 +297,12 @@ def _with_numbers_as_text(row: Row, layout: Layout) -> tuple[Row, list[str]]:
 
 
 def _find_layout(row: Row, fields: FieldNames) -> Layout | None:
-    """The layout that a row is of, by its columns; None where it is of no known one."""
+    """The layout that a row is of, by its columns; None where it is of no known one.
+
+    Raises:
+        ConfigError: a column is named that examples to follow do not have.
+    """
+    fields.refuse(("chosen", "rejected", "label"), "examples to follow (--objective sft)")
     own = _own_layout(fields)
     if own is not None:
         return own

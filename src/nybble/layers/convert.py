@@ -25,7 +25,7 @@ from nybble.layers.trained import TrainedModule, resolve_modules, train_modules,
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from nybble.options.adapter_groups import NewAdapters
+    from nybble.options.adapter_groups import AdapterSizes, NewAdapters
 
 ATTENTION_PARENTS = ("attn", "attention")
 Value = TypeVar("Value", int, float)
@@ -307,10 +307,27 @@ def new_adapter_sizes(model: nn.Module, adapters: "NewAdapters") -> dict[str, tu
         check_dora(model, names)
     sizes = {}
     for name in names:
-        rank = of_pattern(adapters.rank_pattern, name, adapters.rank)
+        rank = of_pattern(adapters.rank_pattern, name, adapters.settled_rank)
         alpha = of_pattern(adapters.alpha_pattern, name, adapters.alpha)
         sizes[name] = (rank, lora_scaling(alpha, rank, adapters.rslora))
     return sizes
+
+
+def parameters_a_rank(model: nn.Module, adapters: "AdapterSizes") -> int:
+    """Parameters that each rank of the adapters takes, on a model without them; layers with a rank of their own apart.
+
+    Raises:
+        ConfigError: as `resolve_targets`.
+    """
+    names = resolve_targets(model, adapters.target_modules)
+    free = [name for name in names if first_match(adapters.rank_pattern, name) is None]
+    return max(1, sum(sum(linear_features(model.get_submodule(name))) for name in free))
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Put the frozen modules back in the place of adapters, and of what is trained whole."""
+    for name, trained in {**adapters_of(model), **trained_modules(model)}.items():
+        model.set_submodule(name, trained.base)
 
 
 def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from nybble.errors import ConfigError
-from nybble.options.option import COMMA, AlphaPattern, Name, Options, RankPattern, Seed, knob, split_names
+from nybble.options.option import COMMA, AlphaPattern, AutoRank, Name, Options, RankPattern, Seed, knob, split_names
 
 TAKES_FROM_BASE = ("pissa", "olora")  # ways to begin that leave the base with other weights
 
@@ -14,7 +14,12 @@ TAKES_FROM_BASE = ("pissa", "olora")  # ways to begin that leave the base with o
 class AdapterSizes(Options, group="Adapters"):
     """Which adapters there are, and how large."""
 
-    rank: int = knob(16, "Rank of each adapter.", ge=1, aliases=("r", "lora_r", "lora_rank"))
+    rank: AutoRank = knob(
+        16,
+        "Rank of each adapter. auto: what the tokens that there are to learn take, lowered to what their first "
+        "gradients need.",
+        aliases=("r", "lora_r", "lora_rank"),
+    )
     dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, aliases=("lora_dropout",))
     dora: bool = knob(
         False,
@@ -37,6 +42,12 @@ class AdapterSizes(Options, group="Adapters"):
         "Ranks of layers that have another: regular expressions for ends of names, as in PEFT; the first that matches "
         "counts.",
     )
+
+    @property
+    def settled_rank(self) -> int:
+        """The rank, where it is a number, or has become one."""
+        assert self.rank != "auto"
+        return self.rank
 
     @field_validator("target_modules", mode="after")
     @classmethod
@@ -85,6 +96,9 @@ class NewAdapters(AdapterScaling, AdapterSizes):
 
 
 class SeededAdapters(NewAdapters):
+    """The adapters of a model that nothing is known of but its layers."""
+
+    rank: int = knob(16, "Rank of each adapter.", ge=1, aliases=("r", "lora_r", "lora_rank"))
     seed: Seed = knob(0, "Seed of the adapters.")
 
 

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, field_validator, model_validator
 from nybble.cards import CARDS
 from nybble.errors import ConfigError
 from nybble.options.option import (
+    AutoRate,
     BlockSize,
     Bytes,
     Folder,
@@ -68,6 +69,13 @@ class RowOptions(AcceptOptions):
     validation_rows: int = knob(512, "Most rows held out for validation.", ge=1, aliases=("max_eval_samples",))
     prompt_field: Name | None = knob(None, "Column that holds the prompt.", aliases=("instruction_field",))
     completion_field: Name | None = knob(None, "Column that holds the answer.", aliases=("response_field",))
+    chosen_field: Name | None = knob(
+        None, "Of pairs: column that holds the better answer.", aliases=("field_chosen", "chosen_column")
+    )
+    rejected_field: Name | None = knob(
+        None, "Of pairs: column that holds the worse answer.", aliases=("field_rejected", "rejected_column")
+    )
+    label_field: Name | None = knob(None, "Column that says whether an answer is good.", aliases=("label_column",))
     messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
     text_field: Name | None = knob(None, "Column that holds plain text to continue.", aliases=("dataset_text_field",))
     role: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
@@ -322,7 +330,12 @@ class LengthOptions(Options, group="Training"):
 
 
 class LoopOptions(LengthOptions):
-    lr: float = knob(2e-4, "Peak learning rate.", gt=0, aliases=("learning_rate",))
+    lr: AutoRate = knob(
+        2e-4,
+        "Peak learning rate. auto: what the model's width suggests, or in runs that are long enough the best of a few "
+        "rates around it, tried in small runs that take a tenth of the steps.",
+        aliases=("learning_rate",),
+    )
     lora_plus_ratio: float = knob(
         1.0,
         "LoRA+: B learns at this many times --lr, A at --lr; embeddings' adapters stay at --lr.",

@@ -97,4 +97,5 @@ OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is m
     "orpo": ("orpo_lambda",),
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
 }
+PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")
 WITH_REFERENCE = tuple(name for name, options in OBJECTIVE_OPTIONS.items() if "reference" in options)

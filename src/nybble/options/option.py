@@ -120,6 +120,8 @@ MomentBits = Annotated[Literal[32, 8], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
+AutoRate = Literal["auto"] | Annotated[float, Field(gt=0)]
+AutoRank = Literal["auto"] | Annotated[int, Field(ge=1)]
 Sources = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_one_or_more)]  # may hold commas: not split
 RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(pattern_of)]
 AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(pattern_of)]
@@ -272,10 +274,13 @@ def allowed_values(field: FieldInfo) -> str:
 
 def alternatives(field: FieldInfo) -> tuple[Any, ...]:
     """The types an option takes, None aside and Annotated taken off."""
-    annotation = field.annotation
-    members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    bare = (get_args(member)[0] if get_origin(member) is Annotated else member for member in members)
+    bare = (get_args(member)[0] if get_origin(member) is Annotated else member for member in _members(field))
     return tuple(member for member in bare if member is not type(None))
+
+
+def _members(field: FieldInfo) -> tuple[Any, ...]:
+    annotation = field.annotation
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
@@ -306,7 +311,11 @@ _BOUNDS: dict[str, str] = {"ge": "at least {}", "gt": "above {}", "le": "at most
 
 
 def _bounds(field: FieldInfo, kind: str) -> Iterable[Any]:
-    return (getattr(constraint, kind) for constraint in field.metadata if hasattr(constraint, kind))
+    """Of the option, or of a number that it may be."""
+    annotated = [get_args(member) for member in _members(field) if get_origin(member) is Annotated]
+    details = [detail for number, *details in annotated if number in (int, float) for detail in details]
+    constraints = (each for detail in details for each in detail.metadata)
+    return (getattr(each, kind) for each in (*field.metadata, *constraints) if hasattr(each, kind))
 
 
 def _describe_type(kind: Any) -> str:

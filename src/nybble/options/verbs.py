@@ -22,7 +22,7 @@ from nybble.options.option import (
 )
 
 Mixing = TypeVar("Mixing", "TrainConfig", "PlanConfig", "QuantizeConfig")
-Learning = TypeVar("Learning", "TrainConfig", "PlanConfig", "DataConfig")
+Learning = TypeVar("Learning", "TrainConfig", "PlanConfig", "DataConfig", "RowsConfig")
 Artefact = TypeVar("Artefact", "MergeConfig", "ExportConfig")
 Tuning = TypeVar("Tuning", "TrainConfig", "PlanConfig")
 
@@ -299,6 +299,9 @@ class RowsConfig(Verb):
     """What `nybble.load_data` needs to know."""
 
     data: groups.DataOptions
+    objective: objective_groups.ObjectiveName
+
+    _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
 
 
 class LoadConfig(Verb):

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nybble.data.preferences import ROW_KINDS
-from nybble.data.prepare import prepare_data
+from nybble.data.prepare import PreparedData, prepare_data
 from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
+from nybble.layers.convert import parameters_a_rank
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
+from nybble.options.option import with_options
 from nybble.options.verbs import PlanConfig, as_method, methods_left, settle_method
 from nybble.planning.machine import this_machine_later
 from nybble.planning.machine_table import Machine, named_machine
 from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
 from nybble.planning.planner import Plans, first_that_fits, make_plans
+from nybble.planning.ranks import MOST_RANK, RankChosen, enough_rank, tokens_met
 from nybble.planning.request import requests, why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
@@ -46,12 +49,14 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     written = read_config(options.model.model, report)
     machine, dtype = _machine(options.machine, options.memory.memory)
     skeleton = build_skeleton(transformers_config(written))
+    prepared = None if options.data.data is None else _read_examples(options, skeleton)
+    options = _with_rank(options, skeleton, prepared, report)
     formats = formats_from_config(written)
     ask = partial(
         requests,
         skeleton=skeleton,
         machine=machine,
-        micro_batches=_micro_batches(options, skeleton, machine, report),
+        micro_batches=_micro_batches(options, skeleton, machine, prepared, report),
         dtype=dtype,
         in_folder=formats is not None or options.model.model in SHAPES,
         formats=formats,
@@ -120,22 +125,44 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
     return this_machine_later(device, dtype, memory, options.host_memory), dtype
 
 
+def _read_examples(options: PlanConfig, skeleton: "PreTrainedModel") -> PreparedData:
+    source = open_model(options.model.model, options.model.tokenizer)
+    template = open_template(options.data, source.load_tokenizer())
+    kind = ROW_KINDS[options.objective.objective]
+    vocab_size = skeleton.config.get_text_config().vocab_size
+    return prepare_data(DataOptions(**options.data.model_dump()), template, vocab_size, kind=kind)
+
+
+def _with_rank(
+    options: PlanConfig, skeleton: "PreTrainedModel", prepared: PreparedData | None, report: Listener
+) -> PlanConfig:
+    """With the most that --rank auto takes in place of it."""
+    if options.adapters.rank != "auto":
+        return options
+    chosen = RankChosen(MOST_RANK, "the most that --rank auto takes: without --data nothing is known of the tokens")
+    if prepared is not None:
+        steps = total_steps(options.loop, len(prepared.train), options.memory.rows_per_step)
+        tokens = tokens_met(prepared.train, steps * options.memory.rows_per_step)
+        chosen = enough_rank(tokens, parameters_a_rank(skeleton, options.adapters))
+    report(chosen)
+    return with_options(options, rank=chosen.rank)
+
+
 def _micro_batches(
-    options: PlanConfig, skeleton: "PreTrainedModel", machine: Machine, report: Listener
+    options: PlanConfig,
+    skeleton: "PreTrainedModel",
+    machine: Machine,
+    prepared: PreparedData | None,
+    report: Listener,
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
     data, memory, rules = options.data, options.memory, SHAPE_RULES[machine.kind]
-    if data.data is None:
+    if prepared is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing
         documents = 1 if options.objective.objective in ("sft", "kto") else 2
         return lambda size: even_micro_batches(
             length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=documents
         )
-    source = open_model(options.model.model, options.model.tokenizer)
-    template = open_template(data, source.load_tokenizer())
-    kind = ROW_KINDS[options.objective.objective]
-    vocab_size = skeleton.config.get_text_config().vocab_size
-    prepared = prepare_data(DataOptions(**data.model_dump()), template, vocab_size, kind=kind)
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
     if prepared.mixture is not None:
         report(Note(prepared.mixture.describe(steps * memory.rows_per_step)))

@@ -159,7 +159,7 @@ def requests(
     check_patterns(targets, rank_pattern=adapters.rank_pattern)
     if adapters.dora:
         check_dora(skeleton, targets)
-    ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.rank) for name in targets}
+    ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.settled_rank) for name in targets}
     few_bits = linears_in_few_bits(options, skeleton, in_four_bits)
     whole = resolve_modules(skeleton, adapters.modules_to_save, few_bits, targets)
     against = why_no_blocks(options, skeleton, torch.device(machine.kind), machine.here, in_four_bits)
@@ -173,7 +173,7 @@ def requests(
         model,
         batches=micro_batches(1),
         adapter_parameters=parameters,
-        rank=(rank := _mean_rank(skeleton, ranks) if adapters.rank_pattern else adapters.rank),
+        rank=(rank := _mean_rank(skeleton, ranks) if adapters.rank_pattern else adapters.settled_rank),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",

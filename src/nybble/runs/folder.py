@@ -1,7 +1,7 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
 config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
-reference.json  events.jsonl  loss.png  lengths.png  base/  checkpoints/step-N/  adapter/ or model/  best/  report/
+reference.json  events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/  best/  report/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
 second, its base while it is calibrated. Only then does an earlier run go, and what lies there takes its place.
@@ -40,6 +40,7 @@ class RunFolder:
         self.formats = path / "formats.json"
         self.events = path / "events.jsonl"
         self.loss_plot = path / "loss.png"
+        self.rates_plot = path / "lr.png"  # where --lr auto has tried some
         self.lengths_plot = path / "lengths.png"
         self.base = path / "base"
         self.adapter = path / "adapter"

@@ -58,6 +58,31 @@ class TrainingBegun(Event):
 
 
 @dataclass(frozen=True)
+class RateTried(Event):
+    """--lr auto: the small run for this rate is done.
+
+    Args:
+        loss: held-out, after so many `steps`; None where a loss was not finite.
+        small_lr: the rate in so few steps.
+    """
+
+    kind: ClassVar[str] = "lr-tried"
+    lr: float
+    loss: float | None
+    steps: int
+    small_lr: float
+
+
+@dataclass(frozen=True)
+class RateChosen(Event):
+    """--lr auto: the rate that the run takes."""
+
+    kind: ClassVar[str] = "lr"
+    lr: float
+    why: str
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """An optimizer step is done.
 

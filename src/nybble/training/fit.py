@@ -8,11 +8,11 @@ import torch
 
 from nybble import openmp
 from nybble.errors import PlanError
-from nybble.events import Listener, Note
+from nybble.events import Listener, Note, silent
 from nybble.kernels.hardware import describe_unproven
 from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched
+from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, remove_adapters
 from nybble.layers.full_weights import train_weights
 from nybble.layers.token_rows import train_rows
 from nybble.memory.measure import has_own_memory, used_bytes
@@ -33,6 +33,7 @@ from nybble.sources.load import load_model
 from nybble.sources.stored_model import StoredModel
 from nybble.training.base import Base, text_of_rows
 from nybble.training.objectives import make_regularisers
+from nybble.training.rank import is_probed, probe_rank
 from nybble.training.start import Examples, Opened, micro_batches_for
 
 if TYPE_CHECKING:
@@ -73,35 +74,51 @@ def plan_fit(opened: Opened, examples: Examples, base: Base, report: Listener) -
     return replace(fit, store=open_blocks(base.source, fit.plan, device))
 
 
-def load_fitted(opened: Opened, examples: Examples, base: Base, fit: Fit, report: Listener) -> "PreTrainedModel":
-    """The frozen base with the adapters that training begins with, or the base with every weight trained."""
-    config, plan, adapters = opened.config, fit.plan, opened.config.adapters
-    if config.method.method == "full":
+def load_base(opened: Opened, base: Base, fit: Fit, report: Listener) -> "PreTrainedModel":
+    """The frozen base, without adapters; or the base with every weight trained."""
+    if opened.config.method.method == "full":
         model = load_model(base.source, None, torch.float32, opened.device, narrow_ends=False, report=report)
         train_weights(model, opened.dtype)
         return model
-    model = load_model(
+    return load_model(
         base.source,
         base.formats,
         opened.dtype,
         opened.device,
-        data_free_rounding(config.rounding),
+        data_free_rounding(opened.config.rounding),
         stream_linears_of=() if fit.store is None else fit.store.names,
-        stream_ends=plan.stream_ends,
+        stream_ends=fit.plan.stream_ends,
         report=report,
     )
-    add_new_adapters(model, adapters, config.data.seed)
+
+
+def attach(
+    opened: Opened, examples: Examples, base: Base, fit: Fit, model: "PreTrainedModel", report: Listener
+) -> Opened:
+    """Put what is trained onto the base, in place, as training begins with it; the options with the rank settled."""
+    if opened.config.method.method == "full":
+        return opened  # every weight is trained already
+    adapters, seed = opened.config.adapters, opened.config.data.seed
+    add_new_adapters(model, adapters, seed)
+    if is_probed(opened):
+        _, causal_lm = choose_path(opened, examples, base, fit, model, silent)
+        rank = probe_rank(opened, examples, causal_lm, fit.plan.micro_batch_size, report)
+        del causal_lm
+        opened = replace(opened, config=with_options(opened.config, rank=rank))
+        adapters = opened.config.adapters
+        remove_adapters(model)
+        add_new_adapters(model, adapters, seed)
     if examples.new_tokens:
         train_rows(model, examples.new_tokens)
     if adapters.init in TAKES_FROM_BASE:
         for adapter in adapters_of(model).values():
             adapter.taken_by = adapters.init  # a checkpoint has what that was
     if adapters.init != "default" and opened.resumed is None:
-        free = (plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
+        free = (fit.plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows
         _begin_adapters(opened, examples, base, model, min(free, STATISTICS_BYTES))
     if opened.continued is not None:
         restore_adapter(model, opened.continued.folder)
-    return model
+    return opened
 
 
 def _begin_adapters(

@@ -70,6 +70,7 @@ def train_loop(
     evaluations: Evaluations,
     options: LoopOptions,
     *,
+    lr: float,
     optimizer_bits: Literal[32, 8],
     sampler: StepSampler,
     total_steps: int,
@@ -91,6 +92,7 @@ def train_loop(
         objective: what is minimised over the rows of `train`.
         evaluations: which rows, and how often; without rows there are none.
         trained: how that is written.
+        lr: the peak of the schedule.
         optimizer_bits: of AdamW's moments between steps.
         events_bytes: flushes the run's log to the disk and says its length, which a checkpoint keeps.
         resumed: where to go on, None at the beginning.
@@ -211,8 +213,8 @@ def train_loop(
             if not math.isfinite(grad_norm):
                 save(before, last=True)
                 raise _not_finite("gradient norm", grad_norm, step, [row for b in micro_batches for row in b.rows], run)
-            lr = learning_rate(step, total_steps, num_warmup, options.schedule, options.lr)
-            optimizer.step(lr, grad_scale=min(1.0, options.max_grad_norm / max(grad_norm, TINY)))
+            rate = learning_rate(step, total_steps, num_warmup, options.schedule, lr)
+            optimizer.step(rate, grad_scale=min(1.0, options.max_grad_norm / max(grad_norm, TINY)))
             progress.step = step
 
             step_s = time.perf_counter() - started
@@ -221,7 +223,7 @@ def train_loop(
                 Step(
                     step=step,
                     loss=losses[-1],
-                    lr=lr,
+                    lr=rate,
                     grad_norm=grad_norm,
                     tokens=num_tokens,
                     supervised_tokens=sum(batch.supervised_tokens for batch in micro_batches),

@@ -1,5 +1,6 @@
 """Pictures: training and held-out loss over the steps of a run; what strategies take against a budget."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,6 +31,26 @@ def draw_loss(events: Path, out: Path | BinaryIO) -> None:
         if evaluations:
             x = [record["step"] for record in evaluations]
             axes.plot(x, [record["loss"] for record in evaluations], "o-", color="tab:orange", label="held-out")
+        axes.grid(alpha=0.3)
+        if steps or evaluations:
+            axes.legend()
+
+
+def draw_rates(losses: Mapping[float, float | None], suggested: float, out: Path) -> None:
+    """Draw the held-out loss that each learning rate led to; rates without a finite one are marked at the top."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    with picture(out, "learning rate", "held-out loss after a small run") as axes:
+        axes.plot(list(finite), list(finite.values()), "o-", color="tab:blue")
+        axes.axvline(suggested, color="grey", linestyle=":", label="suggested by the model's width")
+        if finite:
+            best = min(finite, key=finite.__getitem__)
+            axes.plot([best], [finite[best]], "o", color="tab:orange", markersize=10, label=f"lowest: {best:g}")
+        failed = [rate for rate in losses if rate not in finite]
+        if failed:
+            top = axes.get_ylim()[1]
+            axes.plot(failed, [top] * len(failed), "x", color="tab:red", label="not finite", clip_on=False)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(losses), [f"{rate:g}" for rate in losses])
         axes.grid(alpha=0.3)
         axes.legend()
 

@@ -44,12 +44,14 @@ from nybble.training.events import (
     TrainingBegun,
     TrainingEnded,
 )
-from nybble.training.fit import Fit, choose_path, load_fitted, plan_fit
+from nybble.training.fit import Fit, attach, choose_path, load_base, plan_fit
 from nybble.training.loop import LoopResult, Rehearsal, train_loop
 from nybble.training.objectives import asks_before
 from nybble.training.plots import draw_loss
+from nybble.training.rank import bound_rank
 from nybble.training.reference import ADAPTER, References, ask_reference
 from nybble.training.start import Examples, Opened, choose_method, open_start, take_examples
+from nybble.training.sweep import choose_lr
 
 if TYPE_CHECKING:
     pass
@@ -78,11 +80,13 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     report(RunStarted(config.model.model, config.data.data, config.run.resume))
     opened = open_start(config, run, report)
     examples = take_examples(opened, report)
+    opened = bound_rank(opened, examples, report)
     opened, examples = choose_method(opened, examples, report)
     base = choose_base(opened, examples, report)
     with PeakMemory(opened.device) as memory:
         fit = plan_fit(opened, examples, base, report)
-        model = load_fitted(opened, examples, base, fit, report)
+        model = load_base(opened, base, fit, report)
+        opened = attach(opened, examples, base, fit, model, report)
         fit, causal_lm = choose_path(opened, examples, base, fit, model, report)
         trim_heap()  # what loading took and freed
         _move_in(opened, examples, base, log)
@@ -198,6 +202,23 @@ def _take_steps(
         report(AdapterTaken(str(opened.continued.folder), opened.continued.fingerprint()))
     if resumed is not None:
         report(Resumed(resumed.step))
+    trained = _trained(opened, causal_lm)
+    loop = partial(
+        train_loop,
+        causal_lm,
+        examples.objective,
+        data.train,
+        optimizer_bits=config.memory.optimizer_bits,
+        micro_batch_size=plan.micro_batch_size,
+        trained=trained,
+        events_bytes=log.sync,
+        paged=plan.paged,
+        graphs=plan.run.graphs,
+    )
+    rate = choose_lr(opened, examples, causal_lm, trained, loop, plan.micro_batch_size, report)
+    if rate.interrupted is not None:  # what is trained is as training would have begun
+        trained.publish(causal_lm.module, run)
+        return LoopResult(0, None, None, rate.interrupted)
     checkpoints = Checkpoints(
         run.checkpoints,
         save_every=config.loop.save_every,
@@ -208,28 +229,20 @@ def _take_steps(
             "data": examples.digests.fingerprint,
             "evaluated_rows": len(examples.evaluations.rows),
         },
-        settled=_settled(opened, plan, base.rounding),
+        settled=_settled(opened, plan, base.rounding, rate.lr),
         last_step=done,
     )
     report(TrainingBegun(examples.num_steps, done))
-    return train_loop(
-        causal_lm,
-        examples.objective,
-        data.train,
+    return loop(
         examples.evaluations,
         config.loop,
-        optimizer_bits=config.memory.optimizer_bits,
+        lr=rate.lr,
         sampler=StepSampler(len(data.train), config.memory.rows_per_step, config.data.seed, data.mixture),
         total_steps=examples.num_steps,
-        micro_batch_size=plan.micro_batch_size,
         run=run,
-        trained=_trained(opened, causal_lm),
         report=report,
-        events_bytes=log.sync,
         checkpoints=checkpoints,
         resumed=resumed,
-        paged=plan.paged,
-        graphs=plan.run.graphs,
         rehearsal=None if config.memory.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
     )
 
@@ -254,9 +267,9 @@ def _record(opened: Opened, examples: Examples) -> None:
     draw_lengths(examples.data.lengths(), opened.config.data.max_seq_len, run.lengths_plot)
 
 
-def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None) -> dict[str, str | int]:
+def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None, lr: float) -> dict[str, str | int | float]:
     """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
-    return {
+    settled: dict[str, str | int | float] = {
         "keep": plan.keep,
         "whole_blocks": plan.whole_blocks,
         "micro_batch_size": plan.micro_batch_size,
@@ -266,7 +279,10 @@ def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None) -> dic
         "threads": torch.get_num_threads(),
         "compute_dtype": {torch.bfloat16: "bf16", torch.float32: "fp32"}[opened.dtype],
         "device": opened.device.type,
-    } | ({} if rounding is None else {"quality": rounding.rounding})
+    }
+    settled |= {} if rounding is None else {"quality": rounding.rounding}
+    settled |= {"lr": lr} if opened.given.loop.lr == "auto" else {}
+    return settled | ({"rank": opened.config.adapters.settled_rank} if opened.given.adapters.rank == "auto" else {})
 
 
 def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> Rehearsal:

@@ -125,9 +125,9 @@ def take_examples(opened: Opened, report: Listener) -> Examples:
     data.audit.check()
     data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
     if config.objective.objective != "sft" and "lr" not in config.loop.model_fields_set:
-        report(Note(f"lr is {config.loop.lr:g}, the default; preferences are usually learnt with {USUAL_LR}: --lr"))
+        report(Note(f"lr is {config.loop.lr}, the default; preferences are usually learnt with {USUAL_LR}: --lr"))
     elif config.method.method == "full" and "lr" not in config.loop.model_fields_set:
-        report(Note(f"lr is {config.loop.lr:g}, the default; whole models usually take {USUAL_FULL_LR}: --lr"))
+        report(Note(f"lr is {config.loop.lr}, the default; whole models usually take {USUAL_FULL_LR}: --lr"))
     base, digests = source.fingerprint(), DataDigests.of(data)
     if resumed is not None:
         check_base(resumed, base, allowed)

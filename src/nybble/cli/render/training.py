@@ -9,6 +9,7 @@ from rich.text import Text
 from nybble.cli.render.step_line import StepLine
 from nybble.cli.render.terminal import Terminal, show
 from nybble.evaluation.samples import Sample
+from nybble.planning.ranks import RankChosen
 from nybble.runs.result import RunResult
 from nybble.sources.bundled import Fetching
 from nybble.training import events
@@ -43,6 +44,22 @@ def _(event: events.TrainingBegun, terminal: Terminal) -> None:
     if event.after is not None:
         terminal.say(f"going on after step {event.after} of {event.total_steps}")
     terminal.steps = StepLine(terminal.console, event.total_steps)
+
+
+@show.register
+def _(event: events.RateTried, terminal: Terminal) -> None:
+    told = "no finite loss" if event.loss is None else f"held-out loss {event.loss:.4f}"
+    terminal.say(f"  lr {event.lr:g}: {told} after {event.steps} steps at {event.small_lr:.3g}")
+
+
+@show.register
+def _(event: events.RateChosen, terminal: Terminal) -> None:
+    terminal.say(f"lr: {event.lr:g}, {event.why}")
+
+
+@show.register
+def _(event: RankChosen, terminal: Terminal) -> None:
+    terminal.say(f"rank: {event.rank}, {event.why}")
 
 
 @show.register
