@@ -1,6 +1,5 @@
 """What people know adapters to have, on both ways of computing a model: trained, resumed, read by PEFT, merged."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from tiny import put_into_four_bits
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from nybble import plan
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import collate
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import silent
 from nybble.exporting.artefact import Artefact, write
@@ -21,7 +23,10 @@ from nybble.exporting.consumers import base_of_adapters
 from nybble.exporting.gguf_model import read_gguf_adapter
 from nybble.exporting.merged_source import MergedSource
 from nybble.formats.quant_spec import BaseFormats
+from nybble.layers.augmented import AugmentedProjection
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters
+from nybble.layers.projection import DenseWeights, Projection
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.use_groups import ArtefactKind, GgufType
@@ -140,25 +145,75 @@ def test_what_is_taken_from_the_base_is_pefts(start, tiny_model: Path, tmp_path:
         start("more", adapter=str(run))
 
 
-def test_dora_has_pefts_gradients_on_four_bits(start) -> None:
-    opened = open_run(start(dora=True, lr=2e-2))
+@pytest.mark.parametrize("keep", ["everything", None])
+def test_dora_has_pefts_loss_and_gradients_on_four_bits(start, keep: str | None) -> None:
+    """Through decoder blocks, and through transformers' modules, where adapters scale what the layer gave."""
+    opened = open_run(start(dora=True, lr=2e-2, target_modules="q_proj,o_proj,up_proj,down_proj"))
     ours = load_tuned(opened, torch.float32, torch.device("cpu")).requires_grad_(False)
     theirs = PeftModel.from_pretrained(widened(opened), opened.run.adapter, is_trainable=True)
     adapters = adapters_of(ours)
-    parameters = [p for each in adapters.values() for p in (each.lora_A, each.lora_B, each.magnitude)]
-    for parameter in parameters:
+    for parameter in (parameter for each in adapters.values() for parameter in each.trained()):
         parameter.requires_grad_()
-    for model in (ours, theirs):
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    rows = [EncodedExample(TOKENS[0, :n].int(), torch.ones(n, dtype=torch.bool), "") for n in (10, 6)]
+    batch = collate(rows, packed=keep is not None)
+    causal_lm = CausalLM.of(ours, packing=keep is not None, keep=keep or "nothing")
+    assert causal_lm.name.startswith("decoder blocks" if keep else "generic path")
+    loss = causal_lm.loss(batch, batch.supervised_tokens)
+    expected = sum(theirs(input_ids=TOKENS[:, :n], labels=TOKENS[:, :n]).loss * (n - 1) / 14 for n in (10, 6))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    loss.backward()
+    expected.backward()
     for name, adapter in adapters.items():
         layer = theirs.base_model.model.get_submodule(name)
         other = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         other += (layer.lora_magnitude_vector["default"].weight,)
-        for mine, its in zip((adapter.lora_A, adapter.lora_B, adapter.magnitude), other, strict=True):
-            torch.testing.assert_close(mine.grad, its.grad, rtol=2e-3, atol=1e-6)
-    assert json.loads(opened.run.plan.read_text())["chosen"]["path"].startswith(
-        "generic path (decoder blocks have no DoRA)"
-    )
+        for mine, its in zip(adapter.trained(), other, strict=True):
+            assert (mine.grad - its.grad).norm() <= 1e-5 * its.grad.norm(), name
+
+
+@pytest.mark.parametrize("own_class", [Projection, AugmentedProjection])
+@pytest.mark.parametrize("dense", [False, True])
+def test_dora_in_a_projection_is_the_formula(own_class: type[Projection], dense: bool) -> None:
+    """One layer has no adapter, one has a bias; autograd over the sum of the matrices decides."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"block": nn.ModuleList([nn.ModuleDict({n: nn.Linear(32, 16, n == "b") for n in "abc"})])})
+    if not dense:
+        put_into_four_bits(model)
+    adapters = attach_adapters(model, ["block.0.a", "block.0.b"], rank=3, alpha=6.0, dora=True)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.lora_B, std=0.1)
+        nn.init.normal_(adapter.magnitude, mean=1.0, std=0.3)
+    projection = own_class([model.get_submodule(f"block.0.{name}") for name in "abc"], DenseWeights())
+    x, grad = torch.randn(7, 32), torch.randn(7, 48)
+
+    expected, seen = [], x.clone().requires_grad_()
+    for linear, adapter in zip(projection.linears, projection.adapters, strict=True):
+        weight = linear.weight.detach() if dense else linear.dequantize(torch.float32)
+        if adapter is not None:
+            weight = weight + adapter.scaling * adapter.lora_B @ adapter.lora_A
+            weight = adapter.magnitude[:, None] * weight / weight.detach().norm(dim=1, keepdim=True)
+        expected.append(seen @ weight.T + (0 if linear.bias is None else linear.bias.detach()))
+    torch.cat(expected, dim=1).backward(grad)
+
+    rows = x.new_zeros(7, projection.in_width)
+    rows[:, :32] = x
+    z = projection.low_rank(rows)
+    assert z is not None
+    y = projection.forward(rows, z)[:, :48]
+    torch.testing.assert_close(y, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(projection.forward(rows, z, residual=grad), y + grad, rtol=1e-5, atol=1e-5)
+    given = projection.gradient(grad)
+    grad_z = projection.backward_low_rank(given)
+    gradients = projection.backward_adapters(given, grad_z, rows, z)
+    for parameter, gradient in zip(projection.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(projection.backward_input(given, grad_z)[:, :32], seen.grad, rtol=1e-4, atol=1e-5)
+
+    for adapter in adapters.values():
+        adapter.switch(False)
+    assert projection.low_rank(rows) is None
+    plain = torch.cat([linear(x) for linear in projection.linears], dim=1)
+    torch.testing.assert_close(projection.forward(rows, None)[:, :48], plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +237,8 @@ def test_plans_know_dora_and_patterns(tiny_model: Path, tmp_path: Path) -> None:
     counts = [each.smallest.run.adapter_parameters for each in (plain, dora, pattern)]
     outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)  # of two blocks: q, k, v, o, gate, up and down
     assert (counts[1] - counts[0], counts[2] - counts[0]) == (outputs, 2 * 2 * (128 + 64))
-    assert (plain.smallest.run.path, dora.smallest.run.path) == ("blocks", "generic")
+    assert plain.smallest.run.path == dora.smallest.run.path == "blocks"
+    assert dora.smallest.peak_bytes > plain.smallest.peak_bytes
 
 
 def test_eva_begins_along_the_largest_inputs(tiny_model: Path) -> None:

@@ -133,9 +133,8 @@ def made(start):
     return get
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "sft" else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
-)
+@pytest.mark.usefixtures("two_steps_each")
+@pytest.mark.parametrize("name", ["sft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paged", "dpo"))])
 def test_after_a_sweep_the_run_is_that_of_the_rate_given(start, made, name: str) -> None:
     run = made(name)
     (chosen,) = read_events(run.events, "lr")

@@ -18,6 +18,7 @@ from nybble.errors import ConfigError, DataError
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.context import context_length
+from nybble.layers.lora import DoraLinear
 from nybble.layers.trained import trained_modules
 
 if TYPE_CHECKING:
@@ -102,9 +103,15 @@ def generate(
     if not prompts:
         return []
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
-    fused = why_not_forward(model, ops=decoder_ops) is None and not trained_modules(model)
-    through = _through_blocks if fused else _through_transformers
+    through = _through_blocks if _has_decoder(model) else _through_transformers
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or (lambda prompt, token: None))
+
+
+def _has_decoder(model: "PreTrainedModel") -> bool:
+    """Whether decoder blocks give the answers; their kernels know no module that is trained whole, and do not scale
+    rows, as DoRA's adapters do."""
+    scales = any(isinstance(module, DoraLinear) for module in model.modules())
+    return not scales and not trained_modules(model) and why_not_forward(model, ops=decoder_ops) is None
 
 
 def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:

@@ -101,7 +101,7 @@ class AugmentedProjection(Projection):
 
     def _weight(self, like: Tensor) -> Tensor:
         shape = (self.out_width, self.in_width)
-        return self.weights.made((self, self._versions()), shape, like, self._write)
+        return self.weights.made((self, self._adapted(), self._versions()), shape, like, self._write)
 
     @torch.no_grad()
     def _write(self, matrix: Tensor) -> None:
@@ -116,6 +116,9 @@ class AugmentedProjection(Projection):
                 write_beside(rows[:, self.in_features :], b, scaling, ranks.start)
             else:
                 augmented_weight_(rows, stored, b, scaling, ranks.start)
+            scale = adapter.row_scale() if adapter is not None and self._adapted() else None
+            if scale is not None:
+                rows.mul_(scale.to(rows.dtype)[:, None])
             if adapter is not None:
                 below[ranks] = adapter.lora_A
 

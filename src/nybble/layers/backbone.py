@@ -51,7 +51,6 @@ class Why(StrEnum):
     OPTION = "decoder blocks do not know {}"
     MODULES = "decoder blocks know other layers in this family: {}"
     DROPOUT = "decoder blocks have no adapter dropout"
-    DORA = "decoder blocks have no DoRA"
     TRAINED = "decoder blocks train adapters alone, not {}"
     WEIGHTS = "decoder blocks train adapters, no weights"
     KERNELS = "decoder blocks have no kernel for {}"
@@ -204,7 +203,10 @@ class FusedForward:
         """Whether a pass needs nothing but what lies in the memory that it computes in, draws nothing, and waits for
         nobody."""
         waits = any(block.attention_waits(self.norm.weight) for block in self.blocks) or angles_by_length(self.model)
-        return self.weights.store is None and self.kept is None and not self.regularisers.noise and not waits
+        # What DoRA's rows are scaled by is computed when a step has changed it, which a graph would not do again.
+        scales = any(isinstance(adapter, DoraLinear) for block in self.blocks for adapter in block.adapters)
+        own = self.weights.store is None and self.kept is None
+        return own and not self.regularisers.noise and not waits and not scales
 
     @property
     def block_elements(self) -> int:
@@ -269,7 +271,6 @@ def why_not_blocks(
     *,
     packing: bool,
     dropout: bool,
-    dora: bool = False,
     trained: Iterable[str] = (),
     full: bool = False,
     device: torch.device | None = None,
@@ -281,7 +282,6 @@ def why_not_blocks(
         model: loaded, or on the meta device and without adapters, as a plan has it.
         packing: rows of a micro-batch lie side by side.
         dropout: something of the adapters' inputs is dropped.
-        dora: adapters to come are DoRA's.
         trained: names of modules that will be trained whole.
         full: every weight is trained.
         device: that trains; the model's own if not given.
@@ -296,8 +296,6 @@ def why_not_blocks(
             return Reason(Why.OPTION, option)
     if full:
         return Reason(Why.WEIGHTS)
-    if dora:
-        return Reason(Why.DORA)
     if inside := trained_inside(trained, block_names(model)):
         return Reason(Why.TRAINED, inside)
     why = why_not_forward(model, device, here=here)
@@ -327,8 +325,6 @@ def why_not_forward(
     for option in family.unsupported:
         if getattr(config, option, None):
             return Reason(Why.OPTION, option)
-    if any(isinstance(module, DoraLinear) for module in model.modules()):
-        return Reason(Why.DORA)
     if inside := trained_inside(trained_modules(model), block_names(model)):
         return Reason(Why.TRAINED, inside)
     other = _other_modules(model.base_model.layers, family)

@@ -40,6 +40,7 @@ from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.glu import geglu, geglu_backward, gelu, gelu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
 from nybble.layers.augmented import projection_on
+from nybble.layers.lora import LoraLinear
 from nybble.layers.norms import Norm, Normed, norm_over, through_norm
 from nybble.layers.packed_rows import QUERIES, Angles, PackedSequences
 from nybble.layers.projection import DenseWeights, Projection
@@ -123,6 +124,10 @@ class DecoderBlock:
     def parameters(self) -> list[Tensor]:
         """The adapters' parameters, in the order in which `backward` returns their gradients."""
         return [p for projection in self.projections for p in projection.parameters()]
+
+    @property
+    def adapters(self) -> list[LoraLinear]:
+        return [adapter for projection in self.projections for adapter in projection.adapters if adapter]
 
     def refresh_adapters(self, dtype: torch.dtype) -> None:
         """Bring the copies of the block's adapters up to date."""

@@ -72,6 +72,14 @@ class LoraLinear(nn.Module):
             self.lora_B.copy_(b)
         self.initial = (self.lora_A.detach().clone(), self.lora_B.detach().clone())
 
+    def trained(self) -> tuple[Tensor, ...]:
+        """What learns: A and B."""
+        return self.lora_A, self.lora_B
+
+    def row_scale(self) -> Tensor | None:
+        """What each row of W + s·B·A is multiplied by, fp32 `(out)`; None: by nothing."""
+        return None
+
     def switch(self, enabled: bool) -> None:
         """On, or off to ask the base: with what was taken out of it back in, where something was."""
         if not self.taken_by:
@@ -129,6 +137,14 @@ class DoraLinear(LoraLinear):
         super().start_from(a, b)
         with torch.no_grad():
             self.magnitude.copy_(self.norms())
+
+    def trained(self) -> tuple[Tensor, ...]:
+        """A, B and the magnitudes."""
+        return *super().trained(), self.magnitude
+
+    def row_scale(self) -> Tensor | None:
+        """As `LoraLinear` says: m over the norms."""
+        return self.magnitude.detach() / self.norms()
 
     @torch.no_grad()
     def norms(self) -> Tensor:

@@ -1,6 +1,8 @@
 """Linear layers that read the same input, with the adapters beside them: forward and backward, a product at a time.
 
 LoRA's formulas (arXiv 2106.09685), y = W·x + bias + scaling·B·A·x. `layers/augmented.py` has the same in one product.
+DoRA's (arXiv 2402.09353), y = c·(W + scaling·B·A)·x + bias, are the same of c·W and c·B, each row times its own c =
+m / n; only the gradient of m, Σ g·((W + scaling·B·A)·x) / n over the tokens, takes the product with W once more.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops.four_bit import dequantize_into
 from nybble.layers.dense import weight_matrix
-from nybble.layers.lora import LoraLinear, linear_features
+from nybble.layers.lora import DoraLinear, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.streamed import BlockStore, StreamedLinear
 
@@ -55,6 +57,14 @@ class DenseWeights:
         weight = self._room(None, (linear.out_features, linear.in_features), dtype, stored.packed.device)
         dequantize_into(stored, weight)
         return weight
+
+    def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """What was fetched last, each row times its own number `(out)`; in place where it was written out for this."""
+        scale = scale.to(weight.dtype)[:, None]
+        buffer = self._buffers.get(None)
+        if buffer is not None and weight.data_ptr() == buffer.data_ptr():
+            return weight.mul_(scale)
+        return weight * scale
 
     def made(self, version: object, shape: tuple[int, int], like: Tensor, make: Callable[[Tensor], None]) -> Tensor:
         """What `make` writes into a matrix of this shape, valid until it is asked for another one of the shape.
@@ -109,8 +119,8 @@ class Projection:
         self._copies: AdapterCopies | None = None
 
     def parameters(self) -> list[Tensor]:
-        """A and B of each adapter, in order: what `backward_adapters` returns gradients of."""
-        return [p for adapter in self.adapters if adapter for p in (adapter.lora_A, adapter.lora_B)]
+        """Of each adapter, in order: what `backward_adapters` returns gradients of."""
+        return [parameter for adapter in self.adapters if adapter for parameter in adapter.trained()]
 
     def refresh_adapters(self, dtype: torch.dtype) -> None:
         """Bring the adapters' copies up to date, where there are any that are used."""
@@ -129,7 +139,7 @@ class Projection:
         y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
         for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
             part = y[:, columns]
-            weight = self.weights.fetch(linear, x.dtype)
+            weight = self._scaled_weight(linear, None if z is None else adapter, x.dtype)
             if residual is None:
                 torch.mm(x, weight.T, out=part)
             else:
@@ -157,8 +167,8 @@ class Projection:
     def backward_input(self, grad_y: Tensor, grad_z: Tensor | None) -> Tensor:
         """The gradient of x, (T, out) -> (T, in)."""
         grad_x = grad_y.new_empty(grad_y.shape[0], self.in_features)
-        for i, (linear, _, columns, _) in enumerate(self._parts()):
-            weight = self.weights.fetch(linear, grad_y.dtype)
+        for i, (linear, adapter, columns, _) in enumerate(self._parts()):
+            weight = self._scaled_weight(linear, None if grad_z is None else adapter, grad_y.dtype)
             if i == 0:
                 torch.mm(grad_y[:, columns], weight, out=grad_x)
             else:
@@ -173,12 +183,27 @@ class Projection:
             return []
         grad_a = self._over_tokens(grad_z.T, x[:, : self.in_features])  # (Σ r, in)
         grads = []
-        for _, adapter, columns, ranks in self._parts():
+        for linear, adapter, columns, ranks in self._parts():
             if adapter is not None:
                 # zᵀ · grad_y, then turned: oneDNN takes the other order at half the speed.
                 grad_b = self._over_tokens(z[:, ranks].T, grad_y[:, columns]).mul_(adapter.scaling)  # (r, out)
-                grads += [grad_a[ranks], grad_b.T.contiguous()]
+                scale = adapter.row_scale()
+                grads += [grad_a[ranks], (grad_b if scale is None else grad_b.mul_(scale)).T.contiguous()]
+            if isinstance(adapter, DoraLinear):
+                grads.append(self._grad_magnitude(linear, adapter, grad_y[:, columns], x, z[:, ranks]))
         return grads
+
+    def _grad_magnitude(self, linear: Any, adapter: DoraLinear, grad_y: Tensor, x: Tensor, z: Tensor) -> Tensor:
+        """Of one adapter, fp32 `(out)`; z is its own, (T, r)."""
+        turned = x[:, : self.in_features] @ self.weights.fetch(linear, x.dtype).T  # (T, out)
+        turned.addmm_(z, (adapter.lora_B.detach() * adapter.scaling).to(x.dtype).T)
+        return turned.mul_(grad_y).sum(dim=0, dtype=torch.float32) / adapter.norms()
+
+    def _scaled_weight(self, linear: Any, adapter: LoraLinear | None, dtype: torch.dtype) -> Tensor:
+        """The weight of a frozen linear, each row as its adapter scales it; valid until the next is fetched."""
+        weight = self.weights.fetch(linear, dtype)
+        scale = None if adapter is None else adapter.row_scale()
+        return weight if scale is None else self.weights.scaled(weight, scale)
 
     def _over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
         """a · b, (r, T) · (T, n), in fp32 once it is rounded to the type of both."""
@@ -210,7 +235,8 @@ class Projection:
 class AdapterCopies:
     """The adapters of a projection as its products want them, in the compute dtype; memory that is written anew.
 
-    a: `(Σ ranks, in)`, stacked. b: scaling · B, `(out, r)`, of each layer that has an adapter, by its place.
+    a: `(Σ ranks, in)`, stacked. b: scaling · B, with DoRA its rows scaled, `(out, r)`, of each layer that has an
+    adapter, by its place.
     b_transposed: the same, `(r, out)` and contiguous, which oneDNN adds twice as fast.
     versions: dtype, and how often each fp32 master had been written to when it was copied.
     """
@@ -232,7 +258,9 @@ class AdapterCopies:
             adapter = adapters[i]
             assert adapter is not None
             self.a[row : row + adapter.rank].copy_(adapter.lora_A)
-            torch.mul(adapter.lora_B, adapter.scaling, out=b)
+            scale = adapter.row_scale()
+            factor = adapter.scaling if scale is None else adapter.scaling * scale[:, None]
+            torch.mul(adapter.lora_B, factor, out=b)
             self.b_transposed[i].copy_(b.T)
             row += adapter.rank
         self.versions = versions

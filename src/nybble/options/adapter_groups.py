@@ -23,7 +23,7 @@ class AdapterSizes(Options, group="Adapters"):
     dropout: float = knob(0.0, "Dropout on each adapter's input.", ge=0, lt=1, aliases=("lora_dropout",))
     dora: bool = knob(
         False,
-        "Train the length of each row of adapted weights beside its direction (DoRA), through transformers' modules.",
+        "Train the length of each row of adapted weights beside its direction (DoRA).",
         aliases=("use_dora",),
     )
     target_modules: str | tuple[Name, ...] = knob(

@@ -358,11 +358,13 @@ def compiled_products(shape: ModelShape, *ranks: int) -> tuple[int, int]:
 
 
 def written_out_bytes(run: RunShape) -> dict[Part, int]:
-    """What four-bit weights are written out into: one at a time; or on a GPU, for decoder blocks, all of a block, with
+    """What four-bit weights are written out into: one at a time, and one more where DoRA asks for the norms of its rows
+    or scales those of 16 bits; or on a GPU, for decoder blocks, all of a block, with
     room for adapters beside them (`layers/augmented.py`), as if each layer shared its input with two more.
     """
     if not run.wide:
-        return {Part.DENSE_WEIGHT: 0 if run.spec is None else run.compute_bytes * run.model.largest_linear}
+        copies = (run.spec is not None) + run.dora
+        return {Part.DENSE_WEIGHT: copies * run.compute_bytes * run.model.largest_linear}
     elements = (
         sum((rows + run.beside) * (columns + run.beside) for _, rows, columns in block.linears)
         for block, _ in run.model.parts.blocks

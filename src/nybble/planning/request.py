@@ -242,10 +242,8 @@ def why_no_blocks(
     adapters, packing = options.adapters, options.memory.packing
     few_bits = linears_in_few_bits(options, skeleton, in_four_bits)
     trained = resolve_modules(skeleton, adapters.modules_to_save, few_bits, ())
-    dropout, dora = adapters.dropout > 0, adapters.dora
-    return why_not_blocks(
-        skeleton, packing=packing, dropout=dropout, dora=dora, trained=trained, device=device, here=here
-    )
+    dropout = adapters.dropout > 0
+    return why_not_blocks(skeleton, packing=packing, dropout=dropout, trained=trained, device=device, here=here)
 
 
 def _check_lane(memory: MemoryOptions, machine: Machine) -> None:

@@ -196,7 +196,7 @@ class RunShape:
         page_bytes: None where optimizer state is resident, else what the buffers of its pages take.
         offload: what blocks keep goes to a file, or beside a GPU.
         dropout: on the adapters' inputs, on the generic path.
-        dora: rows' lengths are trained; on the generic path.
+        dora: rows' lengths are trained.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         trained_parameters, largest_trained: of modules that are trained whole, all of them and their largest weight.
         trained_head: the head is one of them: the model's own forward makes its logits.
