@@ -25,13 +25,19 @@ from nybble.exporting.merged_source import MergedSource
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.augmented import AugmentedProjection
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters
+from nybble.layers.convert import (
+    adapters_of,
+    attach_adapters,
+    enable_adapters,
+    new_adapter_sizes,
+    resolve_targets,
+)
 from nybble.layers.projection import DenseWeights, Projection
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.options.verbs import load_config
-from nybble.quantization.adapter_init import start_along_inputs
+from nybble.quantization.adapter_init import share_out, shared_out_ranks, start_along_inputs
 from nybble.quantization.folder import quantize_folder, save_dense_folder
 from nybble.runs.open_run import OpenRun, load_frozen, load_tuned, open_run
 from nybble.sources.load import load_model
@@ -50,6 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 OPTIONS["dora"] = {"dora": True, "rank_pattern": "up_proj=3", "lora_plus_ratio": 2}
 OPTIONS["regularised"] = {"neftune_alpha": 5, "label_smoothing": 0.1, "z_loss": 1e-3}
 OPTIONS |= {init: {"init": init, "lr": 1e-3} for init in ("eva", "pissa", "olora")}
+OPTIONS["eva"] |= {"eva_rho": 3, "rank_pattern": "q_proj=2", "alpha": 8}
 QUICK = {("patterns", "blocks"), ("patterns",), ("lora-plus", "generic"), ("dora", "blocks"), ("regularised", "blocks")}
 QUICK |= {("pissa", "generic"), ("eva", "blocks")}
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
@@ -239,6 +246,35 @@ def test_plans_know_dora_and_patterns(tiny_model: Path, tmp_path: Path) -> None:
     assert (counts[1] - counts[0], counts[2] - counts[0]) == (outputs, 2 * 2 * (128 + 64))
     assert plain.smallest.run.path == dora.smallest.run.path == "blocks"
     assert dora.smallest.peak_bytes > plain.smallest.peak_bytes
+
+
+def test_eva_gives_ranks_to_what_explains_most(start, tiny_model: Path) -> None:
+    shares = {"a": torch.tensor([0.5, 0.2, 0.1]), "b": torch.tensor([0.5, 0.4, 0.3]), "c": torch.tensor([0.05, 0.01])}
+    assert share_out(shares, 3) == {"a": 1, "b": 2, "c": 0}
+    source = open_model(str(tiny_model))
+    model = load_model(source, None, torch.float32)
+    adapters = attach_adapters(model, resolve_targets(model, "all-linear"), rank=3, alpha=6.0)
+    inputs: dict[str, torch.Tensor] = {}
+    for name, adapter in adapters.items():
+        adapter.register_forward_pre_hook(
+            lambda _, arguments, name=name: inputs.__setitem__(name, arguments[0].flatten(0, -2).detach())
+        )
+    windows = torch.randint(250, (1, 64), generator=torch.Generator().manual_seed(0))
+    model(input_ids=windows)
+    found = shared_out_ranks(model, windows, rho=2.0)
+    ranked = []
+    for name in adapters:
+        squares = torch.linalg.svdvals(inputs[name].double()).square()
+        ranked += [(-share, name) for share in (squares / squares.sum())[:6].tolist()]
+    best = [name for _, name in sorted(ranked, key=lambda each: each[0])[: 3 * len(adapters)]]
+    assert sum(found.values()) == 3 * len(adapters) and max(found.values()) <= 6
+    assert max(abs(found[name] - best.count(name)) for name in adapters) <= 1  # q, k and v have the same: ties
+
+    opened = open_run(start(**OPTIONS["eva"]))
+    kept = opened.config.adapters.model_copy(update={"eva_rho": 1.0})
+    ranks = [each.rank for each in adapters_of(load_tuned(opened, torch.float32, torch.device("cpu"))).values()]
+    given = [size for size, _ in new_adapter_sizes(source.skeleton, kept).values()]
+    assert sum(ranks) == sum(given) and sorted(ranks) != sorted(given)
 
 
 def test_eva_begins_along_the_largest_inputs(tiny_model: Path) -> None:

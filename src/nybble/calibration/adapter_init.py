@@ -62,6 +62,16 @@ def largest_directions(hessian: Tensor, rank: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, 0, 0, rank - len(vectors))).float().contiguous()
 
 
+def explained_shares(hessian: Tensor, count: int) -> Tensor:
+    """Of the sum of H's eigenvalues, what each of the `count` largest is, fp64, descending; fewer where H has fewer.
+
+    Args:
+        hessian: `(in, in)`, XᵀX up to a factor.
+    """
+    values = torch.linalg.eigvalsh(hessian.double()).flip(0).clamp(min=0)
+    return values[:count] / values.sum().clamp(min=1e-30)
+
+
 def _largest_singular(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest singular values with their vectors, from the smaller Gram matrix: (m, c), (c), (n, c)."""
     if matrix.shape[0] > matrix.shape[1]:

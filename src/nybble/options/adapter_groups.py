@@ -81,13 +81,33 @@ class AdapterInit(Options, group="Adapters"):
     )
 
 
+class EvaOptions(AdapterInit):
+    eva_rho: float = knob(
+        1.0,
+        "With --init eva: give the ranks out once more, to the layers whose inputs they explain most of; a layer gets "
+        "up to so many times its rank, or none.",
+        ge=1,
+        aliases=("rho",),
+    )
+
+    @model_validator(mode="after")
+    def _rho_is_evas(self) -> Self:
+        if self.eva_rho != 1 and self.init != "eva":
+            raise ConfigError(
+                f"eva-rho is {self.eva_rho:g}, and init is {self.init}.",
+                "Ranks are given out by what --init eva finds.",
+                "Use --init eva, or leave --eva-rho out.",
+            )
+        return self
+
+
 class AdapterScaling(Options, group="Adapters"):
     alpha: float = knob(32.0, "Adapters are scaled by alpha / rank.", gt=0, aliases=("lora_alpha",))
     alpha_pattern: AlphaPattern = knob({}, "Alphas of layers that have another, as --rank-pattern says which.")
     rslora: bool = knob(False, "Scale by alpha / sqrt(rank) instead (rsLoRA).", aliases=("use_rslora",))
 
 
-class PlannedAdapters(AdapterInit, AdapterSizes):
+class PlannedAdapters(EvaOptions, AdapterSizes):
     """What of adapters decides how a run fits."""
 
 

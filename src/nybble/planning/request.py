@@ -166,6 +166,8 @@ def requests(
     model = shape_of(skeleton, in_four_bits)
     trained = [weight.numel() for name in whole for weight in skeleton.get_submodule(name).parameters()]
     sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
+    if adapters.eva_rho > 1:
+        ranks = _widest_first(ranks, sizes, adapters.eva_rho)
     parameters = sum(ranks[name] * sum(size) + size[1] * adapters.dora for name, size in sizes.items())
     if new_tokens:
         parameters += new_tokens * model.hidden_size * (1 if skeleton.all_tied_weights_keys else 2)
@@ -173,7 +175,7 @@ def requests(
         model,
         batches=micro_batches(1),
         adapter_parameters=parameters,
-        rank=(rank := _mean_rank(skeleton, ranks) if adapters.rank_pattern else adapters.settled_rank),
+        rank=(rank := adapters.settled_rank if len({*ranks.values()}) == 1 else _mean_rank(skeleton, ranks)),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",
@@ -301,6 +303,15 @@ def _mean_rank(skeleton: "PreTrainedModel", ranks: Mapping[str, int]) -> int:
     """Of the layers of the block that has most, rounded up."""
     blocks = [[rank for name, rank in ranks.items() if name.startswith(f"{block}.")] for block in block_names(skeleton)]
     return max((-(-sum(block) // len(block)) for block in blocks if block), default=max(ranks.values()))
+
+
+def _widest_first(ranks: Mapping[str, int], sizes: Mapping[str, tuple[int, int]], rho: float) -> dict[str, int]:
+    """The ranks that take most of all that --eva-rho may give out: as many as there are, the widest layers first."""
+    left, given = sum(ranks.values()), dict.fromkeys(ranks, 0)
+    for name in sorted(ranks, key=lambda name: -sum(sizes[name])):
+        given[name] = min(left, round(rho * ranks[name]))
+        left -= given[name]
+    return given
 
 
 def _sizes(memory: MemoryOptions, one_row: MicroBatches) -> list[int]:

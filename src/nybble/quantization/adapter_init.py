@@ -1,12 +1,13 @@
 """Start a model's adapters from what its base lost when it was quantised, or from what its layers are given."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from nybble.calibration.adapter_init import largest_directions, nearest_product
+from nybble.calibration.adapter_init import explained_shares, largest_directions, nearest_product
 from nybble.calibration.statistics import InputStatistics
 from nybble.errors import ModelError
 from nybble.layers.backbone import decoder_states
@@ -75,6 +76,40 @@ def start_along_inputs(model: "PreTrainedModel", windows: Tensor, statistics_byt
     for _, adapter, hessian in _with_statistics(model, adapters, windows, statistics_bytes):
         assert hessian is not None
         adapter.lora_A.copy_(largest_directions(hessian, adapter.rank))
+
+
+@torch.no_grad()
+def shared_out_ranks(
+    model: "PreTrainedModel", windows: Tensor, rho: float, statistics_bytes: int = STATISTICS_BYTES
+) -> dict[str, int]:
+    """Ranks for the layers that the adapters' ranks are given out to once more, by what they explain (EVA).
+
+    Each layer's candidates are the shares of its inputs' variance along their largest directions, rho times its rank of
+    them; the largest of all layers get a rank each, as many as there were. Paischer et al. 2024 (arXiv 2410.07170,
+    section 3); of equal ones the first layer's, as q, k and v have. Embeddings keep theirs.
+
+    Args:
+        model, windows, statistics_bytes: as `start_along_inputs` takes them.
+        rho: how many times its rank a layer may get at most, at least 1.
+
+    Returns:
+        layer -> rank, 0 where it gets none.
+    """
+    adapters = {name: each for name, each in adapters_of(model).items() if not isinstance(each, LoraEmbedding)}
+    shares = {
+        name: explained_shares(hessian, round(rho * adapter.rank))
+        for name, adapter, hessian in _with_statistics(model, adapters, windows, statistics_bytes)
+        if hessian is not None
+    }
+    return share_out(shares, sum(adapter.rank for adapter in adapters.values()))
+
+
+def share_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """How many of a layer's shares are among the `budget` largest of all."""
+    names = [name for name, own in shares.items() for _ in own]
+    order = torch.cat(list(shares.values())).argsort(descending=True, stable=True)[:budget]
+    counts = Counter(names[place] for place in order.tolist())
+    return {name: counts[name] for name in shares}
 
 
 def _with_statistics(

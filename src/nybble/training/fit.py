@@ -1,10 +1,13 @@
 """How a run fits, and the model in memory as its plan says."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from nybble import openmp
 from nybble.errors import PlanError
@@ -14,6 +17,7 @@ from nybble.layers.backbone import KeptTensors
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, remove_adapters
 from nybble.layers.full_weights import train_weights
+from nybble.layers.lora import lora_scaling
 from nybble.layers.token_rows import train_rows
 from nybble.memory.measure import has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
@@ -24,7 +28,12 @@ from nybble.planning.planner import Plan, Plans
 from nybble.planning.report import Planned
 from nybble.planning.request import plan_run
 from nybble.planning.strategies import PlanRequest, Strategy
-from nybble.quantization.adapter_init import STATISTICS_BYTES, initialise_adapters, start_along_inputs
+from nybble.quantization.adapter_init import (
+    STATISTICS_BYTES,
+    initialise_adapters,
+    shared_out_ranks,
+    start_along_inputs,
+)
 from nybble.quantization.sensitivity import some_windows
 from nybble.runs.adapter_files import restore_adapter
 from nybble.runs.base import data_free_rounding
@@ -108,14 +117,21 @@ def attach(
         adapters = opened.config.adapters
         remove_adapters(model)
         add_new_adapters(model, adapters, seed)
+    if adapters.eva_rho > 1 and opened.resumed is None:
+        windows, statistics_bytes = _windows(opened, examples), _statistics_bytes(opened, fit)
+        ranks = shared_out_ranks(model, windows, adapters.eva_rho, statistics_bytes)
+        opened = replace(opened, config=with_options(opened.config, **_with_ranks(model, ranks)))
+        adapters = opened.config.adapters
+        report(Note(_describe_ranks(ranks)))
+        remove_adapters(model)
+        add_new_adapters(model, adapters, seed)
     if examples.new_tokens:
         train_rows(model, examples.new_tokens)
     if adapters.init in TAKES_FROM_BASE:
         for adapter in adapters_of(model).values():
             adapter.taken_by = adapters.init  # a checkpoint has what that was
     if adapters.init != "default" and opened.resumed is None:
-        free = (fit.plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows
-        _begin_adapters(opened, examples, base, model, min(free, STATISTICS_BYTES))
+        _begin_adapters(opened, examples, base, model, _statistics_bytes(opened, fit))
     if opened.continued is not None:
         restore_adapter(model, opened.continued.folder)
     return opened
@@ -131,14 +147,47 @@ def _begin_adapters(
         for name, adapter in adapters_of(model).items():
             adapter.start_from(*base.residual.hand_over(name))
         return
-    windows = None
-    if init != "loftq":
-        windows = some_windows(text_of_rows(opened, examples).windows, INIT_TOKENS)
     if init == "eva":
-        assert windows is not None
-        start_along_inputs(model, windows, statistics_bytes)
+        start_along_inputs(model, _windows(opened, examples), statistics_bytes)
     else:
+        windows = None if init == "loftq" else _windows(opened, examples)
         initialise_adapters(model, opened.source, windows, statistics_bytes)
+
+
+def _windows(opened: Opened, examples: Examples) -> Tensor:
+    """The text that layers' inputs are seen on."""
+    return some_windows(text_of_rows(opened, examples).windows, INIT_TOKENS)
+
+
+def _statistics_bytes(opened: Opened, fit: Fit) -> int:
+    free = (fit.plan.peak_bytes - used_bytes(opened.device)) // 2  # of what training takes; half for the windows' pass
+    return min(free, STATISTICS_BYTES)
+
+
+def _with_ranks(model: "PreTrainedModel", ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Options of adapters with these ranks; each layer's product is scaled as it was, as PEFT has it."""
+    old = adapters_of(model)
+    names = [name for name in old if ranks.get(name, 1)]
+    changed = {name: rank for name, rank in ranks.items() if rank and rank != old[name].rank}
+    alphas = {name: old[name].alpha for name in names}
+    for name, rank in changed.items():
+        alphas[name] *= lora_scaling(1.0, old[name].rank, old[name].rslora) / lora_scaling(1.0, rank, old[name].rslora)
+    return {
+        "target_modules": tuple(names),
+        "rank_pattern": {re.escape(name): ranks.get(name, old[name].rank) for name in names},
+        "alpha_pattern": {re.escape(name): alpha for name, alpha in alphas.items()},
+    }
+
+
+def _describe_ranks(ranks: Mapping[str, int]) -> str:
+    by_leaf: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        by_leaf.setdefault(name.rpartition(".")[2], []).append(rank)
+    listed = ", ".join(f"{leaf} {min(own)} to {max(own)}" for leaf, own in by_leaf.items())
+    none = sum(not rank for rank in ranks.values())
+    return f"ranks by explained variance, {sum(ranks.values())} together: {listed}" + (
+        f"; {none} layers get no adapter" if none else ""
+    )
 
 
 def choose_path(

@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +52,6 @@ from nybble.training.rank import bound_rank
 from nybble.training.reference import ADAPTER, References, ask_reference
 from nybble.training.start import Examples, Opened, choose_method, open_start, take_examples
 from nybble.training.sweep import choose_lr
-
-if TYPE_CHECKING:
-    pass
 
 
 def train(config: TrainConfig, report: Listener = silent) -> RunResult:
@@ -267,9 +264,9 @@ def _record(opened: Opened, examples: Examples) -> None:
     draw_lengths(examples.data.lengths(), opened.config.data.max_seq_len, run.lengths_plot)
 
 
-def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None, lr: float) -> dict[str, str | int | float]:
+def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None, lr: float) -> dict[str, Any]:
     """What was chosen for options that choose for themselves: a resumed run computes with the same, to the bit."""
-    settled: dict[str, str | int | float] = {
+    settled: dict[str, Any] = {
         "keep": plan.keep,
         "whole_blocks": plan.whole_blocks,
         "micro_batch_size": plan.micro_batch_size,
@@ -281,8 +278,11 @@ def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None, lr: fl
         "device": opened.device.type,
     }
     settled |= {} if rounding is None else {"quality": rounding.rounding}
+    adapters = opened.config.adapters
     settled |= {"lr": lr} if opened.given.loop.lr == "auto" else {}
-    return settled | ({"rank": opened.config.adapters.settled_rank} if opened.given.adapters.rank == "auto" else {})
+    settled |= {"rank": adapters.settled_rank} if opened.given.adapters.rank == "auto" else {}
+    given_out = ("target_modules", "rank_pattern", "alpha_pattern") if adapters.eva_rho > 1 else ()
+    return settled | {name: getattr(adapters, name) for name in given_out}
 
 
 def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> Rehearsal:
