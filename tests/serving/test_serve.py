@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,96 @@ def test_tools_calls_and_results_are_given_to_the_template(running: Running, tra
     ):
         status, answer = raw(running, json.dumps(PLAIN | wrong).encode())
         assert status == 400 and words in answer["error"]["message"], answer
+
+
+HERMES = (
+    "{% if tools %}{{ (tools | tojson) + '\n' }}{% endif %}{% for m in messages %}{{ m['role'] + ':' }}"
+    "{% if m['reasoning_content'] %}{{ '<think>' + m['reasoning_content'] + '</think>' }}{% endif %}"
+    "{{ m['content'] or '' }}{% for c in m['tool_calls'] or [] %}"
+    "{{ '<tool_call>' + (c['function'] | tojson) + '</tool_call>' }}{% endfor %}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+SUM = '<tool_call>{"name": "add", "arguments": {"a": 3}}</tool_call>'
+OTHER = SUM.replace("3", "4")
+
+
+@pytest.fixture
+def saying(running: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Lets the model of a template with thoughts and calls say a text; asked as a whole and as a stream."""
+    served = running.engine.models["run"]
+    template = ChatTemplate(served.template.tokenizer, chat_template=HERMES)
+    monkeypatch.setitem(running.engine.models, "run", replace(served, template=template))
+    client = running.client()
+
+    def say(text: str, max_tokens: int = 64, **options: Any) -> tuple[Any, dict[str, Any]]:
+        ids = template.encoder.encode(text)
+
+        def generate(model: Any, prompts: Any, *, on_token: Any, max_new_tokens: int, **_: Any) -> None:
+            for token in ids[:max_new_tokens]:
+                on_token(0, token)
+
+        monkeypatch.setattr(engine_module, "generate", generate)
+        options = {"tools": [ADD], "max_tokens": max_tokens} | options
+        whole = ask(client, "run", **options)
+        told: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": [], "finish": None}
+        for chunk in ask(client, "run", stream=True, **options):
+            (choice,) = chunk.choices
+            told["content"] += choice.delta.content or ""
+            told["reasoning_content"] += getattr(choice.delta, "reasoning_content", None) or ""
+            told["tool_calls"] += choice.delta.tool_calls or []
+            told["finish"] = choice.finish_reason or told["finish"]
+        message = whole.choices[0].message
+        assert told["content"] == (message.content or "") and told["finish"] == whole.choices[0].finish_reason
+        assert told["reasoning_content"] == (getattr(message, "reasoning_content", None) or "")
+        pairs = [
+            [(c.function.name, c.function.arguments) for c in calls or []]
+            for calls in (message.tool_calls, told["tool_calls"])
+        ]
+        assert pairs[0] == pairs[1]
+        return whole, told
+
+    return say
+
+
+def test_calls_and_thoughts_are_what_the_openai_client_reads(saying: Any) -> None:
+    whole, _ = saying(f"<think>\nHm, <b>3.\n</think>\n\nLet me add.\n{SUM}\n{OTHER}")
+    choice = whole.choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "Let me add."
+    assert choice.message.reasoning_content == "Hm, <b>3."
+    calls = choice.message.tool_calls
+    assert [(c.type, c.function.name, json.loads(c.function.arguments)) for c in calls] == [
+        ("function", "add", {"a": 3}),
+        ("function", "add", {"a": 4}),
+    ]
+    assert len({call.id for call in calls}) == 2
+    turns = [*QUESTION, choice.message.model_dump(exclude_none=True)]
+    turns += [{"role": "tool", "tool_call_id": call.id, "content": "5"} for call in calls]
+    asked = parse(json.dumps(PLAIN | {"messages": turns, "tools": [ADD]}).encode(), ChatRequest)
+    assert [len(message.calls) for message in asked.conversation()] == [0, 2, 0, 0], "it can be sent back"
+    alone, _ = saying(SUM)
+    assert alone.choices[0].message.content is None and len(alone.choices[0].message.tool_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "content", "warned"),
+    [
+        ("3 < 4, <tool is no call ", {}, "3 < 4, <tool is no call ", False),
+        (f"Look: {SUM}", {"tools": []}, f"Look: {SUM}", False),  # without tools there are no calls
+        (f"Look: {SUM}", {"tool_choice": "none"}, f"Look: {SUM}", False),
+        (f"Look: {SUM[:-20]}", {}, f"Look: {SUM[:-20]}", True),
+        (f"Look: {SUM}", {"max_tokens": 12}, None, True),  # cut off within the call
+        ("<think>so", {}, "", False),
+    ],
+)
+def test_what_is_no_whole_call_stays_text(saying: Any, text: str, options: Any, content: str, warned: bool) -> None:
+    whole, told = saying(text, **options)
+    choice = whole.choices[0]
+    assert choice.message.tool_calls is None and choice.finish_reason in ("stop", "length")
+    assert content is None or choice.message.content == content
+    assert ("cannot be read; it stays text" in str(getattr(whole, "warnings", ""))) == warned
+    if text == "<think>so":
+        assert told["reasoning_content"] == "so"
 
 
 def test_an_answer_that_has_begun_is_gone_on_with(running: Running, trained: Path) -> None:

@@ -214,6 +214,9 @@ def test_dora_in_a_projection_is_the_formula(own_class: type[Projection], dense:
     gradients = projection.backward_adapters(given, grad_z, rows, z)
     for parameter, gradient in zip(projection.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+    again = projection.backward_adapters(given, grad_z, rows, z, projection.for_magnitudes(projection.forward(rows, z)))
+    for gradient, other in zip(gradients, again, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(projection.backward_input(given, grad_z)[:, :32], seen.grad, rtol=1e-4, atol=1e-5)
 
     for adapter in adapters.values():

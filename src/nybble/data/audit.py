@@ -12,7 +12,6 @@ from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import torch
 
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.mixture import MixedPart
@@ -385,20 +384,20 @@ def find_ids_beyond(sequences: Sequence[EncodedExample], vocab_size: int) -> lis
 
 def find_without_end_of_turn(sequences: Sequence[EncodedExample], stop_ids: Sequence[int]) -> list[Finding]:
     """Sequences in which a run of supervised tokens, not cut off by truncation, ends in none of `stop_ids`."""
-    stops = torch.tensor(stop_ids, dtype=torch.int32)
+    stops = np.array(stop_ids, dtype=np.int32)
     return find("no-end-of-turn", (s.origin for s in sequences if not _ends(s, stops)))
 
 
-def _ends(sequence: EncodedExample, stops: torch.Tensor) -> bool:
+def _ends(sequence: EncodedExample, stops: np.ndarray) -> bool:
     return all(_each_run_ends(document, stops) for document in sequence.learnt_documents)
 
 
-def _each_run_ends(sequence: EncodedExample, stops: torch.Tensor) -> bool:
-    supervised = sequence.supervised
-    last = supervised.clone()
+def _each_run_ends(sequence: EncodedExample, stops: np.ndarray) -> bool:
+    supervised = sequence.supervised.numpy()
+    last = supervised.copy()
     last[:-1] &= ~supervised[1:]
     last[-1] &= sequence.num_truncated == 0
-    return bool(torch.isin(sequence.input_ids[last], stops).all())
+    return bool(np.isin(sequence.input_ids.numpy()[last], stops).all())
 
 
 def find_special_tokens(examples: Sequence[Example], special_tokens: Sequence[str]) -> list[Finding]:

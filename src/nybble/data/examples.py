@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -209,7 +210,7 @@ class EncodedExample:
     @property
     def supervised_tokens(self) -> int:
         """Supervised *targets*: the first token of a sequence is predicted by nothing and does not count."""
-        return int(self.supervised[1:].sum())
+        return int(np.count_nonzero(self.supervised.numpy()[1:]))
 
     @property
     def num_targets(self) -> int:

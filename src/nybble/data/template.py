@@ -8,14 +8,16 @@ so the ids before an answer in training are, by construction, the ids chat sends
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.answer_forms import NO_FORM, AnswerForm, find_answer_form
 from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES, find_template
 from nybble.data.content_check import check_content, check_tools, check_turns
 from nybble.data.examples import PLAIN_CALLS, CallForm, EncodedExample, Example, Message
@@ -403,6 +405,11 @@ class ChatTemplate:
         bos = self.tokenizer.bos_token
         return bool(bos) and self.render(probe, False).startswith(2 * bos)
 
+    @cached_property
+    def answer_form(self) -> AnswerForm:
+        """How answers that it teaches hold thoughts and tool calls."""
+        return NO_FORM if self.chat_template is None else find_answer_form(self._render)
+
     @property
     def adds_empty_thought(self) -> bool:
         """Whether the template puts an empty thought before an answer without one."""
@@ -442,7 +449,8 @@ def _flatten(pieces: list[list[int]]) -> list[int]:
 
 def _encoded(origin: str, pieces: Sequence[tuple[list[int], float]]) -> EncodedExample:
     """A sequence of pieces, each with how much the loss of its tokens counts; 0: not at all."""
-    ids = torch.tensor(_flatten([piece for piece, _ in pieces]), dtype=torch.int32)
-    weights = torch.tensor([weight for piece, weight in pieces for _ in piece], dtype=torch.float32)
+    ids = np.array(_flatten([piece for piece, _ in pieces]), dtype=np.int32)
+    each = np.array([weight for _, weight in pieces], dtype=np.float32)
+    weights = torch.from_numpy(each.repeat([len(piece) for piece, _ in pieces]))
     plain = all(weight in (0, 1) for _, weight in pieces)
-    return EncodedExample(ids, weights > 0, origin, weights=None if plain else weights)
+    return EncodedExample(torch.from_numpy(ids), weights > 0, origin, weights=None if plain else weights)

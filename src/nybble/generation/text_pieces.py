@@ -10,10 +10,14 @@ class TextPieces:
 
     What a token adds depends on the tokens before it (spaces, bytes of one character), so the text of the few
     tokens since the last whole piece is compared with and without the new ones.
+
+    Args:
+        marks: special tokens are text too.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, marks: bool = False):
         self.ids: list[int] = []
+        self._marks = marks
         self._tokenizer = tokenizer
         self._context = 0  # where the tokens begin that are decoded together
         self._shown = 0  # tokens whose text was given out
@@ -42,4 +46,4 @@ class TextPieces:
         return text
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.decode(ids, skip_special_tokens=not self._marks, clean_up_tokenization_spaces=False)

@@ -2,7 +2,7 @@
 
 LoRA's formulas (arXiv 2106.09685), y = W·x + bias + scaling·B·A·x. `layers/augmented.py` has the same in one product.
 DoRA's (arXiv 2402.09353), y = c·(W + scaling·B·A)·x + bias, are the same of c·W and c·B, each row times its own c =
-m / n; only the gradient of m, Σ g·((W + scaling·B·A)·x) / n over the tokens, takes the product with W once more.
+m / n; only the gradient of m, Σ g·(y - bias) / m over the tokens, takes the product with W once more where y is gone.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,8 +177,19 @@ class Projection:
             grad_x.addmm_(grad_z, self._adapter_copies(grad_y.dtype).a)
         return grad_x
 
-    def backward_adapters(self, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, z: Tensor | None) -> list[Tensor]:
-        """The gradients of A and B of each adapter, in the order of `parameters`, fp32."""
+    def for_magnitudes(self, y: Tensor) -> Tensor | None:
+        """A copy of what `forward` gave, (T, out), where it spares `backward_adapters` a product."""
+        scaled = any(isinstance(adapter, DoraLinear) and adapter.enabled for adapter in self.adapters)
+        return y.clone() if scaled else None
+
+    def backward_adapters(
+        self, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, z: Tensor | None, y: Tensor | None = None
+    ) -> list[Tensor]:
+        """The gradients of what each adapter trains, in the order of `parameters`, fp32.
+
+        Args:
+            y: what `for_magnitudes` gave; it is overwritten.
+        """
         if grad_z is None or z is None:
             return []
         grad_a = self._over_tokens(grad_z.T, x[:, : self.in_features])  # (Σ r, in)
@@ -190,11 +201,17 @@ class Projection:
                 scale = adapter.row_scale()
                 grads += [grad_a[ranks], (grad_b if scale is None else grad_b.mul_(scale)).T.contiguous()]
             if isinstance(adapter, DoraLinear):
-                grads.append(self._grad_magnitude(linear, adapter, grad_y[:, columns], x, z[:, ranks]))
+                given = None if y is None else y[:, columns]
+                grads.append(self._grad_magnitude(linear, adapter, grad_y[:, columns], x, z[:, ranks], given))
         return grads
 
-    def _grad_magnitude(self, linear: Any, adapter: DoraLinear, grad_y: Tensor, x: Tensor, z: Tensor) -> Tensor:
-        """Of one adapter, fp32 `(out)`; z is its own, (T, r)."""
+    def _grad_magnitude(
+        self, linear: Any, adapter: DoraLinear, grad_y: Tensor, x: Tensor, z: Tensor, y: Tensor | None
+    ) -> Tensor:
+        """Of one adapter, fp32 `(out)`; z is its own, (T, r), and y (T, out), where it is there."""
+        if y is not None:
+            turned = y if linear.bias is None else y.sub_(linear.bias.to(y.dtype))
+            return turned.mul_(grad_y).sum(dim=0, dtype=torch.float32) / adapter.magnitude.detach()
         turned = x[:, : self.in_features] @ self.weights.fetch(linear, x.dtype).T  # (T, out)
         turned.addmm_(z, (adapter.lora_B.detach() * adapter.scaling).to(x.dtype).T)
         return turned.mul_(grad_y).sum(dim=0, dtype=torch.float32) / adapter.norms()

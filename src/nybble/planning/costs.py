@@ -198,6 +198,7 @@ def working_bytes(run: RunShape) -> int:
     if run.path == "blocks":
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms or run.model.scaled_residual)
+        swiglu += run.batches.tokens * c * 2 * f * run.dora  # gate and up, as they were
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
         if run.wide:  # gradients of the block's A and B, as they come and turned
             attention += 2 * MASTER_BYTES * run.adapter_parameters // run.model.num_layers

@@ -21,9 +21,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from nybble.data.answer_forms import Schemas
 from nybble.errors import NybbleError
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.context import context_length
+from nybble.serving.answers import Delta, MixedAnswer, PlainAnswer, Reader, joined
 from nybble.serving.engine import Engine, QueueFull, ServedModel, as_error
 from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse
 
@@ -66,36 +68,49 @@ class Api:
         template = served.template
         encode = template.encode_continued if asked.continue_final_message else template.encode_prompt
         prompt = encode(asked.conversation(), asked.schemas())
-        return await self._complete(request, asked, served, prompt, ChatForm)
+        form = template.answer_form
+        reader: Reader = PlainAnswer()
+        if form.thought is not None or form.calls is not None or form.words:
+            marks = template.encoder.special_tokens
+            schemas = _types(asked.schemas()) if asked.schemas() else None
+            reader = MixedAnswer(form, schemas, asked.continue_final_message, marks)
+        return await self._complete(request, asked, served, prompt, ChatForm, reader)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions."""
         asked = parse(await self._body(request), TextRequest)
         served = self._model(asked.model)
-        return await self._complete(request, asked, served, _bare_prompt(served, asked.prompt), TextForm)
+        prompt = _bare_prompt(served, asked.prompt)
+        return await self._complete(request, asked, served, prompt, TextForm, PlainAnswer())
 
     async def _complete(
-        self, request: Request, asked: CompletionFields, served: ServedModel, prompt: list[int], form: "type[_Form]"
+        self,
+        request: Request,
+        asked: CompletionFields,
+        served: ServedModel,
+        prompt: list[int],
+        form: "type[_Form]",
+        reader: Reader,
     ) -> Response:
         _check_ids(served, "stop_token_ids", asked.stop_token_ids)
         limit = self._limit(served, prompt)
         wanted = asked.limit() or limit
         tokens = self.engine.answer(served, prompt, min(limit, wanted), asked.sampling(), asked.stop_token_ids)
-        answer = Answer(tokens, served, asked.stop, min(limit, wanted))
+        answer = Answer(tokens, served, asked.stop, min(limit, wanted), marks=isinstance(reader, MixedAnswer))
         warnings = [f"{wanted} new tokens were asked for; this answer may have {limit}."] if wanted > limit else []
-        shown = form(asked.model, len(prompt), answer, warnings)
+        shown = form(asked.model, len(prompt), answer, reader, warnings)
         pieces = answer.pieces()
         first = await anext(pieces, None)  # what can be refused is refused before a stream begins
         if asked.stream:
             lines = shown.stream(first, pieces, asked.stream_options.include_usage)
             return StreamingResponse(lines, media_type="text/event-stream")
-        text = first or ""
+        deltas = reader.add(first or "")
         async with aclosing(pieces):
             async for piece in pieces:
-                text += piece
+                deltas += reader.add(piece)
                 if await request.is_disconnected():
                     raise ClientDisconnect
-        return JSONResponse(shown.whole(text))
+        return JSONResponse(shown.whole([*deltas, *reader.finish()]))
 
     def _limit(self, served: ServedModel, prompt: Sequence[int]) -> int:
         """Most tokens that an answer to the prompt may have."""
@@ -135,11 +150,22 @@ class Api:
 
 
 class Answer:
-    """Text from tokens, as it comes: whole characters, up to a stop string."""
+    """Text from tokens, as it comes: whole characters, up to a stop string.
 
-    def __init__(self, tokens: AsyncGenerator[int, None], served: ServedModel, stops: Sequence[str], limit: int):
+    Args:
+        marks: special tokens are text too.
+    """
+
+    def __init__(
+        self,
+        tokens: AsyncGenerator[int, None],
+        served: ServedModel,
+        stops: Sequence[str],
+        limit: int,
+        marks: bool = False,
+    ):
         self._tokens, self._stops, self._limit = tokens, stops, limit
-        self._text = TextPieces(served.template.tokenizer)
+        self._text = TextPieces(served.template.tokenizer, marks)
         self._found_stop = False
 
     @property
@@ -185,6 +211,7 @@ class _Form:
     """How an answer is put into OpenAI's objects.
 
     Args:
+        reader: of the answer's pieces.
         warnings: what was done otherwise than asked for; a key of its own, where there are any.
     """
 
@@ -192,17 +219,25 @@ class _Form:
     kind: str
     chunk_kind: str
 
-    def __init__(self, model: str, prompt_tokens: int, answer: Answer, warnings: Sequence[str]):
-        self.answer, self.prompt_tokens = answer, prompt_tokens
-        self.warnings: dict[str, Any] = {"warnings": list(warnings)} if warnings else {}
+    def __init__(self, model: str, prompt_tokens: int, answer: Answer, reader: Reader, warnings: Sequence[str]):
+        self.answer, self.reader, self.prompt_tokens, self._warnings = answer, reader, prompt_tokens, warnings
         self.common = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def usage(self) -> dict[str, int]:
         new = self.answer.num_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": new, "total_tokens": self.prompt_tokens + new}
 
-    def whole(self, text: str) -> dict[str, Any]:
-        choice = {"index": 0, "finish_reason": self.answer.finish_reason, "logprobs": None} | self.content(text)
+    @property
+    def warnings(self) -> dict[str, Any]:
+        said = [*self._warnings, *self.reader.warnings]
+        return {"warnings": said} if said else {}
+
+    @property
+    def finish_reason(self) -> str:
+        return "tool_calls" if self.reader.found_calls else self.answer.finish_reason
+
+    def whole(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        choice = {"index": 0, "finish_reason": self.finish_reason, "logprobs": None} | self.content(deltas)
         return {"object": self.kind, **self.common, "choices": [choice], "usage": self.usage(), **self.warnings}
 
     async def stream(
@@ -213,16 +248,19 @@ class _Form:
             async with aclosing(pieces):
                 for opening in self.opening():
                     yield self._event(opening, None)
-                if first:
-                    yield self._event(self.delta(first), None)
+                for delta in self.reader.add(first or ""):
+                    yield self._event(self.delta(delta), None)
                 async for piece in pieces:
-                    yield self._event(self.delta(piece), None)
+                    for delta in self.reader.add(piece):
+                        yield self._event(self.delta(delta), None)
+                for delta in self.reader.finish():
+                    yield self._event(self.delta(delta), None)
         except Exception as error:
             if not isinstance(error, NybbleError):
                 LOG.exception("an answer broke off")  # the response has begun: nothing else would say so
             yield _line({"error": {"message": as_error(error), "type": "server_error"}})
             return
-        yield self._event(self.delta(""), self.answer.finish_reason, self.warnings)
+        yield self._event(self.delta({}), self.finish_reason, self.warnings)
         if with_usage:
             yield _line({"object": self.chunk_kind, **self.common, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
@@ -231,10 +269,10 @@ class _Form:
         choice = {"index": 0, "finish_reason": finish_reason, "logprobs": None} | content
         return _line({"object": self.chunk_kind, **self.common, "choices": [choice], **more})
 
-    def content(self, text: str) -> dict[str, Any]:
+    def content(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def delta(self, text: str) -> dict[str, Any]:
+    def delta(self, delta: Delta) -> dict[str, Any]:
         raise NotImplementedError
 
     def opening(self) -> list[dict[str, Any]]:
@@ -244,11 +282,11 @@ class _Form:
 class ChatForm(_Form):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def content(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        return {"message": joined(deltas)}
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+    def delta(self, delta: Delta) -> dict[str, Any]:
+        return {"delta": delta}
 
     def opening(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": ""}}]
@@ -257,11 +295,19 @@ class ChatForm(_Form):
 class TextForm(_Form):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
-    def content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def content(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+        return {"text": joined(deltas)["content"]}
 
-    def delta(self, text: str) -> dict[str, Any]:
-        return {"text": text}
+    def delta(self, delta: Delta) -> dict[str, Any]:
+        return {"text": delta.get("content", "")}
+
+
+def _types(tools: Sequence[Mapping[str, Any]]) -> Schemas:
+    """The schemas of each tool's parameters."""
+    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+    parameters = {f.get("name", ""): f.get("parameters") for f in functions}
+    named = {name: own.get("properties") for name, own in parameters.items() if isinstance(own, dict)}
+    return {name: properties for name, properties in named.items() if isinstance(properties, dict)}
 
 
 def _line(content: dict[str, Any]) -> str:
