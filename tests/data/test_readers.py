@@ -1,14 +1,19 @@
 """Every format, every layout, and every way a file can be wrong (each named by file:line)."""
 
+import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
+from tiny import make_data
 
+from nybble.data import readers
 from nybble.data.examples import Message
 from nybble.data.field_names import FieldNames
 from nybble.data.readers import read_examples
 from nybble.errors import ConfigError, DataError
+from nybble.events import Event, Progress
 
 ASKED, ANSWERED = Message("user", "hi"), Message("assistant", "yo")
 
@@ -314,3 +319,18 @@ def test_hub_without_network_says_so():
     """The hub library read HF_HUB_OFFLINE, which the tests set before anything imports it."""
     with pytest.raises(DataError, match=r"(?s)nobody/nothing: the hub cannot be reached.*needs a network"):
         read("nobody/nothing")
+
+
+def test_reading_many_rows_tells_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "MANY", 10)
+    path = make_data(tmp_path / "rows.jsonl", [{"text": "word " * 2000} for _ in range(35)])
+    heard: list[Event] = []
+    read_examples(str(path), report=heard.append)
+    steps = [(event.done, event.total) for event in heard if isinstance(event, Progress)]
+    assert len(steps) == 3 and {total for _, total in steps} == {path.stat().st_size}
+    assert [done for done, _ in steps] == sorted({done for done, _ in steps}) and 0 < steps[0][0] < steps[-1][1]
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    heard.clear()
+    read_examples(str(packed), report=heard.append)
+    assert not heard, "how far a packed file is, its bytes do not say"

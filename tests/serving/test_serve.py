@@ -298,11 +298,11 @@ def saying(running: Running, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(running.engine.models, "run", replace(served, template=template))
     client = running.client()
 
-    def say(text: str, max_tokens: int = 64, **options: Any) -> tuple[Any, dict[str, Any]]:
-        ids = template.encoder.encode(text)
+    def say(text: str, max_tokens: int | None = None, **options: Any) -> tuple[Any, dict[str, Any]]:
+        ids = template.encoder.encode(text)[:max_tokens]
 
-        def generate(model: Any, prompts: Any, *, on_token: Any, max_new_tokens: int, **_: Any) -> None:
-            for token in ids[:max_new_tokens]:
+        def generate(model: Any, prompts: Any, *, on_token: Any, **_: Any) -> None:
+            for token in ids:
                 on_token(0, token)
 
         monkeypatch.setattr(engine_module, "generate", generate)
@@ -354,7 +354,7 @@ def test_calls_and_thoughts_are_what_the_openai_client_reads(saying: Any) -> Non
         (f"Look: {SUM}", {"tools": []}, f"Look: {SUM}", False),  # without tools there are no calls
         (f"Look: {SUM}", {"tool_choice": "none"}, f"Look: {SUM}", False),
         (f"Look: {SUM[:-20]}", {}, f"Look: {SUM[:-20]}", True),
-        (f"Look: {SUM}", {"max_tokens": 12}, None, True),  # cut off within the call
+        (f"Look: {SUM}", {"max_tokens": 30}, None, True),  # cut off within the call
         ("<think>so", {}, "", False),
     ],
 )

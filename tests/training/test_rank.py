@@ -9,11 +9,13 @@ import torch
 from tiny import make_data
 
 import nybble
+from nybble.evaluation.model_card import card_text
 from nybble.events import Event
 from nybble.options.verbs import load_config
 from nybble.planning import ranks
 from nybble.planning.ranks import RankChosen, enough_rank
 from nybble.runs.events import read_events
+from nybble.runs.open_run import open_run
 from nybble.training import rank as rank_module
 from nybble.training.rank import energy_shares
 from nybble.training.session import train
@@ -70,6 +72,15 @@ def test_after_the_probe_the_run_is_that_of_the_rank_given(start) -> None:
     assert bound.rank > probed.rank and "of the energy" in probed.why
     assert [event["rank"] for event in read_events(run.events, "rank")] == [bound.rank, probed.rank]
     assert adapter(run) == adapter(start("given", rank=probed.rank))
+    change = {"value": 0.0, "low": 0.0, "high": 0.0}
+    report = {
+        "lm_eval": {},
+        "loss_change": {"base, as trained on": change},
+        "rows": 1,
+        "supervised_tokens": 1,
+        "arms": {},
+    }
+    assert f"| rank | {probed.rank}, found by the run |" in card_text(open_run(run.path), report)
 
     stopped = run.path.with_name("stopped")
     shutil.copytree(run.path, stopped)

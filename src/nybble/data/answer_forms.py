@@ -233,7 +233,7 @@ def _as_call(value: Any) -> tuple[str, dict[str, Any]] | None:
         value = value["function"]
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = next((value[key] for key in ARGUMENTS if key in value), {})
+    arguments: Any = next((value[key] for key in ARGUMENTS if key in value), {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

@@ -129,7 +129,7 @@ def prepare(
         allow: ids of findings that need not stop training.
         kind: of rows, an objective's own or examples to follow.
         scratch: as of `read_examples`.
-        report: told how far encoding has come, where rows are many.
+        report: told how far reading and encoding have come, where rows are many.
 
     Raises:
         ConfigError: there is no such finding to allow.
@@ -138,8 +138,10 @@ def prepare(
     checks.check_allowed(allow)
     if validation_source:
         refuse_weights(_listed(validation_source), "held-out rows are all evaluated")
-    own = read_examples(source, fields, scratch, kind.forms)
-    extra = read_examples(validation_source, fields, scratch, kind.forms) if validation_source else ReadResult()
+    own = read_examples(source, fields, scratch, kind.forms, report)
+    extra = ReadResult()
+    if validation_source:
+        extra = read_examples(validation_source, fields, scratch, kind.forms, report)
     reads, num_rows = (own, extra), own.num_rows + extra.num_rows
     examples = own.examples
     examples.extend(extra.examples)

@@ -14,12 +14,13 @@ from nybble.data.cells import as_text, change_of, describe, parse_column, says_n
 from nybble.data.examples import Example, Message, Role
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import LocatedRow, Row
-from nybble.data.row_files import open_sources
+from nybble.data.row_files import RowFile, open_sources
 from nybble.data.sources import BUILTIN, DataSource, parse_sources
 from nybble.data.text_encoder import RowError
 from nybble.data.tool_formats import TOOL_COLUMNS, Conversation, as_schema, glaive, is_glaive, recognised, xlam
 from nybble.data.turns import link_results, read_turns
 from nybble.errors import DataError
+from nybble.events import MANY, Listener, Progress, silent
 from nybble.files.spool import Spool
 
 # (prompt, completion) columns, the first pair that a row has wins.
@@ -143,6 +144,7 @@ def read_examples(
     fields: FieldNames | None = None,
     scratch: Path | None = None,
     forms: RowForms | None = None,
+    report: Listener = silent,
 ) -> ReadResult:
     """Read every row of a source, or of several.
 
@@ -153,6 +155,7 @@ def read_examples(
         fields: the user's own column names.
         scratch: folder on the disk that takes what is too much for memory; that of temporary files where None.
         forms: which rows are read; examples to follow where None.
+        report: told how far reading has come, where rows are many.
 
     Raises:
         DataError: a source is missing, empty, unreadable or in no known layout, or no row of it can be read; the
@@ -171,7 +174,7 @@ def read_examples(
     for own, files in zip(others, opened, strict=True):
         before = len(result.examples)
         for file in files:
-            layouts.append(_read_file(file.name, file.rows, fields, forms, result))
+            layouts.append(_read_file(file, fields, forms, result, report))
             result.notices += file.notices
         result.sources.append((own, len(result.examples) - before))
     result.layout = ", ".join(dict.fromkeys(layouts))
@@ -194,15 +197,15 @@ def _read_builtin(source: str, forms: RowForms, result: ReadResult) -> str:
     return "function/docstring"
 
 
-def _read_file(
-    name: str, rows: Iterable[LocatedRow | RowError], fields: FieldNames, forms: RowForms, result: ReadResult
-) -> str:
+def _read_file(file: RowFile, fields: FieldNames, forms: RowForms, result: ReadResult, report: Listener) -> str:
     """Add the rows of one file to `result`; returns the name of their layout."""
     layout: Layout | None = None
     before = len(result.examples)
     waiting: list[tuple[str, Row]] = []  # rows before the first of a known form
     odd: Spool[RowError] = Spool()
-    for located in rows:
+    for number, located in enumerate(file.rows, 1):
+        if number % MANY == 0 and file.text is not None and (place := file.text.progress) is not None:
+            report(Progress("reading rows", *place))
         try:
             origin, row = _object(located)
         except RowError as error:
@@ -217,11 +220,11 @@ def _read_file(
     if waiting:
         raise forms.unknown(*waiting[0])
     if layout is None and not odd:
-        raise DataError(f"{name}: no rows in it", "needed: at least one row")
+        raise DataError(f"{file.name}: no rows in it", "needed: at least one row")
     if len(result.examples) == before:
         ReadResult(odd=odd).check_whole()
     result.odd.extend(odd)
-    assert layout is not None, name
+    assert layout is not None, file.name
     return layout.name
 
 

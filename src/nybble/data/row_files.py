@@ -31,11 +31,13 @@ class RowFile(NamedTuple):
     Args:
         name: how origins name it.
         notices: what a user should know of how it is read.
+        text: the file, where it is one of text.
     """
 
     name: str
     rows: Rows
     notices: list[str]
+    text: TextFile | None = None
 
 
 def open_sources(sources: Sequence[DataSource], is_row: IsRow) -> list[list[RowFile]]:
@@ -70,4 +72,4 @@ def _open_file(path: Path, name: str, is_row: IsRow) -> RowFile:
     if kind_of(path) == ".parquet":
         return RowFile(name, parquet_rows(path, name), [])
     file = TextFile(path, name)
-    return RowFile(name, *READERS[kind_of(path)](file, is_row))
+    return RowFile(name, *READERS[kind_of(path)](file, is_row), file)

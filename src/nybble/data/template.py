@@ -450,7 +450,8 @@ def _flatten(pieces: list[list[int]]) -> list[int]:
 def _encoded(origin: str, pieces: Sequence[tuple[list[int], float]]) -> EncodedExample:
     """A sequence of pieces, each with how much the loss of its tokens counts; 0: not at all."""
     ids = np.array(_flatten([piece for piece, _ in pieces]), dtype=np.int32)
-    each = np.array([weight for _, weight in pieces], dtype=np.float32)
-    weights = torch.from_numpy(each.repeat([len(piece) for piece, _ in pieces]))
+    each, lengths = np.array([weight for _, weight in pieces], dtype=np.float32), [len(piece) for piece, _ in pieces]
+    supervised = torch.from_numpy((each > 0).repeat(lengths))
     plain = all(weight in (0, 1) for _, weight in pieces)
-    return EncodedExample(torch.from_numpy(ids), weights > 0, origin, weights=None if plain else weights)
+    weights = None if plain else torch.from_numpy(each.repeat(lengths))
+    return EncodedExample(torch.from_numpy(ids), supervised, origin, weights=weights)

@@ -65,6 +65,7 @@ class TextFile:
 
     def __init__(self, path: Path, name: str):
         self.path, self.name = path, name
+        self._read: IO[bytes] | None = None
         self._packing: tuple[str, Callable[[Path], Any]] = ("", lambda path: path.open("rb"))
         with self._bytes() as file:
             head = file.read(16)
@@ -81,7 +82,15 @@ class TextFile:
         """Its lines, ends included; bytes that are not of its encoding are escaped (`ESCAPED_BYTE`)."""
         errors = "surrogateescape" if self.encoding.startswith("utf-8") else "strict"
         with self._bytes() as file:
+            self._read = file
             yield from io.TextIOWrapper(file, self.encoding, errors, newline)
+
+    @property
+    def progress(self) -> tuple[int, int] | None:
+        """Bytes that `lines` has come to, and all of them; None of a packed file, or where none is being read."""
+        if self._packing[0] or self._read is None or self._read.closed:
+            return None
+        return self._read.tell(), self.path.stat().st_size
 
     def text(self) -> str:
         """Read the whole file as text.

@@ -8,6 +8,7 @@ import yaml
 
 from nybble.options.adapter_groups import AdapterOptions
 from nybble.options.option import flat
+from nybble.runs.events import read_events
 from nybble.runs.open_run import OpenRun
 
 SETTINGS = (
@@ -42,6 +43,9 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     library, tags = ("transformers", ["nybble"]) if opened.full else ("peft", ["lora", "nybble"])
     header = {"base_model": opened.source.name, "library_name": library, "license": licence, "tags": tags}
     options, unused = flat(opened.config), AdapterOptions.model_fields if opened.full else {}
+    for name in (name for name in ("lr", "rank") if options[name] == "auto"):
+        *_, chosen = read_events(opened.run.events, name)  # what the run found
+        options[name] = f"{chosen[name]:g}, found by the run"
     settings = "\n".join(f"| {name} | {options[name]} |" for name in SETTINGS if name not in unused)
     first, *_ = report["lm_eval"].items() or [None]
     harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""

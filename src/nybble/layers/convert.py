@@ -326,8 +326,9 @@ def parameters_a_rank(model: nn.Module, adapters: "AdapterSizes") -> int:
 
 def remove_adapters(model: nn.Module) -> None:
     """Put the frozen modules back in the place of adapters, and of what is trained whole."""
-    for name, trained in {**adapters_of(model), **trained_modules(model)}.items():
-        model.set_submodule(name, trained.base)
+    trained: dict[str, LoraLinear | TrainedModule] = {**adapters_of(model), **trained_modules(model)}
+    for name, module in trained.items():
+        model.set_submodule(name, module.base)
 
 
 def adapters_of(model: nn.Module) -> dict[str, LoraLinear]:

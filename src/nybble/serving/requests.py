@@ -203,7 +203,7 @@ class ChatMessage(RequestObject):
 
 
 class ChatRequest(CompletionFields):
-    """/v1/chat/completions. Tools are described to the model; its calls come as the text that it writes."""
+    """/v1/chat/completions. Tools are described to the model; its calls are read where the template's form is known."""
 
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         key: values for key, values in CompletionFields.neutral.items() if key != "tool_choice"

@@ -79,7 +79,7 @@ def probe_rank(opened: Opened, examples: Examples, model: CausalLM, micro_batch_
         forward_backward(examples.objective, model, batch, examples.objective.totals(model, rows, micro_batch_size))
         for name, adapter in adapters.items():
             assert adapter.lora_B.grad is not None, name
-            grams[name] += (adapter.lora_B.grad.T @ adapter.lora_B.grad).double().cpu()
+            grams[name] += (adapter.lora_B.grad.T @ adapter.lora_B.grad).cpu().double()
         for parameter in model.parameters():
             parameter.grad = None
     restore_rng(rng, model.device)
