@@ -248,7 +248,7 @@ def test_a_draft_refuses_what_a_run_would_refuse() -> None:
 
 def test_comments_say_meaning_and_bounds() -> None:
     text = config_to_yaml(load())
-    assert "# Rank of each adapter. A whole number, at least 1.\nrank: 16\n" in text
+    assert "gradients need. Auto or a whole number, at least 1.\nrank: 16\n" in text
     assert "#" not in config_to_yaml(load(), comments=False)
 
 

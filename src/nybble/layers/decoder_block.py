@@ -404,6 +404,7 @@ class _BlockFunction(torch.autograd.Function):
         grad_gate_up = s.gated.gate_up
         grad_z = block.gate_up.backward_low_rank(grad_gate_up)
         gate_up = block.gate_up.backward_adapters(grad_gate_up, grad_z, block.mlp_input(s.mlp_states)[0], s.gated.z, y)
+        del y
         grad_normed = block.gate_up.backward_input(grad_gate_up, grad_z)
         grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
         grad_x2[:, :hidden] = grad_y[:, :hidden]
