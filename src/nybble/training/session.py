@@ -211,6 +211,7 @@ def _take_steps(
         events_bytes=log.sync,
         paged=plan.paged,
         graphs=plan.run.graphs,
+        rehearsal=None if config.memory.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
     )
     rate = choose_lr(opened, examples, causal_lm, trained, loop, plan.micro_batch_size, report)
     if rate.interrupted is not None:  # what is trained is as training would have begun
@@ -240,7 +241,6 @@ def _take_steps(
         report=report,
         checkpoints=checkpoints,
         resumed=resumed,
-        rehearsal=None if config.memory.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
     )
 
 

@@ -117,7 +117,8 @@ def plan_sweep(
     drawn = [row for _ in range(steps) for row in sampler.next_step()]
     if not held_out:
         following = dict.fromkeys(row for _ in range(steps) for row in sampler.next_step())
-        held_out = [train[row] for row in following if row not in set(drawn)]
+        seen = set(drawn)
+        held_out = [train[row] for row in following if row not in seen]
     if not held_out:
         return SweepPlan((suggested,), why_none="no row is left to measure a sweep on")
     rows = _as_long_as(held_out, int(lengths_of(train)[drawn].sum()))
