@@ -44,6 +44,7 @@ def test_what_scales_the_product_more_learns_with_less() -> None:
     assert suggested_lr(config, NewAdapters(alpha=64.0), False) == 2.5e-4
     assert suggested_lr(config, NewAdapters(alpha=8.0, rank=16, rslora=True), False) == 5e-4  # 8 / sqrt(16) = 32 / 16
     assert 5e-6 < suggested_lr(config, NewAdapters(), True) < 5e-5
+    assert suggested_lr(config, NewAdapters(alpha=64.0), False, every_weight=True) == 5e-5
 
 
 def rows(count: int) -> list[EncodedExample]:

@@ -1,7 +1,8 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
 config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
-reference.json  events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/  best/  report/
+reference.json  events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/
+best/  report/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
 second, its base while it is calibrated. Only then does an earlier run go, and what lies there takes its place.

@@ -68,12 +68,11 @@ def suggested_lr(
     """
     text = config.get_text_config()
     exponent = next((e for name, e in EXPONENTS.items() if text.model_type.startswith(name)), EXPONENT)
+    rate = LORA_LR * (WIDTH / text.hidden_size) ** exponent * (PREFERENCE_FACTOR if preferences else 1.0)
     if every_weight:
-        alpha = ALPHA * LORA_FACTOR
-    else:
-        alpha = adapters.alpha * adapters.settled_rank**0.5 if adapters.rslora else adapters.alpha
-    rate = LORA_LR * (WIDTH / text.hidden_size) ** exponent * ALPHA / alpha
-    return _rounded(rate * (PREFERENCE_FACTOR if preferences else 1.0))
+        return _rounded(rate / LORA_FACTOR)
+    alpha = adapters.alpha * (adapters.settled_rank**0.5 if adapters.rslora else 1.0)
+    return _rounded(rate * ALPHA / alpha)
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,8 @@ def choose_lr(
     config, data, resumed = opened.config, examples.data, opened.resumed
     if config.loop.lr != "auto":
         return ChosenRate(config.loop.lr)
-    suggested = suggested_lr(opened.source.config, config.adapters, config.objective.objective in PREFERENCES, config.method.method == "full")
+    compares, full = config.objective.objective in PREFERENCES, config.method.method == "full"
+    suggested = suggested_lr(opened.source.config, config.adapters, compares, full)
     if resumed is not None:  # with other options than it began with, where a sweep's place is behind it
         return ChosenRate(resumed.state["settled"].get("lr", suggested))
     sampler = partial(StepSampler, len(data.train), config.memory.rows_per_step, config.data.seed, data.mixture)
