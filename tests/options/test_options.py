@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nybble.errors import ConfigError
-from nybble.formats.format import FORMATS
+from nybble.formats.format import FORMATS, STORED
 from nybble.formats.quant_spec import BLOCK_SIZES
 from nybble.options import verbs
 from nybble.options.groups import BaseFormat, OutputFormat, ScaleOptions
@@ -266,7 +266,7 @@ def test_every_option_is_grouped_described_and_nearest_to_itself(options: type[A
 
 def test_formats_and_block_sizes_are_those_of_the_bytes() -> None:
     assert get_args(OutputFormat.model_fields["format"].annotation) == tuple(FORMATS)
-    assert get_args(BaseFormat.model_fields["format"].annotation) == (*FORMATS, "none")
+    assert get_args(BaseFormat.model_fields["format"].annotation) == (*FORMATS, STORED, "none")
     assert get_args(ScaleOptions.model_fields["block_size"].annotation) == BLOCK_SIZES
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from tiny_gguf import add_tokenizer, write_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nybble.errors import ModelError
 from nybble.formats.gguf import GgufFile
@@ -17,59 +18,11 @@ from nybble.sources.gguf import _tokenizer_of
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
-VOCABULARY = 160
-
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def interleave(weight: Tensor, num_heads: int) -> Tensor:
-    """llama.cpp's order of the rows of q and k: rotary pairs side by side (its convert_hf_to_gguf `permute`)."""
-    return weight.view(num_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def write_model(
-    file: Path, model: PreTrainedModel, arch: str, block_type: str = "F32", pre: str | None = "smollm"
-) -> Path:
-    config = model.config
-    writer = gguf.GGUFWriter(file, arch)
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_key_length(head_dim)
-    writer.add_vocab_size(VOCABULARY)
-    add_tokenizer(writer, pre)
-    quantized = gguf.GGMLQuantizationType[block_type]
-    names = gguf.get_tensor_name_map(
-        next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch), config.num_hidden_layers
-    )
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            tensor = interleave(tensor, heads)
-        module, _, leaf = name.rpartition(".")
-        kind = quantized if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(
-            f"{names.get_name(module)}.{leaf}", gguf.quantize(tensor.float().numpy(), kind), raw_dtype=kind
-        )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return file
 
 
 def write_tokenizer(file: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
@@ -81,22 +34,6 @@ def write_tokenizer(file: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return file
-
-
-def add_tokenizer(writer: gguf.GGUFWriter, pre: str | None) -> None:
-    printable = [chr(code) for code in range(33, 127)]
-    special = ["<s>", "</s>"]
-    tokens = [*special, *printable, "Ġ", "Ċ", "ĠĠ", "ab", "Ġa"]
-    tokens += [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))]
-    writer.add_tokenizer_model("gpt2")
-    if pre is not None:
-        writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
-    writer.add_token_merges(["Ġ Ġ", "a b", "Ġ a"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_chat_template("{{ messages[0]['content'] }}")
 
 
 @pytest.mark.parametrize(

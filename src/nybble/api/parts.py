@@ -43,7 +43,7 @@ from nybble.options.option import build_options
 from nybble.options.verbs import AttachConfig, LoadConfig, RowsConfig, SourceConfig, StepConfig
 from nybble.planning.micro_batches import total_steps
 from nybble.runs.adapter_writing import adapter_config, write_adapter
-from nybble.runs.base import quant_spec
+from nybble.runs.base import in_asked_bits, quant_spec
 from nybble.runs.context import read_examples
 from nybble.sources.inventory import take_inventory
 from nybble.sources.load import load_model
@@ -272,9 +272,10 @@ def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) ->
     Args:
         source: what `open_model` returned. One that is stored in four bits keeps its own, bit for bit.
         on_event: told how far loading has come.
-        options: `format` ("nf4", ..., "none" for 16 bits), `block_size`, `double_quant`, `max_dense_share`, `device`,
-            `compute_dtype`, `threads` and `packing` as the flags of `nybble train`. `quality` is "absmax" or "search".
-            `keep` is "nothing" (least memory), "attention" or "everything" (fastest).
+        options: `format` ("nf4", ..., "stored" for a GGUF file's own blocks, "none" for 16 bits), `block_size`,
+            `double_quant`, `max_dense_share`, `device`, `compute_dtype`, `threads` and `packing` as the flags of
+            `nybble train`. `quality` is "absmax" or "search". `keep` is "nothing" (least memory), "attention" or
+            "everything" (fastest).
 
     Raises:
         NybbleError: an option is wrong, most of the model would stay in 16 bits, or the weights are damaged, missing or
@@ -287,6 +288,7 @@ def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) ->
     """
     config = build_options(LoadConfig, as_options(options))
     device, dtype = set_up(config.machine)
+    source = in_asked_bits(source, config.weights)
     spec = quant_spec(config.weights)
     if spec is not None:
         inventory = take_inventory(source.skeleton, source.in_four_bits)

@@ -10,6 +10,18 @@ from nybble.errors import FormatError
 
 
 @dataclass(frozen=True)
+class Block:
+    """Consecutive elements of a row whose bytes hold their scales too.
+
+    Args:
+        size: elements. num_bytes: that they take.
+    """
+
+    size: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Format:
     """What an index of a format stands for: `levels[index] * scale of its block`, or, with zero points,
     `(levels[index] - zero point) * scale`. How scales and indices are chosen: nybble.formats.blockwise.
@@ -22,6 +34,7 @@ class Format:
         zero_points: each block has a level of its own that stands for zero, and levels are the integers from 0.
         bitsandbytes: it reads and writes the format, under the same name.
         mixable: a choice of --mixed.
+        block: of a format that is read and never made, whose scales lie among its codes; it has no levels.
     """
 
     name: str
@@ -31,10 +44,13 @@ class Format:
     zero_points: bool = False
     bitsandbytes: bool = False
     mixable: bool = False
+    block: Block | None = None
 
     @property
     def bits(self) -> int:
-        """Bits of one index."""
+        """Bits of one index; 0 of a format without."""
+        if self.block is not None:
+            return 0
         return (len(self.levels) - 1).bit_length()
 
     @property
@@ -50,7 +66,7 @@ class Format:
     @property
     def searchable(self) -> bool:
         """Whether scales are searched and levels calibrated: zero points would have to be searched with them."""
-        return not self.zero_points
+        return not self.zero_points and self.block is None
 
 
 # NF4 (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, appendix E): quantiles of the standard normal
@@ -95,6 +111,12 @@ _TABLE = (
     Format("nf2", _NF2, signed=True, mixable=True),
 )
 FORMATS = {format.name: format for format in _TABLE}
+_BLOCKS = {  # ggml's, see ggml_blocks.py
+    "q4_0": Block(32, 18), "q8_0": Block(32, 34), "iq4_nl": Block(32, 18), "q4_k": Block(256, 144),
+    "q5_k": Block(256, 176), "q6_k": Block(256, 210), "iq4_xs": Block(256, 136),
+}  # fmt: skip
+STORED_FORMATS = {name: Format(name, (), block=block) for name, block in _BLOCKS.items()}
+STORED = "stored"  # for users: whichever a file has
 DEFAULT_FORMAT = "nf4"  # where none is named
 
 
@@ -104,6 +126,7 @@ def named_format(name: str) -> Format:
     Raises:
         FormatError: there is none.
     """
-    if name not in FORMATS:
-        raise FormatError(f"Unknown format {name!r}.", f"Known formats: {', '.join(FORMATS)}.")
-    return FORMATS[name]
+    known = FORMATS | STORED_FORMATS
+    if name not in known:
+        raise FormatError(f"Unknown format {name!r}.", f"Known formats: {', '.join(known)}.")
+    return known[name]

@@ -185,9 +185,16 @@ class GgufFile:
             widened[first : first + count] = torch.from_numpy(gguf.dequantize(packed, block_type))
         return widened.view(entry.shape)
 
+    def read_packed(self, name: str) -> Tensor:
+        """The bytes of one tensor's blocks, uint8 (rows, bytes of a row), in fresh memory."""
+        entry = self.entries[name]
+        packed = np.empty((math.prod(entry.shape[:-1]), entry.nbytes // math.prod(entry.shape[:-1])), dtype=np.uint8)
+        read_exactly(entry.file, entry.start, packed.reshape(-1).data)
+        return torch.from_numpy(packed)
+
     def in_hf_order(self, values: Tensor, name: str, config: "PretrainedConfig") -> Tensor:
-        """`values`, one for each element of tensor `name`, with its rows in transformers' order (llama.cpp interleaves
-        rotary halves of q and k).
+        """`values`, one for each element of tensor `name` or byte of its blocks, with its rows in transformers' order
+        (llama.cpp interleaves rotary halves of q and k).
         """
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 

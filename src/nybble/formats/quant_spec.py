@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from nybble.errors import FormatError
-from nybble.formats.format import DEFAULT_FORMAT, FORMATS, Format, named_format
+from nybble.formats.format import DEFAULT_FORMAT, Format, named_format
 
 NESTED_BLOCK_SIZE = 256  # scales per double-quantisation block
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -16,7 +16,7 @@ class QuantSpec:
     """How a matrix is quantised.
 
     Args:
-        format: name of an entry of `FORMATS`.
+        format: name of an entry of `FORMATS` or `STORED_FORMATS`.
         block_size: consecutive elements that share a scale, one of `BLOCK_SIZES`.
         double_quant: whether the scales are themselves quantised to 8 bits.
 
@@ -29,7 +29,9 @@ class QuantSpec:
     double_quant: bool = True
 
     def __post_init__(self) -> None:
-        named_format(self.format)
+        block = named_format(self.format).block
+        if block is not None and (self.block_size, self.double_quant) != (block.size, False):
+            raise FormatError(f"{self} is no way to store {self.format}.", f"Needed: {stored_spec(self.format)}.")
         if self.block_size not in BLOCK_SIZES:
             raise FormatError(
                 f"Block size {self.block_size} is not supported.", f"Allowed: {', '.join(map(str, BLOCK_SIZES))}."
@@ -38,7 +40,7 @@ class QuantSpec:
     @property
     def entry(self) -> Format:
         """The format's line in the table."""
-        return FORMATS[self.format]
+        return named_format(self.format)
 
     def num_blocks(self, numel: int) -> int:
         return -(-numel // self.block_size)
@@ -49,6 +51,8 @@ class QuantSpec:
         return self.entry.bits
 
     def packed_bytes(self, numel: int) -> int:
+        if (block := self.entry.block) is not None:
+            return numel // block.size * block.num_bytes
         whole = numel - numel % self.block_size
         rest = numel - whole
         planes = (4,) if self.bits == 4 else (2, 1)[: self.bits - 1]
@@ -57,10 +61,12 @@ class QuantSpec:
     def packed_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of `packed`: rows stay whole (a row range is a byte range) where no block straddles two of them."""
         if len(shape) == 2 and shape[1] % self.block_size == 0:
-            return (shape[0], shape[1] * self.bits // 8)
+            return (shape[0], self.packed_bytes(shape[1]))
         return (self.packed_bytes(prod(shape)),)
 
     def scales_bytes(self, numel: int) -> int:
+        if self.entry.block is not None:
+            return 0
         num_blocks = self.num_blocks(numel)
         zero_points = num_blocks if self.entry.zero_points else 0
         if not self.double_quant:
@@ -70,6 +76,13 @@ class QuantSpec:
     def bytes(self, numel: int) -> int:
         """Bytes that a matrix of `numel` elements takes, scales included."""
         return self.packed_bytes(numel) + self.scales_bytes(numel)
+
+
+def stored_spec(format: str) -> QuantSpec:
+    """How a matrix of blocks that hold their own scales is stored."""
+    block = named_format(format).block
+    assert block is not None, format
+    return QuantSpec(format, block.size, False)
 
 
 @dataclass(frozen=True)
@@ -100,4 +113,8 @@ class BaseFormats:
 
     def of(self, layer: str) -> QuantSpec:
         """How one layer is quantised."""
-        return replace(self.spec, format=self.layers[layer]) if self.layers else self.spec
+        format = self.layers[layer] if self.layers else self.spec.format
+        return self.spec if format == self.spec.format else self._in_format(format)
+
+    def _in_format(self, format: str) -> QuantSpec:
+        return replace(self.spec, format=format) if named_format(format).block is None else stored_spec(format)

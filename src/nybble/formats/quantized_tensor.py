@@ -16,6 +16,8 @@ Layout of `packed`, over the row-major flattened matrix:
                    its indices as in nf2, then their third bits, the first in the lowest bit. Eight bytes and four
                    make 32 elements, and a mask register takes the third bits as they lie.
 
+    ggml's blocks: each block's own bytes, scales among them (`ggml_blocks.py`); `scales` is empty
+
 In nf2 and nf3 the bits that no element fills are zero. A whole block is a whole number of bytes in every format.
 """
 

@@ -150,9 +150,10 @@ class PlannedData(RowOptions):
 class BaseFormat(Options, group="Four bits"):
     """The formats a model can be trained on."""
 
-    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "none"] = knob(
+    format: Literal["nf4", "fp4", "int4", "int4_asym", "nf3", "nf2", "stored", "none"] = knob(
         "nf4",
-        "Format of the frozen weights; nf3 and nf2 take three and two bits. none: keep 16 bits.",
+        "Format of the frozen weights; nf3 and nf2 take three and two bits. stored: a GGUF file's own blocks, or the "
+        "bits a folder has. none: keep 16 bits.",
         aliases=("bnb_4bit_quant_type", "quant_type"),
     )
 

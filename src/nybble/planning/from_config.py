@@ -14,6 +14,7 @@ from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
+from nybble.formats.format import STORED
 from nybble.layers.convert import parameters_a_rank
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
@@ -51,15 +52,20 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     skeleton = build_skeleton(transformers_config(written))
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
     options = _with_rank(options, skeleton, prepared, report)
-    formats = formats_from_config(written)
+    formats, in_four_bits = formats_from_config(written), None
+    in_folder = formats is not None or options.model.model in SHAPES
+    if options.weights.format == STORED:
+        source = open_model(options.model.model, report=report).as_stored()
+        formats, in_four_bits, in_folder = source.layer_formats, source.in_four_bits, source.is_streamable
     ask = partial(
         requests,
         skeleton=skeleton,
         machine=machine,
         micro_batches=_micro_batches(options, skeleton, machine, prepared, report),
         dtype=dtype,
-        in_folder=formats is not None or options.model.model in SHAPES,
+        in_folder=in_folder,
         formats=formats,
+        in_four_bits=in_four_bits,
     )
     asked, unconstrained = ask(options)
     plans = make_plans(asked, machine)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 import torch
 
 from nybble.errors import ConfigError, PlanError
-from nybble.formats.format import DEFAULT_FORMAT
+from nybble.formats.format import DEFAULT_FORMAT, STORED
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import Reason as NotBlocks
 from nybble.layers.backbone import why_not_blocks
@@ -404,7 +404,7 @@ def quantize_command(options: TrainConfig | PlanConfig) -> tuple[str, str]:
     words = ["nybble", "quantize", "--model", model, "--out", folder]
     for name in QUANTIZE_FLAGS:
         value = values[name]
-        if value not in (fields[name].default, "none"):
+        if value not in (fields[name].default, "none", STORED):
             flag = f"--{'no-' if value is False else ''}{yaml_key(name)}"
             words += [flag] if isinstance(value, bool) else [flag, str(value)]
     return shlex.join(words), folder
@@ -412,4 +412,4 @@ def quantize_command(options: TrainConfig | PlanConfig) -> tuple[str, str]:
 
 def _format(weights: WeightOptions) -> str:
     """What a base is put into, were it not left in 16 bits."""
-    return DEFAULT_FORMAT if weights.format == "none" else weights.format
+    return DEFAULT_FORMAT if weights.format in ("none", STORED) else weights.format

@@ -23,7 +23,7 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import PlanError
 from nybble.events import Event, Listener, Note, silent
 from nybble.files.manifest import verify_manifest
-from nybble.formats.format import FORMATS
+from nybble.formats.format import DEFAULT_FORMAT, FORMATS, STORED
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.context import context_length
 from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
@@ -76,10 +76,20 @@ class RoundingChosen(Event):
 
 
 def quant_spec(weights: FourBitOptions) -> QuantSpec | None:
-    """The four-bit format of a base, None where it stays in 16 bits."""
+    """The four-bit format of a base, None where it stays in 16 bits. One that is stored in few bits keeps its own."""
     if weights.format == "none":
         return None
-    return QuantSpec(weights.format, weights.block_size, weights.double_quant)
+    format = DEFAULT_FORMAT if weights.format == STORED else weights.format
+    return QuantSpec(format, weights.block_size, weights.double_quant)
+
+
+def in_asked_bits(source: StoredModel, weights: FourBitOptions) -> StoredModel:
+    """The source as it is, or with its own few bits where those are asked for.
+
+    Raises:
+        FormatError: it has none that are trained over.
+    """
+    return source.as_stored() if weights.format == STORED else source
 
 
 def data_free_rounding(rounding: QualityOptions) -> Literal["absmax", "search"]:

@@ -18,7 +18,7 @@ from nybble.options.groups import MachineOptions
 from nybble.options.option import with_options
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.runs.adapter_files import read_adapter
-from nybble.runs.base import base_formats, data_free_rounding, kept_base
+from nybble.runs.base import base_formats, data_free_rounding, in_asked_bits, kept_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
 from nybble.sources.load import load_model, refill
@@ -108,7 +108,7 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
         config = load_config(run.config, {})
     except ConfigError as error:
         raise _unreadable(run, error) from error
-    source = open_model(config.model.model, config.model.tokenizer, report)
+    source = in_asked_bits(open_model(config.model.model, config.model.tokenizer, report), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
     template = open_template(config.data, source.load_tokenizer(), run.chat_template)

@@ -13,10 +13,12 @@ from tokenizers import processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from nybble.errors import ModelError, foreign_errors
+from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.files.disk import disk_errors
+from nybble.formats.format import DEFAULT_FORMAT, STORED_FORMATS
 from nybble.formats.gguf import DENSE_ENDS, LATTICES, GgufFile
 from nybble.formats.gguf_vocabulary import KNOWN_MODELS, SPLITTING_RULES, Vocabulary, splitting_rule, tokenizer_of
+from nybble.formats.quant_spec import BaseFormats, stored_spec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import sampled_sha256, staged_folder
 from nybble.sources.bundled import CACHE_FIX, cache_folder
@@ -24,6 +26,7 @@ from nybble.sources.skeleton import build_skeleton
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
 
+WIDE = ("F32", "F16", "BF16")  # types without blocks
 DERIVED_VERSION = 2  # raise it when what is derived from a file changes
 
 
@@ -82,6 +85,57 @@ class GgufSource(StoredModel):
 
     def without_lattice(self) -> StoredModel:
         return DitheredSource(self)
+
+    def as_stored(self) -> StoredModel:
+        return StoredBlocks(self)
+
+
+class StoredBlocks(GgufSource):
+    """A GGUF source whose linear layers keep the file's own blocks, whole rows of them in transformers' order.
+
+    The values are llama.cpp's, so that an adapter trained over them fits this very file there. Linear layers that the
+    file has in 16 or 32 bits stay so.
+
+    Raises:
+        FormatError: a layer is in blocks that are not computed with here, or none is in blocks.
+    """
+
+    def __init__(self, source: GgufSource):
+        super().__init__(source.path, source.name, source._tokenizer)
+        types = {layer: self._file.entries[self._names[f"{layer}.weight"]].dtype for layer in self.linears}
+        formats = {layer: name.lower() for layer, name in types.items() if name not in WIDE}
+        for layer, format in formats.items():
+            if format not in STORED_FORMATS:
+                raise FormatError(
+                    f"{self.name} has {layer} in {types[layer]}, which is not trained over as it is.",
+                    f"Trained over as they are: {', '.join(name.upper() for name in STORED_FORMATS)}.",
+                    f"Take --format {DEFAULT_FORMAT}: it is widened and put into that.",
+                )
+        if not formats:
+            raise self._nothing_of_its_own()
+        self.layer_formats = BaseFormats(stored_spec(next(iter(formats.values()))), formats)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        assert self.layer_formats is not None
+        types = ", ".join(name.upper() for name in self.layer_formats.names)
+        return (f"{self.name}'s own blocks ({types}) are trained over: an adapter fits this file in llama.cpp.",)
+
+    def as_stored(self) -> StoredModel:
+        return self
+
+    def is_quantized(self, name: str) -> bool:
+        assert self.layer_formats is not None
+        return name.removesuffix(".weight") in self.layer_formats.layers
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        if not self.is_quantized(name):
+            return super().read(name)
+        assert self.layer_formats is not None
+        gguf_name = self._names[name]
+        packed = self._file.in_hf_order(self._file.read_packed(gguf_name), gguf_name, self.config)
+        spec, shape = self.layer_formats.of(name.removesuffix(".weight")), self._file.entries[gguf_name].shape
+        return QuantizedTensor(packed, torch.empty(0, dtype=torch.uint8), spec, shape, torch.float32)
 
 
 class DitheredSource(GgufSource):

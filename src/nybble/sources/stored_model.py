@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nybble.errors import FormatError
 from nybble.formats.bnb import StoredWeight
+from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile, TensorEntry
@@ -99,6 +101,23 @@ class StoredModel(ABC):
     def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]] | None:
         """Where the bytes of a four-bit weight lie, and the stored tensors it consists of; None where in no file."""
         return None
+
+    def as_stored(self) -> "StoredModel":
+        """The same with the few bits that it is stored in, which are trained over as they are.
+
+        Raises:
+            FormatError: it has none, or layers in bits that cannot be.
+        """
+        if self.quant_spec is not None:
+            return self
+        raise self._nothing_of_its_own()
+
+    def _nothing_of_its_own(self) -> FormatError:
+        return FormatError(
+            f"{self.name} has no few bits of its own that are trained over as they are.",
+            "Those that do: GGUF files in blocks, and folders in four bits of nybble or bitsandbytes.",
+            f"Take another --format, such as {DEFAULT_FORMAT}.",
+        )
 
     def without_lattice(self) -> "StoredModel":
         """The same with weights that lie on no evenly spaced values, which would flatter some four-bit formats."""

@@ -24,6 +24,7 @@ from nybble.planning.request import plan_run, why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.quantization.adapter_init import check_initialisable
 from nybble.runs.adapter_files import StoredAdapter
+from nybble.runs.base import in_asked_bits
 from nybble.runs.context import read_rows, within_context
 from nybble.runs.continued import check_base_of, open_adapter, options_of
 from nybble.runs.folder import RunFolder
@@ -73,7 +74,7 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     config = given if resumed is None else settle_config(resumed, given)
     adapters, allowed = config.adapters, config.run.allow_change
     device, dtype = set_up(config.machine)
-    source = open_model(config.model.model, config.model.tokenizer, report)
+    source = in_asked_bits(open_model(config.model.model, config.model.tokenizer, report), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     if config.method.method in ("lora", "full"):
         check_widths(source, config.method.method)

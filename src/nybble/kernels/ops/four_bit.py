@@ -6,9 +6,9 @@
     nybble::augmented_weight_    packed, scales, B -> written into rows that are wider than the weight, B beside it
     nybble::gemv_4bit            x, packed, scales -> x @ weight.T
 
-They serve the three- and two-bit formats too. `packed` and `scales` are laid out as
-nybble.formats.quantized_tensor says. A body gets contiguous tensors whose sizes have been checked. None of
-the ops has a gradient: the weights are frozen.
+They serve the three- and two-bit formats too, and ggml's blocks, which are read and never made. `packed` and
+`scales` are laid out as nybble.formats.quantized_tensor says. A body gets contiguous tensors whose sizes have been
+checked. None of the ops has a gradient: the weights are frozen.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import FormatError, KernelError
+from nybble.formats.format import FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
@@ -115,7 +116,8 @@ def allocating(dequantize_out: Callable[..., None]) -> Callable[..., Tensor]:
 
 
 def _check_quantize(weight: Tensor, format: str, block_size: int, double_quant: bool) -> None:
-    QuantSpec(format, block_size, double_quant)
+    if QuantSpec(format, block_size, double_quant).entry.block is not None:
+        raise FormatError(f"{format} is read and never made.", f"Formats to put weights into: {', '.join(FORMATS)}.")
     _check_dtype(weight.dtype)
     if weight.numel() == 0 or not weight.is_contiguous():
         raise FormatError(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nybble.formats.blockwise import block_scales, not_finite
 from nybble.formats.double_quant import scale_parts
-from nybble.formats.format import FORMATS
+from nybble.formats.format import named_format
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor, join_scales
 from nybble.kernels import registry
@@ -21,7 +21,7 @@ from nybble.kernels.ops.four_bit import allocating
 
 def _unsupported(*args: Any) -> str | None:
     format = next(arg for arg in args if isinstance(arg, str))
-    return None if FORMATS[format].bitsandbytes else f"has no {format}"
+    return None if named_format(format).bitsandbytes else f"has no {format}"
 
 
 def _ops() -> Any:

@@ -1,8 +1,9 @@
-"""csrc/quantize.cpp, dequantize.cpp, gemv.cpp."""
+"""csrc/quantize.cpp, dequantize.cpp, ggml_blocks.cpp, gemv.cpp."""
 
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from nybble.formats import blockwise, codebooks
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.format import FORMATS
+from nybble.formats.format import STORED_FORMATS, named_format
+from nybble.formats.ggml_blocks import WIDENING
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import ScaleParts, split_scales
 from nybble.kernels import registry
-from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT, INT64, POINTER, function, no_fp16, pointer
+from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT, INT64, POINTER, function, load, no_fp16, pointer
 from nybble.kernels.ops.four_bit import allocating
 
 _quantize = function("quantize", POINTER, INT, INT64, INT64, INT, POINTER, POINTER, POINTER, POINTER, POINTER)
 _quantize_scales = function("quantize_scales", POINTER, INT64, FLOAT, POINTER, POINTER, POINTER, POINTER)
 _dequantize = function("dequantize", *[POINTER] * 8, INT, INT64, INT64, INT, POINTER)
+_dequantize_blocks = function("dequantize_blocks", POINTER, INT, INT64, INT64, INT64, INT, POINTER)
 _gemv = function("gemv", POINTER, INT, INT64, INT64, INT64, POINTER, *[POINTER] * 6, POINTER, FLOAT, INT64, POINTER)
 
 
@@ -69,25 +72,40 @@ def code_search() -> tuple[Tensor, Tensor]:
     return torch.cat([midpoints, torch.tensor([torch.inf])]), first_code.to(torch.uint8)
 
 
-@registry.register("dequantize_4bit_out", "cpp")
+def _lacks_blocks(packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, *others: Any) -> str | None:
+    built_without = format in STORED_FORMATS and not hasattr(load(), "nybble_dequantize_blocks")
+    return f"was built before nybble knew {format}" if built_without else None
+
+
+@registry.register("dequantize_4bit_out", "cpp", _lacks_blocks)
 def dequantize_4bit_out(
     packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool, out: Tensor
 ) -> None:
+    if (block := named_format(format).block) is not None:
+        kind = list(WIDENING).index(format)
+        _dequantize_blocks(
+            pointer(packed), kind, out.numel(), block.size, block.num_bytes, DTYPES[out.dtype], pointer(out)
+        )
+        return
     _dequantize(
         pointer(packed), *scale_pointers(scales, format, block_size, double_quant, out.numel()),
-        pointer(_sixteen_values(format)), FORMATS[format].bits,
+        pointer(_sixteen_values(format)), named_format(format).bits,
         out.numel(), block_size, DTYPES[out.dtype], pointer(out),
     )  # fmt: skip
 
 
-dequantize_4bit = registry.register("dequantize_4bit", "cpp")(allocating(dequantize_4bit_out))
+dequantize_4bit = registry.register("dequantize_4bit", "cpp", _lacks_blocks)(allocating(dequantize_4bit_out))
 
 
-@registry.register("gemv_4bit", "cpp", unsupported=no_fp16)
+def _refuses(x: Tensor, *weight: Any) -> str | None:
+    return no_fp16(x, *weight) or _lacks_blocks(*weight)
+
+
+@registry.register("gemv_4bit", "cpp", _refuses)
 def gemv_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> Tensor:
-    if FORMATS[format].bits != 4:  # no fused body: the weight is made, then multiplied
+    if named_format(format).bits != 4:  # no fused body: the weight is made, then multiplied
         return x @ dequantize_4bit(packed, scales, shape, format, block_size, double_quant, x.dtype).T
     out_features, in_features = shape
     codebook, factor = codebook_for_bf16(format)
@@ -143,7 +161,7 @@ def codebook_for_bf16(format: str) -> tuple[Tensor, float]:
     The integer formats and fp4 become exact; nf4's relative error falls from 0.0014 to 0.0008 (root of the mean
     square), under the 0.001 of weights that were dequantised to bf16.
     """
-    if FORMATS[format].zero_points:  # integers already; zero points are subtracted from them
+    if named_format(format).zero_points:  # integers already; zero points are subtracted from them
         return codebooks.codebook(format), 1.0
     factors = torch.linspace(1, 2, 4097)[:-1]  # 7 / 4 and 12 / 8 are among them
     scaled = codebooks.codebook(format) * factors[:, None]  # (candidates, 16)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nybble.formats import blockwise
+from nybble.formats import blockwise, ggml_blocks
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels import registry
@@ -23,7 +23,8 @@ def dequantize_4bit_out(
 ) -> None:
     sizes, spec = tuple(shape), QuantSpec(format, block_size, double_quant)
     q = QuantizedTensor(packed.view(spec.packed_shape(sizes)), scales, spec, sizes, out.dtype)
-    blockwise.dequantize_into(q, out)
+    widen = blockwise.dequantize_into if spec.entry.block is None else ggml_blocks.dequantize_into
+    widen(q, out)
 
 
 dequantize_4bit = registry.register("dequantize_4bit", "reference")(allocating(dequantize_4bit_out))

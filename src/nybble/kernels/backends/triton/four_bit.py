@@ -10,7 +10,7 @@ from torch import Tensor
 from nybble.formats.blockwise import not_finite
 from nybble.formats.codebooks import codebook, dynamic_map, midpoints, sorted_order
 from nybble.formats.double_quant import scale_parts
-from nybble.formats.format import FORMATS
+from nybble.formats.format import FORMATS, STORED_FORMATS
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import join_scales
 from nybble.kernels import registry
@@ -40,7 +40,11 @@ def quantize_4bit(weight: Tensor, format: str, block_size: int, double_quant: bo
 
 
 def _too_large(packed: Tensor, scales: Tensor, shape: Sequence[int], *others: Any) -> str | None:
-    return too_many(prod(shape))
+    return too_many(prod(shape)) or _stored_only(packed, scales, shape, *others)
+
+
+def _stored_only(packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, *others: Any) -> str | None:
+    return f"has no {format}" if format in STORED_FORMATS else None
 
 
 @registry.register("dequantize_4bit_out", "triton", _too_large)
@@ -68,7 +72,9 @@ def dequantize_4bit_out(
     )  # fmt: skip
 
 
-@registry.register("augmented_weight_", "triton", lambda *arguments: too_many(_spanned(arguments[-1])))
+@registry.register(
+    "augmented_weight_", "triton", lambda *arguments: too_many(_spanned(arguments[-1])) or _stored_only(*arguments)
+)
 def augmented_weight_(
     packed: Tensor,
     scales: Tensor,

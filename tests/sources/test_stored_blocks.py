@@ -1,0 +1,113 @@
+"""A GGUF file's own blocks as the base: the same values and gradients as widened, in the file's own bytes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from tiny import make_data, tune
+from tiny_gguf import write_model
+from torch import Tensor
+from transformers import PreTrainedModel
+from typed import typed
+
+from nybble.errors import FormatError
+from nybble.formats.quant_spec import BaseFormats
+from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.runs.open_run import load_frozen, load_tuned, open_run
+from nybble.sources.load import load_model
+from nybble.sources.open import open_model
+from nybble.sources.stored_model import StoredModel
+
+TYPES = {
+    "attn.q_proj": "Q4_K", "attn.k_proj": "Q5_K", "attn.v_proj": "Q6_K", "attn.o_proj": "Q8_0", "gate_proj": "IQ4_NL",
+    "up_proj": "IQ4_XS", "down_proj": "Q4_0",
+}  # fmt: skip
+
+
+ROWS = [{"prompt": f"ab {n}", "completion": f" a ab {2 * n}"} for n in range(30)]
+
+
+@pytest.fixture
+def mixed_file(make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama whose layers are in blocks of every type that is trained over; q and k in llama.cpp's order."""
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    _, model = make_folder("llama", hidden_size=256, intermediate_size=256)
+    return write_model(tmp_path / "m.gguf", model, "llama", own_blocks=TYPES)
+
+
+def gradients(model: PreTrainedModel, tokens: Tensor) -> list[Tensor]:
+    loss = model(tokens, labels=tokens).loss
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
+
+def test_logits_and_gradients_are_those_of_the_widened_model(mixed_file: Path, tokens: Tensor) -> None:
+    source = open_model(str(mixed_file))
+    stored = source.as_stored()
+    ours = load_model(stored, BaseFormats(), torch.float32)
+    widened = load_model(source, None, torch.float32)
+    linears = {name: module for name, module in ours.named_modules() if isinstance(module, QuantizedLinear)}
+    assert {module.spec.format.upper() for module in linears.values()} == set(TYPES.values())
+    assert all(torch.equal(module.dequantize(), widened.get_submodule(name).weight) for name, module in linears.items())
+    kept = sum(module.weight.numel() + module.scales.numel() for module in linears.values())
+    assert kept == sum(tensor.n_bytes for tensor in gguf.GGUFReader(mixed_file).tensors if tensor.tensor_type > 1)
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, widened(tokens).logits)
+    pairs = zip(gradients(tune(ours), tokens), gradients(tune(widened), tokens), strict=True)
+    assert all(float(a.norm()) > 0 and float((a - b).norm()) <= 1e-5 * float(a.norm()) for a, b in pairs)
+    assert stored.fingerprint() == source.fingerprint() and "fits this file in llama.cpp" in stored.notes[0]
+
+
+def test_rows_are_in_transformers_order_block_by_block(mixed_file: Path) -> None:
+    source = open_model(str(mixed_file))
+    layer = "model.layers.1.self_attn.q_proj"
+    packed = source.as_stored().read_linear(layer).packed
+    assert packed.shape == (256, 144)
+    raw = next(t for t in gguf.GGUFReader(mixed_file).tensors if t.name == "blk.1.attn_q.weight").data
+    heads = torch.from_numpy(raw.copy()).view(4, 32, 2, 144)  # (heads, pairs, halves, bytes)
+    assert torch.equal(packed, heads.transpose(1, 2).reshape(256, 144))
+
+
+def test_blocks_that_are_not_computed_with_are_named(make_folder: Callable, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    _, model = make_folder("qwen3", num_hidden_layers=1)
+    five = write_model(tmp_path / "five.gguf", model, "qwen3", "Q5_1")
+    with pytest.raises(FormatError, match=r"q_proj in Q5_1, .*(\n|.)*Q4_0, Q8_0.*(\n|.)*format nf4"):
+        open_model(str(five)).as_stored()
+    half = write_model(tmp_path / "half.gguf", model, "qwen3", "F16")
+    with pytest.raises(FormatError, match="no few bits of its own"):
+        open_model(str(half)).as_stored()
+
+
+def test_a_folder_in_16_bits_has_no_bits_of_its_own(make_folder: Callable) -> None:
+    folder, _ = make_folder(num_hidden_layers=1)
+    source: StoredModel = open_model(str(folder))
+    with pytest.raises(FormatError, match="no few bits of its own"):
+        source.as_stored()
+
+
+@pytest.mark.slow
+def test_the_adapter_fits_the_very_file_in_llama_cpp(mixed_file: Path, tokens: Tensor, monkeypatch) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.chdir(mixed_file.parent)
+    make_data(Path("d.jsonl"), ROWS)
+    options = ["--max-steps", "12", "--rows-per-step", "8", "--template", "none", "--lr", "0.01"]
+    assert typed(["train", "--model", "m.gguf", "--format", "stored", "--data", "d.jsonl", "--out", "run", *options])
+    exported = typed(["export", "--run", "run", "--to", "gguf-lora", "--out", "lora"])
+    assert exported.exit_code == 0, exported.output
+    opened, row = open_run(Path("run")), tokens[0].tolist()
+    with torch.no_grad():
+        tuned = load_tuned(opened, torch.float32, torch.device("cpu"))(tokens[:1]).logits[0]
+        base = load_frozen(opened, torch.float32, torch.device("cpu"))(tokens[:1]).logits[0]
+    model = llama_cpp.Llama("m.gguf", n_ctx=64, logits_all=True, verbose=False, lora_path="lora/adapter.gguf")
+    model.eval(row)
+    theirs = torch.tensor(model.scores[: len(row)])
+    # llama.cpp rounds the inputs of each product to 8 bits, which moves the logits by far less than the adapter does
+    assert divergence(tuned, theirs) < 0.01 * divergence(tuned, base)
+    assert torch.equal(theirs.argmax(-1), tuned.argmax(-1))
+
+
+def divergence(p: Tensor, q: Tensor) -> float:
+    logs = p.log_softmax(-1), q.log_softmax(-1)
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
