@@ -27,7 +27,10 @@ def test_every_parameter_has_a_name_of_its_own(name: str) -> None:
     [
         ("smollm3", {"no_rope_layers": [1, 0, 1]}, "rotary angles in all layers but every 4th"),
         ("smollm3", {"no_rope_layers": [1, 1, 1]}, "no windows"),
-        ("cohere2", {}, "windows in all layers but every 4th"),
+        ("cohere2", {}, "windows in all layers but one of 4"),
+        ("gemma2", {}, "query_pre_attn_scalar 18"),
+        ("gemma2", {"query_pre_attn_scalar": 18, "final_logit_softcapping": None}, "soft caps on scores and logits"),
+        ("gemma3_text", {}, "windows in all layers but one of 6"),
         ("cohere", {"tie_word_embeddings": False}, "tied to the embedding"),
         ("olmo2", {"tie_word_embeddings": True}, "not tied to the embedding"),
         ("starcoder2", {"head_dim": 32}, "as wide as the hidden states"),

@@ -63,8 +63,19 @@ LONG = {  # llama.cpp takes the long factors where its context, 256 tokens here,
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
     "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
 }  # fmt: skip
-WITHOUT = {"gemma2", "gemma3_text", "ministral", "ministral3"}  # families that are not exported
+WITHOUT = {"ministral", "ministral3"}  # families that are not exported
 OTHERS = {  # layers of all kinds; windows and partial angles that the texts tell from none
+    "gemma2": {
+        "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,
+        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": None, "pad_token_id": None},
     "granite": {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 1.5

@@ -21,8 +21,9 @@ from nybble.formats.gguf import llama3_divisors
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 READABLE = ("LLAMA", "QWEN2", "QWEN3")  # those that nybble reads itself (formats/gguf.py)
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-EVERY = 4  # which layer has no rotary angles, or no window, in some architectures
-WINDOWED = ("OLMO2", "COHERE2")  # architectures whose windows llama.cpp knows
+NO_ROPE_EVERY = 4  # which layer has no rotary angles in SmolLM3
+FULL_EVERY = {"COHERE2": 4, "GEMMA2": 2, "GEMMA3": 6}  # which layer has no window
+WINDOWED = ("OLMO2", *FULL_EVERY)  # architectures whose windows llama.cpp knows
 
 
 def architecture_of(config: PretrainedConfig) -> gguf.MODEL_ARCH:
@@ -67,20 +68,33 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         granted.append((fits, "heads that are together as wide as the hidden states"))
     if arch in ("OLMO2", "STABLELM", "PHI2"):
         granted.append((not config.tie_word_embeddings, "a head of its own, not tied to the embedding"))
-    if arch in ("COHERE2", "COMMAND_R"):
+    if arch in ("COHERE2", "COMMAND_R", "GEMMA2"):
         granted.append((bool(config.tie_word_embeddings), "a head that is tied to the embedding"))
     if arch == "SMOLLM3":
-        rotated = [bool(each) for each in config.no_rope_layers] == [layer % EVERY != 0 for layer in layers]
-        granted.append((rotated, f"rotary angles in all layers but every {EVERY}th"))
+        rotated = [bool(each) for each in config.no_rope_layers] == [layer % NO_ROPE_EVERY != 0 for layer in layers]
+        granted.append((rotated, f"rotary angles in all layers but every {NO_ROPE_EVERY}th"))
         granted.append((SLIDING not in config.layer_types, "no windows"))
-    if arch == "COHERE2":
-        kinds = [SLIDING if layer % EVERY else FULL for layer in layers]
-        granted.append((list(config.layer_types) == kinds, f"windows in all layers but every {EVERY}th"))
+    if arch in FULL_EVERY:
+        kinds = [SLIDING if layer % FULL_EVERY[arch] else FULL for layer in layers]
+        granted.append((list(config.layer_types) == kinds, f"windows in all layers but one of {FULL_EVERY[arch]}"))
+    if arch in ("GEMMA2", "GEMMA3"):
+        scale = config.hidden_size // config.num_attention_heads if _is_27b(config) else head_dim(config)
+        granted.append((config.query_pre_attn_scalar == scale, f"query_pre_attn_scalar {scale}"))
+        granted.append((not config.use_bidirectional_attention, "attention to earlier tokens alone"))
+    if arch == "GEMMA2":
+        caps = config.attn_logit_softcapping and config.final_logit_softcapping
+        granted.append((bool(caps), "soft caps on scores and logits"))
     if arch == "COMMAND_R":
         granted.append((not config.use_qk_norm, "no norms of queries and keys"))
     if arch == "STABLELM":
         granted.append((not config.qk_layernorm, "no norms of queries and keys"))
     return granted
+
+
+def _is_27b(config: PretrainedConfig) -> bool:
+    """As llama.cpp tells Gemma's largest from others, by its number of layers."""
+    largest: bool = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+    return largest
 
 
 def left_out(config: PretrainedConfig) -> str | None:
@@ -157,6 +171,19 @@ def _cohere2(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_sliding_window(config.sliding_window)
 
 
+def _gemma2(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _gemma3(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_rope_freq_base_swa(config.rope_parameters[SLIDING]["rope_theta"])
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
 def _stablelm(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
@@ -167,6 +194,8 @@ OWN_KEYS: Mapping[str, Callable[[gguf.GGUFWriter, PretrainedConfig], None]] = {
     "PHI3": _phi3,
     "COMMAND_R": _command_r,
     "COHERE2": _cohere2,
+    "GEMMA2": _gemma2,
+    "GEMMA3": _gemma3,
     "STABLELM": _stablelm,
 }
 

@@ -60,7 +60,7 @@ def write_gguf_model(
     check_family(config)
     if (loss := left_out(config)) is not None:
         report(Note(loss))
-    names = _names(merged)
+    names, offset = _names(merged), FAMILIES[config.model_type].norm_offset
     shapes = {target: place.shape for target, place in merged.placements.items()}
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
     writer.add_type(gguf.GGUFType.MODEL)
@@ -72,7 +72,8 @@ def write_gguf_model(
     def read(name: str) -> Tensor:
         tensor = merged.read_parameter(name)
         assert isinstance(tensor, Tensor), name
-        return _reorder(tensor, name, config)
+        values = _reorder(tensor, name, config)
+        return values.float() + offset if offset and name.endswith("norm.weight") else values
 
     planned = [
         _Planned(names[name], shape, _storage(kind, names[name], shape), partial(read, name))

@@ -15,4 +15,5 @@ GEMMA2 = Family(
     windows="by kind",
     attention_softcap="attn_logit_softcapping",
     unsupported=("use_bidirectional_attention",),
+    gguf="GEMMA2",
 )

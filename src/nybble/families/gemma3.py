@@ -12,4 +12,5 @@ GEMMA3 = replace(
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     rope_by_kind=True,
     attention_softcap=None,
+    gguf="GEMMA3",
 )
