@@ -91,7 +91,10 @@ def test_help_shows_each_option_once_with_its_default() -> None:
             ["train", *REQUIRED, "--rank", "many"],
             ["rank is 'many'", "whole number, at least 1", "Leave it out to get 16"],
         ),
-        (["train", *REQUIRED, "--format", "nf5"], ["format is 'nf5'", "nf4, fp4, int4, int4_asym, nf3, nf2, stored, none"]),
+        (
+            ["train", *REQUIRED, "--format", "nf5"],
+            ["format is 'nf5'", "nf4, fp4, int4, int4_asym, nf3, nf2, stored, none"],
+        ),
         (["quantize", "--model", "m", "--out", "o", "--format", "none"], ["format is 'none'"]),
         (["train", *REQUIRED, "--micro-batch-size", "99"], ["99", "at most rows-per-step"]),
         (["train", "--model", "m", "--data", "d"], ["out is not given", "--out OUT"]),
