@@ -14,6 +14,9 @@ from nybble.formats.quant_spec import stored_spec
 from nybble.formats.quantized_tensor import QuantizedTensor
 
 VOCABULARY = 160
+STEPS = {  # of their fp16 numbers, such that weights are about as large as a model's
+    "q4_0": 0.01, "q8_0": 0.001, "iq4_nl": 0.001, "q4_k": 0.0003, "q5_k": 0.0002, "q6_k": 0.0001, "iq4_xs": 0.0001,
+}  # fmt: skip
 HALVES = {"q6_k": (208,), "q4_k": (0, 2), "q5_k": (0, 2)}  # where fp16 numbers lie in a block, of others at 0
 
 
@@ -26,7 +29,7 @@ def random_blocks(format: str, rows: int, columns: int) -> QuantizedTensor:
     assert block is not None
     blocks = packed.reshape(-1, block.num_bytes)
     for at in HALVES.get(format, (0,)):
-        halves = generator.normal(0, 0.01, (len(blocks), 1)).astype(np.float16)
+        halves = generator.normal(0, STEPS[format], (len(blocks), 1)).astype(np.float16)
         blocks[:, at : at + 2] = halves.view(np.uint8)
     empty = torch.empty(0, dtype=torch.uint8)
     return QuantizedTensor(torch.from_numpy(packed), empty, spec, (rows, columns), torch.float32)
