@@ -138,7 +138,8 @@ def gradients(check: Check) -> None:
     import torch
 
     from nybble.layers.backbone import ModuleForward
-    from nybble.layers.causal_lm import CausalLM, Verdict
+    from nybble.layers.batch_model import Verdict
+    from nybble.layers.causal_lm import CausalLM
     from nybble.layers.loss_head import loss_head
 
     shape, load = (TINY, Load(21, 7)) if check.tiny else (SMALL, Load(1080, 270))  # also: no multiple of 64

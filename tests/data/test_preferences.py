@@ -9,9 +9,9 @@ import torch
 from tiny import byte_tokenizer, make_data
 
 from nybble.data.preference_rows import EncodedPair, JudgedAnswer
-from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import PreparedData, prepare
 from nybble.data.readers import FieldNames
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, DataError
 

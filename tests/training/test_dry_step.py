@@ -26,7 +26,8 @@ from nybble.kernels import hardware, registry
 from nybble.layers import augmented
 from nybble.layers.augmented import AugmentedProjection, projection_on
 from nybble.layers.backbone import FusedForward
-from nybble.layers.causal_lm import CausalLM, Verdict
+from nybble.layers.batch_model import Verdict
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.decoder_block import Keep
 from nybble.layers.loss_head import LossHead
 from nybble.planning import cuda_costs

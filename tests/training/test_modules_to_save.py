@@ -16,7 +16,7 @@ import nybble
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import collate
 from nybble.errors import ConfigError, ExportError, RunError
-from nybble.exporting.consumers import _widen
+from nybble.exporting.consumers import widen
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import enable_adapters, in_few_bits
 from nybble.layers.trained import resolve_modules, train_modules, trained_modules
@@ -147,7 +147,7 @@ def test_peft_reads_what_was_trained(whole: Path, tiny_model: Path) -> None:
     base = load_frozen(opened, torch.float32, cpu)
     with torch.no_grad():
         untuned = base(ids).logits
-    _widen(base)
+    widen(base)
     base.float()  # PEFT's copy of an end has the end's type
     theirs = peft.PeftModel.from_pretrained(base, whole / "adapter").eval()
     with torch.no_grad():

@@ -18,7 +18,8 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import pack
 from nybble.kernels.hardware import as_double, send
 from nybble.layers.backbone import ModuleForward, Why, why_not_blocks
-from nybble.layers.causal_lm import CausalLM, Verdict
+from nybble.layers.batch_model import Verdict
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import LossHead
 from nybble.memory import allocators
 from nybble.memory.measure import PeakMemory, available_bytes, used_bytes

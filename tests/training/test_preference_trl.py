@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_data, tune
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import prepare
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.sampler import permutation
 from nybble.data.template import ChatTemplate
 from nybble.layers.causal_lm import CausalLM

@@ -31,8 +31,10 @@ def check_data(*, on_event: Listener = silent, **options: Any) -> "TrainingData"
     """
     config = build_options(DataConfig, as_options(options))
     from nybble.api.parts import TrainingData
-    from nybble.data.preferences import ROW_KINDS
+    from nybble.data.row_kinds import ROW_KINDS
     from nybble.sources.open import open_model
+    from nybble.sources.task import task_of
 
-    kind = ROW_KINDS[config.objective.objective]
-    return TrainingData.read(config.data, open_model(config.model.model, config.model.tokenizer, on_event), kind)
+    kind, task = ROW_KINDS[config.objective.objective], task_of(config.objective.objective)
+    source = open_model(config.model.model, config.model.tokenizer, on_event).for_task(task)
+    return TrainingData.read(config.data, source, kind)

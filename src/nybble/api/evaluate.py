@@ -8,11 +8,12 @@ from nybble.options.option import build_options
 from nybble.options.verbs import EvalConfig, EvalQualityConfig
 
 if TYPE_CHECKING:
+    from nybble.evaluation.classes import TextsJudged
     from nybble.evaluation.compare_arms import ArmResult
     from nybble.evaluation.evaluate import Evaluation
 
 
-def evaluate(run: RunLike | None = None, *, on_event: Listener = silent, **options: Any) -> "Evaluation":
+def evaluate(run: RunLike | None = None, *, on_event: Listener = silent, **options: Any) -> "Evaluation | TextsJudged":
     """Compare a run with its base on held-out rows: losses, answers, what was forgotten of general text.
 
     The report is written to the run's folder `report/`, the model card beside its adapter.
@@ -24,7 +25,8 @@ def evaluate(run: RunLike | None = None, *, on_event: Listener = silent, **optio
 
     Returns:
         What was measured: `loss(arm)` in nats a supervised token with its interval, `change(arm)`, `score(arm,
-        metric)`, for the arms "tuned", "base, as trained on" and "base, 16 bits"; `to_json()` is report.json.
+        metric)`, for the arms "tuned", "base, as trained on" and "base, 16 bits"; `to_json()` is report.json. Of a run
+        that scores texts: `accuracy()`, `macro_f1()`, `classes()`, `confusion`.
 
     Raises:
         NybbleError: there is no such run, its base is another now, or there are no rows to judge it by.

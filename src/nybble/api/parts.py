@@ -26,8 +26,8 @@ from nybble.data.audit import Audited
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, collate
 from nybble.data.preference_rows import PreferenceRow, compare
-from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
@@ -61,7 +61,7 @@ def open_model(
     """Open a base model where it is stored; none of its weights is read.
 
     Args:
-        model: a Hugging Face folder or hub id, a .gguf file, or the alias smollm2-135m-instruct.
+        model: a Hugging Face folder or hub id, a .gguf file, or an alias: smollm2-135m-instruct, all-minilm-l6-v2.
         tokenizer: folder or hub id of another tokenizer than the model's own.
         on_event: told where a model is fetched.
 

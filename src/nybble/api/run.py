@@ -99,6 +99,7 @@ class Run:
             >>> nybble.open_run(run).generate("What is 3 plus 3?", max_new_tokens=8)
             'It is 6.'
         """
+        opening.check_answers(self._opened)
         said = {"system": system, "prompt": prompt if isinstance(prompt, str) else None}
         numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         options = build_options(AnswerConfig, said | numbers | {"seed": seed}).answers
@@ -114,6 +115,41 @@ class Run:
             on_token=lambda _, token: pieces.add(token),
         )
         return pieces.text()
+
+    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[tuple[str, float]]:
+        """What a run of `--objective classify` says of texts: of each its likeliest class and how likely that is; of
+        one that learnt numbers, "score" and the number.
+
+        Args:
+            texts: each a text, or two beside each other where the run was trained on such.
+
+        Raises:
+            ConfigError: the run is one of a language model.
+            RunError: the adapter is missing or damaged.
+        """
+        from nybble.data.text_rows import encode_texts
+        from nybble.evaluation.classes import scores_of
+
+        task, tokenizer = self._opened.source.task, self._opened.template.tokenizer
+        if task.kind != "scores":
+            raise ConfigError(
+                f"The run in {self.path} is of {task.words}, which gives no scores.",
+                "Allowed: runs of `nybble train --objective classify`.",
+                "Ask it for answers: generate(prompt).",
+            )
+        pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        rows = [encode_texts(tokenizer, pair, "text").truncate(self.config.data.max_seq_len) for pair in pairs]
+        scores = scores_of(self._scored, rows)
+        if task.problem == "regression":
+            return [(task.labels[0], float(score)) for score in scores[:, 0]]
+        likeliest = scores.softmax(dim=1).max(dim=1)
+        return [(task.labels[int(i)], float(p)) for p, i in zip(likeliest.values, likeliest.indices, strict=True)]
+
+    @cached_property
+    def _scored(self) -> Any:
+        from nybble.layers.scored import ScoredModel
+
+        return ScoredModel.of(self._model)
 
     @cached_property
     def _model(self) -> Any:

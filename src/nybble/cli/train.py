@@ -35,7 +35,7 @@ def train(
         training.show_interrupted(listener.terminal, trained)
         return SIGNAL_EXIT_CODE + trained.interrupted
     # Where the base is streamed, an answer would read all of it for every token.
-    rows = [] if trained.streamed else trained.validation[:NUM_SAMPLES]
+    rows = [] if trained.streamed or not trained.writes_answers else trained.validation[:NUM_SAMPLES]
     samples = compare_answers(trained.model, trained.template, rows, switch=trained.switch) if rows else []
     training.show_result(listener.terminal, trained, samples)
     return 0

@@ -120,6 +120,21 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "all answers are judged alike, so that there is nothing to tell apart",
         "add rows with the other label; or train on the good ones: --objective sft",
     ),
+    "one-label": (
+        "all rows have one label, so that there is nothing to tell apart",
+        "add rows with others, or check which column holds the label: --label-field",
+    ),
+    "mixed-labels": (
+        "rows have fractions and names among their labels",
+        "give all rows names or whole numbers (classes), or all of them fractions (a number is learnt then)",
+    ),
+    "unseen-label": (
+        "validation rows have labels that no training row has",
+        "add training rows with them, or remove these rows",
+    ),
+    "rare-label": ("rows are the only ones with their label", "add more of their kind, or leave the label out"),
+    "missing-label": ("rows without a label were dropped", "add it, or remove them; --label-field names its column"),
+    "empty-text": ("rows with an empty text were dropped", "remove them, or check which column holds the text"),
     "validation-leak": (
         "validation rows that also stand in the training data",
         "remove them from one of the two, or leave the validation data out and let nybble split",
@@ -197,6 +212,7 @@ WARNINGS = {
     *("nothing-to-learn", "system-folded", "untrained-tokens", "unread-columns", "number-as-text"),
     *("near-leak", "same-answer", "missing-column", "not-text", "odd-turn", "template-refuses"),
     *("equal-answers", "different-prompts", "empty-prompt", "unknown-label"),
+    *("rare-label", "missing-label", "empty-text"),
     *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
     *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),
     "no-validation",

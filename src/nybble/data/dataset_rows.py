@@ -21,9 +21,26 @@ def parquet_rows(path: Path, name: str) -> Rows:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs below that, it raises too
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        yield from ((f"{name}:{number}", without_nulls(row)) for number, row in enumerate(rows, 1))
+        named = class_names(rows.features)
+        yield from ((f"{name}:{number}", with_names(row, named)) for number, row in enumerate(rows, 1))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: not readable as Parquet: {error}") from error
+
+
+def class_names(features: Any) -> dict[str, list[str]]:
+    """Column -> the names of its numbers, where a data set has them (its features of the type ClassLabel)."""
+    from datasets import ClassLabel
+
+    return {column: kind.names for column, kind in (features or {}).items() if isinstance(kind, ClassLabel)}
+
+
+def with_names(row: Row, named: Mapping[str, list[str]]) -> Row:
+    """The row without nulls, numbers of classes replaced by their names; those without one, such as -1, stay."""
+    row = without_nulls(row)
+    for column, names in named.items():
+        if isinstance(number := row.get(column), int) and 0 <= number < len(names):
+            row[column] = names[number]
+    return row
 
 
 def without_nulls(row: Row) -> Row:
@@ -110,6 +127,7 @@ def split_rows(source: DataSource, held: Mapping[str, Any], counts: Mapping[str,
         raise DataError(f"{source.given}: {error}", "allowed: a split, or a slice of it: train[:1000]", fix) from error
     for place in places:
         origin = source.given if source.split is None else f"{source.name}#{place.splitname}"
+        classes = class_names(held[place.splitname].features)
         rows = held[place.splitname].skip(place.from_)
         for number, row in enumerate(islice(rows, place.to - place.from_), place.from_ + 1):
-            yield f"{origin}:{number}", without_nulls(row)
+            yield f"{origin}:{number}", with_names(row, classes)

@@ -50,7 +50,8 @@ class FieldNames:
     @property
     def columns(self) -> tuple[str, ...]:
         """All columns that are named."""
-        named = (self.prompt, self.completion, self.messages, self.text, self.chosen, self.rejected, self.label)
+        texts = () if self.text is None else (name.strip() for name in self.text.split(","))
+        named = (self.prompt, self.completion, self.messages, *texts, self.chosen, self.rejected, self.label)
         return tuple(column for column in named if column is not None)
 
     def refuse(self, unused: Iterable[str], rows: str) -> None:

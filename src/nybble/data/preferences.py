@@ -21,7 +21,7 @@ from nybble.data.examples import EncodedExample, Example, Message
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import Row
 from nybble.data.preference_rows import EncodedPair, JudgedAnswer
-from nybble.data.prepare import EXAMPLE_ROWS, RowKind
+from nybble.data.prepare import RowKind
 from nybble.data.readers import (
     COLUMNS_NAMED,
     PAIRS,
@@ -291,7 +291,7 @@ def _encode_one(template: ChatTemplate, example: Example) -> EncodedExample:
     return sequences[0]
 
 
-def find_one_class(rows: Sequence[EncodedExample]) -> list[Finding]:
+def find_one_class(rows: Sequence[EncodedExample], held_out: Sequence[EncodedExample]) -> list[Finding]:
     """An error where all judged answers are good, or all are bad."""
     labels = {row.desirable for row in rows if isinstance(row, JudgedAnswer)}
     if len(labels) != 1:
@@ -320,14 +320,6 @@ def _columns(row: Row) -> str:
     return ", ".join(map(repr, list(row)[:COLUMNS_NAMED])) or "(none)"
 
 
-PAIR_ROWS = RowKind(RowForms(find_pair_layout, _no_pairs), encode_pair)
-WHOLE_PAIR_ROWS = RowKind(RowForms(find_pair_layout, _no_pairs), encode_whole_pair)
+PAIR_ROWS = RowKind(RowForms(find_pair_layout, _no_pairs), encode_pair, documents=2)
+WHOLE_PAIR_ROWS = RowKind(RowForms(find_pair_layout, _no_pairs), encode_whole_pair, documents=2)
 JUDGED_ROWS = RowKind(RowForms(find_judged_layout, _no_judgements), encode_judged, several="", find=find_one_class)
-ROW_KINDS: dict[str, RowKind] = {  # of each objective
-    "sft": EXAMPLE_ROWS,
-    "dpo": PAIR_ROWS,
-    "ipo": PAIR_ROWS,
-    "simpo": PAIR_ROWS,
-    "orpo": WHOLE_PAIR_ROWS,
-    "kto": JUDGED_ROWS,
-}

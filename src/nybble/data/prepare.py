@@ -36,13 +36,19 @@ class RowKind:
         forms: how they are read.
         encode: the sequences of an example, untruncated; raises RowError where it cannot be trained on.
         several: finding of rows of which there are several sequences; none where that is how it should be.
-        find: what is wrong with all training sequences together.
+        find: what is wrong with all sequences together: those to train on, and those to validate on.
+        describe: sentences about them that a user should see.
+        documents: of a row, to the model.
+        conversations: rows are written down by the chat template, and answers end in its end of turn.
     """
 
     forms: RowForms
     encode: Callable[[ChatTemplate, Example], list[EncodedExample]]
     several: str = "template-rewrites-history"
-    find: Callable[[Sequence[EncodedExample]], list[Finding]] = lambda rows: []
+    find: Callable[[Sequence[EncodedExample], Sequence[EncodedExample]], list[Finding]] = lambda rows, held_out: []
+    describe: Callable[[Sequence[EncodedExample], Sequence[EncodedExample]], list[str]] = lambda rows, held_out: []
+    documents: int = 1
+    conversations: bool = True
 
 
 EXAMPLE_ROWS = RowKind(EXAMPLES, ChatTemplate.encode_example)  # what the template marks as the assistant's is learnt
@@ -158,9 +164,9 @@ def prepare(
     train, validation = rows.chosen(places), rows.chosen(held_out)
     train_sequences, validation_sequences = train.encoded(), validation.encoded()
     sequences = train_sequences + validation_sequences
-    findings += _find_in_rows(rows.chosen(np.concatenate((places, held_out))), template, vocab_size)
+    findings += _find_in_rows(rows.chosen(np.concatenate((places, held_out))), template, vocab_size, kind)
     findings += _find_between(train, validation, ranks[places], ranks[held_out], report)
-    findings += kind.find(train_sequences)
+    findings += kind.find(train_sequences, validation_sequences)
     if vocab_size is not None and embedding_rows is not None:
         findings += find_new_tokens(sequences, template.tokenizer, template.chat_template, vocab_size, embedding_rows)
     lengths = sequences.lengths + sequences.num_truncated
@@ -186,7 +192,8 @@ def prepare(
             *template.notices,
             *own.notices,
             *extra.notices,
-            *say_what_is_learnt(rows.as_examples(), template.learnt),
+            *(say_what_is_learnt(rows.as_examples(), template.learnt) if kind.conversations else ()),
+            *kind.describe(train_sequences, validation_sequences),
         ),
         findings=tuple(sorted(findings, key=lambda finding: finding.level != "error")),
         allowed=tuple(allow),
@@ -271,12 +278,14 @@ def _check_size(example: Example) -> None:
         raise RowError("huge-row", example.origin, f"{size:,} characters")
 
 
-def _find_in_rows(rows: KeptRows, template: ChatTemplate, vocab_size: int | None) -> list[Finding]:
+def _find_in_rows(rows: KeptRows, template: ChatTemplate, vocab_size: int | None, kind: RowKind) -> list[Finding]:
     """What is wrong with the rows that are kept, training rows first."""
     examples, sequences = rows.as_examples(), rows.encoded()
-    findings = checks.find_without_end_of_turn(sequences, template.stop_ids)
+    findings = checks.find_without_end_of_turn(sequences, template.stop_ids) if kind.conversations else []
     if vocab_size is not None:
         findings += checks.find_ids_beyond(sequences, vocab_size)
+    if not kind.conversations:
+        return findings
     findings += checks.find_special_tokens(examples, template.encoder.special_tokens)
     findings += find_in_conversations(examples, template)
     return findings

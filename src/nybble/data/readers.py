@@ -71,7 +71,7 @@ class Layout(NamedTuple):
     `raw` ones are none that text is meant by.
     """
 
-    kind: Literal["turns", "pair", "text"]
+    kind: Literal["turns", "pair", "text", "labelled"]
     name: str
     columns: tuple[str, ...]
     optional: tuple[str, ...]

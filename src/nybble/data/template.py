@@ -35,9 +35,9 @@ Tools = Sequence[dict[str, Any]]
 
 
 def open_template(
-    options: RowOptions, tokenizer: PreTrainedTokenizerBase, recorded: Path | None = None
+    options: RowOptions, tokenizer: PreTrainedTokenizerBase, recorded: Path | None = None, conversations: bool = True
 ) -> "ChatTemplate":
-    """The template that the options choose.
+    """The template that the options choose; none where rows are no conversations.
 
     Args:
         recorded: file of the template that a run was trained with; where it exists, it is the one.
@@ -46,6 +46,8 @@ def open_template(
         ConfigError: --chat-template names none.
         DataError: as `ChatTemplate`.
     """
+    if not conversations:
+        return ChatTemplate(tokenizer, "none")
     chosen, learnt = options.chat_template, Learnt(options.train_on, options.thinking)
     if recorded is not None and recorded.is_file():
         return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"), learnt=learnt)

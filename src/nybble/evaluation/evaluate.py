@@ -17,6 +17,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import to_follow
 from nybble.data.standard_library import read_general_text
 from nybble.errors import RunError
+from nybble.evaluation.classes import TextsJudged, evaluate_scores
 from nybble.evaluation.divergence import Distributions, text_logits
 from nybble.evaluation.evaluation_rows import held_out_rows
 from nybble.evaluation.harness import check_installed, run_tasks
@@ -33,6 +34,7 @@ from nybble.layers.precision import set_up
 from nybble.options.verbs import EvalConfig
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.load import load_model
+from nybble.sources.task import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -150,11 +152,13 @@ class Evaluated(Event):
     evaluation: Evaluation
 
 
-def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation:
-    """Evaluate a run and write its report."""
+def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation | TextsJudged:
+    """Evaluate a run and write its report; of one that scores texts, what it makes of held-out ones."""
     if config.evaluation.lm_eval:
         check_installed()
     opened = open_run(config.evaluation.run, report)
+    if opened.source.task is not TOKENS:
+        return evaluate_scores(opened, config, report)
     evaluation = run_evaluation(opened, config, report)
     report(Evaluated(evaluation))
     folder = opened.run.report

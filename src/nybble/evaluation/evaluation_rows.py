@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from nybble.data.examples import EncodedExample
 from nybble.data.field_names import field_names
 from nybble.data.preference_rows import to_follow
-from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import prepare, prepare_data
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.sources import refuse_weights
 from nybble.errors import DataError
 from nybble.runs.open_run import OpenRun

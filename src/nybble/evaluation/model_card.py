@@ -39,6 +39,23 @@ def write_card(opened: OpenRun, report: dict[str, Any]) -> None:
 
 def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     """YAML header as the hub reads it, then Markdown."""
+    first, *_ = report["lm_eval"].items() or [None]
+    harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
+    change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
+    preferences = _preferences(report.get("preferences"))
+    return f"""{card_head(opened)}## Results
+
+{report["rows"]} held-out rows, {report["supervised_tokens"]} supervised tokens. In brackets: 95 % confidence intervals.
+The last column but scores: KL divergence from the base in 16 bits on general text, nats a token.
+
+{_results(report["arms"])}
+
+{preferences}Loss of the tuned model minus that of its base as trained on, row by row: {change}.
+{harness}"""
+
+
+def card_head(opened: OpenRun) -> str:
+    """The card up to its results."""
     licence = opened.source.licence or "unknown"
     library, tags = ("transformers", ["nybble"]) if opened.full else ("peft", ["lora", "nybble"])
     header = {"base_model": opened.source.name, "library_name": library, "license": licence, "tags": tags}
@@ -47,10 +64,6 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
         *_, chosen = read_events(opened.run.events, name)  # what the run found
         options[name] = f"{chosen[name]:g}, found by the run"
     settings = "\n".join(f"| {name} | {options[name]} |" for name in SETTINGS if name not in unused)
-    first, *_ = report["lm_eval"].items() or [None]
-    harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
-    change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
-    preferences = _preferences(report.get("preferences"))
     return f"""---
 {yaml.safe_dump(header, sort_keys=False).strip()}
 ---
@@ -68,15 +81,7 @@ is the base's; the data may add conditions of their own.
 |---|---|
 {settings}
 
-## Results
-
-{report["rows"]} held-out rows, {report["supervised_tokens"]} supervised tokens. In brackets: 95 % confidence intervals.
-The last column but scores: KL divergence from the base in 16 bits on general text, nats a token.
-
-{_results(report["arms"])}
-
-{preferences}Loss of the tuned model minus that of its base as trained on, row by row: {change}.
-{harness}"""
+"""
 
 
 def _what_it_is(opened: OpenRun) -> str:

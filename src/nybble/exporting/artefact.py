@@ -25,6 +25,7 @@ from nybble.exporting.merged_source import MergedSource, Onto
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
 from nybble.exporting.verify import ANSWER_TOKENS, Outcome, Verification, Verified, ask_run, compare, not_loaded
+from nybble.exporting.verify_scores import check_form, verify_scores
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
 from nybble.memory.measure import available_bytes
@@ -36,6 +37,7 @@ from nybble.runs.adapter_writing import write_plain_adapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import TOKENS
 from nybble.sources.tokenizer import save_tokenizer
 
 REPORT, CARD = "verification.json", "README.md"
@@ -107,12 +109,18 @@ def export_run(
     opened = open_run(run.run, report)
     if opened.full:
         _refuse_adapter_ways(opened, run.onto, kind)
+    scored = opened.source.task is not TOKENS
+    if scored:
+        check_form(opened, kind)
     artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
     validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
     calibration = rounding_input(opened, config.rounding, validation, report) if kind.is_rounded else None
     with disk_errors(out, ExportError):
         survival = write(opened, artefact, unverified, rounding=quality, calibration=calibration, report=report)
-    verification = verify(opened, artefact, unverified, validation, run.verify_positions, report)
+    if scored:
+        verification = verify_scores(opened, kind, unverified, validation, report)
+    else:
+        verification = verify(opened, artefact, unverified, validation, run.verify_positions, report)
     rounded = {"quality": quality if kind.is_rounded else None, "delta_survival": survival}
     found = {"kind": kind, "onto": artefact.onto, **rounded, **verification.to_json()}
     report(Verified(verification))

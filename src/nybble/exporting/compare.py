@@ -18,7 +18,7 @@ from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.options.use_groups import ArtefactKind
 from nybble.options.verbs import MergeConfig
-from nybble.runs.open_run import load_tuned, open_run
+from nybble.runs.open_run import check_answers, load_tuned, open_run
 from nybble.sources.load import load_model
 from nybble.training.loop import validation_loss
 from nybble.training.objective import SupervisedFineTuning
@@ -51,6 +51,7 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
             "Compared are ways of merging an adapter.",
             f"{opened.run.model} holds the tuned model; `nybble export` writes other forms of it.",
         )
+    check_answers(opened)
     rows = evaluation_rows(opened, config.run.data, config.data.allow)
     calibration = rounding_input(opened, config.rounding, rows, report)
     dtype = resolve_compute_dtype("auto", CPU)

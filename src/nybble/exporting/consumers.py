@@ -201,7 +201,7 @@ def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, report: List
         return NybbleConsumer(name, base.eval(), _template(artefact, opened))
     from peft import PeftModel
 
-    _widen(base)
+    widen(base)
     tuned = PeftModel.from_pretrained(base, artefact)
     return TransformersConsumer(
         "PEFT on the run's base, widened", tuned, load_tokenizer(str(artefact)), opened.template.stop_ids
@@ -273,7 +273,7 @@ def base_of_adapters(opened: OpenRun, dtype: torch.dtype, report: Listener) -> "
     model, adapter = load_frozen(opened, dtype, CPU, report), StoredAdapter(opened.run.adapter)
     if not adapter.taken_by:
         return model
-    _widen(model)
+    widen(model)
     for name in adapter.names:
         linear = model.get_submodule(name)
         begun = adapter.initial(name, *linear_features(linear))
@@ -284,7 +284,7 @@ def base_of_adapters(opened: OpenRun, dtype: torch.dtype, report: Listener) -> "
     return model
 
 
-def _widen(model: nn.Module) -> None:
+def widen(model: nn.Module) -> None:
     """Put dense layers in place of four-bit ones."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):

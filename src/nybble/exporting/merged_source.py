@@ -10,7 +10,9 @@ memory) takes merged models too, and no more than one tensor is ever merged at o
                   began with what quantisation lost leaves that out: these weights have not lost it
 """
 
+import copy
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -45,6 +47,7 @@ class MergedSource(StoredModel):
         self.opened, self.onto = opened, onto
         base = opened.source
         self.name, self.config, self.dense_dtype = base.name, base.config, base.dense_dtype
+        self.task = replace(base.task, stored_head=True)
         self.adapter = StoredAdapter(opened.run.adapter)
         self.adapter.check_layers(self.skeleton)
         _refuse_tied(self.adapter, self.skeleton)
@@ -57,6 +60,9 @@ class MergedSource(StoredModel):
             self._matrices(layer)
         for module in self.adapter.modules:
             self.adapter.module_weights(module, self.skeleton.get_submodule(module))
+        if self.task.kind == "scores" and self.config.get_text_config().pad_token_id is None:
+            self.config = copy.deepcopy(self.config)  # by which transformers finds the last token of padded texts
+            self.config.get_text_config().pad_token_id = self.load_tokenizer().pad_token_id
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
@@ -67,7 +73,10 @@ class MergedSource(StoredModel):
         return self.opened.source.notes
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
-        return self.opened.template.with_template()
+        tokenizer = self.opened.template.with_template()
+        if self.task.kind == "scores" and tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # pipelines pad the texts of a batch
+        return tokenizer
 
     def load_generation_config(self) -> "GenerationConfig":
         return ending_answers(self.opened.source.load_generation_config(), self.opened.template)
@@ -77,7 +86,7 @@ class MergedSource(StoredModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def tensor_names(self) -> list[str]:
-        return list(self.opened.source.placements)
+        return list(dict.fromkeys((*self.opened.source.placements, *self._whole)))
 
     def read(self, name: str) -> Tensor:
         """W + ΔW in fp32 of a block's linear layer or what else has an adapter, a module that was trained whole as it

@@ -13,8 +13,8 @@ import torch
 
 from nybble.data.calibration_text import CalibrationText
 from nybble.data.examples import EncodedExample
-from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import prepare_data
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.errors import DataError
 from nybble.events import Listener, Note, silent
 from nybble.exporting.merged_source import MergedSource

@@ -135,18 +135,22 @@ class ModuleForward:
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
+        return self.through(lambda: self._all_states(batch)).flatten(0, 1).index_select(0, positions)
+
+    def through(self, compute: Callable[[], Tensor]) -> Tensor:
+        """What is computed with the model's modules, and what that saves for its backward pass kept in its place."""
         if self.store is not None:
             self.store.begin(will_return=torch.is_grad_enabled())
         kept = TrimmedHeap(BLOCKS_A_TRIM) if self._trims else self.kept
         if kept is None:
-            return self._all_states(batch).flatten(0, 1).index_select(0, positions)
+            return compute()
         kept.begin()
         kept.next_block()  # what is kept at all lies between blocks
         with saved_tensors_hooks(kept.put, kept.get):
-            states = self._all_states(batch)
+            computed = compute()
         if self._trims:
             trim_heap()  # the head needs much at once
-        return states.flatten(0, 1).index_select(0, positions)
+        return computed
 
     def _all_states(self, batch: Batch) -> Tensor:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
@@ -333,7 +337,8 @@ def why_not_forward(
     missing = registry.runs(ops(family), (device or next(model.parameters()).device).type, here)
     if missing is not None:
         return Reason(Why.KERNELS, missing)
-    if not is_plain(model.get_output_embeddings()):
+    output = model.get_output_embeddings()
+    if output is not None and not is_plain(output):  # what has none gives states, or scores of them
         return Reason(Why.HEAD)
     return None
 

@@ -8,11 +8,10 @@
 `Verdict` says which, and why.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.data.packing import Batch
 from nybble.errors import ModelError
@@ -26,7 +25,8 @@ from nybble.layers.backbone import (
     Why,
     why_not_blocks,
 )
-from nybble.layers.convert import adapters_of, trained_parameters
+from nybble.layers.batch_model import BatchModel, Verdict
+from nybble.layers.convert import adapters_of
 from nybble.layers.decoder_block import Keep
 from nybble.layers.full_weights import trains_weights
 from nybble.layers.log_probs import log_probs
@@ -39,43 +39,8 @@ from nybble.layers.streamed import BlockStore, attach_store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Path = Literal["blocks", "generic"]
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Which way through a model gives the model's own loss and gradients.
-
-    Args:
-        path: nybble's decoder blocks, or transformers' own modules.
-        layout: of the rows of a micro-batch.
-        own_head: the logits come from the model's own forward, not from a linear head.
-        reason: why not decoder blocks.
-        layouts_refused: those that were tried before, and what differed in them.
-    """
-
-    path: Path
-    layout: Layout
-    own_head: bool = False
-    reason: Reason | None = None
-    layouts_refused: tuple[tuple[Layout, Difference], ...] = ()
-
-    def describe(self) -> str:
-        """Say which path runs, and why."""
-        if self.path == "blocks":
-            return "decoder blocks"
-        parts = [f"generic path ({self.reason})"]
-        if self.layouts_refused:
-            differs = dict(self.layouts_refused)[self.layouts_refused[0][0]].part
-            how = "rows are padded" if self.layout == "padded" else "rows go through one at a time"
-            together = " and ".join(layout for layout, _ in self.layouts_refused)
-            parts.append(f"{how}, since {together} ones differ from the model's own forward in {differs}")
-        if self.own_head:
-            parts.append("logits by the model's own head")
-        return "; ".join(parts)
-
-
-class CausalLM:
+class CausalLM(BatchModel):
     """A model of transformers, its adapters trained and its weights frozen, or its weights trained, computed from batch
     to loss.
 
@@ -90,7 +55,8 @@ class CausalLM:
     """
 
     def __init__(self, module: "PreTrainedModel", backbone: Backbone, head: Head, verdict: Verdict):
-        self.module, self.backbone, self.head, self.verdict = module, backbone, head, verdict
+        super().__init__(module, backbone, verdict)
+        self.head = head
 
     @classmethod
     def of(
@@ -135,24 +101,9 @@ class CausalLM:
         return _through_modules(module, keep, packing, reason, store, kept, probe)
 
     @property
-    def name(self) -> str:
-        """Say which path runs, and why."""
-        return self.verdict.describe() + self.backbone.details
-
-    @property
     def device(self) -> torch.device:
         """Where batches must be."""
         return self.head.device
-
-    @property
-    def packed(self) -> bool:
-        """Whether rows lie side by side in its batches, else padded."""
-        return self.backbone.layout == "packed"
-
-    @property
-    def shares(self) -> bool:
-        """Whether documents of its batches may share a beginning (`packing.share_beginnings`)."""
-        return isinstance(self.backbone, FusedForward)
 
     # ---- batches ---------------------------------------------------------------------------------
 
@@ -212,32 +163,6 @@ class CausalLM:
         """
         return self.head.logits(self.hidden(batch, positions))
 
-    def hidden(self, batch: Batch, positions: Tensor | None = None) -> Tensor:
-        """The final hidden states, which the head reads.
-
-        Args:
-            positions: int64 `(N,)`, indices into the flattened B * T positions; the supervised ones where None.
-
-        Returns:
-            `(N, hidden)` in the compute dtype.
-
-        Raises:
-            ModelError: the batch's layout is not the model's.
-        """
-        self._check_layout(batch)
-        return self.backbone.hidden(batch, batch.supervised_positions if positions is None else positions)
-
-    def _check_layout(self, batch: Batch) -> None:
-        """One document alone is the same packed or not; decoder blocks want it packed."""
-        assert batch.spread is None or self.shares, "documents that share a beginning, and a model that mixes them"
-        if batch.packed == self.packed or (batch.packed and len(batch.document_lengths) == 1):
-            return
-        raise ModelError(
-            f"A {'packed' if batch.packed else 'padded'} batch of {len(batch.document_lengths)} documents.",
-            f"This model takes {'packed' if self.packed else 'padded'} ones ({self.name}).",
-            "Make batches as the model's `packed` says.",
-        )
-
     def check_targets(self, batch: Batch) -> None:
         """Here, where they are known: kernels on a GPU would have to wait, and trust them.
 
@@ -253,28 +178,8 @@ class CausalLM:
 
     def regularise(self, regularisers: Regularisers) -> None:
         """From now on these are part of a training step: of `loss`, and of `hidden` while the model trains."""
-        self.backbone.regularisers = regularisers
+        super().regularise(regularisers)
         self.head = self.head.with_regularisers(regularisers)
-
-    # ---- as an nn.Module has it ------------------------------------------------------------------
-
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained: A and B of every adapter, or every weight."""
-        return trained_parameters(self.module)
-
-    @property
-    def training(self) -> bool:
-        """Whether dropout is on."""
-        return self.module.training
-
-    def train(self, mode: bool = True) -> Self:
-        """Switch dropout on, or off with `mode` False."""
-        self.module.train(mode)
-        return self
-
-    def eval(self) -> Self:
-        """Switch dropout off."""
-        return self.train(False)
 
 
 def _through_modules(

@@ -35,6 +35,7 @@ from nybble.layers.streamed import BlockStore
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nybble.layers.batch_model import BatchModel
     from nybble.layers.causal_lm import CausalLM
 
 LENGTHS = (5, 9, 12)  # of the documents; the one in the middle is asked about
@@ -69,7 +70,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """What a document's supervised positions gave.
 
     Args:
@@ -103,7 +104,7 @@ class Probe:
         with self._asking() as (parameters, embedded):
             self._own = [self._own_outcome(starts[ASKED], parameters, embedded) for starts in self._starts]
 
-    def difference(self, way: "CausalLM") -> Difference | None:
+    def difference(self, way: "BatchModel") -> Difference | None:
         """Where a way of computing the model differs from its own forward and loss; None where it does not."""
         with self._asking() as (parameters, embedded):
             for own, starts in zip(self._own, self._starts, strict=True):
@@ -114,7 +115,7 @@ class Probe:
 
     # ---- the model's own -------------------------------------------------------------------------
 
-    def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
+    def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> Outcome:
         """The asked document alone, through the model's own forward."""
         ids = self._documents[ASKED].to(next(self.model.parameters()).device)
         labels = torch.full_like(ids, -100)
@@ -133,7 +134,7 @@ class Probe:
             output = self.model(**taken)
             logits = output.logits[0].float()
             loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
-            outcome = _outcome(logits[FIRST:LAST], loss, parameters, embedded)
+            outcome = outcome_of(logits[FIRST:LAST], loss, parameters, embedded)
         self._check_decoder(outcome)
         if "labels" in taken:
             # Some families leave it to the caller to shift the labels by a token.
@@ -148,7 +149,7 @@ class Probe:
             "Choose another model, or update transformers.",
         )
 
-    def _check_decoder(self, own: _Outcome) -> None:
+    def _check_decoder(self, own: Outcome) -> None:
         if any(gradient is not None and gradient[0, LAST:].any() for gradient in own.embeddings):
             raise ModelError(
                 f"{type(self.model).__name__} is no decoder: what it says of a token has seen the tokens after it.",
@@ -177,16 +178,10 @@ class Probe:
     # ---- the way's -------------------------------------------------------------------------------
 
     def _compare(
-        self, own: _Outcome, way: "CausalLM", starts: Sequence[int], parameters: list[Tensor], embedded: list[Tensor]
+        self, own: Outcome, way: "BatchModel", starts: Sequence[int], parameters: list[Tensor], embedded: list[Tensor]
     ) -> Difference | None:
-        batch, asked = _lay_out(self._documents, starts, way.backbone.layout)
-        batch = batch.to(way.device)
         with self._modules_of(way):
-            states = way.hidden(batch)
-            loss = way.head.loss(states, batch.supervised_targets, float(batch.supervised_tokens))
-            with torch.no_grad():
-                logits = way.head.logits(states.detach()).float()
-            ours = _outcome(logits, loss, parameters, embedded)
+            ours, asked = self._outcome_of(way, starts, parameters, embedded)
         tolerance = self._tolerance
         mixed = _seen_elsewhere(ours.embeddings, asked, way.backbone.layout)
         if mixed:
@@ -200,7 +195,20 @@ class Probe:
         size = _relative(ours.gradients, own.gradients)
         return None if size <= tolerance else Difference(Part.GRADIENT, size)
 
-    def _modules_of(self, way: "CausalLM") -> AbstractContextManager[None]:
+    def _outcome_of(
+        self, way: Any, starts: Sequence[int], parameters: list[Tensor], embedded: list[Tensor]
+    ) -> tuple[Outcome, tuple[int, int]]:
+        """What the way gives, and which of the batch's tokens that may depend on."""
+        model: CausalLM = way
+        batch, asked = _lay_out(self._documents, starts, model.backbone.layout)
+        batch = batch.to(model.device)
+        states = model.hidden(batch)
+        loss = model.head.loss(states, batch.supervised_targets, float(batch.supervised_tokens))
+        with torch.no_grad():
+            logits = model.head.logits(states.detach()).float()
+        return outcome_of(logits, loss, parameters, embedded), asked
+
+    def _modules_of(self, way: "BatchModel") -> AbstractContextManager[None]:
         """Around what the model's own code computes; what decoder blocks raise is nybble's own fault, and stays."""
         if way.verdict.path == "blocks":
             return nullcontext()
@@ -251,12 +259,12 @@ class Probe:
                 module.training = was
 
 
-def _outcome(logits: Tensor, loss: Tensor, parameters: list[Tensor], embedded: list[Tensor]) -> _Outcome:
+def outcome_of(logits: Tensor, loss: Tensor, parameters: list[Tensor], embedded: list[Tensor]) -> Outcome:
     gradients = torch.autograd.grad(loss, [*parameters, *embedded], allow_unused=True)
     own = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=False)]
     embeddings: list[Tensor | None] = list(gradients[len(parameters) :])
     embedded.clear()
-    return _Outcome(logits.detach(), float(loss.detach()), own, embeddings)
+    return Outcome(logits.detach(), float(loss.detach()), own, embeddings)
 
 
 def _some_adapters(model: "PreTrainedModel") -> list[Any]:
@@ -312,7 +320,7 @@ def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int],
     An answer of the embedding is for the whole batch, but for rows that go one at a time: then only the asked one's has
     a gradient, and begins at 0.
     """
-    first, last = (0, LAST) if layout == "single" else asked
+    first, last = (0, asked[1] - asked[0]) if layout == "single" else asked
     rows = [gradient.flatten(0, -2) for gradient in embeddings if gradient is not None]
     return float(sum(torch.cat([row[:first], row[last:]]).norm() for row in rows))
 

@@ -44,11 +44,12 @@ class TrainedModule(nn.Module):
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         if self._dtype is not None:
             inputs = tuple(_in_dtype(each, self._dtype) for each in inputs)
-        if not self.enabled:
+        if not self.enabled and self._dtype is None:
             return self.base(*inputs, **keywords)
+        own = self.trained if self.enabled else self.base
         dtype = next((each.dtype for each in inputs if _is_fraction(each)), None) or self._base_dtype
-        weights = {name: weight.to(dtype) for name, weight in self.trained.named_parameters()}
-        return functional_call(self.trained, weights, inputs, keywords)
+        weights = {name: weight.to(dtype) for name, weight in own.named_parameters()}
+        return functional_call(own, weights, inputs, keywords)
 
     @property
     def _base_dtype(self) -> torch.dtype:
@@ -70,10 +71,20 @@ def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TrainedModule)}
 
 
-def train_modules(model: nn.Module, names: Iterable[str], compute_dtype: torch.dtype | None = None) -> None:
-    """Let the named modules be trained whole, in place."""
+def train_modules(model: "PreTrainedModel", names: Iterable[str]) -> None:
+    """Let the named modules be trained whole, in place, but for those that are already; heads compute in fp32."""
+    known = trained_modules(model)
     for name in names:
-        model.set_submodule(name, TrainedModule(model.get_submodule(name), compute_dtype))
+        if name not in known:
+            dtype = torch.float32 if is_score_head(model, name) else None
+            model.set_submodule(name, TrainedModule(model.get_submodule(name), dtype))
+
+
+def is_score_head(model: "PreTrainedModel", name: str) -> bool:
+    """Whether a module makes scores of what the model beneath it says: it lies outside of that."""
+    if model.get_output_embeddings() is not None or model.base_model is model:
+        return False
+    return not f"{name}.".startswith(f"{model.base_model_prefix}.")
 
 
 def resolve_modules(

@@ -39,7 +39,7 @@ DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits
 class ModelOptions(Options, group="Model"):
     model: Name = knob(
         ...,
-        "Base model: a Hugging Face folder or hub id, a .gguf file, or the alias smollm2-135m-instruct.",
+        "Base model: a Hugging Face folder or hub id, a .gguf file; or smollm2-135m-instruct, or all-minilm-l6-v2.",
         aliases=("base_model", "model_name_or_path", "model_id"),
     )
     tokenizer: Name | None = knob(
@@ -75,9 +75,15 @@ class RowOptions(AcceptOptions):
     rejected_field: Name | None = knob(
         None, "Of pairs: column that holds the worse answer.", aliases=("field_rejected", "rejected_column")
     )
-    label_field: Name | None = knob(None, "Column that says whether an answer is good.", aliases=("label_column",))
     messages_field: Name | None = knob(None, "Column that holds a conversation: a list of {role, content}.")
-    text_field: Name | None = knob(None, "Column that holds plain text to continue.", aliases=("dataset_text_field",))
+    text_field: Name | None = knob(
+        None,
+        "Column that holds plain text to continue, or to tell apart (two texts beside each other: premise,hypothesis).",
+        aliases=("dataset_text_field",),
+    )
+    label_field: Name | None = knob(
+        None, "classify, kto: column that holds the label.", aliases=("label_column", "label_column_name")
+    )
     role: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
         (), "A role that rows call otherwise, as OLD=NEW: narrator=assistant. Given again: further ones."
     )

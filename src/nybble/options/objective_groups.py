@@ -12,10 +12,10 @@ from nybble.options.option import Options, knob
 class ObjectiveName(Options, group="Objective"):
     """What rows are learnt from."""
 
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto"] = knob(
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify"] = knob(
         "sft",
         "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
-        "kto: answers labelled good or bad.",
+        "kto: answers labelled good or bad. classify: texts with a label, a class or a number.",
         aliases=("loss_type", "rl", "stage", "pref_loss"),
     )
 
@@ -96,6 +96,8 @@ OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is m
     "simpo": ("beta", "label_smoothing", "simpo_gamma"),
     "orpo": ("orpo_lambda",),
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
+    "classify": (),
 }
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")
+OF_CONVERSATIONS = tuple(name for name in OBJECTIVE_OPTIONS if name != "classify")  # which chat templates write down
 WITH_REFERENCE = tuple(name for name, options in OBJECTIVE_OPTIONS.items() if "reference" in options)

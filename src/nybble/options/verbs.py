@@ -60,6 +60,53 @@ def _check_answers_alone(config: Learning) -> Learning:
     return config
 
 
+CONVERSATION_OPTIONS = (  # of rows that chat templates write down
+    *("prompt_field", "completion_field", "messages_field", "role", "tools", "tool_calls", "thinking", "train_on"),
+    *("template", "chat_template"),
+)
+
+
+def _check_texts_alone(config: Learning) -> Learning:
+    objective, fields = config.objective.objective, type(config.data).model_fields
+    if objective in objective_groups.OF_CONVERSATIONS:
+        return config
+    if isinstance(config, RowsConfig):
+        raise ConfigError(
+            f"objective is {objective}.",
+            "Batches for a training loop of one's own are of language models.",
+            "Use nybble.train, or nybble.check_data to look at the rows.",
+        )
+    if isinstance(config, TrainConfig | PlanConfig) and (
+        config.method.method in ("auto", "full") or config.adapters.rank == "auto"
+    ):
+        name = "rank" if config.method.method not in ("auto", "full") else "method"
+        raise ConfigError(
+            f"{name} is {config.method.method if name == 'method' else 'auto'}, and objective is {objective}.",
+            "Beside a head of its own, adapters of a rank that is given are trained.",
+            f"Leave --{name} out.",
+        )
+    if isinstance(config, TrainConfig) and config.adapters.init in ("activation", "eva"):
+        raise ConfigError(
+            f"init is {config.adapters.init}, and objective is {objective}.",
+            "Adapters that begin along a layer's inputs are for language models.",
+            "Leave --init out, or use loftq, pissa or olora.",
+        )
+    if isinstance(config, TrainConfig | PlanConfig) and config.rounding.mixed is not None:
+        raise ConfigError(
+            f"mixed is {config.rounding.mixed:g}, and objective is {objective}.",
+            "What a layer may lose is measured on the next tokens that a language model says.",
+            "Leave --mixed out.",
+        )
+    changed = (name for name in CONVERSATION_OPTIONS if getattr(config.data, name) != fields[name].default)
+    if unused := next(changed, None):
+        raise ConfigError(
+            f"{unused.replace('_', '-')} is {getattr(config.data, unused)}, and objective is {objective}.",
+            "It is for conversations, which a chat template writes down; here the tokenizer alone writes a text.",
+            f"Leave --{unused.replace('_', '-')} out.",
+        )
+    return config
+
+
 def _check_residual(config: "TrainConfig") -> "TrainConfig":
     init, rounding = config.adapters.init, config.rounding
     clashes = {"format": config.weights.format == "none", "quality": rounding.quality == "calibrated"}
@@ -135,6 +182,7 @@ class TrainConfig(Verb):
     machine: groups.MachineOptions
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
+    _texts_are_read_alone = model_validator(mode="after")(_check_texts_alone)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
     _method_uses_what_is_given = model_validator(mode="after")(_check_method)
@@ -175,6 +223,7 @@ class PlanConfig(Verb):
     machine: groups.PlannedMachine
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
+    _texts_are_read_alone = model_validator(mode="after")(_check_texts_alone)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _method_uses_what_is_given = model_validator(mode="after")(_check_method)
 
@@ -217,6 +266,7 @@ class DataConfig(Verb):
     data: groups.DataOptions
     objective: objective_groups.ObjectiveName
 
+    _texts_are_read_alone = model_validator(mode="after")(_check_texts_alone)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
 
 

@@ -269,7 +269,7 @@ def attention_scratch(run: RunShape) -> int:
 
 def logits_bytes(run: RunShape) -> int:
     """Room for a chunk of logits, which the loss head keeps; a head that is trained keeps none."""
-    if run.trained_head:
+    if run.trained_head or run.scored:
         return 0
     c = run.compute_bytes
     fit = run.rules.chunk_rows(run.model.vocab_size * c)
@@ -327,7 +327,7 @@ def validation_bytes(run: RunShape) -> int:
 
 def widened_bytes(run: RunShape) -> int:
     """Room for a panel of the 16-bit head in the compute dtype, where that is wider; the loss head keeps it."""
-    if run.trained_head or run.compute_bytes == (MASTER_BYTES if run.full else DENSE_BYTES):
+    if run.trained_head or run.scored or run.compute_bytes == (MASTER_BYTES if run.full else DENSE_BYTES):
         return 0
     row_bytes = DENSE_BYTES * run.model.hidden_size
     rows = run.rules.head_panel_rows(run.model.vocab_size, row_bytes, widened=True, streamed=run.stream_ends)
@@ -336,7 +336,7 @@ def widened_bytes(run: RunShape) -> int:
 
 def _panels(run: RunShape) -> int:
     head = DENSE_BYTES * run.model.vocab_size * run.model.hidden_size
-    return 2 * min(run.rules.panel_bytes, head) if run.stream_ends else 0
+    return 2 * min(run.rules.panel_bytes, head) if run.stream_ends and not run.scored else 0
 
 
 def compiled_products(shape: ModelShape, *ranks: int) -> tuple[int, int]:

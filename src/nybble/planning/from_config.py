@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nybble.data.preferences import ROW_KINDS
 from nybble.data.prepare import PreparedData, prepare_data
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
@@ -32,7 +32,8 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import open_model
 from nybble.sources.shapes import SHAPES
-from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, stored_text_config
+from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_encoder, stored_text_config
+from nybble.sources.task import HEADS, TOKENS, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,7 +50,11 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     options = settle_method(options)
     written = read_config(options.model.model, report)
     machine, dtype = _machine(options.machine, options.memory.memory)
-    skeleton = build_skeleton(transformers_config(written))
+    task = task_of(options.objective.objective)
+    config = transformers_config(written)
+    skeleton = build_skeleton(task.config(config), task=task)
+    if is_encoder(config) and task is not TOKENS:
+        options = with_options(options, packing=False)
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
     options = _with_rank(options, skeleton, prepared, report)
     formats, in_four_bits = formats_from_config(written), None
@@ -66,6 +71,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
         in_folder=in_folder,
         formats=formats,
         in_four_bits=in_four_bits,
+        heads=[name for name, _ in skeleton.named_children() if name in HEADS],
     )
     asked, unconstrained = ask(options)
     plans = make_plans(asked, machine)
@@ -133,8 +139,8 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
 
 def _read_examples(options: PlanConfig, skeleton: "PreTrainedModel") -> PreparedData:
     source = open_model(options.model.model, options.model.tokenizer)
-    template = open_template(options.data, source.load_tokenizer())
     kind = ROW_KINDS[options.objective.objective]
+    template = open_template(options.data, source.load_tokenizer(), conversations=kind.conversations)
     vocab_size = skeleton.config.get_text_config().vocab_size
     return prepare_data(DataOptions(**options.data.model_dump()), template, vocab_size, kind=kind)
 
@@ -165,9 +171,10 @@ def _micro_batches(
     data, memory, rules = options.data, options.memory, SHAPE_RULES[machine.kind]
     if prepared is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing
-        documents = 1 if options.objective.objective in ("sft", "kto") else 2
+        documents = ROW_KINDS[options.objective.objective].documents
+        scored = task_of(options.objective.objective) is not TOKENS
         return lambda size: even_micro_batches(
-            length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=documents
+            length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=documents, scored=scored
         )
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
     if prepared.mixture is not None:

@@ -97,12 +97,22 @@ def total_steps(length: LengthOptions, num_rows: int, rows_per_step: int) -> int
 
 
 def even_micro_batches(
-    length: int, *, rows_per_step: int, size: int, packed: bool, rules: ShapeRules, documents: int = 1
+    length: int,
+    *,
+    rows_per_step: int,
+    size: int,
+    packed: bool,
+    rules: ShapeRules,
+    documents: int = 1,
+    scored: bool = False,
 ) -> MicroBatches:
-    """The micro-batches of a run whose rows all have so many documents of `length` tokens, all supervised."""
+    """The micro-batches of a run whose rows all have so many documents of `length` tokens, all supervised; or one state
+    of each where they are `scored`.
+    """
     sizes = {size, rows_per_step % size or size}
-    targets = size * documents * length
-    tokens = _filled(targets, rules) if packed else targets
+    tokens = size * documents * length
+    targets = size * documents if scored else tokens
+    tokens = _filled(tokens, rules) if packed else tokens
     return MicroBatches(tokens, targets, length, len(sizes), tokens, targets, 0, documents)
 
 

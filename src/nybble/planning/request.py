@@ -99,6 +99,7 @@ def plan_run(
         formats=formats if source.quant_spec is None else source.layer_formats,
         in_four_bits=source.in_four_bits,
         new_tokens=new_tokens,
+        heads=source.head_modules,
     )
     if config.method.method == "qlora":
         check_dense_share(asked.run.model.parts, source.name, config.weights.max_dense_share)
@@ -139,6 +140,7 @@ def requests(
     formats: BaseFormats | None,
     in_four_bits: set[str] | None = None,
     new_tokens: int = 0,
+    heads: Collection[str] = (),
 ) -> tuple[PlanRequest, PlanRequest]:
     """What a run with these options asks of the planner, and the same with every choice left to it.
 
@@ -149,6 +151,7 @@ def requests(
         formats: of a model that is already in four bits, or what was chosen; None where the options tell it.
         in_four_bits: names of the linear layers that a source in four bits has so; None where all will be.
         new_tokens: whose rows of embedding and head are trained.
+        heads: modules that make scores of texts, which are trained whole.
 
     Raises:
         ConfigError: target_modules names no layer.
@@ -161,7 +164,8 @@ def requests(
         check_dora(skeleton, targets)
     ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.settled_rank) for name in targets}
     few_bits = linears_in_few_bits(options, skeleton, in_four_bits)
-    whole = resolve_modules(skeleton, adapters.modules_to_save, few_bits, targets)
+    named = resolve_modules(skeleton, adapters.modules_to_save, few_bits, targets)
+    whole = list(dict.fromkeys((*named, *heads)))
     against = why_no_blocks(options, skeleton, torch.device(machine.kind), machine.here, in_four_bits)
     model = shape_of(skeleton, in_four_bits)
     trained = [weight.numel() for name in whole for weight in skeleton.get_submodule(name).parameters()]
@@ -187,6 +191,7 @@ def requests(
         dora=adapters.dora,
         trained_parameters=sum(trained),
         largest_trained=max(trained, default=0),
+        scored=skeleton.get_output_embeddings() is None,
         trained_head=any(skeleton.get_submodule(name) is skeleton.get_output_embeddings() for name in whole),
         on_cpu=machine.on_cpu,
         asks_reference=options.objective.objective in WITH_REFERENCE,

@@ -9,7 +9,7 @@ from nybble.sizes import GRAPH_MULTIPLE, RANK_MULTIPLE, ShapeRules
 from nybble.sources.parts import Inventory
 
 if TYPE_CHECKING:
-    from nybble.layers.causal_lm import Path
+    from nybble.layers.batch_model import Path
     from nybble.layers.decoder_block import Keep
 
 ADAM_BYTES = 8  # of a parameter: two fp32 moments
@@ -199,6 +199,7 @@ class RunShape:
         dora: rows' lengths are trained.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         trained_parameters, largest_trained: of modules that are trained whole, all of them and their largest weight.
+        scored: the model gives scores or states of texts: there is no head over a vocabulary.
         trained_head: the head is one of them: the model's own forward makes its logits.
         other_ranks: that some layers have instead of r.
         full: every weight is trained, of fp32 masters; then rank and adapters are 0.
@@ -231,6 +232,7 @@ class RunShape:
     trained_parameters: int = 0
     largest_trained: int = 0
     trained_head: bool = False
+    scored: bool = False
     other_ranks: tuple[int, ...] = ()
     full: bool = False
     asks_reference: bool = False

@@ -45,6 +45,7 @@ class ResidualSource(StoredModel):
             )
         self.source, self.way, self.ranks = source, way, dict(ranks)
         self.name, self.config, self.dense_dtype = source.name, source.config, source.dense_dtype
+        self.task = source.task
         self._begun: dict[str, Pair] = {}
 
     @property

@@ -13,7 +13,7 @@ the adapter; for others there is the plain adapter of twice the rank, B A - B₀
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from nybble.layers.trained import TrainedModule, train_modules, trained_modules
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedModel
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -350,7 +350,7 @@ def _check_plain(folder: Path, config: Mapping[str, Any], keys: Iterable[str], t
         )
 
 
-def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
+def read_adapter(model: "PreTrainedModel", folder: Path) -> dict[str, LoraLinear]:
     """Attach the adapter in `folder` to a base without adapters; name -> adapter.
 
     Raises:
@@ -368,8 +368,11 @@ def read_adapter(model: nn.Module, folder: Path) -> dict[str, LoraLinear]:
     return adapters
 
 
-def restore_adapter(model: nn.Module, folder: Path) -> None:
+def restore_adapter(model: nn.Module, folder: Path, new: Collection[str] = ()) -> None:
     """Give the adapters that the model has the weights in `folder`.
+
+    Args:
+        new: modules trained whole that the folder need not have: they stay as they begin.
 
     Raises:
         RunError: a file is missing or damaged, or holds other adapters.
@@ -378,6 +381,7 @@ def restore_adapter(model: nn.Module, folder: Path) -> None:
     if unknown := sorted(set(stored.names) - adapters.keys()):
         raise RunError(f"{folder / WEIGHTS_NAME} holds {unknown[0]}, for which this run has no adapter.")
     modules = trained_modules(model)
+    modules = {name: module for name, module in modules.items() if name in stored.modules or name not in new}
     if modules.keys() != stored.modules.keys():
         differing = sorted(modules.keys() ^ stored.modules.keys())
         whose = "this run" if differing[0] in modules else f"the adapter in {folder}"

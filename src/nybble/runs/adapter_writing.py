@@ -87,7 +87,7 @@ def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
         **parameters,
         **{key: pattern for key, pattern in patterns.items() if pattern},
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": base_name,
         "r": rank,
         "lora_alpha": alpha,
@@ -98,6 +98,13 @@ def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+
+
+def _task_type(model: "PreTrainedModel") -> str:
+    """PEFT's word for what the model is for."""
+    if model.get_output_embeddings() is not None:
+        return "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if model.base_model is model else "SEQ_CLS"
 
 
 def _usual_and_others(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -20,7 +20,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.field_names import field_names
 from nybble.data.prepare import PreparedData
 from nybble.data.template import ChatTemplate
-from nybble.errors import PlanError
+from nybble.errors import ConfigError, PlanError
 from nybble.events import Event, Listener, Note, silent
 from nybble.files.manifest import verify_manifest
 from nybble.formats.format import DEFAULT_FORMAT, FORMATS, STORED
@@ -47,7 +47,9 @@ from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
 from nybble.sources.open import open_model
+from nybble.sources.skeleton import is_encoder
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import Task
 from nybble.units import format_bytes
 
 AFFORDABLE = 0.1  # of the training's time that calibrating may take before it is left out
@@ -116,6 +118,8 @@ def choose_rounding(
         return None
     if rounding.quality in ("search", "calibrated") or rounding.calibrate is not None:
         check_searchable(format)
+    if is_encoder(source.config):
+        return _without_text(rounding)
     if rounding.quality in ("absmax", "search"):
         return RoundingChoice(rounding.quality, "as asked", asked=True)
     if not FORMATS[format].searchable:
@@ -139,6 +143,23 @@ def choose_rounding(
         return RoundingChoice("calibrated", f"predicted to take {share:.1%} of the training's time")
     # Not "search": without data it lowers the error of the weights, not reliably that of the model (docs/lab-notes.md).
     return RoundingChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
+
+
+def _without_text(rounding: QualityOptions) -> RoundingChoice:
+    """What is done with an encoder, which is not calibrated.
+
+    Raises:
+        ConfigError: calibrating was asked for.
+    """
+    if rounding.quality == "calibrated" or rounding.calibrate is not None:
+        raise ConfigError(
+            "Calibrated weights are asked for, and the model is an encoder.",
+            "Decoders are calibrated, block by block; an encoder's weights are absmax or searched.",
+            "Leave --calibrate and --quality calibrated out.",
+        )
+    if rounding.quality in ("absmax", "search"):
+        return RoundingChoice(data_free_rounding(rounding), "as asked", asked=True)
+    return RoundingChoice("absmax", "encoders are not calibrated")
 
 
 def calibration_peak(weights: FourBitOptions, num_tokens: int, source: StoredModel, dtype: torch.dtype) -> int:
@@ -216,7 +237,7 @@ def make_calibrated_base(
         what="calibrating",
         report=report,
     )
-    return open_model(str(folder))
+    return open_model(str(folder)).for_task(source.task)
 
 
 def make_residual_base(
@@ -233,7 +254,7 @@ def make_residual_base(
     quantize_folder(
         residual, formats, folder, rounding=rounding, max_dense_share=max_dense_share, what=what, report=report
     )
-    return open_model(str(folder))
+    return open_model(str(folder)).for_task(residual.task)
 
 
 def without_calibration(choice: RoundingChoice, error: WalkError) -> RoundingChoice:
@@ -247,7 +268,7 @@ def without_calibration(choice: RoundingChoice, error: WalkError) -> RoundingCho
     return RoundingChoice("absmax", f"it cannot be calibrated: {error.reason}")
 
 
-def kept_base(run: RunFolder) -> StoredModel | None:
+def kept_base(run: RunFolder, task: Task) -> StoredModel | None:
     """The calibrated base, or what adapters left of it, in the run's folder, verified; None where there is none.
 
     Raises:
@@ -256,7 +277,7 @@ def kept_base(run: RunFolder) -> StoredModel | None:
     if not run.base.is_dir():
         return None
     verify_manifest(run.base)
-    return open_model(str(run.base))
+    return open_model(str(run.base)).for_task(task)
 
 
 def base_formats(weights: FourBitOptions, mixed: float | None, run: RunFolder) -> BaseFormats | None:

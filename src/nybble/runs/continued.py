@@ -41,11 +41,14 @@ def open_adapter(path: str) -> StoredAdapter:
     return adapter
 
 
-def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrainedModel") -> dict[str, Any]:
+def options_of(
+    adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrainedModel", heads: Collection[str] = ()
+) -> dict[str, Any]:
     """The options that the adapter fixes: its rank, alpha, scaling, layers and the modules that it has whole.
 
     Args:
         skeleton: the base, on the meta device.
+        heads: modules that are trained whole without being named.
 
     Raises:
         ConfigError: an option that was given differs from the adapter's.
@@ -63,8 +66,8 @@ def options_of(adapter: StoredAdapter, given: AdapterOptions, skeleton: "PreTrai
     }
     same_layers = set(resolve_targets(skeleton, given.target_modules)) == set(adapter.names)
     own["target_modules"] = given.target_modules if same_layers else tuple(adapter.names)
-    own["modules_to_save"] = tuple(adapter.modules)
-    if given.modules_to_save and set(resolve_modules(skeleton, given.modules_to_save, (), ())) == set(adapter.modules):
+    own["modules_to_save"] = whole = tuple(name for name in adapter.modules if name not in heads)
+    if given.modules_to_save and set(resolve_modules(skeleton, given.modules_to_save, (), ())) == set(whole):
         own["modules_to_save"] = given.modules_to_save
     for name in given.model_fields_set & own.keys():
         if getattr(given, name) != own[name]:

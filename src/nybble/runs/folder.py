@@ -1,6 +1,6 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
-config.yaml  base.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
+config.yaml  base.json  task.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
 reference.json  events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/
 best/  report/
 
@@ -39,6 +39,7 @@ class RunFolder:
         self.audit = path / "data_audit.json"
         self.plan = path / "plan.json"
         self.formats = path / "formats.json"
+        self.task = path / "task.json"  # of a model that scores texts: which head stands on it, and what its scores are
         self.events = path / "events.jsonl"
         self.loss_plot = path / "loss.png"
         self.rates_plot = path / "lr.png"  # where --lr auto has tried some

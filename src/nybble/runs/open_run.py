@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nybble import __version__
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
@@ -21,9 +22,11 @@ from nybble.runs.adapter_files import read_adapter
 from nybble.runs.base import base_formats, data_free_rounding, in_asked_bits, kept_base
 from nybble.runs.context import within_context
 from nybble.runs.folder import RunFolder
+from nybble.runs.task_file import read_task
 from nybble.sources.load import load_model, refill
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,11 +111,13 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
         config = load_config(run.config, {})
     except ConfigError as error:
         raise _unreadable(run, error) from error
-    source = in_asked_bits(open_model(config.model.model, config.model.tokenizer, report), config.weights)
+    task, named = read_task(run) or TOKENS, config.model
+    source = in_asked_bits(open_model(named.model, named.tokenizer, report).for_task(task), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
-    template = open_template(config.data, source.load_tokenizer(), run.chat_template)
-    return OpenRun(run, config, source, kept_base(run) or source, template)
+    conversations = ROW_KINDS[config.objective.objective].conversations
+    template = open_template(config.data, source.load_tokenizer(), run.chat_template, conversations)
+    return OpenRun(run, config, source, kept_base(run, task) or source, template)
 
 
 def load_run(path: Path, machine: MachineOptions, report: Listener = silent) -> LoadedModel:
@@ -122,7 +127,22 @@ def load_run(path: Path, machine: MachineOptions, report: Listener = silent) -> 
         RunError: the folder holds no run, its base is another now, or what it trained is missing or damaged.
     """
     opened, (device, dtype) = open_run(path, report), set_up(machine)
+    check_answers(opened)
     return LoadedModel(load_tuned(opened, dtype, device, report), opened.template)
+
+
+def check_answers(opened: OpenRun) -> None:
+    """Refuse a run whose model does not go on with a text.
+
+    Raises:
+        ConfigError: its head gives something else.
+    """
+    if opened.source.task is not TOKENS:
+        raise ConfigError(
+            f"The run in {opened.run.path} is {opened.source.task.words}, which does not write answers.",
+            "Allowed here: runs of language models.",
+            "Ask it for scores of texts: nybble.open_run(RUN).classify(texts), or `nybble eval --run RUN`.",
+        )
 
 
 def load_plain(name: str, machine: MachineOptions, report: Listener = silent) -> LoadedModel:

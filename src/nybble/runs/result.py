@@ -14,6 +14,7 @@ from nybble.runs.folder import RunFolder
 from nybble.sources.load import refill
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,11 @@ class RunResult:
     def full(self) -> bool:
         """Whether every weight was trained, and there is no adapter."""
         return self.config.method.method == "full"
+
+    @property
+    def writes_answers(self) -> bool:
+        """Whether it is a language model, which goes on with a text."""
+        return self.source.task is TOKENS
 
     @property
     def adapter(self) -> Path:

@@ -25,7 +25,7 @@ from nybble.layers.precision import set_up
 from nybble.options.groups import MachineOptions
 from nybble.options.option import flat
 from nybble.runs.adapter_files import StoredAdapter, read_adapter
-from nybble.runs.open_run import OpenRun, load_frozen, load_tuned, open_run
+from nybble.runs.open_run import OpenRun, check_answers, load_frozen, load_tuned, open_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -158,6 +158,8 @@ def load_models(runs: Sequence[Path], machine: MachineOptions, report: Listener 
         RunError: two runs have the same name, or other bases.
     """
     opened = [open_run(run, report) for run in runs]
+    for each in opened:
+        check_answers(each)
     first, (device, dtype) = opened[0], set_up(machine)
     for other in opened[1:]:
         _check_same_base(first, other)

@@ -50,7 +50,8 @@ class GgufSource(StoredModel):
     @cached_property
     def _names(self) -> dict[str, str]:
         """transformers' name -> the file's."""
-        names = self._file.hf_names(self.skeleton)
+        language_model = self.skeleton if self.task.kind == "tokens" else build_skeleton(self.config)
+        names = self._file.hf_names(language_model)
         return {hf_name: gguf_name for gguf_name, hf_name in names.items()}
 
     @property

@@ -39,6 +39,7 @@ def load_model(
     stream_linears_of: Iterable[str] = (),
     stream_ends: bool = False,
     narrow_ends: bool = True,
+    seed: int = 0,
     report: Listener = silent,
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
@@ -56,6 +57,7 @@ def load_model(
         stream_linears_of: linear layers whose weights are not loaded; a block store has them.
         stream_ends: embedding and head are read where they are used.
         narrow_ends: they stay in 16 bits where the model's own code allows it; else they are in `compute_dtype` too.
+        seed: of a head that begins anew.
         report: told which tensor is loaded.
 
     Raises:
@@ -86,6 +88,7 @@ def load_model(
             continue
         dtype = source.loaded_dtype(target, compute_dtype, ends)
         load_dense(model, target, source.read_dense(target, dtype, device), dtype, device)
+    _begin_head(model, source, device, seed)
     model.tie_weights()
     if stream_ends:
         _stream_ends(model, source, compute_dtype, device)
@@ -104,6 +107,20 @@ def refill(model: "PreTrainedModel", source: StoredModel) -> None:
         tensor = source.read_parameter(target)
         assert isinstance(tensor, Tensor), target
         places[target].copy_(tensor)
+
+
+def _begin_head(model: "PreTrainedModel", source: StoredModel, device: torch.device | str, seed: int) -> None:
+    """Draw what is stored for no other task, in fp32, as the model's makers draw it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for owner in dict.fromkeys(name.rpartition(".")[0] for name in source.fresh):
+            module = model.get_submodule(owner)
+            for leaf, place in list(module.named_parameters(recurse=False)):
+                if place.is_meta:
+                    setattr(module, leaf, nn.Parameter(torch.zeros(place.shape)))
+            model._init_weights(module)
+            for leaf, drawn in list(module.named_parameters(recurse=False)):
+                load_dense(model, f"{owner}.{leaf}", drawn.detach(), drawn.dtype, device)
 
 
 def _quantized(
@@ -132,9 +149,12 @@ def _stream_ends(
     """Swap embedding and head for ones that read their matrices in the source's files."""
     names = {id(module): name for name, module in model.named_modules()}
     embedding = names[id(model.get_input_embeddings())]
-    head = names[id(model.get_output_embeddings())]
     matrix = _end_matrix(source, f"{embedding}.weight")
     model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype, model.get_submodule(embedding)))
+    output = model.get_output_embeddings()
+    if output is None:  # a model that scores texts has no matrix of the vocabulary
+        return
+    head = names[id(output)]
     if f"{head}.weight" in source.placements:  # it is not where they are tied
         matrix = _end_matrix(source, f"{head}.weight")
     model.set_submodule(head, StreamedHead(matrix, model.get_submodule(head).bias, device))

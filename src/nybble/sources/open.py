@@ -35,7 +35,8 @@ def open_model(model: str, tokenizer: str | None = None, report: Listener = sile
             return GgufSource(path, model, tokenizer)
         _refuse_file(path)
     if model in BUNDLED:
-        return GgufSource(fetch_bundled(model, report), model, tokenizer)
+        bundled = fetch_bundled(model, report)
+        return (FolderSource if bundled.is_dir() else GgufSource)(bundled, model, tokenizer)
     if looks_like_hub_id(model):
         return FolderSource(fetch_from_hub(model), model, tokenizer)
     raise ModelError(

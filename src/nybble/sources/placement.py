@@ -9,7 +9,9 @@ from torch import Tensor
 from nybble.errors import ModelError
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import tensor_sha256
+from nybble.layers.convert import block_lists
 from nybble.sources.checkpoint_names import COMPUTED
+from nybble.sources.task import HEADS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,11 +34,28 @@ class PlacedTensor:
     shape: tuple[int, ...]
 
 
-def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> dict[str, PlacedTensor]:
-    """Parameter of `model`, whose linears have not been swapped yet -> the stored tensor for it; each once.
+@dataclass(frozen=True)
+class Placed:
+    """Where stored tensors go.
+
+    Args:
+        tensors: parameter -> the stored tensor for it, each once.
+        fresh: parameters of a new head, for which nothing is stored.
+        left_out: stored tensors of another head.
+    """
+
+    tensors: dict[str, PlacedTensor]
+    fresh: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> Placed:
+    """What becomes of the stored tensors in `model`, whose linears have not been swapped yet.
 
     Checkpoints saved from the bare backbone lack its prefix ("model.", "transformer."), some have one too many.
-    Of tied parameters the first is the target, whichever is stored.
+    Of tied parameters the first is the target, whichever is stored. Where the model is not the one that its config asks
+    for but one for another task, its head begins anew, and the stored one is left out; a stored head is taken where it
+    has the parameters' shapes.
 
     Raises:
         ModelError: a stored tensor has no place, a parameter has no stored tensor, or tied parameters
@@ -59,6 +78,39 @@ def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> dict[str, 
         else:
             placed[target] = PlacedTensor(name, shapes[target])
     missing = sorted({tied.get(name, name) for name in shapes} - placed.keys())
+    if source.task.kind != "tokens":
+        return _with_new_head(source, model, placed, unused, missing)
+    _check_all_used(source, model, unused, missing)
+    return Placed(placed)
+
+
+def _with_new_head(
+    source: "StoredModel",
+    model: "PreTrainedModel",
+    placed: dict[str, PlacedTensor],
+    unused: list[str],
+    missing: list[str],
+) -> Placed:
+    """The stored tensors and the parameters of the model that the head stands on must fit all the same, but for a
+    pooler, which some checkpoints have and some lack.
+    """
+    prefix = f"{model.base_model_prefix}."
+    lists = (f".{name.removeprefix(prefix)}." for name in block_lists(model))
+    inner = [part for part in lists if any(part in f".{name}" for name in unused)]
+    lost = [n for n in missing if (n.startswith(prefix) or model.base_model is model) and ".pooler." not in f".{n}"]
+    _check_all_used(source, model, [name for name in unused if any(part in f".{name}" for part in inner)], lost)
+    head = [name for name in placed if name.partition(".")[0] in HEADS]
+    unfit = {name for name in head if not source.task.stored_head or not _has_shape(source, placed[name])}
+    left_out = (*unused, *(placed[name].name for name in head if name in unfit))
+    kept = {name: place for name, place in placed.items() if name not in unfit}
+    return Placed(kept, (*missing, *(name for name in head if name in unfit)), left_out)
+
+
+def _has_shape(source: "StoredModel", place: PlacedTensor) -> bool:
+    return tuple(source.read(place.name).shape) == place.shape
+
+
+def _check_all_used(source: "StoredModel", model: "PreTrainedModel", unused: list[str], missing: list[str]) -> None:
     if unused or missing:
         what = [f"{source.name} does not fit {type(model).__name__}, which its config asks for."]
         what += [f"Stored and not in the model: {_listed(unused)}."] if unused else []
@@ -69,7 +121,6 @@ def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> dict[str, 
             "Check that config.json and the weights belong together and that no file is missing."
             + _tie_hint(model, missing),
         )
-    return placed
 
 
 def read_placed(source: "StoredModel", place: PlacedTensor) -> Tensor | QuantizedTensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nybble.errors import ModelError, first_line, foreign_errors
+from nybble.sources.task import TOKENS, Task
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -25,31 +26,46 @@ def config_refused(where: object) -> Callable[[Exception], ModelError]:
     return refused
 
 
-def build_skeleton(config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat16) -> "PreTrainedModel":
-    """The causal language model that `config` describes, every parameter and buffer on the meta device.
+def build_skeleton(
+    config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat16, task: Task = TOKENS
+) -> "PreTrainedModel":
+    """The model that `config` describes for a task, every parameter and buffer on the meta device.
 
     Attention runs through PyTorch's scaled_dot_product_attention where the architecture allows it.
 
     Raises:
-        ModelError: transformers has no causal language model for this config.
+        ModelError: transformers has no such model for this config.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    return _build(partial(AutoModelForCausalLM.from_config, trust_remote_code=False), config, dtype)
+    kinds: dict[str, Any] = {"tokens": AutoModelForCausalLM, "scores": AutoModelForSequenceClassification}
+    kind = kinds.get(task.kind, AutoModel)
+    return _build(partial(kind.from_config, trust_remote_code=False), config, dtype, task)
 
 
 def _build(
-    make: Callable[..., "PreTrainedModel"], config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat16
+    make: Callable[..., "PreTrainedModel"],
+    config: "PretrainedConfig",
+    dtype: torch.dtype = torch.bfloat16,
+    task: Task = TOKENS,
 ) -> "PreTrainedModel":
     def cannot_be_built(error: Exception) -> ModelError:
         return ModelError(
-            f"The model type {config.model_type!r} cannot be built as a causal language model: {first_line(error)}",
-            "Allowed: the decoder architectures of the installed transformers; a model's own code is never run.",
+            f"The model type {config.model_type!r} cannot be built as {task.words}: {first_line(error)}",
+            f"Allowed: {'the decoder ' if task is TOKENS else 'such '}architectures of the installed transformers; a "
+            "model's own code is never run.",
             "Choose another model, or update transformers.",
         )
 
     with foreign_errors(cannot_be_built), torch.device("meta"):
         return make(config, dtype=dtype)
+
+
+def is_encoder(config: "PretrainedConfig") -> bool:
+    """Whether models of this config see a text's later tokens too: those that are made to fill in masked ones."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def text_config(config: "PretrainedConfig") -> "PretrainedConfig":

@@ -5,11 +5,12 @@ follows from that is written once, here: the model's skeleton, where each stored
 blocks, and how a linear layer's weight is turned.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Collection
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from nybble.formats.safetensors import MatrixFile, TensorEntry
 from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
-from nybble.sources.placement import PlacedTensor, place_tensors, read_placed
+from nybble.sources.placement import Placed, PlacedTensor, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights
+from nybble.sources.task import HEADS, TOKENS, Task
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +40,8 @@ class StoredModel(ABC):
         config: of transformers, without a quantisation entry.
         dense_dtype: in which embeddings and head are kept: fp16 where the model is stored in fp16, else bf16.
         layer_formats: the few bits that its linear layers are already in, else None.
+        task: what the model is for: which head stands on it.
+        model_labels: names that its own config has for scores, of a model for another task than the next token.
         made_from: fingerprint of the model that it was quantised from, where that is known.
         files: that its tensors can be read from a part at a time; none where they are converted or made on the way.
     """
@@ -48,6 +52,8 @@ class StoredModel(ABC):
     layer_formats: BaseFormats | None = None
     made_from: str | None = None
     files: tuple[Path, ...] = ()
+    task: Task = TOKENS
+    model_labels: tuple[str, ...] = ()
 
     # ---- what every place of weights answers
 
@@ -125,14 +131,27 @@ class StoredModel(ABC):
 
     # ---- what follows
 
+    def for_task(self, task: Task) -> Self:
+        """The same weights under another head."""
+        if task == self.task:
+            return self
+        other = copy.copy(self)
+        for kind in type(self).__mro__:
+            for name in (name for name, value in vars(kind).items() if isinstance(value, cached_property)):
+                vars(other).pop(name, None)
+        if self.task is TOKENS:
+            other.model_labels = tuple(map(str, (getattr(self.config, "id2label", None) or {}).values()))
+        other.task, other.config = task, task.config(self.config)
+        return other
+
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
         """The model on the meta device, to be looked at; `empty_model` gives one to change."""
-        return build_skeleton(self.config)
+        return build_skeleton(self.config, task=self.task)
 
     def empty_model(self, dtype: torch.dtype) -> "PreTrainedModel":
         """The model on the meta device, to be filled: it is the caller's own."""
-        return build_skeleton(self.config, dtype)
+        return build_skeleton(self.config, dtype, self.task)
 
     @cached_property
     def placements(self) -> dict[str, PlacedTensor]:
@@ -142,7 +161,25 @@ class StoredModel(ABC):
             ModelError: a stored tensor has no place, a parameter has no stored tensor, or tied parameters are stored
                 with different values.
         """
+        return self._placed.tensors
+
+    @cached_property
+    def _placed(self) -> Placed:
         return place_tensors(self, self.skeleton)
+
+    @property
+    def fresh(self) -> tuple[str, ...]:
+        """Parameters of the head that are not stored, or not as the task wants them: they begin anew."""
+        return self._placed.fresh
+
+    @cached_property
+    def head_modules(self) -> tuple[str, ...]:
+        """Names of the modules that make the scores of a text, which are trained whole; none for other tasks."""
+        if self.task.kind != "scores":
+            return ()
+        heads = [name for name, _ in self.skeleton.named_children() if name in HEADS]
+        owners = dict.fromkeys(name.rpartition(".")[0] for name in self.fresh)
+        return (*heads, *(name for name in owners if not any(f"{name}.".startswith(f"{head}.") for head in heads)))
 
     @cached_property
     def linears(self) -> list[str]:

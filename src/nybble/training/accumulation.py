@@ -16,6 +16,7 @@ from torch import Tensor
 from nybble.data.packing import Batch, fill_up
 from nybble.kernels.hardware import wide_dtype
 from nybble.layers.backbone import FusedForward
+from nybble.layers.batch_model import BatchModel
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator, LossHead
 from nybble.memory.graph import Graph, graph_on
@@ -35,7 +36,7 @@ class GradientAccumulation:
         graphs: may be captured: there is memory for what they compute in.
     """
 
-    def __init__(self, objective: Objective, model: CausalLM, *, graphs: bool = True):
+    def __init__(self, objective: Objective, model: BatchModel, *, graphs: bool = True):
         self._objective, self._model = objective, model
         self._rules = SHAPE_RULES[model.device.type]
         graph_type = graph_on(model.device)
@@ -59,6 +60,7 @@ class GradientAccumulation:
         graph = self._graph_for(batch)
         if graph is None:
             return forward_backward(self._objective, self._model, batch, totals)
+        assert isinstance(self._model, CausalLM)
         self._model.check_targets(batch)
         return Part(graph.run(batch, totals.terms))
 
@@ -112,7 +114,8 @@ class GradientAccumulation:
 class _FromGraph:
     """Micro-batches of one shape; each is copied to where the first one lay."""
 
-    def __init__(self, graph_type: type[Graph], objective: Objective, model: CausalLM, batch: Batch):
+    def __init__(self, graph_type: type[Graph], objective: Objective, model: BatchModel, batch: Batch):
+        assert isinstance(model, CausalLM)
         backbone, head = model.backbone, model.head
         assert isinstance(backbone, FusedForward) and isinstance(head, LossHead)
         self._backbone = backbone
@@ -130,7 +133,7 @@ class _FromGraph:
         return self._graph().clone()
 
 
-def forward_backward(objective: Objective, model: CausalLM, batch: Batch, totals: Totals) -> Part:
+def forward_backward(objective: Objective, model: BatchModel, batch: Batch, totals: Totals) -> Part:
     """Add a micro-batch's gradients; returns its part of the step, on the model's device.
 
     A function of its own, so that nothing outlives it: after a failed allocation all that it held is free.
@@ -140,18 +143,19 @@ def forward_backward(objective: Objective, model: CausalLM, batch: Batch, totals
     return replace(part, loss=part.loss.detach())
 
 
-def _loss_of(objective: Objective, model: CausalLM, batch: Batch, totals: Totals) -> Tensor:
+def _loss_of(objective: Objective, model: BatchModel, batch: Batch, totals: Totals) -> Tensor:
     """What a graph leaves behind; objectives with metrics are not captured."""
     return forward_backward(objective, model, batch, totals).loss
 
 
-def _can_be_captured(objective: Objective, model: CausalLM) -> bool:
+def _can_be_captured(objective: Objective, model: BatchModel) -> bool:
     """Whether a pass over the model asks its device for the same each time, and nobody on the way for anything.
 
     Nothing is drawn: with dropout no decoder blocks compute the model.
     """
     return (
         objective.capturable
+        and isinstance(model, CausalLM)
         and isinstance(model.backbone, FusedForward)
         and model.backbone.asks_for_nothing
         and isinstance(model.head, LossHead)

@@ -67,7 +67,7 @@ def choose_base(opened: Opened, examples: Examples, report: Listener) -> Base:
     takes = config.adapters.init in TAKES_FROM_BASE
     if rounding is None or not (calibrated or takes):
         return Base(source, formats, rounding, mixed)
-    kept = None if begins else kept_base(opened.run)
+    kept = None if begins else kept_base(opened.run, source.task)
     if kept is not None:
         return Base(kept, formats, rounding, mixed)
     assert formats is not None

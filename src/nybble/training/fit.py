@@ -14,11 +14,13 @@ from nybble.errors import PlanError
 from nybble.events import Listener, Note, silent
 from nybble.kernels.hardware import describe_unproven
 from nybble.layers.backbone import KeptTensors
+from nybble.layers.batch_model import BatchModel
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, remove_adapters
 from nybble.layers.full_weights import train_weights
 from nybble.layers.lora import lora_scaling
 from nybble.layers.token_rows import train_rows
+from nybble.layers.trained import train_modules
 from nybble.memory.measure import has_own_memory, used_bytes
 from nybble.memory.offload import activation_place
 from nybble.memory.store import FolderBlockStore, open_store
@@ -97,6 +99,7 @@ def load_base(opened: Opened, base: Base, fit: Fit, report: Listener) -> "PreTra
         data_free_rounding(opened.config.rounding),
         stream_linears_of=() if fit.store is None else fit.store.names,
         stream_ends=fit.plan.stream_ends,
+        seed=opened.config.data.seed,
         report=report,
     )
 
@@ -111,6 +114,7 @@ def attach(
     add_new_adapters(model, adapters, seed)
     if is_probed(opened):
         _, causal_lm = choose_path(opened, examples, base, fit, model, silent)
+        assert isinstance(causal_lm, CausalLM), "ranks are probed of language models"
         rank = probe_rank(opened, examples, causal_lm, fit.plan.micro_batch_size, report)
         del causal_lm
         opened = replace(opened, config=with_options(opened.config, rank=rank))
@@ -125,6 +129,7 @@ def attach(
         report(Note(_describe_ranks(ranks)))
         remove_adapters(model)
         add_new_adapters(model, adapters, seed)
+    train_modules(model, opened.source.head_modules)
     if examples.new_tokens:
         train_rows(model, examples.new_tokens)
     if adapters.init in TAKES_FROM_BASE:
@@ -133,7 +138,7 @@ def attach(
     if adapters.init != "default" and opened.resumed is None:
         _begin_adapters(opened, examples, base, model, _statistics_bytes(opened, fit))
     if opened.continued is not None:
-        restore_adapter(model, opened.continued.folder)
+        restore_adapter(model, opened.continued.folder, opened.source.head_modules)
     return opened
 
 
@@ -197,11 +202,11 @@ def choose_path(
     fit: Fit,
     model: "PreTrainedModel",
     report: Listener,
-) -> tuple[Fit, CausalLM]:
+) -> tuple[Fit, BatchModel]:
     """What computes the model; planned again where it cannot take rows side by side."""
     packing, plan = opened.config.memory.packing, fit.plan
     kept = _place_for_kept(plan, opened.run, opened.device)
-    choose = partial(CausalLM.of, model, packing=packing, store=fit.store, kept=kept)
+    choose = partial(examples.objective.model.of, model, packing=packing, store=fit.store, kept=kept)
     causal_lm = choose(keep=plan.keep, whole_blocks=plan.whole_blocks)
     if causal_lm.packed != packing:
         fit = _plan_padded(opened, examples, base, fit)

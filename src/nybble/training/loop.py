@@ -18,7 +18,7 @@ from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.events import Listener, Note
 from nybble.files.disk import complete_folder
 from nybble.kernels.hardware import as_double
-from nybble.layers.causal_lm import CausalLM
+from nybble.layers.batch_model import BatchModel
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
@@ -64,7 +64,7 @@ class Rehearsal:
 
 
 def train_loop(
-    model: CausalLM,
+    model: BatchModel,
     objective: Objective,
     train: Sequence[EncodedExample],
     evaluations: Evaluations,
@@ -253,7 +253,7 @@ def train_loop(
 
 def rehearse(
     objective: Objective,
-    model: CausalLM,
+    model: BatchModel,
     forward_backward: GradientAccumulation,
     optimizer: AdamW,
     rehearsal: Rehearsal,
@@ -303,7 +303,7 @@ class Measured:
 @torch.no_grad()
 def validation_loss(
     objective: Objective,
-    model: CausalLM,
+    model: BatchModel,
     rows: Sequence[EncodedExample],
     micro_batch_size: int,
     interrupt: InterruptOnce | None = None,
@@ -315,22 +315,23 @@ def validation_loss(
     was_training = model.training
     model.eval()
     totals = objective.totals(model, rows, micro_batch_size)
-    sums = [0.0] * (1 + len(objective.metrics))
+    sums: list[float] = []
     lengths = lengths_of(rows)
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
         batch = objective.collate([rows[row] for row in micro], model).to(model.device)
         terms = objective.terms(model, batch, totals)
-        sums = [total + as_double(row).sum().item() for total, row in zip(sums, terms, strict=True)]
+        sums = [
+            total + as_double(row).sum().item() for total, row in zip(sums or [0.0] * len(terms), terms, strict=True)
+        ]
         if interrupt is not None and interrupt.requested:
             break
     model.train(was_training)
-    loss, *metrics = (total / float(totals.terms) for total in sums)
-    named = dict(zip(objective.metrics, metrics, strict=True))
-    return Measured(loss, named, int(supervised_of(rows).sum()))
+    loss, *means = (total / float(totals.terms) for total in sums)
+    return Measured(loss, objective.measured(means), int(supervised_of(rows).sum()))
 
 
 @torch.no_grad()
-def non_finite_rows(objective: Objective, model: CausalLM, rows: Sequence[EncodedExample]) -> list[str]:
+def non_finite_rows(objective: Objective, model: BatchModel, rows: Sequence[EncodedExample]) -> list[str]:
     """Origins (file:line) of the rows whose own loss is not finite; of all rows if it is so only together."""
 
     def is_finite(row: EncodedExample) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from nybble.data import packing
 from nybble.data.encoded_rows import supervised_of
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
+from nybble.layers.batch_model import BatchModel
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Denominator
+from nybble.sources.task import TOKENS, Task
 
 if TYPE_CHECKING:
-    from nybble.data.prepare import RowKind
+    from nybble.data.prepare import PreparedData, RowKind
+    from nybble.sources.stored_model import StoredModel
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,14 @@ class Objective(Protocol):
         """Of the rows."""
 
     @property
+    def task(self) -> Task:
+        """Which head stands on the model."""
+
+    @property
+    def model(self) -> type[BatchModel]:
+        """What computes the model from batches."""
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """Names of what is told of a step beside its loss."""
 
@@ -63,28 +74,59 @@ class Objective(Protocol):
     def unit(self) -> str:
         """Of the loss, for people."""
 
+    def settled(self, data: "PreparedData", source: "StoredModel", recorded: Task | None) -> "Objective":
+        """The objective with what it must know of all rows.
+
+        Args:
+            recorded: the task of the run that is gone on with, or whose adapter is trained on.
+        """
+
     def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> Sequence[EncodedExample]:
         """Rows with what each needs of the others, before the first step."""
 
-    def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> Batch:
+    def collate(self, rows: Sequence[EncodedExample], model: Any) -> Batch:
         """One micro-batch, on the CPU, as the model takes it: rows side by side, or padded."""
 
-    def totals(self, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int) -> Totals:
+    def totals(self, model: Any, rows: Sequence[EncodedExample], micro_batch_size: int) -> Totals:
         """What all rows of a step, or of an evaluation, come to; no more than so many are computed at once."""
 
-    def loss(self, model: CausalLM, batch: Batch, totals: Any) -> Part:
+    def loss(self, model: Any, batch: Batch, totals: Any) -> Part:
         """The batch's part of its step's loss, the sum of its terms / `totals.terms`, and of the metrics."""
 
-    def terms(self, model: CausalLM, batch: Batch, totals: Any) -> Tensor:
-        """The terms of the sum in `loss`, and of those of the metrics, `(1 + M, N)`, without a gradient: what
-        evaluations add up.
+    def terms(self, model: Any, batch: Batch, totals: Any) -> Tensor:
+        """The terms of the sum in `loss`, and of others, `(1 + K, N)`, without a gradient: what evaluations add up."""
+
+    def measured(self, means: Sequence[float]) -> dict[str, float]:
+        """What an evaluation tells beside its loss, by name.
+
+        Args:
+            means: of the K others, over all rows' terms.
         """
 
 
-class SupervisedFineTuning:
+class NextTokens:
+    """What objectives have in common that learn from what comes next."""
+
+    task: ClassVar[Task] = TOKENS
+    model: ClassVar[type[BatchModel]] = CausalLM
+    metrics: ClassVar[tuple[str, ...]] = ()
+
+    def settled(self, data: "PreparedData", source: "StoredModel", recorded: Task | None) -> Self:
+        """As `Objective` says: it needs nothing."""
+        return self
+
+    def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> Sequence[EncodedExample]:
+        """As `Objective` says: they need nothing."""
+        return rows
+
+    def measured(self, means: Sequence[float]) -> dict[str, float]:
+        """As `Objective` says: the metrics of steps."""
+        return dict(zip(self.metrics, means, strict=True))
+
+
+class SupervisedFineTuning(NextTokens):
     """The mean of −log p over supervised tokens, in nats; where the batch has weights, each term times its own."""
 
-    metrics: tuple[str, ...] = ()
     unit = "nats per supervised token"
 
     @property
@@ -98,10 +140,6 @@ class SupervisedFineTuning:
     def capturable(self) -> bool:
         """As `Objective` says; what inherits from this with a loss of its own says so itself."""
         return type(self).loss is SupervisedFineTuning.loss
-
-    def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> Sequence[EncodedExample]:
-        """As `Objective` says: they need nothing."""
-        return rows
 
     def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> Batch:
         """As `Objective` says."""

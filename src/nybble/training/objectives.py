@@ -2,6 +2,7 @@
 
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
+from nybble.training.classify import Classification
 from nybble.training.kto import KTO
 from nybble.training.objective import Objective, SupervisedFineTuning
 from nybble.training.preference import DPO, IPO, ORPO, SimPO
@@ -26,6 +27,8 @@ def make_objective(options: ObjectiveOptions) -> Objective:
             return SimPO(beta, SIMPO_GAMMA if options.simpo_gamma is None else options.simpo_gamma, smoothing)
         case "orpo":
             return ORPO(options.orpo_lambda or ORPO_LAMBDA)
+        case "classify":
+            return Classification()
         case "kto":
             return KTO(beta, options.desirable_weight or 1.0, options.undesirable_weight or 1.0)
 

@@ -11,18 +11,20 @@ from nybble.runs.events import read_events
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MARGINS = "rewards/margins"
+SECOND = ("rewards/margins", "accuracy")  # metrics that are drawn beside the loss, the first that there is
 _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
 
 
 def draw_loss(events: Path, out: Path | BinaryIO) -> None:
-    """Draw the losses recorded in `events` into the picture `out`; of preferences, the margins too."""
+    """Draw the losses recorded in `events` into the picture `out`; of preferences the margins too, of classes the
+    accuracy.
+    """
     steps = list(read_events(events, "step"))
     evaluations = list(read_events(events, "eval"))
-    compares = bool(steps) and MARGINS in steps[-1]
-    with picture(out, "step", "loss" if compares else "loss, nats per supervised token") as axes:
-        if compares:
-            _draw_margins(axes.twinx(), steps, evaluations)
+    second = next((name for name in SECOND if steps and name in steps[-1]), None)
+    with picture(out, "step", "loss, nats per supervised token" if second is None else "loss") as axes:
+        if second is not None:
+            _draw_second(axes.twinx(), second, steps, evaluations)
         if steps:
             x = [record["step"] for record in steps]
             losses = [record["loss"] for record in steps]
@@ -55,13 +57,13 @@ def draw_rates(losses: Mapping[float, float | None], suggested: float, out: Path
         axes.legend()
 
 
-def _draw_margins(axes: "Axes", steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
+def _draw_second(axes: "Axes", metric: str, steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> None:
     """On axes of their own, which share the steps."""
-    margins = _running_mean([record[MARGINS] for record in steps])
-    axes.plot([record["step"] for record in steps], margins, ":", color="tab:green", linewidth=1)
-    held_out = [record[MARGINS] for record in evaluations]
+    means = _running_mean([record[metric] for record in steps])
+    axes.plot([record["step"] for record in steps], means, ":", color="tab:green", linewidth=1)
+    held_out = [record[metric] for record in evaluations]
     axes.plot([record["step"] for record in evaluations], held_out, "x:", color="tab:green")
-    axes.set_ylabel(f"{MARGINS} (dotted)", color="tab:green", labelpad=-28)
+    axes.set_ylabel(f"{metric} (dotted)", color="tab:green", labelpad=-28)
 
 
 def draw_plans(plans: Plans, out: Path) -> None:

@@ -21,7 +21,7 @@ from nybble.data.preferences import PAIR_ROWS, WHOLE_PAIR_ROWS
 from nybble.data.prepare import RowKind
 from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
-from nybble.training.objective import Part, Totals
+from nybble.training.objective import NextTokens, Part, Totals
 from nybble.training.reference import reference_of
 
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
@@ -74,11 +74,11 @@ class PairTotals(Totals):
     chosen_targets: int
 
 
-class PreferenceObjective:
+class PreferenceObjective(NextTokens):
     """The mean of a term a row, made of log-probabilities of whole answers; subclasses say which."""
 
     kind: ClassVar[RowKind]
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str]
     capturable: ClassVar[bool] = False  # a reference, and what a step shares, are no tensors of the batch
     has_reference: ClassVar[bool] = True
@@ -86,10 +86,6 @@ class PreferenceObjective:
     def terms_of(self, model: CausalLM, batch: PreferenceBatch, totals: Any) -> Tensor:
         """Loss and metrics of each row, fp64 `(1 + M, rows)`, the loss with its gradient."""
         raise NotImplementedError
-
-    def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> Sequence[EncodedExample]:
-        """As `Objective` says: they need nothing."""
-        return rows
 
     def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> PreferenceBatch:
         """As `Objective` says."""

@@ -18,6 +18,7 @@ from nybble.events import Listener, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
 from nybble.files.spool import Chosen
 from nybble.kernels.heap import trim_heap
+from nybble.layers.batch_model import BatchModel
 from nybble.layers.causal_lm import CausalLM
 from nybble.memory.measure import PeakMemory, has_own_memory
 from nybble.options.verbs import TrainConfig
@@ -32,7 +33,9 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.formats import write_formats
 from nybble.runs.plan_file import write_plan
 from nybble.runs.result import RunResult
+from nybble.runs.task_file import task_text
 from nybble.runs.trained import Trained, TrainedAdapters, TrainedWeights
+from nybble.sources.task import TOKENS
 from nybble.sources.tokenizer import save_tokenizer
 from nybble.training.base import Base, choose_base
 from nybble.training.checkpoint import Checkpoints
@@ -76,7 +79,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     """The whole run, from top to bottom."""
     report(RunStarted(config.model.model, config.data.data, config.run.resume))
     opened = open_start(config, run, report)
-    examples = take_examples(opened, report)
+    opened, examples = take_examples(opened, report)
     opened = bound_rank(opened, examples, report)
     opened, examples = choose_method(opened, examples, report)
     base = choose_base(opened, examples, report)
@@ -129,6 +132,8 @@ def _move_in(opened: Opened, examples: Examples, base: Base, log: EventLog) -> N
     if base.mixed is not None:
         write_formats(starting.formats, base.mixed)
     write_complete(starting.base_record, json.dumps(record, indent=2) + "\n")
+    if opened.source.task is not TOKENS:
+        write_complete(starting.task, task_text(opened.source.task))
     if opened.template.chat_template is not None:
         write_complete(starting.chat_template, opened.template.chat_template)
     write_complete(starting.audit, json.dumps(examples.data.audit.to_json(), indent=2) + "\n")
@@ -139,17 +144,18 @@ def _move_in(opened: Opened, examples: Examples, base: Base, log: EventLog) -> N
 
 
 def _with_reference(
-    opened: Opened, examples: Examples, base: Base, fit: Fit, causal_lm: CausalLM, report: Listener
+    opened: Opened, examples: Examples, base: Base, fit: Fit, model: BatchModel, report: Listener
 ) -> Examples:
     """The rows with what the model that training begins with says of them, where the objective asks it beforehand."""
     if not asks_before(opened.config.objective):
         return examples
+    assert isinstance(model, CausalLM)
     data, evaluations = examples.data, examples.evaluations
     made_of = (examples.base, base.formats, base.rounding and base.rounding.rounding, opened.dtype)
     references = References.open(opened.run.reference, ", ".join(map(str, made_of)), _begins_with(opened))
     ask_reference(
         references,
-        causal_lm,
+        model,
         (Chosen(data.train, _met(opened, examples)), evaluations.rows),
         micro_batch_size=fit.plan.micro_batch_size,
         resumed=opened.resumed is not None,
@@ -187,7 +193,7 @@ def _take_steps(
     examples: Examples,
     base: Base,
     fit: Fit,
-    causal_lm: CausalLM,
+    causal_lm: BatchModel,
     log: EventLog,
     report: Listener,
 ) -> LoopResult:
@@ -244,7 +250,7 @@ def _take_steps(
     )
 
 
-def _trained(opened: Opened, causal_lm: CausalLM) -> Trained:
+def _trained(opened: Opened, causal_lm: BatchModel) -> Trained:
     if opened.config.method.method == "full":
         return TrainedWeights(opened.source, opened.template)
     return TrainedAdapters.of(causal_lm.module, opened.config.model.model)

@@ -10,6 +10,7 @@ from nybble.data.audit import Audited
 from nybble.data.encoded_rows import counted
 from nybble.data.new_tokens import describe_tokens, untrained_tokens
 from nybble.data.prepare import PreparedData
+from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.template import ChatTemplate, open_template
 from nybble.errors import ConfigError, ModelError
 from nybble.events import Listener, Note
@@ -28,14 +29,18 @@ from nybble.runs.base import in_asked_bits
 from nybble.runs.context import read_rows, within_context
 from nybble.runs.continued import check_base_of, open_adapter, options_of
 from nybble.runs.folder import RunFolder
+from nybble.runs.task_file import read_task
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.open import open_model
+from nybble.sources.skeleton import is_encoder
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import TOKENS, Task, task_of
 from nybble.training.checkpoint import Checkpoint, newest_checkpoint
 from nybble.training.evaluations import Evaluations, plan_evaluations
 from nybble.training.events import ModelOpened
 from nybble.training.objective import Objective
 from nybble.training.objectives import USUAL_FULL_LR, USUAL_LR, make_objective
+from nybble.training.preference import PreferenceObjective
 from nybble.training.resume import DataDigests, check_base, check_data, settle_config
 
 
@@ -74,20 +79,24 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     config = given if resumed is None else settle_config(resumed, given)
     adapters, allowed = config.adapters, config.run.allow_change
     device, dtype = set_up(config.machine)
-    source = in_asked_bits(open_model(config.model.model, config.model.tokenizer, report), config.weights)
+    kind, task, named = ROW_KINDS[config.objective.objective], task_of(config.objective.objective), config.model
+    source = in_asked_bits(open_model(named.model, named.tokenizer, report).for_task(task), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     if config.method.method in ("lora", "full"):
         check_widths(source, config.method.method)
+    if is_encoder(source.config) and task is not TOKENS:
+        config = with_options(config, packing=False)  # their modules take a text a line
     if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
     if adapters.adapter is not None and resumed is None:
         continued = open_adapter(adapters.adapter)
-        config = given = with_options(config, **options_of(continued, adapters, source.skeleton))
+        config = given = with_options(config, **options_of(continued, adapters, source.skeleton, source.head_modules))
         for note in check_base_of(continued, source, allowed):
             report(Note(note, warning=True))
     same_options = resumed is not None and "config" not in allowed
-    template = open_template(config.data, source.load_tokenizer(), run.chat_template if same_options else None)
+    recorded = run.chat_template if same_options else None
+    template = open_template(config.data, source.load_tokenizer(), recorded, kind.conversations)
     return Opened(run, config, given, resumed, continued, source, template, device, dtype)
 
 
@@ -110,8 +119,10 @@ class Examples:
     micro_batches: Callable[[int], MicroBatches]
 
 
-def take_examples(opened: Opened, report: Listener) -> Examples:
-    """The rows, audited, and compared with those of the run that is gone on with."""
+def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
+    """The rows, audited, and compared with those of the run that is gone on with; and the base under the head that they
+    ask for.
+    """
     config, source, resumed = opened.config, opened.source, opened.resumed
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = make_objective(config.objective)
@@ -124,8 +135,10 @@ def take_examples(opened: Opened, report: Listener) -> Examples:
     report(ModelOpened(source.name, tuple(source.notes)))
     report(Audited(data.audit))
     data.audit.check()
+    objective = objective.settled(data, source, _recorded_task(opened))
+    source = source.for_task(objective.task)
     data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
-    if config.objective.objective != "sft" and "lr" not in config.loop.model_fields_set:
+    if isinstance(objective, PreferenceObjective) and "lr" not in config.loop.model_fields_set:
         report(Note(f"lr is {config.loop.lr}, the default; preferences are usually learnt with {USUAL_LR}: --lr"))
     elif config.method.method == "full" and "lr" not in config.loop.model_fields_set:
         report(Note(f"lr is {config.loop.lr}, the default; whole models usually take {USUAL_FULL_LR}: --lr"))
@@ -145,7 +158,15 @@ def take_examples(opened: Opened, report: Listener) -> Examples:
     if evaluations.note:
         report(Note(evaluations.note))
     micro_batches = micro_batches_for(config, source, data, num_steps, opened.device)
-    return Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
+    examples = Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
+    return replace(opened, source=source), examples
+
+
+def _recorded_task(opened: Opened) -> Task | None:
+    """The task of the run that is gone on with, or whose adapter is trained on, where it is of the same kind."""
+    run = opened.run if opened.continued is None else RunFolder(opened.continued.folder.parent)
+    found = None if opened.resumed is None and opened.continued is None else read_task(run)
+    return found if found is not None and found.kind == opened.source.task.kind else None
 
 
 def check_widths(source: StoredModel, method: Method) -> None:

@@ -22,7 +22,7 @@ from nybble.data.sampler import StepSampler
 from nybble.errors import TrainingError
 from nybble.events import Listener, silent, tracked
 from nybble.files.disk import TEMPORARY
-from nybble.layers.causal_lm import CausalLM
+from nybble.layers.batch_model import BatchModel
 from nybble.options.adapter_groups import NewAdapters
 from nybble.options.groups import LoopOptions
 from nybble.options.objective_groups import PREFERENCES
@@ -168,7 +168,7 @@ class ChosenRate:
 def choose_lr(
     opened: Opened,
     examples: Examples,
-    model: CausalLM,
+    model: BatchModel,
     trained: Trained,
     loop: Loop,
     micro_batch_size: int,
@@ -206,7 +206,7 @@ def choose_lr(
 def _try_all(
     plan: SweepPlan,
     opened: Opened,
-    model: CausalLM,
+    model: BatchModel,
     trained: Trained,
     loop: Loop,
     sampler: Callable[[], StepSampler],

