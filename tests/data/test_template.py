@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rendered import template_of
 
 from nybble.data.chat_templates import TEMPLATES
 from nybble.data.examples import Example, Message
@@ -252,6 +253,20 @@ def test_template_whose_answers_do_not_follow_its_prompt(tokenizer_of):
         template.encode_example(talk(*TALK))
     assert error.value.finding == "template-rewrites-prompt"
     assert text_of(template.tokenizer, template.encode_prompt(TALK[:3])).endswith("assistant:<think>\n")
+
+
+@pytest.mark.parametrize("answer", ["a", "an answer that is longer than an empty thought"])
+def test_a_prompt_that_begins_with_what_answers_do_not_have_is_refused_row_by_row(tokenizer_of, answer):
+    """An empty thought stands in the prompt and in no finished conversation."""
+    template = template_of(
+        tokenizer_of,
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n\n{% endif %}",
+    )
+    assert template.tokenizer.convert_tokens_to_ids("<|im_end|>") in template.stop_ids
+    with pytest.raises(RowError) as error:
+        template.encode_example(Example("x:1", messages=(Message("user", "q"), Message("assistant", answer))))
+    assert error.value.finding == "template-rewrites-prompt"
 
 
 def test_generation_block_that_begins_late_is_honoured(tokenizer_of):

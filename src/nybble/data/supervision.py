@@ -131,10 +131,11 @@ def find_turns(
         if added is None or not upto.text.endswith(added):  # it depends on what was said before, or on what is called
             added, of_calls = closing_of(render, [*messages[:index], _marked(message)]), bool(message.calls)
         end, closed = _turn_end(upto.text, added, special_tokens, of_calls)
-        end = max(end, len(prompt))
+        prompted = upto.text.startswith(prompt)
+        end = max(end, len(prompt)) if prompted else end
         rendered = whole if whole.text.startswith(upto.text[:end]) else upto  # no second copy is kept in memory
         words = _words_start(message, upto.text, len(prompt), end, empty_thought)
-        turns.append(Turn(index, rendered, len(prompt), words, end, closed, upto.text.startswith(prompt)))
+        turns.append(Turn(index, rendered, len(prompt), words, end, closed, prompted))
     return turns
 
 

@@ -431,7 +431,7 @@ class ChatTemplate:
         """The token that ends a conversation's last turn; None where it has no end."""
         text, _ = whole = self._render(messages, False)
         turn = self._find_turns(messages, whole)[-1]
-        return self.encoder.encode_pieces(text, [turn.start, turn.end])[1][-1] if turn.closed else None
+        return self.encoder.encode_pieces(text, [turn.end])[0][-1] if turn.closed else None
 
 
 def _cuts(turns: list[Turn], generated: Sequence[tuple[int, int]] | None) -> list[int]:
