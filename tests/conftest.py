@@ -88,6 +88,21 @@ def tiny_mixture(tmp_path: Path, tiny_model: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def mostly_dense(tmp_path: Path, tiny_model: Path) -> Path:
+    """A JetMoE, whose experts are no parameters that transformers' interface knows, with the tiny Llama's tokenizer."""
+    from safetensors.torch import save_model
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    folder = tmp_path / "jetmoe"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "kv_channels": 16}
+    config = JetMoeConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    config.save_pretrained(folder)
+    save_model(JetMoeForCausalLM(config).bfloat16(), str(folder / "model.safetensors"))
+    return folder
+
+
 # ---- disks that fail ----------------------------------------------------------------------------
 
 

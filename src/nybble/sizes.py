@@ -91,4 +91,5 @@ PAGE_BUFFERS = 3  # read ahead, updated, written behind
 
 CALIBRATION_TOKENS = 512  # computed at once while calibrating
 CALIBRATION_KEPT_BYTES = 2**25  # of inputs that are needed twice
+EXPERT_STATISTICS_BYTES = 2**30  # of experts whose statistics are summed in one pass
 CALIBRATION_STATE_BYTES = 2  # of an element of the hidden states between two blocks, whatever is computed in

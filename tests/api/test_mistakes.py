@@ -125,8 +125,8 @@ def test_mistakes_with_the_parts(places: dict[str, Path], tmp_path: Path) -> Non
         nybble.add_adapters(model, rank=2)
 
 
-def test_a_model_that_stays_in_16_bits_is_not_loaded_as_one_in_four(tiny_mixture: Path) -> None:
-    source = nybble.open_model(tiny_mixture)
+def test_a_model_that_stays_in_16_bits_is_not_loaded_as_one_in_four(mostly_dense: Path) -> None:
+    source = nybble.open_model(mostly_dense)
     with pytest.raises(ModelError, match="cannot be put into four bits"):
         nybble.load(source)
     assert nybble.load(source, format="none").module and nybble.load(source, max_dense_share=1.0).module

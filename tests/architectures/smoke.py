@@ -21,6 +21,8 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.dense import weight_matrix
+from nybble.layers.lora_experts import LoraExperts
+from nybble.layers.quantized_experts import expert_shapes
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.folder import FolderSource
@@ -186,4 +188,10 @@ def dequantized(model: PreTrainedModel, folder: Path) -> PreTrainedModel | None:
         if isinstance(module, QuantizedLinear):
             linear, dense = base.get_submodule(name.removesuffix(".base")), module.dequantize(torch.float32)
             weight_matrix(linear).copy_(dense)
+    for name, shape in expert_shapes(base).items():
+        experts = model.get_submodule(name)
+        inner = experts.base if isinstance(experts, LoraExperts) else experts
+        for index, matrix in enumerate(base.get_parameter(name)):
+            dense = inner.widened(index, torch.float32)
+            matrix.copy_(dense.T if shape.transposed else dense)
     return base

@@ -173,22 +173,36 @@ def test_every_strategy_has_its_function_and_is_tried():
     assert {plan.strategy for plan in made.candidates} == set(Strategy)
 
 
-def test_a_mixture_of_experts_is_not_planned_as_four_bit(tmp_path):
-    config = {"model_type": "mixtral", "num_hidden_layers": 2}
+def test_what_mostly_stays_in_16_bits_is_not_planned_as_four_bit(tmp_path):
+    config = {"model_type": "jetmoe", "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     made, asked, unconstrained = plans(model=str(tmp_path), memory="80GB")
     with pytest.raises(PlanError, match=r"(?s)weights stay in 16 bits.*--method lora.*--max-dense-share"):
         require(made, asked, unconstrained)
-    experts = "model.layers.*.mlp.experts.gate_up_proj"
+    experts = "model.layers.*.mlp.input_linear.weight"
     assert any(experts in line and "without an adapter, not in four bits" in line for line in describe_left(asked))
     accepted = plans(model=str(tmp_path), memory="80GB", max_dense_share=1)[0]
     assert accepted.chosen.strategy == "4-bit"
-    assert accepted.chosen.components["weights not in four bits"] >= 2 * 2 * 8 * 3 * 4096 * 14336
+    assert accepted.chosen.components["weights not in four bits"] >= 2 * 2 * 8 * 3 * 2048 * 5632
 
 
-def test_a_run_of_a_mixture_is_refused_before_anything_is_loaded(tiny_mixture, data, tmp_path):
+def test_a_mixture_of_experts_is_planned_in_four_bits(tmp_path):
+    """Mixtral-8x7B: 46.7 B parameters, 12.9 B of which a token meets, as its makers publish."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    made, asked, _ = plans(model=str(tmp_path), memory="80GB")
+    parts = asked.run.model.parts
+    assert parts.elements == pytest.approx(46.7e9, rel=1e-2) and parts.active_elements == pytest.approx(
+        12.9e9, rel=1e-2
+    )
+    base = made.chosen.components["base weights"]
+    assert base == pytest.approx(parts.linear_elements * 4.127 / 8, rel=1e-2)
+    experts = "model.layers.*.mlp.experts.gate_up_proj"
+    assert any(line.startswith("without an adapter: ") and experts in line for line in describe_left(asked))
+
+
+def test_a_run_that_would_mostly_stay_in_16_bits_is_refused_before_anything_is_loaded(mostly_dense, data, tmp_path):
     with pytest.raises(ModelError, match="cannot be put into four bits"):
-        train(config(tiny_mixture, data, tmp_path / "run"))
+        train(config(mostly_dense, data, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -43,7 +43,8 @@ class QuantizedModel:
     @property
     def bitsandbytes(self) -> bool:
         """Whether transformers with bitsandbytes loads it; else only nybble does."""
-        return self.config.rounding.mixed is None and self.formats.spec.entry.bitsandbytes
+        experts = self.written.inventory.stack_elements > 0
+        return not experts and self.config.rounding.mixed is None and self.formats.spec.entry.bitsandbytes
 
 
 def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:

@@ -31,6 +31,7 @@ from nybble.generation.generate import generate
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
 from nybble.layers.lora import linear_features
+from nybble.layers.quantized_experts import widen_experts
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.use_groups import ArtefactKind
 from nybble.runs.adapter_files import StoredAdapter, read_adapter
@@ -222,8 +223,10 @@ def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consu
     missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
     source = open_model(str(artefact))
     why = f"{' and '.join(missing)} not installed" if missing else ""
-    rows = [linear_features(source.skeleton.get_submodule(layer))[0] for layer in source.in_four_bits or ()]
-    if not missing and any(row % BNB_ROW for row in rows):
+    why = "only nybble reads experts in few bits" if source.experts else why
+    stored = source.in_four_bits or set()
+    rows = [linear_features(source.skeleton.get_submodule(n))[0] for n in source.linears if n in stored]
+    if not why and any(row % BNB_ROW for row in rows):
         why = "bitsandbytes' CPU kernel reads rows of this width wrongly"
     if why:
         model = load_model(source, None, dtype)
@@ -284,10 +287,11 @@ def base_of_adapters(opened: OpenRun, dtype: torch.dtype, report: Listener) -> "
     return model
 
 
-def widen(model: nn.Module) -> None:
-    """Put dense layers in place of four-bit ones."""
+def widen(model: "PreTrainedModel") -> None:
+    """Put dense layers and experts in place of those in few bits."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
+            widen_experts(model, module.compute_dtype)
             _set_dense(model, name, module.dequantize(), module.bias)
 
 

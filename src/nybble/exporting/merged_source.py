@@ -95,12 +95,33 @@ class MergedSource(StoredModel):
         if name in self._whole:
             module, leaf = self._whole[name]
             return self.adapter.module_weights(module, self.skeleton.get_submodule(module))[leaf]
-        if _layer(name) not in self._adapted and _layer(name) not in self.linears:
+        if name in self.experts:
+            return torch.stack([self.read_part(name, index) for index in range(self.experts[name].num)])
+        if _layer(name) not in self._adapted and name not in self.in_few_bits:
             tensor = self.opened.source.read_parameter(name)
             assert isinstance(tensor, Tensor)
             return self._with_token_rows(name, tensor)
         weight, delta = self.read_base(name), self.read_delta(name)
         return weight if delta is None else weight.add_(delta)
+
+    def read_part(self, name: str, index: int) -> Tensor:
+        """W + ΔW of one expert in fp32, as the parameter stores it."""
+        weight, delta = self.read_base_expert(name, index), self.read_delta_expert(name, index)
+        merged = weight if delta is None else weight + delta
+        return merged.T if self.experts[name].transposed else merged
+
+    def read_base_expert(self, name: str, index: int) -> Tensor:
+        """The matrix of one expert that ΔW goes onto, fp32 `[out, in]`."""
+        weight = self._base.read_expert(name, index)
+        if isinstance(weight, Tensor):
+            if self.onto == "original" or self._formats is None:
+                return weight.float()
+            weight = round_weight(weight, self._formats.of(name), data_free_rounding(self.opened.config.rounding))
+        return dequantize(weight, torch.float32)
+
+    def read_delta_expert(self, name: str, index: int) -> Tensor | None:
+        """ΔW of one expert, fp32 `[out, in]`; None where its projection has no adapter."""
+        return None
 
     def _with_token_rows(self, name: str, tensor: Tensor) -> Tensor:
         """With the trained rows of tokens in place, where it has some."""

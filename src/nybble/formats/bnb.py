@@ -74,12 +74,12 @@ def to_bnb(name: str, q: QuantizedTensor) -> dict[str, Tensor]:
         tensors[f"{name}.absmax"] = parts.absmax.clone()
     if parts.zero_points is not None:
         tensors[f"{name}.zero_points"] = parts.zero_points.clone()
-    tensors[_state_key(name, spec.entry)] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[state_key(name, spec.entry)] = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
 
 
 def quantization_config(
-    formats: BaseFormats, compute_dtype: torch.dtype, skip_modules: Sequence[str]
+    formats: BaseFormats, compute_dtype: torch.dtype, skip_modules: Sequence[str], *, stacks: bool = False
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json for a folder whose linears are quantised so.
 
@@ -90,11 +90,12 @@ def quantization_config(
     Args:
         compute_dtype: what the weights are multiplied in.
         skip_modules: modules kept in 16 bits, such as `lm_head`.
+        stacks: experts are among what is stored (`quantized_stack.py`), which only nybble reads.
     """
     spec, is_mixed = formats.spec, len(formats.names) > 1
     format = MIXED if is_mixed else formats.names[0]
     block_size = {} if spec.block_size == DEFAULT_BLOCK_SIZE else {"block_size": spec.block_size}
-    if is_mixed or not FORMATS[format].bitsandbytes:
+    if is_mixed or stacks or not FORMATS[format].bitsandbytes:
         return {
             "quant_method": "nybble",
             "format": format,
@@ -179,7 +180,7 @@ def formats_from_config(config: Mapping[str, Any]) -> BaseFormats | None:
 
 def is_quantized(name: str, tensors: Mapping[str, Any]) -> bool:
     """Whether weight `name` is stored in four bits among these tensors (only the keys are looked at)."""
-    return any(_state_key(name, format) in tensors for format in FORMATS.values())
+    return any(state_key(name, format) in tensors for format in FORMATS.values())
 
 
 def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -280,7 +281,7 @@ def stored_weight(name: str, num_bytes: Mapping[str, int], read: Callable[[str],
 
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """The key and the decoded JSON of a weight's state."""
-    known = [_state_key(name, format) for format in FORMATS.values()]
+    known = [state_key(name, format) for format in FORMATS.values()]
     keys = [key for key in known if key in tensors]
     if len(keys) != 1:
         found = "has none" if not keys else f"has {len(keys)}"
@@ -376,7 +377,8 @@ def _check_map(key: str, tensors: Mapping[str, Tensor], ours: Tensor) -> None:
         )
 
 
-def _state_key(name: str, format: Format) -> str:
+def state_key(name: str, format: Format) -> str:
+    """The key that the state of weight `name` is stored under."""
     owner = "bitsandbytes" if format.bitsandbytes else "nybble"
     return f"{name}.quant_state.{owner}__{format.name}"
 

@@ -21,7 +21,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -80,6 +80,13 @@ class TensorEntry:
         return self.end - self.start
 
 
+def row_entry(entry: TensorEntry, index: int) -> TensorEntry:
+    """Where the index-th of a tensor's first dimension lies."""
+    row_bytes = entry.nbytes // entry.shape[0]
+    start = entry.start + index * row_bytes
+    return replace(entry, shape=entry.shape[1:], start=start, end=start + row_bytes)
+
+
 class SafetensorsFolder:
     """The tensors of a folder (single file or shard set with an index) or of one file.
 
@@ -109,7 +116,10 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> Tensor:
         """One tensor, in fresh memory that nothing else refers to."""
-        entry = self.entries[name]
+        return self.read_entry(self.entries[name])
+
+    def read_entry(self, entry: TensorEntry) -> Tensor:
+        """What lies there, in fresh memory."""
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
         read_exactly(entry.file, entry.start, buffer.numpy().data)
         return buffer.view(DTYPES[entry.dtype]).view(entry.shape)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nybble.layers.dense import weight_matrix
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.layers.streamed import StreamedLinear
+from nybble.layers.streamed import StreamedExperts, StreamedLinear
 
 TINY = 1e-30  # a norm of zero is not divided by
 
@@ -51,7 +51,7 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = linear_features(base)
         self.rank, self.alpha, self.rslora, self.dropout = rank, alpha, rslora, dropout
         self.scaling = lora_scaling(alpha, rank, rslora)
-        device = base.device if isinstance(base, StreamedLinear) else next(base.parameters()).device
+        device = base.device if isinstance(base, StreamedLinear | StreamedExperts) else next(base.parameters()).device
         a, b = self._drawn(generator)
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(b.to(device))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
 from nybble.kernels.ops.four_bit import dequantize
+from nybble.layers.expert_products import ExpertMatrices
 from nybble.sizes import SHAPE_RULES
 
 
@@ -27,7 +28,7 @@ class BlockStore(Protocol):
         """A pass over the blocks starts at the first; `will_return`: a backward pass follows it."""
 
     def fetch(self, name: str) -> QuantizedTensor:
-        """The weight of the linear layer called `name`, valid until a layer of another block is fetched."""
+        """The weight of the linear layer or expert called `name`, valid until one of another block is fetched."""
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -84,10 +85,36 @@ class StreamedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class StreamedExperts(ExpertMatrices):
+    """One projection of all experts of a mixture, without its matrices.
+
+    Args:
+        name: in the model; the block store knows its experts by `expert_name`.
+        device: where matrices are computed with.
+
+    Attributes:
+        store: as of `StreamedLinear`.
+    """
+
+    def __init__(self, name: str, num: int, in_features: int, out_features: int, device: torch.device | str = "cpu"):
+        super().__init__(num, in_features, out_features)
+        self.name, self.device = name, torch.device(device)
+        self.store: BlockStore | None = None
+
+    def matrix(self, index: int) -> QuantizedTensor:
+        assert self.store is not None, f"{self.name} is streamed, and there is no block store"
+        return self.store.fetch(expert_name(self.name, index))
+
+
+def expert_name(stack: str, index: int) -> str:
+    """What one expert's matrix is called, of a projection of all experts."""
+    return f"{stack}.{index}"
+
+
 def attach_store(model: nn.Module, store: BlockStore) -> None:
-    """Let the model's streamed linears compute by themselves."""
+    """Let the model's streamed layers compute by themselves."""
     for module in model.modules():
-        if isinstance(module, StreamedLinear):
+        if isinstance(module, StreamedLinear | StreamedExperts):
             module.store = store
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from nybble.formats.bnb import StoredWeight
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import TensorEntry, read_exactly
+from nybble.layers.streamed import expert_name
 from nybble.memory.lane import Event, Lane, lane_to
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.stored_model import StoredModel
@@ -196,12 +197,22 @@ def open_store(
         FormatError, ModelError: a weight is not stored as it is computed with, or cannot be read.
     """
     blocks: dict[str, dict[str, StoredLinear]] = {}
-    for name in source.linears:
+    for name, stored in _stored_weights(source):
         block = re.match(r".*?\.\d+\.", name)
-        stored = source.stored(source.placements[f"{name}.weight"].name)
         assert block is not None and stored is not None, name
         blocks.setdefault(block.group(), {})[name] = StoredLinear(*stored)
     return FolderBlockStore(list(blocks.values()), num_resident, device, in_ram=in_ram, lane=lane)
+
+
+def _stored_weights(
+    source: StoredModel,
+) -> Iterator[tuple[str, tuple[StoredWeight, Mapping[str, TensorEntry]] | None]]:
+    """Linear layers and experts by the names that layers ask for them by, and where each is stored."""
+    for name in source.linears:
+        yield name, source.stored(source.placements[f"{name}.weight"].name)
+    for stack, shape in source.experts.items():
+        for index in range(shape.num):
+            yield expert_name(stack, index), source.stored_expert(source.placements[stack].name, index)
 
 
 def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:

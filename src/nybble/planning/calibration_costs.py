@@ -3,7 +3,12 @@
 from nybble.formats.quant_spec import QuantSpec
 from nybble.planning.costs import DENSE_BYTES, SHARED_INPUTS, block_bytes
 from nybble.planning.run_shape import ModelShape
-from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_STATE_BYTES, CALIBRATION_TOKENS
+from nybble.sizes import (
+    CALIBRATION_KEPT_BYTES,
+    CALIBRATION_STATE_BYTES,
+    CALIBRATION_TOKENS,
+    EXPERT_STATISTICS_BYTES,
+)
 from nybble.sources.parts import BlockParts
 
 FP32_COST = 2.5  # time of an fp32 product over one in bf16, where the compute dtype is bf16
@@ -21,9 +26,11 @@ def calibration_products(shape: ModelShape, tokens: int, compute_bytes: int) -> 
     products = 0.0
     for block, count in shape.parts.blocks:
         gram = sum(width * width for width, _ in _groups(block))
+        gram += sum(block.passed_experts * width * width for _, _, width, _ in block.stacks)
         by_weight = sum(rows * rows * columns for _, rows, columns in block.linears)
+        by_weight += sum(num * width * width * out for _, num, width, out in block.stacks)
         # forward of quantised and of 16-bit states
-        by_tokens = block.linear_elements * (2 + DRIFT_SHARE) + fp32 * GRAM_SHARE * gram
+        by_tokens = block.passed_elements * (2 + DRIFT_SHARE) + fp32 * GRAM_SHARE * gram
         products += count * (tokens * by_tokens + fp32 * WEIGHT_PASSES * by_weight)
     return products
 
@@ -39,8 +46,8 @@ def calibration_bytes(shape: ModelShape, spec: QuantSpec, tokens: int, compute_b
 
     Always there: a block in 16 bits and in four, one dense weight, the states of all tokens and, for every second one,
     of the 16-bit model. For each group of linears that share an input: H, the drifts, inputs that are needed twice, and
-    either a chunk of inputs on its way into H, or the weight whose levels are chosen. Before the first block: the
-    embedding.
+    either a chunk of inputs on its way into H, or the weight whose levels are chosen. Experts: H of as many as
+    EXPERT_STATISTICS_BYTES holds. Before the first block: the embedding.
     """
     a_feature = tokens * 3 // 2  # of all tokens and half of them again, elements
     chunk_tokens = min(CALIBRATION_TOKENS, tokens)
@@ -53,6 +60,9 @@ def calibration_bytes(shape: ModelShape, spec: QuantSpec, tokens: int, compute_b
             chunk = chunk_tokens * ((WIDE + 3 * compute_bytes) * width + 2 * compute_bytes * shape.intermediate_size)
             held = in_both + kept + WIDE * width * (width + sum(outs))
             heights.append(held + max(chunk, (WEIGHTS_AT_WORK - 1) * WIDE * width * max(outs)))
+        for _, num, width, out in block.stacks:
+            statistics = max(WIDE * width**2, min(EXPERT_STATISTICS_BYTES, num * WIDE * width**2))
+            heights.append(in_both + statistics + WEIGHTS_AT_WORK * WIDE * width * out)
     return CALIBRATION_STATE_BYTES * a_feature * shape.hidden_size + max(heights) + AROUND_BYTES
 
 

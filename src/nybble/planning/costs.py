@@ -85,7 +85,7 @@ class Part(StrEnum):
 def block_bytes(
     block: BlockParts, spec: QuantSpec | None, average_bits: float | None = None, dense: int = DENSE_BYTES
 ) -> int:
-    """The linear layers of one block; where layers have several formats, of a mean one.
+    """The linear layers and experts of one block; where layers have several formats, of a mean one.
 
     Args:
         dense: bytes of a weight that is not in four bits.
@@ -94,7 +94,7 @@ def block_bytes(
         return dense * block.linear_elements
     if average_bits is not None:
         return round(block.linear_elements * average_bits / 8)
-    return sum(spec.bytes(i * o) for _, i, o in block.linears)
+    return sum(num * spec.bytes(elements) for num, elements in block.few_bit_matrices)
 
 
 def base_bytes(

@@ -108,8 +108,8 @@ class ModelShape:
 
     @property
     def largest_linear(self) -> int:
-        """Elements of the largest linear layer of a block."""
-        return max((i * o for block, _ in self.parts.blocks for _, i, o in block.linears), default=0)
+        """Elements of the largest linear layer, or expert's matrix, of a block."""
+        return max((each for block, _ in self.parts.blocks for _, each in block.few_bit_matrices), default=0)
 
     @property
     def largest_matrix(self) -> int:

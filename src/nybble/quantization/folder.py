@@ -11,6 +11,7 @@ stopped and ends with the same bytes.
 import copy
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,16 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from nybble.calibration.feedback import FeedbackOptions
 from nybble.calibration.search import check_searchable, round_weight
 from nybble.errors import ModelError
-from nybble.events import Listener, silent, tracked
+from nybble.events import Listener, Note, silent, tracked
 from nybble.files.disk import disk_errors
 from nybble.files.manifest import write_manifest
-from nybble.formats.bnb import quantization_config, refused_by_transformers, to_bnb
+from nybble.formats.bnb import quantization_config, refused_by_transformers
 from nybble.formats.quant_spec import BaseFormats
+from nybble.formats.quantized_stack import QuantizedStack, stored_tensors
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder, tensor_sha256
 from nybble.layers.convert import is_linear
+from nybble.layers.streamed import expert_name
 from nybble.options.groups import DENSE_SHARE
 from nybble.quantization.blocks import BlockCalibrator, weight_report
 from nybble.quantization.partial import LayerReport, PartialFolder
@@ -127,7 +131,19 @@ def quantize_folder(
         _assemble(source, formats, out, partial, max_shard_bytes)
         reports = [report for block in source.blocks for report in partial.reports(block)]
         partial.remove()
+    if rounding == "calibrated" and (fallen := _fallen_back(source, reports)):
+        report(Note(f"not calibrated, but searched, for too few of the text's tokens reached them: {fallen}"))
     return QuantizedFolder(reports, inventory)
+
+
+def _fallen_back(source: StoredModel, reports: Sequence[LayerReport]) -> str:
+    """Experts that were not calibrated, by name: `model.layers.3.mlp.experts.down_proj: 7, 12; ..`."""
+    numbers: dict[str, list[str]] = {}
+    for each in reports:
+        stack, _, number = each.name.rpartition(".")
+        if stack in source.experts and each.method == "search":
+            numbers.setdefault(stack, []).append(number)
+    return "; ".join(f"{stack}: {', '.join(found)}" for stack, found in numbers.items())
 
 
 def _work(
@@ -146,23 +162,35 @@ def _make_blocks(
     source: StoredModel, formats: BaseFormats, rounding: Rounding, partial: PartialFolder, what: str, report: Listener
 ) -> None:
     """Every block that is not there yet, each weight by itself."""
-    linears = set(source.linears)
     for block in tracked(source.blocks, what, report):
         if partial.load(block) is not None:
             continue
         stored: dict[str, Tensor] = {}
-        reports = []
+        reports: list[LayerReport] = []
         for target in source.placements:
-            name, _, leaf = target.rpartition(".")
-            if leaf != "weight" or name not in linears or not name.startswith(f"{block}."):
-                continue
-            weight = source.read_linear(name)
-            assert isinstance(weight, Tensor)
-            q = round_weight(weight, formats.of(name), rounding)
-            stored |= to_bnb(target, q)
-            if rounding != "absmax":
-                reports.append(weight_report(name, rounding, weight, q))
+            if target in source.in_few_bits and target.startswith(f"{block}."):
+                stored |= _rounded(source, target, formats, rounding, reports)
         partial.save(block, stored, reports)
+
+
+def _rounded(
+    source: StoredModel, target: str, formats: BaseFormats, rounding: Rounding, reports: list[LayerReport]
+) -> dict[str, Tensor]:
+    """What to store for a parameter, rounded without data; how it came to be is added to the reports."""
+    layer = target.removesuffix(".weight")
+    spec, shape = formats.of(layer), source.experts.get(target)
+
+    def put(name: str, weight: Tensor | QuantizedTensor) -> QuantizedTensor:
+        assert isinstance(weight, Tensor)
+        q = round_weight(weight, spec, rounding)
+        if rounding != "absmax":
+            reports.append(weight_report(name, rounding, weight, q))
+        return q
+
+    if shape is None:
+        return stored_tensors(target, put(layer, source.read_linear(layer)))
+    experts = (put(expert_name(target, index), source.read_expert(target, index)) for index in range(shape.num))
+    return stored_tensors(target, QuantizedStack.of(experts, shape.num))
 
 
 def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, what: str, report: Listener) -> None:
@@ -175,7 +203,7 @@ def _make_calibrated(calibrator: BlockCalibrator, partial: PartialFolder, what: 
     last_kept = time.monotonic()
     for index, block in tracked(list(enumerate(calibrator.blocks))[first:], what, report):
         weights, reports = calibrator.run(index)
-        stored = {name: part for target, q in weights.items() for name, part in to_bnb(target, q).items()}
+        stored = {name: part for target, q in weights.items() for name, part in stored_tensors(target, q).items()}
         partial.save(block, stored, reports)
         if time.monotonic() - last_kept > STATES_EVERY_S:
             walk = calibrator.walk
@@ -188,7 +216,7 @@ def _assemble(
     source: StoredModel, formats: BaseFormats, out: Path, partial: PartialFolder, max_shard_bytes: int
 ) -> None:
     """The folder from the finished blocks and from what stays in 16 bits."""
-    linears = {f"{name}.weight" for name in source.linears}
+    linears = source.in_few_bits
     with staged_folder(out) as staging:
         with SafetensorsWriter(staging, max_shard_bytes) as writer:
             for block in source.blocks:
@@ -202,7 +230,7 @@ def _assemble(
 
         modules = source.skeleton.named_modules()
         kept = [n for n, module in modules if is_linear(module) and f"{n}.weight" not in linears]
-        quantization = quantization_config(formats, source.dense_dtype, kept)
+        quantization = quantization_config(formats, source.dense_dtype, kept, stacks=bool(source.experts))
         _save_settings(source, source.load_tokenizer(), staging, quantization)
         write_manifest(staging, {"base": source.fingerprint(), "formats": sorted(formats.names)})
 

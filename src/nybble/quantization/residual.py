@@ -78,6 +78,12 @@ class ResidualSource(StoredModel):
         a, b = self._product(layer)
         return tensor.float() - self.turned(layer, self.ranks[layer][1] * b @ a)
 
+    def read_part(self, name: str, index: int) -> Tensor:
+        """An expert, which has no adapter that begins so."""
+        expert = self.source.read_part(self.source.placements[name].name, index)
+        assert isinstance(expert, Tensor)
+        return expert
+
     def hand_over(self, layer: str) -> Pair:
         """A `(r, in)` and B `(out, r)`, fp32, that a layer's adapter begins with; they are not kept any longer."""
         pair = self._product(layer)

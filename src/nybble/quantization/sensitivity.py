@@ -179,6 +179,12 @@ def measure_formats(
         ModelError: the source is already quantised.
         ConfigError: no choice takes so few bits.
     """
+    if source.experts:
+        raise ModelError(
+            f"{source.name} has experts, whose losses --mixed does not measure.",
+            "--mixed chooses formats for models without experts.",
+            "Leave --mixed out: all layers and experts get --format.",
+        )
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} comes already quantised.",

@@ -7,7 +7,8 @@ the states are its outputs.
 
 `PackedWalk` computes through nybble's decoder blocks and passes a block once. `ModuleWalk` runs any transformers
 decoder layer whose forward takes hidden states and gives hidden states; it passes a block twice, and the linears of
-one block do not see each other quantised.
+one block do not see each other quantised. Experts (`expert_products.py`) come after the linears, in as many passes more
+as their statistics need, each with those of the tokens that were sent to it.
 
 Where `exact` is asked for, the states of the 16-bit model are carried beside for half of the text, so that the
 statistics know how far the inputs have moved; that costs a third of the time, and the other half would add little.
@@ -16,6 +17,7 @@ statistics know how far the inputs have moved; that costs a third of the time, a
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,10 +30,12 @@ from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
 from nybble.layers.decoder_block import DecoderBlock, decoder_block
 from nybble.layers.dense import weight_matrix
+from nybble.layers.expert_products import ExpertMatrices, Routed
 from nybble.layers.packed_rows import PackedSequences, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
+from nybble.layers.streamed import expert_name
 from nybble.quantization.watch import watched
-from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_TOKENS
+from nybble.sizes import CALIBRATION_KEPT_BYTES, CALIBRATION_TOKENS, EXPERT_STATISTICS_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -260,6 +264,12 @@ class ModuleWalk:
                         self.exact[carried] = self._run(index, layer, self.exact[carried])
                 self._run(index, layer, self.states[window])
         yield from recorder.groups()
+        for stack, experts in _expert_chunks(layer):
+            routed = _RoutedRecorder(experts, layer.get_submodule(stack))
+            with watched({stack: layer.get_submodule(stack)}, routed.see):
+                for window in range(len(self.states)):
+                    self._run(index, layer, self.states[window])
+            yield from routed.groups(stack)
         for window in range(len(self.states)):
             self.states[window] = self._run(index, layer, self.states[window])
 
@@ -303,6 +313,41 @@ class _Recorder:
         for name, statistics in self._statistics.items():
             names.setdefault(id(statistics), []).append(name)
         return [(tuple(group), self._statistics[group[0]]) for group in names.values()]
+
+
+def _expert_chunks(layer: nn.Module) -> Iterator[tuple[str, range]]:
+    """Projections of experts in the order in which they are used, and the experts whose statistics there is room for
+    together.
+    """
+    stacks = [name for name, module in layer.named_modules() if isinstance(module, ExpertMatrices)]
+    for stack in stacks:
+        matrices: Any = layer.get_submodule(stack)
+        together = max(1, EXPERT_STATISTICS_BYTES // (4 * matrices.in_features**2))
+        for first in range(0, matrices.num_experts, together):
+            yield stack, range(first, min(first + together, matrices.num_experts))
+
+
+class _RoutedRecorder:
+    """What some experts of a projection got: each the tokens that were sent to it."""
+
+    def __init__(self, experts: range, matrices: Any):
+        self._experts, self._in_features = experts, matrices.in_features
+        self._statistics: dict[int, InputStatistics] = {}
+
+    def see(self, name: str, matrices: nn.Module, routed: Routed, y: Tensor) -> None:
+        ends = list(accumulate(routed.counts, initial=0))
+        for expert in self._experts:
+            rows = routed.x[ends[expert] : ends[expert + 1]]
+            if len(rows):
+                if expert not in self._statistics:
+                    self._statistics[expert] = InputStatistics(self._in_features, rows.device)
+                self._statistics[expert].add(rows)
+
+    def groups(self, stack: str) -> Iterator[Group]:
+        """Each expert's; those of experts that got nothing are empty."""
+        for expert in self._experts:
+            statistics = self._statistics.pop(expert, None)
+            yield (expert_name(stack, expert),), statistics or InputStatistics(self._in_features)
 
 
 class _OtherOutputError(Exception):

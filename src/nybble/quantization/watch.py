@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-See = Callable[[str, nn.Module, Tensor, Tensor], None]  # (name, layer, what it was given, what it made of it)
+See = Callable[[str, nn.Module, Any, Tensor], None]  # (name, layer, what it was given, what it made of it)
 
 
 @contextmanager
@@ -14,7 +14,7 @@ def watched(layers: Mapping[str, nn.Module], see: See) -> Iterator[None]:
     """Within the block, `see` is called each time that one of the layers has computed.
 
     Args:
-        layers: by the name that `see` is told; each is called with one tensor.
+        layers: by the name that `see` is told; each is called with one thing.
     """
 
     def after(name: str) -> Callable[[nn.Module, Any, Tensor], None]:

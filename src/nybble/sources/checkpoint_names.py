@@ -51,6 +51,41 @@ class Recipe:
             return read(self.sources[0][0])
         return _convert(self.converter, self.model, self.result, self.sources, read)[self.result]
 
+    def make_part(
+        self, index: int, shape: Callable[[str], tuple[int, ...]], read: Callable[[str, int | None], Tensor]
+    ) -> Tensor:
+        """The index-th of the parameter's first dimension, such as an expert, of no more than it is made of: of the
+        index-th tensor where a pattern has one for each, of the index-th row of a single one.
+
+        Args:
+            shape: of a stored tensor.
+            read: gives a stored tensor, or a row of it.
+        """
+        if self.converter is None:
+            return read(self.sources[0][0], index)
+        patterns = self._by_pattern()
+        whole = {pattern: names[0] for pattern, names in patterns.items() if len(shape(names[0])) > 2}
+
+        def part(name: str) -> Tensor:
+            return read(name, index)[None] if name in whole.values() else read(name, None)
+
+        chosen = [(whole.get(pattern) or names[index], pattern) for pattern, names in patterns.items()]
+        return _convert(self.converter, self.model, self.result, chosen, part)[self.result][0]
+
+    def num_parts(self, shape: Callable[[str], tuple[int, ...]]) -> int:
+        """How many of these there are."""
+        first = self.sources[0][0]
+        if self.converter is None or len(shape(first)) > 2:
+            return shape(first)[0]
+        return min(map(len, self._by_pattern().values()))
+
+    def _by_pattern(self) -> dict[str, list[str]]:
+        """Stored tensors that a parameter is made of, by the converter's patterns."""
+        found: dict[str, list[str]] = {}
+        for name, pattern in self.sources:
+            found.setdefault(pattern, []).append(name)
+        return found
+
 
 @dataclass(frozen=True)
 class CheckpointNames:

@@ -17,12 +17,14 @@ from nybble.files.manifest import MANIFEST_NAME, verify_manifest
 from nybble.formats.bnb import StoredWeight, formats_from_config, from_bnb, is_quantized, stored_weight, true_config
 from nybble.formats.packed_methods import Packing, packing_from_config
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_stack import StoredStack, is_stack, stack_owner
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import (
     MatrixFile,
     SafetensorsFolder,
     TensorEntry,
     object_without_duplicates,
+    row_entry,
     sampled_sha256,
 )
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
@@ -61,6 +63,7 @@ class FolderSource(StoredModel):
             self._packed = find_packed_weights(packing, self._stored.entries)
         packed_parts = self._packed.part_names
         self._parts = _group_by_weight([name for name in self._stored.entries if name not in packed_parts])
+        self._stacks: dict[str, StoredStack] = {}
         _refuse_codes(path, self._parts, self._stored.entries)
         self._parts |= {name: list(weight.parts.values()) for name, weight in self._packed.weights.items()}
         first = self._first_spec()
@@ -86,8 +89,8 @@ class FolderSource(StoredModel):
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all stored weights; but biases of zeros that GPTQ's programs write beside layers that have none."""
-        packed, entries = self._packed.weights, self._stored.entries
-        shapes = {name: packed[name].shape if name in packed else entries[name].shape for name in self._parts}
+        packed = self._packed.weights
+        shapes = {name: self._shape(name) for name in self._parts}
         known = [name for name in self.skeleton.state_dict() if name.endswith(".bias")]
         biases = {f"{weight.module}.bias" for weight in packed.values()} & shapes.keys()
         extra = {name for name in biases if not any(name.endswith(own) for own in known)}
@@ -154,7 +157,7 @@ class FolderSource(StoredModel):
         return stored is not None and self._is_quantized(stored)
 
     def _is_quantized(self, stored: str) -> bool:
-        return is_quantized(stored, self._stored.entries)
+        return is_quantized(stored, self._stored.entries) or is_stack(stored, self._stored.entries)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         recipe = self._names.recipes[name]
@@ -165,6 +168,42 @@ class FolderSource(StoredModel):
     def _read_weight(self, stored: str) -> Tensor:
         packed = self._packed.weights.get(stored)
         return self._stored.read(stored) if packed is None else packed.read(self._stored.read)
+
+    def _read_row(self, stored: str, row: int | None) -> Tensor:
+        """A weight, or one row of its first dimension, such as an expert."""
+        if row is None:
+            return self._read_weight(stored)
+
+        def read(name: str) -> Tensor:
+            return self._stored.read_entry(row_entry(self._stored.entries[name], row))
+
+        packed = self._packed.weights.get(stored)
+        return read(stored) if packed is None else packed.read(lambda name: read(name)[None])[0]
+
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        packed = self._packed.weights.get(stored)
+        return self._stored.entries[stored].shape if packed is None else packed.shape
+
+    def read_part(self, name: str, index: int) -> Tensor | QuantizedTensor:
+        recipe = self._names.recipes[name]
+        if self.is_quantized(name):
+            return self._stack(recipe.sources[0][0]).matrix(index)
+
+        return recipe.make_part(index, self._shape, self._read_row)
+
+    def num_parts(self, name: str) -> int:
+        if self.is_quantized(name):
+            return self._stack(self._names.recipes[name].sources[0][0]).num
+        return self._names.recipes[name].num_parts(self._shape)
+
+    def stored_expert(self, name: str, index: int) -> tuple[StoredWeight, dict[str, TensorEntry]]:
+        return self._stack(self._names.recipes[name].sources[0][0]).stored(index)
+
+    def _stack(self, stored: str) -> StoredStack:
+        if stored not in self._stacks:
+            entries = {part: self._stored.entries[part] for part in self._parts[stored]}
+            self._stacks[stored] = StoredStack(stored, entries, self._stored.read_entry)
+        return self._stacks[stored]
 
     def _read_quantized(self, stored: str) -> QuantizedTensor:
         return from_bnb(stored, {part: self._stored.read(part) for part in self._parts[stored]})
@@ -187,18 +226,30 @@ class FolderSource(StoredModel):
 
     def _first_spec(self) -> QuantSpec | None:
         first = next(filter(self._is_quantized, self._parts), None)
-        return None if first is None else self._read_quantized(first).spec
+        if first is None:
+            return None
+        stack = is_stack(first, self._stored.entries)
+        return self._stack(first).matrix(0).spec if stack else self._read_quantized(first).spec
 
 
 def _group_by_weight(names: list[str]) -> dict[str, list[str]]:
     """Weight -> the stored tensors it consists of; a weight in four bits has several (see formats.bnb)."""
     known = dict.fromkeys(names)
+    stacks = {stack for name in names if (stack := stack_owner(name)) is not None}
     parts: dict[str, list[str]] = {}
     for name in names:
+        if (stack := next((part for part in _beginnings(name) if part in stacks), None)) is not None:
+            parts.setdefault(stack, []).append(name)
+            continue
         weight, marker, _ = name.partition(".weight.")
         owner = f"{weight}.weight" if marker else name
         parts.setdefault(owner if is_quantized(owner, known) else name, []).append(name)
     return parts
+
+
+def _beginnings(name: str) -> list[str]:
+    """The name, and what is left without its last part, or its last two."""
+    return [name, name.rpartition(".")[0], name.partition(".quant_state.")[0]]
 
 
 def _read_config_json(folder: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What of a model goes into four bits and what stays as it is, read off its own parameters."""
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.lora import linear_features
+from nybble.layers.quantized_experts import ExpertShape, expert_shapes
 from nybble.sources.parts import BlockParts, Inventory, without_numbers
 from nybble.sources.skeleton import dense_end_weights
 
@@ -19,9 +20,10 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
     """What this model consists of; it may be on the meta device.
 
     Args:
-        in_four_bits: names of the linear layers that are; all of the blocks' if not given.
+        in_four_bits: names of the linear layers and projections of experts that are; all of the blocks' if not given.
     """
-    linears = set(quantizable_linears(model) if in_four_bits is None else in_four_bits)
+    stacks = expert_shapes(model)
+    linears = {*quantizable_linears(model), *stacks} if in_four_bits is None else set(in_four_bits)
     ends = dense_end_weights(model)
     blocks = set(block_names(model))
     seen: set[int] = set()
@@ -40,11 +42,13 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
         elif block is None:
             around_elements += parameter.numel()
         linear = name.removesuffix(".weight")
-        if linear != name and linear in linears:
+        if (linear != name or name in stacks) and linear in linears:
             by_name["linears"][without_numbers(linear)] += parameter.numel()
         elif parameter.ndim > 1 and name not in ends:
             by_name["around" if block is None else "dense"][without_numbers(name)] += parameter.numel()
-    parts = Counter(_parts(model.get_submodule(block), block, found, linears) for block, found in inside.items())
+    parts = Counter(
+        _parts(model.get_submodule(block), block, found, linears, stacks) for block, found in inside.items()
+    )
     embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     vocabulary, width = (embedding if head is None else head.weight).shape
@@ -65,10 +69,18 @@ def _parents(name: str) -> list[str]:
 
 
 def _parts(
-    block: nn.Module, block_name: str, parameters: list[tuple[str, nn.Parameter]], in_four_bits: Collection[str]
+    block: nn.Module,
+    block_name: str,
+    parameters: list[tuple[str, nn.Parameter]],
+    in_four_bits: Collection[str],
+    stacks: Mapping[str, ExpertShape],
 ) -> BlockParts:
-    linears, matrices, vectors = [], [], 0
+    linears, experts, matrices, vectors = [], [], [], 0
     for name, parameter in parameters:
+        stack = stacks.get(f"{block_name}.{name}")
+        if stack is not None and f"{block_name}.{name}" in in_four_bits:
+            experts.append((name, stack.num, stack.in_features, stack.out_features))
+            continue
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and f"{block_name}.{owner}".rstrip(".") in in_four_bits:
             linears.append((owner, *linear_features(block.get_submodule(owner))))
@@ -78,4 +90,4 @@ def _parts(
             vectors += parameter.numel()
     said = [getattr(module, "top_k", None) for module in block.modules()]
     active = max((count for count in said if isinstance(count, int)), default=None)
-    return BlockParts(tuple(linears), tuple(matrices), vectors, active)
+    return BlockParts(tuple(linears), tuple(experts), tuple(matrices), vectors, active)

@@ -6,7 +6,7 @@ what was stored so far and one tensor of the source.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from nybble.formats.safetensors import MatrixFile
 from nybble.layers.convert import replace_linears, stream_linears
 from nybble.layers.dense import replace_dense_ends
 from nybble.layers.full_weights import weights_by_name
+from nybble.layers.quantized_experts import QuantizedExperts, replace_experts, stream_experts
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.rotary import rotate_rows_alone
 from nybble.layers.streamed import StreamedEmbedding, StreamedHead
@@ -44,17 +45,18 @@ def load_model(
 ) -> "PreTrainedModel":
     """The source as a frozen model in eval mode.
 
-    Linears of the blocks are put into `formats`, where the source has them in 16 or 32 bits; a source that is
-    already in four bits keeps its own, bit for bit. Embeddings and head stay in 16 bits (`source.dense_dtype`).
-    Everything else is in `compute_dtype`, but what the model's makers keep in fp32.
+    Linears and experts of the blocks are put into `formats`, where the source has them in 16 or 32 bits, an expert at a
+    time; a source that is already in four bits keeps its own, bit for bit. Embeddings and head stay in 16 bits
+    (`source.dense_dtype`). Everything else is in `compute_dtype`, but what the model's makers keep in fp32.
 
     Args:
-        formats: of the linears of the blocks; None keeps (or, from a source in four bits, makes) every linear dense,
-            in `compute_dtype`.
+        formats: of the linears and experts of the blocks; None keeps (or, from a source in four bits, makes) all of
+            them dense, in `compute_dtype`.
         compute_dtype: of the products.
         device: where the weights go.
         rounding: how scales are chosen for weights that are put into four bits here.
-        stream_linears_of: linear layers whose weights are not loaded; a block store has them.
+        stream_linears_of: linear layers, and projections of experts, whose weights are not loaded; a block store has
+            them.
         stream_ends: embedding and head are read where they are used.
         narrow_ends: they stay in 16 bits where the model's own code allows it; else they are in `compute_dtype` too.
         seed: of a head that begins anew.
@@ -73,15 +75,25 @@ def load_model(
     if formats is not None:
         streamed = set(stream_linears_of)
         stored = source.in_four_bits  # of a model that is in four bits already, those that it has in four bits
-        linears = [name for name in source.linears if name not in streamed and (stored is None or name in stored)]
         own = formats if source.quant_spec is None else BaseFormats(source.quant_spec)
-        replace_linears(model, linears, own, compute_dtype)
-        stream_linears(model, streamed, compute_dtype, device)
-        not_loaded = {f"{name}.weight" for name in streamed}
+
+        def here(names: Iterable[str]) -> list[str]:
+            return [name for name in names if name not in streamed and (stored is None or name in stored)]
+
+        replace_linears(model, here(source.linears), own, compute_dtype)
+        replace_experts(model, here(source.experts), own, compute_dtype)
+        stream_experts(model, streamed & source.experts.keys(), device)
+        stream_linears(model, streamed - source.experts.keys(), compute_dtype, device)
+        not_loaded = {name if name in source.experts else f"{name}.weight" for name in streamed}
         not_loaded |= {name for name in ends if stream_ends and name.endswith(".weight")}
         targets = [target for target in targets if target not in not_loaded]
 
     for target in tracked(targets, "loading", report):
+        if target in source.experts and isinstance(experts := _module(model, target), QuantizedExperts):
+            for index in range(experts.num_experts):
+                q = _quantized(source.read_expert(target, index), experts.spec, device, rounding)
+                experts.load_expert(index, q)
+            continue
         layer = target.removesuffix(".weight")
         if layer != target and isinstance(linear := model.get_submodule(layer), QuantizedLinear):
             linear.load_quantized(_quantized(source.read_linear(layer), linear.spec, device, rounding))
@@ -121,6 +133,12 @@ def _begin_head(model: "PreTrainedModel", source: StoredModel, device: torch.dev
             model._init_weights(module)
             for leaf, drawn in list(module.named_parameters(recurse=False)):
                 load_dense(model, f"{owner}.{leaf}", drawn.detach(), drawn.dtype, device)
+
+
+def _module(model: nn.Module, name: str) -> Any:
+    """What the model has under this name, module or parameter."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 def _quantized(

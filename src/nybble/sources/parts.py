@@ -1,7 +1,7 @@
 """The parts of a model as plain numbers: what of it goes into four bits and what stays as it is.
 
-Linear layers of the blocks go into four bits. Everything else does not: embeddings and head, norms and biases, and
-whatever else a block multiplies by without being a linear layer, such as the stacked experts of a mixture.
+Linear layers of the blocks go into four bits, and the experts of a mixture. Everything else does not: embeddings and
+head, norms and biases, and whatever else a block multiplies by without being a linear layer.
 """
 
 import re
@@ -17,19 +17,34 @@ class BlockParts:
 
     Args:
         linears: (name within the block, in_features, out_features) of what is in four bits.
+        stacks: (name within the block, experts, in_features, out_features) of projections of experts in four bits.
         matrices: (name within the block, shape) of every other parameter of two dimensions or more.
         vector_elements: of all others: norms, biases.
         active_experts: of stacked experts, those that a token passes; None where none says how many.
     """
 
     linears: tuple[tuple[str, int, int], ...]
+    stacks: tuple[tuple[str, int, int, int], ...]
     matrices: tuple[tuple[str, tuple[int, ...]], ...]
     vector_elements: int
     active_experts: int | None
 
     @property
     def linear_elements(self) -> int:
-        return sum(rows * columns for _, rows, columns in self.linears)
+        """Of what is in four bits."""
+        return sum(rows * columns for _, rows, columns in self.linears) + self.stack_elements
+
+    @property
+    def stack_elements(self) -> int:
+        """Of the experts among it."""
+        return sum(num * rows * columns for _, num, rows, columns in self.stacks)
+
+    @property
+    def few_bit_matrices(self) -> list[tuple[int, int]]:
+        """(matrices, elements of each) in four bits, by layer."""
+        return [(1, rows * columns) for _, rows, columns in self.linears] + [
+            (num, rows * columns) for _, num, rows, columns in self.stacks
+        ]
 
     @property
     def matrix_elements(self) -> int:
@@ -42,7 +57,11 @@ class BlockParts:
 
     @property
     def experts(self) -> list[tuple[int, ...]]:
-        """Shapes of stacks of matrices, one for each expert."""
+        """Shapes of stacks of matrices, one for each expert, in four bits or not."""
+        return [(num, rows, columns) for _, num, rows, columns in self.stacks] + self._dense_stacks
+
+    @property
+    def _dense_stacks(self) -> list[tuple[int, ...]]:
         return [shape for _, shape in self.matrices if len(shape) == 3 and min(shape[1:]) > 1]
 
     @property
@@ -52,11 +71,17 @@ class BlockParts:
         return stacked if self.active_experts is None else min(stacked, self.active_experts)
 
     @property
+    def passed_elements(self) -> int:
+        """Elements in four bits that one token is multiplied with."""
+        passed = sum(self.passed_experts * rows * columns for _, _, rows, columns in self.stacks)
+        return self.linear_elements - self.stack_elements + passed
+
+    @property
     def multiplied_elements(self) -> int:
         """Elements of the matrices that one token is multiplied with."""
-        experts = sum(self.passed_experts * rows * columns for _, rows, columns in self.experts)
+        experts = sum(self.passed_experts * shape[1] * shape[2] for shape in self._dense_stacks)
         dense = sum(shape[0] * shape[1] for _, shape in self.matrices if len(shape) == 2)
-        return self.linear_elements + experts + dense
+        return self.passed_elements + experts + dense
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,7 @@ class Inventory:
 
     Args:
         blocks: the different blocks there are, and how many of each.
-        linears: elements of the linear layers that are in four bits, by name, `*` for each number.
+        linears: elements of the linear layers and experts that are in four bits, by name, `*` for each number.
         dense: the same of the other matrices of blocks.
         around: the same of what lies around the blocks, but embedding and head.
         around_elements: of all parameters around the blocks, but embedding and head.
@@ -89,6 +114,24 @@ class Inventory:
     def linear_elements(self) -> int:
         """Elements of the blocks' matrices that are put into four bits."""
         return sum(count * block.linear_elements for block, count in self.blocks)
+
+    @property
+    def stack_elements(self) -> int:
+        """Elements of the experts among them."""
+        return sum(count * block.stack_elements for block, count in self.blocks)
+
+    @property
+    def active_elements(self) -> int:
+        """Elements of all parameters that one token meets: of the experts, those that it passes."""
+        passed = sum(
+            count * block.passed_experts * rows * columns
+            for block, count in self.blocks
+            for _, rows, columns in block.experts
+        )
+        stored = sum(
+            count * num * rows * columns for block, count in self.blocks for num, rows, columns in block.experts
+        )
+        return self.elements - stored + passed
 
     @property
     def matrix_elements(self) -> int:

@@ -132,15 +132,24 @@ def read_placed(source: "StoredModel", place: PlacedTensor) -> Tensor | Quantize
     tensor = source.read(place.name)
     # a four-bit weight is always [out, in], which GPT-2's layers store the other way round
     flipped = isinstance(tensor, QuantizedTensor) and tensor.shape == place.shape[::-1]
-    if tuple(tensor.shape) != place.shape and not flipped:
+    check_stored(source, place.name, tensor, tensor.shape if flipped else place.shape)
+    return tensor
+
+
+def check_stored(source: "StoredModel", name: str, tensor: Tensor | QuantizedTensor, shape: tuple[int, ...]) -> None:
+    """Refuse what a source has for a parameter, or for an expert of one, where it is not as it must be.
+
+    Raises:
+        ModelError: it has another shape, or holds values that are not finite.
+    """
+    if tuple(tensor.shape) != tuple(shape):
         raise ModelError(
-            f"{source.name}: the tensor {place.name} has the shape {list(tensor.shape)}.",
-            f"Its config asks for {list(place.shape)}.",
+            f"{source.name}: the tensor {name} has the shape {list(tensor.shape)}.",
+            f"Its config asks for {list(shape)}.",
             "Check that config.json and the weights belong together.",
         )
     if isinstance(tensor, Tensor):
-        _check_finite(source, place.name, tensor)
-    return tensor
+        _check_finite(source, name, tensor)
 
 
 def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from nybble.errors import FormatError
+from nybble.errors import FormatError, ModelError
 from nybble.formats.bnb import StoredWeight
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
@@ -24,7 +24,8 @@ from nybble.formats.safetensors import MatrixFile, TensorEntry
 from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
-from nybble.sources.placement import Placed, PlacedTensor, place_tensors, read_placed
+from nybble.layers.quantized_experts import ExpertShape, expert_shapes
+from nybble.sources.placement import Placed, PlacedTensor, check_stored, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights
 from nybble.sources.task import HEADS, TOKENS, Task
 
@@ -100,6 +101,16 @@ class StoredModel(ABC):
         """Whether `read` gives this one as a QuantizedTensor."""
         return False
 
+    def read_part(self, name: str, index: int) -> Tensor | QuantizedTensor:
+        """The index-th of a tensor's first dimension, such as an expert; who can reads no more than that."""
+        tensor = self.read(name)
+        assert isinstance(tensor, Tensor), name
+        return tensor[index]
+
+    def num_parts(self, name: str) -> int | None:
+        """How many there are of these; None where that is not known before they are read."""
+        return None
+
     def matrix(self, name: str) -> MatrixFile | None:
         """A 16-bit matrix, to be read row by row; None where single rows cannot be read."""
         return None
@@ -124,6 +135,10 @@ class StoredModel(ABC):
             "Those that do: GGUF files in blocks, and folders in four bits of nybble or bitsandbytes.",
             f"Take another --format, such as {DEFAULT_FORMAT}.",
         )
+
+    def stored_expert(self, name: str, index: int) -> tuple[StoredWeight, dict[str, TensorEntry]] | None:
+        """The same of one expert of a stack."""
+        return None
 
     def without_lattice(self) -> "StoredModel":
         """The same with weights that lie on no evenly spaced values, which would flatter some four-bit formats."""
@@ -150,8 +165,8 @@ class StoredModel(ABC):
         return build_skeleton(self.config, task=self.task)
 
     def empty_model(self, dtype: torch.dtype) -> "PreTrainedModel":
-        """The model on the meta device, to be filled: it is the caller's own."""
-        return build_skeleton(self.config, dtype, self.task)
+        """The model on the meta device, to be filled: it is the caller's own, and so is its config."""
+        return build_skeleton(copy.deepcopy(self.config), dtype, self.task)
 
     @cached_property
     def placements(self) -> dict[str, PlacedTensor]:
@@ -187,10 +202,23 @@ class StoredModel(ABC):
         return quantizable_linears(self.skeleton)
 
     @cached_property
+    def experts(self) -> dict[str, ExpertShape]:
+        """Projections of experts inside the blocks, which go into four bits too, by the name of their parameter."""
+        blocks = block_names(self.skeleton)
+        found = expert_shapes(self.skeleton).items()
+        inside = {name: shape for name, shape in found if any(name.startswith(f"{block}.") for block in blocks)}
+        return {name: shape for name, shape in inside.items() if name not in self.kept_in_fp32}
+
+    @cached_property
+    def in_few_bits(self) -> set[str]:
+        """Parameters that go into four bits: weights of linear layers, and projections of experts."""
+        return {*(f"{name}.weight" for name in self.linears), *self.experts}
+
+    @cached_property
     def blocks(self) -> list[str]:
-        """The blocks that hold such layers, in order."""
+        """The blocks that hold such parameters, in order."""
         names = block_names(self.skeleton)
-        return [name for name in names if any(linear.startswith(f"{name}.") for linear in self.linears)]
+        return [name for name in names if any(target.startswith(f"{name}.") for target in self.in_few_bits)]
 
     @cached_property
     def ends(self) -> set[str]:
@@ -218,6 +246,8 @@ class StoredModel(ABC):
         Raises:
             ModelError: as `read_parameter`.
         """
+        if target in self.experts:
+            return self._dense_experts(target, self.dense_dtype)
         tensor = self.read_parameter(target)
         assert isinstance(tensor, Tensor), target
         rounded = tensor.ndim > 1 and target not in self.kept_in_fp32
@@ -225,7 +255,7 @@ class StoredModel(ABC):
 
     @cached_property
     def in_four_bits(self) -> set[str] | None:
-        """The layers that are stored in four bits; None of a model in 16 or 32."""
+        """The layers, and projections of experts, that are stored in four bits; None of a model in 16 or 32."""
         if self.quant_spec is None:
             return None
         stored = [target for target, place in self.placements.items() if self.is_quantized(place.name)]
@@ -233,11 +263,15 @@ class StoredModel(ABC):
 
     @property
     def is_streamable(self) -> bool:
-        """Whether the linears of all blocks lie in files in four bits, to be read from there while a run trains."""
-        return bool(self.files) and self.in_four_bits is not None and self.in_four_bits.issuperset(self.linears)
+        """Whether the linears and experts of all blocks lie in files in four bits, to be read from there while a run
+        trains.
+        """
+        stored = self.in_four_bits
+        return bool(self.files) and stored is not None and stored.issuperset([*self.linears, *self.experts])
 
     def read_parameter(self, target: str) -> Tensor | QuantizedTensor:
-        """The tensor that is stored for a parameter; in four bits it is `[out, in]`, whatever the layer is.
+        """The tensor that is stored for a parameter; in four bits it is `[out, in]`, whatever the layer is. Experts in
+        four bits are read one at a time (`read_expert`), or dense.
 
         Raises:
             ModelError: it has another shape than the parameter, or holds values that are not finite.
@@ -250,11 +284,45 @@ class StoredModel(ABC):
         Args:
             dtype, device: what a tensor in four bits is widened to, and where; any other comes as it is stored.
         """
+        if target in self.experts and self.is_quantized(self.placements[target].name):
+            return self._dense_experts(target, dtype, device)
         tensor = self.read_parameter(target)
         if isinstance(tensor, QuantizedTensor):
             dense = dequantize(tensor.to(device), dtype)
             return self.turned(target.removesuffix(".weight"), dense).contiguous()
         return tensor
+
+    def _dense_experts(self, target: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A projection of experts as its parameter holds it, read an expert at a time."""
+        shape = self.experts[target]
+        dense = torch.empty(self.placements[target].shape, dtype=dtype, device=device)
+        for index in range(shape.num):
+            expert = self.read_expert(target, index)
+            matrix = dequantize(expert.to(device), dtype) if isinstance(expert, QuantizedTensor) else expert
+            dense[index] = matrix.T if shape.transposed else matrix
+        return dense
+
+    def read_expert(self, target: str, index: int) -> Tensor | QuantizedTensor:
+        """One expert's matrix of a projection, `[out, in]`.
+
+        Raises:
+            ModelError: there are more or fewer than the parameter's, it has another shape, or holds values that are not
+                finite.
+        """
+        place, shape = self.placements[target], self.experts[target]
+        if (stored := self.num_parts(place.name)) not in (None, shape.num):
+            raise ModelError(
+                f"{self.name}: {stored} experts are stored for {target}.",
+                f"Its config asks for {shape.num}.",
+                "Check that config.json and the weights belong together and that no file is missing.",
+            )
+        expert = self.read_part(place.name, index)
+        name = f"{place.name} of expert {index}"
+        if isinstance(expert, QuantizedTensor):
+            check_stored(self, name, expert, (shape.out_features, shape.in_features))
+            return expert
+        check_stored(self, name, expert, place.shape[1:])
+        return expert.T if shape.transposed else expert
 
     def read_linear(self, layer: str) -> Tensor | QuantizedTensor:
         """The weight of a linear layer, `[out, in]`."""

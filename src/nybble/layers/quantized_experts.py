@@ -1,0 +1,221 @@
+"""The experts of a mixture with their matrices in few bits, as modules in the place of transformers' parameters.
+
+transformers keeps a projection of all experts as one parameter of three dimensions and dispatches what computes with it
+over a registry (`transformers.integrations.moe`): a class that takes part says how its matrices lie (`is_transposed`),
+whether they have biases, and how gate and up go together (`_apply_gate`). nybble registers `experts_forward` there, and
+a module of matrices stands under the parameter's own name.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_stack import QuantizedStack
+from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.layers.expert_products import ExpertMatrices, Routed
+from nybble.layers.lora_experts import LoraExperts
+from nybble.layers.streamed import StreamedExperts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+IMPLEMENTATION = "nybble"  # what `experts_forward` is registered as
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """One projection of all experts of a block.
+
+    Args:
+        num: E.
+        transposed: a parameter that holds it is `[E, in, out]` and not `[E, out, in]`.
+    """
+
+    num: int
+    in_features: int
+    out_features: int
+    transposed: bool = False
+
+    @property
+    def elements(self) -> int:
+        return self.num * self.in_features * self.out_features
+
+
+class QuantizedExperts(ExpertMatrices):
+    """One projection of all experts, in few bits.
+
+    Args:
+        dtype: of the matrices that they were made from.
+        device: where to allocate; "meta" for a layer whose matrices come later.
+    """
+
+    def __init__(self, shape: ExpertShape, spec: QuantSpec, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        super().__init__(shape.num, shape.in_features, shape.out_features)
+        self._take(QuantizedStack.empty(shape.num, spec, (shape.out_features, shape.in_features), dtype, device))
+
+    def _take(self, stack: QuantizedStack) -> None:
+        self.spec, self.source_dtype = stack.spec, stack.dtype
+        self.weight = nn.Parameter(stack.packed, requires_grad=False)
+        self.scales = nn.Parameter(stack.scales, requires_grad=False)
+
+    def load_stack(self, stack: QuantizedStack) -> None:
+        """Take over the bytes of all of them."""
+        assert len(stack) == self.num_experts and stack.shape == self._shape, (len(stack), stack.shape, self)
+        self._take(stack)
+
+    def load_expert(self, index: int, q: QuantizedTensor) -> None:
+        """Copy one expert's matrix into its place; the first decides format and device."""
+        if self.weight.is_meta or index == 0:
+            self._take(QuantizedStack.empty(self.num_experts, q.spec, self._shape, q.dtype, q.packed.device))
+        self.stack().put(index, q)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    def stack(self) -> QuantizedStack:
+        """The matrices as formats/ knows them; nothing is copied."""
+        return QuantizedStack(self.weight.detach(), self.scales.detach(), self.spec, self._shape, self.source_dtype)
+
+    def matrix(self, index: int) -> QuantizedTensor:
+        return self.stack().matrix(index)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.spec}"
+
+
+class DenseExperts(ExpertMatrices):
+    """One projection of all experts in 16 or 32 bits, for adapters beside it.
+
+    Args:
+        weight: transformers' parameter.
+    """
+
+    def __init__(self, weight: nn.Parameter, shape: ExpertShape):
+        super().__init__(shape.num, shape.in_features, shape.out_features)
+        self.weight, self.transposed = weight, shape.transposed
+
+    def matrix(self, index: int) -> Tensor:
+        weight = self.weight[index].detach()
+        return weight.T if self.transposed else weight
+
+
+def expert_shapes(model: nn.Module) -> dict[str, ExpertShape]:
+    """Projections of experts that can be in few bits, by the name of the parameter that holds them.
+
+    Found by what transformers' interface asks of a class, not by its name.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if not _is_of_interface(module):
+            continue
+        for leaf in PROJECTIONS:
+            shape = _shape_of(module, getattr(module, leaf, None))
+            if shape is not None:
+                found[f"{name}.{leaf}"] = shape
+    return found
+
+
+def _is_of_interface(module: nn.Module) -> bool:
+    """Whether its class takes part in transformers' registry of what computes experts."""
+    return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
+
+
+def _shape_of(module: Any, projection: Any) -> ExpertShape | None:
+    if isinstance(projection, ExpertMatrices | LoraExperts):
+        inner = projection.base if isinstance(projection, LoraExperts) else projection
+        return ExpertShape(inner.num_experts, inner.in_features, inner.out_features, module.is_transposed)
+    if not isinstance(projection, nn.Parameter) or projection.ndim != 3:
+        return None
+    num, first, second = projection.shape
+    features = (first, second) if module.is_transposed else (second, first)
+    return ExpertShape(num, *features, module.is_transposed)
+
+
+def replace_experts(model: "PreTrainedModel", names: Iterable[str], formats: BaseFormats, dtype: torch.dtype) -> None:
+    """Swap the named parameters for `QuantizedExperts` without matrices, in place."""
+    shapes = expert_shapes(model)
+    modules = {name: QuantizedExperts(shapes[name], formats.of(name), dtype, "meta") for name in names}
+    swap_experts(model, modules)
+    if modules:
+        model.set_experts_implementation(IMPLEMENTATION)
+
+
+def stream_experts(model: "PreTrainedModel", names: Iterable[str], device: torch.device | str) -> None:
+    """Swap the named parameters for `StreamedExperts`, in place."""
+    shapes = expert_shapes(model)
+    each = {name: shapes[name] for name in names}
+    modules = {n: StreamedExperts(n, s.num, s.in_features, s.out_features, device) for n, s in each.items()}
+    swap_experts(model, modules)
+    if modules:
+        model.set_experts_implementation(IMPLEMENTATION)
+
+
+def swap_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules of matrices in the place of parameters, or of other such modules; what computes with them is the
+    model's `set_experts_implementation`.
+    """
+    for name, module in modules.items():
+        owner, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(owner)
+        delattr(parent, leaf)
+        setattr(parent, leaf, module)
+
+
+def widen_experts(model: "PreTrainedModel", dtype: torch.dtype) -> None:
+    """Put transformers' own parameters, in `dtype`, in place of modules of matrices, and its own code to work."""
+    found = expert_shapes(model)
+    for name, shape in found.items():
+        owner, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(owner)
+        matrices = getattr(parent, leaf)
+        if not isinstance(matrices, ExpertMatrices):
+            continue
+        dense = torch.stack([matrices.widened(index, dtype) for index in range(shape.num)])
+        delattr(parent, leaf)
+        weight = dense.transpose(1, 2).contiguous() if shape.transposed else dense
+        parent.register_parameter(leaf, nn.Parameter(weight, requires_grad=False))
+    if found:
+        model.set_experts_implementation("eager")
+
+
+def experts_forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What an experts module of transformers computes, through modules of matrices: (tokens, width) -> the same.
+
+    Args:
+        top_k_index, top_k_weights: (tokens, k), each token's experts and what their outputs are multiplied by.
+    """
+    num_tokens, top_k = top_k_index.shape
+    matrices = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    ids, order = torch.sort(top_k_index.flatten(), stable=True)  # by expert
+    counts = torch.bincount(ids, minlength=matrices.num_experts)[: matrices.num_experts].tolist()
+    x = hidden.index_select(0, order // top_k)  # (rows, width)
+    inner = matrices(Routed(x, counts))
+    if experts.has_bias:
+        inner = inner + _bias(experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias, counts, inner)
+    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    outer = experts.down_proj(Routed(inner, counts))
+    if experts.has_bias:
+        outer = outer + _bias(experts.down_proj_bias, counts, outer)
+    if experts.has_post_expert_norm:
+        outer = experts.post_expert_norm(outer)
+    weighted = outer * top_k_weights.flatten()[order][:, None]
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    per_token = weighted.index_select(0, places).view(num_tokens, top_k, -1)
+    return per_token.sum(1).to(hidden.dtype)
+
+
+def _bias(bias: Tensor, counts: list[int], like: Tensor) -> Tensor:
+    """Of each row its expert's bias: (E, out) -> (rows, out); zeros for rows of no expert."""
+    repeats = torch.tensor(counts, device=bias.device)
+    rows = bias.to(like.dtype).repeat_interleave(repeats, dim=0)
+    return torch.cat([rows, rows.new_zeros(len(like) - len(rows), rows.shape[1])])
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
