@@ -24,9 +24,7 @@ def calibrated(folder, out, report=lambda event: None):
 def test_an_expert_is_calibrated_where_enough_tokens_reached_it(tmp_path, monkeypatch):
     make_mixture("mixtral", tmp_path / "base", torch.bfloat16)
     notes = []
-    reports = calibrated(
-        tmp_path / "base", tmp_path / "out", lambda event: isinstance(event, Note) and notes.append(event)
-    )
+    reports = calibrated(tmp_path / "base", tmp_path / "out", notes.append)
     model = load_model(FolderSource(tmp_path / "out", "out"), BaseFormats(), torch.float32)
     with torch.no_grad():
         logits = model(input_ids=WINDOWS, use_cache=False, output_router_logits=True).router_logits
