@@ -105,6 +105,7 @@ def test_experts_of_gpt_oss(tmp_path: Path) -> None:
     source = open_model(str(tmp_path))
     for name, weight in expected.items():
         assert torch.equal(source.read_parameter(name), weight), name
+        assert torch.equal(source.read_expert(name, 1), weight[1].T), "one alone"
 
 
 def without(end: str) -> Edit:
