@@ -196,8 +196,24 @@ def test_a_mixture_of_experts_is_planned_in_four_bits(tmp_path):
     )
     base = made.chosen.components["base weights"]
     assert base == pytest.approx(parts.linear_elements * 4.127 / 8, rel=1e-2)
-    experts = "model.layers.*.mlp.experts.gate_up_proj"
-    assert any(line.startswith("without an adapter: ") and experts in line for line in describe_left(asked))
+    experts, left = "model.layers.*.mlp.experts.gate_up_proj", describe_left(asked)
+    assert left[0].endswith("46.7 B parameters are stored, 12.9 B of them a token meets")
+    assert any(line.startswith("without an adapter: ") and experts in line for line in left)
+
+
+def test_adapters_of_experts_are_planned(tmp_path):
+    """Qwen3-30B-A3B: 30.5 B parameters, 3.3 B active; adapters of rank 16 by the sizes of its matrices."""
+    sizes = {"model": "qwen3-30b-a3b", "memory": "80GB", "dropout": 0.0}
+    alone, with_experts = (
+        plans(**sizes, target_modules=names)[1].run for names in ("all-linear", "all-linear,experts")
+    )
+    parts = alone.model.parts
+    assert (parts.elements, parts.active_elements) == pytest.approx((30.5e9, 3.35e9), rel=1e-2)
+    added = with_experts.adapter_parameters - alone.adapter_parameters
+    assert added == 48 * 128 * 16 * ((2048 + 2 * 768) + (768 + 2048))
+    assert with_experts.idle_parameters == added * 120 // 128
+    weights = [predict(run)["base weights"] for run in (alone, with_experts)]
+    assert weights[0] == weights[1] == pytest.approx(parts.linear_elements * 4.127 / 8, rel=2e-3)
 
 
 def test_a_run_that_would_mostly_stay_in_16_bits_is_refused_before_anything_is_loaded(mostly_dense, data, tmp_path):

@@ -134,6 +134,7 @@ def _check_bases(adapters: Sequence[StoredAdapter]) -> None:
 def _check_addable(adapter: StoredAdapter) -> None:
     why = "is DoRA's, whose lengths do not add up" if adapter.dora else ""
     why = "has trained rows of tokens" if adapter.tokens else why
+    why = "has adapters on experts" if adapter.experts else why
     why = f"has {next(iter(adapter.modules))} trained whole" if adapter.modules else why
     why = "began with what quantising lost of its base" if adapter.has_initial else why
     if why:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from nybble.errors import ExportError
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Listener, Note, silent
 from nybble.exporting import gguf_model
+from nybble.exporting.arrival import experts_arrived
 from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.gguf_keys import check_family
 from nybble.exporting.merged_source import MergedSource, Onto
@@ -209,7 +210,9 @@ def verify(
     context = max([longest, *(len(prompt) + ANSWER_TOKENS for prompt in reference.prompts)]) + 1
     try:
         consumer = load_consumer(artefact.kind, opened, folder, dtype, context, report)
-        return compare(reference, consumer, artefact.faithfulness)
+        found = compare(reference, consumer, artefact.faithfulness)
+        arrived = experts_arrived(MergedSource(opened, artefact.onto), artefact.kind, folder, consumer)
+        return replace(found, checks=[*found.checks, *arrived])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(artefact.kind, error)
 

@@ -289,9 +289,10 @@ def base_of_adapters(opened: OpenRun, dtype: torch.dtype, report: Listener) -> "
 
 def widen(model: "PreTrainedModel") -> None:
     """Put dense layers and experts in place of those in few bits."""
+    for dtype in {module.compute_dtype for module in model.modules() if isinstance(module, QuantizedLinear)}:
+        widen_experts(model, dtype)
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
-            widen_experts(model, module.compute_dtype)
             _set_dense(model, name, module.dequantize(), module.bias)
 
 

@@ -12,7 +12,8 @@ memory) takes merged models too, and no more than one tensor is ever merged at o
 
 import copy
 import hashlib
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from nybble.calibration.search import round_weight
 from nybble.errors import RunError
+from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.lora import linear_features
+from nybble.layers.streamed import expert_name
 from nybble.runs.adapter_files import StoredAdapter
 from nybble.runs.base import data_free_rounding
 from nybble.runs.open_run import OpenRun
@@ -56,8 +59,12 @@ class MergedSource(StoredModel):
         self._adapted = set(self.adapter.names)
         modules = self.adapter.modules.items()
         self._whole = {f"{module}.{leaf}": (module, leaf) for module, leaves in modules for leaf in leaves}
+        self._last_experts: tuple[str, tuple[Tensor, Tensor]] | None = None
         for layer in self.adapter.names:  # all of it is checked before anything is written
-            self._matrices(layer)
+            if layer in self.experts:
+                self._expert_matrices(layer)
+            else:
+                self._matrices(layer)
         for module in self.adapter.modules:
             self.adapter.module_weights(module, self.skeleton.get_submodule(module))
         if self.task.kind == "scores" and self.config.get_text_config().pad_token_id is None:
@@ -121,7 +128,20 @@ class MergedSource(StoredModel):
 
     def read_delta_expert(self, name: str, index: int) -> Tensor | None:
         """ΔW of one expert, fp32 `[out, in]`; None where its projection has no adapter."""
-        return None
+        if name not in self._adapted:
+            return None
+        a, b = self._expert_matrices(name)
+        return (b[index] * self.adapter.scaling_of(name)) @ a[index]
+
+    def _expert_matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of all experts of a projection, kept until another's are asked for."""
+        if self._last_experts is None or self._last_experts[0] != name:
+            shape = self.experts[name]
+            self._last_experts = (
+                name,
+                self.adapter.expert_matrices(name, shape.num, shape.in_features, shape.out_features),
+            )
+        return self._last_experts[1]
 
     def _with_token_rows(self, name: str, tensor: Tensor) -> Tensor:
         """With the trained rows of tokens in place, where it has some."""
@@ -168,17 +188,63 @@ class MergedSource(StoredModel):
             written: the stored model W', read back.
         """
         along, length = 0.0, 0.0
-        for name in self.tensor_names():
-            delta = self.read_delta(name) if name.endswith(".weight") else None
-            if delta is None:
-                continue
-            moved = written.read_dense(name, torch.float32).float() - self.read_base(name)
-            along += torch.dot(moved.flatten(), delta.flatten()).item()
-            length += delta.square().sum().item()
+        for each in self.moved(written):
+            along, length = along + each.along, length + each.length
         return along / length if length else 1.0
+
+    def moved(self, written: StoredModel) -> Iterator["Moved"]:
+        """How each layer, and each expert, has moved that has an adapter with an effect.
+
+        Args:
+            written: as `survival` takes it.
+        """
+        for name in self.tensor_names():
+            if name in self.experts:
+                for index in range(self.experts[name].num):
+                    delta = self.read_delta_expert(name, index)
+                    if delta is not None and delta.any():
+                        now = as_dense(written.read_expert(name, index))
+                        yield how_moved(expert_name(name, index), now - self.read_base_expert(name, index), delta)
+                continue
+            delta = self.read_delta(name) if name.endswith(".weight") else None
+            if delta is not None and delta.any():
+                now = written.read_dense(name, torch.float32).float()
+                yield how_moved(_layer(name), now - self.read_base(name), delta)
 
     def _matrices(self, layer: str) -> tuple[Tensor, Tensor]:
         return self.adapter.matrices(layer, *linear_features(self.skeleton.get_submodule(layer)))
+
+
+def as_dense(weight: Tensor | QuantizedTensor) -> Tensor:
+    """A matrix in fp32, whatever it is stored as."""
+    return weight.float() if isinstance(weight, Tensor) else dequantize(weight, torch.float32)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """How a matrix has moved along ΔW.
+
+    Args:
+        along, length: <W' − W, ΔW> and <ΔW, ΔW>.
+        noise: how far rounding alone moves their ratio: one standard deviation, were it independent of ΔW.
+    """
+
+    name: str
+    along: float
+    length: float
+    noise: float
+
+    @property
+    def share(self) -> float:
+        """How much of ΔW is there."""
+        return self.along / self.length
+
+
+def how_moved(name: str, moved: Tensor, delta: Tensor) -> Moved:
+    """Of W' − W and ΔW, which is not zero."""
+    along, length = torch.dot(moved.flatten(), delta.flatten()).item(), delta.square().sum().item()
+    noise = (moved - delta).norm().item() / (delta.numel() * length) ** 0.5
+    return Moved(name, along, length, noise)
 
 
 def _layer(name: str) -> str:

@@ -15,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.dense import why_untouched
+from nybble.layers.expert_products import ExpertMatrices
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
+from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.names import matches
+from nybble.layers.quantized_experts import QuantizedExperts, expert_shapes, widen_for_adapters
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.layers.streamed import StreamedLinear
+from nybble.layers.streamed import StreamedExperts, StreamedLinear
 from nybble.layers.token_rows import TokenLogits, TokenRows
 from nybble.layers.trained import TrainedModule, resolve_modules, train_modules, trained_modules
 
@@ -35,6 +38,8 @@ def is_linear(module: nn.Module) -> bool:
     """Whether it computes x · Wᵀ + b and nothing else: transformers has routers and grouped products that inherit from
     `nn.Linear`.
     """
+    if isinstance(module, LoraExperts):
+        return False
     if isinstance(module, QuantizedLinear | StreamedLinear | LoraLinear | Conv1D):
         return True
     if not isinstance(module, nn.Linear):
@@ -137,34 +142,40 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
     """Names of the layers that get an adapter.
 
     Args:
-        target_modules: "all-linear" (every linear layer of the blocks), "attention" (those inside
-            attention modules), or names: the last part of a module's name, any dotted suffix of it, or a pattern.
-            The embedding and the head are among those that can be named. A pattern is a regular expression for a
-            whole name, as in PEFT, or a wildcard (`layers.1*.q_proj`) for a dotted suffix.
+        target_modules: "all-linear" (every linear layer of the blocks), "attention" (those of them inside
+            attention modules), "experts" (every expert of a mixture), or names: the last part of a layer's name, any
+            dotted suffix of it, or a pattern; or several of these. The embedding and the head are among those that can
+            be named. A pattern is a regular expression for a whole name, as in PEFT, or a wildcard
+            (`layers.1*.q_proj`) for a dotted suffix.
 
     Raises:
         ConfigError: a name matches no layer; the message lists the names there are.
     """
-    linears = quantizable_linears(model)
-    if target_modules == "all-linear":
-        return linears
-    if target_modules == "attention":
-        return [name for name in linears if any(word in name.rpartition(".")[0] for word in ATTENTION_PARENTS)]
-    layers = [*linears, *end_modules(model)]
+    linears, experts = quantizable_linears(model), list(expert_shapes(model))
+    in_attention = [name for name in linears if any(word in name.rpartition(".")[0] for word in ATTENTION_PARENTS)]
+    groups = {"all-linear": linears, "attention": in_attention, "experts": experts}
+    layers = [*linears, *experts, *end_modules(model)]
     wanted = target_modules.split(",") if isinstance(target_modules, str) else list(target_modules)
-    wanted = [name.strip() for name in wanted]
-    leaves = sorted({name.rpartition(".")[2] for name in layers})
-    for name in wanted:
-        if not any(matches(layer, name) for layer in layers):
+    chosen: set[str] = set()
+    for name in (each.strip() for each in wanted):
+        found = groups.get(name) or [layer for layer in layers if matches(layer, name)]
+        if not found and name not in ("all-linear", "attention"):
             _refuse_untouched(model, name)
-            near = difflib.get_close_matches(name, leaves, n=1)
-            raise ConfigError(
-                f"target_modules names {name!r}, which is no linear layer of this model's blocks, embedding or head.",
-                f"Allowed: all-linear, attention, names among {', '.join(leaves)}, or a pattern of whole names such as "
-                f"{layers[0]}.",
-                f"Did you mean {near[0]!r}?" if near else "",
-            )
-    return [layer for layer in layers if any(matches(layer, name) for name in wanted)]
+            raise _no_target(name, [group for group, names in groups.items() if names], layers)
+        chosen.update(found)
+    return [layer for layer in layers if layer in chosen]
+
+
+def _no_target(wanted: str, groups: Sequence[str], layers: Sequence[str]) -> ConfigError:
+    leaves = sorted({name.rpartition(".")[2] for name in layers})
+    near = difflib.get_close_matches(wanted, leaves, n=1)
+    what = "linear layer or expert" if "experts" in groups else "linear layer"
+    return ConfigError(
+        f"target_modules names {wanted!r}, which is no {what} of this model's blocks, embedding or head.",
+        f"Allowed: {', '.join(groups)}, names among {', '.join(leaves)}, or a pattern of whole names such as "
+        f"{layers[0]}.",
+        f"Did you mean {near[0]!r}?" if near else "",
+    )
 
 
 def _refuse_untouched(model: nn.Module, wanted: str) -> None:
@@ -212,13 +223,32 @@ def check_patterns(names: Sequence[str], **patterns: Mapping[str, Any]) -> None:
             )
 
 
-def check_dora(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse DoRA on the embedding or the head.
+def check_adaptable(
+    model: nn.Module,
+    names: Iterable[str],
+    *,
+    dora: bool = False,
+    dropout: float = 0.0,
+    init: str = "default",
+    probed: bool = False,
+) -> None:
+    """Refuse what adapters of embedding, head and experts do not have: DoRA; and of experts dropout, since PEFT's
+    adapters of parameters have none, ways to begin, and ranks that are probed for.
 
     Raises:
         ConfigError: one of them is among the names.
     """
-    if ends := sorted(set(names) & set(end_modules(model))):
+    experts = sorted(set(names) & expert_shapes(model).keys())
+    asked = {"dora is on": dora, f"dropout is {dropout:g}": dropout > 0, f"init is {init}": init != "default"}
+    asked |= {"rank is auto": probed}
+    if experts and (found := [what for what, on in asked.items() if on]):
+        option = found[0].partition(" ")[0]
+        raise ConfigError(
+            f"{found[0]}, and {experts[0]} gets an adapter.",
+            "Experts get plain LoRA of a given rank: PEFT has no DoRA and no dropout on parameters; they begin with nothing.",
+            f"Leave --{option} out, or experts out of --target-modules.",
+        )
+    if dora and (ends := sorted(set(names) & set(end_modules(model)))):
         raise ConfigError(
             f"dora is on, and {ends[0]} gets an adapter.",
             "DoRA is for linear layers of the blocks.",
@@ -227,8 +257,8 @@ def check_dora(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A `(rank, in)` and B `(out, rank)` of every adapter, the magnitudes `(out)` of DoRA's, and whatever is trained
-    whole.
+    """A `(rank, in)` and B `(out, rank)` of every adapter, or those of all experts in one, the magnitudes `(out)` of
+    DoRA's, and whatever is trained whole.
     """
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -266,15 +296,23 @@ def attach_adapters(
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     adapters = {}
+    names = list(names)
+    widen_for_adapters(model, names)
     for name in names:
         base = model.get_submodule(name)
-        kind = LoraEmbedding if isinstance(base, nn.Embedding) else DoraLinear if dora else LoraLinear
+        kind = _kind_of_adapter(base, dora)
         own_rank, own_alpha = of_pattern(rank_pattern or {}, name, rank), of_pattern(alpha_pattern or {}, name, alpha)
         adapter = kind(base, own_rank, own_alpha, dropout, rslora, generator)
         adapter.train(model.training)
         model.set_submodule(name, adapter)
         adapters[name] = adapter
     return adapters
+
+
+def _kind_of_adapter(base: nn.Module, dora: bool) -> type[LoraLinear]:
+    if isinstance(base, ExpertMatrices):
+        return LoraExperts
+    return LoraEmbedding if isinstance(base, nn.Embedding) else DoraLinear if dora else LoraLinear
 
 
 def add_new_adapters(model: "PreTrainedModel", adapters: "NewAdapters", seed: int) -> None:
@@ -292,19 +330,19 @@ def add_new_adapters(model: "PreTrainedModel", adapters: "NewAdapters", seed: in
 
 def in_few_bits(model: nn.Module) -> list[str]:
     """Names of the layers of a loaded model whose weights are in few bits."""
-    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear | StreamedLinear)]
+    kinds = QuantizedLinear | StreamedLinear | QuantizedExperts | StreamedExperts
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def new_adapter_sizes(model: nn.Module, adapters: "NewAdapters") -> dict[str, tuple[int, float]]:
     """Layers that options give an adapter -> its rank, and what its product is multiplied by.
 
     Raises:
-        ConfigError: target_modules names no layer, or a pattern no adapter; or one that cannot have DoRA.
+        ConfigError: target_modules names no layer, or a pattern no adapter; or one that cannot have what is asked.
     """
     names = resolve_targets(model, adapters.target_modules)
     check_patterns(names, rank_pattern=adapters.rank_pattern, alpha_pattern=adapters.alpha_pattern)
-    if adapters.dora:
-        check_dora(model, names)
+    check_adaptable(model, names, dora=adapters.dora, dropout=adapters.dropout)
     sizes = {}
     for name in names:
         rank = of_pattern(adapters.rank_pattern, name, adapters.settled_rank)

@@ -157,6 +157,16 @@ def stream_experts(model: "PreTrainedModel", names: Iterable[str], device: torch
         model.set_experts_implementation(IMPLEMENTATION)
 
 
+def widen_for_adapters(model: nn.Module, names: Iterable[str]) -> None:
+    """Put `DenseExperts` in place of those of the named parameters that transformers holds in 16 or 32 bits."""
+    shapes, parameters = expert_shapes(model), dict(model.named_parameters())
+    owners = {name.rpartition(".")[0] for name in names if name in shapes and name in parameters}
+    together = [name for name in shapes if name.rpartition(".")[0] in owners]  # `experts_forward` computes all of them
+    swap_experts(model, {name: DenseExperts(parameters[name], shapes[name]) for name in together})
+    if owners:
+        model.set_experts_implementation(IMPLEMENTATION)  # type: ignore[operator]
+
+
 def swap_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put modules of matrices in the place of parameters, or of other such modules; what computes with them is the
     model's `set_experts_implementation`.

@@ -28,8 +28,8 @@ class AdapterSizes(Options, group="Adapters"):
     )
     target_modules: str | tuple[Name, ...] = knob(
         "all-linear",
-        "Layers that get an adapter: all-linear, attention, or names such as q_proj,v_proj,lm_head,embed_tokens; or"
-        " patterns: layers.1*.q_proj, or a regular expression for whole names.",
+        "Layers that get an adapter: all-linear, attention, experts, names such as q_proj,v_proj,lm_head,embed_tokens,"
+        " or patterns: layers.1*.q_proj, or a regular expression for whole names.",
         aliases=("lora_target_modules", "targets"),
     )
     modules_to_save: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(

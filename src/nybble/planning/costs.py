@@ -234,13 +234,15 @@ def rounded_bytes(run: RunShape) -> int:
 def module_bytes(run: RunShape) -> int:
     """What transformers' modules of one block hold for their backward pass, per token: fp32 copies inside the two norms
     (input and normalised), then in the compute dtype the inputs of every product and of every elementwise function;
-    with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled.
+    with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled; where
+    there are experts each token's state once for each that it is sent to, what they make of it, that weighted, and that
+    in the tokens' order.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
     norms = 2 * (4 * h + 4 * h)
     inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
-    mlp = 2 * h + 4 * f
+    mlp = 2 * h + 4 * f + 4 * h * run.model.passed_experts
     inputs_again = max(sum(width for _, width, _ in block.linears) for block, _ in run.model.parts.blocks)
     dropped = (c + 1) * inputs_again if run.dropout else 0  # inputs again, and masks
     outputs = max(sum(width for _, _, width in block.linears) for block, _ in run.model.parts.blocks)
@@ -320,7 +322,8 @@ def validation_bytes(run: RunShape) -> int:
     tokens, targets = batches.validation_tokens, batches.validation_supervised
     if run.asks_reference:
         tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
-    block = tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank)
+    routed = 4 * h * run.model.passed_experts
+    block = tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank + routed)
     states = targets * h * (2 * c + 8) + _panels(run)
     return max(block, states)
 

@@ -136,6 +136,11 @@ def describe_left(request: PlanRequest) -> list[str]:
         "without an adapter": left,
     }
     lines = []
+    if parts.stack_elements:
+        active, stored = parts.active_elements / 1e9, parts.elements / 1e9
+        lines.append(
+            f"a mixture of experts: {stored:.3g} B parameters are stored, {active:.3g} B of them a token meets"
+        )
     for what, found in said.items():
         if found:
             listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in found if size)

@@ -16,7 +16,7 @@ from nybble.layers.backbone import Reason as NotBlocks
 from nybble.layers.backbone import why_not_blocks
 from nybble.layers.convert import (
     block_names,
-    check_dora,
+    check_adaptable,
     check_patterns,
     end_modules,
     of_pattern,
@@ -25,6 +25,7 @@ from nybble.layers.convert import (
 )
 from nybble.layers.decoder_block import Keep
 from nybble.layers.lora import linear_features
+from nybble.layers.quantized_experts import expert_shapes
 from nybble.layers.trained import resolve_modules
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.groups import MemoryOptions, WeightOptions
@@ -160,8 +161,14 @@ def requests(
     _check_lane(memory, machine)
     targets = resolve_targets(skeleton, adapters.target_modules)
     check_patterns(targets, rank_pattern=adapters.rank_pattern)
-    if adapters.dora:
-        check_dora(skeleton, targets)
+    check_adaptable(
+        skeleton,
+        targets,
+        dora=adapters.dora,
+        dropout=adapters.dropout,
+        init=adapters.init,
+        probed=adapters.rank == "auto",
+    )
     ranks = {name: of_pattern(adapters.rank_pattern, name, adapters.settled_rank) for name in targets}
     few_bits = linears_in_few_bits(options, skeleton, in_four_bits)
     named = resolve_modules(skeleton, adapters.modules_to_save, few_bits, targets)
@@ -169,16 +176,21 @@ def requests(
     against = why_no_blocks(options, skeleton, torch.device(machine.kind), machine.here, in_four_bits)
     model = shape_of(skeleton, in_four_bits)
     trained = [weight.numel() for name in whole for weight in skeleton.get_submodule(name).parameters()]
-    sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets}
+    experts = {name: shape for name, shape in expert_shapes(skeleton).items() if name in ranks}
+    sizes = {name: linear_features(skeleton.get_submodule(name)) for name in targets if name not in experts}
     if adapters.eva_rho > 1:
         ranks = _widest_first(ranks, sizes, adapters.eva_rho)
     parameters = sum(ranks[name] * sum(size) + size[1] * adapters.dora for name, size in sizes.items())
+    of_experts = sum(ranks[name] * s.num * (s.in_features + s.out_features) for name, s in experts.items())
+    passed = model.passed_experts
+    idle = sum(ranks[name] * max(0, s.num - passed) * (s.in_features + s.out_features) for name, s in experts.items())
     if new_tokens:
         parameters += new_tokens * model.hidden_size * (1 if skeleton.all_tied_weights_keys else 2)
     run = RunShape(
         model,
         batches=micro_batches(1),
-        adapter_parameters=parameters,
+        adapter_parameters=parameters + of_experts,
+        idle_parameters=idle,
         rank=(rank := adapters.settled_rank if len({*ranks.values()}) == 1 else _mean_rank(skeleton, ranks)),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
@@ -200,7 +212,9 @@ def requests(
     )
     _check_whole_blocks(memory, run, str(against))
     ends = [name for name in end_modules(skeleton) if name in (*targets, *whole) or new_tokens]
-    largest_adapter = max(run.largest_trained, *(ranks[name] * max(features) for name, features in sizes.items()))
+    largest_adapter = max(run.largest_trained, *(ranks[name] * max(features) for name, features in sizes.items()), 0)
+    of_each = (ranks[name] * s.num * max(s.in_features, s.out_features) for name, s in experts.items())
+    largest_adapter = max(largest_adapter, *of_each, 0)
 
     def request(options: TrainConfig | PlanConfig) -> PlanRequest:
         memory = options.memory
@@ -228,10 +242,12 @@ def requests(
 def linears_in_few_bits(
     options: TrainConfig | PlanConfig, skeleton: "PreTrainedModel", in_four_bits: Collection[str] | None = None
 ) -> Collection[str]:
-    """Names of the linear layers that are or will be; `in_four_bits` as `requests` takes it."""
+    """Names of the linear layers and projections of experts that are or will be; `in_four_bits` as `requests` takes
+    it.
+    """
     if options.weights.format == "none":
         return ()
-    return quantizable_linears(skeleton) if in_four_bits is None else in_four_bits
+    return [*quantizable_linears(skeleton), *expert_shapes(skeleton)] if in_four_bits is None else in_four_bits
 
 
 def why_no_blocks(

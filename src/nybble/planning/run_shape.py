@@ -114,8 +114,19 @@ class ModelShape:
     @property
     def largest_matrix(self) -> int:
         """Elements of the largest parameter."""
-        stacked = (prod(shape) for block, _ in self.parts.blocks for _, shape in block.matrices)
+        stacked = (
+            prod(shape) for block, _ in self.parts.blocks for shape in (*block.experts, *dict(block.matrices).values())
+        )
         return max(self.largest_linear, self.parts.head[0] * self.parts.head[1], *stacked)
+
+    @property
+    def passed_experts(self) -> int:
+        """Experts of a block that a token passes, at most; 0 without experts."""
+        return max((block.passed_experts for block, _ in self.parts.blocks), default=0)
+
+    def touched_elements(self, tokens: int) -> int:
+        """Elements of the blocks' matrices in few bits that so many tokens meet: of experts, as many as they can."""
+        return sum(count * block.touched_elements(tokens) for block, count in self.parts.blocks)
 
     @property
     def multiplied_elements(self) -> int:
@@ -180,6 +191,7 @@ class RunShape:
     Args:
         model: the widths of the model.
         batches: T and the other sizes of micro-batches.
+        idle_parameters: of P, those of experts that a token does not pass.
         adapter_parameters, rank: P and r; where layers' ranks differ, the mean of the block that has most.
         compute_bytes: c.
         spec: format of the base, or None for 16 bits.
@@ -230,6 +242,7 @@ class RunShape:
     dora: bool = False
     on_cpu: bool = True
     trained_parameters: int = 0
+    idle_parameters: int = 0
     largest_trained: int = 0
     trained_head: bool = False
     scored: bool = False

@@ -43,9 +43,9 @@ def forward_work(run: RunShape) -> Work:
     """Products of one micro-batch's pass without a gradient."""
     tokens, targets, layers = run.batches.tokens, run.batches.supervised, run.model.num_layers
     head = 0.0 if run.scored else 2.0 * targets * run.model.vocab_size * run.model.hidden_size
-    products = 2.0 * tokens * (run.model.multiplied_elements + run.adapter_parameters) + head
+    products = 2.0 * tokens * (run.model.multiplied_elements + run.adapter_parameters - run.idle_parameters) + head
     attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
-    dense = 0 if run.spec is None else run.compute_bytes * run.model.parts.linear_elements
+    dense = 0 if run.spec is None else run.compute_bytes * run.model.touched_elements(tokens)
     stored = 0 if run.spec is None else int(base_bytes(run.model, run.spec, run.average_bits))
     moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, 0.0) // 3  # of forward and backward
     return Work(products, (attention, 0.0), dense, moved, streamed_bytes(run), layers)
@@ -66,13 +66,13 @@ def work_of(run: RunShape) -> Work:
     again = share * (forward - 2.0 * tokens * run.model.last_products)
     attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
     attention_passes = 1 + (share if run.keep == "nothing" else 0)
-    adapters = 6.0 * tokens * run.adapter_parameters * (1 + share / 3)
+    adapters = 6.0 * tokens * (run.adapter_parameters - run.idle_parameters) * (1 + share / 3)
     weights = forward * (3 if run.full else 2) + again
     head = (6.0 if run.full else 4.0) * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
     head *= 2 if run.trained_head else 1  # logits again in the backward pass, and the weight's gradient
     head = 0.0 if run.scored else head
     passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
-    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.parts.linear_elements * passes)
+    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.touched_elements(tokens) * passes)
     read = 2 * streamed_bytes(run)
     if run.stream_ends and not run.scored:
         chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))

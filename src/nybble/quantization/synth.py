@@ -6,7 +6,7 @@ is byte-level with ChatML's markers: 259 tokens, which any of the vocabularies h
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +16,13 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTo
 
 from nybble.events import Listener, silent, tracked
 from nybble.files.disk import disk_errors
-from nybble.formats.bnb import quantization_config, to_bnb
+from nybble.formats.bnb import quantization_config
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.formats.quantized_stack import QuantizedStack, stored_tensors
 from nybble.formats.safetensors import SafetensorsWriter, staged_folder
 from nybble.kernels.ops.four_bit import quantize
 from nybble.layers.convert import quantizable_linears
+from nybble.layers.quantized_experts import expert_shapes
 from nybble.quantization.folder import save_config
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton
@@ -28,7 +30,7 @@ from nybble.sources.tokenizer import save_tokenizer
 
 SCALE = 0.02
 ROWS_DRAWN = 4096  # of a matrix at a time
-INTO_RESIDUAL = ("o_proj.weight", "down_proj.weight")
+INTO_RESIDUAL = ("o_proj", "down_proj")
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -55,8 +57,10 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, report: Li
         with SafetensorsWriter(staging) as writer:
             for name, tensor in _parameters(config, spec, seed, report):
                 writer.write(name, tensor)
-        config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
-        config.quantization_config = quantization_config(BaseFormats(spec), torch.bfloat16, ["lm_head"])
+        skeleton = build_skeleton(config)
+        config.architectures, config.dtype = [type(skeleton).__name__], torch.bfloat16
+        stacks = bool(expert_shapes(skeleton))
+        config.quantization_config = quantization_config(BaseFormats(spec), torch.bfloat16, ["lm_head"], stacks=stacks)
         save_config(config, staging)
     return writer.total_bytes
 
@@ -64,23 +68,29 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, report: Li
 def _parameters(config: PretrainedConfig, spec: QuantSpec, seed: int, report: Listener) -> Iterator[tuple[str, Tensor]]:
     """What is stored, name by name: four-bit linears as bitsandbytes stores them, the rest in bf16."""
     model = build_skeleton(config)
-    linears = {f"{name}.weight" for name in quantizable_linears(model)}
+    linears, stacks = {f"{name}.weight" for name in quantizable_linears(model)}, expert_shapes(model)
     generator = torch.Generator().manual_seed(seed)
     residual = SCALE / math.sqrt(2 * config.num_hidden_layers)
     named = list(model.named_parameters())  # tied ones once
     for name, parameter in tracked(named, "drawing", report):
-        shape = tuple(parameter.shape)
-        if len(shape) == 1:
-            yield name, torch.ones(shape, dtype=torch.bfloat16)
-            continue
-        matrix = torch.empty(shape, dtype=torch.bfloat16)
-        for rows in matrix.split(ROWS_DRAWN):
-            drawn = torch.randn(rows.shape, generator=generator)
-            rows.copy_(drawn.mul_(residual if name.endswith(INTO_RESIDUAL) else SCALE))
-        if name in linears:
-            yield from to_bnb(name, quantize(matrix, spec)).items()
+        scale = residual if name.removesuffix(".weight").endswith(INTO_RESIDUAL) else SCALE
+        if len(parameter.shape) == 1:
+            yield name, torch.ones(parameter.shape, dtype=torch.bfloat16)
+        elif name in stacks:
+            num, size = stacks[name].num, (stacks[name].out_features, stacks[name].in_features)
+            experts = (quantize(_drawn(size, scale, generator), spec) for _ in range(num))
+            yield from stored_tensors(name, QuantizedStack.of(experts, num)).items()
         else:
-            yield name, matrix
+            matrix = _drawn(parameter.shape, scale, generator)
+            yield from stored_tensors(name, quantize(matrix, spec)).items() if name in linears else [(name, matrix)]
+
+
+def _drawn(shape: Sequence[int], scale: float, generator: torch.Generator) -> Tensor:
+    """A bf16 matrix of N(0, scale²)."""
+    matrix = torch.empty(*shape, dtype=torch.bfloat16)
+    for rows in matrix.split(ROWS_DRAWN):
+        rows.copy_(torch.randn(rows.shape, generator=generator).mul_(scale))
+    return matrix
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

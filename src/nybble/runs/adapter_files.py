@@ -1,7 +1,10 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
 Key of a tensor: `base_model.model.<layer>.lora_A.weight` `[r, in]` and `.lora_B.weight` `[out, r]`, fp32; of an
-embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`; DoRA's `.lora_magnitude_vector`
+embedding `.lora_embedding_A` `[r, vocabulary]` and `.lora_embedding_B` `[width, r]`. Of experts, which PEFT takes as
+parameters (`target_parameters`), `[E r, in]`, an expert's rows together, and `[out, r E]`, an expert's columns E apart,
+under the module that has them, `.base_layer` behind its name once for each later projection of it that is adapted.
+DoRA's `.lora_magnitude_vector`
 `[out]`; of tokens with rows of their own `.token_adapter.trainable_tokens_delta` `[tokens, width]`, these rows; of
 modules that are trained whole (`modules_to_save`) their weights, as the module calls them.
 Adapters that began with something other than B = 0 have a third file, `initial.safetensors`, with the same keys: what
@@ -25,9 +28,12 @@ from nybble.errors import ModelError, RunError
 from nybble.formats.safetensors import SafetensorsFolder, sampled_sha256
 from nybble.layers.convert import adapters_of, attach_adapters, end_modules, of_pattern, quantizable_linears
 from nybble.layers.lora import DoraLinear, LoraLinear, lora_scaling
+from nybble.layers.lora_experts import LoraExperts
+from nybble.layers.quantized_experts import expert_shapes
 from nybble.layers.token_rows import token_rows, train_rows
 from nybble.layers.trained import TrainedModule, train_modules, trained_modules
 from nybble.options.adapter_groups import TAKES_FROM_BASE
+from nybble.runs.expert_keys import expert_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,7 +64,7 @@ CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # ways to begin that leav
 
 def _adaptable(model: nn.Module) -> list[str]:
     """Names of all layers that can have an adapter, or have one."""
-    return sorted({*quantizable_linears(model), *end_modules(model), *adapters_of(model)})
+    return sorted({*quantizable_linears(model), *expert_shapes(model), *end_modules(model), *adapters_of(model)})
 
 
 class StoredAdapter:
@@ -103,7 +109,10 @@ class StoredAdapter:
             )
         _check_plain(folder, self.config, [key for key in self._stored.entries if key not in whole], self.taken_by)
         self.dora: bool = self.settings["dora"]
-        self.names = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
+        stored = sorted({match["layer"] for key in self._stored.entries if (match := _KEY.fullmatch(key))})
+        self._stored_as = expert_keys(self.config.get("target_parameters") or (), stored)
+        hidden = set(self._stored_as.values())
+        self.names = sorted([*self._stored_as, *(name for name in stored if name not in hidden)])
         self._check_ranks()
         self.tokens = self._tokens()
 
@@ -153,12 +162,29 @@ class StoredAdapter:
         """How the keys of one layer's A and B end."""
         return EMBEDDING if f"{PREFIX}{name}.{EMBEDDING[0]}" in self._stored.entries else LINEAR
 
+    @property
+    def experts(self) -> set[str]:
+        """Those of the adapted layers that are projections of experts."""
+        return set(self._stored_as)
+
+    def stored_as(self, name: str) -> str:
+        """The module that PEFT has one layer's matrices in."""
+        return self._stored_as.get(name, name)
+
+    def _keys(self, name: str) -> tuple[str, str]:
+        """Of one layer's A and B."""
+        first, second = (f"{PREFIX}{self.stored_as(name)}.{leaf}" for leaf in self.leaves(name))
+        return first, second
+
     def _check_ranks(self) -> None:
         """Before anything is made of the ranks that the config says."""
         for name in self.names or [""]:
-            first = self._stored.entries.get(f"{PREFIX}{name}.{self.leaves(name)[0]}")
+            first = self._stored.entries.get(self._keys(name)[0])
             rank = first.shape[0] if first is not None and len(first.shape) == 2 else None
-            if rank != (said := self._own_rank(name)):
+            said = self._own_rank(name)
+            if rank is not None and name in self.experts and rank % said == 0:
+                continue  # of each of as many experts as the base has
+            if rank != said:
                 raise RunError(f"The adapter in {self.folder} has the rank {rank}, its {CONFIG_NAME} says {said!r}.")
 
     def _own_rank(self, layer: str) -> int:
@@ -180,7 +206,7 @@ class StoredAdapter:
 
     def features(self, layer: str) -> tuple[int, int]:
         """What one layer takes and gives, as its matrices say."""
-        key_a, key_b = (f"{PREFIX}{layer}.{leaf}" for leaf in self.leaves(layer))
+        key_a, key_b = self._keys(layer)
         a, b = (self._stored.entries.get(key) for key in (key_a, key_b))
         if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             raise RunError(f"The adapter in {self.folder} has not two matrices for {layer}.")
@@ -222,6 +248,18 @@ class StoredAdapter:
         assert begun is not None
         return torch.cat([a, begun[0]]), torch.cat([b, -begun[1]], dim=1)
 
+    def expert_matrices(self, name: str, num: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        """A `[E, r, in]` and B `[E, out, r]` of one projection of experts, in fp32.
+
+        Raises:
+            RunError: as `matrices`.
+        """
+        key_a, key_b = self._keys(name)
+        rank = self._own_rank(name)
+        a = self._tensor(self._stored, WEIGHTS_NAME, key_a, (rank * num, in_features))
+        b = self._tensor(self._stored, WEIGHTS_NAME, key_b, (out_features, rank * num))
+        return a.view(num, rank, in_features), b.view(out_features, rank, num).permute(2, 0, 1)
+
     def initial(self, name: str, in_features: int, out_features: int) -> tuple[Tensor, Tensor] | None:
         """A and B that one layer's adapter began with; None where B was 0.
 
@@ -257,7 +295,7 @@ class StoredAdapter:
     def _pair(
         self, stored: SafetensorsFolder, file: str, name: str, in_features: int, out_features: int
     ) -> tuple[Tensor, Tensor]:
-        key_a, key_b = (f"{PREFIX}{name}.{leaf}" for leaf in self.leaves(name))
+        key_a, key_b = self._keys(name)
         rank = self._own_rank(name)
         a = self._tensor(stored, file, key_a, (rank, in_features))
         return a, self._tensor(stored, file, key_b, (out_features, rank))
@@ -419,13 +457,17 @@ def _fill_rows(model: nn.Module, stored: StoredAdapter) -> None:
 def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
     with torch.no_grad():
         for name, adapter in adapters.items():
-            a, b = stored.matrices(name, adapter.in_features, adapter.out_features)
+            if isinstance(adapter, LoraExperts):
+                a, b = stored.expert_matrices(name, adapter.num_experts, adapter.in_features, adapter.out_features)
+            else:
+                a, b = stored.matrices(name, adapter.in_features, adapter.out_features)
             adapter.lora_A.copy_(a)
             adapter.lora_B.copy_(b)
             adapter.taken_by = stored.taken_by
             if isinstance(adapter, DoraLinear):
                 adapter.magnitude.copy_(stored.magnitude(name, adapter.out_features))
-            if isinstance(weight := getattr(adapter.base, "weight", None), Tensor):
+            weight = getattr(adapter.base, "weight", None)
+            if isinstance(weight, Tensor) and not isinstance(adapter, LoraExperts):
                 stored.check_base(name, weight)
             if begun := stored.initial(name, adapter.in_features, adapter.out_features):
                 adapter.initial = (begun[0].to(adapter.lora_A.device), begun[1].to(adapter.lora_B.device))

@@ -14,6 +14,7 @@ from transformers.core_model_loading import WeightConverter
 
 from nybble.layers.convert import adapters_of
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features
+from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.token_rows import token_rows
 from nybble.layers.trained import TrainedModule, trained_modules
 from nybble.runs.adapter_files import (
@@ -27,6 +28,7 @@ from nybble.runs.adapter_files import (
     WEIGHTS_NAME,
     StoredAdapter,
 )
+from nybble.runs.expert_keys import expert_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,8 +37,13 @@ if TYPE_CHECKING:
 def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
     """PEFT's keys -> fp32 tensors on the CPU."""
     tensors: dict[str, Tensor] = {}
+    experts = [name for name, adapter in adapters.items() if isinstance(adapter, LoraExperts)]
+    stored_as = expert_keys(experts, [name.rpartition(".")[0] for name in experts])
     for name, adapter in adapters.items():
-        tensors |= _named(name, adapter, adapter.lora_A.detach(), adapter.lora_B.detach())
+        a, b = adapter.lora_A.detach(), adapter.lora_B.detach()
+        if isinstance(adapter, LoraExperts):
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, in), (out, r E)
+        tensors |= _named(stored_as.get(name, name), adapter, a, b)
         if isinstance(adapter, DoraLinear):
             tensors[PREFIX + name + MAGNITUDE] = adapter.magnitude.detach().cpu()
     return tensors
@@ -60,8 +67,8 @@ def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
     """What PEFT needs to know to put the model's adapters on its base.
 
     Where experts that checkpoints store one by one are one tensor in the model, PEFT takes every target module of their
-    names (`gate_proj`) for the experts. Other layers of these names are targets as parameters, which it leaves alone;
-    those have no dropout in PEFT.
+    names (`gate_proj`) for the experts. Other layers of these names are targets as parameters, which it leaves alone,
+    and so are experts with adapters of their own; those have no dropout in PEFT.
     """
     adapters = adapters_of(model)
     first = next(iter(adapters.values()))
@@ -69,11 +76,13 @@ def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
     alpha, alpha_pattern = _usual_and_others({name: adapter.alpha for name, adapter in adapters.items()})
     patterns = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
     taken = _names_of_merged_experts(model)
-    as_parameters = [name for name in adapters if name.rpartition(".")[2] in taken]
-    as_modules = [name for name in adapters if name not in as_parameters]
+    experts = [name for name, adapter in adapters.items() if isinstance(adapter, LoraExperts)]
+    others = [name for name in adapters if name not in experts]
+    as_parameters = [*experts, *(f"{name}.weight" for name in others if name.rpartition(".")[2] in taken)]
+    as_modules = [name for name in others if f"{name}.weight" not in as_parameters]
     parameters: dict[str, Any] = {}
     if as_parameters:
-        parameters["target_parameters"] = sorted(f"{name}.weight" for name in as_parameters)
+        parameters["target_parameters"] = sorted(as_parameters)
     if any(isinstance(adapter, DoraLinear) for adapter in adapters.values()):
         parameters["use_dora"] = True
     if modules := trained_modules(model):

@@ -76,6 +76,12 @@ class BlockParts:
         passed = sum(self.passed_experts * rows * columns for _, _, rows, columns in self.stacks)
         return self.linear_elements - self.stack_elements + passed
 
+    def touched_elements(self, tokens: int) -> int:
+        """Elements in four bits that so many tokens meet together, at most."""
+        met = tokens * self.passed_experts
+        touched = sum(min(num, met) * rows * columns for _, num, rows, columns in self.stacks)
+        return self.linear_elements - self.stack_elements + touched
+
     @property
     def multiplied_elements(self) -> int:
         """Elements of the matrices that one token is multiplied with."""

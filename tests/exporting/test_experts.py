@@ -1,0 +1,58 @@
+"""A run with adapters on every expert: gone on with to the bit, merged, and each expert's ΔW asked after."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nybble.exporting.arrival import experts_arrived
+from nybble.exporting.artefact import Artefact, write
+from nybble.exporting.merged_source import MergedSource
+from nybble.options.use_groups import ArtefactKind, GgufType
+from nybble.options.verbs import load_config
+from nybble.runs.open_run import load_tuned, open_run
+from nybble.training.session import train
+
+EXPERT = "model.layers.1.mlp.experts.down_proj"
+
+
+@pytest.fixture
+def run(tiny_mixture: Path, data: Path, tmp_path: Path) -> Path:
+    def options(name: str, **others: object):
+        given = {
+            "model": str(tiny_mixture),
+            "data": str(data),
+            "out": str(tmp_path / name),
+            "rows_per_step": 8,
+            "lr": 0.02,
+        }
+        given |= {"target_modules": "all-linear,experts", "rank": 2, "compute_dtype": "fp32", "save_every": 2}
+        return load_config(None, given | others)
+
+    train(options("run", max_steps=4))
+    train(options("again", max_steps=2))
+    train(options("again", max_steps=4, resume=True, allow_change="config"))
+    files = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "again")]
+    assert files[0] == files[1]
+    return tmp_path / "run"
+
+
+def test_each_experts_delta_is_in_the_merged_model(run: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    opened, ids = open_run(run), torch.arange(5, 25)[None]
+    folder = tmp_path / "merged"
+    write(opened, Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized"), folder)
+    merged = MergedSource(opened, "dequantized")
+    (check,) = experts_arrived(merged, ArtefactKind.DENSE, folder, None)
+    assert check.passed and check.found.startswith("24 of 24"), check
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+    ours = load_tuned(opened, torch.float32, torch.device("cpu"))(input_ids=ids).logits
+    assert float((ours - theirs).norm() / ours.norm()) < 0.02, "what bf16 loses"
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors[EXPERT][2] = merged.read_base_expert(EXPERT, 2).to(tensors[EXPERT].dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (check,) = experts_arrived(merged, ArtefactKind.DENSE, folder, None)
+    assert not check.passed and f"23 of 24; not {EXPERT}.2 (0%)" in check.found, check
