@@ -141,9 +141,18 @@ class LoadedOptions(PathOptions):
 
 
 class SynthOptions(Options, group="Model"):
-    shape: Literal["llama-2-70b", "llama-65b", "llama-3-8b", "llama-3.2-1b", "smollm2-360m", "smollm2-135m", "tiny"] = (
-        knob(..., "Model whose shape to take.")
-    )
+    shape: Literal[
+        "llama-2-70b",
+        "llama-65b",
+        "llama-3-8b",
+        "mixtral-8x7b",
+        "qwen3-30b-a3b",
+        "qwen3-30b-a3b-8-layers",
+        "llama-3.2-1b",
+        "smollm2-360m",
+        "smollm2-135m",
+        "tiny",
+    ] = knob(..., "Model whose shape to take.")
     out: Folder = knob(..., **NEW_FOLDER)
     seed: Seed = knob(0, "Seed of the weights.")
 
