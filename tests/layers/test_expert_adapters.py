@@ -62,8 +62,8 @@ def test_which_experts_get_adapters_and_what_they_cannot_have(tmp_path):
     assert len(experts) == 4 and not set(linears) & set(experts)
     assert resolve_targets(model, "all-linear,experts") == [*linears, *experts]
     assert resolve_targets(model, "experts.down_proj") == experts[1::2]
-    for option in ({"dora": True}, {"dropout": 0.1}, {"init": "pissa"}):
-        with pytest.raises(ConfigError, match=f"(?s){next(iter(option))} is .*experts.*plain LoRA"):
+    for option in ({"dora": True}, {"dropout": 0.1}, {"init": "pissa"}, {"probed": True}):
+        with pytest.raises(ConfigError, match=r"(?s) is .*experts.*plain LoRA"):
             check_adaptable(model, experts, **option)
     with pytest.raises(ConfigError, match="names 'experts', which is no linear layer"):
         resolve_targets(tiny_model("llama"), "experts")

@@ -245,7 +245,7 @@ def check_adaptable(
         option = found[0].partition(" ")[0]
         raise ConfigError(
             f"{found[0]}, and {experts[0]} gets an adapter.",
-            "Experts get plain LoRA of a given rank: PEFT has no DoRA and no dropout on parameters; they begin with nothing.",
+            "Experts get plain LoRA of a given rank, as PEFT has no DoRA or dropout there; they begin with nothing.",
             f"Leave --{option} out, or experts out of --target-modules.",
         )
     if dora and (ends := sorted(set(names) & set(end_modules(model)))):
