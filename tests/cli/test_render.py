@@ -14,6 +14,7 @@ from nybble.cli.render.terminal import show
 from nybble.cli.render.training import PROMPT_CHARACTERS, show_samples
 from nybble.evaluation.samples import Sample
 from nybble.events import Event, Note, Progress, tracked
+from nybble.exporting.verify import Check, Verification, Verified
 from nybble.sources.bundled import Fetching
 from nybble.training.events import HeldOutLoss, NotPaged, OutOfMemory, Resumed, Step, TrainingBegun, TrainingEnded
 
@@ -120,3 +121,10 @@ def test_samples_are_printed_as_they_are_and_long_prompts_from_their_end() -> No
     shown = console.file.getvalue()
     assert "[bold]" in shown and "start of it" not in shown
     assert all(text in shown for text in ("the reference", "the [base]", "the tuned"))
+
+
+def test_an_artefact_of_scores_is_told_by_its_checks_alone() -> None:
+    checks = [Check("scores", "0.002 from the tuned model's", "at most 0.05, relative", True)]
+    said = printed(Verified(Verification("transformers", {"texts": 18, "same_class": 1.0}, checks)))
+    assert "verified in: transformers" in said and "0.002 from the tuned model's" in said
+    assert "held-out positions" not in said

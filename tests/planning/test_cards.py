@@ -3,6 +3,7 @@ there is one.
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,8 +146,13 @@ def test_pinned_memory_is_counted_beside_a_gpu(on_gpu):
 def test_a_gpu_here_is_measured_once_its_context_is_there(monkeypatch, free, context):
     """On fakes: what is taken is this process's, unless it is too much; and it is not taken from a budget twice."""
     cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free) - 10**8, 24 * 10**9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10**8)
+    fake = SimpleNamespace(
+        mem_get_info=lambda device: (int(free) - 10**8, 24 * 10**9),
+        memory_reserved=lambda device: 10**8,
+        synchronize=lambda device: None,
+        empty_cache=lambda: None,
+    )
+    monkeypatch.setattr(machine, "allocator", lambda device: fake)
     others = 0 if context > 5 * 10**8 else 24 * 10**9 - int(free) - context
     assert machine.context_bytes(cpu) == (context, others)
     monkeypatch.setattr(machine, "has_own_memory", lambda device: True)

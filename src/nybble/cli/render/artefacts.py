@@ -14,7 +14,8 @@ def _(event: Verified, terminal: Terminal) -> None:
         failed = "too little to tell" if verification.outcome == "undecided" else "[red]failed[/red]"
         table.add_row(check.name, check.found, check.needed, "passed" if check.passed else failed)
     terminal.console.print(table)
-    if not (f := verification.figures):
+    f = verification.figures
+    if "positions" not in f:  # it could not be asked, or gives scores, of which the table says all
         return
     where = ", ".join("equal" if at is None else f"differs from token {at} on" for at in f["first_difference"])
     terminal.say(
