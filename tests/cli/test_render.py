@@ -110,7 +110,7 @@ def test_training_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_download_is_announced_where_it_spoils_no_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert printed(Fetching("tiny-model==1.0")) == ""
+    assert printed(Fetching("tiny-model==1.0", 93)) == ""
     assert capsys.readouterr().err == "Fetching tiny-model==1.0 (93 MB, once) with pip.\n"
 
 
