@@ -83,7 +83,9 @@ def test_a_run_on_it_is_planned(stored, data: Path, monkeypatch: pytest.MonkeyPa
     source, folder, _ = stored
     built = []
     build = stored_model.build_skeleton
-    monkeypatch.setattr(stored_model, "build_skeleton", lambda *given: built.append(given) or build(*given))
+    monkeypatch.setattr(
+        stored_model, "build_skeleton", lambda *given, **more: built.append(given) or build(*given, **more)
+    )
     config = load_config(None, {"model": "in memory", "data": str(data), "out": str(folder / "run")})
     memory = config.memory
 
