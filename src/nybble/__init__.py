@@ -18,7 +18,7 @@ from nybble import openmp as openmp  # first: what it sets counts only until tor
 if TYPE_CHECKING:
     from nybble.api.artefacts import export, merge
     from nybble.api.data import check_data
-    from nybble.api.evaluate import evaluate, evaluate_quality
+    from nybble.api.evaluate import compare, evaluate, evaluate_quality
     from nybble.api.parts import Model, TrainingData, add_adapters, load, load_data, open_model
     from nybble.api.plan import PlanResult, plan
     from nybble.api.quantize import QuantizedModel, quantize, synth
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nybble.api.serve import serve
     from nybble.api.train import train
     from nybble.errors import NybbleError
+    from nybble.evaluation.compare_methods import MethodsCompared
     from nybble.evaluation.evaluate import Evaluation
     from nybble.events import Event, Listener
     from nybble.exporting.artefact import ExportResult
@@ -40,6 +41,7 @@ __all__ = [
     "ExportResult",
     "Listener",
     "MergesCompared",
+    "MethodsCompared",
     "Model",
     "NybbleError",
     "PlanResult",
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "add_adapters",
     "check_data",
+    "compare",
     "evaluate",
     "evaluate_quality",
     "export",
@@ -70,7 +73,7 @@ _MODULES = {  # of each exported name; the imports above say the same to type ch
     for module, names in {
         "api.artefacts": ("export", "merge"),
         "api.data": ("check_data",),
-        "api.evaluate": ("evaluate", "evaluate_quality"),
+        "api.evaluate": ("compare", "evaluate", "evaluate_quality"),
         "api.parts": ("Model", "TrainingData", "add_adapters", "load", "load_data", "open_model"),
         "api.plan": ("PlanResult", "plan"),
         "api.quantize": ("QuantizedModel", "quantize", "synth"),
@@ -78,6 +81,7 @@ _MODULES = {  # of each exported name; the imports above say the same to type ch
         "api.serve": ("serve",),
         "api.train": ("train",),
         "errors": ("NybbleError",),
+        "evaluation.compare_methods": ("MethodsCompared",),
         "evaluation.evaluate": ("Evaluation",),
         "events": ("Event", "Listener"),
         "exporting.artefact": ("ExportResult",),

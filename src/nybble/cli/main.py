@@ -6,6 +6,7 @@ import typer
 
 import nybble
 from nybble.cli.chat import chat
+from nybble.cli.compare import compare
 from nybble.cli.data import check
 from nybble.cli.doctor import doctor
 from nybble.cli.eval import evaluate, quality
@@ -52,6 +53,7 @@ def _nybble(
 add_verb(app, "train", train, verbs.TrainConfig)
 add_verb(app, "chat", chat, verbs.ChatConfig)
 add_verb(app, "plan", plan, verbs.PlanConfig)
+add_verb(app, "compare", compare, verbs.CompareConfig)
 add_verb(app, "quantize", quantize, verbs.QuantizeConfig)
 add_verb(app, "synth", synth, verbs.SynthConfig)
 add_verb(app, "serve", serve, verbs.ServeConfig)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from nybble.errors import ConfigError
-from nybble.options.groups import CalibrationOptions, PathOptions
+from nybble.options.groups import CalibrationOptions, LengthOptions, PathOptions
 from nybble.options.option import Folder, Name, Options, Seed, Sources, knob, split_names
 
 NEW_FOLDER: Any = {"description": "Folder to write; it must not exist, or be empty.", "aliases": ("output_dir",)}
@@ -30,6 +30,24 @@ class ComparisonOptions(Options, group="Comparison"):
     )
     eval_tokens: int = knob(16384, "Held-out tokens to compare on.", ge=64)
     out: Folder | None = knob(None, "Folder for quality.json and quality.png; neither is written if not given.")
+
+
+class ComparedLength(LengthOptions):
+    """How long each method trains."""
+
+    max_steps: int = knob(30, "Optimizer steps of each method, over the same rows in the same order.", ge=2)
+
+
+class ComparedMethods(Options, group="Comparison"):
+    methods: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
+        ("full", "lora", "nf4:absmax", "nf4:calibrated"),
+        "What to compare, in this order: full, lora, and QLoRA as format:quality pairs.",
+    )
+    lr: float = knob(2e-4, "Peak learning rate of adapters.", gt=0, aliases=("learning_rate",))
+    full_lr: float = knob(2e-5, "Peak learning rate of full fine-tuning; usually a tenth of that of adapters.", gt=0)
+    out: Folder = knob(
+        ..., "Folder of the comparison and of its runs. What is finished there stays: the same command goes on."
+    )
 
 
 class OpenedRun(Options, group="Run"):

@@ -259,6 +259,19 @@ class EvalQualityConfig(Verb):
     machine: groups.ComputeOptions
 
 
+class CompareConfig(Verb):
+    """What `nybble compare` needs to know."""
+
+    model: groups.ModelOptions
+    data: groups.DataOptions
+    calibration: groups.CalibrationOptions
+    adapters: adapter_groups.NewAdapters
+    memory: groups.BatchOptions
+    loop: use_groups.ComparedLength
+    machine: groups.MachineOptions
+    comparison: use_groups.ComparedMethods
+
+
 class DataConfig(Verb):
     """What `nybble data check` needs to know."""
 

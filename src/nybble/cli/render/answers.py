@@ -5,10 +5,12 @@ import math
 from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.evaluation.classes import ScoresEvaluated
 from nybble.evaluation.compare_arms import ArmsCompared
+from nybble.evaluation.compare_methods import PLOT, MethodsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
 from nybble.evaluation.preferences import Preferences
 from nybble.evaluation.scores import Estimate
 from nybble.serving.server import ServerReady
+from nybble.units import format_bytes
 
 
 @show.register
@@ -85,3 +87,23 @@ def _(event: ArmsCompared, terminal: Terminal) -> None:
 def _(event: ServerReady, terminal: Terminal) -> None:
     terminal.say(f"models: {', '.join(event.models)}")
     terminal.say(f"listening on {event.url}")
+
+
+@show.register
+def _(event: MethodsCompared, terminal: Terminal) -> None:
+    """A line for each method, and what was left out."""
+    figures = ("peak", "planned", "tokens/s", "loss before", "after", "retention", "it leaves", "lr")
+    table = new_table("methods, compared", ["method", *figures], right=figures)
+    for found in event.results:
+        retention = "" if found.retention is None else f"{found.retention:.0%}"
+        sizes = [format_bytes(size) for size in (found.peak_bytes, found.planned_bytes)]
+        losses = [f"{loss:.4f}" for loss in (found.loss_before, found.loss_after)]
+        leaves, lr = format_bytes(found.artefact_bytes), f"{found.lr:g}"
+        table.add_row(found.method, *sizes, f"{found.tokens_per_s:.0f}", *losses, retention, leaves, lr)
+    terminal.console.print(table)
+    for left in event.left_out:
+        planned = "" if left.planned_bytes is None else f" ({format_bytes(left.planned_bytes)} planned)"
+        terminal.say(f"left out: {left.method}{planned}: {left.reason}")
+    for note in event.notes:
+        terminal.say(note)
+    terminal.say(f"{event.folder / PLOT}")
