@@ -21,7 +21,7 @@ from nybble.evaluation.compare_arms import Arm, parse_arm
 from nybble.events import Event, Listener, Note, Progress, silent
 from nybble.files.disk import disk_errors, write_complete
 from nybble.options.option import build_options, fields_of, flat, yaml_key
-from nybble.options.verbs import CompareConfig, PlanConfig, TrainConfig, config_text
+from nybble.options.verbs import CompareConfig, PlanConfig, TrainConfig, config_text, settle_method
 from nybble.pictures import picture
 from nybble.planning.from_config import plan_from_config
 from nybble.runs.events import read_events
@@ -217,7 +217,7 @@ def _try(
         return reason
     run = RunFolder(Path(options["out"]))
     settings = run.path.with_name(f"{run.path.name}.yaml")
-    write_complete(settings, config_text(build_options(TrainConfig, options)))
+    write_complete(settings, config_text(settle_method(build_options(TrainConfig, options))))
     log = run.path.with_name(f"{run.path.name}.log")
     resumes = any(run.checkpoints.glob("step-*"))
     code = _train(name, settings, log, run, options["max_steps"], resumes, interrupt, report)
