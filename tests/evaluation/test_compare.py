@@ -13,8 +13,9 @@ from tiny import make_data
 from typed import typed
 
 import nybble
+from nybble.cli import method_process
 from nybble.errors import ConfigError
-from nybble.evaluation import compare_methods, method_process
+from nybble.evaluation import compare_methods
 from nybble.evaluation.compare_methods import MethodResult
 from nybble.runs.events import read_events
 

@@ -20,6 +20,7 @@ from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.evaluation.compare_arms import Arm, parse_arm
 from nybble.events import Event, Listener, Note, Progress, silent
 from nybble.files.disk import disk_errors, write_complete
+from nybble.formats.format import DEFAULT_FORMAT
 from nybble.options.option import build_options, fields_of, flat, yaml_key
 from nybble.options.verbs import CompareConfig, PlanConfig, TrainConfig, config_text, settle_method
 from nybble.pictures import picture
@@ -162,7 +163,7 @@ def _arm_of(name: str) -> Arm:
     try:
         return parse_arm(name)
     except ConfigError as error:
-        fix = "For instance --methods full,lora,nf4:absmax."
+        fix = f"For instance --methods full,lora,{DEFAULT_FORMAT}:absmax."
         raise ConfigError(f"methods names {name!r}.", f"Allowed: full, lora, or {error.allowed[9:]}", fix) from None
 
 
@@ -258,7 +259,7 @@ def _train(
 
     An interrupt is handed on: the other process, in a group of its own, finishes its step and saves.
     """
-    command = [sys.executable, "-m", "nybble.evaluation.method_process", str(settings)]
+    command = [sys.executable, "-m", "nybble.cli.method_process", str(settings)]
     report(Progress(name, 0, steps))
     with log.open("ab") as output:
         process = subprocess.Popen(
