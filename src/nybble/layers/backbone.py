@@ -31,7 +31,7 @@ from nybble.layers.projection import DenseWeights
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
-from nybble.layers.trained import trained_modules
+from nybble.layers.trained import frozen, trained_modules
 from nybble.sizes import SHAPE_RULES
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ class FusedForward:
     def asks_for_nothing(self) -> bool:
         """Whether a pass needs nothing but what lies in the memory that it computes in, draws nothing, and waits for
         nobody."""
-        waits = any(block.attention_waits(self.norm.weight) for block in self.blocks) or angles_by_length(self.model)
+        waits = any(block.attention_waits(self._computed_in) for block in self.blocks) or angles_by_length(self.model)
         # What DoRA's rows are scaled by is computed when a step has changed it, which a graph would not do again.
         scales = any(isinstance(adapter, DoraLinear) for block in self.blocks for adapter in block.adapters)
         own = self.weights.store is None and self.kept is None
@@ -237,7 +237,13 @@ class FusedForward:
     def refresh_adapters(self) -> None:
         """Bring copies of adapters up to date: together, not among what the blocks free."""
         for block in self.blocks:
-            block.refresh_adapters(self.norm.weight.dtype)
+            block.refresh_adapters(self._computed_in.dtype)
+
+    @property
+    def _computed_in(self) -> Tensor:
+        """A tensor in the dtype and on the device that the blocks compute in."""
+        weight: Tensor = frozen(self.norm.module).weight
+        return weight
 
     def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
         """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""

@@ -66,6 +66,11 @@ def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if _is_fraction(value) else value
 
 
+def frozen(module: nn.Module) -> Any:
+    """A module as it was before anything of it was trained whole."""
+    return module.base if isinstance(module, TrainedModule) else module
+
+
 def trained_modules(model: nn.Module) -> dict[str, TrainedModule]:
     """Every module of the model that is trained whole, by the name of the module it stands for."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TrainedModule)}
