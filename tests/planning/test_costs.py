@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.loss_head import LossHead
@@ -213,3 +213,37 @@ def test_files_that_a_cgroup_caches_are_free(tmp_path, stat, cached):
     for name, content in {"memory.max": "70", "memory.current": "50", "memory.stat": stat}.items():
         (tmp_path / name).write_text(content + "\n")
     assert list(_left_in_cgroups(["0::/"], tmp_path)) == [20 + cached]
+
+
+def saved_bytes(config: BertConfig, ids: torch.Tensor) -> int:
+    """Of all storages that autograd saves in the layers of an encoder that is trained, each once."""
+    encoder = BertModel._from_config(config, dtype=torch.float32).encoder.requires_grad_(False).train()
+    states, seen = torch.randn(*ids.shape, config.hidden_size, requires_grad=True), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    parameters = {parameter.untyped_storage()._cdata for parameter in encoder.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = encoder(states).last_hidden_state
+    assert result.requires_grad
+    return sum(size for key, size in seen.items() if key not in parameters)
+
+
+def test_what_a_model_drops_itself_is_counted():
+    """Of an encoder: masks, and the attention matrix, which no kernel with dropout does without."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 96}
+    ids = torch.zeros(3, 32, dtype=torch.long)
+    batches = MicroBatches(ids.numel(), 3, ids.shape[1], 1, 0, 0, 0)
+    found, planned = [], []
+    for share in (0.0, 0.1):
+        config = BertConfig(**sizes, hidden_dropout_prob=share, attention_probs_dropout_prob=share, vocab_size=64)
+        found.append(saved_bytes(config, ids))
+        with torch.device("meta"):
+            shape = shape_of(BertForSequenceClassification(config))
+        run = RunShape(shape, batches, 0, 8, 4, QuantSpec(), "generic", "everything", SHAPE_RULES["cpu"])
+        planned.append(kept_bytes(run))
+    assert found[1] - found[0] > 4 * ids.numel() * sizes["num_attention_heads"] * ids.shape[1], "matrices are kept"
+    assert 0.9 * (found[1] - found[0]) <= planned[1] - planned[0] <= 1.5 * (found[1] - found[0])

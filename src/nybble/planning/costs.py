@@ -236,7 +236,8 @@ def module_bytes(run: RunShape) -> int:
     (input and normalised), then in the compute dtype the inputs of every product and of every elementwise function;
     with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled; where
     there are experts each token's state once for each that it is sent to, what they make of it, that weighted, and that
-    in the tokens' order.
+    in the tokens' order. Where the model itself drops: masks of what attention and the MLP give, and, since no kernel
+    then does without it, the attention matrix before and after, and its mask.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
@@ -247,6 +248,8 @@ def module_bytes(run: RunShape) -> int:
     dropped = (c + 1) * inputs_again if run.dropout else 0  # inputs again, and masks
     outputs = max(sum(width for _, _, width in block.linears) for block, _ in run.model.parts.blocks)
     turned = c * outputs if run.dora else 0  # what is scaled
+    dropped += 2 * c * h if run.model.dropped_states else 0  # PyTorch's masks are factors, in the dtype of the states
+    dropped += 3 * c * run.model.num_heads * run.batches.longest_row if run.model.dropped_attention else 0
     return norms + c * (inputs + mlp + 14 * r) + dropped + turned
 
 

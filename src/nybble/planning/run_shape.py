@@ -26,6 +26,7 @@ class ModelShape:
         query_width, key_value_width: of all heads together; h where no layer is called so.
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
+        dropped_states, dropped_attention: the model itself drops parts of these while it is trained.
         input_norms, added_norms: norms in a block of what attention and the MLP read, and of what they add to the
             states.
         normed_heads: queries and keys are normed.
@@ -45,6 +46,8 @@ class ModelShape:
     key_value_width: int
     intermediate_size: int
     narrow_ends: bool
+    dropped_states: bool = False
+    dropped_attention: bool = False
     input_norms: int = 2
     added_norms: int = 0
     normed_heads: bool = False

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.layers.dense import narrow_ends
@@ -35,8 +37,16 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         key_value_width=key_value,
         intermediate_size=max((_mlp_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
+        dropped_states=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
+        dropped_attention=_drops_attention(config),
         **_of_family(family, config),
     )
+
+
+def _drops_attention(config: Any) -> bool:
+    """Whether parts of the attention matrix are dropped, under whichever name a config says it."""
+    shares = (value for name, value in config.to_dict().items() if "drop" in name and "att" in name)
+    return any(isinstance(share, float) and share > 0 for share in shares)
 
 
 def _of_family(family: Family | None, config: Any) -> dict[str, Any]:
