@@ -73,7 +73,7 @@ def test_help_shows_each_option_once_with_its_default() -> None:
     text = " ".join(typed(["train", "--help"], env={"COLUMNS": "300"}).stdout.split())
     for name in fields_of(TrainConfig):
         assert len(re.findall(rf"│ --{name.replace('_', '-')} ", text)) == 1
-    assert "Rank of each adapter. (default: 16)" in text
+    assert "what their first gradients need. (default: 16)" in text
     assert "(default: on)" in text and "(required)" in text
 
 

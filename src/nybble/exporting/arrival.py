@@ -41,7 +41,9 @@ def _check(moved: Iterable[Moved], least: float) -> Check:
     lost = [each for each in found_in if not abs(each.share - 1) <= 1 - least + DEVIATIONS * each.noise]
     found = f"{len(found_in) - len(lost)} of {len(found_in)}"
     if lost:
-        found += "; not " + ", ".join(f"{each.name} ({each.share:.0%})" for each in lost[:SHOWN])
+        found += "; not " + ", ".join(
+            f"{each.name} ({round(each.share, 2) + 0.0:.0%})" for each in lost[:SHOWN]
+        )  # no -0%
         found += f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
     if faint := sum(DEVIATIONS * each.noise > FAINT for each in found_in):
         found += f"; {faint} too faint beside the rounding to tell"

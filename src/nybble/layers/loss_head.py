@@ -127,13 +127,13 @@ class LossHead:
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """As `Head` says."""
-        matrix = self.weight if isinstance(self.weight, Tensor) and self.weight.requires_grad else None
+        matrix = self.weight if _is_trained(self.weight) else None
         return _LossFunction.apply(hidden, self, targets, denominator, weights, *self._low_rank(hidden), matrix)
 
     @property
     def is_trained(self) -> bool:
         """Whether anything of the head gets a gradient."""
-        return self.adapter is not None or (isinstance(self.weight, Tensor) and self.weight.requires_grad)
+        return self.adapter is not None or _is_trained(self.weight)
 
     def _low_rank(self, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """scaling · x · Aᵀ `(N, r)` and B `[vocabulary, r]` in the dtype of x; None without an adapter."""
@@ -302,6 +302,11 @@ class _LossFunction(torch.autograd.Function):
         return grad_hidden, None, None, None, None, grad_low, grad_b, grad_matrix
 
 
+def _is_trained(weight: Tensor | HeadMatrix) -> bool:
+    """Whether it gets a gradient; what lies on a disk never does."""
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor, panel_rows: int) -> None:
     """total += leftᵀ · right; where that is in fp32 and they are not, so many rows at a time."""
     if left.dtype == total.dtype:
@@ -460,7 +465,7 @@ def loss_head(model: "PreTrainedModel") -> Head:
     if not is_plain(output) or isinstance(output, TrainedModule):
         return own
     weight = master_of(linear)
-    if linear.bias is not None and weight.requires_grad:
+    if linear.bias is not None and _is_trained(weight):
         return own  # through which a bias gets its gradient
     width = weight.shape[1]
     if getattr(model.config.get_text_config(), "hidden_size", width) != width:
