@@ -19,6 +19,8 @@ from nybble.exporting.merged_source import MergedSource
 from nybble.layers.convert import enable_adapters
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import save_dense_folder
+from nybble.runs.adapter_files import TOKENS, StoredAdapter
+from nybble.runs.adapter_writing import write_plain_adapter
 from nybble.runs.open_run import load_tuned, open_run
 from nybble.training.session import train
 
@@ -116,3 +118,15 @@ def test_where_it_does_not_fit(start: Callable[..., Path], tmp_path: Path) -> No
     (tmp_path / "plain.jsonl").write_text('{"prompt": "What is one?", "completion": "One."}\n' * 9)
     with pytest.raises(ConfigError, match="no token that the base never learnt"):
         start(data=str(tmp_path / "plain.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_plain_adapter_of_twice_the_rank_has_the_rows_too(start: Callable[..., Path], tmp_path: Path) -> None:
+    """What pissa took out of the base is told apart from what was learnt; the rows are as they were."""
+    opened = open_run(start(init="pissa", format="nf4", max_steps=1))
+    (tmp_path / "plain").mkdir()
+    write_plain_adapter(StoredAdapter(opened.trained, on_original=True), opened.source.skeleton, tmp_path / "plain")
+    written, kept = load_file(tmp_path / "plain" / "adapter_model.safetensors"), load_file(opened.run.path / WEIGHTS)
+    rows = [key for key in kept if key.endswith(TOKENS)]
+    assert rows and all(torch.equal(written[key], kept[key]) for key in rows)
+    assert StoredAdapter(tmp_path / "plain").tokens == StoredAdapter(opened.trained).tokens
