@@ -151,7 +151,7 @@ def write_plain_adapter(adapter: "StoredAdapter", model: nn.Module, folder: Path
         pair = adapter.matrices(name, *linear_features(model.get_submodule(name)))
         tensors |= {f"{PREFIX}{name}.{leaf}": each for leaf, each in zip(LINEAR, pair, strict=True)}
     for name in adapter.tokens:
-        tensors[PREFIX + name + TOKENS] = adapter.token_rows(name, model.get_submodule(name).weight.shape[1])
+        tensors[PREFIX + name + TOKENS] = adapter.token_rows(name, model.get_parameter(f"{name}.weight").shape[1])
     for name in adapter.modules:
         weights = adapter.module_weights(name, model.get_submodule(name))
         tensors |= {f"{PREFIX}{name}.{leaf}": weight for leaf, weight in weights.items()}
