@@ -1,19 +1,30 @@
 """What a causal language model and one that scores texts have in common, as training sees them."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from nybble.data.packing import Batch
 from nybble.errors import ModelError
-from nybble.layers.backbone import Backbone, FusedForward, KeptTensors, Layout, Reason
-from nybble.layers.convert import trained_parameters
+from nybble.layers.backbone import (
+    Backbone,
+    FusedForward,
+    KeptTensors,
+    Layout,
+    ModuleForward,
+    Reason,
+    Why,
+    why_not_blocks,
+)
+from nybble.layers.convert import adapters_of, trained_parameters
 from nybble.layers.decoder_block import Keep
-from nybble.layers.probe import Difference
+from nybble.layers.full_weights import trains_weights
+from nybble.layers.probe import Difference, Probe
 from nybble.layers.regularisers import Regularisers
-from nybble.layers.streamed import BlockStore
+from nybble.layers.rotary import length_of_change, rotate_rows_alone
+from nybble.layers.streamed import BlockStore, attach_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +75,12 @@ class BatchModel:
         module: the transformers model. Adapters attached later are not seen: make another of it then.
         backbone: from tokens to final hidden states.
         verdict: which way that is, and why.
+
+    Attributes:
+        probe: asks whether a way agrees with the model's own forward.
     """
+
+    probe: ClassVar[type[Probe]] = Probe
 
     def __init__(self, module: "PreTrainedModel", backbone: Backbone, verdict: Verdict):
         self.module, self.backbone, self.verdict = module, backbone, verdict
@@ -80,7 +96,8 @@ class BatchModel:
         store: BlockStore | None = None,
         kept: KeptTensors | None = None,
     ) -> Self:
-        """The way through the model that agrees with its own forward.
+        """The first way through the model that agrees with its own forward: decoder blocks where they know it and rows
+        are packed, else its modules, in the first layout of rows that does.
 
         Args:
             module: loaded, and with its adapters, if it is to have any.
@@ -93,6 +110,68 @@ class BatchModel:
         Raises:
             ModelError: no way gives what the model's own forward gives; the message names what differs.
         """
+        rotate_rows_alone(module)
+        head = cls._head_of(module)
+        probe: Probe | None = None
+        dropout = any(adapter.dropout for adapter in adapters_of(module).values())
+        reason = why_not_blocks(module, packing=packing, dropout=dropout, full=trains_weights(module))
+        reason = reason or cls._why_not_blocks(module, head)
+        if reason is None:
+            forward = FusedForward(module, keep, store, kept, whole_blocks)
+            fused = cls._through(module, forward, head, Verdict("blocks", "packed"))
+            if length_of_change(module) is None:  # what blocks know else, they know whatever the model's weights
+                return fused
+            if store is not None:
+                attach_store(module, store)
+            probe = cls.probe(module, store)
+            difference = probe.difference(fused)
+            if difference is None:
+                return fused
+            reason = Reason(Why.DIFFERENCE, difference.part)
+        if store is not None:
+            attach_store(module, store)
+        probe = probe or cls.probe(module, store)
+        refused: list[tuple[Layout, Difference]] = []
+        for layout in cls._layouts(head, packing):
+            verdict = Verdict("generic", layout, cls._is_own(head), reason, tuple(refused))
+            modules = ModuleForward(module, layout, checkpointing=keep != "everything", store=store, kept=kept)
+            model = cls._through(module, modules, head, verdict)
+            found = probe.difference(model)
+            if found is None:
+                return model
+            refused.append((layout, found))
+        raise cls._refused(module, refused[-1][1])
+
+    # ---- what kinds of models differ in
+
+    @classmethod
+    def _head_of(cls, module: "PreTrainedModel") -> Any:
+        """What comes between the last states and what the model gives."""
+        raise NotImplementedError
+
+    @classmethod
+    def _is_own(cls, head: Any) -> bool:
+        """Whether that is the model's own forward."""
+        raise NotImplementedError
+
+    @classmethod
+    def _through(cls, module: "PreTrainedModel", backbone: Backbone, head: Any, verdict: Verdict) -> Self:
+        raise NotImplementedError
+
+    @classmethod
+    def _why_not_blocks(cls, module: "PreTrainedModel", head: Any) -> Reason | None:
+        """What speaks against decoder blocks beside what holds for all models."""
+        return None
+
+    @classmethod
+    def _layouts(cls, head: Any, packing: bool) -> tuple[Layout, ...]:
+        """Of rows, in the order in which they are tried."""
+        layouts: tuple[Layout, ...] = get_args(Layout)
+        return layouts[0 if packing else 1 :]
+
+    @classmethod
+    def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
+        """What is said where no way agrees."""
         raise NotImplementedError
 
     @property

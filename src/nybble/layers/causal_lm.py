@@ -8,33 +8,19 @@
 `Verdict` says which, and why.
 """
 
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
 from nybble.data.packing import Batch
 from nybble.errors import ModelError
-from nybble.layers.backbone import (
-    Backbone,
-    FusedForward,
-    KeptTensors,
-    Layout,
-    ModuleForward,
-    Reason,
-    Why,
-    why_not_blocks,
-)
+from nybble.layers.backbone import Backbone
 from nybble.layers.batch_model import BatchModel, Verdict
-from nybble.layers.convert import adapters_of
-from nybble.layers.decoder_block import Keep
-from nybble.layers.full_weights import trains_weights
 from nybble.layers.log_probs import log_probs
 from nybble.layers.loss_head import Denominator, Head, OwnHead, loss_head
-from nybble.layers.probe import Difference, Probe
+from nybble.layers.probe import Difference
 from nybble.layers.regularisers import Regularisers
-from nybble.layers.rotary import length_of_change, rotate_rows_alone
-from nybble.layers.streamed import BlockStore, attach_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,46 +45,25 @@ class CausalLM(BatchModel):
         self.head = head
 
     @classmethod
-    def of(
-        cls,
-        module: "PreTrainedModel",
-        *,
-        keep: Keep = "nothing",
-        whole_blocks: int = 0,
-        packing: bool = True,
-        store: BlockStore | None = None,
-        kept: KeptTensors | None = None,
-    ) -> "CausalLM":
-        """Through decoder blocks where they know the model and rows are packed, else through its modules.
+    def _head_of(cls, module: "PreTrainedModel") -> Head:
+        return loss_head(module)
 
-        Args:
-            module: loaded, and with its adapters, if it is to have any.
-            keep: what a layer keeps for its backward pass; less takes less memory and more time.
-            whole_blocks: but the last so many decoder blocks keep everything.
-            packing: rows side by side are wanted. Where the model would mix them, they are padded all the same.
-            store: of a streamed base's blocks.
-            kept: takes what is kept for backward; memory does where it is None.
+    @classmethod
+    def _is_own(cls, head: Head) -> bool:
+        return isinstance(head, OwnHead)
 
-        Raises:
-            ModelError: no way gives what the model's own forward and loss give; the message names what differs.
-        """
-        rotate_rows_alone(module)
-        probe: Probe | None = None
-        dropout = any(adapter.dropout for adapter in adapters_of(module).values())
-        reason = why_not_blocks(module, packing=packing, dropout=dropout, full=trains_weights(module))
-        if reason is None:
-            forward = FusedForward(module, keep, store, kept, whole_blocks)
-            fused = cls(module, forward, loss_head(module), Verdict("blocks", "packed"))
-            if length_of_change(module) is None:  # what blocks know else, they know whatever the model's weights
-                return fused
-            if store is not None:
-                attach_store(module, store)
-            probe = Probe(module, store)
-            difference = probe.difference(fused)
-            if difference is None:
-                return fused
-            reason = Reason(Why.DIFFERENCE, difference.part)
-        return _through_modules(module, keep, packing, reason, store, kept, probe)
+    @classmethod
+    def _through(cls, module: "PreTrainedModel", backbone: Backbone, head: Head, verdict: Verdict) -> Self:
+        return cls(module, backbone, head, verdict)
+
+    @classmethod
+    def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
+        return ModelError(
+            f"nybble cannot train {type(module).__name__} on its own loss: {difference.part} differs by "
+            f"{difference.size:.1%} from its own forward's, also for a row alone.",
+            "Allowed: models whose loss comes from their decoder's last states, token by token.",
+            "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
+        )
 
     @property
     def device(self) -> torch.device:
@@ -180,35 +145,3 @@ class CausalLM(BatchModel):
         """From now on these are part of a training step: of `loss`, and of `hidden` while the model trains."""
         super().regularise(regularisers)
         self.head = self.head.with_regularisers(regularisers)
-
-
-def _through_modules(
-    module: "PreTrainedModel",
-    keep: Keep,
-    packing: bool,
-    reason: Reason,
-    store: BlockStore | None,
-    kept: KeptTensors | None,
-    probe: Probe | None,
-) -> CausalLM:
-    """In the first layout that agrees with the model's own forward and loss."""
-    head = loss_head(module)
-    if store is not None:
-        attach_store(module, store)
-    probe = probe or Probe(module, store)
-    refused: list[tuple[Layout, Difference]] = []
-    for layout in get_args(Layout)[0 if packing else 1 :]:
-        verdict = Verdict("generic", layout, isinstance(head, OwnHead), reason, tuple(refused))
-        forward = ModuleForward(module, layout, checkpointing=keep != "everything", store=store, kept=kept)
-        model = CausalLM(module, forward, head, verdict)
-        found = probe.difference(model)
-        if found is None:
-            return model
-        refused.append((layout, found))
-    _, difference = refused[-1]
-    raise ModelError(
-        f"nybble cannot train {type(module).__name__} on its own loss: {difference.part} differs by "
-        f"{difference.size:.1%} from its own forward's, also for a row alone.",
-        "Allowed: models whose loss comes from their decoder's last states, token by token.",
-        "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
-    )

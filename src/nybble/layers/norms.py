@@ -17,21 +17,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RMSNorm:
+class _OverModule:
+    module: Any
+    eps: float
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.module.weight
+        return weight.detach()
+
+
+@dataclass(frozen=True)
+class RMSNorm(_OverModule):
     """Over a module's weight.
 
     Args:
         offset: added to the weight.
     """
 
-    module: Any
-    eps: float
     offset: float
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.detach()
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The normed rows and 1 / RMS of each."""
@@ -44,16 +48,8 @@ class RMSNorm:
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNorm(_OverModule):
     """Over a module's weight and, where it has one, bias."""
-
-    module: Any
-    eps: float
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.module.weight
-        return weight.detach()
 
     @property
     def bias(self) -> Tensor | None:

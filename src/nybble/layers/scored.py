@@ -15,23 +15,10 @@ from torch import Tensor
 
 from nybble.data.text_rows import TextBatch, TextRow, collate_texts
 from nybble.errors import ModelError, foreign_errors
-from nybble.layers.backbone import (
-    Backbone,
-    FusedForward,
-    KeptTensors,
-    Layout,
-    ModuleForward,
-    Reason,
-    Why,
-    accepted,
-    why_not_blocks,
-)
+from nybble.layers.backbone import Backbone, Layout, ModuleForward, Reason, Why, accepted
 from nybble.layers.batch_model import BatchModel, Verdict
-from nybble.layers.convert import adapters_of
-from nybble.layers.decoder_block import Keep
 from nybble.layers.probe import ASKED, LENGTHS, Difference, Outcome, Probe, outcome_of
-from nybble.layers.rotary import length_of_change, rotate_rows_alone
-from nybble.layers.streamed import BlockStore, attach_store
+from nybble.layers.rotary import length_of_change
 from nybble.layers.trained import TrainedModule
 
 if TYPE_CHECKING:
@@ -39,96 +26,6 @@ if TYPE_CHECKING:
 
 LAST_TOKEN = "score"  # what transformers calls the matrix that scores a decoder's last state
 DIRECTIONS = torch.tensor([0.7, -0.4, 0.9])  # in which scores are followed, to compare gradients
-
-
-class ScoredModel(BatchModel):
-    """A model of transformers whose head scores texts.
-
-    Args:
-        reads_last: the head is a matrix on the state of the last token; else the model's own forward makes scores.
-    """
-
-    def __init__(self, module: "PreTrainedModel", backbone: Backbone, verdict: Verdict, reads_last: bool):
-        super().__init__(module, backbone, verdict)
-        self.reads_last = reads_last
-
-    @classmethod
-    def of(
-        cls,
-        module: "PreTrainedModel",
-        *,
-        keep: Keep = "nothing",
-        whole_blocks: int = 0,
-        packing: bool = True,
-        store: BlockStore | None = None,
-        kept: KeptTensors | None = None,
-    ) -> Self:
-        """As `BatchModel` says."""
-        rotate_rows_alone(module)
-        reads_last = hasattr(module, LAST_TOKEN)
-        dropout = any(adapter.dropout for adapter in adapters_of(module).values())
-        reason = why_not_blocks(module, packing=packing, dropout=dropout)
-        if reason is None and not reads_last:
-            reason = Reason(Why.HEAD)
-        if reason is None and length_of_change(module) is not None:
-            reason = Reason(Why.OPTION, "angles by a text's length where it is scored")
-        if reason is None:
-            blocks = FusedForward(module, keep, store, kept, whole_blocks)
-            return cls(module, blocks, Verdict("blocks", "packed"), reads_last)
-        if store is not None:
-            attach_store(module, store)
-        probe = ScoreProbe(module, store)
-        layouts: list[Layout] = ["packed"] if packing and reads_last else []
-        refused: list[tuple[Layout, Difference]] = []
-        for layout in [*layouts, "padded", "single"]:
-            verdict = Verdict("generic", layout, not reads_last, reason, tuple(refused))
-            forward = ModuleForward(module, layout, checkpointing=keep != "everything", store=store, kept=kept)
-            model = cls(module, forward, verdict, reads_last)
-            found = probe.difference(model)
-            if found is None:
-                return model
-            refused.append((layout, found))
-        _, difference = refused[-1]
-        raise ModelError(
-            f"nybble cannot train the scores of {type(module).__name__}: {difference.part} differs by "
-            f"{difference.size:.1%} from its own forward's, also for a text alone.",
-            "Allowed: decoders that score the state of a text's last token, and encoders.",
-            "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
-        )
-
-    def collate(self, rows: Sequence[TextRow]) -> TextBatch:
-        """One micro-batch, on the CPU, as the model takes it."""
-        pad = getattr(self.module.config.get_text_config(), "pad_token_id", None)
-        return collate_texts(rows, self.packed, pad or 0)
-
-    def scores(self, batch: TextBatch) -> Tensor:
-        """The scores of each text, fp32 `(documents, labels)`, with their gradient.
-
-        Raises:
-            ModelError: the batch's layout is not the model's.
-        """
-        self._check_layout(batch)
-        if self.reads_last:
-            return self._score(self.hidden(batch))
-        assert isinstance(self.backbone, ModuleForward)
-        return self.backbone.through(partial(self._own_scores, batch)).float()
-
-    def _score(self, states: Tensor) -> Tensor:
-        head: Any = getattr(self.module, LAST_TOKEN)
-        weight = next(head.parameters())
-        scores: Tensor = head(states.float() if isinstance(head, TrainedModule) else states.to(weight.dtype))
-        return scores.float()
-
-    def _own_scores(self, batch: TextBatch) -> Tensor:
-        """`(documents, labels)` by the model's own forward."""
-        if self.backbone.layout != "single" or batch.attention_mask is None:
-            return own_scores(self.module, batch.input_ids, batch.attention_mask, batch.token_types)
-        rows = []
-        for number, length in enumerate(batch.document_lengths):
-            ids = batch.input_ids[number, None, :length]
-            types = None if batch.token_types is None else batch.token_types[number, None, :length]
-            rows.append(own_scores(self.module, ids, torch.ones_like(ids), types))
-        return torch.cat(rows)
 
 
 def own_scores(
@@ -182,3 +79,85 @@ def _followed(scores: Tensor) -> Tensor:
     """A number whose gradient reaches all scores, `(1, labels)`."""
     weights = DIRECTIONS.to(scores.device).repeat(-(-scores.shape[1] // len(DIRECTIONS)))[: scores.shape[1]]
     return (scores * weights).sum()
+
+
+class ScoredModel(BatchModel):
+    """A model of transformers whose head scores texts.
+
+    Args:
+        reads_last: the head is a matrix on the state of the last token; else the model's own forward makes scores.
+    """
+
+    probe = ScoreProbe
+
+    def __init__(self, module: "PreTrainedModel", backbone: Backbone, verdict: Verdict, reads_last: bool):
+        super().__init__(module, backbone, verdict)
+        self.reads_last = reads_last
+
+    @classmethod
+    def _head_of(cls, module: "PreTrainedModel") -> bool:
+        """Whether it is a matrix on the state of the last token."""
+        return hasattr(module, LAST_TOKEN)
+
+    @classmethod
+    def _is_own(cls, head: bool) -> bool:
+        return not head
+
+    @classmethod
+    def _through(cls, module: "PreTrainedModel", backbone: Backbone, head: bool, verdict: Verdict) -> Self:
+        return cls(module, backbone, verdict, head)
+
+    @classmethod
+    def _why_not_blocks(cls, module: "PreTrainedModel", head: bool) -> Reason | None:
+        if not head:
+            return Reason(Why.HEAD)
+        if length_of_change(module) is not None:
+            return Reason(Why.OPTION, "angles by a text's length where it is scored")
+        return None
+
+    @classmethod
+    def _layouts(cls, head: bool, packing: bool) -> tuple[Layout, ...]:
+        return super()._layouts(head, packing and head)
+
+    @classmethod
+    def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
+        return ModelError(
+            f"nybble cannot train the scores of {type(module).__name__}: {difference.part} differs by "
+            f"{difference.size:.1%} from its own forward's, also for a text alone.",
+            "Allowed: decoders that score the state of a text's last token, and encoders.",
+            "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
+        )
+
+    def collate(self, rows: Sequence[TextRow]) -> TextBatch:
+        """One micro-batch, on the CPU, as the model takes it."""
+        pad = getattr(self.module.config.get_text_config(), "pad_token_id", None)
+        return collate_texts(rows, self.packed, pad or 0)
+
+    def scores(self, batch: TextBatch) -> Tensor:
+        """The scores of each text, fp32 `(documents, labels)`, with their gradient.
+
+        Raises:
+            ModelError: the batch's layout is not the model's.
+        """
+        self._check_layout(batch)
+        if self.reads_last:
+            return self._score(self.hidden(batch))
+        assert isinstance(self.backbone, ModuleForward)
+        return self.backbone.through(partial(self._own_scores, batch)).float()
+
+    def _score(self, states: Tensor) -> Tensor:
+        head: Any = getattr(self.module, LAST_TOKEN)
+        weight = next(head.parameters())
+        scores: Tensor = head(states.float() if isinstance(head, TrainedModule) else states.to(weight.dtype))
+        return scores.float()
+
+    def _own_scores(self, batch: TextBatch) -> Tensor:
+        """`(documents, labels)` by the model's own forward."""
+        if self.backbone.layout != "single" or batch.attention_mask is None:
+            return own_scores(self.module, batch.input_ids, batch.attention_mask, batch.token_types)
+        rows = []
+        for number, length in enumerate(batch.document_lengths):
+            ids = batch.input_ids[number, None, :length]
+            types = None if batch.token_types is None else batch.token_types[number, None, :length]
+            rows.append(own_scores(self.module, ids, torch.ones_like(ids), types))
+        return torch.cat(rows)

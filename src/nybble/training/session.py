@@ -25,9 +25,7 @@ from nybble.options.verbs import TrainConfig
 from nybble.planning.planner import Plan, Plans, forward_seconds
 from nybble.planning.request import check_peak
 from nybble.planning.strategies import PlanRequest
-from nybble.runs.base import (
-    RoundingChoice,
-)
+from nybble.runs.base import RoundingChoice
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import write_formats

@@ -56,10 +56,7 @@ void layer_norm(const void* x, int64_t x_stride, int dtype, const void* weight, 
 #define RUN(T, W)                                                                                                  \
     forward_rows((const T*)x, x_stride, (const W*)weight, (const W*)bias, eps, outer, inner, width, (T*)y, y_stride, \
                  stats)
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_BF16) RUN(bf16, bf16);
+    NYBBLE_OF_TWO_TYPES(dtype, weight_dtype, RUN)
 #undef RUN
 }
 
@@ -70,10 +67,7 @@ void layer_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64
 #define RUN(T, W)                                                                                               \
     backward_rows((const T*)dy, dy_stride, (const T*)x, x_stride, (const W*)weight, stats, outer, inner, width, \
                   (T*)dx, dx_stride, accumulate)
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_BF16) RUN(bf16, bf16);
+    NYBBLE_OF_TWO_TYPES(dtype, weight_dtype, RUN)
 #undef RUN
 }
 

@@ -52,10 +52,7 @@ void rms_norm(const void* x, int64_t x_stride, int dtype, const void* weight, in
               float eps, int64_t outer, int64_t inner, int64_t width, void* y, int64_t y_stride, float* rstd) {
 #define RUN(T, W) \
     forward_rows((const T*)x, x_stride, (const W*)weight, weight_offset, eps, outer, inner, width, (T*)y, y_stride, rstd)
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_BF16) RUN(bf16, bf16);
+    NYBBLE_OF_TWO_TYPES(dtype, weight_dtype, RUN)
 #undef RUN
 }
 
@@ -66,10 +63,7 @@ void rms_norm_backward(const void* dy, int64_t dy_stride, const void* x, int64_t
 #define RUN(T, W)                                                                                                 \
     backward_rows((const T*)dy, dy_stride, (const T*)x, x_stride, (const W*)weight, weight_offset, rstd, outer, \
                   inner, width, (T*)dx, dx_stride, accumulate)
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_F32) RUN(float, float);
-    if (dtype == NYBBLE_F32 && weight_dtype == NYBBLE_BF16) RUN(float, bf16);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_F32) RUN(bf16, float);
-    if (dtype == NYBBLE_BF16 && weight_dtype == NYBBLE_BF16) RUN(bf16, bf16);
+    NYBBLE_OF_TWO_TYPES(dtype, weight_dtype, RUN)
 #undef RUN
 }
 

@@ -16,6 +16,13 @@
 // What the C ABI calls an element type; backends/cpp/library.py holds the same numbers.
 enum NybbleDtype : int { NYBBLE_F32 = 0, NYBBLE_BF16 = 1, NYBBLE_F16 = 2 };
 
+// RUN(T, W) with the types that two dtypes mean, each fp32 or bf16.
+#define NYBBLE_OF_TWO_TYPES(dtype, other, RUN)                                  \
+    if ((dtype) == NYBBLE_F32 && (other) == NYBBLE_F32) RUN(float, float);      \
+    if ((dtype) == NYBBLE_F32 && (other) == NYBBLE_BF16) RUN(float, bf16);      \
+    if ((dtype) == NYBBLE_BF16 && (other) == NYBBLE_F32) RUN(bf16, float);      \
+    if ((dtype) == NYBBLE_BF16 && (other) == NYBBLE_BF16) RUN(bf16, bf16);
+
 namespace nybble::NYBBLE_ISA {
 
 struct bf16 { uint16_t bits; };

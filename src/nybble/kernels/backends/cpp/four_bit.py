@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from nybble.formats import blockwise, codebooks
 from nybble.formats.double_quant import quantize_scales
-from nybble.formats.format import STORED_FORMATS, named_format
+from nybble.formats.format import named_format
 from nybble.formats.ggml_blocks import WIDENING
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import ScaleParts, split_scales
 from nybble.kernels import registry
-from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT, INT64, POINTER, function, load, no_fp16, pointer
+from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT, INT64, POINTER, function, no_fp16, pointer
 from nybble.kernels.ops.four_bit import allocating
 
 _quantize = function("quantize", POINTER, INT, INT64, INT64, INT, POINTER, POINTER, POINTER, POINTER, POINTER)
@@ -72,12 +71,7 @@ def code_search() -> tuple[Tensor, Tensor]:
     return torch.cat([midpoints, torch.tensor([torch.inf])]), first_code.to(torch.uint8)
 
 
-def _lacks_blocks(packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, *others: Any) -> str | None:
-    built_without = format in STORED_FORMATS and not hasattr(load(), "nybble_dequantize_blocks")
-    return f"was built before nybble knew {format}" if built_without else None
-
-
-@registry.register("dequantize_4bit_out", "cpp", _lacks_blocks)
+@registry.register("dequantize_4bit_out", "cpp")
 def dequantize_4bit_out(
     packed: Tensor, scales: Tensor, shape: Sequence[int], format: str, block_size: int, double_quant: bool, out: Tensor
 ) -> None:
@@ -94,14 +88,10 @@ def dequantize_4bit_out(
     )  # fmt: skip
 
 
-dequantize_4bit = registry.register("dequantize_4bit", "cpp", _lacks_blocks)(allocating(dequantize_4bit_out))
+dequantize_4bit = registry.register("dequantize_4bit", "cpp")(allocating(dequantize_4bit_out))
 
 
-def _refuses(x: Tensor, *weight: Any) -> str | None:
-    return no_fp16(x, *weight) or _lacks_blocks(*weight)
-
-
-@registry.register("gemv_4bit", "cpp", _refuses)
+@registry.register("gemv_4bit", "cpp", no_fp16)
 def gemv_4bit(
     x: Tensor, packed: Tensor, scales: Tensor, shape: list[int], format: str, block_size: int, double_quant: bool
 ) -> Tensor:
