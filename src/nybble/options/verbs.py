@@ -1,6 +1,6 @@
 """The options of each verb: which groups it takes, in the order users meet them, and what groups say only together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -67,7 +67,7 @@ CONVERSATION_OPTIONS = (  # of rows that chat templates write down
 
 
 def _check_texts_alone(config: Learning) -> Learning:
-    objective, fields = config.objective.objective, type(config.data).model_fields
+    objective = config.objective.objective
     if objective in objective_groups.OF_CONVERSATIONS:
         return config
     if isinstance(config, RowsConfig):
@@ -76,35 +76,29 @@ def _check_texts_alone(config: Learning) -> Learning:
             "Batches for a training loop of one's own are of language models.",
             "Use nybble.train, or nybble.check_data to look at the rows.",
         )
-    if isinstance(config, TrainConfig | PlanConfig) and (
-        config.method.method in ("auto", "full") or config.adapters.rank == "auto"
-    ):
-        name = "rank" if config.method.method not in ("auto", "full") else "method"
-        raise ConfigError(
-            f"{name} is {config.method.method if name == 'method' else 'auto'}, and objective is {objective}.",
-            "Beside a head of its own, adapters of a rank that is given are trained.",
-            f"Leave --{name} out.",
-        )
-    if isinstance(config, TrainConfig) and config.adapters.init in ("activation", "eva"):
-        raise ConfigError(
-            f"init is {config.adapters.init}, and objective is {objective}.",
-            "Adapters that begin along a layer's inputs are for language models.",
-            "Leave --init out, or use loftq, pissa or olora.",
-        )
-    if isinstance(config, TrainConfig | PlanConfig) and config.rounding.mixed is not None:
-        raise ConfigError(
-            f"mixed is {config.rounding.mixed:g}, and objective is {objective}.",
-            "What a layer may lose is measured on the next tokens that a language model says.",
-            "Leave --mixed out.",
-        )
-    changed = (name for name in CONVERSATION_OPTIONS if getattr(config.data, name) != fields[name].default)
-    if unused := next(changed, None):
-        raise ConfigError(
-            f"{unused.replace('_', '-')} is {getattr(config.data, unused)}, and objective is {objective}.",
-            "It is for conversations, which a chat template writes down; here the tokenizer alone writes a text.",
-            f"Leave --{unused.replace('_', '-')} out.",
-        )
+    if (found := next(_of_language_models(config), None)) is not None:
+        name, why = found
+        flag = name.replace("_", "-")
+        said = f"{flag} is {flat(config)[name]}, and objective is {objective}."
+        raise ConfigError(said, why, f"Leave --{flag} out.")
     return config
+
+
+def _of_language_models(config: "TrainConfig | PlanConfig | DataConfig") -> Iterator[tuple[str, str]]:
+    """Options as they are that models which score texts have no use for, and why."""
+    if not isinstance(config, DataConfig):
+        trained = "Beside a head of its own, adapters of a rank that is given are trained."
+        if config.method.method in ("auto", "full"):
+            yield "method", trained
+        if config.adapters.rank == "auto":
+            yield "rank", trained
+        if config.adapters.init in ("activation", "eva"):
+            yield "init", "Adapters that begin along a layer's inputs are for language models; others are not."
+        if config.rounding.mixed is not None:
+            yield "mixed", "What a layer may lose is measured on the next tokens that a language model says."
+    for name in CONVERSATION_OPTIONS:
+        if getattr(config.data, name) != type(config.data).model_fields[name].default:
+            yield name, "It is for conversations, which a chat template writes; here the tokenizer alone writes a text."
 
 
 def _check_residual(config: "TrainConfig") -> "TrainConfig":
