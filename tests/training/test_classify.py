@@ -17,7 +17,7 @@ from typed import typed
 import nybble
 from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.text_rows import encode_texts
-from nybble.errors import ConfigError, DataError, ExportError
+from nybble.errors import ConfigError, DataError, ExportError, ModelError
 from nybble.exporting.consumers import widen
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
@@ -264,6 +264,11 @@ def test_options_of_conversations_are_refused(encoder: Path, texts: Path, tmp_pa
         run(encoder, texts, tmp_path / "run", train_on="last")
     with pytest.raises(ConfigError, match="encoder"):
         run(encoder, texts, tmp_path / "run", quality="calibrated")
+
+
+def test_an_encoder_that_is_to_write_is_told_what_it_can_learn(encoder: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"It is an encoder.*--objective classify"):
+        run(encoder, data, tmp_path / "run", objective="sft")
 
 
 def test_long_texts_are_cut_as_transformers_cuts_them(encoder: Path) -> None:

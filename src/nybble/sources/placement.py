@@ -11,7 +11,8 @@ from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import tensor_sha256
 from nybble.layers.convert import block_lists
 from nybble.sources.checkpoint_names import COMPUTED
-from nybble.sources.task import HEADS
+from nybble.sources.skeleton import is_encoder
+from nybble.sources.task import HEADS, TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,7 +120,8 @@ def _check_all_used(source: "StoredModel", model: "PreTrainedModel", unused: lis
             " ".join(what),
             "Every stored tensor must be used and every parameter must be stored.",
             "Check that config.json and the weights belong together and that no file is missing."
-            + _tie_hint(model, missing),
+            + _tie_hint(model, missing)
+            + _encoder_hint(source),
         )
 
 
@@ -158,6 +160,13 @@ def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:
     if not missing or not only_head:
         return ""
     return ' If its head is its embedding: set "tie_word_embeddings" to true in its config.json.'
+
+
+def _encoder_hint(source: "StoredModel") -> str:
+    """What an encoder can learn, where a language model was asked for."""
+    if source.task is not TOKENS or not is_encoder(source.config):
+        return ""
+    return " It is an encoder, which goes on with no text; to tell texts apart: --objective classify."
 
 
 def _check_same(source: "StoredModel", first: str, second: str) -> None:
