@@ -2,11 +2,13 @@
 
     python benchmarks/bench_gemm_limit.py [--quick] [--only 135M]
 
-The limit is the sum of the step's frozen products through torch.mm in bf16, on operands that are there already: forward
+The limit is the sum of the step's frozen products through torch.mm, on operands that are there already: forward
 and the gradient of each input, except of q, k and v in the first block, which nothing below needs; the head too. Layers
 of one shape share their operands, which makes the limit a little shorter than a model's own weights would. Not in it:
 dequantisation, attention, norms, RoPE, SwiGLU, the softmax, the adapters, the optimizer. Step and limit take turns in
 one process; the ratio is of pairs.
+
+Both compute in the dtype that `--compute-dtype auto` stands for here: bf16 where the processor multiplies it, or fp32.
 
     keep     step over limit by what blocks keep; 1024 tokens in documents of 256, each token supervised
     growth   step time from 256 to 4096 tokens in documents of 256, so that attention grows no faster than the rest
@@ -31,6 +33,7 @@ from nybble.kernels.backends.cpp import library
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears
 from nybble.layers.decoder_block import Keep
+from nybble.layers.precision import resolve_compute_dtype
 from nybble.sources.load import load_model
 from nybble.sources.stored_model import StoredModel
 from nybble.training.optimizer import AdamW
@@ -134,9 +137,9 @@ def frozen_products(config: LlamaConfig, tokens: int) -> Iterator[Product]:
 class Products:
     """The frozen products of one step, on operands made beforehand."""
 
-    def __init__(self, config: LlamaConfig, tokens: int):
+    def __init__(self, config: LlamaConfig, tokens: int, dtype: torch.dtype):
         self.products = list(frozen_products(config, tokens))
-        self.operands = {product: _operands(product) for product in set(self.products)}
+        self.operands = {product: _operands(product, dtype) for product in set(self.products)}
 
     def __call__(self) -> None:
         for product in self.products:
@@ -147,11 +150,11 @@ class Products:
         return float(sum(product.flops() for product in self.products))
 
 
-def _operands(product: Product) -> tuple[Tensor, Tensor, Tensor]:
+def _operands(product: Product, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Left operand, right operand, result."""
     rows, inner, columns, forward = product
-    weight = torch.randn((columns, inner) if forward else (inner, columns)).bfloat16()
-    x, out = torch.randn(rows, inner).bfloat16(), torch.empty(rows, columns, dtype=torch.bfloat16)
+    weight = torch.randn((columns, inner) if forward else (inner, columns)).to(dtype)
+    x, out = torch.randn(rows, inner).to(dtype), torch.empty(rows, columns, dtype=dtype)
     return x, weight.T if forward else weight, out
 
 
@@ -176,7 +179,7 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, patience_s: flo
 
 def compare_keeps(name: str, model: PreTrainedModel, rounds: int, patience_s: float) -> tuple[list[list[str]], Turns]:
     config, step = MODELS[name], Step(model)
-    products, batch = Products(config, TOKENS), documents(TOKENS, config.vocab_size)
+    products, batch = Products(config, TOKENS, model.dtype), documents(TOKENS, config.vocab_size)
     models = {keep: CausalLM.of(model, keep=keep) for keep in get_args(Keep)}
     calls: dict[str, Callable[[], Any]] = {"products": products}
     calls |= {keep: partial(step, causal_lm, batch) for keep, causal_lm in models.items()}
@@ -215,17 +218,19 @@ def main() -> None:
     rounds = 2 if arguments.quick else arguments.rounds
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
+    dtype = resolve_compute_dtype("auto", torch.device("cpu"))
     models = [arguments.only] if arguments.only else list(MODELS)
     loaded = {}
     for name in models:
-        model = load_model(RandomModel(name, MODELS[name]), BaseFormats(), torch.bfloat16)
+        model = load_model(RandomModel(name, MODELS[name]), BaseFormats(), dtype)
         attach_adapters(model, quantizable_linears(model), rank=16, alpha=32)
         loaded[name] = model.train()
 
     others = wait_for_quiet(arguments.wait)
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
-        "GFLOP/s of a 2048^3 product in bf16": matmul_rate(torch.bfloat16, time.perf_counter) / 1e9,
+        "compute dtype": str(dtype).removeprefix("torch."),
+        "GFLOP/s of a 2048^3 product in it": matmul_rate(dtype, time.perf_counter) / 1e9,
         "torch threads": torch.get_num_threads(),
         "kernels": library.describe()["isa"],
         "versions": versions("nybble", "torch", "transformers"),

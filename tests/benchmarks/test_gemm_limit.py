@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the benchmarks read /proc")
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -26,12 +27,13 @@ def test_products_are_those_of_the_model(name):
     assert sum(2 * p.rows * p.inner * p.columns for p in frozen_products(config, tokens)) == expected
 
 
-def test_products_run_on_their_operands():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_run_on_their_operands(dtype):
     config = type(MODELS["135M"])(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         vocab_size=96,
     )  # fmt: skip
-    products = Products(config, 8)
+    products = Products(config, 8, dtype)
     products()
     x, weight, out = products.operands[Product(8, 32, 64, forward=True)]
     assert (out.float() - x.float() @ weight.float()).abs().max() < 0.1
