@@ -1,7 +1,7 @@
 """Losses, metrics and gradients of TRL's trainers, for test_preference_trl.py; runs in the peers' environment.
 
-Standard input: JSON {model, adapter (a file of PEFT's keys), config (PEFT's), out, objectives: {name: {trainer,
-options, rows}}}. Standard output: JSON {name: {loss, metrics}}; gradients lie in <out>/<name>.safetensors.
+Standard input: JSON {model, out, objectives: {name: {trainer, options, rows, adapter (a file of PEFT's keys), config
+(PEFT's)}}}. Standard output: JSON {name: {loss, metrics}}; gradients lie in <out>/<name>.safetensors.
 """
 
 import json
@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -25,6 +25,7 @@ TRAINERS = {
     "kto": (KTOTrainer, KTOConfig),
     "orpo": (ORPOTrainer, ORPOConfig),
     "cpo": (CPOTrainer, CPOConfig),
+    "reward": (RewardTrainer, RewardConfig),
 }
 
 
@@ -37,14 +38,16 @@ def measure(asked: dict[str, Any], name: str, folder: str) -> dict[str, Any]:
     arguments |= {"train_sampling_strategy": "sequential"} | own["options"]
     tokenizer = AutoTokenizer.from_pretrained(asked["model"])
     tokenizer.pad_token = "<|endoftext|>"
+    scores = {"num_labels": 1} if own["trainer"] == "reward" else {}
+    model_class = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     trainer = trainer_class(
-        model=AutoModelForCausalLM.from_pretrained(asked["model"], dtype=torch.float32),
+        model=model_class.from_pretrained(asked["model"], dtype=torch.float32, **scores),
         args=config_class(**arguments),
         train_dataset=Dataset.from_list(own["rows"]),
         processing_class=tokenizer,
-        peft_config=LoraConfig(**asked["config"]),
+        peft_config=LoraConfig(**own["config"]),
     )
-    set_peft_model_state_dict(trainer.model, load_file(asked["adapter"]))
+    set_peft_model_state_dict(trainer.model, load_file(own["adapter"]))
     trainer.model.train()
     (batch,) = trainer.get_train_dataloader()
     loss = trainer.compute_loss(trainer.model, batch)

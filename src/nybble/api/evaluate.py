@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from nybble.evaluation.compare_arms import ArmResult
     from nybble.evaluation.compare_methods import MethodsCompared
     from nybble.evaluation.evaluate import Evaluation
+    from nybble.evaluation.rewards import PairsJudged
 
 
-def evaluate(run: RunLike | None = None, *, on_event: Listener = silent, **options: Any) -> "Evaluation | TextsJudged":
+def evaluate(
+    run: RunLike | None = None, *, on_event: Listener = silent, **options: Any
+) -> "Evaluation | TextsJudged | PairsJudged":
     """Compare a run with its base on held-out rows: losses, answers, what was forgotten of general text.
 
     The report is written to the run's folder `report/`, the model card beside its adapter.
@@ -27,7 +30,8 @@ def evaluate(run: RunLike | None = None, *, on_event: Listener = silent, **optio
     Returns:
         What was measured: `loss(arm)` in nats a supervised token with its interval, `change(arm)`, `score(arm,
         metric)`, for the arms "tuned", "base, as trained on" and "base, 16 bits"; `to_json()` is report.json. Of a run
-        that scores texts: `accuracy()`, `macro_f1()`, `classes()`, `confusion`.
+        that scores texts: `accuracy()`, `macro_f1()`, `classes()`, `confusion`; of a reward model: `accuracy()`,
+        `margin()`, `chosen`, `rejected`.
 
     Raises:
         NybbleError: there is no such run, its base is another now, or there are no rows to judge it by.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.api.keywords import RunLike, as_options
-from nybble.data.examples import Message
+from nybble.data.examples import Example, Message
 from nybble.data.turns import link_results, read_turns
 from nybble.errors import ConfigError, DataError
 from nybble.events import Listener, silent
@@ -124,19 +124,14 @@ class Run:
             texts: each a text, or two beside each other where the run was trained on such.
 
         Raises:
-            ConfigError: the run is one of a language model.
+            ConfigError: the run is of another objective.
             RunError: the adapter is missing or damaged.
         """
         from nybble.data.text_rows import encode_texts
         from nybble.evaluation.classes import scores_of
 
+        self._check_objective("classify")
         task, tokenizer = self._opened.source.task, self._opened.template.tokenizer
-        if task.kind != "scores":
-            raise ConfigError(
-                f"The run in {self.path} is of {task.words}, which gives no scores.",
-                "Allowed: runs of `nybble train --objective classify`.",
-                "Ask it for answers: generate(prompt).",
-            )
         pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
         rows = [encode_texts(tokenizer, pair, "text").truncate(self.config.data.max_seq_len) for pair in pairs]
         scores = scores_of(self._scored, rows)
@@ -144,6 +139,40 @@ class Run:
             return [(task.labels[0], float(score)) for score in scores[:, 0]]
         likeliest = scores.softmax(dim=1).max(dim=1)
         return [(task.labels[int(i)], float(p)) for p, i in zip(likeliest.values, likeliest.indices, strict=True)]
+
+    def rewards(self, conversations: Sequence[tuple[str, str] | Sequence[Mapping[str, Any]]]) -> list[float]:
+        """What a run of `--objective reward` gives the last answer of each conversation.
+
+        Args:
+            conversations: each a list of turns such as `{"role": "user", "content": ...}`, the last the assistant's;
+                or a tuple of what the user says and the answer.
+
+        Raises:
+            ConfigError: the run is of another objective, or a conversation is none.
+            DataError: the template refuses a conversation, or it is longer than the run's `max_seq_len`.
+            RunError: the adapter is missing or damaged.
+        """
+        from nybble.data.reward_rows import conversation_row
+        from nybble.evaluation.classes import scores_of
+
+        self._check_objective("reward")
+        template, length = self._opened.template, self.config.data.max_seq_len
+        rows = [conversation_row(template, _as_example(each), length) for each in conversations]
+        return [float(score) for score in scores_of(self._scored, rows)[:, 0]]
+
+    def _check_objective(self, name: str) -> None:
+        """Refuse to ask a run for what only runs of another objective give.
+
+        Raises:
+            ConfigError: it is so.
+        """
+        own = self.config.objective.objective
+        if own != name:
+            raise ConfigError(
+                f"The run in {self.path} is of --objective {own}.",
+                f"Allowed: runs of `nybble train --objective {name}`.",
+                f"Ask it for what it gives: {opening.ASKED.get(own, 'generate(prompt)')}.",
+            )
 
     @cached_property
     def _scored(self) -> Any:
@@ -158,6 +187,16 @@ class Run:
 
     def _evaluations(self) -> list[dict[str, Any]]:
         return list(read_events(self._opened.run.events, "eval"))
+
+
+def _as_example(conversation: tuple[str, str] | Sequence[Mapping[str, Any]]) -> Example:
+    match conversation:
+        case (str(prompt), str(answer)):
+            return Example("a conversation", prompt=prompt, completion=answer)
+        case [Mapping(), *_]:
+            return Example("a conversation", messages=tuple(_turns(conversation)))
+    allowed = "Allowed: a list of turns that ends in an answer, or a tuple of what the user says and the answer."
+    raise ConfigError(f"A conversation is {conversation!r}.", allowed)
 
 
 def _turns(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:

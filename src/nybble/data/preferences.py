@@ -53,9 +53,14 @@ GOOD, BAD = frozenset(("true", "1")), frozenset(("false", "0"))
 
 @dataclass(frozen=True)
 class PairExample(Example):
-    """The conversation that ends in the chosen answer, and beside it the one that ends in the rejected."""
+    """The conversation that ends in the chosen answer, and beside it the one that ends in the rejected.
+
+    Args:
+        margin: how far apart their rewards are to be; reward models alone are told.
+    """
 
     rejected: Example | None = None
+    margin: float = 0.0
 
     def sides(self) -> tuple[Example, Example]:
         """Both conversations, as examples to follow."""
@@ -302,7 +307,8 @@ def find_one_class(rows: Sequence[EncodedExample], held_out: Sequence[EncodedExa
 # ---- kinds ---------------------------------------------------------------------------------------
 
 
-def _no_pairs(origin: str, row: Row) -> DataError:
+def no_pairs(origin: str, row: Row) -> DataError:
+    """What is said of rows that are no pairs."""
     got = f"{origin}: rows without a chosen and a rejected answer, columns {_columns(row)}"
     fix = "to train on examples to follow: --objective sft"
     if any(column in row for column in LABELS):
@@ -320,6 +326,6 @@ def _columns(row: Row) -> str:
     return ", ".join(map(repr, list(row)[:COLUMNS_NAMED])) or "(none)"
 
 
-PAIR_ROWS = RowKind(RowForms(find_pair_layout, _no_pairs), encode_pair, documents=2)
-WHOLE_PAIR_ROWS = RowKind(RowForms(find_pair_layout, _no_pairs), encode_whole_pair, documents=2)
+PAIR_ROWS = RowKind(RowForms(find_pair_layout, no_pairs), encode_pair, documents=2)
+WHOLE_PAIR_ROWS = RowKind(RowForms(find_pair_layout, no_pairs), encode_whole_pair, documents=2)
 JUDGED_ROWS = RowKind(RowForms(find_judged_layout, _no_judgements), encode_judged, several="", find=find_one_class)

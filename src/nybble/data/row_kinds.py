@@ -3,6 +3,7 @@
 from nybble.data.classification import LABELLED_ROWS
 from nybble.data.preferences import JUDGED_ROWS, PAIR_ROWS, WHOLE_PAIR_ROWS
 from nybble.data.prepare import EXAMPLE_ROWS, RowKind
+from nybble.data.reward_rows import SCORED_PAIR_ROWS
 
 ROW_KINDS: dict[str, RowKind] = {  # of each objective
     "sft": EXAMPLE_ROWS,
@@ -12,4 +13,5 @@ ROW_KINDS: dict[str, RowKind] = {  # of each objective
     "orpo": WHOLE_PAIR_ROWS,
     "kto": JUDGED_ROWS,
     "classify": LABELLED_ROWS,
+    "reward": SCORED_PAIR_ROWS,
 }

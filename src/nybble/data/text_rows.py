@@ -22,7 +22,8 @@ class TextRow(EncodedExample):
         special: bool (T,), the tokens that the tokenizer adds around texts, which are never cut off.
         token_types: int32 (T,), which of two texts each token is of; None where the model is not told.
         label: as its owner wrote it.
-        target: the class's number, or the number to be given; None before all rows are known.
+        target: the class's number, or the number to be given; of a pair's chosen answer the margin. None where there is
+            none, or before all rows are known.
     """
 
     special: Tensor | None = None
@@ -91,12 +92,81 @@ def kept_places(special: Tensor, max_seq_len: int) -> Tensor:
     return torch.cat([special.nonzero().flatten(), *kept]).sort().values
 
 
+@dataclass(frozen=True, eq=False)
+class TextsRow(EncodedExample):
+    """Texts that are told apart by what the model gives of each, one behind the other.
+
+    Args:
+        lengths: tokens of each.
+        special: bool (T,), as a `TextRow` has them; None where they are not told.
+    """
+
+    lengths: tuple[int, ...] = ()
+    special: Tensor | None = None
+
+    @classmethod
+    def of(cls, texts: Sequence[TextRow], **more: Any) -> Self:
+        """The row of these texts.
+
+        Args:
+            more: of the subclass.
+        """
+        special = [text.special for text in texts if text.special is not None]
+        return cls(
+            torch.cat([text.input_ids for text in texts]),
+            torch.cat([text.supervised for text in texts]),
+            texts[0].origin,
+            sum(text.num_truncated for text in texts),
+            lengths=tuple(map(len, texts)),
+            special=torch.cat(special) if len(special) == len(texts) else None,
+            **more,
+        )
+
+    @property
+    def texts(self) -> tuple[TextRow, ...]:
+        """Each by itself."""
+        ids, supervised = self.input_ids.split(self.lengths), self.supervised.split(self.lengths)
+        special = [None] * len(ids) if self.special is None else self.special.split(self.lengths)
+        parts = zip(ids, supervised, special, strict=True)
+        return tuple(TextRow(each, learnt, self.origin, special=kept) for each, learnt, kept in parts)
+
+    @property
+    def supervised_tokens(self) -> int:
+        """What is learnt of it: something of each text."""
+        return len(self.lengths)
+
+    @property
+    def num_targets(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        return self.lengths
+
+    @property
+    def learnt_documents(self) -> tuple[EncodedExample, ...]:
+        """None of their tokens is learnt to be said."""
+        return ()
+
+    @property
+    def content(self) -> bytes:
+        return super().content + repr(self.lengths).encode()
+
+
+def texts_of(rows: Sequence[EncodedExample]) -> list[TextRow]:
+    """All texts of rows, one after another."""
+    found: list[TextRow] = []
+    for row in rows:
+        found += row.texts if isinstance(row, TextsRow) else [row] if isinstance(row, TextRow) else []
+    return found
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TextBatch(Batch):
     """A micro-batch of texts.
 
     Args:
-        labels: fp32 (documents,): of each its class's number, or the number it is to be given.
+        labels: fp32 (documents,): of each its target; 0 where it has none.
         last: int64 (documents,): indices into the flattened positions, of each text's last token.
         token_types: int64 (B, T); None where the model is not told.
     """
@@ -110,17 +180,35 @@ class TextBatch(Batch):
         """The texts' last tokens."""
         return self.last
 
+    @property
+    def first(self) -> Tensor:
+        """int64 (documents,): as `last`, of each text's first token."""
+        lengths = torch.tensor(self.document_lengths, device=self.last.device)
+        return self.last - lengths + 1
 
-def collate_texts(rows: Sequence[TextRow], packed: bool, pad_id: int) -> TextBatch:
+    @property
+    def places(self) -> Tensor:
+        """int64 (N,): indices into the flattened positions, of all tokens, one text after another."""
+        within = [torch.arange(length) for length in self.document_lengths]
+        lengths = torch.tensor(self.document_lengths)
+        return self.first.repeat_interleave(lengths.to(self.last.device)) + torch.cat(within).to(self.last.device)
+
+
+def collate_texts(rows: Sequence[TextRow], packed: bool, pad_id: int, shared: Sequence[int] = ()) -> TextBatch:
     """One micro-batch, as `packing.collate`.
 
     Args:
         pad_id: what fills padded rows up: some models tell padding by it.
+        shared: tokens that the two texts of each pair of rows begin with, and that are there once.
     """
     batch = packing.pack(rows) if packed else packing.pad(rows, pad_id)
     lengths = torch.tensor(batch.document_lengths)
     width = batch.input_ids.shape[1]
     last = lengths.cumsum(0) - 1 if packed else torch.arange(len(rows)) * width + lengths - 1
+    if shared:
+        batch = packing.share_beginnings(batch, shared)
+        assert batch.spread is not None
+        last = batch.spread[last]
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     values["supervised_tokens"] = len(rows)
     return TextBatch(

@@ -4,29 +4,24 @@ Precision of a class: of the texts that it was chosen for, how many are its own.
 chosen for. F1 is their harmonic mean, macro F1 the mean of F1 over the classes.
 """
 
-import base64
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jinja2 import Environment
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
 from nybble.data.sampler import split_micro_batches
 from nybble.data.text_rows import TextRow
-from nybble.errors import ConfigError, RunError
 from nybble.evaluation.evaluation_rows import held_out_rows
-from nybble.evaluation.model_card import card_head
+from nybble.evaluation.findings import Findings, Picture, Table, check_no_answers, in_words, write_findings
 from nybble.evaluation.scores import Estimate, mean_score
-from nybble.events import Event, Listener, Note, silent
-from nybble.files.disk import disk_errors
+from nybble.events import Event, Listener, silent
 from nybble.layers.precision import set_up
 from nybble.layers.scored import ScoredModel
 from nybble.options.verbs import EvalConfig
@@ -34,35 +29,10 @@ from nybble.pictures import picture
 from nybble.runs.open_run import OpenRun, load_tuned
 from nybble.sources.task import Task
 from nybble.training.classify import macro_f1, target_of
-from nybble.training.plots import draw_loss
 
 MICRO_BATCH = 16  # texts computed at once
 MOST_DRAWN = 30  # classes whose confusions are drawn
 WRONG_SHOWN = 10
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ report.run }}</title>
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { border: 1px solid #ccc; padding: .3rem .6rem; }
-td { text-align: right } td:first-child { text-align: left } img { max-width: 100% }
-</style></head><body>
-<h1>{{ report.run }}</h1>
-<p>Base: {{ report.base }}. {{ report.rows }} held-out texts. In brackets: 95 % confidence intervals, texts drawn again
-2000 times.</p>
-<table>{% for name, value in report.figures.items() %}<tr><td>{{ name }}</td><td>{{ value }}</td></tr>{% endfor %}
-</table>
-{% if report.classes %}<table><tr><th>class</th><th>texts</th><th>precision</th><th>recall</th><th>F1</th></tr>
-{% for each in report.classes %}<tr><td>{{ each.label }}</td><td>{{ each.texts }}</td>
-<td>{{ '%.3f' % each.precision }}</td><td>{{ '%.3f' % each.recall }}</td><td>{{ '%.3f' % each.f1 }}</td></tr>
-{% endfor %}</table>{% endif %}
-{% for title, picture in pictures.items() %}<h2>{{ title }}</h2>
-<img alt="{{ title }}" src="data:image/png;base64,{{ picture }}">{% endfor %}
-{% if report.wrong %}<h2>Texts that it is surest to be wrong about</h2>
-<table><tr><th>text</th><th>class</th><th>chosen</th><th>probability</th></tr>
-{% for each in report.wrong %}<tr><td>{{ each.origin }}: {{ each.text }}</td><td>{{ each.label }}</td>
-<td>{{ each.chosen }}</td><td>{{ '%.3f' % each.probability }}</td></tr>{% endfor %}</table>{% endif %}
-</body></html>
-"""
 
 
 @dataclass(frozen=True)
@@ -120,14 +90,14 @@ class TextsJudged:
         if self.regression:
             off = self.scores[:, 0].double() - self.targets
             spread = float(torch.corrcoef(torch.stack([self.scores[:, 0].double(), self.targets]))[0, 1])
-            errors = {"mean squared error": _interval(self.loss()), "mean absolute error": f"{off.abs().mean():.4f}"}
+            errors = {"mean squared error": in_words(self.loss()), "mean absolute error": f"{off.abs().mean():.4f}"}
             return errors | {"correlation (Pearson)": f"{spread:.4f}"}
         commonest = float(self.confusion.sum(1).max()) / len(self.targets)
         return {
-            "accuracy": _interval(self.accuracy()),
+            "accuracy": in_words(self.accuracy()),
             "accuracy of the commonest class": f"{commonest:.4f}",
             "macro F1": f"{self.macro_f1():.4f}",
-            "loss, nats a text": _interval(self.loss()),
+            "loss, nats a text": in_words(self.loss()),
         }
 
 
@@ -163,35 +133,37 @@ def evaluate_scores(opened: OpenRun, config: EvalConfig, report: Listener = sile
         ConfigError: an option is given that is for answers.
         DataError: as `held_out_rows`.
     """
-    if unused := sorted(config.evaluation.model_fields_set & {"metric", "answers", "lm_eval"}):
-        raise ConfigError(
-            f"{unused[0].replace('_', '-')} is given, and the run is {opened.source.task.words}.",
-            "It is for answers of language models.",
-            f"Leave --{unused[0].replace('_', '-')} out.",
-        )
+    check_no_answers(opened, config)
     rows = held_out_rows(opened, config.evaluation.data, config.data.allow)
     device, dtype = set_up(config.machine)
     judged = judge_texts(ScoredModel.of(load_tuned(opened, dtype, device, report)), rows, opened.source.task)
     report(ScoresEvaluated(judged))
-    found, folder = _to_json(opened, judged, rows), opened.run.report
-    with disk_errors(folder, RunError, "The report is not complete."):
-        folder.mkdir(exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        if not judged.regression:
-            draw_confusion(judged, folder / "confusion.png")
-        _write_html(opened, judged, found, folder / "report.html")
-        _write_card(opened, found)
-    report(Note(f"report: {folder / 'report.html'}\ncard:   {opened.run.adapter / 'README.md'}"))
+    write_findings(opened, _findings(opened, judged, rows), report)
     return judged
 
 
-def _to_json(opened: OpenRun, judged: TextsJudged, rows: Sequence[EncodedExample]) -> dict[str, Any]:
-    found: dict[str, Any] = {"run": str(opened.run.path), "base": opened.source.name, "rows": len(judged.targets)}
-    found |= {"loss": judged.loss().to_json(), "figures": judged.figures()}
+def _findings(opened: OpenRun, judged: TextsJudged, rows: Sequence[EncodedExample]) -> Findings:
+    what = f"{len(judged.targets)} held-out texts"
+    told: dict[str, Any] = {"rows": len(judged.targets), "loss": judged.loss().to_json()}
     if judged.regression:
-        return found
-    more = {"accuracy": judged.accuracy().to_json(), "macro_f1": judged.macro_f1(), "classes": judged.classes()}
-    return found | more | {"confusion": judged.confusion.tolist(), "wrong": _wrong(opened, judged, rows)}
+        return Findings(what, judged.figures(), (), (), told)
+    classes, wrong = judged.classes(), _wrong(opened, judged, rows)
+    told |= {"accuracy": judged.accuracy().to_json(), "macro_f1": judged.macro_f1(), "classes": classes}
+    told |= {"confusion": judged.confusion.tolist(), "wrong": wrong}
+    rates = [
+        (each["label"], str(each["texts"]), *(f"{each[name]:.3f}" for name in ("precision", "recall", "f1")))
+        for each in classes
+    ]
+    mistakes = [
+        (f"{each['origin']}: {each['text']}", each["label"], each["chosen"], f"{each['probability']:.3f}")
+        for each in wrong
+    ]
+    tables = (
+        Table("", ("class", "texts", "precision", "recall", "F1"), rates, on_card=True),
+        Table("Texts that it is surest to be wrong about", ("text", "class", "chosen", "probability"), mistakes),
+    )
+    picture = Picture("Which classes are taken for which", "confusion.png", partial(draw_confusion, judged))
+    return Findings(what, judged.figures(), tables, (picture,), told)
 
 
 def _wrong(opened: OpenRun, judged: TextsJudged, rows: Sequence[EncodedExample]) -> list[dict[str, Any]]:
@@ -228,36 +200,3 @@ def draw_confusion(judged: TextsJudged, out: Path | BinaryIO) -> None:
         for row, column in zip(*np.nonzero(part), strict=True):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(part[row, column]), ha="center", va="center", color=colour, fontsize=8)
-
-
-def _write_html(opened: OpenRun, judged: TextsJudged, report: dict[str, Any], out: Path) -> None:
-    pictures = {}
-    if not judged.regression:
-        pictures["Which classes are taken for which"] = _encoded(lambda file: draw_confusion(judged, file))
-    if opened.run.events.is_file():
-        pictures["Losses of the run"] = _encoded(lambda file: draw_loss(opened.run.events, file))
-    page = Environment(autoescape=True).from_string(PAGE)
-    out.write_text(page.render(report=report, pictures=pictures), encoding="utf-8")
-
-
-def _encoded(draw: Any) -> str:
-    out = io.BytesIO()
-    draw(out)
-    return base64.b64encode(out.getvalue()).decode()
-
-
-def _write_card(opened: OpenRun, report: dict[str, Any]) -> None:
-    """The adapter's README.md."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in report["figures"].items())
-    lines = [f"{report['rows']} held-out texts.", "", "| | |", "|---|---|", rows]
-    if classes := report.get("classes"):
-        lines += ["", "| class | texts | precision | recall | F1 |", "|---|---|---|---|---|"]
-        for each in classes:
-            rates = " | ".join(f"{each[name]:.3f}" for name in ("precision", "recall", "f1"))
-            lines.append(f"| {each['label']} | {each['texts']} | {rates} |")
-    text = card_head(opened) + "## Results\n\n" + "\n".join(lines) + "\n"
-    (opened.run.adapter / "README.md").write_text(text, encoding="utf-8")
-
-
-def _interval(estimate: Estimate) -> str:
-    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"

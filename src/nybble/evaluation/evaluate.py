@@ -6,7 +6,7 @@ One model is in memory at a time: the 16-bit base is asked first, then the run, 
 import gc
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.html_report import write_html
 from nybble.evaluation.model_card import write_card
 from nybble.evaluation.preferences import Preferences, ask_preferences, is_preference
+from nybble.evaluation.rewards import PairsJudged, evaluate_rewards
 from nybble.evaluation.scores import METRICS, Estimate, choose_metrics, mean_loss, mean_score, row_losses
 from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
@@ -47,6 +48,11 @@ GENERAL_WINDOW, GENERAL_WINDOWS = 256, 16  # tokens of general text that are ask
 CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs of English prose
 LENGTH_BUCKETS = 4
 SHOWN_ROWS = 5
+Judged = TextsJudged | PairsJudged
+JUDGES: dict[str, Callable[[OpenRun, EvalConfig, Listener], Judged]] = {  # of objectives without next tokens
+    "classify": evaluate_scores,
+    "reward": evaluate_rewards,
+}
 
 
 @dataclass
@@ -152,13 +158,13 @@ class Evaluated(Event):
     evaluation: Evaluation
 
 
-def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation | TextsJudged:
+def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation | Judged:
     """Evaluate a run and write its report; of one that scores texts, what it makes of held-out ones."""
     if config.evaluation.lm_eval:
         check_installed()
     opened = open_run(config.evaluation.run, report)
     if opened.source.task is not TOKENS:
-        return evaluate_scores(opened, config, report)
+        return JUDGES[opened.config.objective.objective](opened, config, report)
     evaluation = run_evaluation(opened, config, report)
     report(Evaluated(evaluation))
     folder = opened.run.report

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
-from nybble.data.text_rows import TextRow
+from nybble.data.text_rows import TextRow, texts_of
 from nybble.errors import ExportError
 from nybble.evaluation.classes import scores_of
 from nybble.events import Listener, silent
@@ -48,7 +48,7 @@ def verify_scores(
     opened: OpenRun, kind: ArtefactKind, folder: Path, rows: Sequence[EncodedExample], report: Listener = silent
 ) -> Verification:
     """Score held-out texts with the run and with the artefact, and compare."""
-    texts = [row for row in rows[:MOST_ROWS] if isinstance(row, TextRow)]
+    texts = texts_of(rows[:MOST_ROWS])
     model = load_tuned(opened, torch.float32, CPU, report)
     wanted = scores_of(ScoredModel.of(model), texts)
     del model
@@ -59,7 +59,8 @@ def verify_scores(
             found = torch.cat([_scores_alone(artefact, row) for row in texts])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(kind, error)
-    return _compare(opened, name, wanted, found, artefact, tokenizer)
+    chosen = [_chosen(scores, paired=len(texts) > len(rows)) for scores in (wanted, found)]
+    return _compare(opened, name, (wanted, found), (chosen[0] == chosen[1]).double(), artefact, tokenizer)
 
 
 def _load(opened: OpenRun, kind: ArtefactKind, folder: Path, report: Listener) -> tuple[str, Any, Any]:
@@ -82,20 +83,26 @@ def _scores_alone(model: Any, row: TextRow) -> Tensor:
     return own_scores(model, ids, torch.ones_like(ids), types).float()
 
 
+def _chosen(scores: Tensor, paired: bool) -> Tensor:
+    """int64: the class of each text with the highest score; or which of each pair's answers has more."""
+    return scores.view(-1, 2).argmax(1) if paired else scores.argmax(1)
+
+
 def _compare(
-    opened: OpenRun, consumer: str, wanted: Tensor, found: Tensor, artefact: Any, tokenizer: Any
+    opened: OpenRun, consumer: str, scores: tuple[Tensor, Tensor], agree: Tensor, artefact: Any, tokenizer: Any
 ) -> Verification:
+    wanted, found = scores
     distance = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
-    same = (found.argmax(1) == wanted.argmax(1)).double().mean().item()
-    differing, allowed = round((1 - same) * len(wanted)), int((1 - SAME_CLASS) * len(wanted)) + 1
+    same, what = agree.mean().item(), "class" if len(agree) == len(wanted) else "answer"  # of pairs the preferred one
+    differing, allowed = round((1 - same) * len(agree)), int((1 - SAME_CLASS) * len(agree)) + 1
     probes = ("A text.", "naïve café, 東京", "1 + 1 = 2\n")
     equal = all(tokenizer(text)["input_ids"] == opened.template.tokenizer(text)["input_ids"] for text in probes)
     labels = [artefact.config.id2label[number] for number in range(len(opened.source.task.labels))]
     named = labels == list(opened.source.task.labels)
     checks = [
         Check(
-            "same class as the tuned model",
-            f"{differing} of {len(wanted)} differ",
+            f"same {what} as the tuned model",
+            f"{differing} of {len(agree)} differ",
             f"at most {allowed}",
             differing <= allowed,
         ),
@@ -105,4 +112,4 @@ def _compare(
         Check("tokens of texts", "the run's" if equal else "others", "the run's", equal),
         Check("names of the scores", ", ".join(map(str, labels[:5])), "the run's", named),
     ]
-    return Verification(consumer, {"texts": len(wanted), "same_class": same, "score_distance": distance}, checks)
+    return Verification(consumer, {"texts": len(wanted), f"same_{what}": same, "score_distance": distance}, checks)

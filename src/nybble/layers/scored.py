@@ -6,82 +6,49 @@ forward is asked, with all that it puts between its states and its scores (a poo
 is, the model is asked (`ScoreProbe`). Scores are made in fp32.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from nybble.data.text_rows import TextBatch, TextRow, collate_texts
-from nybble.errors import ModelError, foreign_errors
-from nybble.layers.backbone import Backbone, Layout, ModuleForward, Reason, Why, accepted
-from nybble.layers.batch_model import BatchModel, Verdict
-from nybble.layers.probe import ASKED, LENGTHS, Difference, Outcome, Probe, outcome_of
+from nybble.data.text_rows import TextBatch
+from nybble.layers.backbone import Backbone, Layout, ModuleForward, Reason, Why
+from nybble.layers.batch_model import Verdict
+from nybble.layers.probe import ASKED
 from nybble.layers.rotary import length_of_change
 from nybble.layers.trained import TrainedModule
+from nybble.layers.whole_texts import TextProbe, WholeTexts, own_output
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAST_TOKEN = "score"  # what transformers calls the matrix that scores a decoder's last state
-DIRECTIONS = torch.tensor([0.7, -0.4, 0.9])  # in which scores are followed, to compare gradients
 
 
 def own_scores(
     model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None
 ) -> Tensor:
-    """What the model's own forward gives of padded texts, `(B, labels)`.
-
-    Args:
-        input_ids: int64 `(B, T)`.
-        attention_mask: int64 `(B, T)`, 0 on padding.
-        token_types: int64 `(B, T)`, which of two texts each token is of.
-    """
-    wanted: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
-    if token_types is not None:
-        wanted["token_type_ids"] = token_types
-    logits: Tensor = model(input_ids=input_ids, **accepted(model, **wanted)).logits
+    """What the model's own forward gives of padded texts, `(B, labels)`; arguments are those of `own_output`."""
+    logits: Tensor = own_output(model, input_ids, attention_mask, token_types).logits
     return logits
 
 
-class ScoreProbe(Probe):
-    """Asks a model that gives scores: the scores of a text between two others, and the gradients of its adapters, are
-    what the model's own forward gives for it alone.
-    """
+class ScoreProbe(TextProbe):
+    """Compares scores."""
 
-    def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> Outcome:
-        """As `Probe` says."""
-        ids = self._documents[ASKED].to(next(self.model.parameters()).device)[None]
-        if self.store is not None:
-            self.store.begin(will_return=True)
-        with foreign_errors(partial(self._fails, f"a text of {LENGTHS[ASKED]} tokens")):
-            scores = own_scores(self.model, ids, torch.ones_like(ids)).float()
-            return outcome_of(scores.detach(), _followed(scores), parameters, embedded)
+    def own_of(self, output: Any) -> Tensor:
+        """As `TextProbe` says."""
+        logits: Tensor = output.logits
+        return logits
 
-    def _outcome_of(
-        self, way: Any, starts: Any, parameters: list[Tensor], embedded: list[Tensor]
-    ) -> tuple[Outcome, tuple[int, int]]:
-        """As `Probe` says."""
+    def given_of(self, way: Any, batch: TextBatch, asked: tuple[int, int]) -> Tensor:
+        """As `TextProbe` says."""
         model: ScoredModel = way
-        batch = model.collate([_row(document) for document in self._documents]).to(model.device)
-        scores = model.scores(batch)[ASKED, None]
-        first = sum(LENGTHS[:ASKED]) if batch.attention_mask is None else ASKED * batch.input_ids.shape[1]
-        found = outcome_of(scores.detach(), _followed(scores), parameters, embedded)
-        return found, (first, first + LENGTHS[ASKED])
+        return model.scores(batch)[ASKED, None]
 
 
-def _row(document: Tensor) -> TextRow:
-    return TextRow(document.int(), torch.zeros(len(document), dtype=torch.bool), "probe")
-
-
-def _followed(scores: Tensor) -> Tensor:
-    """A number whose gradient reaches all scores, `(1, labels)`."""
-    weights = DIRECTIONS.to(scores.device).repeat(-(-scores.shape[1] // len(DIRECTIONS)))[: scores.shape[1]]
-    return (scores * weights).sum()
-
-
-class ScoredModel(BatchModel):
+class ScoredModel(WholeTexts):
     """A model of transformers whose head scores texts.
 
     Args:
@@ -89,6 +56,8 @@ class ScoredModel(BatchModel):
     """
 
     probe = ScoreProbe
+    gives = "scores"
+    kinds = "decoders that score the state of a text's last token, and encoders"
 
     def __init__(self, module: "PreTrainedModel", backbone: Backbone, verdict: Verdict, reads_last: bool):
         super().__init__(module, backbone, verdict)
@@ -119,20 +88,6 @@ class ScoredModel(BatchModel):
     def _layouts(cls, head: bool, packing: bool) -> tuple[Layout, ...]:
         return super()._layouts(head, packing and head)
 
-    @classmethod
-    def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
-        return ModelError(
-            f"nybble cannot train the scores of {type(module).__name__}: {difference.part} differs by "
-            f"{difference.size:.1%} from its own forward's, also for a text alone.",
-            "Allowed: decoders that score the state of a text's last token, and encoders.",
-            "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
-        )
-
-    def collate(self, rows: Sequence[TextRow]) -> TextBatch:
-        """One micro-batch, on the CPU, as the model takes it."""
-        pad = getattr(self.module.config.get_text_config(), "pad_token_id", None)
-        return collate_texts(rows, self.packed, pad or 0)
-
     def scores(self, batch: TextBatch) -> Tensor:
         """The scores of each text, fp32 `(documents, labels)`, with their gradient.
 
@@ -155,9 +110,5 @@ class ScoredModel(BatchModel):
         """`(documents, labels)` by the model's own forward."""
         if self.backbone.layout != "single" or batch.attention_mask is None:
             return own_scores(self.module, batch.input_ids, batch.attention_mask, batch.token_types)
-        rows = []
-        for number, length in enumerate(batch.document_lengths):
-            ids = batch.input_ids[number, None, :length]
-            types = None if batch.token_types is None else batch.token_types[number, None, :length]
-            rows.append(own_scores(self.module, ids, torch.ones_like(ids), types))
-        return torch.cat(rows)
+        alone = self._each_alone(batch)
+        return torch.cat([own_scores(self.module, ids, torch.ones_like(ids), types) for ids, types in alone])

@@ -12,10 +12,11 @@ from nybble.options.option import Options, knob
 class ObjectiveName(Options, group="Objective"):
     """What rows are learnt from."""
 
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify"] = knob(
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward"] = knob(
         "sft",
         "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
-        "kto: answers labelled good or bad. classify: texts with a label, a class or a number.",
+        "kto: answers labelled good or bad. classify: texts with a label, a class or a number. reward: pairs, for a "
+        "model that gives answers a number.",
         aliases=("loss_type", "rl", "stage", "pref_loss"),
     )
 
@@ -59,6 +60,9 @@ class ObjectiveOptions(ObjectiveName):
     undesirable_weight: float | None = knob(
         None, "kto: weight of bad answers (1).", gt=0, aliases=("kto_undesirable_weight", "kto_rejected_weight")
     )
+    center_rewards_coefficient: float | None = knob(
+        None, "reward: weight of the square of a pair's summed rewards, which keeps them around zero (0).", ge=0
+    )
     reference: Literal["precomputed", "step"] | None = knob(
         None,
         "dpo, ipo, kto: when the model that training begins with is asked. precomputed: once, before the first step, "
@@ -97,7 +101,9 @@ OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is m
     "orpo": ("orpo_lambda",),
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
     "classify": (),
+    "reward": ("center_rewards_coefficient",),
 }
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")
-OF_CONVERSATIONS = tuple(name for name in OBJECTIVE_OPTIONS if name != "classify")  # which chat templates write down
+OF_TEXTS = ("classify",)  # rows that no chat template writes down
+WITHOUT_NEXT_TOKENS = (*OF_TEXTS, "reward")  # models that give something of a whole text
 WITH_REFERENCE = tuple(name for name, options in OBJECTIVE_OPTIONS.items() if "reference" in options)

@@ -66,9 +66,9 @@ CONVERSATION_OPTIONS = (  # of rows that chat templates write down
 )
 
 
-def _check_texts_alone(config: Learning) -> Learning:
+def _check_whole_texts(config: Learning) -> Learning:
     objective = config.objective.objective
-    if objective in objective_groups.OF_CONVERSATIONS:
+    if objective not in objective_groups.WITHOUT_NEXT_TOKENS:
         return config
     if isinstance(config, RowsConfig):
         raise ConfigError(
@@ -76,7 +76,7 @@ def _check_texts_alone(config: Learning) -> Learning:
             "Batches for a training loop of one's own are of language models.",
             "Use nybble.train, or nybble.check_data to look at the rows.",
         )
-    if (found := next(_of_language_models(config), None)) is not None:
+    if (found := next(_unused_of_whole_texts(config), None)) is not None:
         name, why = found
         flag = name.replace("_", "-")
         said = f"{flag} is {flat(config)[name]}, and objective is {objective}."
@@ -84,8 +84,8 @@ def _check_texts_alone(config: Learning) -> Learning:
     return config
 
 
-def _of_language_models(config: "TrainConfig | PlanConfig | DataConfig") -> Iterator[tuple[str, str]]:
-    """Options as they are that models which score texts have no use for, and why."""
+def _unused_of_whole_texts(config: "TrainConfig | PlanConfig | DataConfig") -> Iterator[tuple[str, str]]:
+    """Options as they are that models which give something of whole texts have no use for, and why."""
     if not isinstance(config, DataConfig):
         trained = "Beside a head of its own, adapters of a rank that is given are trained."
         if config.method.method in ("auto", "full"):
@@ -96,7 +96,7 @@ def _of_language_models(config: "TrainConfig | PlanConfig | DataConfig") -> Iter
             yield "init", "Adapters that begin along a layer's inputs are for language models; others are not."
         if config.rounding.mixed is not None:
             yield "mixed", "What a layer may lose is measured on the next tokens that a language model says."
-    for name in CONVERSATION_OPTIONS:
+    for name in CONVERSATION_OPTIONS if config.objective.objective in objective_groups.OF_TEXTS else ():
         if getattr(config.data, name) != type(config.data).model_fields[name].default:
             yield name, "It is for conversations, which a chat template writes; here the tokenizer alone writes a text."
 
@@ -176,7 +176,7 @@ class TrainConfig(Verb):
     machine: groups.MachineOptions
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
-    _texts_are_read_alone = model_validator(mode="after")(_check_texts_alone)
+    _texts_are_whole = model_validator(mode="after")(_check_whole_texts)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
     _method_uses_what_is_given = model_validator(mode="after")(_check_method)
@@ -217,7 +217,7 @@ class PlanConfig(Verb):
     machine: groups.PlannedMachine
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
-    _texts_are_read_alone = model_validator(mode="after")(_check_texts_alone)
+    _texts_are_whole = model_validator(mode="after")(_check_whole_texts)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _method_uses_what_is_given = model_validator(mode="after")(_check_method)
 
@@ -273,7 +273,7 @@ class DataConfig(Verb):
     data: groups.DataOptions
     objective: objective_groups.ObjectiveName
 
-    _texts_are_read_alone = model_validator(mode="after")(_check_texts_alone)
+    _texts_are_whole = model_validator(mode="after")(_check_whole_texts)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
 
 
@@ -358,6 +358,7 @@ class RowsConfig(Verb):
     data: groups.DataOptions
     objective: objective_groups.ObjectiveName
 
+    _texts_are_whole = model_validator(mode="after")(_check_whole_texts)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
 
 

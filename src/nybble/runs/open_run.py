@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+ASKED = {"classify": "classify(texts)", "reward": "rewards(conversations)"}  # what runs that do not write answer
+
+
 @dataclass(frozen=True)
 class OpenRun:
     """A run's folder, options, base and template; no weights have been read.
@@ -141,7 +144,8 @@ def check_answers(opened: OpenRun) -> None:
         raise ConfigError(
             f"The run in {opened.run.path} is {opened.source.task.words}, which does not write answers.",
             "Allowed here: runs of language models.",
-            "Ask it for scores of texts: nybble.open_run(RUN).classify(texts), or `nybble eval --run RUN`.",
+            f"Ask it for what it gives: nybble.open_run(RUN).{ASKED[opened.config.objective.objective]}, or "
+            "`nybble eval --run RUN`.",
         )
 
 

@@ -63,7 +63,8 @@ class Task:
 
 TOKENS = Task()
 SCORES = Task("scores", ("0", "1"), "single_label_classification")  # until rows have said which labels there are
-TASKS: Mapping[str, Task] = {"classify": SCORES}  # of objectives that learn no next tokens
+REWARD = Task("scores", ("reward",), "regression")  # one number, and nothing that is done to it
+TASKS: Mapping[str, Task] = {"classify": SCORES, "reward": REWARD}  # of objectives that learn no next tokens
 
 
 def task_of(objective: str) -> Task:

@@ -59,9 +59,7 @@ class Classification:
         """As `Objective` says: with the classes that rows have, in the order of the run's record or of the model."""
         if recorded is not None:
             return replace(self, task=recorded)
-        has_head = any(name.partition(".")[0] in HEADS for name in source.tensor_names())
-        known = source.model_labels if has_head else ()
-        return replace(self, task=settle_task(classes_of(data.train, data.validation), known))
+        return replace(self, task=settle_task(classes_of(data.train, data.validation), labels_of_head(source)))
 
     def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> EncodedRows:
         """Each row with its class's number, or with the number to be given."""
@@ -126,6 +124,12 @@ def macro_f1(hits: Sequence[float], chosen: Sequence[float], true: Sequence[floa
     """The mean over the classes that are there, or were chosen, of 2 · hits / (chosen + true)."""
     parts = [2 * hit / (c + t) for hit, c, t in zip(hits, chosen, true, strict=True) if c + t]
     return sum(parts) / len(parts) if parts else 0.0
+
+
+def labels_of_head(source: StoredModel) -> tuple[str, ...]:
+    """Names of the scores of the checkpoint's own head; none where it has no head."""
+    has_head = any(name.partition(".")[0] in HEADS for name in source.tensor_names())
+    return source.model_labels if has_head else ()
 
 
 def settle_task(classes: Classes, known: Sequence[str]) -> Task:

@@ -6,6 +6,7 @@ from nybble.training.classify import Classification
 from nybble.training.kto import KTO
 from nybble.training.objective import Objective, SupervisedFineTuning
 from nybble.training.preference import DPO, IPO, ORPO, SimPO
+from nybble.training.reward import RewardModelling
 
 BETA, SIMPO_BETA, SIMPO_GAMMA, ORPO_LAMBDA = 0.1, 2.0, 1.0, 0.1  # of the papers
 USUAL_LR = "5e-6 to 5e-5"  # of adapters that learn preferences; examples to follow take more
@@ -29,6 +30,8 @@ def make_objective(options: ObjectiveOptions) -> Objective:
             return ORPO(options.orpo_lambda or ORPO_LAMBDA)
         case "classify":
             return Classification()
+        case "reward":
+            return RewardModelling(options.center_rewards_coefficient or 0.0)
         case "kto":
             return KTO(beta, options.desirable_weight or 1.0, options.undesirable_weight or 1.0)
 

@@ -8,6 +8,7 @@ from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.compare_methods import PLOT, MethodsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
 from nybble.evaluation.preferences import Preferences
+from nybble.evaluation.rewards import RewardsEvaluated
 from nybble.evaluation.scores import Estimate
 from nybble.serving.server import ServerReady
 from nybble.units import format_bytes
@@ -47,6 +48,12 @@ def _(event: ScoresEvaluated, terminal: Terminal) -> None:
         rates = (f"{each[name]:.3f}" for name in ("precision", "recall", "f1"))
         table.add_row(each["label"], str(each["texts"]), *rates)
     terminal.console.print(table)
+
+
+@show.register
+def _(event: RewardsEvaluated, terminal: Terminal) -> None:
+    for name, value in event.judged.figures().items():
+        terminal.say(f"{name}: {value}")
 
 
 def _show_preferences(found: Preferences, terminal: Terminal) -> None:
