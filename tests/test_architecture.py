@@ -20,7 +20,7 @@ LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards", "pictures")
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "families", "layers", "sources", "memory"),
     *("generation", "quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge"),
-    *("api", "cli"),
+    *("hf", "api", "cli"),
 )
 # Which device it is matters to what runs there, to where bytes lie, and to what a plan measures; others ask these.
 DEVICE_PLACES = ("nybble.kernels", "nybble.memory", "nybble.planning.machine")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nybble.events import Event, Listener
     from nybble.exporting.artefact import ExportResult
     from nybble.exporting.compare import MergesCompared
+    from nybble.hf import NybbleConfig, quantize_
     from nybble.runs.result import RunResult
 
 __version__ = "0.1.0"
@@ -43,6 +44,7 @@ __all__ = [
     "MergesCompared",
     "MethodsCompared",
     "Model",
+    "NybbleConfig",
     "NybbleError",
     "PlanResult",
     "QuantizedModel",
@@ -63,6 +65,7 @@ __all__ = [
     "open_run",
     "plan",
     "quantize",
+    "quantize_",
     "serve",
     "synth",
     "train",
@@ -86,6 +89,7 @@ _MODULES = {  # of each exported name; the imports above say the same to type ch
         "events": ("Event", "Listener"),
         "exporting.artefact": ("ExportResult",),
         "exporting.compare": ("MergesCompared",),
+        "hf": ("NybbleConfig", "quantize_"),
         "runs.result": ("RunResult",),
     }.items()
     for name in names

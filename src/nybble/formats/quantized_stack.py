@@ -18,6 +18,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +121,25 @@ def stack_owner(key: str) -> str | None:
     """The stack whose state is stored under this key; None where it is no stack's state."""
     name, marker, _ = key.partition(STATE)
     return name if marker else None
+
+
+def stack_of_tensors(name: str, tensors: Mapping[str, Tensor]) -> QuantizedStack:
+    """The stack called `name`, from the tensors that are stored for it, which are in memory.
+
+    Raises:
+        FormatError: they are damaged.
+    """
+
+    def read(entry: TensorEntry) -> Tensor:
+        tensor = tensors[entry.name].contiguous()
+        return tensor.view(-1).view(torch.uint8)[entry.start : entry.end].view(tensor.dtype).view(entry.shape)
+
+    entries = {
+        key: TensorEntry(key, str(tensor.dtype), tuple(tensor.shape), Path(), 0, tensor.nbytes)
+        for key, tensor in tensors.items()
+    }
+    stored = StoredStack(name, entries, read)
+    return QuantizedStack.of((stored.matrix(index) for index in range(stored.num)), stored.num)
 
 
 class StoredStack:

@@ -1,0 +1,1 @@
+"""nybble inside other libraries' scripts: transformers' `from_pretrained`, PEFT, Trainer, TRL."""
