@@ -41,7 +41,7 @@ class QuantizedWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, q: QuantizedTensor, dtype: torch.dtype) -> "QuantizedWeight":
-        return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined,no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
             cls, q.shape, dtype=dtype, device=q.packed.device, requires_grad=False
         )
 
@@ -60,7 +60,7 @@ class QuantizedWeight(torch.Tensor):
         """The values, a plain tensor."""
         return dequantize(self.q, dtype or self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"QuantizedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, {self.q.spec.format})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedWeight":
@@ -101,11 +101,11 @@ class QuantizedWeight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         if func in (aten.detach.default, aten.alias.default):
             return QuantizedWeight(first.q, first.dtype)
         if func is aten.clone.default:
@@ -115,7 +115,7 @@ class QuantizedWeight(torch.Tensor):
             q = _copied(first.q) if device is None else first.q.to(device)
             return QuantizedWeight(q, kwargs.get("dtype") or first.dtype)
         if func is aten.copy_.default and all(isinstance(each, QuantizedWeight) for each in args[:2]):
-            return first.take(args[1].q)
+            return first.take_over(args[1].q)
         dense_args, dense_kwargs = tree_map_only(QuantizedWeight, QuantizedWeight.dense, (tuple(args), kwargs))
         if not func._schema.is_mutable:
             return func(*dense_args, **dense_kwargs)
@@ -125,9 +125,9 @@ class QuantizedWeight(torch.Tensor):
             )
             return func(*dense_args, **dense_kwargs)
         func(*dense_args, **dense_kwargs)
-        return first.take(_rounded(dense_args[0], first.q))
+        return first.take_over(_rounded(dense_args[0], first.q))
 
-    def take(self, q: QuantizedTensor) -> "QuantizedWeight":
+    def take_over(self, q: QuantizedTensor) -> "QuantizedWeight":
         """Copy the bytes of another weight into its own."""
         if q.spec != self.q.spec:
             raise FormatError(f"A weight in {self.q.spec} is to take one in {q.spec}.", "Both must be in one format.")
