@@ -25,7 +25,7 @@ from nybble.data.packing import pack_tokens
 from nybble.formats.quant_spec import QuantSpec
 from nybble.layers.backbone import FusedForward
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.layers.loss_head import loss_head
+from nybble.layers.own_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.offload import ActivationFile
 from nybble.memory.store import open_store

@@ -43,7 +43,7 @@ from nybble.data.packing import IGNORE, Batch, pack_tokens
 from nybble.families import FAMILIES
 from nybble.layers.backbone import FusedForward
 from nybble.layers.convert import adapters_of
-from nybble.layers.loss_head import loss_head
+from nybble.layers.own_head import loss_head
 
 VOCABULARY, WINDOW = 101, 5
 SHAPE = {

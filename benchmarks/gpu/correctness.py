@@ -140,7 +140,7 @@ def gradients(check: Check) -> None:
     from nybble.layers.backbone import ModuleForward
     from nybble.layers.batch_model import Verdict
     from nybble.layers.causal_lm import CausalLM
-    from nybble.layers.loss_head import loss_head
+    from nybble.layers.own_head import loss_head
 
     shape, load = (TINY, Load(21, 7)) if check.tiny else (SMALL, Load(1080, 270))  # also: no multiple of 64
     batch = batch_of(shape, load)

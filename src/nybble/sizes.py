@@ -84,6 +84,9 @@ SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS, "xpu": _PLAIN, "mps": _PLAIN}
 
 GRAPH_MULTIPLE = 256  # of tokens and of supervised ones, that micro-batches from graphs are filled up to
 
+DISTILLED_BYTES = 4  # of a student's logit beside itself: in fp32, compared with its teacher's
+ASKED_BYTES = 16  # of a teacher's logit: itself, in fp32, and what its sums are made of
+
 RANK_MULTIPLE = 64  # of what a projection of one product has beside its input; columns of a tile
 
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying

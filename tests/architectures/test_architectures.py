@@ -23,7 +23,7 @@ from nybble.errors import ModelError, NybbleError
 from nybble.layers.backbone import decoder_states
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
-from nybble.layers.loss_head import loss_head
+from nybble.layers.own_head import loss_head
 from nybble.runs.adapter_writing import adapter_config
 
 PROJECT = Path(__file__).parents[2]

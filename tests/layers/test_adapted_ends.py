@@ -16,7 +16,7 @@ from nybble.errors import ConfigError, RunError
 from nybble.generation.decoding import CachedDecoder
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.layers.loss_head import loss_head
+from nybble.layers.own_head import loss_head
 from nybble.runs.adapter_files import StoredAdapter, read_adapter
 from nybble.runs.adapter_writing import adapter_config, write_adapter
 

@@ -19,7 +19,7 @@ from nybble.data.packing import IGNORE, Batch, pack, pack_tokens
 from nybble.layers.backbone import FusedForward, ModuleForward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of
-from nybble.layers.loss_head import loss_head
+from nybble.layers.own_head import loss_head
 from nybble.training.optimizer import AdamW
 
 

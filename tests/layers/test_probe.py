@@ -17,7 +17,8 @@ from nybble.errors import ModelError
 from nybble.layers.backbone import FusedForward, Why, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
-from nybble.layers.loss_head import LossHead, OwnHead, loss_head
+from nybble.layers.loss_head import LossHead
+from nybble.layers.own_head import OwnHead, loss_head
 from nybble.layers.probe import ASKED, LENGTHS, Probe
 from nybble.layers.rotary import RowRotary, length_of_change, rotate_rows_alone, row_lengths
 from nybble.sizes import SHAPE_RULES

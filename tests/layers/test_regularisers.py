@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nybble.layers.loss_head import LossHead, OwnHead
+from nybble.layers.loss_head import LossHead
+from nybble.layers.own_head import OwnHead
 from nybble.layers.regularisers import Regularisers
 
 BOTH = Regularisers(label_smoothing=0.1, z_loss=0.02)

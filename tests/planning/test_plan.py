@@ -33,7 +33,7 @@ from nybble.training.session import train
 
 
 def plans(**options):
-    return plan_from_config(build_options(PlanConfig, {"model": "smollm2-135m", "max_seq_len": 512} | options))
+    return plan_from_config(build_options(PlanConfig, {"model": "smollm2-135m", "max_seq_len": 512} | options))[:3]
 
 
 def config(tiny_model, data, out, **options):

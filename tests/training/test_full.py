@@ -258,9 +258,9 @@ def test_a_plan_says_of_each_method_whether_it_is_right_here():
     assert rows["qlora"]["fits"] and rows["lora"]["fits"] and not rows["full"]["fits"]
     assert rows["full"]["peak_bytes"] - own > 16 * 134.5e6 > rows["lora"]["peak_bytes"] - own
     assert "fits: --method lora" in str(planned) and "GB too many" in str(planned)
-    found, _, _ = plan_from_config(build_options(PlanConfig, options | {"memory": "16GB", "method": "full"}))
+    found, *_ = plan_from_config(build_options(PlanConfig, options | {"memory": "16GB", "method": "full"}))
     assert found.chosen.strategy == "full 16-bit"
-    small, _, _ = plan_from_config(
+    small, *_ = plan_from_config(
         build_options(PlanConfig, options | {"memory": "16GB", "method": "full", "optimizer_bits": 8})
     )
     saved = found.chosen.components["optimizer state"] - small.chosen.components["optimizer state"]

@@ -1,5 +1,5 @@
-"""Whole runs that learn from preferences: stopped and resumed, paged and streamed to the same bytes; their references;
-their events, report and card.
+"""Whole runs that learn from preferences, or from a teacher: stopped and resumed, paged and streamed to the same bytes;
+references; events, report and card.
 """
 
 import json
@@ -30,8 +30,9 @@ STEPS = 3
 OBJECTIVES: dict[str, dict[str, Any]] = {
     **{"dpo": {}, "kto": {}, "ipo": {}, "simpo": {}, "orpo": {}, "reward": {}},
     **{"dpo, step": {"reference": "step"}, "kto, step": {"reference": "step"}},
+    "distill": {"teacher_top_k": 9, "distill_temperature": 1.5},
 }
-EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name != "dpo")) for name in OBJECTIVES]
+EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("dpo", "distill"))) for name in OBJECTIVES]
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,12 @@ def told(out: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("objective", EACH)
 def test_stopped_paged_or_streamed_the_bytes_are_the_same(
-    objective: str, base: Path, pairs: Path, tmp_path: Path
+    objective: str, base: Path, pairs: Path, data: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    whole = run(base, pairs, tmp_path / "whole", objective)
-    other = run(base, pairs, tmp_path / "other", objective, page_optimizer="always", stream_base="always")
+    distills = objective == "distill"
+    rows, teacher = (data, {"teacher": str(tiny_model)}) if distills else (pairs, {})
+    whole = run(base, rows, tmp_path / "whole", objective, **teacher)
+    other = run(base, rows, tmp_path / "other", objective, page_optimizer="always", stream_base="always", **teacher)
     assert final(other) == final(whole)
     stopped = tmp_path / "stopped"
     shutil.copytree(whole, stopped)
@@ -87,8 +90,8 @@ def test_stopped_paged_or_streamed_the_bytes_are_the_same(
     assert told(stopped, "step") == told(whole, "step") and told(stopped, "eval") == told(whole, "eval")
     steps = told(whole, "step")
     assert len(steps) == STEPS and all(math.isfinite(value) for step in steps for value in step.values())
-    metrics = {"rewards/chosen", "rewards/rejected", "rewards/margins"}
-    metrics |= set() if objective == "reward" else {"logps/chosen", "logps/rejected"}
+    metrics = {"kl"} if distills else {"rewards/chosen", "rewards/rejected", "rewards/margins"}
+    metrics |= set() if objective in ("reward", "distill") else {"logps/chosen", "logps/rejected"}
     assert metrics <= steps[0].keys()
     assert (whole / "loss.png").stat().st_size > 0
 

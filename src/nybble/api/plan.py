@@ -9,6 +9,7 @@ from nybble.options.option import build_options
 from nybble.options.verbs import PlanConfig
 
 if TYPE_CHECKING:
+    from nybble.planning.asked import Asking
     from nybble.planning.planner import Plan, Plans
     from nybble.planning.strategies import PlanRequest
 
@@ -21,11 +22,13 @@ class PlanResult:
         plans: every candidate.
         asked: what was planned.
         unconstrained: the same with every choice left to the planner.
+        teacher: what asking it takes before the run; None where there is none.
     """
 
     plans: "Plans"
     asked: "PlanRequest"
     unconstrained: "PlanRequest"
+    teacher: "Asking | None" = None
 
     @property
     def chosen(self) -> "Plan | None":
@@ -45,18 +48,22 @@ class PlanResult:
         """
         from nybble.planning.planner import require
 
+        if self.teacher is not None:
+            self.teacher.check()
         require(self.plans, self.asked, self.unconstrained)
 
     def to_json(self) -> dict[str, Any]:
         """Machine, choice, each strategy that lost with its reason, and the methods; bytes and seconds."""
         from nybble.planning.report import methods_json, plans_json
 
-        return plans_json(self.plans) | {"methods": methods_json(self.plans)}
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.to_json()}
+        return plans_json(self.plans) | {"methods": methods_json(self.plans)} | teacher
 
     def __str__(self) -> str:
         from nybble.planning.report import describe_plans
 
-        return describe_plans(self.plans, self.asked)
+        teacher = [] if self.teacher is None else [f"before the run its teacher is asked; {self.teacher.describe()}"]
+        return "\n".join([describe_plans(self.plans, self.asked), *teacher])
 
 
 def plan(*, on_event: Listener = silent, **options: Any) -> PlanResult:

@@ -20,6 +20,7 @@ def plan(
     """Say what would fit into memory, from the model's config.json alone, and why the rest would not."""
     with LazyTerminal() as listener:
         planned = nybble.plan(on_event=listener, **given)
+    from nybble.events import Note
     from nybble.planning.report import MethodsPlanned, Planned
     from nybble.training.plots import draw_plans
 
@@ -31,5 +32,7 @@ def plan(
     else:
         listener(Planned(planned.plans, planned.asked))
         listener(MethodsPlanned(planned.plans))
+        if planned.teacher is not None:
+            listener(Note(f"before the run its teacher is asked; {planned.teacher.describe()}"))
     planned.check()
     return 0

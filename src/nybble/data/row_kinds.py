@@ -14,4 +14,5 @@ ROW_KINDS: dict[str, RowKind] = {  # of each objective
     "kto": JUDGED_ROWS,
     "classify": LABELLED_ROWS,
     "reward": SCORED_PAIR_ROWS,
+    "distill": EXAMPLE_ROWS,
 }

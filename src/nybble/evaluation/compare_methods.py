@@ -236,7 +236,7 @@ def _why_left_out(name: str, options: dict[str, Any]) -> LeftOut | None:
     """None where it fits, as far as a plan says."""
     known = {key: value for key, value in options.items() if key in fields_of(PlanConfig)}
     try:
-        plans, _, _ = plan_from_config(build_options(PlanConfig, known))
+        plans, *_ = plan_from_config(build_options(PlanConfig, known))
     except NybbleError as error:
         return LeftOut(name, error.got, None)
     if plans.chosen is not None:

@@ -17,13 +17,13 @@ from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import to_follow
 from nybble.data.standard_library import read_general_text
 from nybble.errors import RunError
+from nybble.evaluation.by_objective import ByObjective, ask_by_objective
 from nybble.evaluation.classes import TextsJudged, evaluate_scores
 from nybble.evaluation.divergence import Distributions, text_logits
 from nybble.evaluation.evaluation_rows import held_out_rows
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.html_report import write_html
 from nybble.evaluation.model_card import write_card
-from nybble.evaluation.preferences import Preferences, ask_preferences, is_preference
 from nybble.evaluation.rewards import PairsJudged, evaluate_rewards
 from nybble.evaluation.scores import METRICS, Estimate, choose_metrics, mean_loss, mean_score, row_losses
 from nybble.events import Event, Listener, Note, silent
@@ -80,7 +80,7 @@ class Evaluation:
     arms: dict[str, Arm]
     metrics: list[str]
     lm_eval: dict[str, Any]
-    preferences: Preferences | None = None
+    by_objective: ByObjective | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -140,7 +140,13 @@ class Evaluation:
             "worst_rows": [self._row(i, changes[i]) for i in order[::-1][:SHOWN_ROWS]],
             "samples": [self._row(i, changes[i]) for i in range(len(self.arms[TUNED].answers))],
             "lm_eval": self.lm_eval,
-        } | ({} if self.preferences is None else {"preferences": self.preferences.to_json()})
+        } | self._own_figures()
+
+    def _own_figures(self) -> dict[str, Any]:
+        found = self.by_objective
+        if found is None:
+            return {}
+        return {"distillation" if found.objective == "distill" else "preferences": found.to_json()}
 
     def _row(self, index: int, change: float) -> dict[str, Any]:
         prompt, reference = self.texts[index]
@@ -203,14 +209,10 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silen
     for name, enabled in ((BASE_4, False), (TUNED, True)):
         opened.switch(model, tuned=enabled)
         arms[name] = asked.ask(model, kept, first=False)
-    preferences = None
-    if is_preference(held_out) and opened.full:
-        report(Note("rewards are not told: a base that became the tuned model is not asked beside it", warning=True))
-    elif is_preference(held_out):
-        preferences = ask_preferences(opened, CausalLM.of(model), held_out, MICRO_BATCH, report)
+    own = ask_by_objective(opened, CausalLM.of(model), held_out, MICRO_BATCH, report)
     tasks = [task.strip() for task in asked_for.lm_eval.split(",")] if asked_for.lm_eval else []
     lm_eval = run_tasks(model, opened.template.tokenizer, tasks) if tasks else {}
-    return Evaluation(opened, rows, texts, arms, metrics, lm_eval, preferences)
+    return Evaluation(opened, rows, texts, arms, metrics, lm_eval, own)
 
 
 @dataclass(frozen=True)

@@ -34,15 +34,15 @@ In brackets: 95 % confidence intervals, rows drawn again 2000 times; differences
 <td>{{ '%.4f' % arm.kl_general_text }}</td>
 {% for metric in metrics %}<td>{% if metric in arm.scores %}{{ interval(arm.scores[metric], '%.3f') }}{% endif %}</td>
 {% endfor %}</tr>{% endfor %}</table>
-{% if report.preferences %}<h2>Preferences, {{ report.preferences.objective }}</h2>
-<p>{{ report.preferences.rows }} held-out rows. KL of the tuned model from its base on their answers:
-{{ interval(report.preferences.kl, '%.4f') }} nats a token.</p>
+{% for title, found in (('Preferences', report.preferences), ('Distillation', report.distillation)) if found %}
+<h2>{{ title }}, {{ found.objective }}</h2>
+<p>{{ found.rows }} held-out rows. KL of the tuned model from its base on their answers:
+{{ interval(found.kl, '%.4f') }} nats a token.</p>
 <table><tr><th></th><th>base, as trained on</th><th>tuned</th></tr>
-<tr><td>loss</td><td>{{ '%.4f' % report.preferences.base.loss }}</td>
-<td>{{ '%.4f' % report.preferences.tuned.loss }}</td></tr>
-{% for name, value in report.preferences.tuned.metrics.items() %}<tr><td>{{ name }}</td>
-<td>{{ '%.4f' % report.preferences.base.metrics[name] }}</td><td>{{ '%.4f' % value }}</td></tr>{% endfor %}</table>
-{% endif %}{% if report.lm_eval %}<h2>Benchmarks</h2><pre>{{ report.lm_eval | tojson(indent=2) }}</pre>{% endif %}
+<tr><td>loss</td><td>{{ '%.4f' % found.base.loss }}</td><td>{{ '%.4f' % found.tuned.loss }}</td></tr>
+{% for name, value in found.tuned.metrics.items() %}<tr><td>{{ name }}</td>
+<td>{{ '%.4f' % found.base.metrics[name] }}</td><td>{{ '%.4f' % value }}</td></tr>{% endfor %}</table>
+{% endfor %}{% if report.lm_eval %}<h2>Benchmarks</h2><pre>{{ report.lm_eval | tojson(indent=2) }}</pre>{% endif %}
 {% for title, picture in pictures.items() %}<h2>{{ title }}</h2>
 <img alt="{{ title }}" src="data:image/png;base64,{{ picture }}">{% endfor %}
 {% for title, rows in (('Rows that gained most', report.best_rows), ('Rows that gained least', report.worst_rows),

@@ -42,7 +42,7 @@ def card_text(opened: OpenRun, report: dict[str, Any]) -> str:
     first, *_ = report["lm_eval"].items() or [None]
     harness = f"\n## Benchmarks\n\n```json\n{json.dumps(report['lm_eval'], indent=2)}\n```\n" if first else ""
     change = _estimate(report["loss_change"]["base, as trained on"], "+.4f")
-    preferences = _preferences(report.get("preferences"))
+    own = _by_objective(report.get("preferences") or report.get("distillation"))
     return f"""{card_head(opened)}## Results
 
 {report["rows"]} held-out rows, {report["supervised_tokens"]} supervised tokens. In brackets: 95 % confidence intervals.
@@ -50,7 +50,7 @@ The last column but scores: KL divergence from the base in 16 bits on general te
 
 {_results(report["arms"])}
 
-{preferences}Loss of the tuned model minus that of its base as trained on, row by row: {change}.
+{own}Loss of the tuned model minus that of its base as trained on, row by row: {change}.
 {harness}"""
 
 
@@ -114,7 +114,7 @@ def _results(arms: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _preferences(found: dict[str, Any] | None) -> str:
+def _by_objective(found: dict[str, Any] | None) -> str:
     """A table of its own, and an empty line; nothing of a run that learnt from examples to follow."""
     if found is None:
         return ""

@@ -29,8 +29,9 @@ from nybble.kernels.ops.decode import MAX_ROWS, NO_ROPE, DecoderLayer, DecoderLi
 from nybble.layers.backbone import FusedForward
 from nybble.layers.decoder_block import DecoderBlock, block_ops
 from nybble.layers.lora import LoraLinear
-from nybble.layers.loss_head import LossHead, loss_head
+from nybble.layers.loss_head import LossHead
 from nybble.layers.norms import LayerNorm, Norm
+from nybble.layers.own_head import loss_head
 from nybble.layers.packed_rows import Angles, rotary_angles, scaled_embeddings
 from nybble.layers.projection import Projection
 from nybble.layers.quantized_linear import QuantizedLinear

@@ -24,8 +24,8 @@ from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.convert import block_names
 from nybble.layers.decoder_block import Keep, block_ops, decoder_block
 from nybble.layers.lora import DoraLinear
-from nybble.layers.loss_head import decoder_of, is_plain
 from nybble.layers.norms import final_norm
+from nybble.layers.own_head import decoder_of, is_plain
 from nybble.layers.packed_rows import PackedSequences, Spread, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
 from nybble.layers.regularisers import PLAIN, Regularisers

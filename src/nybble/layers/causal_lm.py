@@ -18,7 +18,8 @@ from nybble.errors import ModelError
 from nybble.layers.backbone import Backbone
 from nybble.layers.batch_model import BatchModel, Verdict
 from nybble.layers.log_probs import log_probs
-from nybble.layers.loss_head import Denominator, Head, OwnHead, loss_head
+from nybble.layers.loss_head import Denominator, Head
+from nybble.layers.own_head import OwnHead, loss_head
 from nybble.layers.probe import Difference
 from nybble.layers.regularisers import Regularisers
 

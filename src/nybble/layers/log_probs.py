@@ -44,8 +44,8 @@ class _GradientsKept(torch.autograd.Function):
         factor = torch.full((), -1.0, dtype=wide_dtype(hidden.device), device=hidden.device)
         losses, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
         for rows, chunk, buffer in head.chunks(hidden, targets):
-            nats, gradient, _ = head.loss_and_gradient(rows, chunk, buffer, factor)
-            losses.append(nats)
+            nats, gradient, _ = head.loss_and_gradient(rows, chunk, buffer, factor, head.regularisers)
+            losses.append(nats[0])
             gradients.append(gradient)
         ctx.save_for_backward(torch.cat(gradients)[: len(targets)])
         return -torch.cat(losses)[: len(targets)]

@@ -8,10 +8,13 @@ z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5): + z·log²Z, where 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nybble.kernels.ops.loss import cross_entropy_
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,31 @@ class Regularisers:
         sizes = torch.tensor(bounds).to(embedded).view(-1, *[1] * (embedded.ndim - 1))
         return embedded + torch.empty_like(embedded).uniform_(-1, 1) * sizes
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Of each row, `(N,)` fp32, for autograd.
+    # ---- as a `Criterion` of the loss head: cross-entropy with these
 
-        Args:
-            logits: fp32 `(N, vocabulary)`. targets: `(N,)`.
-        """
+    num_figures: ClassVar[int] = 0
+
+    @property
+    def plain(self) -> "Regularisers":
+        """None of them."""
+        return PLAIN
+
+    def of_rows(self, first: int, count: int) -> "Regularisers":
+        """As `Criterion` says: all rows are alike."""
+        return self
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """As `Criterion` says."""
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
-        return losses + self.z_loss * logits.logsumexp(1).square() if self.z_loss else losses
+        return (losses + self.z_loss * logits.logsumexp(1).square() if self.z_loss else losses)[None]
+
+    def losses_(self, logits: Tensor, targets: Tensor, factor: Tensor | float) -> Tensor:
+        """As `Criterion` says."""
+        read = self.read(logits, targets) if self.of_loss else None
+        losses = cross_entropy_(logits, targets, factor)  # logits now holds the gradient
+        if read is not None:
+            self.add_(losses, logits, targets, read, factor)
+        return losses[None]
 
     def add_(
         self, losses: Tensor, gradient: Tensor, targets: Tensor, read: tuple[Tensor, Tensor], factor: Tensor | float

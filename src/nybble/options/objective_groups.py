@@ -6,17 +6,17 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options.option import Options, knob
+from nybble.options.option import Name, Options, knob
 
 
 class ObjectiveName(Options, group="Objective"):
     """What rows are learnt from."""
 
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward"] = knob(
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward", "distill"] = knob(
         "sft",
         "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
         "kto: answers labelled good or bad. classify: texts with a label, a class or a number. reward: pairs, for a "
-        "model that gives answers a number.",
+        "model that gives answers a number. distill: examples, and what a teacher says in their place.",
         aliases=("loss_type", "rl", "stage", "pref_loss"),
     )
 
@@ -70,6 +70,31 @@ class ObjectiveOptions(ObjectiveName):
         aliases=("precompute_ref_log_probs",),
     )
 
+    teacher: Name | None = knob(
+        None,
+        "distill: the model that is learnt from, asked once before the first step: as --model. Its tokens must be the "
+        "base's.",
+        aliases=("teacher_model_name_or_path", "kd_teacher"),
+    )
+    teacher_format: Literal["auto", "none", "stored", "nf4"] | None = knob(
+        None,
+        "distill: bits of the teacher's weights. none: 16. stored: its own few. auto (the default): as it is stored, "
+        "streamed from its 4-bit folder where that does not fit, else nf4.",
+    )
+    teacher_top_k: int | None = knob(
+        None, "distill: likeliest tokens that are kept of each distribution (64).", ge=1, aliases=("kd_top_k",)
+    )
+    distill_alpha: float | None = knob(
+        None,
+        "distill: weight of the KL to the teacher, times the temperature's square; cross-entropy has the rest (0.5).",
+        gt=0,
+        le=1,
+        aliases=("kd_alpha", "kd_ratio"),
+    )
+    distill_temperature: float | None = knob(
+        None, "distill: what logits of both are divided by for the KL (1).", gt=0, aliases=("kd_temperature",)
+    )
+
     @model_validator(mode="after")
     def _only_what_is_used(self) -> Self:
         used = OBJECTIVE_OPTIONS[self.objective]
@@ -81,6 +106,16 @@ class ObjectiveOptions(ObjectiveName):
                     f"It belongs to --objective {users}.",
                     f"Leave --{name.replace('_', '-')} out, or choose such an objective.",
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_teaches(self) -> Self:
+        if self.objective == "distill" and self.teacher is None:
+            raise ConfigError(
+                "objective is distill, and there is no teacher.",
+                "teacher: the model that is learnt from; any that --model takes, with the same tokens.",
+                "Add --teacher MODEL.",
+            )
         return self
 
     @model_validator(mode="after")
@@ -102,6 +137,7 @@ OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is m
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
     "classify": (),
     "reward": ("center_rewards_coefficient",),
+    "distill": ("teacher", "teacher_format", "teacher_top_k", "distill_alpha", "distill_temperature"),
 }
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")
 OF_TEXTS = ("classify",)  # rows that no chat template writes down

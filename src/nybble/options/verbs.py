@@ -51,7 +51,7 @@ def _check_calibrate(config: Artefact) -> Artefact:
 
 
 def _check_answers_alone(config: Learning) -> Learning:
-    if config.data.train_on == "all" and config.objective.objective != "sft":
+    if config.data.train_on == "all" and config.objective.objective not in ("sft", "distill"):
         raise ConfigError(
             f"train-on is all, and objective is {config.objective.objective}.",
             "Answers are compared or judged; prompts are what they follow.",
@@ -193,10 +193,10 @@ class TrainConfig(Verb):
 
     @model_validator(mode="after")
     def _new_tokens_are_learnt_from_examples(self) -> Self:
-        if self.adapters.train_new_tokens and self.objective.objective != "sft":
+        if self.adapters.train_new_tokens and self.objective.objective not in ("sft", "distill"):
             raise ConfigError(
                 f"train-new-tokens is on, and objective is {self.objective.objective}.",
-                "Rows of new tokens are learnt from examples to follow (--objective sft).",
+                "Rows of new tokens are learnt from examples to follow (--objective sft, distill).",
                 "Train on examples first, or leave --train-new-tokens out.",
             )
         return self

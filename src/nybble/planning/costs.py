@@ -19,6 +19,7 @@ from typing import NamedTuple
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning import cuda_costs
 from nybble.planning.run_shape import ModelShape, RunShape
+from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES
 from nybble.sources.parts import BlockParts
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
@@ -274,12 +275,12 @@ def attention_scratch(run: RunShape) -> int:
 
 def logits_bytes(run: RunShape) -> int:
     """Room for a chunk of logits, which the loss head keeps; a head that is trained keeps none."""
-    if run.trained_head or run.scored:
+    if run.trained_head or run.scored or run.asked:
         return 0
     c = run.compute_bytes
     fit = run.rules.chunk_rows(run.model.vocab_size * c)
     multiple = run.rules.row_multiple
-    needed = -(-max(run.batches.supervised, run.batches.validation_supervised) // multiple) * multiple
+    needed = -(-max_targets(run) // multiple) * multiple
     return min(fit, needed) * run.model.vocab_size * c
 
 
@@ -291,7 +292,28 @@ def head_bytes(run: RunShape) -> int:
     """
     per_element = 4 * run.compute_bytes + 12 if run.on_cpu else cuda_costs.HEAD_BYTES
     states = run.batches.supervised * run.model.hidden_size * per_element
-    return states + _panels(run) + _own_logits(run)
+    return states + _panels(run) + _own_logits(run) + _compared_logits(run)
+
+
+def _compared_logits(run: RunShape) -> int:
+    """A part of a chunk of logits, compared with a teacher's."""
+    if not run.distilled:
+        return 0
+    row_bytes = DISTILLED_BYTES * run.model.vocab_size
+    return row_bytes * min(run.rules.chunk_rows(row_bytes), run.batches.supervised)
+
+
+def _asked_logits(run: RunShape) -> int:
+    """A chunk of a teacher's logits, whose largest are looked for."""
+    if not run.asked:
+        return 0
+    row_bytes = ASKED_BYTES * run.model.vocab_size
+    return row_bytes * min(run.rules.chunk_rows(row_bytes), max_targets(run))
+
+
+def max_targets(run: RunShape) -> int:
+    """States that are projected at once, in training or in an evaluation."""
+    return max(run.batches.supervised, run.batches.validation_supervised)
 
 
 def _own_logits(run: RunShape) -> int:
@@ -317,17 +339,17 @@ def head_gradient_bytes(run: RunShape) -> int:
 
 
 def validation_bytes(run: RunShape) -> int:
-    """Height of an evaluation, or of asking the reference: one block forward at a time, its input and output; then the
-    states of the head.
+    """Height of an evaluation, or of asking a reference or a teacher: one block forward at a time, its input and
+    output; then the states of the head.
     """
     c, batches = run.compute_bytes, run.batches
     h, q, kv, f = run.model.widths
     tokens, targets = batches.validation_tokens, batches.validation_supervised
-    if run.asks_reference:
+    if run.asks_reference or run.asked:
         tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
     routed = 4 * h * run.model.passed_experts
     block = tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank + routed)
-    states = targets * h * (2 * c + 8) + _panels(run)
+    states = targets * h * (2 * c + 8) + _panels(run) + max(_asked_logits(run), _compared_logits(run))
     return max(block, states)
 
 
@@ -423,7 +445,7 @@ def predict(run: RunShape) -> dict[Part, int]:
         {Part.KEPT: kept, Part.AT_WORK: working_bytes(run) + moving},
         {Part.EVALUATION: validation_bytes(run)},
     ]
-    highest = max(heights, key=lambda height: sum(height.values()))
+    highest = max(heights[-1:] if run.asked else heights, key=lambda height: sum(height.values()))
     parts = always | highest
     parts[Part.PRODUCTS] = compiled_bytes(run)
     parts[Part.GAPS] = _gaps(run, highest) if run.on_cpu else 0

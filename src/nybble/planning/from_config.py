@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.option import with_options
 from nybble.options.verbs import PlanConfig, as_method, methods_left, settle_method
+from nybble.planning.asked import TOP_K, AskedModel, Asking, plan_asking
 from nybble.planning.machine import this_machine_later
 from nybble.planning.machine_table import Machine, named_machine
 from nybble.planning.micro_batches import even_micro_batches, micro_batches_of, total_steps
@@ -41,8 +42,22 @@ if TYPE_CHECKING:
 QUANTIZATION = "quantization_config"  # which the tensors' own names and sizes say
 
 
-def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Plans, PlanRequest, PlanRequest]:
-    """The plans for these options, what was asked, and the same with every choice left to the planner.
+class PlannedRun(NamedTuple):
+    """The plans for some options.
+
+    Args:
+        unconstrained: what was `asked`, with every choice left to the planner.
+        teacher: what asking it takes before the run; None where there is none.
+    """
+
+    plans: Plans
+    asked: PlanRequest
+    unconstrained: PlanRequest
+    teacher: Asking | None
+
+
+def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedRun:
+    """Plan what these options say.
 
     Raises:
         ModelError: the config cannot be found, or transformers cannot build its model.
@@ -62,11 +77,15 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
     if options.weights.format == STORED:
         source = open_model(options.model.model, report=report).as_stored()
         formats, in_four_bits, in_folder = source.layer_formats, source.in_four_bits, source.is_streamable
+    micro_batches = _micro_batches(options, skeleton, machine, prepared, report)
+    teacher = None
+    if options.objective.teacher is not None:
+        teacher = _asking(options, options.objective.teacher, machine, micro_batches, prepared, dtype, report)
     ask = partial(
         requests,
         skeleton=skeleton,
         machine=machine,
-        micro_batches=_micro_batches(options, skeleton, machine, prepared, report),
+        micro_batches=micro_batches,
         dtype=dtype,
         in_folder=in_folder,
         formats=formats,
@@ -81,7 +100,33 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> tuple[Pl
         report(Note(f"method: {method}: {why}"))
         asked, unconstrained = ask(as_method(options, method))
         plans = make_plans(asked, machine)
-    return plans, asked, unconstrained
+    return PlannedRun(plans, asked, unconstrained, teacher)
+
+
+def _asking(
+    options: PlanConfig,
+    name: str,
+    machine: Machine,
+    micro_batches: Callable[[int], MicroBatches],
+    prepared: PreparedData | None,
+    dtype: torch.dtype,
+    report: Listener,
+) -> Asking:
+    """What asking a teacher takes: about the rows of --data, or about those of --max-steps steps, or of one."""
+    written = read_config(name, report)
+    formats = formats_from_config(written)
+    skeleton = build_skeleton(transformers_config(written))
+    model = AskedModel(name, skeleton, formats, None, formats is not None)
+    format = options.objective.teacher_format or "auto"
+    plan = plan_asking(model, format, micro_batches, machine, dtype, packing=options.memory.packing)
+    rows = (options.loop.max_steps or 1) * options.memory.rows_per_step
+    tokens = targets = rows * options.data.max_seq_len
+    if prepared is not None:
+        rows = min(total_steps(options.loop, len(prepared.train), 1), len(prepared.train)) + len(prepared.validation)
+        share = rows / (len(prepared.train) + len(prepared.validation))
+        both = prepared.train + prepared.validation
+        tokens, targets = round(share * int(both.lengths.sum())), round(share * int(both.supervised_tokens.sum()))
+    return Asking.of(name, plan, machine, rows, tokens, targets, options.objective.teacher_top_k or TOP_K)
 
 
 def read_config(model: str, report: Listener = silent) -> dict[str, Any]:

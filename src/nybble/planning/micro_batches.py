@@ -87,7 +87,6 @@ def count_micro_batches(
         validation_counts=len(set(own) - counts),
         documents=int(training.documents.max()),
         heaviest=tuple(heaviest),
-        heaviest_validation=tuple(dealt[own.index(max(own))]) if own else (),
     )
 
 

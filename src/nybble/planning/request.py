@@ -208,6 +208,7 @@ def requests(
         on_cpu=machine.on_cpu,
         asks_reference=options.objective.objective in WITH_REFERENCE,
         more_forwards=more_forwards(options.objective),
+        distilled=options.objective.objective == "distill",
         other_ranks=tuple(sorted({*ranks.values()} - {rank})),
     )
     _check_whole_blocks(memory, run, str(against))

@@ -161,7 +161,7 @@ class MicroBatches:
         validation_tokens, validation_supervised: the same of evaluations.
         validation_counts: different numbers of tokens that only evaluations meet.
         documents: of a row, at most.
-        heaviest, heaviest_validation: the rows of the largest micro-batches, by number; empty where there is no data.
+        heaviest: the rows of the largest micro-batch of training, by number; empty where there is no data.
     """
 
     tokens: int
@@ -173,7 +173,6 @@ class MicroBatches:
     validation_counts: int
     documents: int = 1
     heaviest: tuple[int, ...] = ()
-    heaviest_validation: tuple[int, ...] = ()
 
     def filled_up(self) -> "MicroBatches":
         """In the shapes that graphs are captured for; evaluations stay."""
@@ -221,6 +220,9 @@ class RunShape:
         graphs: micro-batches come from graphs, which have memory of their own.
         asks_reference: training's micro-batches go through without a gradient too.
         more_forwards: passes without a gradient beside each micro-batch's own, as a reference's in the step.
+        distilled: the logits are compared with a teacher's.
+        asked: nothing is trained: the model is asked about the micro-batches of training and of evaluations, as a
+            teacher.
     """
 
     model: ModelShape
@@ -253,6 +255,8 @@ class RunShape:
     full: bool = False
     asks_reference: bool = False
     more_forwards: int = 0
+    distilled: bool = False
+    asked: bool = False
     graphs: bool = False
 
     @property

@@ -136,12 +136,12 @@ def _optimizer_paged(request: PlanRequest, run: RunShape, machine: Machine) -> I
 
 def _base_from_ram(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
     for variant in _variants(request, run, request.pagings):
-        yield _streamed(replace(variant, from_ram=True), machine)
+        yield streamed_run(replace(variant, from_ram=True), machine)
 
 
 def _base_from_disk(request: PlanRequest, run: RunShape, machine: Machine) -> Iterable[RunShape]:
     for variant in _variants(request, run, request.pagings):
-        yield _streamed(variant, machine)
+        yield streamed_run(variant, machine)
 
 
 WAYS: Mapping[Strategy, Callable[[PlanRequest, RunShape, Machine], Iterable[RunShape]]] = {
@@ -181,7 +181,7 @@ def _resident(request: PlanRequest, run: RunShape, machine: Machine, pagings: tu
                 yield replace(variant, whole_blocks=whole_blocks)
 
 
-def _streamed(run: RunShape, machine: Machine) -> RunShape:
+def streamed_run(run: RunShape, machine: Machine) -> RunShape:
     """With as many blocks resident as the budget has room for, at most all but one."""
     run = replace(run, resident_blocks=0, stream_ends=end_bytes(run.model) >= STREAMED_ENDS_BYTES)
     room = machine.budget_bytes - machine.begun_bytes - sum(predict(run).values())

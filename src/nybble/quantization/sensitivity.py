@@ -29,7 +29,8 @@ from nybble.kernels.ops.four_bit import dequantize, quantize
 from nybble.layers.backbone import decoder_states
 from nybble.layers.convert import quantizable_linears
 from nybble.layers.dense import weight_matrix
-from nybble.layers.loss_head import Head, loss_head
+from nybble.layers.loss_head import Head
+from nybble.layers.own_head import loss_head
 from nybble.quantization.watch import watched
 from nybble.sources.load import load_model
 from nybble.sources.stored_model import StoredModel

@@ -2,10 +2,11 @@
 
 config.yaml  base.json  task.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
 reference.json  events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/
-best/  report/
+best/  report/  teacher/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
-second, its base while it is calibrated. Only then does an earlier run go, and what lies there takes its place.
+second, its base while it is calibrated, what a teacher says while it is asked. Only then does an earlier run go, and
+what lies there takes its place.
 
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
@@ -51,9 +52,16 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"
         self.reference = path / "reference.json"
+        self.teacher = path / "teacher"  # what a teacher says of the rows
         self.report = path / "report"
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
+        self.asked_teacher = path / "teacher.partial"  # rows that a teacher was asked about, likewise
         self._lock: int | None = None
+
+    @property
+    def half_made(self) -> tuple[Path, ...]:
+        """What the next run goes on from, where this one is stopped before it trains."""
+        return self.resumable, self.asked_teacher
 
     def trained(self, full: bool) -> Path:
         """The folder of what was trained: the adapter, or, where every weight was, the whole model."""
@@ -155,7 +163,8 @@ class RunFolder:
 
     @contextmanager
     def started(self) -> Iterator[None]:
-        """Make the folder and `starting` in it, and hold it. In the end what is left of both goes, bar the resumable.
+        """Make the folder and `starting` in it, and hold it. In the end what is left of both goes, bar what the next
+        run goes on from.
 
         Raises:
             RunError: another process holds the folder, or the system refuses to make it.
@@ -180,7 +189,7 @@ class RunFolder:
     def _clear_starting(self) -> None:
         folder = self.starting.path
         if folder.is_dir():
-            _remove([entry for entry in folder.iterdir() if entry != self.starting.resumable])
+            _remove([entry for entry in folder.iterdir() if entry not in self.starting.half_made])
             if not any(folder.iterdir()):
                 folder.rmdir()
 
@@ -202,7 +211,8 @@ class RunFolder:
             kept_bytes: of the log that the folder has, behind which it goes on.
         """
         starting = self.starting
-        entries = (entry for entry in starting.path.iterdir() if entry not in (starting.events, starting.resumable))
+        stay = (starting.events, *starting.half_made)
+        entries = (entry for entry in starting.path.iterdir() if entry not in stay)
         for entry in sorted(entries, key=lambda entry: entry != starting.config):  # first: from then on there is a run
             entry.rename(self.path / entry.name)
         log.continue_in(self.events, kept_bytes)

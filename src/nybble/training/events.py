@@ -36,6 +36,28 @@ class AdapterTaken(Event):
 
 
 @dataclass(frozen=True)
+class TeacherAsked(Event):
+    """A teacher was asked about rows, and is gone.
+
+    Args:
+        format: of its weights; "none" for 16 bits, "stored" for few bits of its own.
+        tokens: that went through it.
+        seconds, predicted_s: with its loading; without.
+        peak_bytes, predicted_peak_bytes: while it was there.
+    """
+
+    kind: ClassVar[str] = "teacher"
+    name: str
+    format: str
+    rows: int
+    tokens: int
+    seconds: float
+    predicted_s: float
+    peak_bytes: int
+    predicted_peak_bytes: int
+
+
+@dataclass(frozen=True)
 class Resumed(Event):
     """The run goes on after this step."""
 

@@ -1,14 +1,17 @@
 """The objectives that users choose among."""
 
+from nybble.layers.distillation import Mixture
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
 from nybble.training.classify import Classification
+from nybble.training.distill import Distillation
 from nybble.training.kto import KTO
 from nybble.training.objective import Objective, SupervisedFineTuning
 from nybble.training.preference import DPO, IPO, ORPO, SimPO
 from nybble.training.reward import RewardModelling
 
 BETA, SIMPO_BETA, SIMPO_GAMMA, ORPO_LAMBDA = 0.1, 2.0, 1.0, 0.1  # of the papers
+ALPHA, TEMPERATURE = 0.5, 1.0  # of distillation
 USUAL_LR = "5e-6 to 5e-5"  # of adapters that learn preferences; examples to follow take more
 USUAL_FULL_LR = "5e-6 to 5e-5"  # a tenth of what adapters take
 
@@ -32,8 +35,16 @@ def make_objective(options: ObjectiveOptions) -> Objective:
             return Classification()
         case "reward":
             return RewardModelling(options.center_rewards_coefficient or 0.0)
+        case "distill":
+            return Distillation(mixture_of(options))
         case "kto":
             return KTO(beta, options.desirable_weight or 1.0, options.undesirable_weight or 1.0)
+
+
+def mixture_of(options: ObjectiveOptions) -> Mixture:
+    """How a student is distilled, with what is usual where the options say nothing."""
+    alpha = ALPHA if options.distill_alpha is None else options.distill_alpha
+    return Mixture(alpha, options.distill_temperature or TEMPERATURE)
 
 
 def make_regularisers(options: ObjectiveOptions) -> Regularisers:

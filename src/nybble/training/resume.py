@@ -20,7 +20,7 @@ from nybble.training.checkpoint import CONFIG, Checkpoint
 # Options that change nothing about the steps that follow, or whose content is compared instead of their name.
 FREE_OPTIONS = (
     *("out", "overwrite", "resume", "allow_change", "allow", "save_every", "keep_checkpoints", "eval_every"),
-    *("model", "tokenizer", "data", "validation_data", "memory", "adapter", "max_dense_share"),
+    *("model", "tokenizer", "data", "validation_data", "memory", "adapter", "max_dense_share", "teacher"),
 )
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from nybble import __version__
+from nybble.data.encoded_rows import lengths_of
 from nybble.data.plots import draw_lengths
-from nybble.data.prepare import PreparedData
-from nybble.data.sampler import StepSampler
+from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import RunError
 from nybble.events import Listener, all_of, silent
 from nybble.files.disk import disk_errors, write_complete
@@ -22,9 +22,8 @@ from nybble.layers.batch_model import BatchModel
 from nybble.layers.causal_lm import CausalLM
 from nybble.memory.measure import PeakMemory, has_own_memory
 from nybble.options.verbs import TrainConfig
-from nybble.planning.planner import Plan, Plans, forward_seconds
+from nybble.planning.planner import Plan, forward_seconds
 from nybble.planning.request import check_peak
-from nybble.planning.strategies import PlanRequest
 from nybble.runs.base import RoundingChoice
 from nybble.runs.events import EventLog, read_events
 from nybble.runs.folder import RunFolder
@@ -53,6 +52,7 @@ from nybble.training.rank import bound_rank
 from nybble.training.reference import ADAPTER, References, ask_reference
 from nybble.training.start import Examples, Opened, choose_method, open_start, take_examples
 from nybble.training.sweep import choose_lr
+from nybble.training.teacher import with_teacher
 
 
 def train(config: TrainConfig, report: Listener = silent) -> RunResult:
@@ -80,6 +80,7 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     opened, examples = take_examples(opened, report)
     opened = bound_rank(opened, examples, report)
     opened, examples = choose_method(opened, examples, report)
+    examples = _taught(opened, examples, report)
     base = choose_base(opened, examples, report)
     with PeakMemory(opened.device) as memory:
         fit = plan_fit(opened, examples, base, report)
@@ -136,9 +137,18 @@ def _move_in(opened: Opened, examples: Examples, base: Base, log: EventLog) -> N
         write_complete(starting.chat_template, opened.template.chat_template)
     write_complete(starting.audit, json.dumps(examples.data.audit.to_json(), indent=2) + "\n")
     examples.digests.write(starting.data_rows)
+    if opened.config.objective.objective == "distill" and not opened.config.run.resume:
+        starting.asked_teacher.rename(starting.teacher)
     if not opened.config.run.resume:
         run.clear(opened.config.run.overwrite)
     run.move_in(log, 0 if opened.resumed is None else opened.resumed.state["events_bytes"])
+
+
+def _taught(opened: Opened, examples: Examples, report: Listener) -> Examples:
+    """The rows with what a teacher says of them, where there is one: it is asked before the student is loaded."""
+    if opened.config.objective.objective != "distill":
+        return examples
+    return with_teacher(opened, examples, Chosen(examples.data.train, _met(opened, examples)), report)
 
 
 def _with_reference(
@@ -215,7 +225,7 @@ def _take_steps(
         events_bytes=log.sync,
         paged=plan.paged,
         graphs=plan.run.graphs,
-        rehearsal=None if config.memory.memory is None else _rehearsal(data, fit.plans, fit.unconstrained),
+        rehearsal=None if config.memory.memory is None else _rehearsal(examples, fit, causal_lm.packed),
     )
     rate = choose_lr(opened, examples, causal_lm, trained, loop, plan.micro_batch_size, report)
     if rate.interrupted is not None:  # what is trained is as training would have begun
@@ -289,12 +299,13 @@ def _settled(opened: Opened, plan: Plan, rounding: RoundingChoice | None, lr: fl
     return settled | {name: getattr(adapters, name) for name in given_out}
 
 
-def _rehearsal(data: PreparedData, plans: Plans, unconstrained: PlanRequest) -> Rehearsal:
+def _rehearsal(examples: Examples, fit: Fit, packed: bool) -> Rehearsal:
     """The rows of the largest micro-batches that the run will meet."""
+    plans, train, held_out = fit.plans, examples.data.train, examples.evaluations.rows
     assert plans.chosen is not None
-    largest = plans.chosen.batches
+    dealt = split_micro_batches(range(len(held_out)), lengths_of(held_out), plans.chosen.micro_batch_size, packed)
     return Rehearsal(
-        [data.train[row] for row in largest.heaviest],
-        [data.validation[row] for row in largest.heaviest_validation],
-        partial(check_peak, plans, unconstrained),
+        [train[row] for row in plans.chosen.batches.heaviest],
+        [held_out[row] for row in (dealt[0] if dealt else ())],  # the heaviest comes first
+        partial(check_peak, plans, fit.unconstrained),
     )

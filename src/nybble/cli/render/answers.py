@@ -3,11 +3,11 @@
 import math
 
 from nybble.cli.render.terminal import Terminal, new_table, show
+from nybble.evaluation.by_objective import ByObjective
 from nybble.evaluation.classes import ScoresEvaluated
 from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.compare_methods import PLOT, MethodsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
-from nybble.evaluation.preferences import Preferences
 from nybble.evaluation.rewards import RewardsEvaluated
 from nybble.evaluation.scores import Estimate
 from nybble.serving.server import ServerReady
@@ -29,8 +29,8 @@ def _(event: Evaluated, terminal: Terminal) -> None:
         cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change, f"{arm.kl_general:.4f}"]
         table.add_row(*cells, *scores)
     terminal.console.print(table)
-    if evaluation.preferences is not None:
-        _show_preferences(evaluation.preferences, terminal)
+    if evaluation.by_objective is not None:
+        _show_by_objective(evaluation.by_objective, terminal)
     for task, result in evaluation.lm_eval.items():
         terminal.say(f"{task}: {result}")
 
@@ -56,7 +56,7 @@ def _(event: RewardsEvaluated, terminal: Terminal) -> None:
         terminal.say(f"{name}: {value}")
 
 
-def _show_preferences(found: Preferences, terminal: Terminal) -> None:
+def _show_by_objective(found: ByObjective, terminal: Terminal) -> None:
     title = (
         f"{found.rows} held-out rows by {found.objective}; KL from the base {_interval(found.kl, '.4f')} nats a token"
     )

@@ -16,7 +16,7 @@ from nybble.training import events
 from nybble.units import format_bytes
 
 # metrics in the lines of steps and evaluations
-SHOWN = ("rewards/margins", "rewards/accuracies", "kl", "accuracy", "macro_f1")
+SHOWN = ("rewards/margins", "rewards/accuracies", "kl", "cross_entropy", "agreement", "accuracy", "macro_f1")
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
 
@@ -38,6 +38,14 @@ def _(event: events.ModelOpened, terminal: Terminal) -> None:
     terminal.say(f"model: {event.name}")
     for note in event.notes:
         terminal.say(f"  {note}")
+
+
+@show.register
+def _(event: events.TeacherAsked, terminal: Terminal) -> None:
+    terminal.say(
+        f"the teacher was asked about {event.rows} rows in {event.seconds:.0f} s; peak memory: "
+        f"{format_bytes(event.peak_bytes)} measured, {format_bytes(event.predicted_peak_bytes)} predicted"
+    )
 
 
 @show.register

@@ -1,0 +1,161 @@
+"""What was found out once about each row of a run, in a file of its folder: a record a row, under the row's digest.
+
+A record is on the disk as soon as it was found, so that a run which is stopped goes on where it was, and one that is
+resumed finds it. It is read from there whenever the row is; in memory are sixteen bytes a row.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nybble.data.examples import EncodedExample
+from nybble.errors import RunError
+from nybble.events import Listener, silent, tracked
+from nybble.files.disk import fsync, write_complete
+
+ABOUT, RECORDS = "about.json", "rows.bin"
+HEAD = struct.Struct("<16sII")  # of a record: the row's digest; bytes of what follows, and its CRC-32
+ROWS_AT_ONCE = 64  # that are dealt into micro-batches together
+
+
+def digest_of(row: EncodedExample) -> bytes:
+    """Of all that training learns from the row."""
+    return hashlib.blake2b(row.content, digest_size=16).digest()
+
+
+class RowRecords:
+    """Records of rows in a folder.
+
+    Args:
+        folder: that has them; it need not exist yet. What lies there about something else is begun anew.
+        about: what the records are about, ready for JSON.
+
+    Raises:
+        RunError: the folder is damaged.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]):
+        self.folder, self._name = folder, folder.name.removesuffix(".partial")  # as it is called once the run trains
+        folder.mkdir(parents=True, exist_ok=True)
+        if described(folder) != about:
+            (folder / RECORDS).write_bytes(b"")
+            write_complete(folder / ABOUT, json.dumps(about) + "\n")
+        self._file = (folder / RECORDS).open("r+b", buffering=0)
+        self._keys, self._places = array("q"), array("Q")
+        self._file.truncate(self._find())
+        self._sort()
+
+    def _find(self) -> int:
+        """Find the records; where the last whole one ends."""
+        size, place = os.fstat(self._file.fileno()).st_size, 0
+        while place + HEAD.size <= size:
+            digest, length, _ = HEAD.unpack(os.pread(self._file.fileno(), HEAD.size, place))
+            if place + HEAD.size + length > size:
+                break  # a crash left it half
+            self._keys.append(_key(digest))
+            self._places.append(place)
+            place += HEAD.size + length
+        return place
+
+    def _sort(self) -> None:
+        keys, places = np.array(self._keys, dtype=np.int64), np.array(self._places, dtype=np.uint64)
+        order = np.argsort(keys, kind="stable")
+        self._sorted_keys, self._sorted_places = keys[order], places[order]
+
+    def _place_of(self, digest: bytes) -> int | None:
+        place = int(np.searchsorted(self._sorted_keys, _key(digest)))
+        if place == len(self._sorted_keys) or self._sorted_keys[place] != _key(digest):
+            return None
+        return int(self._sorted_places[place])
+
+    def unknown(self, rows: Sequence[EncodedExample]) -> np.ndarray:
+        """Numbers of those rows, int64, of which nothing was known when the file was opened or last asked for."""
+        return np.array([i for i, row in enumerate(rows) if self._place_of(digest_of(row)) is None], dtype=np.int64)
+
+    def ask(
+        self,
+        rows: Sequence[EncodedExample],
+        answers: Callable[[Sequence[EncodedExample]], Iterable[tuple[EncodedExample, bytes]]],
+        what: str,
+        report: Listener = silent,
+    ) -> None:
+        """Find out what is not known of some rows.
+
+        Args:
+            answers: of some of them, each row with its record's content. It is given the same rows together whatever is
+                known, so that rounding does not depend on that.
+            what: is done, for people.
+        """
+        try:
+            for start in tracked(range(0, len(rows), ROWS_AT_ONCE), what, report):
+                part = rows[start : start + ROWS_AT_ONCE]
+                unknown = {digest_of(part[i]) for i in self.unknown(part)}
+                if not unknown:
+                    continue
+                for row, content in answers(part):
+                    if (digest := digest_of(row)) in unknown:
+                        self._append(digest, content)
+                        unknown.remove(digest)
+        finally:
+            fsync(self.folder / RECORDS)
+            self._sort()
+
+    def _append(self, digest: bytes, content: bytes) -> None:
+        place = self._file.seek(0, os.SEEK_END)
+        record = HEAD.pack(digest, len(content), zlib.crc32(content)) + content
+        written = 0
+        while written < len(record):  # a disk that is nearly full may take a part
+            written += self._file.write(record[written:])
+        self._keys.append(_key(digest))
+        self._places.append(place)
+
+    def read(self, row: EncodedExample) -> bytes | None:
+        """What is known of a row; None where nothing is.
+
+        Raises:
+            RunError: that is damaged.
+        """
+        digest = digest_of(row)
+        if (place := self._place_of(digest)) is None:
+            return None
+        head = os.pread(self._file.fileno(), HEAD.size, place)
+        stored, length, checksum = HEAD.unpack(head.ljust(HEAD.size, b"\0"))
+        content = os.pread(self._file.fileno(), length, place + HEAD.size)
+        if stored != digest or len(content) < length or zlib.crc32(content) != checksum:
+            raise RunError(
+                f"What {self._name}/{RECORDS} of the run says of {row.origin} is not what was written there.",
+                "",
+                f"Remove the run's folder {self._name}: what it holds is found out again when the run goes on.",
+            )
+        return content
+
+
+def described(folder: Path) -> dict[str, Any] | None:
+    """What the records in a folder are about; None where there are none.
+
+    Raises:
+        RunError: the file that says it is damaged.
+    """
+    file = folder / ABOUT
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
+        return found
+    except (OSError, ValueError) as error:
+        fix = f"Remove {folder}: what it holds is found out again."
+        raise RunError(f"{file} is damaged: {error!r}.", "", fix) from error
+
+
+def _key(digest: bytes) -> int:
+    return int.from_bytes(digest[:8], "little", signed=True)
