@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain_device import WithoutDoubles, as_there
 from tiny import SMALL, byte_tokenizer, tune
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,6 +105,20 @@ def test_a_step_is_the_formula_however_it_is_cut(
 
 def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad and p.grad is not None])
+
+
+def test_a_gpu_without_fp64_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, ours = some_rows(weighted=True), CausalLM.of(tune(a_model(0)))
+    taught = [*asked(tmp_path / "teacher", rows).attached(rows)]
+    batch, totals = OBJECTIVE.collate(taught, ours), OBJECTIVE.totals(ours, taught, 9)
+    expected = forward_backward(OBJECTIVE, ours, batch, totals)
+    as_there(monkeypatch)
+    batch = batch.to(torch.device("cpu"))
+    with WithoutDoubles():
+        found = forward_backward(OBJECTIVE, ours, batch, totals)
+    assert expected.metrics is not None and found.metrics is not None
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    assert found.metrics.tolist() == pytest.approx(expected.metrics.tolist(), rel=1e-4)
 
 
 # ---- what a teacher said, on the disk ------------------------------------------------------------

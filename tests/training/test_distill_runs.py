@@ -1,12 +1,18 @@
 """Whole distilled runs: what is kept of the teacher, interrupted and gone on with; teachers in every form; refusals."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-from tiny import byte_tokenizer
+import torch
+from tiny import SMALL, byte_tokenizer, make_data
+from tiny_gguf import VOCABULARY, write_model
+from transformers import LlamaConfig, LlamaForCausalLM
 from typed import typed
 
 import nybble
@@ -114,6 +120,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "bf16": {"compute_dtype": "bf16"},
     "head": {"modules_to_save": "lm_head", "lr": 2e-4},
     "limited": {"memory": "2GB"},
+    "gguf": {"template": "none"},
     "full": {"method": "full", "rank": None, "format": "none", "quality": None, "lr": 2e-4},
 }
 
@@ -124,21 +131,51 @@ def test_teachers_and_students_in_other_forms(
     form: str, tiny_model: Path, four_bit: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"format": "nf2", "quality": "absmax", "distill_alpha": 1.0} | FORMS[form]
-    teacher = four_bit if form == "streamed" else tiny_model
+    student, teacher = tiny_model, four_bit if form == "streamed" else tiny_model
+    if form == "gguf":
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**SMALL | {"vocab_size": VOCABULARY}))
+        student = teacher = write_model(tmp_path / "m.gguf", model, "llama", "Q8_0")
     if form == "full":
         teacher = tmp_path / "tiny-nf2"
         quantize_folder(open_model(str(tiny_model)), BaseFormats(QuantSpec("nf2")), teacher)
-    resident = distil(tiny_model, teacher, data, tmp_path / "resident", **options)
+    resident = distil(student, teacher, data, tmp_path / "resident", **options)
     before, *_, last = read_events(resident / "events.jsonl", "eval")
     assert last["kl"] < before["kl"]
     (told,) = read_events(resident / "events.jsonl", "teacher")
-    assert told["format"] == {"streamed": "stored", "full": "stored", "nf4": "nf4"}.get(form, "none")
+    in_few_bits = dict.fromkeys(("streamed", "full", "gguf"), "stored") | {"nf4": "nf4"}
+    assert told["format"] == in_few_bits.get(form, "none")
     if form == "streamed":
         ways = asked._ways
         monkeypatch.setattr(asked, "_ways", lambda *given: [way for way in ways(*given) if way[1].resident_blocks == 0])
         distil(tiny_model, teacher, data, tmp_path / "streamed", **options)
         rows = [(tmp_path / name / "teacher" / "rows.bin").read_bytes() for name in ("resident", "streamed")]
         assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+def test_killed_while_its_teacher_is_asked_a_run_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    data = make_data(
+        tmp_path / "many.jsonl", [{"prompt": f"{n} + {n}?", "completion": f"{2 * n}."} for n in range(400)]
+    )
+    options: dict[str, Any] = {"rows_per_step": 100, "format": "nf2", "quality": "absmax", "validation_rows": 8}
+    options |= {"max_seq_len": 64}
+    whole = distil(tiny_model, tiny_model, data, tmp_path / "whole", **options)
+    out, config = tmp_path / "killed", tmp_path / "config.yaml"
+    config.write_text((whole / "config.yaml").read_text())
+    process = processes.nybble("train", config, "--out", out, output=tmp_path / "printed")
+    partial = out / ".starting" / "teacher.partial" / "rows.bin"
+    while not partial.exists() or partial.stat().st_size < 20_000:
+        assert process.exit_code is None, process.printed
+    os.kill(process.pid, signal.SIGKILL)
+    process.end()
+    known = partial.stat().st_size
+    assert known < (whole / "teacher" / "rows.bin").stat().st_size
+    distil(tiny_model, tiny_model, data, out, **options)
+    (told,) = read_events(out / "events.jsonl", "teacher")
+    assert 0 < told["rows"] < 308, "what was said before is not asked again"
+    assert (out / "teacher" / "rows.bin").read_bytes() == (whole / "teacher" / "rows.bin").read_bytes()
+    assert final(out) == final(whole)
 
 
 def test_what_cannot_be_is_said(tiny_model: Path, data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import EncodedPair, JudgedAnswer, PreferenceRow, with_mismatched
-from nybble.errors import RunError
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
 from nybble.training.accumulation import forward_backward
@@ -233,31 +232,24 @@ def test_a_reference_asked_before_is_the_one_asked_in_the_step(name: str, tmp_pa
     """And what was asked is not asked again, by whoever opens the file."""
     objective, model = OBJECTIVES[name], adapted_model(std=0.0)
     ours, train = CausalLM.of(model), rows(OBJECTIVES[name])
-    references = References.open(tmp_path / "reference.json", "tiny", "")
+    references = References.open(tmp_path / "reference", "tiny", "")
     references.ask(ours, train, 2)
     for adapter in adapters_of(model).values():
         nn.init.normal_(adapter.lora_B, std=0.2)
-    again = References.open(tmp_path / "reference.json", "tiny", "")
-    assert not again.missing(train) and len(References.open(tmp_path / "reference.json", "other", "").missing(train))
-    asked = again.attached(train)
+    again = References.open(tmp_path / "reference", "tiny", "")
+    assert len(again.records.unknown(train)) == 0
+    asked = [*again.attached(train)]
+    assert len(References.open(tmp_path / "reference", "other", "").records.unknown(train)) == len(train)
     assert all(isinstance(row, PreferenceRow) and all(map(math.isfinite, row.reference)) for row in asked)
     assert step(objective, ours, asked, 2) == pytest.approx(step(objective, ours, train, 2), rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"rows": {}}', '{"model": "m", "begins_with": "", "rows": {"d": 3}}'])
-def test_a_damaged_reference_is_named(text: str, tmp_path: Path) -> None:
-    file = tmp_path / "reference.json"
-    file.write_text(text)
-    with pytest.raises(RunError, match=r"reference\.json is damaged"):
-        References.open(file, "m", "")
-
-
 def test_what_a_reference_said_is_kept_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.training.reference.ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("nybble.training.row_records.ROWS_AT_ONCE", 1)
     train, ours = rows(OBJECTIVES["dpo"]), CausalLM.of(adapted_model())
-    whole = References.open(tmp_path / "whole.json", "tiny", "")
+    whole = References.open(tmp_path / "whole", "tiny", "")
     whole.ask(ours, train, 1)
-    stopped = References.open(tmp_path / "stopped.json", "tiny", "")
+    stopped = References.open(tmp_path / "stopped", "tiny", "")
     losses, calls = ours.token_losses, []
 
     def fail(batch: Any) -> Tensor:
@@ -270,10 +262,10 @@ def test_what_a_reference_said_is_kept_when_it_is_stopped(tmp_path: Path, monkey
     with pytest.raises(KeyboardInterrupt):
         stopped.ask(ours, train, 1)
     monkeypatch.undo()
-    stopped = References.open(tmp_path / "stopped.json", "tiny", "")
-    assert 0 < len(stopped.missing(train)) < len(train)
+    stopped = References.open(tmp_path / "stopped", "tiny", "")
+    assert 0 < len(stopped.records.unknown(train)) < len(train)
     stopped.ask(ours, train, 1)
-    assert stopped.known == whole.known
+    assert [stopped.records.read(row) for row in train] == [whole.records.read(row) for row in train]
 
 
 # ---- rows ----------------------------------------------------------------------------------------

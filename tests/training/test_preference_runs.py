@@ -2,7 +2,6 @@
 references; events, report and card.
 """
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -19,7 +18,7 @@ from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
 from nybble.sources.open import open_model
-from nybble.training.reference import References
+from nybble.training import reference
 from nybble.training.session import train
 
 PAIRS = [
@@ -100,24 +99,23 @@ def test_stopped_paged_or_streamed_the_bytes_are_the_same(
 def test_stopped_while_the_reference_is_asked_a_run_goes_on(
     base: Path, pairs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("nybble.training.reference.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("nybble.training.row_records.ROWS_AT_ONCE", 4)
     whole = run(base, pairs, tmp_path / "whole", "dpo")
-    asked = json.loads((whole / "reference.json").read_text())["rows"]
-    original, calls = References.missing, []
+    original, calls = reference._asked, []
 
-    def fail(self: References, rows: Any) -> Any:
-        calls.append(rows)
+    def fail(*given: Any) -> Any:
+        calls.append(given)
         if len(calls) == 4:
-            self.known |= dict(list(asked.items())[:8])
             raise KeyboardInterrupt
-        return original(self, rows)
+        return original(*given)
 
-    monkeypatch.setattr(References, "missing", fail)
+    monkeypatch.setattr(reference, "_asked", fail)
     with pytest.raises(KeyboardInterrupt):
         run(base, pairs, tmp_path / "run", "dpo")
-    monkeypatch.setattr(References, "missing", original)
+    asked = len(calls)
     resume(tmp_path / "run")
     assert final(tmp_path / "run") == final(whole)
+    assert len(calls) - asked == 7 - 3, "what was asked is not asked again"
 
 
 @pytest.mark.slow
@@ -131,13 +129,14 @@ def test_a_run_that_begins_with_an_adapter_is_compared_with_it(base: Path, pairs
     with pytest.raises(ConfigError, match=r"reference is step(?s:.*)Leave --reference out"):
         run(base, pairs, tmp_path / "third", "dpo, step", adapter=str(first / "adapter"))
     shutil.rmtree(second / "checkpoints" / f"step-{STEPS}")
-    (second / "reference.json").rename(second / "elsewhere.json")
+    (second / "reference").rename(second / "elsewhere")
     resume_refused = pytest.raises(
         RunError, match=r"does not say what the reference makes of \d+ rows(?s:.*)start a new run"
     )
     with resume_refused:
         resume(second)
-    (second / "elsewhere.json").rename(second / "reference.json")
+    shutil.rmtree(second / "reference")
+    (second / "elsewhere").rename(second / "reference")
     resume(second)
 
 

@@ -128,12 +128,14 @@ def likeliest(head: Head, hidden: Tensor, count: int, vocabulary: int, temperatu
     Args:
         head, hidden: of the teacher, `(N, hidden)` the states that its head reads.
     """
-    ids, log_p = [torch.zeros(0, count, dtype=torch.long)], [torch.zeros(0, count + 1)]
-    for states in hidden.split(SHAPE_RULES[hidden.device.type].chunk_rows(ASKED_BYTES * head.vocabulary)):
+    # In one room: small tensors that stay between large ones that go would leave holes in the C library's heap.
+    found = TeacherRows(torch.empty(len(hidden), count, dtype=torch.long), torch.empty(len(hidden), count + 1))
+    rows = SHAPE_RULES[hidden.device.type].chunk_rows(ASKED_BYTES * head.vocabulary)
+    for states, ids, log_p in zip(hidden.split(rows), found.ids.split(rows), found.log_p.split(rows), strict=True):
         u = head.logits(states)[:, :vocabulary].to(torch.float32, copy=True).div_(temperature)
         u -= u.logsumexp(dim=1, keepdim=True)
-        found = u.topk(count, dim=1)
-        rest = u.scatter_(1, found.indices, float("-inf")).logsumexp(dim=1, keepdim=True)
-        ids.append(found.indices.cpu())
-        log_p.append(torch.cat([found.values, rest], dim=1).cpu())
-    return TeacherRows(torch.cat(ids), torch.cat(log_p))
+        top = u.topk(count, dim=1)
+        ids.copy_(top.indices)
+        log_p[:, :count].copy_(top.values)
+        log_p[:, count:].copy_(u.scatter_(1, top.indices, float("-inf")).logsumexp(dim=1, keepdim=True))
+    return found

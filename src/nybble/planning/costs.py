@@ -457,7 +457,11 @@ def predict(run: RunShape) -> dict[Part, int]:
 
 
 def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
-    """Bytes of gaps in the C library's heap at a moment of these parts, once it no longer grows from step to step."""
+    """Bytes of gaps in the C library's heap at a moment of these parts, once it no longer grows from step to step; of a
+    model that is asked, as much as what comes and goes, measured.
+    """
+    if run.asked:
+        return height[Part.EVALUATION]
     shares = GAPS_GENERIC if run.path == "generic" else GAPS_BF16 if run.compute_bytes == 2 else GAPS_FP32
     kept = height.get(Part.KEPT, 0)
     gate_up = 2 * run.batches.tokens * run.compute_bytes * run.model.intermediate_size

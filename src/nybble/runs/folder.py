@@ -1,8 +1,8 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
 config.yaml  base.json  task.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
-reference.json  events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/
-best/  report/  teacher/
+events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/
+best/  report/  reference/  teacher/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
 second, its base while it is calibrated, what a teacher says while it is asked. Only then does an earlier run go, and
@@ -51,7 +51,7 @@ class RunFolder:
         self.best = path / "best"  # what is trained as at the lowest held-out loss, where the run keeps that
         self.checkpoints = path / "checkpoints"
         self.data_rows = path / "data_rows.safetensors"
-        self.reference = path / "reference.json"
+        self.reference = path / "reference"  # what the reference of preferences says of the rows
         self.teacher = path / "teacher"  # what a teacher says of the rows
         self.report = path / "report"
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on

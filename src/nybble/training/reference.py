@@ -1,20 +1,18 @@
 """The reference of DPO, IPO and KTO: the model that training begins with, asked without a second one in memory.
 
 In the same step: the base, its adapters switched off (`adapters_off`), on the very batch. Or once before the first step
-(`ask_reference`): its log-probabilities of all rows that the run will meet, kept in the run folder. That is the
-default: it is one forward pass a row, where the same step takes one each time that the row is met or evaluated; and
-the reference may be another than the bare base, where training begins with an adapter or with `--init`.
+(`ask_reference`): its log-probabilities of all rows that the run will meet, kept in the run folder
+(`training/row_records.py`). That is the default: it is one forward pass a row, where the same step takes one each time
+that the row is met or evaluated; and the reference may be another than the bare base, where training begins with an
+adapter or with `--init`.
 """
 
-import hashlib
-import json
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,14 +22,12 @@ from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import EncodedPair, PreferenceBatch, PreferenceRow, compare
 from nybble.data.sampler import split_micro_batches
 from nybble.errors import RunError
-from nybble.events import Listener, Note, silent, tracked
-from nybble.files.disk import write_complete
+from nybble.events import Listener, Note, silent
 from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
+from nybble.training.row_records import RowRecords, described
 
-ROWS_AT_ONCE = 64  # that are dealt into micro-batches together
-SAVE_SECONDS = 60.0
 ADAPTER = "adapter"  # begins what a reference begins with, where that is one
 
 
@@ -104,93 +100,56 @@ def _asked(
             yield from ((rows[i], sides) for i, sides in zip(micro, zip(chosen, rejected, strict=True), strict=True))
 
 
-@dataclass
 class References:
-    """What a reference says of rows, in a file: log-probabilities under each row's digest.
+    """What a reference says of rows: the summed log-probability of each of a row's documents.
 
     Args:
-        path: of the file; it need not exist yet.
-        model: which base, in which bits and type.
-        begins_with: the adapter that is beside it; empty where that does nothing.
-        known: digest -> summed log-probabilities of the row's documents.
+        records: of it, on the disk. What they are about is the `model` (which base, in which bits and type) and what it
+            `begins_with` (the adapter that is beside it; empty where that does nothing).
     """
 
-    path: Path
-    model: str
-    begins_with: str
-    known: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    def __init__(self, records: RowRecords):
+        self.records = records
 
     @classmethod
-    def open(cls, path: Path, model: str, begins_with: str) -> "References":
-        """What the file knows, if it is of this reference; else it is begun anew.
+    def open(cls, folder: Path, model: str, begins_with: str) -> "References":
+        """What the folder knows, if it is of this reference; else it is begun anew.
 
         Args:
-            begins_with: ADAPTER alone where it is one whose run goes on, and only the file knows which.
+            begins_with: ADAPTER alone where it is one whose run goes on, and only the folder knows which.
         """
-        found = cls.read(path)
-        if found is None or found.model != model:
-            return cls(path, model, begins_with)
-        same = found.begins_with == begins_with or (begins_with == ADAPTER and found.begins_with.startswith(ADAPTER))
-        return found if same else cls(path, model, begins_with)
+        about, before = {"model": model, "begins_with": begins_with}, described(folder)
+        if begins_with == ADAPTER and before is not None and str(before.get("begins_with")).startswith(ADAPTER):
+            about["begins_with"] = before["begins_with"]
+        return cls(RowRecords(folder, about, _content))
 
-    @classmethod
-    def read(cls, path: Path) -> "References | None":
-        """What a file holds, whatever reference it is of; None where there is none.
-
-        Raises:
-            RunError: it is damaged.
-        """
-        if not path.is_file():
-            return None
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            known = {digest: tuple(map(float, log_p)) for digest, log_p in found["rows"].items()}
-            return cls(path, found["model"], found["begins_with"], known)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fix = "Restore it; or remove it, and what training began with is asked again where that is the bare base."
-            raise RunError(f"{path} is damaged: {error!r}.", "", fix) from error
-
-    def missing(self, rows: Iterable[EncodedExample]) -> list[PreferenceRow]:
-        """Those rows that it knows nothing of."""
-        return [row for row in rows if isinstance(row, PreferenceRow) and _digest(row) not in self.known]
+    @property
+    def begins_with(self) -> str:
+        """The adapter beside the base."""
+        return str(self.records.about["begins_with"])
 
     def ask(
         self, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int, report: Listener = silent
     ) -> None:
-        """Ask the model, as it is, about rows that are not known; what was found is saved every minute and at the end,
-        so that a run which is stopped goes on where it was.
+        """Ask the model, as it is, about rows that are not known.
 
         Args:
-            micro_batch_size: rows computed at once. Which rows are computed together does not depend on what is known.
+            micro_batch_size: rows computed at once.
         """
-        saved = time.monotonic()
-        try:
-            for start in tracked(range(0, len(rows), ROWS_AT_ONCE), "reference", report):
-                part = [row for row in rows[start : start + ROWS_AT_ONCE] if isinstance(row, PreferenceRow)]
-                if self.missing(part):
-                    self.known |= {_digest(row): log_p for row, log_p in _asked(model, part, micro_batch_size)}
-                if time.monotonic() - saved >= SAVE_SECONDS:
-                    self.save()
-                    saved = time.monotonic()
-        finally:
-            self.save()
 
-    def save(self) -> None:
-        """Write the file; a crash leaves the old one or the new."""
-        write_complete(
-            self.path, json.dumps({"model": self.model, "begins_with": self.begins_with, "rows": self.known})
-        )
+        def answers(part: Sequence[EncodedExample]) -> Iterator[tuple[EncodedExample, bytes]]:
+            for row, log_p in _asked(model, [row for row in part if isinstance(row, PreferenceRow)], micro_batch_size):
+                yield row, np.array(log_p, dtype=np.float64).tobytes()
 
-    @overload
-    def attached(self, rows: EncodedRows) -> EncodedRows: ...
-    @overload
-    def attached(self, rows: Sequence[EncodedExample]) -> Sequence[EncodedExample]: ...
-    def attached(self, rows: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
+        self.records.ask(rows, answers, "reference", report)
+
+    def attached(self, rows: Sequence[EncodedExample]) -> EncodedRows:
         """The rows, with what is known of each."""
 
         def attach(number: int, row: EncodedExample) -> EncodedExample:
             assert isinstance(row, PreferenceRow), row
-            return replace(row, reference=self.known.get(_digest(row), ()))
+            content = self.records.read(row) or b""
+            return replace(row, reference=tuple(np.frombuffer(content, dtype=np.float64).tolist()))
 
         return ChangedRows(counted(rows), attach)
 
@@ -216,31 +175,39 @@ def ask_reference(
         RunError: rows are not known, and the run began with an adapter that `model` no longer has.
     """
     for rows in parts:
-        missing = [(row.origin, sum(map(len, row.documents)) - row.shared_tokens) for row in references.missing(rows)]
-        if not missing:
+        unknown = references.records.unknown(rows)
+        if not len(unknown):
             continue
         if resumed and references.begins_with:
             raise RunError(
-                f"{references.path} does not say what the reference makes of {len(missing)} rows, such as "
-                f"{missing[0][0]}.",
+                f"{references.records.folder} does not say what the reference makes of {len(unknown)} rows, such as "
+                f"{rows[int(unknown[0])].origin}.",
                 f"The reference of this run is what it began with ({references.begins_with}), and it has trained on "
                 "since.",
-                "Restore that file or the examples, or start a new run.",
+                "Restore that folder or the examples, or start a new run.",
             )
-        tokens = sum(count for _, count in missing)
+        tokens = sum(_tokens_of(rows[number]) for number in unknown.tolist())
         seconds = f"{seconds_of(tokens):.0f} s predicted"
-        report(Note(f"asking the reference about {len(missing)} rows once: {tokens} tokens forward, {seconds}"))
+        report(Note(f"asking the reference about {len(unknown)} rows once: {tokens} tokens forward, {seconds}"))
         references.ask(model, rows, micro_batch_size, report)
 
 
-def known_references(path: Path, rows: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
-    """The rows with what a run's file says of them; without, where there is no file, or it does not know all."""
-    references = References.read(path)
-    return rows if references is None or references.missing(rows) else references.attached(rows)
+def known_references(folder: Path, rows: Sequence[EncodedExample]) -> Sequence[EncodedExample]:
+    """The rows with what a run's folder says of them; without, where there is none, or it does not know all."""
+    about = described(folder)
+    if about is None:
+        return rows
+    references = References(RowRecords(folder, about, _content))
+    return rows if len(references.records.unknown(rows)) else references.attached(rows)
 
 
-def _digest(row: PreferenceRow) -> str:
-    digest = hashlib.blake2b(row.content, digest_size=16)
-    for document in row.documents[len(row.document_lengths) :]:  # what it is compared with beside its own
-        digest.update(document.content)
-    return digest.hexdigest()
+def _tokens_of(row: EncodedExample) -> int:
+    """That go through the model for it."""
+    assert isinstance(row, PreferenceRow), row
+    return sum(map(len, row.documents)) - row.shared_tokens
+
+
+def _content(row: EncodedExample) -> bytes:
+    """All that is asked of a row: what it is compared with beside its own documents too."""
+    assert isinstance(row, PreferenceRow), row
+    return b"".join([row.content, *(document.content for document in row.documents[len(row.document_lengths) :])])

@@ -11,6 +11,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,16 @@ import numpy as np
 from nybble.data.examples import EncodedExample
 from nybble.errors import RunError
 from nybble.events import Listener, silent, tracked
-from nybble.files.disk import fsync, write_complete
+from nybble.files.disk import write_complete
 
 ABOUT, RECORDS = "about.json", "rows.bin"
 HEAD = struct.Struct("<16sII")  # of a record: the row's digest; bytes of what follows, and its CRC-32
 ROWS_AT_ONCE = 64  # that are dealt into micro-batches together
 
 
-def digest_of(row: EncodedExample) -> bytes:
-    """Of all that training learns from the row."""
-    return hashlib.blake2b(row.content, digest_size=16).digest()
+def content_of(row: EncodedExample) -> bytes:
+    """All that training learns from a row."""
+    return row.content
 
 
 class RowRecords:
@@ -37,20 +38,24 @@ class RowRecords:
     Args:
         folder: that has them; it need not exist yet. What lies there about something else is begun anew.
         about: what the records are about, ready for JSON.
+        content_of: a row, what its record depends on.
 
     Raises:
         RunError: the folder is damaged.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, Any]):
+    def __init__(
+        self, folder: Path, about: Mapping[str, Any], content_of: Callable[[EncodedExample], bytes] = content_of
+    ):
+        self.about, self._content_of = about, content_of
         self.folder, self._name = folder, folder.name.removesuffix(".partial")  # as it is called once the run trains
         folder.mkdir(parents=True, exist_ok=True)
         if described(folder) != about:
             (folder / RECORDS).write_bytes(b"")
             write_complete(folder / ABOUT, json.dumps(about) + "\n")
-        self._file = (folder / RECORDS).open("r+b", buffering=0)
+        self._file = (folder / RECORDS).open("rb", buffering=0)
         self._keys, self._places = array("q"), array("Q")
-        self._file.truncate(self._find())
+        self._end = self._find()
         self._sort()
 
     def _find(self) -> int:
@@ -70,6 +75,9 @@ class RowRecords:
         order = np.argsort(keys, kind="stable")
         self._sorted_keys, self._sorted_places = keys[order], places[order]
 
+    def _digest_of(self, row: EncodedExample) -> bytes:
+        return hashlib.blake2b(self._content_of(row), digest_size=16).digest()
+
     def _place_of(self, digest: bytes) -> int | None:
         place = int(np.searchsorted(self._sorted_keys, _key(digest)))
         if place == len(self._sorted_keys) or self._sorted_keys[place] != _key(digest):
@@ -78,7 +86,9 @@ class RowRecords:
 
     def unknown(self, rows: Sequence[EncodedExample]) -> np.ndarray:
         """Numbers of those rows, int64, of which nothing was known when the file was opened or last asked for."""
-        return np.array([i for i, row in enumerate(rows) if self._place_of(digest_of(row)) is None], dtype=np.int64)
+        return np.array(
+            [i for i, row in enumerate(rows) if self._place_of(self._digest_of(row)) is None], dtype=np.int64
+        )
 
     def ask(
         self,
@@ -94,28 +104,28 @@ class RowRecords:
                 known, so that rounding does not depend on that.
             what: is done, for people.
         """
-        try:
-            for start in tracked(range(0, len(rows), ROWS_AT_ONCE), what, report):
-                part = rows[start : start + ROWS_AT_ONCE]
-                unknown = {digest_of(part[i]) for i in self.unknown(part)}
-                if not unknown:
-                    continue
-                for row, content in answers(part):
-                    if (digest := digest_of(row)) in unknown:
-                        self._append(digest, content)
-                        unknown.remove(digest)
-        finally:
-            fsync(self.folder / RECORDS)
-            self._sort()
+        with (self.folder / RECORDS).open("r+b", buffering=0) as file:
+            file.truncate(self._end)
+            try:
+                for start in tracked(range(0, len(rows), ROWS_AT_ONCE), what, report):
+                    part = rows[start : start + ROWS_AT_ONCE]
+                    unknown = {self._digest_of(part[i]) for i in self.unknown(part)}
+                    for row, content in answers(part) if unknown else ():
+                        if (digest := self._digest_of(row)) in unknown:
+                            self._append(file, digest, content)
+                            unknown.remove(digest)
+            finally:
+                os.fsync(file.fileno())
+                self._sort()
 
-    def _append(self, digest: bytes, content: bytes) -> None:
-        place = self._file.seek(0, os.SEEK_END)
-        record = HEAD.pack(digest, len(content), zlib.crc32(content)) + content
+    def _append(self, file: FileIO, digest: bytes, content: bytes) -> None:
+        record = memoryview(HEAD.pack(digest, len(content), zlib.crc32(content)) + content)
         written = 0
         while written < len(record):  # a disk that is nearly full may take a part
-            written += self._file.write(record[written:])
+            written += os.pwrite(file.fileno(), record[written:], self._end + written)
         self._keys.append(_key(digest))
-        self._places.append(place)
+        self._places.append(self._end)
+        self._end += len(record)
 
     def read(self, row: EncodedExample) -> bytes | None:
         """What is known of a row; None where nothing is.
@@ -123,7 +133,7 @@ class RowRecords:
         Raises:
             RunError: that is damaged.
         """
-        digest = digest_of(row)
+        digest = self._digest_of(row)
         if (place := self._place_of(digest)) is None:
             return None
         head = os.pread(self._file.fileno(), HEAD.size, place)
