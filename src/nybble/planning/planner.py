@@ -255,7 +255,7 @@ def _plan(request: PlanRequest, machine: Machine, strategy: Strategy, size: int,
 
 
 def _step_seconds(run: RunShape, machine: Machine) -> float:
-    """Seconds an optimizer step: every micro-batch as the largest, unless padding says how much less, then the update."""
+    """Seconds an optimizer step: each micro-batch as the largest, unless padding says how much less, and the update."""
     work = work_of(run)
     compute = (
         _compute_seconds(run, work, machine, run.batches.share) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
