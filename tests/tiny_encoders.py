@@ -24,10 +24,10 @@ def encoder_tokenizer() -> Any:
     return tokenizer
 
 
-def make_encoder(folder: Path, kind: str = "bert", head: bool = False, **more: Any) -> Path:
-    """A model of this kind with random weights: the bare one, or one that scores texts."""
+def make_encoder(folder: Path, kind: str = "bert", head: bool | str = False, **more: Any) -> Path:
+    """A model of this kind with random weights: the bare one, or one that scores texts, or ("tags") tokens."""
     import torch
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
     tokenizer = encoder_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -35,6 +35,7 @@ def make_encoder(folder: Path, kind: str = "bert", head: bool = False, **more: A
     config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(0)
     make = AutoModelForSequenceClassification if head else AutoModel
+    make = AutoModelForTokenClassification if head == "tags" else make
     model = make.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -42,3 +43,18 @@ def make_encoder(folder: Path, kind: str = "bert", head: bool = False, **more: A
                 parameter.mul_(4)  # so that what differs shows
     model.save_pretrained(folder)
     return folder
+
+
+def word_pieces() -> Any:
+    """A tokenizer of BERT's kind, of few words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "un", "##believ", "##able", "##seen", "anna", "saw", "x"]
+    tokenizer = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -8,16 +8,16 @@ from nybble.options.option import build_options
 from nybble.options.verbs import CompareConfig, EvalConfig, EvalQualityConfig
 
 if TYPE_CHECKING:
-    from nybble.evaluation.classes import TextsJudged
     from nybble.evaluation.compare_arms import ArmResult
     from nybble.evaluation.compare_methods import MethodsCompared
     from nybble.evaluation.evaluate import Evaluation
+    from nybble.evaluation.judged import LabelsJudged
     from nybble.evaluation.rewards import PairsJudged
 
 
 def evaluate(
     run: RunLike | None = None, *, on_event: Listener = silent, **options: Any
-) -> "Evaluation | TextsJudged | PairsJudged":
+) -> "Evaluation | LabelsJudged | PairsJudged":
     """Compare a run with its base on held-out rows: losses, answers, what was forgotten of general text.
 
     The report is written to the run's folder `report/`, the model card beside its adapter.

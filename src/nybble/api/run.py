@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.data.examples import Example, Message
@@ -116,29 +116,59 @@ class Run:
         )
         return pieces.text()
 
-    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[tuple[str, float]]:
+    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Any]:
         """What a run of `--objective classify` says of texts: of each its likeliest class and how likely that is; of
-        one that learnt numbers, "score" and the number.
+        one that learnt numbers, "score" and the number; of one that learnt any number of classes a text, a list of
+        those that are likelier than not.
 
         Args:
             texts: each a text, or two beside each other where the run was trained on such.
 
         Raises:
-            ConfigError: the run is of another objective.
+            ConfigError: the run is one of a language model, or labels tokens.
             RunError: the adapter is missing or damaged.
         """
-        from nybble.data.text_rows import encode_texts
-        from nybble.evaluation.classes import scores_of
+        from nybble.evaluation.asked import classify_texts
 
+        return classify_texts(*self._labels_of("scores"), texts, self.config.data.max_seq_len)
+
+    def tag(self, texts: Sequence[str | Sequence[str]]) -> list[Any]:
+        """What a run of `--objective classify` over labels of tokens says.
+
+        Args:
+            texts: each a list of words, as of a run that was trained on words; or a text, as of one that was trained
+                on texts with entities.
+
+        Returns:
+            Of a list of words the label of each, None where they are too many for the run's max_seq_len. Of a text
+            `(kind, start, end)` of each entity: characters, the end not included.
+
+        Raises:
+            ConfigError: the run is one of a language model, or of whole texts.
+            RunError: the adapter is missing or damaged.
+        """
+        from nybble.evaluation.asked import tag_texts, tag_words
+
+        asked, length = self._labels_of("tags"), self.config.data.max_seq_len
+        whole = iter(tag_texts(*asked, [text for text in texts if isinstance(text, str)], length))
+        words = iter(tag_words(*asked, [text for text in texts if not isinstance(text, str)], length))
+        return [next(whole) if isinstance(text, str) else next(words) for text in texts]
+
+    def _labels_of(self, kind: Literal["scores", "tags"]) -> tuple[Any, Any, Any]:
+        """Model, task and tokenizer of a run that learnt labels, of texts or of tokens.
+
+        Raises:
+            ConfigError: it learnt something else.
+        """
         self._check_objective("classify")
-        task, tokenizer = self._opened.source.task, self._opened.template.tokenizer
-        pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-        rows = [encode_texts(tokenizer, pair, "text").truncate(self.config.data.max_seq_len) for pair in pairs]
-        scores = scores_of(self._scored, rows)
-        if task.problem == "regression":
-            return [(task.labels[0], float(score)) for score in scores[:, 0]]
-        likeliest = scores.softmax(dim=1).max(dim=1)
-        return [(task.labels[int(i)], float(p)) for p, i in zip(likeliest.values, likeliest.indices, strict=True)]
+        task = self._opened.source.task
+        if task.kind != kind:
+            raise ConfigError(
+                f"The run in {self.path} is of {task.words}.",
+                f"Allowed here: runs over labels of {'tokens' if kind == 'tags' else 'texts'}.",
+                f"Ask it for {'classify(texts)' if kind == 'tags' else 'tag(texts)'}.",
+            )
+        return self._scored, task, self._opened.template.tokenizer
 
     def rewards(self, conversations: Sequence[tuple[str, str] | Sequence[Mapping[str, Any]]]) -> list[float]:
         """What a run of `--objective reward` gives the last answer of each conversation.
@@ -158,7 +188,7 @@ class Run:
         self._check_objective("reward")
         template, length = self._opened.template, self.config.data.max_seq_len
         rows = [conversation_row(template, _as_example(each), length) for each in conversations]
-        return [float(score) for score in scores_of(self._scored, rows)[:, 0]]
+        return [float(scores[0, 0]) for scores in scores_of(self._scored, rows)]
 
     def _check_objective(self, name: str) -> None:
         """Refuse to ask a run for what only runs of another objective give.

@@ -133,6 +133,34 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "add training rows with them, or remove these rows",
     ),
     "rare-label": ("rows are the only ones with their label", "add more of their kind, or leave the label out"),
+    "mixed-forms": (
+        "rows are labelled otherwise than most: a label a text, a list of labels, or labels of tokens",
+        "give all rows the same form, or train on each by itself",
+    ),
+    "odd-labels": (
+        "rows whose labels are no list of names where others have one, or the other way round, were dropped",
+        "give each row a list of the names that hold, an empty one where none does",
+    ),
+    "odd-tags": (
+        "rows whose words and tags do not fit together were dropped",
+        "give a list of words and a list of as many tags, names or whole numbers; -100 for a word without one",
+    ),
+    "odd-span": (
+        "rows whose entities cannot be laid on their tokens were dropped",
+        "mend their places: characters from `start` up to `end`, none within another, at the ends of words",
+    ),
+    "unknown-tag": (
+        "rows have tags that say no entity (O, B-X, I-X, E-X, S-X), among such that do",
+        "mend them; to train on them all the same: --allow unknown-tag",
+    ),
+    "stray-inside": (
+        "rows have tags that go on with an entity which no tag before them begins (I-X behind no B-X or I-X)",
+        "nothing where that begins an entity (IOB1): it is read so; else mend them",
+    ),
+    "word-without-token": (
+        "rows have words with a tag of which the tokenizer makes no token; these tags are not learnt",
+        "remove these words (empty, or invisible characters), or nothing",
+    ),
     "missing-label": ("rows without a label were dropped", "add it, or remove them; --label-field names its column"),
     "empty-text": ("rows with an empty text were dropped", "remove them, or check which column holds the text"),
     "validation-leak": (
@@ -223,6 +251,7 @@ WARNINGS = {
     *("equal-answers", "different-prompts", "empty-prompt", "unknown-label", "odd-margin"),
     *("equal-texts", "odd-score"),
     *("rare-label", "missing-label", "empty-text"),
+    *("odd-labels", "odd-tags", "odd-span", "stray-inside", "word-without-token"),
     *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
     *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),
     "no-validation",

@@ -28,19 +28,28 @@ def parquet_rows(path: Path, name: str) -> Rows:
 
 
 def class_names(features: Any) -> dict[str, list[str]]:
-    """Column -> the names of its numbers, where a data set has them (its features of the type ClassLabel)."""
+    """Column -> the names of its numbers, where a data set has them (its features of the type ClassLabel, or lists of
+    such).
+    """
     from datasets import ClassLabel
 
-    return {column: kind.names for column, kind in (features or {}).items() if isinstance(kind, ClassLabel)}
+    kinds = {column: getattr(kind, "feature", kind) for column, kind in (features or {}).items()}
+    return {column: kind.names for column, kind in kinds.items() if isinstance(kind, ClassLabel)}
 
 
 def with_names(row: Row, named: Mapping[str, list[str]]) -> Row:
     """The row without nulls, numbers of classes replaced by their names; those without one, such as -1, stay."""
     row = without_nulls(row)
     for column, names in named.items():
-        if isinstance(number := row.get(column), int) and 0 <= number < len(names):
-            row[column] = names[number]
+        if column not in row:
+            continue
+        value = row[column]
+        row[column] = [_named(each, names) for each in value] if isinstance(value, list) else _named(value, names)
     return row
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
 
 
 def without_nulls(row: Row) -> Row:

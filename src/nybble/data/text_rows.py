@@ -1,6 +1,6 @@
 """Texts that a model reads whole, as tokens: one or two beside each other, as the tokenizer writes them for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -12,34 +12,55 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
 
 Label = str | int | float
+Labels = tuple[Label, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class TextRow(EncodedExample):
-    """A text and what it is to be given: a class, or a number.
+    """A text and what it is to be given: a class, or a number; classes, any number of them; or a class for each of some
+    tokens.
 
     Args:
         special: bool (T,), the tokens that the tokenizer adds around texts, which are never cut off.
         token_types: int32 (T,), which of two texts each token is of; None where the model is not told.
-        label: as its owner wrote it.
-        target: the class's number, or the number to be given; of a pair's chosen answer the margin. None where there is
-            none, or before all rows are known.
+        label: as its owner wrote it; several classes, and those of tokens, as a tuple.
+        target: the class's number, or the number to be given; fp32 (1, labels), 1 for each class that it has; fp32 of
+            each labelled token its class's number; of a pair's chosen answer the margin. None where there is none, or
+            before all rows are known.
+        units: int32 (T,), which of `label` each token is given, -1 for none; None where they are the whole text's.
     """
 
     special: Tensor | None = None
     token_types: Tensor | None = None
-    label: Label = ""
-    target: float | None = None
+    label: Label | Labels = ""
+    target: float | Tensor | None = None
+    units: Tensor | None = None
+
+    @property
+    def labels(self) -> Labels:
+        """All that it is given."""
+        return self.label if isinstance(self.label, tuple) else (self.label,)
+
+    @property
+    def places(self) -> Tensor:
+        """int64 (N,): the tokens at which it is given what is learnt: those with a label, or the text's last."""
+        return torch.tensor([len(self) - 1]) if self.units is None else (self.units >= 0).nonzero().flatten()
+
+    @property
+    def token_labels(self) -> Labels:
+        """Of each labelled token its label."""
+        assert self.units is not None
+        return tuple(self.labels[unit] for unit in self.units.tolist() if unit >= 0)
 
     @property
     def supervised_tokens(self) -> int:
-        """What is learnt of it: one answer."""
-        return 1
+        """What is learnt of it: one answer, or one for each labelled token."""
+        return 1 if self.units is None else int((self.units >= 0).sum())
 
     @property
     def content(self) -> bytes:
-        types = b"" if self.token_types is None else self.token_types.numpy().tobytes()
-        return self.input_ids.numpy().tobytes() + types + repr(self.label).encode()
+        parts = (self.input_ids, self.token_types, self.units)
+        return b"".join(part.numpy().tobytes() for part in parts if part is not None) + repr(self.label).encode()
 
     def truncate(self, max_seq_len: int) -> Self:
         """With tokens taken off the end of the longer text until it fits, as transformers' `longest_first` does."""
@@ -47,20 +68,24 @@ class TextRow(EncodedExample):
             return self
         assert self.special is not None
         kept = kept_places(self.special, max_seq_len)
-        types = None if self.token_types is None else self.token_types[kept]
         return replace(
             self,
             input_ids=self.input_ids[kept],
             supervised=self.supervised[kept],
             special=self.special[kept],
-            token_types=types,
+            token_types=None if self.token_types is None else self.token_types[kept],
+            units=None if self.units is None else self.units[kept],
             num_truncated=self.num_truncated + len(self) - len(kept),
         )
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str], origin: str, **more: Any) -> TextRow:
     """The row of one or two texts, untruncated, as `tokenizer(*texts)` gives them."""
-    found = tokenizer(*texts, return_special_tokens_mask=True, verbose=False)
+    return row_of(tokenizer(*texts, return_special_tokens_mask=True, verbose=False), origin, **more)
+
+
+def row_of(found: Mapping[str, Any], origin: str, **more: Any) -> TextRow:
+    """The row of what a tokenizer gives, its special tokens marked."""
     ids = torch.tensor(found["input_ids"], dtype=torch.int32)
     special = torch.tensor(found["special_tokens_mask"], dtype=torch.bool)
     types = found.get("token_type_ids")
@@ -166,19 +191,24 @@ class TextBatch(Batch):
     """A micro-batch of texts.
 
     Args:
-        labels: fp32 (documents,): of each its target; 0 where it has none.
+        labels: fp32 (N,): of each text, or of each labelled token, its target; 0 where it has none; (N, labels): 1 for
+            each class that a text has.
         last: int64 (documents,): indices into the flattened positions, of each text's last token.
+        counts: of the N, how many are each text's.
+        labelled: int64 (N,): as `last`, of all labelled tokens; None where whole texts have labels.
         token_types: int64 (B, T); None where the model is not told.
     """
 
     labels: Tensor
     last: Tensor
+    counts: tuple[int, ...]
+    labelled: Tensor | None = None
     token_types: Tensor | None = None
 
     @property
     def supervised_positions(self) -> Tensor:
-        """The texts' last tokens."""
-        return self.last
+        """The texts' last tokens, or the labelled ones."""
+        return self.last if self.labelled is None else self.labelled
 
     @property
     def first(self) -> Tensor:
@@ -209,14 +239,23 @@ def collate_texts(rows: Sequence[TextRow], packed: bool, pad_id: int, shared: Se
         batch = packing.share_beginnings(batch, shared)
         assert batch.spread is not None
         last = batch.spread[last]
+    places = [row.places for row in rows]
+    labelled = [first + own for first, own in zip(last - lengths + 1, places, strict=True)]
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    values["supervised_tokens"] = len(rows)
+    values["supervised_tokens"] = sum(map(len, places))
     return TextBatch(
         **values,
-        labels=torch.tensor([0.0 if row.target is None else row.target for row in rows]),
+        labels=torch.cat([_target(row) for row in rows]),
         last=last,
+        counts=tuple(map(len, places)),
+        labelled=torch.cat(labelled) if any(row.units is not None for row in rows) else None,
         token_types=_types(rows, packed, width),
     )
+
+
+def _target(row: TextRow) -> Tensor:
+    """What is learnt at each of its places; 0 where nothing is known."""
+    return row.target if isinstance(row.target, Tensor) else torch.full((len(row.places),), row.target or 0.0)
 
 
 def _types(rows: Sequence[TextRow], packed: bool, width: int) -> Tensor | None:

@@ -18,11 +18,12 @@ from nybble.data.preference_rows import to_follow
 from nybble.data.standard_library import read_general_text
 from nybble.errors import RunError
 from nybble.evaluation.by_objective import ByObjective, ask_by_objective
-from nybble.evaluation.classes import TextsJudged, evaluate_scores
+from nybble.evaluation.classes import evaluate_scores
 from nybble.evaluation.divergence import Distributions, text_logits
 from nybble.evaluation.evaluation_rows import held_out_rows
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.html_report import write_html
+from nybble.evaluation.judged import LabelsJudged
 from nybble.evaluation.model_card import write_card
 from nybble.evaluation.rewards import PairsJudged, evaluate_rewards
 from nybble.evaluation.scores import METRICS, Estimate, choose_metrics, mean_loss, mean_score, row_losses
@@ -48,7 +49,7 @@ GENERAL_WINDOW, GENERAL_WINDOWS = 256, 16  # tokens of general text that are ask
 CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs of English prose
 LENGTH_BUCKETS = 4
 SHOWN_ROWS = 5
-Judged = TextsJudged | PairsJudged
+Judged = LabelsJudged | PairsJudged
 JUDGES: dict[str, Callable[[OpenRun, EvalConfig, Listener], Judged]] = {  # of objectives without next tokens
     "classify": evaluate_scores,
     "reward": evaluate_rewards,

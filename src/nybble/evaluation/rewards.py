@@ -73,7 +73,7 @@ class RewardsEvaluated(Event):
 def judge_pairs(model: ScoredModel, rows: Sequence[EncodedExample]) -> PairsJudged:
     """What the model makes of pairs."""
     pairs = pairs_of(rows)
-    chosen, rejected = scores_of(model, texts_of(pairs))[:, 0].double().view(-1, 2).T
+    chosen, rejected = torch.cat(scores_of(model, texts_of(pairs)))[:, 0].double().view(-1, 2).T
     return PairsJudged(chosen, rejected, torch.tensor([pair.margin for pair in pairs], dtype=torch.float64))
 
 

@@ -48,17 +48,21 @@ def row_losses(model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size
 
 def mean_loss(losses: np.ndarray, tokens: np.ndarray) -> Estimate:
     """Loss a token over all rows, `(rows,)` each; rows are drawn again with replacement for the interval."""
-    return _bootstrap(lambda rows: losses[rows].sum(-1) / tokens[rows].sum(-1), len(losses))
+    return of_rows(lambda rows: losses[rows].sum(-1) / tokens[rows].sum(-1), len(losses))
 
 
 def mean_score(scores: Sequence[float]) -> Estimate:
     """Mean of one score a row."""
     values = np.asarray(scores, dtype=np.float64)
-    return _bootstrap(lambda rows: values[rows].mean(-1), len(values))
+    return of_rows(lambda rows: values[rows].mean(-1), len(values))
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], np.ndarray], num_rows: int) -> Estimate:
-    """The statistic of all rows, and the percentile interval over RESAMPLES draws of as many rows."""
+def of_rows(statistic: Callable[[np.ndarray], np.ndarray], num_rows: int) -> Estimate:
+    """The statistic of all rows, and the percentile interval over RESAMPLES draws of as many rows.
+
+    Args:
+        statistic: of rows, int64 `(..., num_rows)`, which may be drawn several times -> `(...)`.
+    """
     draws = np.random.default_rng(0).integers(num_rows, size=(RESAMPLES, num_rows))
     outside = (1 - CONFIDENCE) / 2
     low, high = np.quantile(statistic(draws), [outside, 1 - outside])

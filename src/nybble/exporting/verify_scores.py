@@ -22,10 +22,11 @@ from nybble.exporting.verify import Check, Verification, not_loaded
 from nybble.layers.scored import ScoredModel, own_scores
 from nybble.options.use_groups import ArtefactKind
 from nybble.runs.open_run import OpenRun, load_tuned
+from nybble.sources.skeleton import auto_class
 from nybble.sources.tokenizer import load_tokenizer
 
 MOST_ROWS = 200
-SAME_CLASS = 0.99  # of the texts, but for one
+SAME_CLASS = 0.99  # of the texts, or labelled tokens, but for one
 DISTANCE = 0.05  # of scores from the run's, relative: what rounding to 16 bits may come to
 FORMS = (ArtefactKind.PEFT, ArtefactKind.DENSE)
 
@@ -50,7 +51,7 @@ def verify_scores(
     """Score held-out texts with the run and with the artefact, and compare."""
     texts = texts_of(rows[:MOST_ROWS])
     model = load_tuned(opened, torch.float32, CPU, report)
-    wanted = scores_of(ScoredModel.of(model), texts)
+    wanted = torch.cat(scores_of(ScoredModel.of(model), texts))
     del model
     gc.collect()  # modules refer to each other, and the next model needs the room
     try:
@@ -59,16 +60,16 @@ def verify_scores(
             found = torch.cat([_scores_alone(artefact, row) for row in texts])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(kind, error)
-    chosen = [_chosen(scores, paired=len(texts) > len(rows)) for scores in (wanted, found)]
-    return _compare(opened, name, (wanted, found), (chosen[0] == chosen[1]).double(), artefact, tokenizer)
+    several = opened.source.task.problem == "multi_label_classification"
+    chosen = [_chosen(scores, paired=len(texts) > len(rows), several=several) for scores in (wanted, found)]
+    agree = (chosen[0] == chosen[1]).all(1).double()
+    return _compare(opened, name, (wanted, found), agree, artefact, tokenizer)
 
 
 def _load(opened: OpenRun, kind: ArtefactKind, folder: Path, report: Listener) -> tuple[str, Any, Any]:
     tokenizer = load_tokenizer(str(folder))
     if kind is ArtefactKind.DENSE:
-        from transformers import AutoModelForSequenceClassification
-
-        loaded = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+        loaded = auto_class(opened.source.task).from_pretrained(folder, dtype=torch.float32)
         return "transformers", loaded.eval(), tokenizer
     from peft import PeftModel
 
@@ -80,12 +81,17 @@ def _load(opened: OpenRun, kind: ArtefactKind, folder: Path, report: Listener) -
 def _scores_alone(model: Any, row: TextRow) -> Tensor:
     ids = row.input_ids.long()[None]
     types = None if row.token_types is None else row.token_types.long()[None]
-    return own_scores(model, ids, torch.ones_like(ids), types).float()
+    scores = own_scores(model, ids, torch.ones_like(ids), types).float()
+    return scores if scores.ndim == 2 else scores[0, row.places]
 
 
-def _chosen(scores: Tensor, paired: bool) -> Tensor:
-    """int64: the class of each text with the highest score; or which of each pair's answers has more."""
-    return scores.view(-1, 2).argmax(1) if paired else scores.argmax(1)
+def _chosen(scores: Tensor, paired: bool, several: bool) -> Tensor:
+    """`(N, K)`: the class of each text, or labelled token, with the highest score, or all those that are likelier than
+    not; or which of each pair's answers has more.
+    """
+    if several:
+        return scores > 0
+    return (scores.view(-1, 2) if paired else scores).argmax(1, keepdim=True)
 
 
 def _compare(

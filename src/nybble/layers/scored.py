@@ -1,18 +1,20 @@
-"""A model that gives scores of a text: batches in, scores out.
+"""A model that gives scores of a text, or of each of its tokens: batches in, scores out.
 
-transformers has two kinds (AutoModelForSequenceClassification). Decoders multiply the state of the last token with a
-matrix, `score`: that is computed here, through decoder blocks where they know the model. Of encoders the model's own
-forward is asked, with all that it puts between its states and its scores (a pooler, a dense layer, dropout). Which it
-is, the model is asked (`ScoreProbe`). Scores are made in fp32.
+transformers has two kinds (AutoModelForSequenceClassification, AutoModelForTokenClassification). Decoders multiply the
+state of the last token, or of each, with a matrix, `score`: that is computed here, through decoder blocks where they
+know the model. Of encoders the model's own forward is asked, with all that it puts between its states and its scores (a
+pooler, a dense layer, dropout). Which it is, the model is asked (`ScoreProbe`). Scores are made in fp32.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from nybble.data.text_rows import TextBatch
+from nybble.data.text_rows import TextBatch, TextRow
 from nybble.layers.backbone import Backbone, Layout, ModuleForward, Reason, Why
 from nybble.layers.batch_model import Verdict
 from nybble.layers.probe import ASKED
@@ -23,13 +25,22 @@ from nybble.layers.whole_texts import TextProbe, WholeTexts, own_output
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAST_TOKEN = "score"  # what transformers calls the matrix that scores a decoder's last state
+SCORE = "score"  # what transformers calls the matrix that scores a decoder's states
+
+
+def scores_tokens(model: nn.Module) -> bool:
+    """Whether a model of transformers gives scores of each token, not of a whole text."""
+    from transformers import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+
+    return MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(model.config), None) is type(model)
 
 
 def own_scores(
     model: "PreTrainedModel", input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None
 ) -> Tensor:
-    """What the model's own forward gives of padded texts, `(B, labels)`; arguments are those of `own_output`."""
+    """What the model's own forward gives of padded texts, `(B, labels)`, or of their tokens, `(B, T, labels)`.
+    Arguments are those of `own_output`.
+    """
     logits: Tensor = own_output(model, input_ids, attention_mask, token_types).logits
     return logits
 
@@ -40,33 +51,39 @@ class ScoreProbe(TextProbe):
     def own_of(self, output: Any) -> Tensor:
         """As `TextProbe` says."""
         logits: Tensor = output.logits
-        return logits
+        return logits[0] if scores_tokens(self.model) else logits
 
     def given_of(self, way: Any, batch: TextBatch, asked: tuple[int, int]) -> Tensor:
         """As `TextProbe` says."""
         model: ScoredModel = way
-        return model.scores(batch)[ASKED, None]
+        return model.scores(batch).split(batch.counts)[ASKED]
+
+    def row_of(self, document: Tensor) -> TextRow:
+        """As `TextProbe` says: of tokens, each has a label."""
+        row = super().row_of(document)
+        places = torch.arange(len(document), dtype=torch.int32)
+        return replace(row, units=places) if scores_tokens(self.model) else row
 
 
 class ScoredModel(WholeTexts):
-    """A model of transformers whose head scores texts.
+    """A model of transformers whose head scores texts, or tokens.
 
     Args:
-        reads_last: the head is a matrix on the state of the last token; else the model's own forward makes scores.
+        reads_states: the head is a matrix on the states of tokens; else the model's own forward makes scores.
     """
 
     probe = ScoreProbe
     gives = "scores"
-    kinds = "decoders that score the state of a text's last token, and encoders"
+    kinds = "decoders that score states by a matrix, and encoders"
 
-    def __init__(self, module: "PreTrainedModel", backbone: Backbone, verdict: Verdict, reads_last: bool):
+    def __init__(self, module: "PreTrainedModel", backbone: Backbone, verdict: Verdict, reads_states: bool):
         super().__init__(module, backbone, verdict)
-        self.reads_last = reads_last
+        self.reads_states = reads_states
 
     @classmethod
     def _head_of(cls, module: "PreTrainedModel") -> bool:
-        """Whether it is a matrix on the state of the last token."""
-        return hasattr(module, LAST_TOKEN)
+        """Whether it is a matrix on the states of tokens."""
+        return hasattr(module, SCORE)
 
     @classmethod
     def _is_own(cls, head: bool) -> bool:
@@ -89,26 +106,33 @@ class ScoredModel(WholeTexts):
         return super()._layouts(head, packing and head)
 
     def scores(self, batch: TextBatch) -> Tensor:
-        """The scores of each text, fp32 `(documents, labels)`, with their gradient.
+        """The scores of each text, or of each of its labelled tokens, fp32 `(N, labels)`, with their gradient.
 
         Raises:
             ModelError: the batch's layout is not the model's.
         """
         self._check_layout(batch)
-        if self.reads_last:
+        if self.reads_states:
             return self._score(self.hidden(batch))
         assert isinstance(self.backbone, ModuleForward)
         return self.backbone.through(partial(self._own_scores, batch)).float()
 
     def _score(self, states: Tensor) -> Tensor:
-        head: Any = getattr(self.module, LAST_TOKEN)
+        module: Any = self.module
+        if scores_tokens(module):
+            states = module.dropout(states)  # transformers' own, in front of this matrix
+        head = getattr(module, SCORE)
         weight = next(head.parameters())
         scores: Tensor = head(states.float() if isinstance(head, TrainedModule) else states.to(weight.dtype))
         return scores.float()
 
     def _own_scores(self, batch: TextBatch) -> Tensor:
-        """`(documents, labels)` by the model's own forward."""
+        """`(N, labels)` by the model's own forward."""
         if self.backbone.layout != "single" or batch.attention_mask is None:
-            return own_scores(self.module, batch.input_ids, batch.attention_mask, batch.token_types)
-        alone = self._each_alone(batch)
-        return torch.cat([own_scores(self.module, ids, torch.ones_like(ids), types) for ids, types in alone])
+            scores = own_scores(self.module, batch.input_ids, batch.attention_mask, batch.token_types)
+        else:
+            alone = self._each_alone(batch)
+            rows = [own_scores(self.module, ids, torch.ones_like(ids), types) for ids, types in alone]
+            width = batch.input_ids.shape[1]
+            scores = torch.cat([row if row.ndim == 2 else F.pad(row, (0, 0, 0, width - row.shape[1])) for row in rows])
+        return scores if scores.ndim == 2 else scores.flatten(0, 1).index_select(0, batch.supervised_positions)

@@ -56,13 +56,17 @@ class TextProbe(Probe):
     ) -> tuple[Outcome, tuple[int, int]]:
         """As `Probe` says."""
         model: WholeTexts = way
-        batch = model.collate([_row(document) for document in self._documents]).to(model.device)
+        batch = model.collate([self.row_of(document) for document in self._documents]).to(model.device)
         first = sum(LENGTHS[:ASKED]) if batch.attention_mask is None else ASKED * batch.input_ids.shape[1]
         asked = first, first + LENGTHS[ASKED]
         given = self.given_of(model, batch, asked)
         return outcome_of(given.detach(), _followed(given), parameters, embedded), asked
 
     # ---- what is compared
+
+    def row_of(self, document: Tensor) -> TextRow:
+        """A document as a row."""
+        return TextRow(document.int(), torch.zeros(len(document), dtype=torch.bool), "probe")
 
     def own_of(self, output: Any) -> Tensor:
         """Of what the model's own forward gives of the asked text alone, `(N, K)`."""
@@ -75,10 +79,6 @@ class TextProbe(Probe):
             asked: first and last + 1 of the asked text's flattened positions.
         """
         raise NotImplementedError
-
-
-def _row(document: Tensor) -> TextRow:
-    return TextRow(document.int(), torch.zeros(len(document), dtype=torch.bool), "probe")
 
 
 def _followed(given: Tensor) -> Tensor:

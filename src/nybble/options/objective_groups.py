@@ -15,8 +15,9 @@ class ObjectiveName(Options, group="Objective"):
     objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward", "distill"] = knob(
         "sft",
         "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
-        "kto: answers labelled good or bad. classify: texts with a label, a class or a number. reward: pairs, for a "
-        "model that gives answers a number. distill: examples, and what a teacher says in their place.",
+        "kto: answers labelled good or bad. classify: texts with a label, several, or a number; tokens with labels. "
+        "reward: pairs, for a model that gives answers a number. distill: examples, and what a teacher says in their "
+        "place.",
         aliases=("loss_type", "rl", "stage", "pref_loss"),
     )
 

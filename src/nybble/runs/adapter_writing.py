@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter
 from nybble.layers.convert import adapters_of
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.lora_experts import LoraExperts
+from nybble.layers.scored import scores_tokens
 from nybble.layers.token_rows import token_rows
 from nybble.layers.trained import TrainedModule, trained_modules
 from nybble.runs.adapter_files import (
@@ -113,7 +114,9 @@ def _task_type(model: "PreTrainedModel") -> str:
     """PEFT's word for what the model is for."""
     if model.get_output_embeddings() is not None:
         return "CAUSAL_LM"
-    return "FEATURE_EXTRACTION" if model.base_model is model else "SEQ_CLS"
+    if model.base_model is model:
+        return "FEATURE_EXTRACTION"
+    return "TOKEN_CLS" if scores_tokens(model) else "SEQ_CLS"
 
 
 def _usual_and_others(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

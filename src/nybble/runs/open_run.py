@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ASKED = {"classify": "classify(texts)", "reward": "rewards(conversations)"}  # what runs that do not write answer
+ASKED = {
+    "classify": "classify(texts), or .tag(texts)",
+    "reward": "rewards(conversations)",
+}  # what runs that do not write answer
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,20 @@ def build_skeleton(
     Raises:
         ModelError: transformers has no such model for this config.
     """
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    return _build(partial(auto_class(task).from_config, trust_remote_code=False), config, dtype, task)
 
-    kinds: dict[str, Any] = {"tokens": AutoModelForCausalLM, "scores": AutoModelForSequenceClassification}
-    kind = kinds.get(task.kind, AutoModel)
-    return _build(partial(kind.from_config, trust_remote_code=False), config, dtype, task)
+
+def auto_class(task: Task) -> Any:
+    """transformers' AutoModel class of a task."""
+    import transformers
+
+    kinds = {
+        "tokens": transformers.AutoModelForCausalLM,
+        "scores": transformers.AutoModelForSequenceClassification,
+        "tags": transformers.AutoModelForTokenClassification,
+        "states": transformers.AutoModel,
+    }
+    return kinds[task.kind]
 
 
 def _build(

@@ -189,8 +189,8 @@ class StoredModel(ABC):
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:
-        """Names of the modules that make the scores of a text, which are trained whole; none for other tasks."""
-        if self.task.kind != "scores":
+        """Names of the modules that make scores, which are trained whole; none for other tasks."""
+        if not self.task.gives_scores:
             return ()
         heads = [name for name, _ in self.skeleton.named_children() if name in HEADS]
         owners = dict.fromkeys(name.rpartition(".")[0] for name in self.fresh)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 HEADS = ("classifier", "score")  # what PEFT takes for the head of a model that gives scores
 
-Problem = Literal["single_label_classification", "regression"]
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,14 @@ class Task:
 
     Args:
         kind: tokens: the logits of the next token (AutoModelForCausalLM). scores: of the whole text
-            (AutoModelForSequenceClassification). states: its last states, no head (AutoModel).
+            (AutoModelForSequenceClassification). tags: scores of each token (AutoModelForTokenClassification). states:
+            its last states, no head (AutoModel).
         labels: what each score is of, in their order.
         problem: what scores are compared with, in transformers' words.
         stored_head: the head of the checkpoint gives these scores; else one begins anew.
     """
 
-    kind: Literal["tokens", "scores", "states"] = "tokens"
+    kind: Literal["tokens", "scores", "tags", "states"] = "tokens"
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
     stored_head: bool = False
@@ -33,18 +34,27 @@ class Task:
     @property
     def words(self) -> str:
         """For messages."""
-        return {"tokens": "a causal language model", "scores": "a model that gives scores", "states": "a model"}[
-            self.kind
-        ]
+        return {
+            "tokens": "a causal language model",
+            "scores": "a model that gives scores",
+            "tags": "a model that gives scores of tokens",
+            "states": "a model",
+        }[self.kind]
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether a head stands on it whose scores have names."""
+        return self.kind in ("scores", "tags")
 
     def config(self, config: "PretrainedConfig") -> "PretrainedConfig":
         """A model's config as the model of this task has it."""
-        if self.kind != "scores":
+        if not self.gives_scores:
             return config
         own = copy.deepcopy(config)
         own.id2label = dict(enumerate(self.labels))
         own.label2id = {label: number for number, label in enumerate(self.labels)}
-        own.problem_type = self.problem
+        if self.kind == "scores":
+            own.problem_type = self.problem
         return own
 
     def to_json(self) -> dict[str, Any]:
@@ -63,6 +73,7 @@ class Task:
 
 TOKENS = Task()
 SCORES = Task("scores", ("0", "1"), "single_label_classification")  # until rows have said which labels there are
+TAGS = Task("tags", ("0", "1"), "single_label_classification")
 REWARD = Task("scores", ("reward",), "regression")  # one number, and nothing that is done to it
 TASKS: Mapping[str, Task] = {"classify": SCORES, "reward": REWARD}  # of objectives that learn no next tokens
 

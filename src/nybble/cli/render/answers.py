@@ -40,13 +40,14 @@ def _(event: ScoresEvaluated, terminal: Terminal) -> None:
     """Figures, and each class by itself."""
     for name, value in event.judged.figures().items():
         terminal.say(f"{name}: {value}")
-    if event.judged.regression:
+    if not (classes := event.judged.classes()):
         return
-    figures = ("texts", "precision", "recall", "F1")
-    table = new_table(f"{len(event.judged.targets)} held-out texts", ["class", *figures], right=figures)
-    for each in event.judged.classes():
+    unit = event.judged.unit
+    figures = (unit, "precision", "recall", "F1")
+    table = new_table(f"{event.judged.texts} held-out texts", ["class", *figures], right=figures)
+    for each in classes:
         rates = (f"{each[name]:.3f}" for name in ("precision", "recall", "f1"))
-        table.add_row(each["label"], str(each["texts"]), *rates)
+        table.add_row(each["label"], str(each[unit]), *rates)
     terminal.console.print(table)
 
 

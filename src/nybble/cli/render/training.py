@@ -16,7 +16,10 @@ from nybble.training import events
 from nybble.units import format_bytes
 
 # metrics in the lines of steps and evaluations
-SHOWN = ("rewards/margins", "rewards/accuracies", "kl", "cross_entropy", "agreement", "accuracy", "macro_f1")
+SHOWN = (
+    *("rewards/margins", "rewards/accuracies", "kl", "cross_entropy", "agreement"),
+    *("accuracy", "micro_f1", "macro_f1", "entity_f1"),
+)
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
 
