@@ -176,7 +176,7 @@ def llama_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def several_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
-    return run(encoder, make_data(folder / "d.jsonl", TOLD), folder / "run", max_steps=60, eval_every=60, save_every=60)
+    return run(encoder, make_data(folder / "d.jsonl", TOLD), folder / "run", max_steps=40, eval_every=40, save_every=40)
 
 
 def test_entities_are_learnt_and_a_run_goes_on_to_the_bit(tagged_run: Path) -> None:
@@ -255,7 +255,7 @@ def test_several_labels_are_learnt_evaluated_asked_and_merged(several_run: Path,
     assert [label for label, _ in found] == ["red"]
     merged = nybble.merge(several_run, out=tmp_path / "merged")
     assert merged.outcome == "verified", merged.verification
-    theirs = pipeline("text-classification", model=str(merged.folder), top_k=None)(text)
+    (theirs,) = pipeline("text-classification", model=str(merged.folder), top_k=None)([text])
     likely = {each["label"]: each["score"] for each in theirs if each["score"] > 0.5}
     assert dict(found) == pytest.approx(likely, abs=0.02)
 

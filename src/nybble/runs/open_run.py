@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-ASKED = {
+ASKED = {  # what runs that do not write answer
     "classify": "classify(texts), or .tag(texts)",
     "reward": "rewards(conversations)",
-}  # what runs that do not write answer
+}
 
 
 @dataclass(frozen=True)
