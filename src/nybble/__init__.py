@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from nybble.events import Event, Listener
     from nybble.exporting.artefact import ExportResult
     from nybble.exporting.compare import MergesCompared
-    from nybble.hf import NybbleConfig, quantize_
+    from nybble.hf import Acceleration, NybbleConfig, accelerate, quantize_
     from nybble.runs.result import RunResult
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acceleration",
     "Evaluation",
     "Event",
     "ExportResult",
@@ -52,6 +53,7 @@ __all__ = [
     "RunResult",
     "TrainingData",
     "__version__",
+    "accelerate",
     "add_adapters",
     "check_data",
     "compare",
@@ -89,7 +91,7 @@ _MODULES = {  # of each exported name; the imports above say the same to type ch
         "events": ("Event", "Listener"),
         "exporting.artefact": ("ExportResult",),
         "exporting.compare": ("MergesCompared",),
-        "hf": ("NybbleConfig", "quantize_"),
+        "hf": ("Acceleration", "NybbleConfig", "accelerate", "quantize_"),
         "runs.result": ("RunResult",),
     }.items()
     for name in names

@@ -7,6 +7,8 @@
 Importing registers the quantizer "nybble" with transformers; nothing of it is changed.
 """
 
+from nybble.bridge.accelerate import Acceleration as Acceleration
+from nybble.bridge.accelerate import accelerate as accelerate
 from nybble.bridge.config import NybbleConfig as NybbleConfig
 from nybble.bridge.config import read_config as read_config
 from nybble.bridge.in_hand import quantize_ as quantize_

@@ -15,6 +15,7 @@ import nybble
 from nybble.runs.events import read_events
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+BRIDGE = ("trainer", "sft")  # run in tests/bridge/test_trainers.py
 
 
 def module(name: str) -> Any:
@@ -25,7 +26,7 @@ def module(name: str) -> Any:
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"finetune", "own_loop", "watch"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {"finetune", "own_loop", "watch", *BRIDGE}
 
 
 def test_finetune(

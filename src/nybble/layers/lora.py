@@ -80,6 +80,9 @@ class LoraLinear(nn.Module):
         """What each row of W + s·B·A is multiplied by, fp32 `(out)`; None: by nothing."""
         return None
 
+    def forget(self) -> None:
+        """Compute anew, at its next use, what was computed of A and B; nothing is."""
+
     def switch(self, enabled: bool) -> None:
         """On, or off to ask the base: with what was taken out of it back in, where something was."""
         if not self.taken_by:
@@ -145,6 +148,10 @@ class DoraLinear(LoraLinear):
     def row_scale(self) -> Tensor | None:
         """As `LoraLinear` says: m over the norms."""
         return self.magnitude.detach() / self.norms()
+
+    def forget(self) -> None:
+        """As `LoraLinear` says: the norms."""
+        self._versions = (-1, -1)
 
     @torch.no_grad()
     def norms(self) -> Tensor:

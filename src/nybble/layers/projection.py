@@ -16,6 +16,7 @@ from nybble.kernels.ops.four_bit import dequantize_into
 from nybble.layers.dense import weight_matrix
 from nybble.layers.lora import DoraLinear, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.quantized_weight import QuantizedWeight
 from nybble.layers.streamed import BlockStore, StreamedLinear
 
 
@@ -47,7 +48,10 @@ class DenseWeights:
         if isinstance(linear, StreamedLinear):
             assert self.store is not None, f"{linear.name} is streamed, and there is no block store"
             return self.store.fetch(linear.name)
-        return linear.quantized() if isinstance(linear, QuantizedLinear) else weight_matrix(linear)
+        if isinstance(linear, QuantizedLinear):
+            return linear.quantized()
+        weight = weight_matrix(linear)
+        return weight.q if isinstance(weight, QuantizedWeight) else weight
 
     def fetch(self, linear: Any, dtype: torch.dtype) -> Tensor:
         """The weight of a frozen linear, `[out, in]` in `dtype`; valid until the next is fetched."""
@@ -126,6 +130,16 @@ class Projection:
         """Bring the adapters' copies up to date, where there are any that are used."""
         if self._adapted():
             self._adapter_copies(dtype)
+
+    def forget_adapters(self) -> None:
+        """Make anew, at its next use, what was made of the adapters: their masters may have been written to by what
+        counts no versions, such as optimizers outside PyTorch.
+        """
+        if self._copies is not None:
+            self._copies.versions = ()
+        for adapter in self.adapters:
+            if adapter is not None:
+                adapter.forget()
 
     def low_rank(self, x: Tensor) -> Tensor | None:
         """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
