@@ -86,9 +86,8 @@ class RowRecords:
 
     def unknown(self, rows: Sequence[EncodedExample]) -> np.ndarray:
         """Numbers of those rows, int64, of which nothing was known when the file was opened or last asked for."""
-        return np.array(
-            [i for i, row in enumerate(rows) if self._place_of(self._digest_of(row)) is None], dtype=np.int64
-        )
+        digests = enumerate(map(self._digest_of, rows))
+        return np.fromiter((i for i, digest in digests if self._place_of(digest) is None), dtype=np.int64)
 
     def ask(
         self,
