@@ -1,10 +1,11 @@
-"""Texts to tell apart, of Python's own standard library: docstrings, and the package or module that each is from.
+"""Texts of Python's own standard library: docstrings, what each is from (to tell apart) and what it is of (to embed).
 
     python benchmarks/make_texts.py texts/
 
-writes `train.jsonl` and `held_out.jsonl`: {"text", "label"}. A docstring's own module and its object's name are masked
-in it where they are spelled. Held out is a fifth of the docstrings, drawn by a hash of the text, so that no text stands
-on both sides.
+writes `train.jsonl` and `held_out.jsonl`: {"text", "label"}, the label a package or module; and `pairs_train.jsonl` and
+`pairs_held_out.jsonl`: {"query", "document"}, the query the words of module and object that the docstring is of. A
+docstring's own module and its object's name are masked in it where they are spelled. Held out is a fifth of the
+docstrings, drawn by a hash of the text, so that no text stands on both sides.
 """
 
 import argparse
@@ -24,8 +25,10 @@ CHARACTERS = range(40, 1500)
 HELD_OUT = 5  # one of so many
 
 
-def docstrings(root: Path) -> Iterator[tuple[str, str]]:
-    """(class, docstring) of functions and classes; the class is the package, or the module where that is in none."""
+def docstrings(root: Path) -> Iterator[tuple[str, str, str]]:
+    """(class, words of its name, docstring) of functions and classes; the class is the package, or the module where
+    that is in none.
+    """
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
         if SKIPPED_FOLDERS & set(parts):
@@ -41,29 +44,32 @@ def docstrings(root: Path) -> Iterator[tuple[str, str]]:
                 named = {node.name, package, path.stem}
                 text = re.sub("|".join(rf"\b{re.escape(name)}\b" for name in named), "it", text, flags=re.IGNORECASE)
                 if len(text) in CHARACTERS:
-                    yield package, text
+                    words = re.sub(r"_+|(?<=[a-z])(?=[A-Z])", " ", f"{package} {path.stem} {node.name}")
+                    yield package, " ".join(words.lower().split()), text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
-    found: dict[str, str] = {}
-    for label, text in docstrings(Path(sysconfig.get_paths()["stdlib"])):
-        found.setdefault(text, label)
-    counts = Counter(found.values())
+    found: dict[str, tuple[str, str]] = {}
+    for label, name, text in docstrings(Path(sysconfig.get_paths()["stdlib"])):
+        found.setdefault(text, (label, name))
+    counts = Counter(label for label, _ in found.values())
     kept = {label for label, count in counts.items() if count >= LEAST}
     taken: Counter[str] = Counter()
     parts: dict[str, list[str]] = {"train": [], "held_out": []}
-    for text, label in sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
+    pairs: dict[str, list[str]] = {"train": [], "held_out": []}
+    for text, (label, name) in sorted(found.items(), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
+        part = "held_out" if hashlib.sha256(text.encode()).digest()[-1] % HELD_OUT == 0 else "train"
+        pairs[part].append(json.dumps({"query": name, "document": text}))
         if label in kept and taken[label] < MOST:
             taken[label] += 1
-            part = "held_out" if hashlib.sha256(text.encode()).digest()[-1] % HELD_OUT == 0 else "train"
             parts[part].append(json.dumps({"text": text, "label": label}))
     out.mkdir(parents=True, exist_ok=True)
-    for part, lines in parts.items():
+    for part, lines in (parts | {f"pairs_{part}": lines for part, lines in pairs.items()}).items():
         (out / f"{part}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print({part: len(lines) for part, lines in parts.items()}, dict(taken))
+    print({part: (len(lines), len(pairs[part])) for part, lines in parts.items()}, dict(taken))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ PAIRS = [
 STEPS = 3
 OBJECTIVES: dict[str, dict[str, Any]] = {
     **{"dpo": {}, "kto": {}, "ipo": {}, "simpo": {}, "orpo": {}, "reward": {}},
+    "embed": {"text_field": "prompt,chosen,rejected"},
     **{"dpo, step": {"reference": "step"}, "kto, step": {"reference": "step"}},
     "distill": {"teacher_top_k": 9, "distill_temperature": 1.5},
 }
+TOLD = ("loss", "kl", "accuracy", "mrr")
 EACH = [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("dpo", "distill"))) for name in OBJECTIVES]
 
 
@@ -66,7 +68,7 @@ def final(out: Path) -> dict[str, bytes]:
 
 def told(out: Path, kind: str) -> list[dict[str, Any]]:
     return [
-        {name: value for name, value in event.items() if name == "loss" or "/" in name or name == "kl"}
+        {name: value for name, value in event.items() if name in TOLD or "/" in name}
         for event in read_events(out / "events.jsonl", kind)
     ]
 
@@ -89,8 +91,9 @@ def test_stopped_paged_or_streamed_the_bytes_are_the_same(
     assert told(stopped, "step") == told(whole, "step") and told(stopped, "eval") == told(whole, "eval")
     steps = told(whole, "step")
     assert len(steps) == STEPS and all(math.isfinite(value) for step in steps for value in step.values())
-    metrics = {"kl"} if distills else {"rewards/chosen", "rewards/rejected", "rewards/margins"}
-    metrics |= set() if objective in ("reward", "distill") else {"logps/chosen", "logps/rejected"}
+    rewards, log_p = {"rewards/chosen", "rewards/rejected", "rewards/margins"}, {"logps/chosen", "logps/rejected"}
+    own = {"reward": rewards, "embed": {"accuracy", "mrr"}, "distill": {"kl"}}
+    metrics = own.get(objective, rewards | log_p)
     assert metrics <= steps[0].keys()
     assert (whole / "loss.png").stat().st_size > 0
 

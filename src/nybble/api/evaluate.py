@@ -10,6 +10,7 @@ from nybble.options.verbs import CompareConfig, EvalConfig, EvalQualityConfig
 if TYPE_CHECKING:
     from nybble.evaluation.compare_arms import ArmResult
     from nybble.evaluation.compare_methods import MethodsCompared
+    from nybble.evaluation.embeddings import TextsCompared
     from nybble.evaluation.evaluate import Evaluation
     from nybble.evaluation.judged import LabelsJudged
     from nybble.evaluation.rewards import PairsJudged
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: RunLike | None = None, *, on_event: Listener = silent, **options: Any
-) -> "Evaluation | LabelsJudged | PairsJudged":
+) -> "Evaluation | LabelsJudged | PairsJudged | TextsCompared":
     """Compare a run with its base on held-out rows: losses, answers, what was forgotten of general text.
 
     The report is written to the run's folder `report/`, the model card beside its adapter.
@@ -31,7 +32,7 @@ def evaluate(
         What was measured: `loss(arm)` in nats a supervised token with its interval, `change(arm)`, `score(arm,
         metric)`, for the arms "tuned", "base, as trained on" and "base, 16 bits"; `to_json()` is report.json. Of a run
         that scores texts: `accuracy()`, `macro_f1()`, `classes()`, `confusion`; of a reward model: `accuracy()`,
-        `margin()`, `chosen`, `rejected`.
+        `margin()`, `chosen`, `rejected`; of one that embeds texts: `figures()`, of base and tuned model.
 
     Raises:
         NybbleError: there is no such run, its base is another now, or there are no rows to judge it by.

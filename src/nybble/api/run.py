@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.data.examples import Example, Message
@@ -18,6 +18,9 @@ from nybble.options.option import build_options
 from nybble.options.verbs import AnswerConfig, OpenConfig, TrainConfig
 from nybble.runs import open_run as opening
 from nybble.runs.events import read_events
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Run:
@@ -170,6 +173,22 @@ class Run:
             )
         return self._scored, task, self._opened.template.tokenizer
 
+    def embed(self, texts: Sequence[str]) -> "Tensor":
+        """The embeddings of a run of `--objective embed`, fp32 `(texts, hidden)`, each of length 1, on the CPU.
+
+        Raises:
+            ConfigError: the run is of another objective.
+            RunError: the adapter is missing or damaged.
+        """
+        from nybble.data.text_rows import encode_texts
+        from nybble.evaluation.embeddings import embed_texts
+
+        self._check_objective("embed")
+        tokenizer, pooling = self._opened.template.tokenizer, self._opened.source.task.pooling
+        assert pooling is not None
+        rows = [encode_texts(tokenizer, [text], "text").truncate(self.config.data.max_seq_len) for text in texts]
+        return embed_texts(self._embedded, rows, pooling)
+
     def rewards(self, conversations: Sequence[tuple[str, str] | Sequence[Mapping[str, Any]]]) -> list[float]:
         """What a run of `--objective reward` gives the last answer of each conversation.
 
@@ -203,6 +222,12 @@ class Run:
                 f"Allowed: runs of `nybble train --objective {name}`.",
                 f"Ask it for what it gives: {opening.ASKED.get(own, 'generate(prompt)')}.",
             )
+
+    @cached_property
+    def _embedded(self) -> Any:
+        from nybble.layers.embedded import EmbeddedModel
+
+        return EmbeddedModel.of(self._model)
 
     @cached_property
     def _scored(self) -> Any:

@@ -1,6 +1,7 @@
 """Which rows an objective learns from."""
 
 from nybble.data.classification import LABELLED_ROWS
+from nybble.data.embedding_rows import COMPARED_ROWS
 from nybble.data.preferences import JUDGED_ROWS, PAIR_ROWS, WHOLE_PAIR_ROWS
 from nybble.data.prepare import EXAMPLE_ROWS, RowKind
 from nybble.data.reward_rows import SCORED_PAIR_ROWS
@@ -15,4 +16,5 @@ ROW_KINDS: dict[str, RowKind] = {  # of each objective
     "classify": LABELLED_ROWS,
     "reward": SCORED_PAIR_ROWS,
     "distill": EXAMPLE_ROWS,
+    "embed": COMPARED_ROWS,
 }

@@ -20,6 +20,7 @@ from nybble.errors import RunError
 from nybble.evaluation.by_objective import ByObjective, ask_by_objective
 from nybble.evaluation.classes import evaluate_scores
 from nybble.evaluation.divergence import Distributions, text_logits
+from nybble.evaluation.embeddings import TextsCompared, evaluate_embeddings
 from nybble.evaluation.evaluation_rows import held_out_rows
 from nybble.evaluation.harness import check_installed, run_tasks
 from nybble.evaluation.html_report import write_html
@@ -49,10 +50,11 @@ GENERAL_WINDOW, GENERAL_WINDOWS = 256, 16  # tokens of general text that are ask
 CHARACTERS_PER_TOKEN = 6  # more than any tokenizer needs of English prose
 LENGTH_BUCKETS = 4
 SHOWN_ROWS = 5
-Judged = LabelsJudged | PairsJudged
+Judged = LabelsJudged | PairsJudged | TextsCompared
 JUDGES: dict[str, Callable[[OpenRun, EvalConfig, Listener], Judged]] = {  # of objectives without next tokens
     "classify": evaluate_scores,
     "reward": evaluate_rewards,
+    "embed": evaluate_embeddings,
 }
 
 

@@ -26,6 +26,7 @@ from nybble.exporting.merged_source import MergedSource, Onto
 from nybble.exporting.modelfile import modelfile
 from nybble.exporting.rounding import merged_formats, rounding_input
 from nybble.exporting.verify import ANSWER_TOKENS, Outcome, Verification, Verified, ask_run, compare, not_loaded
+from nybble.exporting.verify_embeddings import verify_embeddings
 from nybble.exporting.verify_scores import check_form, verify_scores
 from nybble.files.disk import disk_errors, fsync
 from nybble.formats.safetensors import staged_folder
@@ -110,16 +111,17 @@ def export_run(
     opened = open_run(run.run, report)
     if opened.full:
         _refuse_adapter_ways(opened, run.onto, kind)
-    scored = opened.source.task is not TOKENS
-    if scored:
+    whole_texts = opened.source.task is not TOKENS
+    if whole_texts:
         check_form(opened, kind)
     artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
     validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
     calibration = rounding_input(opened, config.rounding, validation, report) if kind.is_rounded else None
     with disk_errors(out, ExportError):
         survival = write(opened, artefact, unverified, rounding=quality, calibration=calibration, report=report)
-    if scored:
-        verification = verify_scores(opened, kind, unverified, validation, report)
+    if whole_texts:
+        check = verify_embeddings if opened.source.task.kind == "states" else verify_scores
+        verification = check(opened, kind, unverified, validation, report)
     else:
         verification = verify(opened, artefact, unverified, validation, run.verify_positions, report)
     rounded = {"quality": quality if kind.is_rounded else None, "delta_survival": survival}

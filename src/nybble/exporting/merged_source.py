@@ -79,6 +79,10 @@ class MergedSource(StoredModel):
     def notes(self) -> tuple[str, ...]:
         return self.opened.source.notes
 
+    @property
+    def text_length(self) -> int | None:
+        return self.opened.config.data.max_seq_len
+
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         tokenizer = self.opened.template.with_template()
         if self.task.gives_scores and tokenizer.pad_token is None:

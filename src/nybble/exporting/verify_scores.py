@@ -41,7 +41,7 @@ def check_form(opened: OpenRun, kind: ArtefactKind) -> None:
         raise ExportError(
             f"--to {kind} is for language models, and the run in {opened.run.path} is {opened.source.task.words}.",
             f"Allowed for it: {', '.join(FORMS)}.",
-            "Use `nybble merge`, which writes a folder that transformers' pipelines open.",
+            "Use `nybble merge`, which writes a folder that transformers opens.",
         )
 
 
@@ -85,6 +85,13 @@ def _scores_alone(model: Any, row: TextRow) -> Tensor:
     return scores if scores.ndim == 2 else scores[0, row.places]
 
 
+def same_tokens(opened: OpenRun, tokenizer: Any) -> Check:
+    """Whether the artefact's tokenizer writes texts as the run's does."""
+    probes = ("A text.", "naïve café, 東京", "1 + 1 = 2\n")
+    equal = all(tokenizer(text)["input_ids"] == opened.template.tokenizer(text)["input_ids"] for text in probes)
+    return Check("tokens of texts", "the run's" if equal else "others", "the run's", equal)
+
+
 def _chosen(scores: Tensor, paired: bool, several: bool) -> Tensor:
     """`(N, K)`: the class of each text, or labelled token, with the highest score, or all those that are likelier than
     not; or which of each pair's answers has more.
@@ -101,8 +108,6 @@ def _compare(
     distance = float((found - wanted).norm() / wanted.norm().clamp(min=1e-12))
     same, what = agree.mean().item(), "class" if len(agree) == len(wanted) else "answer"  # of pairs the preferred one
     differing, allowed = round((1 - same) * len(agree)), int((1 - SAME_CLASS) * len(agree)) + 1
-    probes = ("A text.", "naïve café, 東京", "1 + 1 = 2\n")
-    equal = all(tokenizer(text)["input_ids"] == opened.template.tokenizer(text)["input_ids"] for text in probes)
     labels = [artefact.config.id2label[number] for number in range(len(opened.source.task.labels))]
     named = labels == list(opened.source.task.labels)
     checks = [
@@ -115,7 +120,7 @@ def _compare(
         Check(
             "scores", f"{distance:.2g} from the tuned model's", f"at most {DISTANCE}, relative", distance <= DISTANCE
         ),
-        Check("tokens of texts", "the run's" if equal else "others", "the run's", equal),
+        same_tokens(opened, tokenizer),
         Check("names of the scores", ", ".join(map(str, labels[:5])), "the run's", named),
     ]
     return Verification(consumer, {"texts": len(wanted), f"same_{what}": same, "score_distance": distance}, checks)

@@ -8,16 +8,18 @@ from pydantic import model_validator
 from nybble.errors import ConfigError
 from nybble.options.option import Name, Options, knob
 
+Pooling = Literal["mean", "cls", "last", "max"]  # of the states of a text's tokens
+
 
 class ObjectiveName(Options, group="Objective"):
     """What rows are learnt from."""
 
-    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward", "distill"] = knob(
+    objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward", "distill", "embed"] = knob(
         "sft",
         "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
         "kto: answers labelled good or bad. classify: texts with a label, several, or a number; tokens with labels. "
         "reward: pairs, for a model that gives answers a number. distill: examples, and what a teacher says in their "
-        "place.",
+        "place. embed: texts that are near each other, for a model that embeds them.",
         aliases=("loss_type", "rl", "stage", "pref_loss"),
     )
 
@@ -63,6 +65,19 @@ class ObjectiveOptions(ObjectiveName):
     )
     center_rewards_coefficient: float | None = knob(
         None, "reward: weight of the square of a pair's summed rewards, which keeps them around zero (0).", ge=0
+    )
+    pooling: Pooling | None = knob(
+        None,
+        "embed: what the states of a text's tokens become: their mean, that of the first (cls) or last token, or the "
+        "largest of each element. Left out: what the model's own files say, else mean for encoders and last for "
+        "decoders.",
+        aliases=("pooling_mode", "pooling_method"),
+    )
+    similarity_scale: float | None = knob(
+        None,
+        "embed: factor on cosines before their softmax, the inverse of a temperature (20).",
+        gt=0,
+        aliases=("scale",),
     )
     reference: Literal["precomputed", "step"] | None = knob(
         None,
@@ -139,8 +154,9 @@ OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is m
     "classify": (),
     "reward": ("center_rewards_coefficient",),
     "distill": ("teacher", "teacher_format", "teacher_top_k", "distill_alpha", "distill_temperature"),
+    "embed": ("pooling", "similarity_scale"),
 }
 PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")
-OF_TEXTS = ("classify",)  # rows that no chat template writes down
+OF_TEXTS = ("classify", "embed")  # rows that no chat template writes down
 WITHOUT_NEXT_TOKENS = (*OF_TEXTS, "reward")  # models that give something of a whole text
 WITH_REFERENCE = tuple(name for name, options in OBJECTIVE_OPTIONS.items() if "reference" in options)

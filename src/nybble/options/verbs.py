@@ -87,7 +87,7 @@ def _check_whole_texts(config: Learning) -> Learning:
 def _unused_of_whole_texts(config: "TrainConfig | PlanConfig | DataConfig") -> Iterator[tuple[str, str]]:
     """Options as they are that models which give something of whole texts have no use for, and why."""
     if not isinstance(config, DataConfig):
-        trained = "Beside a head of its own, adapters of a rank that is given are trained."
+        trained = "Of models that give something of whole texts, adapters of a rank that is given are trained."
         if config.method.method in ("auto", "full"):
             yield "method", trained
         if config.adapters.rank == "auto":
@@ -99,6 +99,16 @@ def _unused_of_whole_texts(config: "TrainConfig | PlanConfig | DataConfig") -> I
     for name in CONVERSATION_OPTIONS if config.objective.objective in objective_groups.OF_TEXTS else ():
         if getattr(config.data, name) != type(config.data).model_fields[name].default:
             yield name, "It is for conversations, which a chat template writes; here the tokenizer alone writes a text."
+
+
+def _check_step_of_texts(config: Tuning) -> Tuning:
+    if config.objective.objective == "embed" and config.memory.rows_per_step == 1:
+        raise ConfigError(
+            "rows-per-step is 1, and objective is embed.",
+            "A text is told apart from the others of its step: from 2 on; more make the task harder, which is better.",
+            "Raise --rows-per-step, or leave it out.",
+        )
+    return config
 
 
 def _check_residual(config: "TrainConfig") -> "TrainConfig":
@@ -177,6 +187,7 @@ class TrainConfig(Verb):
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
     _texts_are_whole = model_validator(mode="after")(_check_whole_texts)
+    _a_step_has_several = model_validator(mode="after")(_check_step_of_texts)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _residual_is_rounded_plainly = model_validator(mode="after")(_check_residual)
     _method_uses_what_is_given = model_validator(mode="after")(_check_method)
@@ -218,6 +229,7 @@ class PlanConfig(Verb):
 
     _mixed_chooses_formats = model_validator(mode="after")(_check_mixed)
     _texts_are_whole = model_validator(mode="after")(_check_whole_texts)
+    _a_step_has_several = model_validator(mode="after")(_check_step_of_texts)
     _answers_are_compared_alone = model_validator(mode="after")(_check_answers_alone)
     _method_uses_what_is_given = model_validator(mode="after")(_check_method)
 

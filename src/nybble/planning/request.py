@@ -308,8 +308,8 @@ def _check_whole_blocks(memory: MemoryOptions, run: RunShape, why_not_blocks: st
 
 
 def more_forwards(objective: ObjectiveOptions) -> int:
-    """Passes without a gradient that each micro-batch takes: of the reference in the step, and KTO's own over the
-    mismatched answers.
+    """Passes without a gradient that each micro-batch takes: of the reference in the step, KTO's own over the
+    mismatched answers, and that in which texts are first embedded.
     """
     in_step = objective.reference == "step"
     match objective.objective:
@@ -317,6 +317,8 @@ def more_forwards(objective: ObjectiveOptions) -> int:
             return 1 if in_step else 0
         case "kto":
             return 3 if in_step else 1
+        case "embed":
+            return 1
         case _:
             return 0
 

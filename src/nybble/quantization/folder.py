@@ -38,6 +38,7 @@ from nybble.quantization.blocks import BlockCalibrator, weight_report
 from nybble.quantization.partial import LayerReport, PartialFolder
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import Inventory, check_dense_share
+from nybble.sources.sentences import write_pooling
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import save_tokenizer
 
@@ -301,3 +302,5 @@ def _save_settings(
     save_config(config, folder)
     source.load_generation_config().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    if source.task.kind == "states" and source.pooling is not None:
+        write_pooling(folder, source.pooling, config.get_text_config().hidden_size, source.text_length)

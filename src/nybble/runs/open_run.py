@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ASKED = {  # what runs that do not write answer
     "classify": "classify(texts), or .tag(texts)",
     "reward": "rewards(conversations)",
+    "embed": "embed(texts)",
 }
 
 

@@ -27,8 +27,10 @@ from nybble.formats.safetensors import (
     row_entry,
     sampled_sha256,
 )
+from nybble.options.objective_groups import Pooling
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.packed_weights import PackedWeights, find_packed_weights
+from nybble.sources.sentences import named_prompts, read_pooling
 from nybble.sources.skeleton import build_whole, config_refused, is_taken_alone, stored_text_config
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
@@ -112,6 +114,9 @@ class FolderSource(StoredModel):
         if self.quant_spec is not None:
             notes.append(f"{self.name} is already quantised ({self._stored_formats()}); its own bits are kept.")
         notes += self._packed.notes(self.name)
+        if self.task.kind == "states" and (prompts := named_prompts(self.path)):
+            named = ", ".join(prompts)
+            notes.append(f"Its files name prompts ({named}); texts are embedded as they are, so write them into these.")
         if wrapper := self._names.wrapper:
             notes.append(f"Its tensors' names begin with {wrapper!r}, which was taken off.")
         if left_out := self._names.left_out:
@@ -134,6 +139,10 @@ class FolderSource(StoredModel):
             start = next((start for start in starts if not any(other.startswith(start) for other in used)), name)
             sizes.setdefault(start, []).append(sum(self._stored.entries[part].nbytes for part in self._parts[name]))
         return [f"{start}* ({len(each)} tensors, {sum(each) / 1e6:,.1f} MB)" for start, each in sizes.items()]
+
+    @property
+    def pooling(self) -> Pooling | None:
+        return super().pooling or read_pooling(self.path)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self._tokenizer or str(self.path))

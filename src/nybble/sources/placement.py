@@ -166,7 +166,10 @@ def _encoder_hint(source: "StoredModel") -> str:
     """What an encoder can learn, where a language model was asked for."""
     if source.task is not TOKENS or not is_encoder(source.config):
         return ""
-    return " It is an encoder, which goes on with no text; to tell texts apart: --objective classify."
+    return (
+        " It is an encoder, which goes on with no text; to tell texts apart: --objective classify; to embed them: "
+        "--objective embed."
+    )
 
 
 def _check_same(source: "StoredModel", first: str, second: str) -> None:

@@ -25,6 +25,7 @@ from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
 from nybble.layers.quantized_experts import ExpertShape, expert_shapes
+from nybble.options.objective_groups import Pooling
 from nybble.sources.placement import Placed, PlacedTensor, check_stored, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights
 from nybble.sources.task import HEADS, TOKENS, Task
@@ -85,6 +86,16 @@ class StoredModel(ABC):
     def notes(self) -> tuple[str, ...]:
         """Sentences the user should see."""
         return ()
+
+    @property
+    def pooling(self) -> Pooling | None:
+        """How the states of a text's tokens become its embedding; None where nothing says so."""
+        return self.task.pooling
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of a text that are embedded; None where nothing says so."""
+        return None
 
     @property
     def licence(self) -> str | None:

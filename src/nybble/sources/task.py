@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from nybble.options.objective_groups import Pooling
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
@@ -24,12 +26,14 @@ class Task:
         labels: what each score is of, in their order.
         problem: what scores are compared with, in transformers' words.
         stored_head: the head of the checkpoint gives these scores; else one begins anew.
+        pooling: of states into one; None where they are not pooled, or that is not known yet.
     """
 
     kind: Literal["tokens", "scores", "tags", "states"] = "tokens"
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
     stored_head: bool = False
+    pooling: Pooling | None = None
 
     @property
     def words(self) -> str:
@@ -38,7 +42,7 @@ class Task:
             "tokens": "a causal language model",
             "scores": "a model that gives scores",
             "tags": "a model that gives scores of tokens",
-            "states": "a model",
+            "states": "a model that embeds texts",
         }[self.kind]
 
     @property
@@ -68,14 +72,25 @@ class Task:
         Raises:
             KeyError, TypeError: it is something else.
         """
-        return cls(said["kind"], tuple(map(str, said["labels"])), said["problem"], bool(said["stored_head"]))
+        return cls(
+            said["kind"],
+            tuple(map(str, said["labels"])),
+            said["problem"],
+            bool(said["stored_head"]),
+            said.get("pooling"),
+        )
 
 
 TOKENS = Task()
 SCORES = Task("scores", ("0", "1"), "single_label_classification")  # until rows have said which labels there are
 TAGS = Task("tags", ("0", "1"), "single_label_classification")
 REWARD = Task("scores", ("reward",), "regression")  # one number, and nothing that is done to it
-TASKS: Mapping[str, Task] = {"classify": SCORES, "reward": REWARD}  # of objectives that learn no next tokens
+STATES = Task("states")
+TASKS: Mapping[str, Task] = {  # of objectives that learn no next tokens
+    "classify": SCORES,
+    "reward": REWARD,
+    "embed": STATES,
+}
 
 
 def task_of(objective: str) -> Task:

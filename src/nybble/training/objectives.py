@@ -5,6 +5,7 @@ from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
 from nybble.training.classify import Classification
 from nybble.training.distill import Distillation
+from nybble.training.embed import Embedding
 from nybble.training.kto import KTO
 from nybble.training.objective import Objective, SupervisedFineTuning
 from nybble.training.preference import DPO, IPO, ORPO, SimPO
@@ -12,6 +13,7 @@ from nybble.training.reward import RewardModelling
 
 BETA, SIMPO_BETA, SIMPO_GAMMA, ORPO_LAMBDA = 0.1, 2.0, 1.0, 0.1  # of the papers
 ALPHA, TEMPERATURE = 0.5, 1.0  # of distillation
+SIMILARITY_SCALE = 20.0  # of sentence-transformers
 USUAL_LR = "5e-6 to 5e-5"  # of adapters that learn preferences; examples to follow take more
 USUAL_FULL_LR = "5e-6 to 5e-5"  # a tenth of what adapters take
 
@@ -37,6 +39,8 @@ def make_objective(options: ObjectiveOptions) -> Objective:
             return RewardModelling(options.center_rewards_coefficient or 0.0)
         case "distill":
             return Distillation(mixture_of(options))
+        case "embed":
+            return Embedding(options.pooling, options.similarity_scale or SIMILARITY_SCALE)
         case "kto":
             return KTO(beta, options.desirable_weight or 1.0, options.undesirable_weight or 1.0)
 

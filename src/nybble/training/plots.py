@@ -11,13 +11,15 @@ from nybble.runs.events import read_events
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SECOND = ("rewards/margins", "accuracy", "kl")  # metrics that are drawn beside the loss, the first that there is
+# metrics that are drawn beside the loss, the first that there is
+SECOND = ("rewards/margins", "accuracy", "spearman", "kl")
 _SMOOTHING = 0.9  # of the running mean drawn over the noisy per-step loss
 
 
 def draw_loss(events: Path, out: Path | BinaryIO) -> None:
-    """Draw the losses recorded in `events` into the picture `out`; of preferences the margins too, of classes the
-    accuracy, of a distilled student the KL to its teacher.
+    """Draw the losses recorded in `events` into the picture `out`; of preferences the margins too, of classes and of
+    texts that are compared how often the right one is chosen, of pairs with scores the correlation, of a distilled
+    student the KL to its teacher.
     """
     steps = list(read_events(events, "step"))
     evaluations = list(read_events(events, "eval"))

@@ -7,6 +7,7 @@ from nybble.evaluation.by_objective import ByObjective
 from nybble.evaluation.classes import ScoresEvaluated
 from nybble.evaluation.compare_arms import ArmsCompared
 from nybble.evaluation.compare_methods import PLOT, MethodsCompared
+from nybble.evaluation.embeddings import TextsCompared
 from nybble.evaluation.evaluate import TUNED, Evaluated
 from nybble.evaluation.rewards import RewardsEvaluated
 from nybble.evaluation.scores import Estimate
@@ -55,6 +56,15 @@ def _(event: ScoresEvaluated, terminal: Terminal) -> None:
 def _(event: RewardsEvaluated, terminal: Terminal) -> None:
     for name, value in event.judged.figures().items():
         terminal.say(f"{name}: {value}")
+
+
+@show.register
+def _(event: TextsCompared, terminal: Terminal) -> None:
+    """Base and tuned model beside each other."""
+    table = new_table(f"{len(event.tuned.cosines)} held-out rows", ["", "base", "tuned"], right=("base", "tuned"))
+    for name, (base, tuned) in event.figures().items():
+        table.add_row(name, _interval(base, ".4f"), _interval(tuned, ".4f"))
+    terminal.console.print(table)
 
 
 def _show_by_objective(found: ByObjective, terminal: Terminal) -> None:

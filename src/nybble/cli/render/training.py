@@ -18,7 +18,7 @@ from nybble.units import format_bytes
 # metrics in the lines of steps and evaluations
 SHOWN = (
     *("rewards/margins", "rewards/accuracies", "kl", "cross_entropy", "agreement"),
-    *("accuracy", "micro_f1", "macro_f1", "entity_f1"),
+    *("accuracy", "micro_f1", "macro_f1", "entity_f1", "mrr", "spearman"),
 )
 PROMPT_CHARACTERS = 600  # of a prompt that are shown
 
