@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nybble.api.run import Run, open_run
     from nybble.api.serve import serve
     from nybble.api.train import train
+    from nybble.bridge.other_configs import ImportedConfig, import_config
     from nybble.errors import NybbleError
     from nybble.evaluation.compare_methods import MethodsCompared
     from nybble.evaluation.evaluate import Evaluation
@@ -41,6 +42,7 @@ __all__ = [
     "Evaluation",
     "Event",
     "ExportResult",
+    "ImportedConfig",
     "Listener",
     "MergesCompared",
     "MethodsCompared",
@@ -60,6 +62,7 @@ __all__ = [
     "evaluate",
     "evaluate_quality",
     "export",
+    "import_config",
     "load",
     "load_data",
     "merge",
@@ -85,6 +88,7 @@ _MODULES = {  # of each exported name; the imports above say the same to type ch
         "api.run": ("Run", "open_run"),
         "api.serve": ("serve",),
         "api.train": ("train",),
+        "bridge.other_configs": ("ImportedConfig", "import_config"),
         "errors": ("NybbleError",),
         "evaluation.compare_methods": ("MethodsCompared",),
         "evaluation.evaluate": ("Evaluation",),

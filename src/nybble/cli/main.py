@@ -7,10 +7,12 @@ import typer
 import nybble
 from nybble.cli.chat import chat
 from nybble.cli.compare import compare
+from nybble.cli.config import schema
 from nybble.cli.data import check
 from nybble.cli.doctor import doctor
 from nybble.cli.eval import evaluate, quality
 from nybble.cli.export import export, merge
+from nybble.cli.import_config import import_config
 from nybble.cli.plan import plan
 from nybble.cli.quantize import quantize
 from nybble.cli.serve import serve
@@ -31,7 +33,9 @@ app = typer.Typer(
 data_app = typer.Typer(
     name="data", help="Look at examples before training on them.", no_args_is_help=True, context_settings=_SETTINGS
 )
-
+config_app = typer.Typer(
+    name="config", help="What a run's YAML file may hold.", no_args_is_help=True, context_settings=_SETTINGS
+)
 eval_app = typer.Typer(name="eval", context_settings=_SETTINGS)
 
 
@@ -61,7 +65,10 @@ add_verb(app, "merge", merge, verbs.MergeConfig)
 add_verb(app, "export", export, verbs.ExportConfig)
 app.add_typer(data_app)
 app.add_typer(eval_app)
+app.add_typer(config_app)
 add_verb(eval_app, None, evaluate, verbs.EvalConfig)
 add_verb(data_app, "check", check, verbs.DataConfig)
 add_verb(eval_app, "quality", quality, verbs.EvalQualityConfig)
 add_verb(app, "doctor", doctor)
+add_verb(app, "import", import_config)
+add_verb(config_app, "schema", schema)

@@ -114,7 +114,8 @@ def parse_size(value: Any) -> Any:
     return round(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
-Bytes = Annotated[Size, BeforeValidator(parse_size), Field(ge=1_000_000)]
+MIN_BYTES = 1_000_000
+Bytes = Annotated[Size, BeforeValidator(parse_size), Field(ge=MIN_BYTES)]
 BlockSize = Annotated[Literal[32, 64, 128, 256, 512, 1024, 2048, 4096], BeforeValidator(_digits_to_int)]
 MomentBits = Annotated[Literal[32, 8], BeforeValidator(_digits_to_int)]
 Name = Annotated[str, Field(min_length=1), BeforeValidator(_nameable)]
@@ -267,7 +268,7 @@ def config_to_yaml(config: Verb, comments: bool = True, to_fill_in: Collection[s
 def allowed_values(field: FieldInfo) -> str:
     """What an option takes, in words."""
     kinds = " or ".join(_describe_type(kind) for kind in alternatives(field))
-    bounds = [text.format(bound) for kind, text in _BOUNDS.items() for bound in _bounds(field, kind)]
+    bounds = [text.format(bound) for kind, text in _BOUNDS.items() for bound in bounds_of(field, kind)]
     sentence = ", ".join([kinds, *bounds]) + "."
     return sentence[0].upper() + sentence[1:]
 
@@ -310,7 +311,7 @@ def _aliases(field: FieldInfo) -> list[str]:
 _BOUNDS: dict[str, str] = {"ge": "at least {}", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
 
 
-def _bounds(field: FieldInfo, kind: str) -> Iterable[Any]:
+def bounds_of(field: FieldInfo, kind: str) -> Iterable[Any]:
     """Of the option, or of a number that it may be."""
     annotated = [get_args(member) for member in _members(field) if get_origin(member) is Annotated]
     details = [detail for number, *details in annotated if number in (int, float) for detail in details]
