@@ -32,6 +32,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.embedded import EmbeddedModel
 from nybble.options.verbs import load_config
+from nybble.planning.report import method_rows
 from nybble.runs.events import read_events
 from nybble.runs.open_run import load_frozen, open_run
 from nybble.sources.load import load_model
@@ -441,4 +442,6 @@ def test_a_pass_more_is_planned_for(tiny_model: Path) -> None:
     compared = nybble.plan(model=tiny_model, objective="embed", rows_per_step=8, micro_batch_size=2, **sizes).chosen
     scored = nybble.plan(model=tiny_model, objective="reward", rows_per_step=8, micro_batch_size=2, **sizes).chosen
     assert compared is not None and scored is not None and compared.step_s > scored.step_s
+    methods = {row[0]: row[-1] for row in method_rows(nybble.plan(model=tiny_model, objective="embed", **sizes).plans)}
+    assert methods["full"] == "--objective embed trains adapters" and methods["lora"] == "fits: --method lora"
     assert "room for logits" not in compared.components

@@ -29,7 +29,7 @@ from nybble.layers.quantized_experts import expert_shapes
 from nybble.layers.trained import resolve_modules
 from nybble.options.adapter_groups import TAKES_FROM_BASE
 from nybble.options.groups import MemoryOptions, WeightOptions
-from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
+from nybble.options.objective_groups import WITH_REFERENCE, WITHOUT_NEXT_TOKENS, ObjectiveOptions
 from nybble.options.option import fields_of, flat, with_options, yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
 from nybble.planning.costs import mean_bits
@@ -374,7 +374,9 @@ def reasons_against(
         whole: names of the modules that are trained whole.
     """
     weights, memory = options.weights, options.memory
-    method = options.method.method
+    method, objective = options.method.method, options.objective.objective
+    if method_of(strategy) == "full" and objective in WITHOUT_NEXT_TOKENS:
+        yield Reason(Cause.OPTION, f"--objective {objective} trains adapters")
     if method_of(strategy) != method and method != "auto":
         said = "not asked for" if method == "qlora" or not strategy.four_bit else f"--method {method} keeps 16 bits"
         yield Reason(Cause.OPTION, said, f"--method {method_of(strategy)}")
