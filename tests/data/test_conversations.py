@@ -7,8 +7,9 @@ import pytest
 
 from nybble.data.chat_templates import TEMPLATES
 from nybble.data.examples import Example, Message
+from nybble.data.open_template import open_template
 from nybble.data.prepare import prepare
-from nybble.data.template import ChatTemplate, open_template
+from nybble.data.template import ChatTemplate
 from nybble.data.turns import HARMLESS_KEYS
 from nybble.errors import ConfigError, DataError
 from nybble.options.groups import RowOptions

@@ -9,11 +9,12 @@ from rendered import learnt_texts
 
 from nybble.data.examples import Example, Message, ToolCall
 from nybble.data.field_names import field_names
+from nybble.data.open_template import open_template
 from nybble.data.packing import pack, pad
 from nybble.data.prepare import prepare
 from nybble.data.readers import read_examples
 from nybble.data.supervision import Learnt
-from nybble.data.template import ChatTemplate, open_template
+from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
 from nybble.errors import ConfigError, DataError
 from nybble.options.groups import RowOptions

@@ -35,6 +35,7 @@ def check_data(*, on_event: Listener = silent, **options: Any) -> "TrainingData"
     from nybble.sources.open import open_model
     from nybble.sources.task import task_of
 
-    kind, task = ROW_KINDS[config.objective.objective], task_of(config.objective.objective)
-    source = open_model(config.model.model, config.model.tokenizer, on_event).for_task(task)
+    kind = ROW_KINDS[config.objective.objective]
+    source = open_model(config.model.model, config.model.tokenizer, on_event)
+    source = source.for_task(task_of(config.objective.objective, source.config))
     return TrainingData.read(config.data, source, kind)

@@ -119,20 +119,24 @@ class Run:
         )
         return pieces.text()
 
-    def classify(self, texts: Sequence[str | tuple[str, str]]) -> list[Any]:
-        """What a run of `--objective classify` says of texts: of each its likeliest class and how likely that is; of
-        one that learnt numbers, "score" and the number; of one that learnt any number of classes a text, a list of
-        those that are likelier than not.
+    def classify(self, texts: Sequence[Any]) -> list[Any]:
+        """What a run of `--objective classify` says of texts, or of pictures: of each its likeliest class and how
+        likely that is; of one that learnt numbers, "score" and the number; of one that learnt any number of classes a
+        text, a list of those that are likelier than not.
 
         Args:
-            texts: each a text, or two beside each other where the run was trained on such.
+            texts: each a text, or two beside each other where the run was trained on such; or, of a run over pictures,
+                the path or the bytes of a picture's file.
 
         Raises:
             ConfigError: the run is one of a language model, or labels tokens.
+            DataError: a picture cannot be decoded.
             RunError: the adapter is missing or damaged.
         """
-        from nybble.evaluation.asked import classify_texts
+        from nybble.evaluation.asked import classify_pictures, classify_texts
 
+        if self._opened.source.task.kind == "pictures":
+            return classify_pictures(*self._labels_of("pictures"), texts)
         return classify_texts(*self._labels_of("scores"), texts, self.config.data.max_seq_len)
 
     def tag(self, texts: Sequence[str | Sequence[str]]) -> list[Any]:
@@ -157,7 +161,7 @@ class Run:
         words = iter(tag_words(*asked, [text for text in texts if not isinstance(text, str)], length))
         return [next(whole) if isinstance(text, str) else next(words) for text in texts]
 
-    def _labels_of(self, kind: Literal["scores", "tags"]) -> tuple[Any, Any, Any]:
+    def _labels_of(self, kind: Literal["scores", "tags", "pictures"]) -> tuple[Any, Any, Any]:
         """Model, task and tokenizer of a run that learnt labels, of texts or of tokens.
 
         Raises:
@@ -231,9 +235,9 @@ class Run:
 
     @cached_property
     def _scored(self) -> Any:
-        from nybble.layers.scored import ScoredModel
+        from nybble.evaluation.classes import scored_model
 
-        return ScoredModel.of(self._model)
+        return scored_model(self._opened, self._model)
 
     @cached_property
     def _model(self) -> Any:

@@ -23,13 +23,14 @@ def check(
         data = nybble.check_data(on_event=listener, **given)
     from nybble.cli.render.audit import render_example
     from nybble.data.audit import Audited
+    from nybble.data.picture_rows import PictureTemplate
     from nybble.data.plots import draw_lengths
 
     if as_json:
         typer.echo(json.dumps(data.audit.to_json(), indent=2))
     else:
         listener(Audited(data.audit))
-        for row in data.train[:show]:
+        for row in () if isinstance(data.template, PictureTemplate) else data.train[:show]:
             listener.terminal.console.print(render_example(row, data.template.tokenizer))
     if plot is not None:
         with plot_errors(plot):

@@ -133,6 +133,17 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "add training rows with them, or remove these rows",
     ),
     "rare-label": ("rows are the only ones with their label", "add more of their kind, or leave the label out"),
+    "missing-picture": ("rows without a picture, or whose file is not there, were dropped", "mend their paths"),
+    "broken-picture": ("rows whose picture cannot be decoded were dropped", "mend or remove them"),
+    "huge-picture": (
+        "rows whose picture has more pixels than Pillow decodes without a warning were dropped",
+        "make them smaller: the model sees a few hundred pixels a side",
+    ),
+    "converted-picture": (
+        "rows have pictures that are not in red, green and blue of 8 bits; they are converted, transparency dropped",
+        "nothing, if that is meant",
+    ),
+    "animated-picture": ("rows have pictures that move, of which the first is taken", "nothing, if that is meant"),
     "mixed-forms": (
         "rows are labelled otherwise than most: a label a text, a list of labels, or labels of tokens",
         "give all rows the same form, or train on each by itself",
@@ -251,6 +262,7 @@ WARNINGS = {
     *("equal-answers", "different-prompts", "empty-prompt", "unknown-label", "odd-margin"),
     *("equal-texts", "odd-score"),
     *("rare-label", "missing-label", "empty-text"),
+    *("missing-picture", "broken-picture", "huge-picture", "converted-picture", "animated-picture"),
     *("odd-labels", "odd-tags", "odd-span", "stray-inside", "word-without-token"),
     *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
     *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),

@@ -12,6 +12,9 @@ from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import Row
 from nybble.data.labels import describe_labels, find_in_labels
+from nybble.data.picture_files import stored_picture
+from nybble.data.picture_rows import COLUMNS as PICTURES
+from nybble.data.picture_rows import PictureExample, PictureProcessor, encode_picture
 from nybble.data.prepare import RowKind
 from nybble.data.readers import COLUMNS_NAMED, Layout, RowForms
 from nybble.data.template import ChatTemplate
@@ -38,6 +41,7 @@ TEXTS = (  # the first that a row has all of
     ("query", "passage"),
     *((column,) for column in ("text", "sentence", "content", "document", "review", "comment", "tweet", "input")),
 )
+PICTURE_FORMS = f"one of {', '.join(PICTURES)} with one of label, labels; a folder of them, a folder a class"
 LABELS = ("label", "labels", "class", "category", "target", "score", "rating")
 FORMS = f"{'; '.join('/'.join(columns) for columns in TEXTS)}, each with one of {', '.join(LABELS)}; {TOKEN_FORMS}"
 MISSING = ("", "-1", "none", "null")  # -1 is what data sets write where a label is withheld
@@ -77,6 +81,9 @@ def find_labelled_layout(row: Row, fields: FieldNames) -> Layout | None:
     named = None if fields.text is None else tuple(name.strip() for name in fields.text.split(","))
     texts = named or next((columns for columns in TEXTS if all(column in row for column in columns)), None)
     label = fields.label or next((name for name in LABELS if name in row and name not in (texts or ())), None)
+    picture = next((name for name in PICTURES if name in row), None)
+    if texts is None and picture is not None:
+        return None if label is None or label not in row else _picture_layout(picture, label, row)
     if texts is None or label not in row or isinstance(row.get(texts[0]), list) or is_of_tokens(label, row):
         return find_token_layout(row, named[0] if named else None, label if texts and label in row else fields.label)
     if len(texts) > 2:
@@ -91,6 +98,16 @@ def find_labelled_layout(row: Row, fields: FieldNames) -> Layout | None:
 
     columns = (*texts, label)
     return Layout("labelled", "/".join(columns), columns, (), build, raw=(label,))
+
+
+def _picture_layout(picture: str, label: str, row: Row) -> Layout:
+    read = _labels if isinstance(row[label], list) else _label
+
+    def build(row: Row, origin: str) -> PictureExample:
+        stored = stored_picture(row[picture], picture, origin)
+        return PictureExample.of(stored, read(row[label], label, origin), origin)
+
+    return Layout("labelled", f"{picture}/{label}", (picture, label), (), build, raw=(picture, label))
 
 
 def _label(value: Any, column: str, origin: str) -> Label:
@@ -126,7 +143,7 @@ def _labels(value: Any, column: str, origin: str) -> Labels:
 def _no_labels(origin: str, row: Row) -> DataError:
     got = f"{origin}: rows without a text and its label, columns {', '.join(map(repr, list(row)[:COLUMNS_NAMED]))}"
     fix = "name your columns: --label-field, and --text-field; two texts beside each other: --text-field a,b"
-    return DataError(got, f"known forms: {FORMS}", fix)
+    return DataError(got, f"known forms: {FORMS}; pictures: {PICTURE_FORMS}", fix)
 
 
 # ---- encoding ------------------------------------------------------------------------------------
@@ -134,6 +151,10 @@ def _no_labels(origin: str, row: Row) -> DataError:
 
 def encode_labelled(template: ChatTemplate, example: Example) -> list[EncodedExample]:
     """The row of a text with its label, untruncated, as the tokenizer writes it for this model."""
+    if isinstance(example, PictureExample):
+        return [encode_picture(template, example)]
+    if isinstance(template.tokenizer, PictureProcessor):
+        raise DataError(f"{example.origin}: a text, and the model reads pictures", f"needed: {PICTURE_FORMS}")
     if isinstance(example, TaggedExample):
         return [encode_tagged(template, example)]
     if isinstance(example, MarkedExample):

@@ -20,11 +20,21 @@ def parquet_rows(path: Path, name: str) -> Rows:
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs below that, it raises too
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        rows = _undecoded(datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True))
         named = class_names(rows.features)
         yield from ((f"{name}:{number}", with_names(row, named)) for number, row in enumerate(rows, 1))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError(f"{name}: not readable as Parquet: {error}") from error
+
+
+def _undecoded(rows: Any) -> Any:
+    """The rows with pictures as their files are: they are decoded where they are needed."""
+    from datasets import Image
+
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(column, Image(decode=False))
+    return rows
 
 
 def class_names(features: Any) -> dict[str, list[str]]:
@@ -137,6 +147,6 @@ def split_rows(source: DataSource, held: Mapping[str, Any], counts: Mapping[str,
     for place in places:
         origin = source.given if source.split is None else f"{source.name}#{place.splitname}"
         classes = class_names(held[place.splitname].features)
-        rows = held[place.splitname].skip(place.from_)
+        rows = _undecoded(held[place.splitname]).skip(place.from_)
         for number, row in enumerate(islice(rows, place.to - place.from_), place.from_ + 1):
             yield f"{origin}:{number}", with_names(row, classes)

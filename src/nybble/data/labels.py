@@ -10,6 +10,7 @@ from typing import Literal
 from nybble.data.audit import Finding, find
 from nybble.data.entities import is_entity_tag, mean_entities, say_entities, stray_places
 from nybble.data.examples import EncodedExample
+from nybble.data.picture_rows import find_in_pictures
 from nybble.data.text_rows import Label, Labels, TextRow
 from nybble.data.token_labels import UNLABELLED
 
@@ -117,6 +118,12 @@ def classes_of(train: Iterable[EncodedExample], validation: Iterable[EncodedExam
 def find_in_labels(train: Sequence[EncodedExample], validation: Sequence[EncodedExample]) -> list[Finding]:
     """What is wrong with the labels of all rows together."""
     learnt, held_out = LabelCounts.of(train), LabelCounts.of(validation)
+    return _find_in_counts(train, validation, learnt, held_out) + find_in_pictures(chain(train, validation))
+
+
+def _find_in_counts(
+    train: Sequence[EncodedExample], validation: Sequence[EncodedExample], learnt: LabelCounts, held_out: LabelCounts
+) -> list[Finding]:
     forms = learnt.forms + held_out.forms
     if len(forms) > 1:
         (common, _), *_ = forms.most_common(1)

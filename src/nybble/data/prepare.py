@@ -314,7 +314,7 @@ def _find_between(
 def prepare_data(
     options: DataOptions,
     template: ChatTemplate,
-    vocab_size: int,
+    vocab_size: int | None,
     embedding_rows: ReadRows | None = None,
     kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,

@@ -14,8 +14,10 @@ from typing import NamedTuple
 from nybble.data.dataset_rows import hub_rows, parquet_rows, saved_rows
 from nybble.data.file_kinds import JSON_SUFFIXES, TABLE_SUFFIXES, TEXT_SUFFIXES, IsRow, Rows, kind_of
 from nybble.data.json_rows import read_json
-from nybble.data.sources import DataSource, check_each_once, find_files
+from nybble.data.picture_folders import folder_rows
+from nybble.data.sources import METADATA, DataSource, check_each_once, find_files
 from nybble.data.table_rows import read_csv, read_text
+from nybble.data.text_encoder import RowError
 from nybble.data.text_files import TextFile
 
 READERS: dict[str, Callable[[TextFile, IsRow], tuple[Rows, list[str]]]] = {
@@ -55,6 +57,9 @@ def open_sources(sources: Sequence[DataSource], is_row: IsRow) -> list[list[RowF
         if files is None:
             opened.append([_open_data_set(source)])
             continue
+        if files.pictures:
+            opened.append([RowFile(source.given, folder_rows(files.paths[0], files.pictures), files.notices)])
+            continue
         own = [_open_file(path, path.name if names[path.name] == 1 else str(path), is_row) for path in files.paths]
         own[0].notices.extend(files.notices)
         opened.append(own)
@@ -72,4 +77,14 @@ def _open_file(path: Path, name: str, is_row: IsRow) -> RowFile:
     if kind_of(path) == ".parquet":
         return RowFile(name, parquet_rows(path, name), [])
     file = TextFile(path, name)
-    return RowFile(name, *READERS[kind_of(path)](file, is_row), file)
+    rows, notices = READERS[kind_of(path)](file, is_row)
+    return RowFile(name, _beside(path, rows) if path.stem == METADATA else rows, notices, file)
+
+
+def _beside(path: Path, rows: Rows) -> Rows:
+    """The rows of a file that names the pictures beside it by their paths from there (`file_name`)."""
+    for located in rows:
+        if not isinstance(located, RowError) and isinstance(located[1], dict) and "file_name" in located[1]:
+            origin, row = located
+            located = origin, row | {"file_name": str(path.parent / str(row["file_name"]))}
+        yield located

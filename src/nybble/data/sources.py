@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nybble.data.file_kinds import ALLOWED_FILES, SUFFIXES, TEXT_SUFFIXES, kind_of
+from nybble.data.picture_files import PICTURE_SUFFIXES
 from nybble.errors import DataError
 
 BUILTIN = "builtin:"
@@ -29,6 +30,7 @@ SPLIT_WORDS = {
     "eval": "test",
     "evaluation": "test",
 }
+METADATA = "metadata"  # what files are called whose rows name the pictures beside them
 SAVED_SPLITS, SAVED_ROWS = "dataset_dict.json", "state.json"  # what `save_to_disk` leaves in a folder
 
 
@@ -61,10 +63,11 @@ class DataSource(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The files that one source stands for."""
+    """The files that one source stands for; or the pictures in its one folder, whose folders are classes."""
 
     paths: list[Path]
     notices: list[str]
+    pictures: tuple[Path, ...] = ()
 
 
 def parse_sources(given: Sequence[str]) -> list[DataSource]:
@@ -167,6 +170,11 @@ def _find_in_folder(source: DataSource, folder: Path) -> Found:
     visible = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     rows = [path for path in visible if kind_of(path) in SUFFIXES and kind_of(path) not in TEXT_SUFFIXES]
     files = rows or [path for path in visible if kind_of(path) in SUFFIXES]
+    pictures = [path for path in visible if path.suffix.lower() in PICTURE_SUFFIXES]
+    if not files and pictures:
+        return _pictures_in(
+            source, folder, pictures, _not_read(name, [path for path in visible if path not in pictures])
+        )
     if not files:
         raise DataError(f"{name}: a folder without examples", f"allowed in it: {ALLOWED_FILES}")
     if source.split is not None:
@@ -178,7 +186,31 @@ def _find_in_folder(source: DataSource, folder: Path) -> Found:
             "needed: examples to train on; held-out ones go to --validation-data",
             f"name the files to train on, as in --data '{folder / 'train*'}'",
         )
-    return Found(files, _not_read(name, [path for path in visible if path not in files]))
+    beside = pictures if any(path.stem == METADATA for path in files) else []
+    return Found(files, _not_read(name, [path for path in visible if path not in (*files, *beside)]))
+
+
+def _pictures_in(source: DataSource, folder: Path, pictures: Sequence[Path], notices: list[str]) -> Found:
+    """The pictures in the folders of classes, or in those of one split.
+
+    Raises:
+        DataError: there is no such split, or there are several and none is named.
+    """
+    tops = {path.relative_to(folder).parts[0] for path in pictures}
+    splits = {SPLIT_WORDS[top.lower()]: top for top in tops if top.lower() in SPLIT_WORDS}
+    wanted = SPLIT_WORDS.get(str(source.split), source.split)
+    if source.split is None and len(splits) == len(tops) == 1:
+        wanted = next(iter(splits))
+    if wanted is None and len(splits) < max(2, len(tops)):
+        return Found([folder], notices, tuple(pictures))
+    if wanted not in splits:
+        raise DataError(
+            f"{source.given}: {'no split named' if wanted is None else f'no folder of a split {source.split!r}'}",
+            f"its folders: {', '.join(sorted(tops)[:20])}",
+            f"name one of its splits, as in --data '{folder}#train' --validation-data '{folder}#test'",
+        )
+    root = folder / splits[str(wanted)]
+    return Found([root], notices, tuple(path for path in pictures if path.is_relative_to(root)))
 
 
 def _of_split(source: DataSource, folder: Path, files: Sequence[Path]) -> list[Path]:

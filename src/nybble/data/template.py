@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.answer_forms import NO_FORM, AnswerForm, find_answer_form
-from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES, find_template
+from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES
 from nybble.data.content_check import check_content, check_tools, check_turns
 from nybble.data.examples import PLAIN_CALLS, CallForm, EncodedExample, Example, Message
 from nybble.data.limits import TimeIsUpError, limited
@@ -27,35 +26,10 @@ from nybble.data.template_probes import CALLING, find_call_form, next_openings, 
 from nybble.data.text_encoder import RowError, TextEncoder
 from nybble.data.thinking import keep_thoughts, thought_in_key
 from nybble.errors import ConfigError, DataError
-from nybble.options.groups import RowOptions
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 RENDER_SECONDS, RENDER_BYTES = 2.0, 200_000_000  # of processor time, for one conversation
 Tools = Sequence[dict[str, Any]]
-
-
-def open_template(
-    options: RowOptions, tokenizer: PreTrainedTokenizerBase, recorded: Path | None = None, conversations: bool = True
-) -> "ChatTemplate":
-    """The template that the options choose; none where rows are no conversations.
-
-    Args:
-        recorded: file of the template that a run was trained with; where it exists, it is the one.
-
-    Raises:
-        ConfigError: --chat-template names none.
-        DataError: as `ChatTemplate`.
-    """
-    if not conversations:
-        return ChatTemplate(tokenizer, "none")
-    chosen, learnt = options.chat_template, Learnt(options.train_on, options.thinking)
-    if recorded is not None and recorded.is_file():
-        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"), learnt=learnt)
-    if chosen is None:
-        return ChatTemplate(tokenizer, options.template, learnt=learnt)
-    notice = f"Chat template: {chosen}, in place of the tokenizer's own."
-    text = find_template(chosen, TextEncoder(tokenizer))
-    return ChatTemplate(tokenizer, options.template, text, (notice,), learnt)
 
 
 class ChatTemplate:

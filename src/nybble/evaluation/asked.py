@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from nybble.data.entities import entities_of, say_entities
+from nybble.data.picture_files import Stored
+from nybble.data.picture_rows import PictureProcessor, picture_row
 from nybble.data.text_rows import encode_texts
 from nybble.data.token_labels import encode_text, encode_words
 from nybble.evaluation.classes import scores_of
@@ -19,7 +23,23 @@ def classify_texts(
     """
     pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     rows = [encode_texts(tokenizer, pair, "text").truncate(max_seq_len) for pair in pairs]
-    scores = [row[0] for row in scores_of(model, rows)]
+    return _said(task, scores_of(model, rows))
+
+
+def classify_pictures(
+    model: ScoredModel, task: Task, processor: PictureProcessor, pictures: Sequence[Stored]
+) -> list[Any]:
+    """The same of pictures: paths, or the bytes of files.
+
+    Raises:
+        DataError: one cannot be decoded.
+    """
+    rows = [picture_row(processor, picture, str(picture)[:80]) for picture in pictures]
+    return _said(task, scores_of(model, rows))
+
+
+def _said(task: Task, found: Sequence[Tensor]) -> list[Any]:
+    scores = [row[0] for row in found]
     if task.problem == "regression":
         return [(task.labels[0], float(row[0])) for row in scores]
     if task.problem == "multi_label_classification":

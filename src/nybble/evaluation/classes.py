@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
+from nybble.data.picture_rows import PictureProcessor, PictureRow
 from nybble.data.sampler import split_micro_batches
 from nybble.data.text_rows import TextRow
 from nybble.evaluation.evaluation_rows import held_out_rows
 from nybble.evaluation.findings import Findings, Picture, Table, check_no_answers, write_findings
 from nybble.evaluation.judged import LabelsJudged, Mistake, judged
 from nybble.events import Event, Listener, silent
+from nybble.layers.picture_model import PictureModel
 from nybble.layers.precision import set_up
 from nybble.layers.scored import ScoredModel
 from nybble.options.verbs import EvalConfig
@@ -36,6 +38,22 @@ class ScoresEvaluated(Event):
     """A run's scores of held-out texts have been looked at."""
 
     judged: LabelsJudged
+
+
+def scored_model(opened: OpenRun, module: Any) -> ScoredModel:
+    """A run's loaded model, which takes rows of its kind."""
+    if opened.source.task.kind != "pictures":
+        return ScoredModel.of(module)
+    model = PictureModel.of(module)
+    model.processor = picture_processor(opened)
+    return model
+
+
+def picture_processor(opened: OpenRun) -> PictureProcessor:
+    """That of a run's vision model."""
+    found: Any = opened.template.tokenizer
+    assert isinstance(found, PictureProcessor)
+    return found
 
 
 @torch.no_grad()
@@ -74,14 +92,14 @@ def evaluate_scores(opened: OpenRun, config: EvalConfig, report: Listener = sile
     check_no_answers(opened, config)
     rows = held_out_rows(opened, config.evaluation.data, config.data.allow)
     device, dtype = set_up(config.machine)
-    seen = judge_texts(ScoredModel.of(load_tuned(opened, dtype, device, report)), rows, opened.source.task)
+    seen = judge_texts(scored_model(opened, load_tuned(opened, dtype, device, report)), rows, opened.source.task)
     report(ScoresEvaluated(seen))
     write_findings(opened, _findings(opened, seen, rows), report)
     return seen
 
 
 def _findings(opened: OpenRun, seen: LabelsJudged, rows: Sequence[EncodedExample]) -> Findings:
-    what = f"{seen.texts} held-out texts"
+    what = f"{seen.texts} held-out {'pictures' if seen.task.kind == 'pictures' else 'texts'}"
     told: dict[str, Any] = {"rows": seen.texts, "loss": seen.loss().to_json()}
     if not (classes := seen.classes()):
         return Findings(what, seen.figures(), (), (), told)
@@ -92,7 +110,12 @@ def _findings(opened: OpenRun, seen: LabelsJudged, rows: Sequence[EncodedExample
         for each in classes
     ]
     mistakes = [
-        (f"{each['origin']}: {each['text']}", each["label"], each["chosen"], f"{each['probability']:.3f}")
+        (
+            ": ".join(filter(None, (each["origin"], each["text"]))),
+            each["label"],
+            each["chosen"],
+            f"{each['probability']:.3f}",
+        )
         for each in wrong
     ]
     tables = (
@@ -110,6 +133,8 @@ def _findings(opened: OpenRun, seen: LabelsJudged, rows: Sequence[EncodedExample
 def _shown(mistake: Mistake, row: EncodedExample, opened: OpenRun) -> dict[str, Any]:
     """A mistake, with the text; of a token what stands before it, too."""
     assert isinstance(row, TextRow)
+    if isinstance(row, PictureRow):
+        return {"origin": row.origin, "text": "", **_told(mistake)}
     decode, ids = opened.template.tokenizer.decode, row.input_ids.tolist()
     if row.units is not None:
         place = int(row.places[mistake.place])
@@ -117,8 +142,11 @@ def _shown(mistake: Mistake, row: EncodedExample, opened: OpenRun) -> dict[str, 
         text = f"{before[-LETTERS_SHOWN:]} [{str(decode(ids[place : place + 1])).strip()}]"
     else:
         text = str(decode(ids, skip_special_tokens=True))[:LETTERS_SHOWN]
-    label, chosen, probability = mistake[2:]
-    return {"origin": row.origin, "text": text, "label": label, "chosen": chosen, "probability": probability}
+    return {"origin": row.origin, "text": text, **_told(mistake)}
+
+
+def _told(mistake: Mistake) -> dict[str, Any]:
+    return {"label": mistake.label, "chosen": mistake.chosen, "probability": mistake.probability}
 
 
 def draw_confusion(matrix: np.ndarray, labels: Sequence[str], out: Path | BinaryIO) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
+from nybble.data.open_template import open_template
 from nybble.data.prepare import prepare_data
 from nybble.data.sources import refuse_weights
-from nybble.data.template import open_template
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.evaluation.quality import Comparison
 from nybble.evaluation.quality import Quality as Lost

@@ -32,7 +32,7 @@ def held_out_rows(
     """
     own, kind = opened.config.data, ROW_KINDS[opened.config.objective.objective]
     if data is None:
-        vocab_size = opened.source.config.get_text_config().vocab_size
+        vocab_size = getattr(opened.source.config.get_text_config(), "vocab_size", None)
         rows = prepare_data(own, opened.template, vocab_size, kind=kind).validation
     else:
         refuse_weights(data, "all rows that a run is judged by are asked")

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,7 +56,10 @@ class LabelsJudged(ABC):
     targets: Tensor
     counts: tuple[int, ...]
 
-    unit: ClassVar[str] = "texts"  # of what `classes` counts
+    @property
+    def unit(self) -> str:
+        """Of what `classes` counts."""
+        return "pictures" if self.task.kind == "pictures" else "texts"
 
     @property
     def texts(self) -> int:
@@ -149,11 +152,12 @@ class ClassesJudged(LabelsJudged):
 
     def figures(self) -> dict[str, str]:
         """As `LabelsJudged` says."""
+        of_pictures = self.task.kind == "pictures"
         return {
-            "accuracy": in_words(self.accuracy()),
+            "accuracy (top-1)" if of_pictures else "accuracy": in_words(self.accuracy()),
             "accuracy of the commonest class": f"{self._commonest():.4f}",
             "macro F1": f"{self.macro_f1():.4f}",
-            "loss, nats a text": in_words(self.loss()),
+            f"loss, nats a {'picture' if of_pictures else 'text'}": in_words(self.loss()),
         }
 
     def mistakes(self) -> Iterator[Mistake]:
@@ -227,7 +231,10 @@ class SeveralJudged(LabelsJudged):
 class TokensJudged(ClassesJudged):
     """Of tokens that have a class each."""
 
-    unit: ClassVar[str] = "tokens"
+    @property
+    def unit(self) -> str:
+        """As `LabelsJudged` says."""
+        return "tokens"
 
     def loss(self) -> Estimate:
         """Mean over all labelled tokens, nats; texts are drawn again for the interval."""
@@ -256,7 +263,10 @@ class TokensJudged(ClassesJudged):
 class EntitiesJudged(TokensJudged):
     """Of tokens whose classes say where entities are."""
 
-    unit: ClassVar[str] = "entities"
+    @property
+    def unit(self) -> str:
+        """As `LabelsJudged` says."""
+        return "entities"
 
     @cached_property
     def found(self) -> list[tuple[set[Entity], set[Entity]]]:

@@ -67,7 +67,7 @@ class MergedSource(StoredModel):
                 self._matrices(layer)
         for module in self.adapter.modules:
             self.adapter.module_weights(module, self.skeleton.get_submodule(module))
-        if self.task.gives_scores and self.config.get_text_config().pad_token_id is None:
+        if self.task.pads and self.config.get_text_config().pad_token_id is None:
             self.config = copy.deepcopy(self.config)  # by which transformers finds the last token of padded texts
             self.config.get_text_config().pad_token_id = self.load_tokenizer().pad_token_id
 
@@ -85,7 +85,7 @@ class MergedSource(StoredModel):
 
     def load_tokenizer(self) -> "PreTrainedTokenizerBase":
         tokenizer = self.opened.template.with_template()
-        if self.task.gives_scores and tokenizer.pad_token is None:
+        if self.task.pads and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # pipelines pad the texts of a batch
         return tokenizer
 

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
+from nybble.data.picture_files import decode
+from nybble.data.picture_rows import PictureProcessor, PictureRow
 from nybble.data.text_rows import TextRow, texts_of
 from nybble.errors import ExportError
-from nybble.evaluation.classes import scores_of
+from nybble.evaluation.classes import scored_model, scores_of
 from nybble.events import Listener, silent
 from nybble.exporting.consumers import CPU, base_of_adapters, widen
 from nybble.exporting.verify import Check, Verification, not_loaded
-from nybble.layers.scored import ScoredModel, own_scores
+from nybble.layers.scored import own_scores
 from nybble.options.use_groups import ArtefactKind
 from nybble.runs.open_run import OpenRun, load_tuned
+from nybble.sources.processor import load_processor
 from nybble.sources.skeleton import auto_class
 from nybble.sources.tokenizer import load_tokenizer
 
@@ -51,13 +54,13 @@ def verify_scores(
     """Score held-out texts with the run and with the artefact, and compare."""
     texts = texts_of(rows[:MOST_ROWS])
     model = load_tuned(opened, torch.float32, CPU, report)
-    wanted = torch.cat(scores_of(ScoredModel.of(model), texts))
+    wanted = torch.cat(scores_of(scored_model(opened, model), texts))
     del model
     gc.collect()  # modules refer to each other, and the next model needs the room
     try:
         name, artefact, tokenizer = _load(opened, kind, folder, report)
         with torch.no_grad():
-            found = torch.cat([_scores_alone(artefact, row) for row in texts])
+            found = torch.cat([_scores_alone(artefact, row, tokenizer) for row in texts])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(kind, error)
     several = opened.source.task.problem == "multi_label_classification"
@@ -67,7 +70,8 @@ def verify_scores(
 
 
 def _load(opened: OpenRun, kind: ArtefactKind, folder: Path, report: Listener) -> tuple[str, Any, Any]:
-    tokenizer = load_tokenizer(str(folder))
+    pictures = opened.source.task.kind == "pictures"
+    tokenizer = load_processor(str(folder), opened.source.skeleton) if pictures else load_tokenizer(str(folder))
     if kind is ArtefactKind.DENSE:
         loaded = auto_class(opened.source.task).from_pretrained(folder, dtype=torch.float32)
         return "transformers", loaded.eval(), tokenizer
@@ -78,7 +82,10 @@ def _load(opened: OpenRun, kind: ArtefactKind, folder: Path, report: Listener) -
     return "PEFT on the run's base, widened", PeftModel.from_pretrained(base.float(), folder).eval(), tokenizer
 
 
-def _scores_alone(model: Any, row: TextRow) -> Tensor:
+def _scores_alone(model: Any, row: TextRow, tokenizer: Any) -> Tensor:
+    if isinstance(row, PictureRow):
+        scores: Tensor = model(pixel_values=tokenizer.pixels([decode(row.picture, row.origin).image])).logits
+        return scores
     ids = row.input_ids.long()[None]
     types = None if row.token_types is None else row.token_types.long()[None]
     scores = own_scores(model, ids, torch.ones_like(ids), types).float()
@@ -86,10 +93,18 @@ def _scores_alone(model: Any, row: TextRow) -> Tensor:
 
 
 def same_tokens(opened: OpenRun, tokenizer: Any) -> Check:
-    """Whether the artefact's tokenizer writes texts as the run's does."""
-    probes = ("A text.", "naïve café, 東京", "1 + 1 = 2\n")
-    equal = all(tokenizer(text)["input_ids"] == opened.template.tokenizer(text)["input_ids"] for text in probes)
-    return Check("tokens of texts", "the run's" if equal else "others", "the run's", equal)
+    """Whether the artefact's tokenizer, or image processor, reads texts or pictures as the run's does."""
+    theirs: Any = opened.template.tokenizer
+    if isinstance(tokenizer, PictureProcessor):
+        from PIL import Image
+
+        picture = [Image.radial_gradient("L").convert("RGB")]
+        name, equal = "pixels of pictures", torch.equal(tokenizer.pixels(picture), theirs.pixels(picture))
+    else:
+        probes = ("A text.", "naïve café, 東京", "1 + 1 = 2\n")
+        name = "tokens of texts"
+        equal = all(tokenizer(text)["input_ids"] == theirs(text)["input_ids"] for text in probes)
+    return Check(name, "the run's" if equal else "others", "the run's", equal)
 
 
 def _chosen(scores: Tensor, paired: bool, several: bool) -> Tensor:

@@ -99,7 +99,7 @@ class Probe:
 
     def __init__(self, model: "PreTrainedModel", store: BlockStore | None = None):
         self.model, self.store = model, store
-        self._documents = _documents(model)
+        self._documents = self.documents()
         self._starts = _starts(model)
         with self._asking() as (parameters, embedded):
             self._own = [self._own_outcome(starts[ASKED], parameters, embedded) for starts in self._starts]
@@ -114,6 +114,10 @@ class Probe:
         return None
 
     # ---- the model's own -------------------------------------------------------------------------
+
+    def documents(self) -> list[Tensor]:
+        """What the model is asked about: one, between two others."""
+        return _documents(self.model)
 
     def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> Outcome:
         """The asked document alone, through the model's own forward."""

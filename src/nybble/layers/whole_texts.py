@@ -49,7 +49,7 @@ class TextProbe(Probe):
             self.store.begin(will_return=True)
         with foreign_errors(partial(self._fails, f"a text of {LENGTHS[ASKED]} tokens")):
             given = self.own_of(own_output(self.model, ids, torch.ones_like(ids))).float()
-            return outcome_of(given.detach(), _followed(given), parameters, embedded)
+            return outcome_of(given.detach(), followed(given), parameters, embedded)
 
     def _outcome_of(
         self, way: Any, starts: Any, parameters: list[Tensor], embedded: list[Tensor]
@@ -60,7 +60,7 @@ class TextProbe(Probe):
         first = sum(LENGTHS[:ASKED]) if batch.attention_mask is None else ASKED * batch.input_ids.shape[1]
         asked = first, first + LENGTHS[ASKED]
         given = self.given_of(model, batch, asked)
-        return outcome_of(given.detach(), _followed(given), parameters, embedded), asked
+        return outcome_of(given.detach(), followed(given), parameters, embedded), asked
 
     # ---- what is compared
 
@@ -81,7 +81,7 @@ class TextProbe(Probe):
         raise NotImplementedError
 
 
-def _followed(given: Tensor) -> Tensor:
+def followed(given: Tensor) -> Tensor:
     """A number whose gradient reaches all that is given, `(N, K)`."""
     weights = DIRECTIONS.to(given.device).repeat(-(-given.shape[1] // len(DIRECTIONS)))[: given.shape[1]]
     return (given * weights).sum()

@@ -17,9 +17,9 @@ class ObjectiveName(Options, group="Objective"):
     objective: Literal["sft", "dpo", "ipo", "simpo", "orpo", "kto", "classify", "reward", "distill", "embed"] = knob(
         "sft",
         "What is minimised. sft: examples to follow. dpo, ipo, simpo, orpo: pairs of a chosen and a rejected answer. "
-        "kto: answers labelled good or bad. classify: texts with a label, several, or a number; tokens with labels. "
-        "reward: pairs, for a model that gives answers a number. distill: examples, and what a teacher says in their "
-        "place. embed: texts that are near each other, for a model that embeds them.",
+        "kto: answers labelled good or bad. classify: texts or pictures with a label, several, or a number; tokens "
+        "with labels. reward: pairs, for a model that gives answers a number. distill: examples, and what a teacher "
+        "says in their place. embed: texts that are near each other, for a model that embeds them.",
         aliases=("loss_type", "rl", "stage", "pref_loss"),
     )
 
@@ -65,6 +65,11 @@ class ObjectiveOptions(ObjectiveName):
     )
     center_rewards_coefficient: float | None = knob(
         None, "reward: weight of the square of a pair's summed rewards, which keeps them around zero (0).", ge=0
+    )
+    augment: Literal["crop", "flip", "crop-flip"] | None = knob(
+        None,
+        "classify, pictures: what is drawn anew each time that one is learnt from. crop: a part of 8 to 100 % of it, "
+        "sides 3:4 to 4:3. flip: left and right swapped, every other time.",
     )
     pooling: Pooling | None = knob(
         None,
@@ -151,7 +156,7 @@ OBJECTIVE_OPTIONS: Mapping[str, tuple[str, ...]] = {  # what each objective is m
     "simpo": ("beta", "label_smoothing", "simpo_gamma"),
     "orpo": ("orpo_lambda",),
     "kto": ("beta", "desirable_weight", "undesirable_weight", "reference"),
-    "classify": (),
+    "classify": ("augment",),
     "reward": ("center_rewards_coefficient",),
     "distill": ("teacher", "teacher_format", "teacher_top_k", "distill_alpha", "distill_temperature"),
     "embed": ("pooling", "similarity_scale"),

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from nybble.data.open_template import open_template
 from nybble.data.prepare import PreparedData, prepare_data
 from nybble.data.row_kinds import ROW_KINDS
-from nybble.data.template import open_template
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.formats.format import STORED
 from nybble.layers.convert import parameters_a_rank
+from nybble.layers.picture_model import own_size, picture_tokens
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.option import with_options
@@ -33,8 +34,8 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import open_model
 from nybble.sources.shapes import SHAPES
-from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_encoder, stored_text_config
-from nybble.sources.task import HEADS, TOKENS, task_of
+from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, reads_whole, stored_text_config
+from nybble.sources.task import HEADS, TOKENS, reads_pictures, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,10 +66,10 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
     options = settle_method(options)
     written = read_config(options.model.model, report)
     machine, dtype = _machine(options.machine, options.memory.memory)
-    task = task_of(options.objective.objective)
     config = transformers_config(written)
+    task = task_of(options.objective.objective, config)
     skeleton = build_skeleton(task.config(config), task=task)
-    if is_encoder(config) and task is not TOKENS:
+    if reads_whole(config) and task is not TOKENS:
         options = with_options(options, packing=False)
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
     options = _with_rank(options, skeleton, prepared, report)
@@ -186,7 +187,7 @@ def _read_examples(options: PlanConfig, skeleton: "PreTrainedModel") -> Prepared
     source = open_model(options.model.model, options.model.tokenizer)
     kind = ROW_KINDS[options.objective.objective]
     template = open_template(options.data, source.load_tokenizer(), conversations=kind.conversations)
-    vocab_size = skeleton.config.get_text_config().vocab_size
+    vocab_size = getattr(skeleton.config.get_text_config(), "vocab_size", None)
     return prepare_data(DataOptions(**options.data.model_dump()), template, vocab_size, kind=kind)
 
 
@@ -216,6 +217,8 @@ def _micro_batches(
     data, memory, rules = options.data, options.memory, SHAPE_RULES[machine.kind]
     if prepared is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing
+        if reads_pictures(skeleton.config):
+            length = picture_tokens(skeleton, *own_size(skeleton))
         documents = ROW_KINDS[options.objective.objective].documents
         scored = task_of(options.objective.objective) is not TOKENS
         return lambda size: even_micro_batches(

@@ -40,6 +40,7 @@ from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import Inventory, check_dense_share
 from nybble.sources.sentences import write_pooling
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import reads_pictures
 from nybble.sources.tokenizer import save_tokenizer
 
 Rounding = Literal["absmax", "search", "calibrated"]
@@ -300,7 +301,8 @@ def _save_settings(
     if quantization is not None:
         config.quantization_config = quantization
     save_config(config, folder)
-    source.load_generation_config().save_pretrained(folder)
+    if not reads_pictures(config):
+        source.load_generation_config().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     if source.task.kind == "states" and source.pooling is not None:
         write_pooling(folder, source.pooling, config.get_text_config().hidden_size, source.text_length)

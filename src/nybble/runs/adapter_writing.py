@@ -15,6 +15,7 @@ from transformers.core_model_loading import WeightConverter
 from nybble.layers.convert import adapters_of
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.lora_experts import LoraExperts
+from nybble.layers.picture_model import scores_pictures
 from nybble.layers.scored import scores_tokens
 from nybble.layers.token_rows import token_rows
 from nybble.layers.trained import TrainedModule, trained_modules
@@ -110,8 +111,10 @@ def adapter_config(model: "PreTrainedModel", base_name: str) -> dict[str, Any]:
     }
 
 
-def _task_type(model: "PreTrainedModel") -> str:
-    """PEFT's word for what the model is for."""
+def _task_type(model: "PreTrainedModel") -> str | None:
+    """PEFT's word for what the model is for; it has none for pictures."""
+    if scores_pictures(model):
+        return None
     if model.get_output_embeddings() is not None:
         return "CAUSAL_LM"
     if model.base_model is model:

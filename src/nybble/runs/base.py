@@ -47,7 +47,7 @@ from nybble.quantization.walk import WalkError
 from nybble.runs.folder import RunFolder
 from nybble.runs.formats import read_formats
 from nybble.sources.open import open_model
-from nybble.sources.skeleton import is_encoder
+from nybble.sources.skeleton import reads_whole
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.task import Task
 from nybble.units import format_bytes
@@ -118,7 +118,7 @@ def choose_rounding(
         return None
     if rounding.quality in ("search", "calibrated") or rounding.calibrate is not None:
         check_searchable(format)
-    if is_encoder(source.config):
+    if reads_whole(source.config):
         return _without_text(rounding)
     if rounding.quality in ("absmax", "search"):
         return RoundingChoice(rounding.quality, "as asked", asked=True)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nybble.data import audit as checks
+from nybble.data.open_template import open_template
 from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind, prepare_data
-from nybble.data.template import ChatTemplate, open_template
+from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
 from nybble.layers.context import context_length, fixed_context
 from nybble.options.groups import DataOptions, RowOptions
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import reads_pictures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +27,7 @@ def within_context(max_seq_len: int, base: StoredModel) -> int:
     Raises:
         ConfigError: another max_seq_len was asked for, and the base has no positions for so many tokens.
     """
-    context = context_length(base.config)
+    context = None if reads_pictures(base.config) else context_length(base.config)
     if context is None or max_seq_len <= context or fixed_context(base.skeleton, base.config) is None:
         return max_seq_len
     if max_seq_len != RowOptions.model_fields["max_seq_len"].default:
@@ -60,6 +62,8 @@ def read_rows(
     report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, for a base; as `prepare`."""
+    if reads_pictures(source.config):
+        return prepare_data(options, template, None, None, kind, scratch, report)
     vocab_size = source.config.get_text_config().vocab_size
     data = prepare_data(options, template, vocab_size, source.embedding_rows, kind, scratch, report)
     return _note_context(data, options.max_seq_len, source.config)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from nybble import __version__
+from nybble.data.open_template import open_template
 from nybble.data.row_kinds import ROW_KINDS
-from nybble.data.template import ChatTemplate, open_template
+from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats

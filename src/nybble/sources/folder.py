@@ -30,9 +30,11 @@ from nybble.formats.safetensors import (
 from nybble.options.objective_groups import Pooling
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.packed_weights import PackedWeights, find_packed_weights
+from nybble.sources.processor import load_processor
 from nybble.sources.sentences import named_prompts, read_pooling
-from nybble.sources.skeleton import build_whole, config_refused, is_taken_alone, stored_text_config
+from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_taken_alone, stored_text_config
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import PICTURES, reads_pictures
 from nybble.sources.tokenizer import load_tokenizer
 
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
@@ -145,6 +147,9 @@ class FolderSource(StoredModel):
         return super().pooling or read_pooling(self.path)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if reads_pictures(self.config):
+            found: Any = load_processor(self._tokenizer or str(self.path), build_skeleton(self.config, task=PICTURES))
+            return found
         return load_tokenizer(self._tokenizer or str(self.path))
 
     def load_generation_config(self) -> GenerationConfig:

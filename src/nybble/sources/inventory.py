@@ -49,9 +49,8 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
     parts = Counter(
         _parts(model.get_submodule(block), block, found, linears, stacks) for block, found in inside.items()
     )
-    embedding = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
-    vocabulary, width = (embedding if head is None else head.weight).shape
+    vocabulary, width = _embedding_shape(model) if head is None else head.weight.shape
     names = {kind: tuple(found.items()) for kind, found in by_name.items()}
     return Inventory(
         tuple(parts.items()),
@@ -60,6 +59,12 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
         end_elements=end_elements,
         head=(vocabulary, width),
     )
+
+
+def _embedding_shape(model: "PreTrainedModel") -> tuple[int, int]:
+    """Of a vision model, which has no vocabulary, the filters of its patches: 0, and as wide as its states."""
+    weight = next(model.get_input_embeddings().parameters())
+    return (0, weight.shape[0]) if weight.ndim > 2 else (weight.shape[0], weight.shape[1])
 
 
 def _parents(name: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nybble.errors import ModelError, first_line, foreign_errors
-from nybble.sources.task import TOKENS, Task
+from nybble.sources.task import TOKENS, Task, reads_pictures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -47,6 +47,7 @@ def auto_class(task: Task) -> Any:
         "tokens": transformers.AutoModelForCausalLM,
         "scores": transformers.AutoModelForSequenceClassification,
         "tags": transformers.AutoModelForTokenClassification,
+        "pictures": transformers.AutoModelForImageClassification,
         "states": transformers.AutoModel,
     }
     return kinds[task.kind]
@@ -75,6 +76,11 @@ def is_encoder(config: "PretrainedConfig") -> bool:
     from transformers import MODEL_FOR_MASKED_LM_MAPPING
 
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def reads_whole(config: "PretrainedConfig") -> bool:
+    """Whether models of this config are encoders, of texts or of pictures: a row goes through whole, one a line."""
+    return is_encoder(config) or reads_pictures(config)
 
 
 def text_config(config: "PretrainedConfig") -> "PretrainedConfig":

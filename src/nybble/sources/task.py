@@ -21,15 +21,16 @@ class Task:
 
     Args:
         kind: tokens: the logits of the next token (AutoModelForCausalLM). scores: of the whole text
-            (AutoModelForSequenceClassification). tags: scores of each token (AutoModelForTokenClassification). states:
-            its last states, no head (AutoModel).
+            (AutoModelForSequenceClassification). tags: scores of each token (AutoModelForTokenClassification).
+            pictures: scores of a picture (AutoModelForImageClassification). states: its last states, no head
+            (AutoModel).
         labels: what each score is of, in their order.
         problem: what scores are compared with, in transformers' words.
         stored_head: the head of the checkpoint gives these scores; else one begins anew.
         pooling: of states into one; None where they are not pooled, or that is not known yet.
     """
 
-    kind: Literal["tokens", "scores", "tags", "states"] = "tokens"
+    kind: Literal["tokens", "scores", "tags", "pictures", "states"] = "tokens"
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
     stored_head: bool = False
@@ -42,12 +43,18 @@ class Task:
             "tokens": "a causal language model",
             "scores": "a model that gives scores",
             "tags": "a model that gives scores of tokens",
+            "pictures": "a model that gives scores of pictures",
             "states": "a model that embeds texts",
         }[self.kind]
 
     @property
     def gives_scores(self) -> bool:
         """Whether a head stands on it whose scores have names."""
+        return self.kind in ("scores", "tags", "pictures")
+
+    @property
+    def pads(self) -> bool:
+        """Whether transformers' own pipelines of such models pad texts."""
         return self.kind in ("scores", "tags")
 
     def config(self, config: "PretrainedConfig") -> "PretrainedConfig":
@@ -57,7 +64,7 @@ class Task:
         own = copy.deepcopy(config)
         own.id2label = dict(enumerate(self.labels))
         own.label2id = {label: number for number, label in enumerate(self.labels)}
-        if self.kind == "scores":
+        if self.kind in ("scores", "pictures"):
             own.problem_type = self.problem
         return own
 
@@ -83,6 +90,7 @@ class Task:
 
 TOKENS = Task()
 SCORES = Task("scores", ("0", "1"), "single_label_classification")  # until rows have said which labels there are
+PICTURES = Task("pictures", ("0", "1"), "single_label_classification")
 TAGS = Task("tags", ("0", "1"), "single_label_classification")
 REWARD = Task("scores", ("reward",), "regression")  # one number, and nothing that is done to it
 STATES = Task("states")
@@ -93,6 +101,20 @@ TASKS: Mapping[str, Task] = {  # of objectives that learn no next tokens
 }
 
 
-def task_of(objective: str) -> Task:
-    """What a model that learns by an objective is for, before anything is known of its rows."""
-    return TASKS.get(objective, TOKENS)
+def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
+    """What a model that learns by an objective is for, before anything is known of its rows.
+
+    Args:
+        config: the model's: of a vision model pictures are told apart.
+    """
+    task = TASKS.get(objective, TOKENS)
+    return PICTURES if task is SCORES and config is not None and reads_pictures(config) else task
+
+
+def reads_pictures(config: "PretrainedConfig") -> bool:
+    """Whether a model of this config is a vision model, which reads pictures and no text."""
+    import transformers
+
+    kinds = (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.MODEL_FOR_CAUSAL_LM_MAPPING)
+    own = type(config) in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return own and not any(type(config) in kind for kind in kinds)

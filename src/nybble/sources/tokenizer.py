@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nybble.data.picture_rows import PictureProcessor
 from nybble.errors import ModelError, first_line, foreign_errors
 
 
@@ -28,8 +29,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a tokenizer's files into a folder.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase | PictureProcessor, folder: Path) -> None:
+    """Write a tokenizer's files into a folder, or those of a vision model's image processor.
 
     Raises:
         OSError: a file cannot be written.
@@ -40,6 +41,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         if type(error) is not Exception:
             raise
         raise OSError(None, str(error), str(folder)) from error  # the tokenizers library raises nothing more precise
+    if isinstance(tokenizer, PictureProcessor):
+        return
     file = folder / "tokenizer_config.json"
     settings = _for_transformers_4(json.loads(file.read_text(encoding="utf-8")))
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

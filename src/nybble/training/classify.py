@@ -20,17 +20,23 @@ from nybble.data.entities import entities_of, say_entities
 from nybble.data.examples import EncodedExample
 from nybble.data.labels import Classes, classes_of, form_of, learnt_labels
 from nybble.data.packing import Batch
+from nybble.data.picture_rows import Augment, PictureProcessor, PictureRow, collate_pictures
 from nybble.data.prepare import PreparedData, RowKind
 from nybble.data.text_rows import Label, TextBatch, TextRow
-from nybble.errors import DataError
+from nybble.errors import ConfigError, DataError
 from nybble.kernels.hardware import as_double
 from nybble.layers.batch_model import BatchModel
+from nybble.layers.picture_model import PictureModel
 from nybble.layers.scored import ScoredModel
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import HEADS, SCORES, TAGS, Task
+from nybble.sources.task import HEADS, PICTURES, SCORES, TAGS, Task
 from nybble.training.objective import Part, Totals
 
-ARCHITECTURES = {"scores": "ForSequenceClassification", "tags": "ForTokenClassification"}  # how their names end
+ARCHITECTURES = {
+    "scores": "ForSequenceClassification",
+    "tags": "ForTokenClassification",
+    "pictures": "ForImageClassification",
+}  # how their names end
 
 
 @dataclass(frozen=True)
@@ -39,14 +45,27 @@ class Classification:
 
     Args:
         task: with the classes, once rows have been read.
+        augment: what is drawn anew of each picture that is learnt from.
+        processor: makes a vision model's pixels of pictures.
     """
 
     task: Task = SCORES
+    augment: Augment | None = None
+    processor: PictureProcessor | None = None
     capturable: ClassVar[bool] = False
-    model: ClassVar[type[BatchModel]] = ScoredModel
     kind: ClassVar[RowKind] = LABELLED_ROWS
     metrics: ClassVar[tuple[str, ...]] = ()
-    unit: ClassVar[str] = "nats a text"
+    of_each: ClassVar[str] = "nats a"
+
+    @property
+    def model(self) -> type[BatchModel]:
+        """What computes the model from batches."""
+        return PictureModel if self.task.kind == "pictures" else ScoredModel
+
+    @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return f"{self.of_each} {'picture' if self.task.kind == 'pictures' else 'text'}"
 
     def settled(self, data: PreparedData, source: StoredModel, recorded: Task | None) -> "Classification":
         """As `Objective` says: with the classes that rows have, in the order of the run's record or of the model.
@@ -54,13 +73,22 @@ class Classification:
         Raises:
             DataError: rows have labels that the record does not know.
         """
+        of_pictures = source.task.kind == "pictures"
+        if self.augment is not None and not of_pictures:
+            raise ConfigError(
+                f"augment is {self.augment}, and the model reads texts.",
+                "Parts and mirrored ones are drawn of pictures.",
+                "Leave --augment out.",
+            )
         classes = classes_of(data.train, data.validation)
-        task = settle_task(classes, labels_of_head(source, "tags" if classes.form == "tokens" else "scores"))
+        known = labels_of_head(source, "pictures" if of_pictures else "tags" if classes.form == "tokens" else "scores")
+        task = settle_task(classes, known, PICTURES if of_pictures else SCORES)
         if recorded is not None and (recorded.kind, recorded.problem) == (task.kind, task.problem):
             task = recorded
             for rows in (data.train, data.validation):
                 check_labels(rows, task)
-        return objective_for(task)
+        processor: Any = source.load_tokenizer() if of_pictures else None
+        return objective_for(task, self.augment, processor)
 
     def complete(self, rows: Sequence[EncodedExample], seed: int, max_seq_len: int) -> EncodedRows:
         """Each row with its class's number, or with the number to be given."""
@@ -73,7 +101,10 @@ class Classification:
         return ChangedRows(counted(rows), complete)
 
     def collate(self, rows: Sequence[EncodedExample], model: Any) -> TextBatch:
-        """As `Objective` says."""
+        """As `Objective` says. Of pictures, what is drawn is drawn while the model trains."""
+        if self.processor is not None:
+            pictures = [row for row in rows if isinstance(row, PictureRow)]
+            return collate_pictures(pictures, self.processor, self.augment if model.training else None)
         batch: TextBatch = model.collate([row for row in rows if isinstance(row, TextRow)])
         return batch
 
@@ -120,7 +151,7 @@ class Classification:
 class Numbers(Classification):
     """The mean over texts of (score − number)²."""
 
-    unit: ClassVar[str] = "squared error a text"
+    of_each: ClassVar[str] = "squared error a"
 
     def losses(self, scores: Tensor, batch: TextBatch) -> Tensor:
         """As `Classification` says."""
@@ -160,7 +191,10 @@ class OneLabel(Classification):
 class SeveralLabels(Classification):
     """The mean over texts, and over the classes, of −log p(what is so)."""
 
-    unit: ClassVar[str] = "nats a label"
+    @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return "nats a label"
 
     def losses(self, scores: Tensor, batch: TextBatch) -> Tensor:
         """As `Classification` says."""
@@ -182,7 +216,10 @@ class SeveralLabels(Classification):
 class TokenLabels(OneLabel):
     """The mean over labelled tokens of −log p(class)."""
 
-    unit: ClassVar[str] = "nats a token"
+    @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return "nats a token"
 
     def counts(self, scores: Tensor, batch: TextBatch) -> Tensor:
         """Where tags say no entities, as of classes of texts. Else whether the right tag was chosen; then, at each
@@ -211,12 +248,14 @@ class TokenLabels(OneLabel):
         return {"accuracy": accuracy, "entity_f1": f1(*counts)}
 
 
-def objective_for(task: Task) -> Classification:
+def objective_for(
+    task: Task, augment: Augment | None = None, processor: PictureProcessor | None = None
+) -> Classification:
     """What learns a task."""
     if task.kind == "tags":
         return TokenLabels(task)
     kinds = {"regression": Numbers, "multi_label_classification": SeveralLabels}
-    return kinds.get(str(task.problem), OneLabel)(task)
+    return kinds.get(str(task.problem), OneLabel)(task, augment, processor)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -247,7 +286,7 @@ def _in_three(counts: Sequence[float]) -> tuple[Sequence[float], Sequence[float]
 # ---- which classes -------------------------------------------------------------------------------
 
 
-def labels_of_head(source: StoredModel, kind: Literal["scores", "tags"] = "scores") -> tuple[str, ...]:
+def labels_of_head(source: StoredModel, kind: Literal["scores", "tags", "pictures"] = "scores") -> tuple[str, ...]:
     """Names of the scores of the checkpoint's own head; none where it has none of a task's kind."""
     if not any(name.partition(".")[0] in HEADS for name in source.tensor_names()):
         return ()
@@ -255,15 +294,16 @@ def labels_of_head(source: StoredModel, kind: Literal["scores", "tags"] = "score
     return source.model_labels if any(name.endswith(ARCHITECTURES[kind]) for name in made_for) else ()
 
 
-def settle_task(classes: Classes, known: Sequence[str]) -> Task:
+def settle_task(classes: Classes, known: Sequence[str], whole: Task = SCORES) -> Task:
     """The task of a model that learns these classes.
 
     Args:
         known: names of the scores of the model's own head; none where it has none. It is taken where the classes are
             these, or their numbers.
+        whole: the task where no tokens have labels: of texts, or of pictures.
     """
     regression = classes.numbers is not None
-    task = TAGS if classes.form == "tokens" else SCORES
+    task = TAGS if classes.form == "tokens" else whole
     if regression:
         task = replace(task, problem="regression")
     elif classes.form == "several":

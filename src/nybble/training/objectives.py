@@ -34,7 +34,7 @@ def make_objective(options: ObjectiveOptions) -> Objective:
         case "orpo":
             return ORPO(options.orpo_lambda or ORPO_LAMBDA)
         case "classify":
-            return Classification()
+            return Classification(augment=options.augment)
         case "reward":
             return RewardModelling(options.center_rewards_coefficient or 0.0)
         case "distill":

@@ -9,13 +9,14 @@ import torch
 from nybble.data.audit import Audited
 from nybble.data.encoded_rows import counted
 from nybble.data.new_tokens import describe_tokens, untrained_tokens
+from nybble.data.open_template import open_template
 from nybble.data.prepare import PreparedData
 from nybble.data.row_kinds import ROW_KINDS
-from nybble.data.template import ChatTemplate, open_template
+from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, ModelError
 from nybble.events import Listener, Note
 from nybble.layers.precision import set_up
-from nybble.options.groups import LoopOptions
+from nybble.options.groups import LoopOptions, RowOptions
 from nybble.options.method_groups import WHY, Method
 from nybble.options.option import with_options
 from nybble.options.verbs import TrainConfig, as_method, config_text, methods_left, settle_method
@@ -32,9 +33,9 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.task_file import read_task
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.open import open_model
-from nybble.sources.skeleton import is_encoder
+from nybble.sources.skeleton import reads_whole
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import TOKENS, Task, task_of
+from nybble.sources.task import PICTURES, TOKENS, Task, task_of
 from nybble.training.checkpoint import Checkpoint, newest_checkpoint
 from nybble.training.evaluations import Evaluations, plan_evaluations
 from nybble.training.events import ModelOpened
@@ -79,13 +80,17 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     config = given if resumed is None else settle_config(resumed, given)
     adapters, allowed = config.adapters, config.run.allow_change
     device, dtype = set_up(config.machine)
-    kind, task, named = ROW_KINDS[config.objective.objective], task_of(config.objective.objective), config.model
-    source = in_asked_bits(open_model(named.model, named.tokenizer, report).for_task(task), config.weights)
+    kind, named = ROW_KINDS[config.objective.objective], config.model
+    source = open_model(named.model, named.tokenizer, report)
+    task = task_of(config.objective.objective, source.config)
+    source = in_asked_bits(source.for_task(task), config.weights)
+    if task is PICTURES:
+        _refuse_lengths(given)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     if config.method.method in ("lora", "full"):
         check_widths(source, config.method.method)
-    if is_encoder(source.config) and task is not TOKENS:
-        config = with_options(config, packing=False)  # their modules take a text a line
+    if reads_whole(source.config) and task is not TOKENS:
+        config = with_options(config, packing=False)  # their modules take a row a line
     if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
@@ -98,6 +103,20 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     recorded = run.chat_template if same_options else None
     template = open_template(config.data, source.load_tokenizer(), recorded, kind.conversations)
     return Opened(run, config, given, resumed, continued, source, template, device, dtype)
+
+
+def _refuse_lengths(given: TrainConfig) -> None:
+    """Refuse a length for pictures, each of which the model takes whole.
+
+    Raises:
+        ConfigError: one is given.
+    """
+    if given.data.max_seq_len != RowOptions.model_fields["max_seq_len"].default:
+        raise ConfigError(
+            f"max-seq-len is {given.data.max_seq_len}, and the model reads pictures.",
+            "Its tokens are the patches of a picture, whose size its image processor says.",
+            "Leave --max-seq-len out.",
+        )
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _(event: ScoresEvaluated, terminal: Terminal) -> None:
         return
     unit = event.judged.unit
     figures = (unit, "precision", "recall", "F1")
-    table = new_table(f"{event.judged.texts} held-out texts", ["class", *figures], right=figures)
+    table = new_table(f"{event.judged.texts} held-out rows", ["class", *figures], right=figures)
     for each in classes:
         rates = (f"{each[name]:.3f}" for name in ("precision", "recall", "f1"))
         table.add_row(each["label"], str(each[unit]), *rates)

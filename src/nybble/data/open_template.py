@@ -1,0 +1,48 @@
+"""What writes a run's rows down: a chat template, a bare tokenizer, or a vision model's image processor."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from nybble.data.chat_templates import find_template
+from nybble.data.picture_rows import PictureProcessor, PictureTemplate
+from nybble.data.supervision import Learnt
+from nybble.data.template import ChatTemplate
+from nybble.data.text_encoder import TextEncoder
+from nybble.errors import ModelError
+from nybble.options.groups import RowOptions
+
+
+def open_template(
+    options: RowOptions,
+    tokenizer: PreTrainedTokenizerBase | PictureProcessor,
+    recorded: Path | None = None,
+    conversations: bool = True,
+) -> ChatTemplate:
+    """The template that the options choose; none where rows are no conversations.
+
+    Args:
+        recorded: file of the template that a run was trained with; where it exists, it is the one.
+
+    Raises:
+        ConfigError: --chat-template names none.
+        DataError: as `ChatTemplate`.
+        ModelError: conversations are for a vision model.
+    """
+    if isinstance(tokenizer, PictureProcessor):
+        if conversations:
+            raise ModelError(
+                "The model is a vision model, which reads pictures and no text.",
+                "Allowed with it: --objective classify, which tells pictures apart.",
+            )
+        return PictureTemplate(tokenizer)
+    if not conversations:
+        return ChatTemplate(tokenizer, "none")
+    chosen, learnt = options.chat_template, Learnt(options.train_on, options.thinking)
+    if recorded is not None and recorded.is_file():
+        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"), learnt=learnt)
+    if chosen is None:
+        return ChatTemplate(tokenizer, options.template, learnt=learnt)
+    notice = f"Chat template: {chosen}, in place of the tokenizer's own."
+    text = find_template(chosen, TextEncoder(tokenizer))
+    return ChatTemplate(tokenizer, options.template, text, (notice,), learnt)

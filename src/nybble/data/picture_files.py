@@ -1,0 +1,95 @@
+"""Pictures as files hold them: which files do, what is wrong with one, and its pixels in red, green and blue."""
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from nybble.data.text_encoder import RowError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SIXTEEN_BITS = 65535
+ANIMATED = "animated"
+
+Stored = bytes | str  # a picture's file, or its path
+
+
+class Decoded(NamedTuple):
+    """A picture in red, green and blue, and what had to be done for that: its mode as it was, and whether it moves."""
+
+    image: "Image"
+    notes: tuple[str, ...]
+
+
+def stored_picture(value: Any, column: str, origin: str) -> Stored:
+    """What a cell holds: a path, a file's bytes, or both as `datasets` has them.
+
+    Raises:
+        RowError: it is none of these.
+    """
+    if isinstance(value, Mapping) and (value.get("bytes") or value.get("path")):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, (bytes, str)) and value:
+        return value
+    raise RowError("missing-picture", origin, f"{column!r} holds no picture: a path, or the bytes of a file, is needed")
+
+
+def picture_bytes(stored: Stored, origin: str) -> bytes:
+    """The bytes of its file.
+
+    Raises:
+        RowError: it cannot be read.
+    """
+    if isinstance(stored, bytes):
+        return stored
+    try:
+        return Path(stored).expanduser().read_bytes()
+    except OSError as error:
+        raise RowError("missing-picture", origin, f"{stored}: {error.strerror or error}") from error
+
+
+def decode(stored: Stored, origin: str) -> Decoded:
+    """The picture, upright as its camera says; of one that moves the first.
+
+    Raises:
+        RowError: there is none, it is damaged, or so large that it may be made to fill memory (Pillow's limit).
+    """
+    from PIL import Image, ImageOps
+
+    file = picture_bytes(stored, origin)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(file)) as image:
+                notes = [] if image.mode == "RGB" else [f"mode {image.mode}"]
+                notes += [ANIMATED] if getattr(image, "n_frames", 1) > 1 else []
+                image.load()
+                return Decoded(_in_colours(ImageOps.exif_transpose(image), origin), tuple(notes))
+    except RowError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RowError("huge-picture", origin, str(error).partition(",")[0]) from error
+    except Exception as error:  # Pillow's decoders raise whatever their formats make them
+        raise RowError("broken-picture", origin, f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+
+
+def _in_colours(image: "Image", origin: str) -> "Image":
+    """Of 16 bits the upper eight; transparency is dropped, as `datasets` and torchvision do."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise RowError("broken-picture", origin, "its pixels are fractions, whose black and white nothing says")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > SIXTEEN_BITS:
+            raise RowError("broken-picture", origin, "its pixels have more than 16 bits")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("P", "PA", "LA"):
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
