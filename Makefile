@@ -41,7 +41,7 @@ test-slow: lint
 	-$(MAKE) .venv-transformers4/.installed
 	-$(MAKE) .venv-oracles/.installed
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
-	TRITON_INTERPRET=1 $(TESTS) -m "not gpu and not benchmark" \
+	TRITON_INTERPRET=1 $(TESTS) --timeout 1200 -m "not gpu and not benchmark" \
 	  -k triton tests/kernels tests/families tests/layers/test_decoder_block.py
 
 docs: .venv/.installed-test

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from nybble.data.audit import FINDINGS, NEVER_ALLOWED
+from nybble.data.findings import FINDINGS, NEVER_ALLOWED
 from nybble.data.near_duplicates import near_duplicates
 from nybble.data.plots import draw_lengths
 from nybble.data.prepare import prepare

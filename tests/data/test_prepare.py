@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nybble.cli.render.audit import SUPERVISED_STYLE, render_audit, render_example
-from nybble.data.audit import FINDINGS, WARNINGS, percentiles
+from nybble.data.audit import percentiles
 from nybble.data.examples import Example
+from nybble.data.findings import FINDINGS, WARNINGS
 from nybble.data.prepare import PreparedData, prepare
 from nybble.data.split import content_ranks, split_validation
 from nybble.data.template import ChatTemplate

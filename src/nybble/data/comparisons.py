@@ -4,8 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from nybble.data.audit import ROWS_NAMED, Finding, find
 from nybble.data.examples import Example
+from nybble.data.findings import ROWS_NAMED, Finding, find
 from nybble.data.near_duplicates import near_duplicates
 from nybble.data.split import group_starts
 from nybble.events import Listener, tracked_rows

@@ -3,8 +3,8 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from nybble.data.audit import Finding, find
 from nybble.data.examples import Example
+from nybble.data.findings import Finding, find
 from nybble.data.supervision import Learnt
 from nybble.data.template import ChatTemplate
 from nybble.data.thinking import has_thought, keep_thoughts

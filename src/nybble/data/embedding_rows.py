@@ -14,12 +14,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from nybble.data.audit import Finding, find
 from nybble.data.cells import describe, says_nothing
 from nybble.data.encoded_rows import ChangedRows, EncodedRows, counted
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import Row
+from nybble.data.findings import Finding, find
 from nybble.data.prepare import RowKind
 from nybble.data.readers import COLUMNS_NAMED, Layout, RowForms
 from nybble.data.template import ChatTemplate

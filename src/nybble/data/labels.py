@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
 
-from nybble.data.audit import Finding, find
 from nybble.data.entities import is_entity_tag, mean_entities, say_entities, stray_places
 from nybble.data.examples import EncodedExample
+from nybble.data.findings import Finding, find
 from nybble.data.picture_rows import find_in_pictures
 from nybble.data.text_rows import Label, Labels, TextRow
 from nybble.data.token_labels import UNLABELLED

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nybble.data.audit import Finding, find
 from nybble.data.examples import EncodedExample
+from nybble.data.findings import Finding, find
 
 ReadRows = Callable[[list[int]], Tensor | None]  # token ids -> fp32 (N, hidden)
 SAMPLE = 512  # ordinary rows that stand for all

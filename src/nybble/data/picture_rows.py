@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from nybble.data.audit import Finding, find
 from nybble.data.examples import EncodedExample, Example
+from nybble.data.findings import Finding, find
 from nybble.data.picture_files import ANIMATED, Stored, decode, picture_bytes
 from nybble.data.template import ChatTemplate
 from nybble.data.text_rows import Label, Labels, TextBatch, TextRow, collate_texts

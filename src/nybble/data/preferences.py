@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.data.audit import Finding
 from nybble.data.cells import describe, says_nothing, text_of
 from nybble.data.examples import EncodedExample, Example, Message
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import Row
+from nybble.data.findings import Finding
 from nybble.data.preference_rows import EncodedPair, JudgedAnswer
 from nybble.data.prepare import RowKind
 from nybble.data.readers import (

@@ -10,11 +10,12 @@ import numpy as np
 
 from nybble.data import audit as checks
 from nybble.data import comparisons
-from nybble.data.audit import Audit, Finding
+from nybble.data.audit import Audit
 from nybble.data.conversation_findings import find_in_conversations, say_what_is_learnt
 from nybble.data.encoded_rows import EncodedRows, SequenceFile
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames, field_names
+from nybble.data.findings import MAX_ROW_CHARACTERS, Finding, check_allowed, find
 from nybble.data.mixture import Mixture, audit_mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
 from nybble.data.readers import EXAMPLES, ReadResult, RowForms, read_examples
@@ -141,7 +142,7 @@ def prepare(
         ConfigError: there is no such finding to allow.
         DataError: the source cannot be read, or no row of it.
     """
-    checks.check_allowed(allow)
+    check_allowed(allow)
     if validation_source:
         refuse_weights(_listed(validation_source), "held-out rows are all evaluated")
     own = read_examples(source, fields, scratch, kind.forms, report)
@@ -266,15 +267,15 @@ def _encode_rows(
             firsts.extend((first, len(sequences)))
         else:
             dropped["too-long" if supervised else "no-supervised-tokens"] += 1
-    findings = [f for id, origins in concerned.items() for f in checks.find(id, origins)]
+    findings = [f for id, origins in concerned.items() for f in find(id, origins)]
     for id, errors in refused.items():
-        findings += checks.find(id, (error.origin for error in errors), errors[0].detail)
+        findings += find(id, (error.origin for error in errors), errors[0].detail)
     rows = KeptRows(examples, sequences, np.array(numbers, dtype=np.int64), np.array(firsts, np.int64).reshape(-1, 2))
     return rows, findings, dropped
 
 
 def _check_size(example: Example) -> None:
-    if (size := len(example.full_text())) > checks.MAX_ROW_CHARACTERS:
+    if (size := len(example.full_text())) > MAX_ROW_CHARACTERS:
         raise RowError("huge-row", example.origin, f"{size:,} characters")
 
 

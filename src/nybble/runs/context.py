@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nybble.data import audit as checks
+from nybble.data import findings
 from nybble.data.open_template import open_template
 from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind, prepare_data
 from nybble.data.template import ChatTemplate
@@ -80,5 +80,5 @@ def _note_context(data: PreparedData, max_seq_len: int, base: "PretrainedConfig"
         audit = replace(audit, notices=(*audit.notices, note))
     rows = data.train + data.validation
     beyond = (rows[number].origin for number in np.flatnonzero(rows.longest > context).tolist())
-    found = checks.find("beyond-context", beyond, f"its context is {context} tokens")
+    found = findings.find("beyond-context", beyond, f"its context is {context} tokens")
     return replace(data, audit=replace(audit, findings=(*audit.findings, *found)))
