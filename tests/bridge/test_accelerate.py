@@ -57,6 +57,12 @@ def assert_agree(got: Any, expected: Any, tolerance: float = 1e-4) -> None:
         assert far < 10 * tolerance, (name, far)
 
 
+def test_what_is_no_model_of_transformers_is_refused() -> None:
+    for odd in (nn.Linear(2, 2), None):
+        with pytest.raises(ModelError, match="cannot be accelerated"):
+            nybble.accelerate(odd)
+
+
 @pytest.fixture
 def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which layers went through a block, one entry a call."""

@@ -194,6 +194,21 @@ def test_the_schema_and_the_options_agree_on_what_is_allowed() -> None:
                 assert allows(of_key, sample), (key, sample)
 
 
+def test_what_two_keys_say_differently_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text("base_model: first\nmodel_name: other\nlora_r: 8\nrank: 8\n")
+    imported = nybble.import_config(tmp_path / "c.yml")
+    assert imported.options == {"model": "first", "rank": 8}
+    assert imported.left_out == {"model_name": "another key says of model: 'first'"}
+
+
+def test_a_keys_line_breaks_stay_in_its_comment(tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text('base_model: base\n"odd\\nrank": 3\n')
+    imported = nybble.import_config(tmp_path / "c.yml")
+    (tmp_path / "own.yaml").write_text(imported.text)
+    assert list(imported.left_out) == ["odd\nrank"] and "#   odd rank: no counterpart" in imported.text
+    assert "rank" not in read_yaml(tmp_path / "own.yaml")
+
+
 def test_config_schema_is_printed() -> None:
     shown = typed(["config", "schema"])
     assert shown.exit_code == 0 and json.loads(shown.stdout) == json_schema(TrainConfig, "nybble train FILE.yaml")

@@ -36,6 +36,23 @@ def audited(model: Path, folder: Path, rows: list[dict[str, Any]]) -> Any:
     return nybble.check_data(model=model, objective="classify", **files)
 
 
+def test_numbers_of_tables_are_numbers(encoder: Path, tmp_path: Path) -> None:
+    """A CSV file has text alone: fractions there are learnt as those of JSON are, and a whole number is one class."""
+    for labels, said in (
+        (("0.25", "-1.50", "2.0e-1"), "Labels are numbers, from -1.5 to 0.25: a number is learnt."),
+        (("10", "9", "007"), "3 classes: 007 2 (held out 2), 10 2 (held out 2), 9 2 (held out 2)."),
+        (("10", "9", "8"), "3 classes: 8 2 (held out 2), 9 2 (held out 2), 10 2 (held out 2)."),
+    ):
+        for name in ("train", "held"):
+            rows = (f"{name} {n},{label}\n" for n, label in enumerate(labels * 2))
+            (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+        files = {"data": tmp_path / "train.csv", "validation_data": tmp_path / "held.csv"}
+        assert said in nybble.check_data(model=encoder, objective="classify", **files).audit.notices
+    both = [{"text": str(n), "label": (1, "1", 2)[n % 3]} for n in range(6)]
+    notices = audited(encoder, tmp_path, both).audit.notices
+    assert any("1 4 (held out 0)" in said for said in notices), notices
+
+
 # ---- words with tags -----------------------------------------------------------------------------
 
 
@@ -140,6 +157,8 @@ SEVERAL = {"text": "ab", "labels": ["x", "y"]}
         (SEVERAL, {"labels": [0.0, 1.0]}, "odd-labels", "no name and no whole number"),
         (SEVERAL, {"labels": [0, 1, 0]}, "odd-labels", "vectors of 0 and 1 are not read"),
         (SEVERAL, {"labels": None}, "missing-label", "has an empty list"),
+        ({"text": "ab", "label": 0.5}, {"label": float("inf")}, "missing-label", "'label' is inf"),
+        ({"text": "ab", "label": 0.5}, {"label": "-1.0e39"}, "missing-label", "'label' is -1e+39"),
         ({"text": "ab", "label": "x"}, {"label": ["x", "y"]}, "odd-labels", "the first row's is one label"),
     ],
 )

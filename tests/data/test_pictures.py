@@ -17,8 +17,9 @@ from tiny_pictures import CLASSES, SIDE, make_pictures, make_vision, picture
 import nybble
 from nybble.data.picture_files import decode
 from nybble.data.picture_rows import PictureRow, collate_pictures, random_part
+from nybble.data.sources import DataSource, find_files
 from nybble.data.text_encoder import RowError
-from nybble.errors import DataError
+from nybble.errors import ConfigError, DataError, ModelError
 from nybble.sources.open import open_model
 
 
@@ -52,6 +53,17 @@ def test_folders_are_classes(vision: Path, pictures: Path) -> None:
     assert isinstance(row, PictureRow) and row.label in CLASSES and f"/{row.label}/" in row.origin
     assert len(row) == (SIDE // 4) ** 2 + 1  # patches, and the token in front of them
     assert any(notice.startswith("3 classes: across ") for notice in data.audit.notices)
+
+
+def test_texts_beside_them_are_no_rows(vision: Path, pictures: Path, tmp_path: Path) -> None:
+    """A README among pictures is left alone, and said; for texts to go on with it is what is read."""
+    folder = tmp_path / "noted"
+    shutil.copytree(pictures, folder)
+    (folder / "down" / "README.md").write_text("Where these are from.")
+    data = check(vision, folder)
+    assert data.audit.num_rows == 18 and any("not read: README.md" in said for said in data.audit.notices)
+    found = find_files(DataSource(str(folder), str(folder), None, None), lambda row: "text" in row)
+    assert found.paths == [folder / "down" / "README.md"] and not found.pictures
 
 
 def test_splits_are_folders_of_such(vision: Path, pictures: Path, tmp_path: Path) -> None:
@@ -98,6 +110,13 @@ def test_models_and_rows_of_two_kinds_are_told_so(vision: Path, pictures: Path, 
     texts.write_text('{"text": "a", "label": "x"}\n')
     with pytest.raises(DataError, match="a text, and the model reads pictures"):
         check(vision, texts)
+    for objective in ("sft", "embed", "reward"):
+        with pytest.raises(ModelError, match="a vision model, which reads pictures and no text"):
+            nybble.check_data(model=vision, data=str(texts), objective=objective)
+        with pytest.raises(ModelError, match="a vision model, which reads pictures and no text"):
+            nybble.plan(model=str(vision), objective=objective)
+    with pytest.raises(ConfigError, match="max-seq-len is 64, and the model reads pictures"):
+        check(vision, pictures, max_seq_len=64)
 
 
 # ---- what they hold ------------------------------------------------------------------------------
@@ -153,6 +172,8 @@ def test_what_is_wrong_with_pictures_is_named(
     rows.write_text("\n".join(json.dumps(row) for row in [*named, {"image": "no.png", "label": 1}]) + "\n")
     missing = next(each for each in check(vision, rows).audit.findings if each.id == "missing-picture")
     assert missing.rows == ("r.jsonl:7",) and "no.png: No such file" in missing.detail
+    with pytest.raises(RowError, match=r"cannot identify image it$"):
+        decode(b"no picture", "row")
     with pytest.raises(RowError, match="fractions"):
         decode(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "row")
 

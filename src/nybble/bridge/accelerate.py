@@ -9,10 +9,11 @@ not know is computed by the layer's own code: generation with a cache, adapters 
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from nybble.bridge.masked_rows import Rows, read_mask
 from nybble.bridge.peft_layers import is_peft_lora, state_of, view, why_not_viewed
@@ -22,9 +23,6 @@ from nybble.layers.backbone import why_not_forward
 from nybble.layers.decoder_block import DecoderBlock
 from nybble.layers.packed_rows import PackedSequences
 from nybble.layers.projection import DenseWeights
-
-if TYPE_CHECKING:
-    pass
 
 
 class Acceleration:
@@ -68,6 +66,11 @@ def accelerate(model: Any) -> Acceleration:
         >>> done.undo()
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ModelError(
+            f"A {type(inner).__name__} cannot be accelerated.",
+            "Allowed: a causal language model of transformers, or PEFT's around one.",
+        )
     reason = why_not_forward(inner)
     family = FAMILIES.get(inner.config.get_text_config().model_type)
     if reason is not None or family is None or family.growing_queries:

@@ -18,6 +18,7 @@ from nybble.options.verbs import TrainConfig
 Options = dict[str, Any]
 NO_COUNTERPART = "no counterpart"
 FIRST = ("rl", "stage", "pref_loss", "loss_type", "adapter", "finetuning_type")  # what others mean anything under
+TOGETHER = ("method", "objective", "target_modules", "init", "format", "compute_dtype")  # several keys say each
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
         except (_NoCounterpart, ConfigError) as error:
             left_out[key] = str(error).partition("\n")[0]
             continue
+        if (twice := _said_otherwise(found, options)) is not None:
+            left_out[key] = f"another key says of {yaml_key(twice)}: {options[twice]!r}"
+            continue
         options |= found
         not_needed |= {} if found else {key: "nybble's default"}
         not_needed |= {f"{key}.{part}": "what rows and files are is recognised" for part in _parts_of_data(name, value)}
@@ -87,6 +91,12 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
         )
     _settle(options)
     return ImportedConfig(options, not_needed, left_out, _text(path, options, not_needed, left_out))
+
+
+def _said_otherwise(found: Options, options: Options) -> str | None:
+    """The first option of which another key has said something else, but for those that several keys say together."""
+    told = (name for name, own in found.items() if name not in TOGETHER and options.get(name, own) != own)
+    return next(told, None)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -342,10 +352,10 @@ def _text(path: Path, options: Options, not_needed: dict[str, str], left_out: di
     lines = config_to_yaml(config, comments=False, to_fill_in=missing).splitlines()
     named = {yaml_key(name) for name in (*options, *missing)}
     kept = _of_keys(lines, named)
-    text = [f"# From {path.name}. What is not given is left at nybble's default.", *kept]
+    text = [f"# From {' '.join(path.name.split())}. What is not given is left at nybble's default.", *kept]
     for heading, keys in (("Not needed:", not_needed), ("Without counterpart:", left_out)):
         if keys:
-            text += ["", f"# {heading}", *(f"#   {key}: {why}" for key, why in keys.items())]
+            text += ["", f"# {heading}", *(f"#   {' '.join(f'{key}: {why}'.split())}" for key, why in keys.items())]
     return "\n".join(text) + "\n"
 
 

@@ -4,6 +4,7 @@ Labels are names or whole numbers (classes), or fractions (a number to be given:
 classes that a text has, none or several. Rows whose tokens have labels are read beside (`token_labels.py`).
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,9 @@ TEXTS = (  # the first that a row has all of
 PICTURE_FORMS = f"one of {', '.join(PICTURES)} with one of label, labels; a folder of them, a folder a class"
 LABELS = ("label", "labels", "class", "category", "target", "score", "rating")
 FORMS = f"{'; '.join('/'.join(columns) for columns in TEXTS)}, each with one of {', '.join(LABELS)}; {TOKEN_FORMS}"
+WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")  # `007` is a name
+FRACTION = re.compile(r"-?[0-9]+(\.[0-9]+([eE][+-]?[0-9]+)?|[eE]-[0-9]+)")
+LARGEST = 3.4e38  # of fp32, in which a number is learnt
 MISSING = ("", "-1", "none", "null")  # -1 is what data sets write where a label is withheld
 
 
@@ -118,11 +122,20 @@ def _label(value: Any, column: str, origin: str) -> Label:
         raise RowError("missing-label", origin, f"{column!r} is {value!r}")
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (int, float)):
-        return value
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        value = _number_in(value.strip())
+    if isinstance(value, float) and abs(value) > LARGEST:
+        raise RowError("missing-label", origin, f"{column!r} is {value:g}, more than numbers of 32 bits hold")
+    if not isinstance(value, (int, float, str)):
         raise RowError("missing-label", origin, f"{column!r} is {describe(value)}, no name and no number")
-    return value.strip()
+    return value
+
+
+def _number_in(text: str) -> Label:
+    """The number that a text is, as tables without types hold them; else the text."""
+    if WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if FRACTION.fullmatch(text) else text
 
 
 def _labels(value: Any, column: str, origin: str) -> Labels:

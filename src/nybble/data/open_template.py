@@ -9,7 +9,6 @@ from nybble.data.picture_rows import PictureProcessor, PictureTemplate
 from nybble.data.supervision import Learnt
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import TextEncoder
-from nybble.errors import ModelError
 from nybble.options.groups import RowOptions
 
 
@@ -27,14 +26,8 @@ def open_template(
     Raises:
         ConfigError: --chat-template names none.
         DataError: as `ChatTemplate`.
-        ModelError: conversations are for a vision model.
     """
     if isinstance(tokenizer, PictureProcessor):
-        if conversations:
-            raise ModelError(
-                "The model is a vision model, which reads pictures and no text.",
-                "Allowed with it: --objective classify, which tells pictures apart.",
-            )
         return PictureTemplate(tokenizer)
     if not conversations:
         return ChatTemplate(tokenizer, "none")

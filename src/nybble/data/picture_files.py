@@ -1,6 +1,7 @@
 """Pictures as files hold them: which files do, what is wrong with one, and its pixels in red, green and blue."""
 
 import io
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SIXTEEN_BITS = 65535
 ANIMATED = "animated"
+OBJECT = re.compile(r"file <[^>]*>")  # what Pillow calls bytes that lie in memory
 
 Stored = bytes | str  # a picture's file, or its path
 
@@ -76,7 +78,8 @@ def decode(stored: Stored, origin: str) -> Decoded:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise RowError("huge-picture", origin, str(error).partition(",")[0]) from error
     except Exception as error:  # Pillow's decoders raise whatever their formats make them
-        raise RowError("broken-picture", origin, f"{type(error).__name__}: {error}".splitlines()[0][:200]) from error
+        said = OBJECT.sub("it", f"{type(error).__name__}: {error}".splitlines()[0])
+        raise RowError("broken-picture", origin, said[:200]) from error
 
 
 def _in_colours(image: "Image", origin: str) -> "Image":

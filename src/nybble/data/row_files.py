@@ -48,7 +48,7 @@ def open_sources(sources: Sequence[DataSource], is_row: IsRow) -> list[list[RowF
     Raises:
         DataError: there is no such source, it cannot be read, or a file is named twice.
     """
-    found = [None if source.on_hub or source.saved else find_files(source) for source in sources]
+    found = [None if source.on_hub or source.saved else find_files(source, is_row) for source in sources]
     paths = [path for files in found if files for path in files.paths]
     check_each_once([path.resolve() for path in paths])
     names = Counter(path.name for path in paths)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from nybble.data.file_kinds import ALLOWED_FILES, SUFFIXES, TEXT_SUFFIXES, kind_of
+from nybble.data.file_kinds import ALLOWED_FILES, SUFFIXES, TEXT_SUFFIXES, IsRow, kind_of
 from nybble.data.picture_files import PICTURE_SUFFIXES
 from nybble.errors import DataError
 
@@ -132,15 +132,18 @@ def _exists(name: str) -> bool:
     return Path(name).expanduser().exists() or (glob.has_magic(name) and bool(glob.glob(name, recursive=True)))
 
 
-def find_files(source: DataSource) -> Found:
+def find_files(source: DataSource, is_row: IsRow) -> Found:
     """The files that a source stands for, where it is no hub id and no saved data set.
+
+    Args:
+        is_row: whether an object is a row of the kind that is read.
 
     Raises:
         DataError: there are none, they are of a kind that holds no rows, or its split is not there.
     """
     name, path = source.name, Path(source.name).expanduser()
     if path.is_dir():
-        return _find_in_folder(source, path)
+        return _find_in_folder(source, path, is_row)
     if source.split is not None:
         raise DataError(
             f"{source.given}: {name} is no folder and no hub id, so it has no split {source.split!r}",
@@ -162,15 +165,16 @@ def find_files(source: DataSource) -> Found:
     )
 
 
-def _find_in_folder(source: DataSource, folder: Path) -> Found:
+def _find_in_folder(source: DataSource, folder: Path, is_row: IsRow) -> Found:
     """All files of rows in a folder, and in those inside it, or those of one split; its text files where there are no
-    others."""
+    others, or its pictures where a bare text is no row."""
     name = source.name
     inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     visible = [path for path in inside if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     rows = [path for path in visible if kind_of(path) in SUFFIXES and kind_of(path) not in TEXT_SUFFIXES]
-    files = rows or [path for path in visible if kind_of(path) in SUFFIXES]
+    texts = [path for path in visible if kind_of(path) in TEXT_SUFFIXES]
     pictures = [path for path in visible if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = rows or ([] if pictures and not is_row({"text": ""}) else texts)
     if not files and pictures:
         return _pictures_in(
             source, folder, pictures, _not_read(name, [path for path in visible if path not in pictures])

@@ -33,6 +33,7 @@ from nybble.runs.context import within_context
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +92,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
+    task_of("sft", source.config)  # a model that reads no text is refused
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     template = open_template(config.data, source.load_tokenizer())
     data = prepare_data(config.data, template, source.config.get_text_config().vocab_size)

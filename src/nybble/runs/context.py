@@ -25,9 +25,18 @@ def within_context(max_seq_len: int, base: StoredModel) -> int:
     """The max_seq_len that the base can compute: the default is lowered to its context.
 
     Raises:
-        ConfigError: another max_seq_len was asked for, and the base has no positions for so many tokens.
+        ConfigError: another max_seq_len was asked for, and the base has no positions for so many tokens, or takes
+            pictures whole.
     """
-    context = None if reads_pictures(base.config) else context_length(base.config)
+    if reads_pictures(base.config):
+        if max_seq_len != RowOptions.model_fields["max_seq_len"].default:
+            raise ConfigError(
+                f"max-seq-len is {max_seq_len}, and the model reads pictures.",
+                "Its tokens are the patches of a picture, whose size its image processor says.",
+                "Leave --max-seq-len out.",
+            )
+        return max_seq_len
+    context = context_length(base.config)
     if context is None or max_seq_len <= context or fixed_context(base.skeleton, base.config) is None:
         return max_seq_len
     if max_seq_len != RowOptions.model_fields["max_seq_len"].default:

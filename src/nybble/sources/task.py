@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
+from nybble.errors import ModelError
 from nybble.options.objective_groups import Pooling
 
 if TYPE_CHECKING:
@@ -106,9 +107,19 @@ def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
 
     Args:
         config: the model's: of a vision model pictures are told apart.
+
+    Raises:
+        ModelError: the objective is for texts, and the model reads pictures.
     """
     task = TASKS.get(objective, TOKENS)
-    return PICTURES if task is SCORES and config is not None and reads_pictures(config) else task
+    if config is None or not reads_pictures(config):
+        return task
+    if task is not SCORES:
+        raise ModelError(
+            "The model is a vision model, which reads pictures and no text.",
+            "Allowed with it: --objective classify, which tells pictures apart.",
+        )
+    return PICTURES
 
 
 def reads_pictures(config: "PretrainedConfig") -> bool:

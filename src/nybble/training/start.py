@@ -16,7 +16,7 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, ModelError
 from nybble.events import Listener, Note
 from nybble.layers.precision import set_up
-from nybble.options.groups import LoopOptions, RowOptions
+from nybble.options.groups import LoopOptions
 from nybble.options.method_groups import WHY, Method
 from nybble.options.option import with_options
 from nybble.options.verbs import TrainConfig, as_method, config_text, methods_left, settle_method
@@ -35,7 +35,7 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.open import open_model
 from nybble.sources.skeleton import reads_whole
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import PICTURES, TOKENS, Task, task_of
+from nybble.sources.task import TOKENS, Task, task_of
 from nybble.training.checkpoint import Checkpoint, newest_checkpoint
 from nybble.training.evaluations import Evaluations, plan_evaluations
 from nybble.training.events import ModelOpened
@@ -84,8 +84,6 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     source = open_model(named.model, named.tokenizer, report)
     task = task_of(config.objective.objective, source.config)
     source = in_asked_bits(source.for_task(task), config.weights)
-    if task is PICTURES:
-        _refuse_lengths(given)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     if config.method.method in ("lora", "full"):
         check_widths(source, config.method.method)
@@ -103,20 +101,6 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     recorded = run.chat_template if same_options else None
     template = open_template(config.data, source.load_tokenizer(), recorded, kind.conversations)
     return Opened(run, config, given, resumed, continued, source, template, device, dtype)
-
-
-def _refuse_lengths(given: TrainConfig) -> None:
-    """Refuse a length for pictures, each of which the model takes whole.
-
-    Raises:
-        ConfigError: one is given.
-    """
-    if given.data.max_seq_len != RowOptions.model_fields["max_seq_len"].default:
-        raise ConfigError(
-            f"max-seq-len is {given.data.max_seq_len}, and the model reads pictures.",
-            "Its tokens are the patches of a picture, whose size its image processor says.",
-            "Leave --max-seq-len out.",
-        )
 
 
 @dataclass(frozen=True)
