@@ -249,6 +249,9 @@ def test_evaluated_merged_and_asked(bert_run: Path, tmp_path: Path) -> None:
     opened = nybble.open_run(bert_run)
     with pytest.raises(ConfigError, match=r"(?s)is of --objective embed.*embed\(texts\)"):
         opened.classify(["red"])
+    for odd in ("red", [None], [("red", "blue")]):
+        with pytest.raises(ConfigError, match=r"stands by itself|cannot be asked"):
+            opened.embed(odd)
     with pytest.raises(ConfigError, match=r"does not write answers(?s:.*)embed\(texts\)"):
         opened.generate("red")
     with pytest.raises(ExportError, match="language models"):

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, pipeline
 import nybble
 from nybble.data.text_rows import TextRow, encode_texts
 from nybble.data.token_labels import encode_words
-from nybble.errors import ConfigError, DataError
+from nybble.errors import ConfigError, DataError, NybbleError, RunError
 from nybble.exporting.consumers import widen
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
@@ -268,6 +268,36 @@ def test_labels_that_a_run_does_not_know_are_named(tagged_run: Path, several_run
         nybble.evaluate(several_run, data=strange)
     with pytest.raises(DataError, match="labels of another form"):
         nybble.evaluate(tagged_run, data=make_data(tmp_path / "w.jsonl", TOLD[:4]))
+
+
+def test_a_run_does_not_go_on_under_another_head(tagged_run: Path, several_run: Path, tmp_path: Path) -> None:
+    """Whatever is allowed to change; and the refusal leaves the run as it was."""
+    whole = make_data(tmp_path / "w.jsonl", [{"text": f"row {n}", "label": n % 2} for n in range(40)])
+    odd = make_data(tmp_path / "o.jsonl", [{"text": f"at {n}", "spans": [[0, 2, "ODD"]]} for n in range(40)])
+    pairs = make_data(tmp_path / "p.jsonl", [{"anchor": f"one {n}", "positive": f"two {n}"} for n in range(40)])
+    cases: list[tuple[Path, str, Path, type[NybbleError], str]] = [
+        (tagged_run, "classify", whole, DataError, "labels of another form, which the run does not know"),
+        (several_run, "classify", whole, DataError, "labels of another form, which the run does not know"),
+        (tagged_run, "classify", odd, DataError, "'B-ODD', which the run does not know"),
+        (tagged_run, "embed", pairs, RunError, r"gives scores of tokens \(B-CAP, .*; .* would be a model that embeds"),
+    ]
+    for out, objective, data, error, words in cases:
+        kept = {name: (out / name).read_bytes() for name in ("config.yaml", "task.json", "base.json")}
+        options = {"out": str(out), "resume": True, "objective": objective, "data": str(data)}
+        with pytest.raises(error, match=words):
+            train(load_config(out / "config.yaml", options | {"allow_change": "config,data"}))
+        assert kept == {name: (out / name).read_bytes() for name in kept}
+    assert nybble.open_run(tagged_run).tag([marked(3)["text"]])
+
+
+def test_what_cannot_be_asked_is_refused(tagged_run: Path, several_run: Path) -> None:
+    words, whole = nybble.open_run(tagged_run), nybble.open_run(several_run)
+    for ask, one in ((words.tag, "Anna"), (whole.classify, "Anna")):
+        with pytest.raises(ConfigError, match="stands by itself"):
+            ask(one)
+    for ask, odd in ((words.tag, None), (words.tag, ["a", None]), (whole.classify, None), (whole.classify, ("a",) * 3)):
+        with pytest.raises(ConfigError, match="cannot be asked"):
+            ask([odd])
 
 
 def test_a_head_for_tokens_is_taken_where_the_checkpoint_has_one(tmp_path: Path) -> None:

@@ -154,9 +154,10 @@ class Run:
             ConfigError: the run is one of a language model, or of whole texts.
             RunError: the adapter is missing or damaged.
         """
-        from nybble.evaluation.asked import tag_texts, tag_words
+        from nybble.evaluation.asked import are_texts, check_asked, is_text, tag_texts, tag_words
 
         asked, length = self._labels_of("tags"), self.config.data.max_seq_len
+        check_asked(texts, lambda text: is_text(text) or are_texts(text), "a text, or a list of words")
         whole = iter(tag_texts(*asked, [text for text in texts if isinstance(text, str)], length))
         words = iter(tag_words(*asked, [text for text in texts if not isinstance(text, str)], length))
         return [next(whole) if isinstance(text, str) else next(words) for text in texts]
@@ -181,15 +182,17 @@ class Run:
         """The embeddings of a run of `--objective embed`, fp32 `(texts, hidden)`, each of length 1, on the CPU.
 
         Raises:
-            ConfigError: the run is of another objective.
+            ConfigError: the run is of another objective, or what is given is no list of texts.
             RunError: the adapter is missing or damaged.
         """
         from nybble.data.text_rows import encode_texts
+        from nybble.evaluation.asked import check_asked, is_text
         from nybble.evaluation.embeddings import embed_texts
 
         self._check_objective("embed")
         tokenizer, pooling = self._opened.template.tokenizer, self._opened.source.task.pooling
         assert pooling is not None
+        check_asked(texts, is_text, "a text")
         rows = [encode_texts(tokenizer, [text], "text").truncate(self.config.data.max_seq_len) for text in texts]
         return embed_texts(self._embedded, rows, pooling)
 

@@ -1,6 +1,7 @@
 """What a model that scores texts, or their tokens, says of some that nobody has labelled."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,9 +11,33 @@ from nybble.data.picture_files import Stored
 from nybble.data.picture_rows import PictureProcessor, picture_row
 from nybble.data.text_rows import encode_texts
 from nybble.data.token_labels import encode_text, encode_words
+from nybble.errors import ConfigError
 from nybble.evaluation.classes import scores_of
 from nybble.layers.scored import ScoredModel
 from nybble.sources.task import Task
+
+
+def check_asked(given: Sequence[Any], fits: Callable[[Any], bool], needed: str) -> None:
+    """Refuse what cannot be asked about.
+
+    Raises:
+        ConfigError: it is one by itself, or one of it does not fit.
+    """
+    if isinstance(given, (str, bytes, Path)):
+        raise ConfigError(f"{given!r:.80} stands by itself.", f"Allowed: a list, of {needed} each.", "Put it into one.")
+    odd = [each for each in given if not fits(each)]
+    if odd:
+        raise ConfigError(f"{odd[0]!r:.80} is a {type(odd[0]).__name__} that cannot be asked.", f"Allowed: {needed}.")
+
+
+def is_text(given: Any) -> bool:
+    """Whether it is text."""
+    return isinstance(given, str)
+
+
+def are_texts(given: Any) -> bool:
+    """Whether it is a list, or a tuple, of texts."""
+    return isinstance(given, (list, tuple)) and all(map(is_text, given))
 
 
 def classify_texts(
@@ -21,6 +46,7 @@ def classify_texts(
     """Of each text, or two beside each other: the likeliest class and its probability; "score" and the number; or, of
     any number of classes, a list of those that are likelier than not.
     """
+    check_asked(texts, lambda text: is_text(text) or (are_texts(text) and len(text) == 2), "a text, or a tuple of two")
     pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
     rows = [encode_texts(tokenizer, pair, "text").truncate(max_seq_len) for pair in pairs]
     return _said(task, scores_of(model, rows))
@@ -34,6 +60,7 @@ def classify_pictures(
     Raises:
         DataError: one cannot be decoded.
     """
+    check_asked(pictures, lambda picture: isinstance(picture, (str, bytes, Path)), "the path or the bytes of a file")
     rows = [picture_row(processor, picture, str(picture)[:80]) for picture in pictures]
     return _said(task, scores_of(model, rows))
 

@@ -83,7 +83,7 @@ class Classification:
         classes = classes_of(data.train, data.validation)
         known = labels_of_head(source, "pictures" if of_pictures else "tags" if classes.form == "tokens" else "scores")
         task = settle_task(classes, known, PICTURES if of_pictures else SCORES)
-        if recorded is not None and (recorded.kind, recorded.problem) == (task.kind, task.problem):
+        if recorded is not None:
             task = recorded
             for rows in (data.train, data.validation):
                 check_labels(rows, task)

@@ -47,7 +47,7 @@ class RewardModelling:
 
     def settled(self, data: PreparedData, source: StoredModel, recorded: Task | None) -> "RewardModelling":
         """As `Objective` says: a head of the checkpoint that gives one number is taken."""
-        if recorded is not None:
+        if recorded is not None and len(recorded.labels) == 1:
             return replace(self, task=recorded)
         known = labels_of_head(source)
         return replace(self, task=replace(REWARD, labels=known, stored_head=True)) if len(known) == 1 else self

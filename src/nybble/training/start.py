@@ -13,7 +13,7 @@ from nybble.data.open_template import open_template
 from nybble.data.prepare import PreparedData
 from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.template import ChatTemplate
-from nybble.errors import ConfigError, ModelError
+from nybble.errors import ConfigError, ModelError, RunError
 from nybble.events import Listener, Note
 from nybble.layers.precision import set_up
 from nybble.options.groups import LoopOptions
@@ -139,6 +139,8 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
     report(Audited(data.audit))
     data.audit.check()
     objective = objective.settled(data, source, _recorded_task(opened))
+    if resumed is not None:
+        _check_task(opened.run, objective.task)
     source = source.for_task(objective.task)
     data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
     if isinstance(objective, PreferenceObjective) and "lr" not in config.loop.model_fields_set:
@@ -169,7 +171,28 @@ def _recorded_task(opened: Opened) -> Task | None:
     """The task of the run that is gone on with, or whose adapter is trained on, where it is of the same kind."""
     run = opened.run if opened.continued is None else RunFolder(opened.continued.folder.parent)
     found = None if opened.resumed is None and opened.continued is None else read_task(run)
-    return found if found is not None and found.kind == opened.source.task.kind else None
+    if found is None or found.kind == opened.source.task.kind:
+        return found
+    return found if {found.kind, opened.source.task.kind} == {"scores", "tags"} else None  # rows say which of them
+
+
+def _check_task(run: RunFolder, task: Task) -> None:
+    """Refuse to go on with a run under another head than the one it has trained.
+
+    Raises:
+        RunError: it is another.
+    """
+    own = read_task(run) or TOKENS
+    if (own.kind, own.labels, own.problem) != (task.kind, task.labels, task.problem):
+        raise RunError(
+            f"The run in {run.path} is {_describe(own)}; with these options and rows it would be {_describe(task)}.",
+            "A run goes on with the head that it has trained, whatever --allow-change says.",
+            "Restore options and rows, or start a new run: --out DIR.",
+        )
+
+
+def _describe(task: Task) -> str:
+    return f"{task.words} ({', '.join(task.labels[:20])})" if task.labels else task.words
 
 
 def check_widths(source: StoredModel, method: Method) -> None:
