@@ -209,6 +209,31 @@ def test_a_keys_line_breaks_stay_in_its_comment(tmp_path: Path) -> None:
     assert "rank" not in read_yaml(tmp_path / "own.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("data: rows.jsonl\nmodel: base\nrank: 8\n", "is a config of nybble's own already"),
+        ("a: &a {x: 1, y: 2}\n" + "".join(f"{n}: &{n} {{{', '.join(f'{i}: *{m}' for i in range(9))}}}\n"
+         for m, n in zip("abcdef", "bcdefg", strict=True)), "has more than 10,000 keys"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_such_config_are_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        nybble.import_config(tmp_path / "c.yml")
+
+
+def test_a_section_within_itself_ends(tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text("base_model: base\na: &a\n  b: *a\n")
+    assert list(nybble.import_config(tmp_path / "c.yml").left_out) == ["a" + ".b" * 7]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yml").write_text("base_model: base\n")
+    shown = typed(["import", tmp_path / "c.yml", "--to", tmp_path / "none" / "n.yaml"])
+    assert shown.exit_code == 2 and "none" in shown.stderr and "No such file or directory" in shown.stderr
+
+
 def test_config_schema_is_printed() -> None:
     shown = typed(["config", "schema"])
     assert shown.exit_code == 0 and json.loads(shown.stdout) == json_schema(TrainConfig, "nybble train FILE.yaml")

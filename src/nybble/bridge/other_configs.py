@@ -7,6 +7,7 @@ that has to be said here (`NOT_NEEDED`, with the reason), or it has no counterpa
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nybble.options.verbs import TrainConfig
 Options = dict[str, Any]
 NO_COUNTERPART = "no counterpart"
 FIRST = ("rl", "stage", "pref_loss", "loss_type", "adapter", "finetuning_type")  # what others mean anything under
+MOST_KEYS, DEEPEST = 10_000, 8
 TOGETHER = ("method", "objective", "target_modules", "init", "format", "compute_dtype")  # several keys say each
 
 
@@ -58,7 +60,7 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
         ({'model': 'base', 'rank': 32}, {'wandb_watch': 'no counterpart'})
     """
     path = Path(path)
-    given = dict(_flat(read_yaml(path)))
+    given = _keys_of(path)
     options: Options = {}
     not_needed: dict[str, str] = {}
     left_out: dict[str, str] = {}
@@ -93,18 +95,36 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
     return ImportedConfig(options, not_needed, left_out, _text(path, options, not_needed, left_out))
 
 
+def _keys_of(path: Path) -> dict[str, Any]:
+    """What the file says, by key.
+
+    Raises:
+        ConfigError: it has too many keys, or is a config of nybble already.
+    """
+    given = dict(islice(_flat(read_yaml(path)), MOST_KEYS + 1))
+    if len(given) > MOST_KEYS:
+        raise ConfigError(f"{path} has more than {MOST_KEYS:,} keys.", "Allowed: the config of a training run.")
+    if given.keys() <= {yaml_key(name) for name in fields_of(TrainConfig)} and "data" in given:
+        raise ConfigError(
+            f"{path} is a config of nybble's own already.",
+            "Needed: one of Axolotl, LLaMA-Factory, Unsloth or TRL.",
+            f"Train by it as it is: nybble train {path}",
+        )
+    return given
+
+
 def _said_otherwise(found: Options, options: Options) -> str | None:
     """The first option of which another key has said something else, but for those that several keys say together."""
     told = (name for name, own in found.items() if name not in TOGETHER and options.get(name, own) != own)
     return next(told, None)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys of sections as `section.key`."""
+def _flat(values: Mapping[str, Any], prefix: str = "", depth: int = 1) -> Iterator[tuple[str, Any]]:
+    """Keys of sections as `section.key`; anchors may lead a section into itself, so that the depth has an end."""
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{name}.")
+        if isinstance(value, Mapping) and value and depth < DEEPEST:
+            yield from _flat(value, f"{name}.", depth + 1)
         else:
             yield name, value
 

@@ -7,7 +7,7 @@ import typer
 
 import nybble
 from nybble.errors import ConfigError
-from nybble.files.disk import write_complete
+from nybble.files.disk import disk_errors, write_complete
 
 
 def import_config(
@@ -24,7 +24,8 @@ def import_config(
     elif to.exists():
         raise ConfigError(f"{to} is there already.", "Allowed: a new file.", "Name another, or remove it.")
     else:
-        write_complete(to, imported.text)
+        with disk_errors(to, ConfigError, "Needed: a folder that can be written.", "Name another file."):
+            write_complete(to, imported.text)
     counted = f"{len(imported.options)} options, {len(imported.left_out)} keys without counterpart"
     typer.echo(": ".join([counted, ", ".join(imported.left_out)]) if imported.left_out else counted, err=True)
     return 0

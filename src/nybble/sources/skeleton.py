@@ -64,7 +64,9 @@ def _build(
             f"The model type {config.model_type!r} cannot be built as {task.words}: {first_line(error)}",
             f"Allowed: {'the decoder ' if task is TOKENS else 'such '}architectures of the installed transformers; a "
             "model's own code is never run.",
-            "Choose another model, or update transformers.",
+            "It is a vision model, which tells pictures apart: nybble train --objective classify."
+            if reads_pictures(config)
+            else "Choose another model, or update transformers.",
         )
 
     with foreign_errors(cannot_be_built), torch.device("meta"):
