@@ -26,11 +26,13 @@ def picture(
     Raises:
         OSError, ValueError: it cannot be written, or the suffix is no picture's.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure  # here, since importing it takes half a second
 
-    figure = Figure(figsize=inches, layout="constrained" if fitted else None)
-    axes = figure.subplots() if fitted else figure.add_axes(AXES)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
-    yield axes
-    figure.savefig(out, dpi=INCH)
+    with rc_context({"text.parse_math": False}):  # labels are users' words, in which a $ is a $
+        figure = Figure(figsize=inches, layout="constrained" if fitted else None)
+        axes = figure.subplots() if fitted else figure.add_axes(AXES)
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        yield axes
+        figure.savefig(out, dpi=INCH)

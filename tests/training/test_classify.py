@@ -113,6 +113,17 @@ def test_stopped_paged_or_streamed_the_bytes_are_the_same(llama_run: Path, texts
     assert final(other) == final(llama_run)
 
 
+def test_names_of_classes_are_nobodys_markup(encoder: Path, tmp_path: Path) -> None:
+    """Neither the terminal's, which ended in its error or left part of the name out, nor the pictures'."""
+    names = ("[/b]", "[red]x", "$_$", "a|b")
+    rows = [{"text": f"{n % 4} {n}", "label": names[n % 4]} for n in range(40)]
+    out = run(encoder, make_data(tmp_path / "d.jsonl", rows), tmp_path / "run", max_steps=1, eval_every=1)
+    shown = typed(["eval", "--run", out], env={"COLUMNS": "120"})
+    assert shown.exit_code == 0, shown.exception
+    assert all(f"│ {name} " in shown.stdout for name in names), shown.stdout
+    assert (out / "report" / "confusion.png").stat().st_size > 1000
+
+
 def test_an_encoder_learns_and_goes_on_to_the_bit(bert_run: Path) -> None:
     first, last = read_events(bert_run / "events.jsonl", "eval")
     assert last["loss"] < first["loss"] and last["accuracy"] > 0.9 and last["macro_f1"] > 0.9

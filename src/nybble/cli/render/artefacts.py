@@ -1,5 +1,7 @@
 """What comes of merging and exporting."""
 
+from rich.text import Text
+
 from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.exporting.compare import MergesCompared
 from nybble.exporting.verify import Verified
@@ -11,7 +13,7 @@ def _(event: Verified, terminal: Terminal) -> None:
     verification = event.verification
     table = new_table(f"verified in: {verification.consumer}", ("check", "found", "needed", ""))
     for check in verification.checks:
-        failed = "too little to tell" if verification.outcome == "undecided" else "[red]failed[/red]"
+        failed = Text("too little to tell") if verification.outcome == "undecided" else Text("failed", style="red")
         table.add_row(check.name, check.found, check.needed, "passed" if check.passed else failed)
     terminal.console.print(table)
     f = verification.figures

@@ -20,7 +20,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+        self.console = console or Console(markup=False)  # labels and names may hold brackets
         self.steps: StepLine | None = None
         self._work = ""
         self._bar: Progress | None = None
