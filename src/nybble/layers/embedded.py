@@ -17,10 +17,11 @@ from nybble.layers.backbone import Backbone, FusedForward, Layout, ModuleForward
 from nybble.layers.batch_model import Verdict
 from nybble.layers.rotary import length_of_change
 from nybble.layers.whole_texts import TextProbe, WholeTexts, own_output
-from nybble.options.objective_groups import Pooling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nybble.options.objective_groups import Pooling
 
 
 class StateProbe(TextProbe):
@@ -74,7 +75,7 @@ class EmbeddedModel(WholeTexts):
     def _layouts(cls, head: None, packing: bool) -> tuple[Layout, ...]:
         return super()._layouts(head, packing=False)
 
-    def embeddings(self, batch: TextBatch, pooling: Pooling) -> Tensor:
+    def embeddings(self, batch: TextBatch, pooling: "Pooling") -> Tensor:
         """fp32 `(documents, hidden)`, each of length 1, with their gradient.
 
         Raises:
@@ -108,7 +109,7 @@ class EmbeddedModel(WholeTexts):
         return torch.stack(rows)
 
 
-def pooled(states: Tensor, lengths: tuple[int, ...], pooling: Pooling) -> Tensor:
+def pooled(states: Tensor, lengths: tuple[int, ...], pooling: "Pooling") -> Tensor:
     """One state for each text, `(documents, hidden)`, of those of its tokens, `(sum(lengths), hidden)`."""
     texts = states.split(lengths)
     if pooling == "max":

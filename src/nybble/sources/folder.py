@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from nybble.formats.safetensors import (
     row_entry,
     sampled_sha256,
 )
-from nybble.options.objective_groups import Pooling
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.packed_weights import PackedWeights, find_packed_weights
 from nybble.sources.processor import load_processor
@@ -36,6 +35,9 @@ from nybble.sources.skeleton import build_skeleton, build_whole, config_refused,
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.task import PICTURES, reads_pictures
 from nybble.sources.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from nybble.options.objective_groups import Pooling
 
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -143,7 +145,7 @@ class FolderSource(StoredModel):
         return [f"{start}* ({len(each)} tensors, {sum(each) / 1e6:,.1f} MB)" for start, each in sizes.items()]
 
     @property
-    def pooling(self) -> Pooling | None:
+    def pooling(self) -> "Pooling | None":
         return super().pooling or read_pooling(self.path)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -5,24 +5,26 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ModelError
-from nybble.options.objective_groups import Pooling
+
+if TYPE_CHECKING:
+    from nybble.options.objective_groups import Pooling
 
 MODULES, SETTINGS, OWN_LENGTH = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
 KNOWN = ("Transformer", "Pooling", "Normalize")
-MODES: dict[str, Pooling] = {  # true in a pooling's config; newer ones have `pooling_mode`
+MODES: dict[str, "Pooling"] = {  # true in a pooling's config; newer ones have `pooling_mode`
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
     "pooling_mode_max_tokens": "max",
 }
-NAMES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last", "max": "max"}
+NAMES: dict[str, "Pooling"] = {"mean": "mean", "cls": "cls", "lasttoken": "last", "max": "max"}
 MODULE_NAMES = {pooling: name for name, pooling in NAMES.items()}
 
 
-def read_pooling(folder: Path) -> Pooling | None:
+def read_pooling(folder: Path) -> "Pooling | None":
     """What the files of a folder say; None where it has none.
 
     Raises:
@@ -74,7 +76,7 @@ def _unknown(folder: Path, what: str, allowed: str) -> ModelError:
     )
 
 
-def write_pooling(folder: Path, pooling: Pooling, hidden: int, max_seq_len: int | None) -> None:
+def write_pooling(folder: Path, pooling: "Pooling", hidden: int, max_seq_len: int | None) -> None:
     """Write the files with which sentence-transformers opens a folder of transformers: its states pooled and scaled.
 
     Args:

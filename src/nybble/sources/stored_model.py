@@ -25,13 +25,14 @@ from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
 from nybble.layers.quantized_experts import ExpertShape, expert_shapes
-from nybble.options.objective_groups import Pooling
 from nybble.sources.placement import Placed, PlacedTensor, check_stored, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights
 from nybble.sources.task import HEADS, TOKENS, Task
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from nybble.options.objective_groups import Pooling
 
 
 class StoredModel(ABC):
@@ -88,7 +89,7 @@ class StoredModel(ABC):
         return ()
 
     @property
-    def pooling(self) -> Pooling | None:
+    def pooling(self) -> "Pooling | None":
         """How the states of a text's tokens become its embedding; None where nothing says so."""
         return self.task.pooling
 

@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from nybble.errors import ModelError
-from nybble.options.objective_groups import Pooling
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from nybble.options.objective_groups import Pooling
 
 HEADS = ("classifier", "score")  # what PEFT takes for the head of a model that gives scores
 
@@ -35,7 +36,7 @@ class Task:
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
     stored_head: bool = False
-    pooling: Pooling | None = None
+    pooling: "Pooling | None" = None
 
     @property
     def words(self) -> str:
