@@ -162,8 +162,6 @@ class MicroBatches:
         validation_counts: different numbers of tokens that only evaluations meet.
         documents: of a row, at most.
         heaviest: the rows of the largest micro-batch of training, by number; empty where there is no data.
-        share: the most that the micro-batches of one step have of what as many of the largest would: less than 1 where
-            rows are padded, and each to the longest of its own few.
     """
 
     tokens: int
@@ -175,7 +173,6 @@ class MicroBatches:
     validation_counts: int
     documents: int = 1
     heaviest: tuple[int, ...] = ()
-    share: float = 1.0
 
     def filled_up(self) -> "MicroBatches":
         """In the shapes that graphs are captured for; evaluations stay."""
