@@ -17,7 +17,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from nybble.data.packing import pack_tokens
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.layers import loss_head
+from nybble.layers import own_head
 from nybble.layers.backbone import FusedForward, ModuleForward
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.memory.lane import lane_to
@@ -61,7 +61,7 @@ def gradients(
         forward = ModuleForward(model, "packed", checkpointing=keep == "nothing", store=store, kept=kept)
     else:
         forward = FusedForward(model, keep, store, kept)
-    head = loss_head.loss_head(model)
+    head = own_head.loss_head(model)
     ids = torch.arange(TOKENS).remainder(250) + 3
     batch, ids, positions = pack_tokens([ids]).to(device), ids.to(device), torch.arange(TOKENS, device=device)
     losses = []
@@ -144,7 +144,7 @@ def test_a_streamed_head_keeps_its_bias(tmp_path):
         expected, states = whole(input_ids=ids).logits, whole.model(input_ids=ids).last_hidden_state
     model = load_model(open_model(str(tmp_path)), None, torch.float32, stream_ends=True)
     assert torch.allclose(model.lm_head(states), expected, atol=1e-5)
-    assert torch.allclose(loss_head.loss_head(model).logits(states[0]), expected[0], atol=1e-5)
+    assert torch.allclose(own_head.loss_head(model).logits(states[0]), expected[0], atol=1e-5)
 
 
 @one_format
