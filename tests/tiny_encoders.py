@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tiny import byte_tokenizer
+from tiny import byte_tokenizer, tune
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -58,3 +58,19 @@ def word_pieces() -> Any:
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def with_head(source: Any) -> Any:
+    """A stored model that has a task, in four bits and fp32, with adapters and a head that do something."""
+    import torch
+
+    from nybble.formats.quant_spec import BaseFormats
+    from nybble.layers.trained import train_modules, trained_modules
+    from nybble.sources.load import load_model
+
+    model = tune(load_model(source, BaseFormats(), torch.float32), rank=4, std=0.1, alpha=8.0)
+    train_modules(model, source.head_modules)
+    for module in trained_modules(model).values():
+        for parameter in module.trained.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from short_runs import resume, tensors_after
 from tiny import make_four_bit_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,6 +36,7 @@ from nybble.training.session import train
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="faults are made through /proc")
 
 STEPS = 6
+final = partial(tensors_after, step=STEPS)
 SPARING = {"stream_base": "always", "page_optimizer": "always", "offload_activations": "always"}
 
 
@@ -56,16 +59,6 @@ def run(model: Path, data: Path, out: Path, **more: Any) -> None:
         "eval_every": 99,
     }
     train(load_config(None, {key: str(value) for key, value in (given | more).items()}))
-
-
-def resume(out: Path) -> None:
-    train(load_config(out / "config.yaml", {"out": str(out), "resume": True}))
-
-
-def final(out: Path) -> dict[str, bytes]:
-    last = out / "checkpoints" / f"step-{STEPS}"
-    kept = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
-    return kept | {"adapter": (out / "adapter" / "adapter_model.safetensors").read_bytes()}
 
 
 def scratch_files(out: Path) -> list[int]:

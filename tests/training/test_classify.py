@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from classify_runs import STEPS, final, run
+from short_runs import STEPS, classify, tensors_after
 from tiny import make_data
-from tiny_encoders import make_encoder
+from tiny_encoders import make_encoder, with_head
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from typed import typed
 
@@ -21,9 +21,7 @@ from nybble.data.text_rows import encode_texts
 from nybble.errors import ConfigError, DataError, ExportError, ModelError
 from nybble.exporting.consumers import widen
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.scored import ScoredModel, own_scores
-from nybble.layers.trained import train_modules, trained_modules
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
@@ -61,14 +59,7 @@ def test_losses_and_gradients_are_the_models_own(kind: str, tiny_model: Path, tm
     """Of texts and pairs of different lengths together, in four bits, against transformers on each text alone."""
     folder = tiny_model if kind == "llama" else make_encoder(tmp_path / kind, kind)
     source = open_model(str(folder)).for_task(Task("scores", ("a", "b", "c"), "single_label_classification"))
-    model = load_model(source, BaseFormats(), torch.float32)
-    attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0)
-    for adapter in adapters_of(model).values():
-        torch.nn.init.normal_(adapter.lora_B, std=0.1)
-    train_modules(model, source.head_modules)
-    for module in trained_modules(model).values():
-        for parameter in module.trained.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
+    model = with_head(source)
     ours = ScoredModel.of(model)
     assert ours.verdict.path == ("blocks" if kind == "llama" else "generic") and ours.packed == (kind == "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -96,28 +87,28 @@ def test_losses_and_gradients_are_the_models_own(kind: str, tiny_model: Path, tm
 def llama_run(tiny_model: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     quantize_folder(open_model(str(tiny_model)), BaseFormats(), folder / "base")
-    return run(folder / "base", texts, folder / "run")
+    return classify(folder / "base", texts, folder / "run")
 
 
 @pytest.fixture(scope="module")
 def bert_run(encoder: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(encoder, texts, tmp_path_factory.mktemp("bert") / "run", max_steps=20, eval_every=20, memory="4GB")
+    return classify(encoder, texts, tmp_path_factory.mktemp("bert") / "run", max_steps=20, eval_every=20, memory="4GB")
 
 
 def test_stopped_paged_or_streamed_the_bytes_are_the_same(llama_run: Path, texts: Path, tmp_path: Path) -> None:
-    other = run(llama_run.parent / "base", texts, tmp_path / "o", page_optimizer="always", stream_base="always")
-    assert final(other) == final(llama_run)
+    other = classify(llama_run.parent / "base", texts, tmp_path / "o", page_optimizer="always", stream_base="always")
+    assert tensors_after(other, STEPS) == tensors_after(llama_run, STEPS)
     for step in range(2, STEPS + 1):
         shutil.rmtree(other / "checkpoints" / f"step-{step}")
     train(load_config(other / "config.yaml", {"out": str(other), "resume": True}))
-    assert final(other) == final(llama_run)
+    assert tensors_after(other, STEPS) == tensors_after(llama_run, STEPS)
 
 
 def test_names_of_classes_are_nobodys_markup(encoder: Path, tmp_path: Path) -> None:
     """Neither the terminal's, which ended in its error or left part of the name out, nor the pictures'."""
     names = ("[/b]", "[red]x", "$_$", "a|b")
     rows = [{"text": f"{n % 4} {n}", "label": names[n % 4]} for n in range(40)]
-    out = run(encoder, make_data(tmp_path / "d.jsonl", rows), tmp_path / "run", max_steps=1, eval_every=1)
+    out = classify(encoder, make_data(tmp_path / "d.jsonl", rows), tmp_path / "run", max_steps=1, eval_every=1)
     shown = typed(["eval", "--run", out], env={"COLUMNS": "120"})
     assert shown.exit_code == 0, shown.exception
     assert all(f"│ {name} " in shown.stdout for name in names), shown.stdout
@@ -183,7 +174,7 @@ def test_a_merged_decoder_scores_padded_texts_as_the_run_does(llama_run: Path, t
 
 def test_numbers_are_learnt_where_labels_are_fractions(encoder: Path, tmp_path: Path) -> None:
     rows = [{"sentence": f"{'+-'[n % 2] * 6} {n}", "score": 0.05 + 0.9 * (n % 2)} for n in range(40)]
-    out = run(encoder, make_data(tmp_path / "n.jsonl", rows), tmp_path / "run", max_steps=15, eval_every=15)
+    out = classify(encoder, make_data(tmp_path / "n.jsonl", rows), tmp_path / "run", max_steps=15, eval_every=15)
     first, last = read_events(out / "events.jsonl", "eval")
     assert last["loss"] < first["loss"] and "accuracy" not in last
     ((label, number),) = nybble.open_run(out).classify(["++++++ 3"])
@@ -241,7 +232,7 @@ def test_what_is_wrong_with_labels_is_named(change, finding, level, encoder: Pat
 def test_labels_that_only_held_out_rows_have_stop_the_run(encoder: Path, texts: Path, tmp_path: Path) -> None:
     held_out = make_data(tmp_path / "v.jsonl", [{"text": "a", "label": "no"}, {"text": "b", "label": "new"}])
     with pytest.raises(DataError, match=r"unseen-label: 1 x .*v\.jsonl:2 \('new'\)"):
-        run(encoder, texts, tmp_path / "run", validation_data=str(held_out))
+        classify(encoder, texts, tmp_path / "run", validation_data=str(held_out))
 
 
 @pytest.mark.parametrize(
@@ -258,14 +249,14 @@ def test_what_is_not_learnt_is_refused_in_words(row, message, encoder: Path, tmp
 
 def test_options_of_conversations_are_refused(encoder: Path, texts: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train-on is last"):
-        run(encoder, texts, tmp_path / "run", train_on="last")
+        classify(encoder, texts, tmp_path / "run", train_on="last")
     with pytest.raises(ConfigError, match="encoder"):
-        run(encoder, texts, tmp_path / "run", quality="calibrated")
+        classify(encoder, texts, tmp_path / "run", quality="calibrated")
 
 
 def test_an_encoder_that_is_to_write_is_told_what_it_can_learn(encoder: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"It is an encoder.*--objective classify"):
-        run(encoder, data, tmp_path / "run", objective="sft")
+        classify(encoder, data, tmp_path / "run", objective="sft")
 
 
 def test_long_texts_are_cut_as_transformers_cuts_them(encoder: Path) -> None:

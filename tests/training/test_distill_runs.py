@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import processes
 import pytest
 import torch
+from short_runs import resume, tensors_after
 from tiny import SMALL, byte_tokenizer, make_data
 from tiny_gguf import VOCABULARY, write_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,6 +32,7 @@ from nybble.training.session import train
 from nybble.training.teacher import Taught
 
 STEPS = 3
+final = partial(tensors_after, step=STEPS)
 
 
 def distil(student: Path, teacher: Path, data: Path, out: Path, listen: list[Event] | None = None, **more: Any) -> Path:
@@ -39,15 +42,6 @@ def distil(student: Path, teacher: Path, data: Path, out: Path, listen: list[Eve
     options = {name: value for name, value in (options | more).items() if value is not None}
     train(load_config(None, options), (listen if listen is not None else []).append)
     return out
-
-
-def resume(out: Path, **more: Any) -> None:
-    train(load_config(out / "config.yaml", {"out": str(out), "resume": True, **more}))
-
-
-def final(out: Path) -> dict[str, bytes]:
-    last = out / "checkpoints" / f"step-{STEPS}"
-    return {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
 
 
 @pytest.fixture(scope="module")

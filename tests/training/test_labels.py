@@ -10,9 +10,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from classify_runs import final, run
+from short_runs import STEPS, classify, tensors_after
 from tiny import make_data
-from tiny_encoders import make_encoder
+from tiny_encoders import make_encoder, with_head
 from torch import Tensor
 from transformers import AutoTokenizer, pipeline
 
@@ -22,14 +22,11 @@ from nybble.data.token_labels import encode_words
 from nybble.errors import ConfigError, DataError, NybbleError, RunError
 from nybble.exporting.consumers import widen
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.scored import ScoredModel, own_scores
-from nybble.layers.trained import train_modules, trained_modules
 from nybble.options.verbs import load_config
 from nybble.quantization.folder import quantize_folder
 from nybble.runs.events import read_events
 from nybble.runs.open_run import load_frozen, load_tuned, open_run
-from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.task import SCORES, TAGS, Task
 from nybble.training.classify import objective_for, settle_task
@@ -59,20 +56,6 @@ TOLD = [
 
 
 # ---- losses --------------------------------------------------------------------------------------
-
-
-def trained_model(folder: Path, task: Task) -> Any:
-    """In four bits, with adapters and a head that do something."""
-    source = open_model(str(folder)).for_task(task)
-    model = load_model(source, BaseFormats(), torch.float32)
-    attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0)
-    for adapter in adapters_of(model).values():
-        torch.nn.init.normal_(adapter.lora_B, std=0.1)
-    train_modules(model, source.head_modules)
-    for module in trained_modules(model).values():
-        for parameter in module.trained.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model
 
 
 def compared(model: Any, task: Task, rows: Sequence[TextRow], labels: Sequence[Tensor], weights: Sequence[int]) -> Any:
@@ -110,7 +93,7 @@ CASES = [
 def test_losses_of_tokens_are_transformers_own(kind: str, path: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = tiny_model if kind == "llama" else make_encoder(tmp_path / kind, kind)
     task = replace(TAGS, labels=("B-X", "I-X", "O", "P"))
-    model, tokenizer = trained_model(folder, task), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = with_head(open_model(str(folder)).for_task(task)), AutoTokenizer.from_pretrained(folder)
     said = (["short"], ["a", "longer", "text", "than", "that"], ["two", "words"])
     rows, labels = [], []
     for words in said:
@@ -129,7 +112,7 @@ def test_losses_of_tokens_are_transformers_own(kind: str, path: str, tiny_model:
 def test_losses_of_several_labels_are_transformers_own(kind: str, path: str, tiny_model: Path, tmp_path: Path) -> None:
     folder = tiny_model if kind == "llama" else make_encoder(tmp_path / kind, kind)
     task = replace(SEVERAL, labels=("x", "y", "z"))
-    model, tokenizer = trained_model(folder, task), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = with_head(open_model(str(folder)).for_task(task)), AutoTokenizer.from_pretrained(folder)
     targets = [torch.tensor([[1.0, 0, 1]]), torch.zeros(1, 3), torch.tensor([[0.0, 1, 0]])]
     said = [("short",), ("a longer text than that",), ("first of two", "and the second")]
     rows = [encode_texts(tokenizer, text, "row", target=each) for text, each in zip(said, targets, strict=True)]
@@ -137,7 +120,7 @@ def test_losses_of_several_labels_are_transformers_own(kind: str, path: str, tin
 
 
 def test_a_decoder_drops_states_in_front_of_its_head_as_transformers_does(tiny_model: Path) -> None:
-    model = trained_model(tiny_model, TAGS)
+    model = with_head(open_model(str(tiny_model)).for_task(TAGS))
     ours = ScoredModel.of(model)
     row = encode_words(AutoTokenizer.from_pretrained(tiny_model), ["a", "b"], "row")
     batch = ours.collate([row])
@@ -161,7 +144,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tagged_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tags")
-    return run(
+    return classify(
         encoder, make_data(folder / "d.jsonl", MARKED), folder / "run", max_steps=15, eval_every=15, save_every=8
     )
 
@@ -170,13 +153,15 @@ def tagged_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     quantize_folder(open_model(str(tiny_model)), BaseFormats(), folder / "base")
-    return run(folder / "base", make_data(folder / "d.jsonl", WORDS), folder / "run")
+    return classify(folder / "base", make_data(folder / "d.jsonl", WORDS), folder / "run")
 
 
 @pytest.fixture(scope="module")
 def several_run(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("several")
-    return run(encoder, make_data(folder / "d.jsonl", TOLD), folder / "run", max_steps=40, eval_every=40, save_every=40)
+    return classify(
+        encoder, make_data(folder / "d.jsonl", TOLD), folder / "run", max_steps=40, eval_every=40, save_every=40
+    )
 
 
 def test_entities_are_learnt_and_a_run_goes_on_to_the_bit(tagged_run: Path) -> None:
@@ -192,8 +177,8 @@ def test_entities_are_learnt_and_a_run_goes_on_to_the_bit(tagged_run: Path) -> N
 
 def test_a_streamed_decoder_learns_the_same_tags(llama_run: Path, tmp_path: Path) -> None:
     data = llama_run.parent / "d.jsonl"
-    other = run(llama_run.parent / "base", data, tmp_path / "o", page_optimizer="always", stream_base="always")
-    assert final(other) == final(llama_run)
+    other = classify(llama_run.parent / "base", data, tmp_path / "o", page_optimizer="always", stream_base="always")
+    assert tensors_after(other, STEPS) == tensors_after(llama_run, STEPS)
 
 
 @pytest.mark.parametrize("which", ["llama_run", "tagged_run", "several_run"])

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from short_runs import tensors_after
 from tiny import SMALL, make_data, put_into_four_bits, tune
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +29,7 @@ from nybble.training.session import train
 
 ENDS = "lm_head,embed_tokens,model.norm"
 STEPS = 3
+final = partial(tensors_after, step=STEPS)
 
 
 def small(**more: Any) -> Any:
@@ -116,11 +119,6 @@ def run(model: Path, data: Path, out: Path, **more: Any) -> Path:
     options |= {"save_every": 1, "keep_checkpoints": 9, "validation_fraction": 0.2}
     train(load_config(None, options | ({} if "adapter" in more else {"modules_to_save": ENDS}) | more))
     return out
-
-
-def final(out: Path) -> dict[str, bytes]:
-    last = out / "checkpoints" / f"step-{STEPS}"
-    return {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
 
 
 @pytest.fixture(scope="module")

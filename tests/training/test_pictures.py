@@ -8,8 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from classify_runs import run
 from PIL import Image
+from short_runs import classify
+from tiny_encoders import with_head
 from tiny_pictures import SIDE, make_pictures, make_vision, picture
 from transformers import AutoImageProcessor, pipeline
 
@@ -18,15 +19,11 @@ from nybble.data.picture_rows import picture_batch
 from nybble.data.text_rows import TextRow
 from nybble.errors import ConfigError, ExportError, ModelError
 from nybble.exporting.consumers import widen
-from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
 from nybble.layers.picture_model import PictureModel
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.layers.trained import train_modules, trained_modules
 from nybble.options.verbs import load_config
 from nybble.runs.events import read_events
 from nybble.runs.open_run import load_frozen, load_tuned, open_run
-from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.task import PICTURES
 from nybble.training.session import train
@@ -48,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def vit_run(vision: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "run"
-    return run(
+    return classify(
         vision, pictures, out, max_steps=STEPS, eval_every=STEPS, save_every=12, augment="flip", memory="4GB", rank=8
     )
 
@@ -65,15 +62,8 @@ def test_losses_and_gradients_are_the_models_own(kind: str, tmp_path: Path) -> N
 
     folder = make_vision(tmp_path / kind, kind)
     source = open_model(str(folder)).for_task(replace(PICTURES, labels=("a", "b", "c")))
-    model = load_model(source, BaseFormats(), torch.float32)
+    model = with_head(source)
     assert sum(isinstance(module, QuantizedLinear) for module in model.modules()) == 12
-    attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0)
-    for adapter in adapters_of(model).values():
-        torch.nn.init.normal_(adapter.lora_B, std=0.1)
-    train_modules(model, source.head_modules)
-    for module in trained_modules(model).values():
-        for parameter in module.trained.parameters():
-            torch.nn.init.normal_(parameter, std=0.5)
     ours = PictureModel.of(model)
     assert ours.verdict.path == "generic" and ours.backbone.layout == "padded"
     pixels = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
@@ -133,15 +123,15 @@ def test_evaluated_asked_and_merged(vit_run: Path, pictures: Path, tmp_path: Pat
 
 def test_options_of_texts_are_refused(vision: Path, pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="max-seq-len is 64, and the model reads pictures"):
-        run(vision, pictures, tmp_path / "run", max_seq_len=64)
+        classify(vision, pictures, tmp_path / "run", max_seq_len=64)
     with pytest.raises(ConfigError, match="calibrated"):
-        run(vision, pictures, tmp_path / "run", quality="calibrated")
+        classify(vision, pictures, tmp_path / "run", quality="calibrated")
     texts = tmp_path / "t.jsonl"
     texts.write_text("".join(json.dumps({"text": f"t {n}", "label": n % 2}) + "\n" for n in range(9)))
     from tiny_encoders import make_encoder
 
     with pytest.raises(ConfigError, match="augment is crop, and the model reads texts"):
-        run(make_encoder(tmp_path / "bert"), texts, tmp_path / "run", augment="crop")
+        classify(make_encoder(tmp_path / "bert"), texts, tmp_path / "run", augment="crop")
 
 
 def test_a_plan_counts_patches(vision: Path, pictures: Path) -> None:
@@ -152,7 +142,7 @@ def test_a_plan_counts_patches(vision: Path, pictures: Path) -> None:
 
 def test_a_vision_model_that_is_to_write_is_told_what_it_can_learn(vision: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"vision model(?s:.*)--objective classify"):
-        run(vision, data, tmp_path / "run", objective="sft")
+        classify(vision, data, tmp_path / "run", objective="sft")
 
 
 @pytest.mark.slow
@@ -165,7 +155,7 @@ def test_digits_are_told_apart(tmp_path: Path) -> None:
         Image.fromarray((image * 15.9).astype("uint8")).save(folder / f"{number:04}.png")
     model = make_vision(tmp_path / "vit", hidden_size=64, intermediate_size=128, num_hidden_layers=3)
     more = {"max_steps": 300, "eval_every": 300, "save_every": 300, "rows_per_step": 32, "micro_batch_size": 32}
-    out = run(model, tmp_path / "digits", tmp_path / "run", **more, rank=32, lr=5e-3)
+    out = classify(model, tmp_path / "digits", tmp_path / "run", **more, rank=32, lr=5e-3)
     first, last = read_events(out / "events.jsonl", "eval")
     print(first, last)
     assert first["accuracy"] < 0.2 and last["accuracy"] > 0.8

@@ -4,10 +4,12 @@ references; events, report and card.
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from short_runs import resume, tensors_after
 from tiny import make_data
 from typed import typed
 
@@ -26,6 +28,7 @@ PAIRS = [
     for n in range(24)
 ]
 STEPS = 3
+final = partial(tensors_after, step=STEPS)
 OBJECTIVES: dict[str, dict[str, Any]] = {
     **{"dpo": {}, "kto": {}, "ipo": {}, "simpo": {}, "orpo": {}, "reward": {}},
     "embed": {"text_field": "prompt,chosen,rejected"},
@@ -55,15 +58,6 @@ def run(model: Path, data: Path, out: Path, objective: str, **more: Any) -> Path
     options |= {"compute_dtype": "fp32", "save_every": 1, "keep_checkpoints": 9, "validation_fraction": 0.2}
     train(load_config(None, options | OBJECTIVES.get(objective, {}) | more))
     return out
-
-
-def resume(out: Path, **more: Any) -> None:
-    train(load_config(out / "config.yaml", {"out": str(out), "resume": True, **more}))
-
-
-def final(out: Path) -> dict[str, bytes]:
-    last = out / "checkpoints" / f"step-{STEPS}"
-    return {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
 
 
 def told(out: Path, kind: str) -> list[dict[str, Any]]:

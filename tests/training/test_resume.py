@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from processes import nybble
 from rich.console import Console
 from safetensors.torch import save_file
+from short_runs import tensors_after
 from tiny import make_data
 from typed import typed
 
@@ -36,6 +38,7 @@ from nybble.training.rng import capture_rng, restore_rng
 from nybble.training.session import train
 
 STEPS = 5  # of 6 of 19 rows: the border of an epoch falls into the fourth
+final = partial(tensors_after, step=STEPS)
 PATHS: dict[str, dict[str, Any]] = {
     "blocks": {"micro_batch_size": 4, "keep": "everything"},
     "blocks, recomputed but one": {"micro_batch_size": 6, "keep": "nothing", "whole_blocks": 1},
@@ -56,13 +59,6 @@ def run(config: TrainConfig) -> RunResult:
 
 def resume(out: Path, **more: Any) -> RunResult:
     return run(load_config(out / "config.yaml", {"out": str(out), "resume": True, **more}))
-
-
-def final(out: Path) -> dict[str, bytes]:
-    """Everything of a finished run that must not depend on how often it stopped."""
-    last = out / "checkpoints" / f"step-{STEPS}"
-    kept = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
-    return kept | {"adapter": (out / "adapter" / "adapter_model.safetensors").read_bytes()}
 
 
 def losses(out: Path, kind: str) -> list[tuple[int, float]]:
