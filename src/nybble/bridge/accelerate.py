@@ -119,11 +119,11 @@ class AcceleratedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **keywords: Any) -> Any:
         """(B, T, hidden) -> the same, as the layer's own forward."""
-        why = self._why_not(hidden_states, args, keywords)
-        if why is None:
-            return self._through_block(hidden_states, **keywords)
+        found = self._block_and_rows(hidden_states, args, keywords)
+        if not isinstance(found, str):
+            return self._through_block(hidden_states, *found, keywords["position_embeddings"])
         if self.training and torch.is_grad_enabled():
-            self.accelerated_by[1].say(why)
+            self.accelerated_by[1].say(found)
         return self.as_own(shares=True).forward(hidden_states, *args, **keywords)
 
     def as_own(self, *, shares: bool = False) -> Any:
@@ -137,8 +137,8 @@ class AcceleratedLayer(nn.Module):
         own.__dict__ = self.__dict__ if shares else {k: v for k, v in self.__dict__.items() if k not in _OURS}
         return own
 
-    def _why_not(self, x: Tensor, args: Sequence[Any], keywords: Any) -> str | None:
-        """Why this call is not for the block, or None."""
+    def _block_and_rows(self, x: Tensor, args: Sequence[Any], keywords: Any) -> tuple[DecoderBlock, Rows] | str:
+        """What computes this call, or why it is not for a block."""
         if args or keywords.get("position_embeddings") is None:
             return "layers are called in a way that blocks do not know"
         if keywords.get("past_key_values") is not None:
@@ -150,12 +150,8 @@ class AcceleratedLayer(nn.Module):
             return block
         if x.dtype != block.dtype:
             return f"states are {x.dtype} and norms {block.dtype}"
-        if self._rows(block, x, keywords) is None:
-            return "the attention mask is not that of causal attention within documents"
-        return None
-
-    def _rows(self, block: DecoderBlock, x: Tensor, keywords: Any) -> Rows | None:
-        return self.accelerated_by[1].rows(keywords.get("attention_mask"), x, block.window)
+        rows = self.accelerated_by[1].rows(keywords.get("attention_mask"), x, block.window)
+        return (block, rows) if rows else "the attention mask is not that of causal attention within documents"
 
     def _block(self) -> "DecoderBlock | str":
         """The block over the layer as it is now, or why there is none."""
@@ -182,12 +178,10 @@ class AcceleratedLayer(nn.Module):
         other = next((n for n, each in self.named_parameters() if each.requires_grad and id(each) not in known), None)
         return block if other is None else f"{other} is trained too"
 
-    def _through_block(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], **keywords: Any) -> Tensor:
+    def _through_block(
+        self, x: Tensor, block: DecoderBlock, rows: Rows, position_embeddings: tuple[Tensor, Tensor]
+    ) -> Tensor:
         config, shared = self.accelerated_by
-        block = self._block()
-        assert isinstance(block, DecoderBlock)
-        rows = self._rows(block, x, keywords)
-        assert rows is not None
         batch, length, width = x.shape
         flat = x.reshape(batch * length, width)
         angles = _angles(position_embeddings, FAMILIES[config.model_type].angles_in_pairs, batch)

@@ -17,6 +17,22 @@ def says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
+def finite_number(value: Any, column: str, finding: str, origin: str) -> float:
+    """The number that a cell is; a table without types has it as text.
+
+    Raises:
+        RowError: of this finding, it is none, or not finite.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        got = repr(value) if isinstance(value, (bool, int, float, str)) else describe(value)
+        raise RowError(finding, origin, f"{column!r} is {got}")
+    return number
+
+
 def as_text(value: Any) -> Any:
     """A number, or the content of turns that is one, as JSON writes it; all else as it is."""
     if isinstance(value, list):

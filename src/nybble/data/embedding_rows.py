@@ -8,13 +8,12 @@ Columns are named as users of sentence-transformers name them:
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
-from nybble.data.cells import describe, says_nothing
+from nybble.data.cells import describe, finite_number, says_nothing
 from nybble.data.encoded_rows import ChangedRows, EncodedRows, counted
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames
@@ -126,7 +125,9 @@ def find_compared_layout(row: Row, fields: FieldNames) -> Layout | None:
             return ComparedExample(origin, text=anchor, positives=positives, negatives=others)
         if others or len(positives) > 1:
             raise RowError("odd-score", origin, f"{score!r} is for one pair, and the row has more texts")
-        return ComparedExample(origin, text=anchor, positives=positives, score=_score(row.get(score), score, origin))
+        return ComparedExample(
+            origin, text=anchor, positives=positives, score=finite_number(row.get(score), score, "odd-score", origin)
+        )
 
     columns = (*pair, *((score,) if score else ()))
     name = "/".join((*columns, *negatives))
@@ -152,17 +153,6 @@ def _check_different(origin: str, anchor: str, positives: Sequence[str], negativ
         raise RowError("equal-texts", origin, "the anchor and its positive are the same")
     if any(text.split() in near for text in negatives):
         raise RowError("equal-texts", origin, "a negative is the anchor, or a positive")
-
-
-def _score(value: Any, column: str, origin: str) -> float:
-    try:
-        score = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        score = math.nan
-    if not math.isfinite(score):
-        got = repr(value) if isinstance(value, (bool, int, float, str)) else describe(value)
-        raise RowError("odd-score", origin, f"{column!r} is {got}")
-    return score
 
 
 def _no_pairs(origin: str, row: Row) -> DataError:

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Role = Literal["system", "user", "assistant", "tool"]
+Kind = TypeVar("Kind")
 
 
 # What templates call the thinking that stands apart from the answer: DeepSeek and Qwen, gpt-oss, newer ones.
@@ -271,3 +272,12 @@ def _unpickled(row: type[EncodedExample], kinds: list[int | None], *packed: Any)
         for value, kind in zip(packed, kinds, strict=True)
     ]
     return row(*values)
+
+
+def extended(value: Any, kind: type[Kind], **more: Any) -> Kind:
+    """A dataclass's value as one of a subclass.
+
+    Args:
+        more: fields that only the subclass has, and those that are to be others.
+    """
+    return kind(**{field.name: getattr(value, field.name) for field in fields(value)} | more)

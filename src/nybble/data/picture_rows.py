@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from torch import Tensor
 
-from nybble.data.examples import EncodedExample, Example
+from nybble.data.examples import EncodedExample, Example, extended
 from nybble.data.findings import Finding, find
 from nybble.data.picture_files import ANIMATED, Stored, decode, picture_bytes
 from nybble.data.template import ChatTemplate
@@ -197,9 +197,7 @@ def collate_pictures(
 
 def picture_batch(rows: Sequence[TextRow], pixel_values: Tensor) -> PictureBatch:
     """The micro-batch of rows whose pixels are there."""
-    batch = collate_texts(rows, packed=False, pad_id=0)
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return PictureBatch(**values, pixel_values=pixel_values)
+    return extended(collate_texts(rows, packed=False, pad_id=0), PictureBatch, pixel_values=pixel_values)
 
 
 def _pixels_of(row: PictureRow, processor: PictureProcessor, augment: Augment | None) -> Tensor:

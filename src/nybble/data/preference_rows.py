@@ -4,7 +4,7 @@ To whatever deals, counts and cuts rows they are rows like others; `compare` lay
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nybble.data import packing
 from nybble.data.encoded_rows import ChangedRows, EncodedRows, counted
-from nybble.data.examples import EncodedExample
+from nybble.data.examples import EncodedExample, extended
 from nybble.data.packing import Batch
 from nybble.data.permutation import permutation
 
@@ -220,11 +220,11 @@ def compare(rows: Sequence[PreferenceRow], packed: bool, shares: bool = False) -
     if shares and pairs:
         batch = packing.share_beginnings(batch, [row.shared_tokens for row in pairs])
     known = [row.reference[:2] for row in pairs] + [row.reference[:1] for row in judged]
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    if learns_prompt:
-        values["weights"] = (packing.collate(answers, packed).targets != packing.IGNORE).float()
-    return PreferenceBatch(
-        **values,
+    weights = (packing.collate(answers, packed).targets != packing.IGNORE).float() if learns_prompt else batch.weights
+    return extended(
+        batch,
+        PreferenceBatch,
+        weights=weights,
         target_counts=tuple(document.supervised_tokens for document in learnt),
         answer_tokens=torch.tensor([document.supervised_tokens for document in answers], dtype=torch.float64),
         reference=torch.tensor(sum(known, ()), dtype=torch.float64) if all(known) else None,

@@ -1,13 +1,12 @@
 """Pairs of answers whose rewards are to lie apart: rows of preferences, and how far apart, where a column says so."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 
-from nybble.data.cells import describe, says_nothing
+from nybble.data.cells import finite_number, says_nothing
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import Row
@@ -16,7 +15,6 @@ from nybble.data.preferences import PairExample, encode_pair, find_pair_layout, 
 from nybble.data.prepare import RowKind
 from nybble.data.readers import Layout, RowForms
 from nybble.data.template import ChatTemplate
-from nybble.data.text_encoder import RowError
 from nybble.data.text_rows import TextRow, TextsRow
 from nybble.errors import DataError
 
@@ -79,18 +77,9 @@ def find_scored_pair_layout(row: Row, fields: FieldNames) -> Layout | None:
 
 
 def _margin(row: Row, origin: str) -> float:
-    """0 where the row says none; a table without types has it as text."""
+    """0 where the row says none."""
     value: Any = row.get(MARGIN)
-    if says_nothing(value):
-        return 0.0
-    try:
-        margin = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        margin = math.nan
-    if not math.isfinite(margin):
-        got = repr(value) if isinstance(value, (bool, int, float, str)) else describe(value)
-        raise RowError("odd-margin", origin, f"{MARGIN!r} is {got}")
-    return margin
+    return 0.0 if says_nothing(value) else finite_number(value, MARGIN, "odd-margin", origin)
 
 
 def encode_scored_pair(template: ChatTemplate, example: Example) -> list[EncodedExample]:

@@ -1,14 +1,14 @@
 """Texts that a model reads whole, as tokens: one or two beside each other, as the tokenizer writes them for it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from nybble.data import packing
-from nybble.data.examples import EncodedExample
+from nybble.data.examples import EncodedExample, extended
 from nybble.data.packing import Batch
 
 Label = str | int | float
@@ -241,10 +241,10 @@ def collate_texts(rows: Sequence[TextRow], packed: bool, pad_id: int, shared: Se
         last = batch.spread[last]
     places = [row.places for row in rows]
     labelled = [first + own for first, own in zip(last - lengths + 1, places, strict=True)]
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    values["supervised_tokens"] = sum(map(len, places))
-    return TextBatch(
-        **values,
+    return extended(
+        batch,
+        TextBatch,
+        supervised_tokens=sum(map(len, places)),
         labels=torch.cat([_target(row) for row in rows]),
         last=last,
         counts=tuple(map(len, places)),

@@ -12,6 +12,7 @@ with what regularisers add, or another (`layers/distillation.py`).
 `LossHead` computes logits that are c · tanh(s · (W·x + b) / c); which models' are, `layers/own_head.py` finds out.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -63,16 +64,23 @@ class Criterion(Protocol):
         """
 
 
-class Head(Protocol):
-    """What turns hidden states into logits and losses."""
+class Head(ABC):
+    """What turns hidden states into logits and losses.
+
+    Attributes:
+        regularisers: of `loss`, not of `token_losses`.
+    """
+
+    regularisers: Regularisers
 
     @property
+    @abstractmethod
     def device(self) -> torch.device: ...
 
     @property
+    @abstractmethod
     def vocabulary(self) -> int:
         """How many logits a state gets."""
-        ...
 
     def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
         """Σ weight · (−log p(target)) / `denominator` over the rows, with what regularisers add.
@@ -86,10 +94,13 @@ class Head(Protocol):
         Returns:
             A scalar in fp32 (nats) whose backward gives the gradient of `hidden`, and of the adapter.
         """
+        return self.judge(self.regularisers, hidden, targets, denominator, weights)[0]
 
     def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """weight · (−log p(target)) of each row in nats, `(N,)` fp32; no gradient."""
+        return weighted(self.figures(PLAIN, hidden, targets)[0], weights)
 
+    @abstractmethod
     def judge(
         self,
         criterion: Criterion,
@@ -100,21 +111,25 @@ class Head(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """`loss` by any criterion, and its figures, `(K, N)` fp32, without weights and without a gradient."""
 
+    @abstractmethod
     def figures(self, criterion: Criterion, hidden: Tensor, targets: Tensor) -> Tensor:
         """The criterion's losses and figures of each row, `(1 + K, N)` fp32 without weights; no gradient."""
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Project states `(N, hidden)` onto the vocabulary: `(N, vocabulary)`."""
 
+    @abstractmethod
     def chunk_rows(self, itemsize: int) -> int:
         """Rows whose logits are made at once, for states of elements of so many bytes."""
 
+    @abstractmethod
     def with_regularisers(self, regularisers: Regularisers) -> "Head":
         """The same with these in its `loss`."""
 
 
 @dataclass(frozen=True)
-class LossHead:
+class LossHead(Head):
     """The output projection of a model and what it does to the logits.
 
     Args:
@@ -123,7 +138,6 @@ class LossHead:
         scale: factor on the logits, bias included.
         softcap: c in c · tanh(logits / c) (Gemma 2), or None.
         adapter: beside the weight, or None; its A and B get gradients.
-        regularisers: of `loss`, not of `token_losses`.
     """
 
     weight: Tensor | HeadMatrix
@@ -156,10 +170,6 @@ class LossHead:
         """As `Head` says."""
         return replace(self, regularisers=regularisers)
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
-        """As `Head` says."""
-        return self.judge(self.regularisers, hidden, targets, denominator, weights)[0]
-
     def judge(
         self,
         criterion: Criterion,
@@ -183,11 +193,6 @@ class LossHead:
         if self.adapter is None or not self.adapter.enabled:
             return None, None
         return self.adapter.low_rank(hidden), self.adapter.lora_B.to(hidden.dtype)
-
-    @torch.no_grad()
-    def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """As `Head` says."""
-        return weighted(self.figures(PLAIN, hidden, targets)[0], weights)
 
     @torch.no_grad()
     def figures(self, criterion: Criterion, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ PROBED_STATES = (2.0**-10, 1.0, 8.0, 64.0, 2.0**20)  # sizes of the states a hea
 STATES_OF_A_SIZE = 2
 
 
-class OwnHead:
+class OwnHead(Head):
     """Whatever a model does from its last states to its logits: its own forward, its decoder set aside.
 
     A chunk of logits exists at a time; backward computes it again. Adapters in the head get their gradients.
@@ -65,10 +65,6 @@ class OwnHead:
         """As `Head` says."""
         return OwnHead(self.model, regularisers)
 
-    def loss(self, hidden: Tensor, targets: Tensor, denominator: Denominator, weights: Tensor | None = None) -> Tensor:
-        """As `Head` says."""
-        return self.judge(self.regularisers, hidden, targets, denominator, weights)[0]
-
     def judge(
         self,
         criterion: Criterion,
@@ -87,11 +83,6 @@ class OwnHead:
             total = total + as_double(weighted(part[0], w)).sum()
             found.append(part.detach())
         return (total / denominator).float(), joined(found, hidden, criterion)[1:]
-
-    @torch.no_grad()
-    def token_losses(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
-        """As `Head` says."""
-        return weighted(self.figures(PLAIN, hidden, targets)[0], weights)
 
     @torch.no_grad()
     def figures(self, criterion: Criterion, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """Learning from a teacher's distributions of the next token beside the examples' own answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from nybble.data import packing
-from nybble.data.examples import EncodedExample
+from nybble.data.examples import EncodedExample, extended
 from nybble.data.packing import Batch
 from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
@@ -61,8 +61,9 @@ class Distillation(SupervisedFineTuning):
         batch = packing.collate(rows, model.packed)
         taught = [row for row in rows if isinstance(row, TaughtExample)]
         assert len(taught) == len(rows), "rows that no teacher was asked about"
-        return TaughtBatch(
-            **{field.name: getattr(batch, field.name) for field in fields(batch)},
+        return extended(
+            batch,
+            TaughtBatch,
             teacher_ids=torch.cat([row.teacher_ids for row in taught]).long(),
             teacher_log_p=torch.cat([row.teacher_log_p for row in taught]).float(),
         )

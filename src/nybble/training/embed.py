@@ -12,7 +12,7 @@ computed once more with the same things dropped, sends its own part of that back
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nybble.data.embedding_rows import COMPARED_ROWS, ComparedTexts, compared_of, has_scores, numbered, text_keys
 from nybble.data.encoded_rows import EncodedRows
-from nybble.data.examples import EncodedExample
+from nybble.data.examples import EncodedExample, extended
 from nybble.data.packing import Batch
 from nybble.data.prepare import PreparedData, RowKind
 from nybble.data.sampler import split_micro_batches
@@ -113,8 +113,7 @@ class Embedding:
         """As `Objective` says: each row's texts, one after another."""
         compared = compared_of(rows)
         batch: TextBatch = model.collate(texts_of(compared))
-        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        return ComparedBatch(**values, numbers=tuple(row.number for row in compared))
+        return extended(batch, ComparedBatch, numbers=tuple(row.number for row in compared))
 
     def totals(self, model: Any, rows: Sequence[EncodedExample], micro_batch_size: int) -> EmbeddingTotals:
         """As `Objective` says: all texts are embedded, and compared."""

@@ -12,6 +12,7 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +28,23 @@ HEAD = struct.Struct("<16sII")  # of a record: the row's digest; bytes of what f
 ROWS_AT_ONCE = 64  # that are dealt into micro-batches together
 
 
-def content_of(row: EncodedExample) -> bytes:
-    """All that training learns from a row."""
-    return row.content
-
-
 class RowRecords:
     """Records of rows in a folder.
 
     Args:
         folder: that has them; it need not exist yet. What lies there about something else is begun anew.
         about: what the records are about, ready for JSON.
-        content_of: a row, what its record depends on.
+        content_of: a row -> what its record depends on: all that is learnt of it, where nothing else is said.
 
     Raises:
         RunError: the folder is damaged.
     """
 
     def __init__(
-        self, folder: Path, about: Mapping[str, Any], content_of: Callable[[EncodedExample], bytes] = content_of
+        self,
+        folder: Path,
+        about: Mapping[str, Any],
+        content_of: Callable[[EncodedExample], bytes] = attrgetter("content"),
     ):
         self.about, self._content_of = about, content_of
         self.folder, self._name = folder, folder.name.removesuffix(".partial")  # as it is called once the run trains

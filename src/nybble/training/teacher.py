@@ -17,7 +17,7 @@ import torch
 
 from nybble.data import packing
 from nybble.data.encoded_rows import ChangedRows, EncodedRows, counted, lengths_of, supervised_of
-from nybble.data.examples import EncodedExample
+from nybble.data.examples import EncodedExample, extended
 from nybble.data.sampler import split_micro_batches
 from nybble.errors import ConfigError, FormatError, RunError
 from nybble.events import Listener, Note
@@ -109,10 +109,8 @@ class Taught:
         border = 4 * targets * top_k
         ids = np.frombuffer(content[:border], dtype=np.int32).reshape(targets, top_k)
         log_p = np.frombuffer(content[border:], dtype=np.float16).reshape(targets, top_k + 1)
-        values = {name: getattr(row, name) for name in EncodedExample.__dataclass_fields__}
-        return TaughtExample(
-            **values, teacher_ids=torch.from_numpy(ids.copy()), teacher_log_p=torch.from_numpy(log_p.copy())
-        )
+        said = {"teacher_ids": torch.from_numpy(ids.copy()), "teacher_log_p": torch.from_numpy(log_p.copy())}
+        return extended(row, TaughtExample, **said)
 
 
 @dataclass(frozen=True)
