@@ -3,6 +3,7 @@
 import resource
 import signal
 import sys
+import time
 
 import pytest
 
@@ -16,6 +17,24 @@ def test_an_endless_loop_ends_and_the_handler_is_put_back():
             pass
     assert signal.getsignal(signal.SIGVTALRM) is before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+class BusyAtItsEnd:
+    """Python only notes what is raised while it takes an object away."""
+
+    def __del__(self):
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_that_comes_while_an_object_is_taken_away_comes_again():
+    give_up = time.process_time() + 2
+    with pytest.raises(TimeIsUpError), limited(0.05, 10**9):
+        BusyAtItsEnd()
+        while time.process_time() < give_up:
+            pass
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux only")

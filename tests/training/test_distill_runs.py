@@ -200,7 +200,9 @@ def test_a_plan_counts_the_teacher(tiny_model: Path, data: Path) -> None:
     assert "smollm2-135m: 16 bits" in str(fits) and told["peak_bytes"] > 4 * 134e6, "its weights, in fp32"
     by_rows = nybble.plan(**options | {"max_steps": None}, teacher="smollm2-135m", data=str(data)).to_json()["teacher"]
     assert 0 < by_rows["tokens"] < 40 * 128
-    squeezed = nybble.plan(**options | {"memory": "0.9GB"}, teacher="smollm2-135m").to_json()["teacher"]
+    # What this process holds already is part of every peak, and differs from run to run of the tests.
+    squeeze = f"{(told['peak_bytes'] - 100e6) / 1e9:.3f}GB"
+    squeezed = nybble.plan(**options | {"memory": squeeze}, teacher="smollm2-135m").to_json()["teacher"]
     assert squeezed["format"] == "nf4" and squeezed["fits"]
     with pytest.raises(PlanError, match=r"(?s)smallest way to ask the teacher, llama-3-8b.*nybble quantize --model"):
         nybble.plan(**options, teacher="llama-3-8b").check()
