@@ -177,9 +177,11 @@ def take_turns(calls: dict[str, Callable[[], Any]], rounds: int, patience_s: flo
     return turns
 
 
-def compare_keeps(name: str, model: PreTrainedModel, rounds: int, patience_s: float) -> tuple[list[list[str]], Turns]:
+def compare_keeps(
+    name: str, model: PreTrainedModel, dtype: torch.dtype, rounds: int, patience_s: float
+) -> tuple[list[list[str]], Turns]:
     config, step = MODELS[name], Step(model)
-    products, batch = Products(config, TOKENS, model.dtype), documents(TOKENS, config.vocab_size)
+    products, batch = Products(config, TOKENS, dtype), documents(TOKENS, config.vocab_size)
     models = {keep: CausalLM.of(model, keep=keep) for keep in get_args(Keep)}
     calls: dict[str, Callable[[], Any]] = {"products": products}
     calls |= {keep: partial(step, causal_lm, batch) for keep, causal_lm in models.items()}
@@ -238,7 +240,7 @@ def main() -> None:
     kept: list[list[str]] = []
     samples: dict[str, Any] = {}
     for name, model in loaded.items():
-        rows, turns = compare_keeps(name, model, rounds if name == "135M" else -(-rounds // 3), arguments.wait)
+        rows, turns = compare_keeps(name, model, dtype, rounds if name == "135M" else -(-rounds // 3), arguments.wait)
         kept += rows
         samples[f"{name} keep"], about[f"load, {name}"] = turns.record(), turns.load()
     columns = ["step", "seconds", "times the products", "GFLOP/s of products"]
