@@ -4,7 +4,7 @@
 
 Both load the same 16-bit base into NF4 with double quantisation and answer the same prompts, in turns: one token first,
 which times the reading of the prompt, then the whole answer. The answers are compared: greedy tokens are the same until
-one near tie falls otherwise in bf16, so most prompts must agree on their beginnings.
+one near tie falls otherwise, so most prompts must agree on their beginnings.
 """
 
 import statistics
@@ -23,7 +23,7 @@ from common import (
     report,
     wait_for_quiet,
 )
-from inputs import IGNORE, prepare_inputs, read_steps
+from inputs import DTYPE_NAME, IGNORE, prepare_inputs, read_steps
 
 from nybble.kernels.backends.cpp import library
 
@@ -59,7 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds = 2 if arguments.quick else arguments.rounds
     inputs = prepare_inputs(arguments.model, arguments.data, arguments.scratch, rounds)
-    settings = {"work": "answer", "base": str(inputs.base)}
+    settings = {"work": "answer", "base": str(inputs.base), "dtype": DTYPE_NAME}
 
     def start(name: str, python: str | Path, script: str) -> Contender:
         log = arguments.scratch / "logs" / f"generate-{name.split()[0]}.log"
@@ -70,6 +70,7 @@ def main() -> None:
     others = wait_for_quiet(arguments.wait)
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
+        "compute dtype": DTYPE_NAME,
         "kernels": library.describe()["isa"],
     }
     prompts = prompts_of(inputs.answers, rounds + 1)

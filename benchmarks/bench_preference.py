@@ -23,7 +23,7 @@ import torch
 from bench_attention import matmul_rate
 from bench_step import GRADIENT_COSINE, LOSS_TOLERANCE, Work, agrees, take_turns, trl
 from common import Contender, Spread, Table, Turns, about_machine, model_options, options, report, wait_for_quiet
-from inputs import Inputs, prepare_base, read_steps
+from inputs import DTYPE, DTYPE_NAME, Inputs, prepare_base, read_steps
 
 from nybble.data.preference_rows import EncodedPair
 from nybble.data.preferences import PAIR_ROWS
@@ -146,7 +146,8 @@ def main() -> None:
     others = wait_for_quiet(arguments.wait)
     about = about_machine(arguments.threads) | {
         "others_share_of_a_core_before": others,
-        "GFLOP/s of a 2048^3 product in bf16": matmul_rate(torch.bfloat16, time.perf_counter) / 1e9,
+        "compute dtype": DTYPE_NAME,
+        "GFLOP/s of a 2048^3 product in it": matmul_rate(DTYPE, time.perf_counter) / 1e9,
         "kernels": library.describe()["isa"],
     }
     tables, samples = [], {}

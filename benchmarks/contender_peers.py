@@ -1,6 +1,6 @@
 """The peers as contenders: TRL, a bare PEFT loop, and transformers' generation; runs in their virtual environment.
 
-    python contender_peers.py '{"work": "trl", "base": ..., "adapter": ..., "steps": ..., "checkpointing": true}'
+    python contender_peers.py '{"work": "trl", "dtype": "bfloat16", "base": ..., "adapter": ..., "steps": ...}'
 
 The time of a step is from the request to the end of the optimizer's step. TRL's trainer has read and padded the batch
 before it asks, so that part is not counted against it.
@@ -26,19 +26,19 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 
 def load(settings: dict[str, Any]) -> tuple[Any, float]:
-    """The base in four bits (bits: 4) or bf16 (bits: 16), and the seconds that it took to load."""
+    """The base in four bits (bits: 4) or as it is (bits: 16), and the seconds that it took to load."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, settings["dtype"]),
     )
     started = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(
         settings["base"],
-        dtype=torch.bfloat16,
+        dtype=getattr(torch, settings["dtype"]),
         device_map="cpu",
         quantization_config=four_bits if settings.get("bits", 4) == 4 else None,
     )

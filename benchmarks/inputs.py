@@ -1,4 +1,4 @@
-"""What every contender of one comparison starts from: the same base in 16 bits, the same adapter, the same rows."""
+"""What every contender of one comparison starts from: the same base, adapter and rows, and the dtype to compute in."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from nybble.data.sampler import StepSampler
 from nybble.data.template import ChatTemplate
 from nybble.formats.safetensors import staged_folder
 from nybble.layers.convert import attach_adapters, quantizable_linears
+from nybble.layers.precision import resolve_compute_dtype
 from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
@@ -22,6 +23,9 @@ RANK, ALPHA = 16, 32.0
 ROWS_PER_STEP, MAX_SEQ_LEN = 8, 512
 FULL_ROWS, FULL_LENGTH = 4, 256
 IGNORE = -100
+# What nybble computes in here, and the peers too: where a processor does not multiply bf16, that is slow for all.
+DTYPE = resolve_compute_dtype("auto", torch.device("cpu"))
+DTYPE_NAME = str(DTYPE).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
