@@ -89,7 +89,7 @@ def train_pairs(settings: dict[str, Any], channel: Channel) -> None:
     if gradients := settings.get("gradients"):
         first = {"loss": compute(steps[0])}
         save_file({name: each.lora_B.grad for name, each in adapters_of(model.module).items()}, gradients)
-        model.module.zero_grad(set_to_none=True)
+        optimizer.drop_gradients()
     channel.send(load_s=load_s, versions=versions("nybble", "torch", "transformers"), path=causal_lm.name, **first)
     while True:
         rows = steps[channel.receive()["step"]]
