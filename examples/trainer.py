@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 import nybble
 
 
-def fine_tune(base: Path, data: Path, out: Path, *, resume: bool = False, **arguments: Any) -> Trainer:
-    """The trainer, once it is done; `arguments` are TrainingArguments'."""
+def make_trainer(base: Path, data: Path, out: Path, **arguments: Any) -> Trainer:
+    """A trainer of rows with `prompt` and `completion`; `arguments` are TrainingArguments'."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=nybble.NybbleConfig(format="nf4"))
@@ -31,18 +31,17 @@ def fine_tune(base: Path, data: Path, out: Path, *, resume: bool = False, **argu
         return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
     rows = [encode(json.loads(line)) for line in data.read_text(encoding="utf-8").splitlines()]
-    given = TrainingArguments(str(out), learning_rate=1e-3, report_to="none", **arguments)
-    trainer = Trainer(
+    given = TrainingArguments(str(out), **{"learning_rate": 1e-3, "report_to": "none"} | arguments)
+    return Trainer(
         model,
         given,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         train_dataset=Dataset.from_list(rows),
     )
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
-    return trainer
 
 
 if __name__ == "__main__":
-    done = fine_tune(*map(Path, sys.argv[1:4]), max_steps=int(sys.argv[4]) if sys.argv[4:] else -1)
-    print(f"loss {done.state.log_history[-1]['train_loss']:.3f}")
+    trainer = make_trainer(*map(Path, sys.argv[1:4]), max_steps=int(sys.argv[4]) if sys.argv[4:] else -1)
+    trainer.train()
+    trainer.save_model()
+    print(f"loss {trainer.state.log_history[-1]['train_loss']:.3f}")

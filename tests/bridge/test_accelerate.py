@@ -131,6 +131,39 @@ def test_documents_side_by_side(implementation: str, blocks_run: list[str]) -> N
     assert len(blocks_run) == 3
 
 
+def test_documents_whose_borders_come_for_flash_attention(blocks_run: list[str]) -> None:
+    model = adapted().train()
+    places = torch.tensor([[*range(5), *range(9)]])
+    expected = model(IDS[:1], position_ids=places, use_cache=False).logits
+    nybble.accelerate(model)
+    model.base_model.model.config._attn_implementation = "flash_attention_2"  # no mask is made for it
+    lengths = {"cu_seq_lens_q": torch.tensor([0, 5, 14]), "max_length_q": 9}
+    got = model(IDS[:1], position_ids=places, use_cache=False, **lengths).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert len(blocks_run) == 3
+
+
+def test_with_the_adapter_and_without_it_in_turns() -> None:
+    """As preferences ask: between a forward pass and its backward pass another one without the adapter."""
+    model = adapted(use_dora=True)
+    twin = copy.deepcopy(model)
+    done = nybble.accelerate(model)
+    _, _, alone = step(model, RIGHT)
+    made = [layer._blocks[0][1] for layer in done.layers]
+    model.zero_grad()
+    labels = IDS.masked_fill((RIGHT == 0) | (RIGHT.cumsum(1) == 1), -100)
+    given = {"input_ids": IDS, "attention_mask": RIGHT, "labels": labels, "use_cache": False}
+    out = model(**given)
+    with torch.no_grad(), model.disable_adapter(), twin.disable_adapter():
+        torch.testing.assert_close(model(**given).loss, twin(**given).loss, rtol=1e-4, atol=1e-4)
+        assert abs(twin(**given).loss - out.loss) > 1e-2
+    out.loss.backward()
+    assert all(torch.equal(p.grad, alone[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert all(block is layer._blocks[1][1] for block, layer in zip(made, done.layers, strict=True)), (
+        "none is made anew"
+    )
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_with_gradient_checkpointing(use_reentrant: bool, blocks_run: list[str]) -> None:
     model = adapted()
@@ -160,14 +193,15 @@ def test_what_a_block_keeps_under_checkpointing_is_its_input() -> None:
     assert kept == {False: True, True: False}
 
 
-def test_training_evaluating_and_training_gives_the_same_gradients() -> None:
+def test_training_evaluating_answering_and_training_gives_the_same_gradients() -> None:
     model = adapted()
     nybble.accelerate(model)
     first = step(model)[2]
-    model.eval()
     with torch.no_grad():
-        model.generate(IDS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
-        model(IDS)
+        for training in (True, False):  # TRL's GRPOTrainer samples in training mode
+            model.train(training)
+            model.generate(IDS[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+            model(IDS, use_cache=False)
     second = step(model)[2]
     assert all(torch.equal(grad, second[name]) for name, grad in first.items())
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nybble.bridge.masked_rows import Rows, read_mask
+from nybble.bridge.masked_rows import Rows, read_borders, read_mask
 from nybble.bridge.peft_layers import is_peft_lora, state_of, view, why_not_viewed
 from nybble.errors import ModelError
 from nybble.families import FAMILIES
@@ -94,12 +94,20 @@ class _Shared:
         self.weights, self.reasons = DenseWeights(), set[str]()
         self._seen: dict[int, tuple[Tensor | None, Any, Rows | None]] = {}
 
-    def rows(self, mask: Tensor | None, x: Tensor, window: int) -> Rows | None:
-        """As `read_mask`, read once for the layers that get the same mask."""
+    def rows(self, keywords: Any, x: Tensor, window: int) -> Rows | None:
+        """As `read_mask` or `read_borders`, read once for the layers that get the same."""
+        mask, borders = keywords.get("attention_mask"), keywords.get("cu_seq_lens_q")
+        says = borders if mask is None else mask  # for flash attention there is no mask
         batch = (x.shape[:2], x.device)
         seen = self._seen.get(window)
-        if seen is None or seen[0] is not mask or seen[1] != batch:
-            seen = self._seen[window] = (mask, batch, read_mask(mask, x.shape[0], x.shape[1], window, x.device))
+        if seen is None or seen[0] is not says or seen[1] != batch:
+            length = x.shape[1]
+            rows = (
+                read_mask(mask, len(x), length, window, x.device)
+                if says is mask
+                else read_borders(says, len(x) * length)
+            )
+            seen = self._seen[window] = (says, batch, rows)
         return seen[2]
 
     def say(self, reason: str) -> None:
@@ -143,14 +151,14 @@ class AcceleratedLayer(nn.Module):
             return "layers are called in a way that blocks do not know"
         if keywords.get("past_key_values") is not None:
             return "a cache of keys and values is filled: pass use_cache=False"
-        if keywords.get("output_attentions") or keywords.get("cu_seq_lens_q") is not None:
-            return "attention weights are asked for, or rows come without padding for flash attention"
+        if keywords.get("output_attentions"):
+            return "attention weights are asked for"
         block = self._block()
         if isinstance(block, str):
             return block
         if x.dtype != block.dtype:
             return f"states are {x.dtype} and norms {block.dtype}"
-        rows = self.accelerated_by[1].rows(keywords.get("attention_mask"), x, block.window)
+        rows = self.accelerated_by[1].rows(keywords, x, block.window)
         return (block, rows) if rows else "the attention mask is not that of causal attention within documents"
 
     def _block(self) -> "DecoderBlock | str":
@@ -161,10 +169,11 @@ class AcceleratedLayer(nn.Module):
         parameters = [(id(each), each.requires_grad) for each in self.parameters()]
         adapters = [state_of(each) for each in linears if is_peft_lora(each)]
         now = (parameters, adapters, self.training)
-        if self.__dict__.get("_block_of") != now:
-            self.__dict__["_block_of"], self.__dict__["_block_made"] = now, self._make_block(linears, family, config)
-        made: DecoderBlock | str = self.__dict__["_block_made"]
-        return made
+        # Two, since preferences ask the model with its adapter and without it in turns.
+        made: list[tuple[object, DecoderBlock | str]] = self.__dict__.setdefault("_blocks", [])
+        block = next((block for of, block in made if of == now), None) or self._make_block(linears, family, config)
+        made[:] = [(now, block), *(each for each in made if each[0] != now)][:2]
+        return block
 
     def _make_block(self, linears: Sequence[nn.Module], family: Any, config: Any) -> "DecoderBlock | str":
         for linear in linears:
@@ -200,7 +209,7 @@ class AcceleratedLayer(nn.Module):
         return y.view(batch, length, width)
 
 
-_OURS = ("accelerated_by", "_block_of", "_block_made")
+_OURS = ("accelerated_by", "_blocks")
 
 
 class _View:

@@ -1,8 +1,9 @@
 """What an attention mask of transformers says of a batch: which positions are tokens, and which of them are documents.
 
 transformers hands its layers no mask where every position attends to all before it, or one `(B, 1, T, T)`, true (or 0)
-where a position attends. Decoder blocks take the tokens side by side and the borders of documents. A mask that says
-anything else (bidirectional, prefixes) is recognised as such and not taken.
+where a position attends; for flash attention the borders of documents instead. Decoder blocks take the tokens side by
+side and the borders of documents. A mask that says anything else (bidirectional, prefixes) is recognised as such and
+not taken.
 """
 
 from dataclasses import dataclass
@@ -48,6 +49,17 @@ def read_mask(mask: Tensor | None, batch: int, length: int, window: int, device:
     cu_seqlens = torch.cat([borders, real.sum().view(1)]).int()
     tokens = None if bool(real.all()) else torch.nonzero(real.flatten()).flatten()
     return Rows(tokens, cu_seqlens, int(cu_seqlens.diff().max()))
+
+
+def read_borders(cu_seqlens: Tensor, positions: int) -> Rows | None:
+    """What rows without padding say of themselves in place of a mask; None where they leave positions out.
+
+    Args:
+        cu_seqlens: `(documents + 1)`, as flash attention takes them.
+        positions: of the batch, all rows together.
+    """
+    whole = int(cu_seqlens[-1]) == positions
+    return Rows(None, cu_seqlens.int(), int(cu_seqlens.diff().max())) if whole else None
 
 
 def _expected(real: Tensor, starts: Tensor, window: int) -> Tensor:
