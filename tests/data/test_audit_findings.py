@@ -143,7 +143,7 @@ def test_damage_to_a_file_stops_training_however_little_of_it_is_seen(audit_of):
 @pytest.mark.parametrize(
     "turn, id",
     [
-        ({"content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "x"}}]}, "beyond-text"),
+        ({"content": [{"type": "text", "text": "a"}, {"type": "input_audio", "input_audio": {}}]}, "beyond-text"),
         ({"content": "a", "reasoning": [{"type": "image"}]}, "beyond-text"),
         ({"content": "a", "weight": -0.5}, "unread-weight"),
         ({"content": "a", "weight": 1, "train": False}, "unread-weight"),

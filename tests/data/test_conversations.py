@@ -172,8 +172,8 @@ def test_content_in_text_parts_is_one_text_and_other_parts_are_refused(read, tok
     parts = [{"type": "text", "text": "The "}, {"type": "text", "text": "answer"}]
     data = read(talks(USER, {"role": "assistant", "content": parts}))
     assert learnt(data, tokenizer_of("bytes", "chatml")) == ["The answer<|im_end|>"] * 8
-    parts.append({"type": "image_url", "image_url": {"url": "x.png"}})
-    with pytest.raises(DataError, match=r"a\.jsonl:1: turn 2 .*'image_url'"):
+    parts.append({"type": "input_audio", "input_audio": {"data": "x"}})
+    with pytest.raises(DataError, match=r"a\.jsonl:1: turn 2 .*'input_audio'"):
         read(talks(USER, {"role": "assistant", "content": parts}))
 
 

@@ -76,7 +76,7 @@ def test_columns_that_nothing_reads_are_counted_and_those_that_teach_are_named(w
         ({"weight": 0}, True),
         ({"weight": 1, "train": True}, False),
         ({"context": "the page that is asked about"}, True),
-        ({"images": ["a.png"]}, True),
+        ({"audios": ["a.wav"]}, True),
         ({"images": [], "score": float("nan")}, False),
         ({"label": False}, True),
         ({"label": True, "label_id": 3}, False),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.data.examples import Example, Message
+from nybble.data.turn_pictures import with_pictures
 from nybble.data.turns import link_results, read_turns
 from nybble.errors import ConfigError, DataError
 from nybble.events import Listener, silent
@@ -74,7 +75,7 @@ class Run:
 
     def generate(
         self,
-        prompt: str | Sequence[Mapping[str, str]],
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
@@ -86,7 +87,8 @@ class Run:
         """The tuned model's answer.
 
         Args:
-            prompt: what the user says; or a conversation, turns of `{"role": ..., "content": ...}`.
+            prompt: what the user says; or a conversation, turns of `{"role": ..., "content": ...}`, whose contents may
+                be lists of parts with pictures, as in rows.
             system: system message before it.
             max_new_tokens: most tokens in the answer.
             temperature: 0 takes the likeliest token every time.
@@ -109,13 +111,22 @@ class Run:
         first = [] if options.system is None else [Message("system", options.system)]
         template = self._opened.template
         pieces = TextPieces(template.tokenizer)
+        turns = [*first, *_turns(prompt)]
+        beside: Mapping[str, Any] = {}
+        if any(turn.pictures for turn in turns):
+            row = template.encode_asked(turns)
+            assert template.reader is not None  # else the row was refused
+            ids, beside = row.input_ids.tolist(), template.reader.collate([row], packed=False).pictures
+        else:
+            ids = template.encode_prompt(turns)
         generate(
             self._model,
-            [template.encode_prompt([*first, *_turns(prompt)])],
+            [ids],
             stop_ids=template.stop_ids,
             max_new_tokens=options.max_new_tokens,
             sampling=Sampling(options.temperature, options.top_p, options.top_k, seed=options.seed),
             on_token=lambda _, token: pieces.add(token),
+            beside=beside,
         )
         return pieces.text()
 
@@ -265,7 +276,8 @@ def _turns(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     if isinstance(prompt, str):
         return [Message("user", prompt)]
     try:
-        return list(link_results(read_turns([dict(turn) for turn in prompt], "prompt", "prompt"), "prompt"))
+        turns = read_turns([dict(turn) for turn in prompt], "prompt", "prompt", pictures=True)
+        return list(with_pictures(Example("prompt", link_results(turns, "prompt")), {}, None).conversation())
     except (TypeError, ValueError, DataError) as error:
         allowed = "Allowed: text, or a list of turns such as {'role': 'user', 'content': 'Hello.'}."
         raise ConfigError(f"prompt is {prompt!r}: {error}", allowed) from error

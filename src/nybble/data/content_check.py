@@ -72,7 +72,9 @@ def check_tools(origin: str, tools: Sequence[dict[str, Any]], text: str, without
 
 def _parts(message: Message) -> Iterator[tuple[str, list[str]]]:
     """(what it is, how it may be spelled without white space) of each part of a message."""
-    yield "message", _spellings(message.content) if message.role == "tool" else [_squeeze(message.content)]
+    for part in message.parts or (message.content,):
+        if isinstance(part, str):
+            yield "message", _spellings(part) if message.role == "tool" else [_squeeze(part)]
     yield "the thinking of message", [_squeeze(message.reasoning)]
     for call in message.calls:
         yield "a tool call in message", [_squeeze(call.name)]

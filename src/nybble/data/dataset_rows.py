@@ -29,12 +29,21 @@ def parquet_rows(path: Path, name: str) -> Rows:
 
 def _undecoded(rows: Any) -> Any:
     """The rows with pictures as their files are: they are decoded where they are needed."""
-    from datasets import Image
-
     for column, kind in (rows.features or {}).items():
-        if isinstance(kind, Image):
-            rows = rows.cast_column(column, Image(decode=False))
+        if (own := _as_files(kind)) != kind:
+            rows = rows.cast_column(column, own)
     return rows
+
+
+def _as_files(kind: Any) -> Any:
+    """A column's type with its pictures, at any depth, as files."""
+    from datasets import Image, List
+
+    if isinstance(kind, Image):
+        return Image(decode=False)
+    if isinstance(kind, dict):
+        return {name: _as_files(each) for name, each in kind.items()}
+    return List(_as_files(kind.feature), kind.length) if isinstance(kind, List) else kind
 
 
 def class_names(features: Any) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from nybble.data.examples import EncodedExample
 from nybble.files.spool import Chosen, Numbered, Spool
 
-COUNTS = 7  # that are kept of each sequence
+COUNTS = 9  # that are kept of each sequence
 
 
 class SequenceFile:
@@ -33,6 +33,7 @@ class SequenceFile:
             documents = row.document_lengths
             self._counts.extend((len(row), row.supervised_tokens, row.num_truncated))
             self._counts.extend((row.num_targets, row.shared_tokens, max(documents), len(documents)))
+            self._counts.extend((row.picture_values, row.decoded_kib))
 
     def rows(self, numbers: np.ndarray) -> "EncodedRows":
         """Some of them, in the order of their `numbers`, int64."""
@@ -46,14 +47,16 @@ class EncodedRows(Chosen[EncodedExample]):
     Args:
         numbers: int64, which of `items`.
         counts: int32 `(len(numbers), COUNTS)`: of each its tokens, its supervised targets, the tokens that it lost; its
-            targets of all kinds, the tokens that two of its documents share, those of its longest one, its documents.
+            targets of all kinds, the tokens that two of its documents share, those of its longest one, its documents;
+            values of its pictures' tensors, and KiB of the pictures decoded.
     """
 
     def __init__(self, items: Sequence[EncodedExample], numbers: np.ndarray, counts: np.ndarray):
         super().__init__(items, numbers)
         self.counts = counts
         self.lengths, self.supervised_tokens, self.num_truncated, *more = np.ascontiguousarray(counts.T)
-        self.num_targets, self.shared_tokens, self.longest, self.documents = more
+        self.num_targets, self.shared_tokens, self.longest, self.documents, *pictures = more
+        self.picture_values, self.decoded_kib = pictures
 
     def __add__(self, other: "EncodedRows") -> "EncodedRows":
         """These and, behind them, others of the same file."""

@@ -36,6 +36,18 @@ class ToolCall:
         return json.dumps({"name": self.name, "arguments": self.arguments}, ensure_ascii=False, sort_keys=True)
 
 
+class Picture(NamedTuple):
+    """A picture in a turn.
+
+    Args:
+        stored: its file, or its path; empty where the row has it elsewhere.
+        digest: SHA-256 of the file.
+    """
+
+    stored: bytes | str
+    digest: str = ""
+
+
 class CallForm(NamedTuple):
     """How a template wants to be given tool calls; templates differ, and each takes one of these.
 
@@ -71,6 +83,7 @@ class Message:
         answers: id of the call that a tool's turn is the result of.
         name: of the tool whose result this is.
         given: characters at the content's beginning that the prompt holds and the turn goes on from; they are context.
+        parts: texts and pictures in their order, where there are pictures; `content` is the texts then.
     """
 
     role: Role
@@ -82,19 +95,34 @@ class Message:
     answers: str = ""
     name: str = ""
     given: int = 0
+    parts: tuple[str | Picture, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """Those among its parts."""
+        return tuple(part for part in self.parts if isinstance(part, Picture))
 
     @property
     def supervised(self) -> bool:
         """Whether the model learns to write this turn."""
         return self.role == "assistant" and self.weight != 0
 
-    def as_dict(self, form: CallForm = PLAIN_CALLS) -> dict[str, Any]:
-        """What a chat template sees. Thinking bears every name that templates have for it."""
+    def as_dict(self, form: CallForm = PLAIN_CALLS, in_parts: bool = False) -> dict[str, Any]:
+        """What a chat template sees. Thinking bears every name that templates have for it.
+
+        Args:
+            in_parts: the content is a list in any case, not only where there are pictures.
+        """
         told: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.parts or in_parts:
+            said = self.parts or (self.content,)
+            told["content"] = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in said
+            ]
         if self.reasoning:
             told |= dict.fromkeys(REASONING_KEYS, self.reasoning)
         if self.calls:
-            if form.null_content and not self.content:
+            if form.null_content and not self.content and not in_parts:
                 told["content"] = None
             told["tool_calls"] = [_call_as_dict(call, form) for call in self.calls]
         if self.role == "tool":
@@ -104,6 +132,7 @@ class Message:
     def said(self) -> list[tuple[str, str]]:
         """(what it is, its text) of all that the turn says."""
         calls = [("call", call.as_json()) for call in self.calls]
+        calls += [("picture", picture.digest) for picture in self.pictures]
         return [*([("reasoning", self.reasoning)] if self.reasoning else []), (self.role, self.content), *calls]
 
 
@@ -234,6 +263,16 @@ class EncodedExample:
         return 0
 
     @property
+    def picture_values(self) -> int:
+        """Of the tensors that are made of its pictures."""
+        return 0
+
+    @property
+    def decoded_kib(self) -> int:
+        """Of its pictures in red, green and blue."""
+        return 0
+
+    @property
     def content(self) -> bytes:
         """All that training learns from it, to tell it from others."""
         weights = b"" if self.weights is None else self.weights.numpy().tobytes()
@@ -243,6 +282,12 @@ class EncodedExample:
     def prompt_ids(self) -> list[int]:
         """The tokens before the first supervised one: what chat would send for this row's first answer."""
         return self.input_ids[: self._first_supervised()].tolist()
+
+    @property
+    def prompt(self) -> "EncodedExample":
+        """The same as a sequence of its own."""
+        length = self._first_supervised()
+        return replace(self, input_ids=self.input_ids[:length], supervised=self.supervised[:length], weights=None)
 
     @property
     def answer_ids(self) -> list[int]:

@@ -129,6 +129,23 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "nothing, if that is meant",
     ),
     "animated-picture": ("rows have pictures that move, of which the first is taken", "nothing, if that is meant"),
+    "picture-url": (
+        "rows whose picture lies on a network were dropped: nothing is fetched",
+        "download it first and name the file, from the folder of the rows",
+    ),
+    "picture-marks": (
+        "rows with more or fewer pictures than places for them were dropped",
+        "write <image> where each picture of the `images` column stands, or a part of the type image",
+    ),
+    "picture-in-answer": ("rows with a picture in an assistant's turn were dropped", "move it to a user's turn"),
+    "pictures-unread": (
+        "rows have pictures, and the model reads text alone",
+        "choose a vision-language model, or remove the rows",
+    ),
+    "template-loses-pictures": (
+        "the chat template leaves out pictures that rows have, or writes more than they have",
+        "choose a template that writes each down: --chat-template FILE, and spell the token for a picture in no text",
+    ),
     "mixed-forms": (
         "rows are labelled otherwise than most: a label a text, a list of labels, or labels of tokens",
         "give all rows the same form, or train on each by itself",
@@ -250,6 +267,7 @@ WARNINGS = {
     *("equal-texts", "odd-score"),
     *("rare-label", "missing-label", "empty-text"),
     *("missing-picture", "broken-picture", "huge-picture", "converted-picture", "animated-picture"),
+    *("picture-url", "picture-marks", "picture-in-answer"),
     *("odd-labels", "odd-tags", "odd-span", "stray-inside", "word-without-token"),
     *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
     *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from nybble.data.chat_templates import find_template
+from nybble.data.picture_reader import PictureReader
 from nybble.data.picture_rows import PictureProcessor, PictureTemplate
 from nybble.data.supervision import Learnt
 from nybble.data.template import ChatTemplate
@@ -17,11 +18,13 @@ def open_template(
     tokenizer: PreTrainedTokenizerBase | PictureProcessor,
     recorded: Path | None = None,
     conversations: bool = True,
+    reader: PictureReader | None = None,
 ) -> ChatTemplate:
     """The template that the options choose; none where rows are no conversations.
 
     Args:
         recorded: file of the template that a run was trained with; where it exists, it is the one.
+        reader: of a vision-language model.
 
     Raises:
         ConfigError: --chat-template names none.
@@ -33,9 +36,9 @@ def open_template(
         return ChatTemplate(tokenizer, "none")
     chosen, learnt = options.chat_template, Learnt(options.train_on, options.thinking)
     if recorded is not None and recorded.is_file():
-        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"), learnt=learnt)
+        return ChatTemplate(tokenizer, options.template, recorded.read_text(encoding="utf-8"), (), learnt, reader)
     if chosen is None:
-        return ChatTemplate(tokenizer, options.template, learnt=learnt)
+        return ChatTemplate(tokenizer, options.template, learnt=learnt, reader=reader)
     notice = f"Chat template: {chosen}, in place of the tokenizer's own."
     text = find_template(chosen, TextEncoder(tokenizer))
-    return ChatTemplate(tokenizer, options.template, text, (notice,), learnt)
+    return ChatTemplate(tokenizer, options.template, text, (notice,), learnt, reader)

@@ -128,11 +128,27 @@ class Batch:
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Self:
         def moved(names: Iterable[str]) -> dict[str, Any]:
             values = {name: getattr(self, name) for name in names}
-            return {name: function(x) if isinstance(x, Tensor) else x for name, x in values.items()}
+            return {name: mapped(value) for name, value in values.items()}
+
+        def mapped(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: function(tensor) for name, tensor in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
 
         batch = replace(self, **moved(field.name for field in fields(self)))
         vars(batch).update(moved(name for name, value in vars(Batch).items() if isinstance(value, cached_property)))
         return batch
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PicturedBatch(Batch):
+    """A micro-batch with pictures among its tokens.
+
+    Args:
+        pictures: what the model is given of them beside the tokens, by name: `pixel_values` and what belongs to them.
+    """
+
+    pictures: dict[str, Tensor]
 
 
 def fill_up(batch: Batch, *, tokens: int, documents: int, longest: int, supervised: int) -> Batch:

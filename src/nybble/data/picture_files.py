@@ -3,13 +3,16 @@
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from nybble.data.findings import Finding, find
 from nybble.data.text_encoder import RowError
+from nybble.files.spool import Spool
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,3 +99,16 @@ def _in_colours(image: "Image", origin: str) -> "Image":
     if image.mode in ("P", "PA", "LA"):
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def find_in_notes(noted: Iterable[tuple[str, Sequence[str]]]) -> list[Finding]:
+    """What was done to pictures, by the origins of rows and the notes of their pictures."""
+    converted, animated = Spool[str](), Spool[str]()
+    modes: Counter[str] = Counter()
+    for origin, notes in noted:
+        animated.extend([origin] if ANIMATED in notes else [])
+        own = [note for note in notes if note != ANIMATED]
+        converted.extend([origin] if own else [])
+        modes.update(own)
+    named = ", ".join(f"{mode} {count}" for mode, count in modes.most_common())
+    return find("converted-picture", converted, named) + find("animated-picture", animated)

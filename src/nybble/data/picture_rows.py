@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample, Example, extended
-from nybble.data.findings import Finding, find
-from nybble.data.picture_files import ANIMATED, Stored, decode, picture_bytes
+from nybble.data.findings import Finding
+from nybble.data.picture_files import Stored, decode, find_in_notes, picture_bytes
 from nybble.data.template import ChatTemplate
 from nybble.data.text_rows import Label, Labels, TextBatch, TextRow, collate_texts
 from nybble.errors import DataError
-from nybble.files.spool import Spool
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -155,16 +153,7 @@ def picture_row(
 
 def find_in_pictures(rows: Iterable[EncodedExample]) -> list[Finding]:
     """What was done to pictures before the model's own processor."""
-    converted, animated = Spool[str](), Spool[str]()
-    modes: Counter[str] = Counter()
-    for row in rows:
-        if isinstance(row, PictureRow) and row.notes:
-            animated.extend([row.origin] if ANIMATED in row.notes else [])
-            own = [note for note in row.notes if note != ANIMATED]
-            converted.extend([row.origin] if own else [])
-            modes.update(own)
-    named = ", ".join(f"{mode} {count}" for mode, count in modes.most_common())
-    return find("converted-picture", converted, named) + find("animated-picture", animated)
+    return find_in_notes((row.origin, row.notes) for row in rows if isinstance(row, PictureRow))
 
 
 # ---- batches ---------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from nybble.data import audit as checks
 from nybble.data import comparisons
 from nybble.data.audit import Audit
 from nybble.data.conversation_findings import find_in_conversations, say_what_is_learnt
-from nybble.data.encoded_rows import EncodedRows, SequenceFile
+from nybble.data.encoded_rows import EncodedRows, SequenceFile, counted
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames, field_names
 from nybble.data.findings import MAX_ROW_CHARACTERS, Finding, check_allowed, find
 from nybble.data.mixture import Mixture, audit_mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
+from nybble.data.picture_reader import find_in_conversation_pictures, have_pictures
 from nybble.data.readers import EXAMPLES, ReadResult, RowForms, read_examples
 from nybble.data.sources import DataSource, refuse_weights
 from nybble.data.split import content_ranks, split_validation
@@ -52,7 +54,14 @@ class RowKind:
     conversations: bool = True
 
 
-EXAMPLE_ROWS = RowKind(EXAMPLES, ChatTemplate.encode_example)  # what the template marks as the assistant's is learnt
+def _find_in_examples(rows: Sequence[EncodedExample], held_out: Sequence[EncodedExample]) -> list[Finding]:
+    both = [part for part in map(counted, (rows, held_out)) if have_pictures(part)]
+    return find_in_conversation_pictures(chain.from_iterable(both))
+
+
+EXAMPLE_ROWS = RowKind(  # what the template marks as the assistant's is learnt
+    EXAMPLES, ChatTemplate.encode_example, find=_find_in_examples
+)
 
 
 @dataclass(frozen=True)

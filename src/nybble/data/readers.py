@@ -18,6 +18,8 @@ from nybble.data.row_files import RowFile, open_sources
 from nybble.data.sources import BUILTIN, DataSource, parse_sources
 from nybble.data.text_encoder import RowError
 from nybble.data.tool_formats import TOOL_COLUMNS, Conversation, as_schema, glaive, is_glaive, recognised, xlam
+from nybble.data.turn_pictures import COLUMNS as PICTURE_COLUMNS
+from nybble.data.turn_pictures import with_pictures
 from nybble.data.turns import link_results, read_turns
 from nybble.errors import DataError
 from nybble.events import MANY, Listener, Progress, silent
@@ -48,7 +50,7 @@ TEACHING_COLUMNS = frozenset(
     (
         *("weight", "weights", "loss", "train", "loss_weight", "sample_weight"),
         *(*TOOL_COLUMNS, "chat_template_kwargs", "response_format"),
-        *("image", "images", "audio", "audios", "video", "videos"),
+        *(*PICTURE_COLUMNS, "audio", "audios", "video", "videos"),
         *("reasoning", "reasoning_content", "thinking", "chain_of_thought", "rationale"),
     )
 )
@@ -67,8 +69,8 @@ OWN_COLUMNS = "name your columns with --prompt-field and --completion-field, --m
 
 
 class Layout(NamedTuple):
-    """Which columns hold what; `name` is for people, `optional` columns are read where a row has them, and numbers in
-    `raw` ones are none that text is meant by.
+    """Which columns hold what; `name` is for people, `optional` columns are read where a row has them, numbers in `raw`
+    ones are none that text is meant by, and turns may have `pictures`.
     """
 
     kind: Literal["turns", "pair", "text", "labelled"]
@@ -78,6 +80,7 @@ class Layout(NamedTuple):
     build: Callable[[Row, str], Example]
     calls: str | None = None  # the format of tool calls that its rows are in
     raw: tuple[str, ...] = ()
+    pictures: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def _read_file(file: RowFile, fields: FieldNames, forms: RowForms, result: ReadR
         layout = layout or forms.find_layout(row, fields)
         waiting.append((origin, row))
         if layout is not None:
-            odd.extend(_add(waiting, layout, fields, result))
+            odd.extend(_add(waiting, layout, fields, result, file.folder))
             waiting = []
     if waiting:
         raise forms.unknown(*waiting[0])
@@ -228,7 +231,9 @@ def _read_file(file: RowFile, fields: FieldNames, forms: RowForms, result: ReadR
     return layout.name
 
 
-def _add(rows: Iterable[tuple[str, Row]], layout: Layout, fields: FieldNames, result: ReadResult) -> list[RowError]:
+def _add(
+    rows: Iterable[tuple[str, Row]], layout: Layout, fields: FieldNames, result: ReadResult, folder: Path | None
+) -> list[RowError]:
     """Make examples of rows; returns what is wrong with those of which none can be made."""
     odd = []
     for origin, row in rows:
@@ -236,6 +241,7 @@ def _add(rows: Iterable[tuple[str, Row]], layout: Layout, fields: FieldNames, re
             _check_columns(layout, row, origin)
             row, changes = _with_numbers_as_text(row, layout)
             example, found = _with_tools(layout.build(row, origin), layout, row, fields)
+            example = with_pictures(example, row, folder) if layout.pictures else example
         except RowError as error:
             odd.append(RowError(error.finding, origin, error.detail))
             continue
@@ -386,8 +392,8 @@ def _pair_layout(prompt: str, completion: str, fields: FieldNames) -> Layout:
             return Example(origin, messages=(*system, Message("user", asked), Message("assistant", answer)))
         return Example(origin, prompt=asked, completion=answer)
 
-    optional = (*SYSTEM_COLUMNS, *subjects, *TOOL_COLUMNS)
-    return Layout("pair", f"{prompt}/{completion}", (prompt, completion), optional, build)
+    optional = (*SYSTEM_COLUMNS, *subjects, *TOOL_COLUMNS, *PICTURE_COLUMNS)
+    return Layout("pair", f"{prompt}/{completion}", (prompt, completion), optional, build, pictures=True)
 
 
 def _joined_turns(row: Row, columns: tuple[str, str], fields: FieldNames, origin: str) -> tuple[Message, ...]:
@@ -396,7 +402,7 @@ def _joined_turns(row: Row, columns: tuple[str, str], fields: FieldNames, origin
 
     def turns(column: str, role: Role) -> tuple[Message, ...]:
         if isinstance(row[column], list):
-            return read_turns(row[column], column, origin, dict(fields.roles))
+            return read_turns(row[column], column, origin, dict(fields.roles), pictures=True)
         return (Message(role, text_of(row, column, origin)),)
 
     prompt, completion = turns(columns[0], "user"), turns(columns[1], "assistant")
@@ -410,10 +416,11 @@ def _joined_turns(row: Row, columns: tuple[str, str], fields: FieldNames, origin
 
 def _messages_layout(column: str, fields: FieldNames) -> Layout:
     def build(row: Row, origin: str) -> Example:
-        turns = read_turns(row[column], column, origin, dict(fields.roles))
+        turns = read_turns(row[column], column, origin, dict(fields.roles), pictures=True)
         return Example(origin, messages=(*read_system(row, origin), *turns))
 
-    return Layout("turns", column, (column,), (*SYSTEM_COLUMNS, *TOOL_COLUMNS), build)
+    optional = (*SYSTEM_COLUMNS, *TOOL_COLUMNS, *PICTURE_COLUMNS)
+    return Layout("turns", column, (column,), optional, build, pictures=True)
 
 
 def _calls_layout(

@@ -34,12 +34,14 @@ class RowFile(NamedTuple):
         name: how origins name it.
         notices: what a user should know of how it is read.
         text: the file, where it is one of text.
+        folder: that it lies in.
     """
 
     name: str
     rows: Rows
     notices: list[str]
     text: TextFile | None = None
+    folder: Path | None = None
 
 
 def open_sources(sources: Sequence[DataSource], is_row: IsRow) -> list[list[RowFile]]:
@@ -75,10 +77,10 @@ def _open_data_set(source: DataSource) -> RowFile:
 
 def _open_file(path: Path, name: str, is_row: IsRow) -> RowFile:
     if kind_of(path) == ".parquet":
-        return RowFile(name, parquet_rows(path, name), [])
+        return RowFile(name, parquet_rows(path, name), [], folder=path.parent)
     file = TextFile(path, name)
     rows, notices = READERS[kind_of(path)](file, is_row)
-    return RowFile(name, _beside(path, rows) if path.stem == METADATA else rows, notices, file)
+    return RowFile(name, _beside(path, rows) if path.stem == METADATA else rows, notices, file, path.parent)
 
 
 def _beside(path: Path, rows: Rows) -> Rows:

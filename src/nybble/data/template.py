@@ -21,6 +21,7 @@ from nybble.data.chat_templates import FOLD_SYSTEM, TEMPLATES
 from nybble.data.content_check import check_content, check_tools, check_turns
 from nybble.data.examples import PLAIN_CALLS, CallForm, EncodedExample, Example, Message
 from nybble.data.limits import TimeIsUpError, limited
+from nybble.data.picture_reader import PictureReader
 from nybble.data.supervision import PROBES, Learnt, Rendered, Turn, closing_of, empty_thought_of, find_turns
 from nybble.data.template_probes import CALLING, find_call_form, next_openings, shows_thinking
 from nybble.data.text_encoder import RowError, TextEncoder
@@ -42,6 +43,7 @@ class ChatTemplate:
         chat_template: Jinja text; the tokenizer's own by default, or the one named plain where it has none.
         notices: what is to be said of `chat_template`.
         learnt: which part of a conversation is trained on.
+        reader: what a vision-language model reads pictures with; None of models that read text alone.
 
     Attributes:
         chat_template: the Jinja text in use, to be kept with the adapter and exported; None in mode "none".
@@ -62,17 +64,20 @@ class ChatTemplate:
         chat_template: str | None = None,
         notices: tuple[str, ...] = (),
         learnt: Learnt | None = None,
+        reader: PictureReader | None = None,
     ):
         if mode not in ("auto", "none"):
             raise ConfigError(f"template: {mode!r}", "allowed: auto, none")
         self.tokenizer = tokenizer
         self.mode = mode
         self.learnt = learnt or Learnt()
+        self.reader = reader
         self.encoder = TextEncoder(tokenizer)
         own = chat_template is None
         self.chat_template, self.notices = self._choose_template() if own else (chat_template, notices)
         self._has_generation_blocks = bool(self.chat_template and GENERATION_BLOCK.search(self.chat_template))
-        self._call_form, self._openings = PLAIN_CALLS, ("", "")
+        self._call_form, self._openings, self._in_parts = PLAIN_CALLS, ("", ""), False
+        self._in_parts = self._wants_parts()
         if self._refuses_system_turns():
             self.chat_template = f"{FOLD_SYSTEM}{self.chat_template}"
         self.folds_system = self.chat_template is not None and self.chat_template.startswith(FOLD_SYSTEM)
@@ -101,9 +106,20 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the conversation, or leaves out its tools.
         """
+        if self.chat_template is None:
+            return self.encode_text(self.render(messages, True))
+        ids: list[int] = self.encode_asked(messages, tools).input_ids.tolist()
+        return ids
+
+    def encode_asked(self, messages: Sequence[Message], tools: Tools = ()) -> EncodedExample:
+        """The same as a sequence of which nothing is learnt: with its pictures, where there are any.
+
+        Raises:
+            DataError: as `encode_prompt`; there is no template; or a picture cannot be read.
+        """
+        if self.chat_template is None:
+            raise DataError("a conversation needs a chat template", "--template none has none")
         try:
-            if self.chat_template is None:
-                return self.encode_text(self.render(messages, True))
             messages = self._prepared(messages)
             text, generated = whole = self._render(messages, True, tools)
             if tools:
@@ -111,7 +127,8 @@ class ChatTemplate:
             turns = self._find_turns(messages, whole, tools)
         except TemplateError as error:
             raise DataError(f"the chat template refuses this conversation: {error}") from error
-        return _flatten(self.encoder.encode_pieces(text, _cuts([t for t in turns if t.stands_in(text)], generated)))
+        cuts = _cuts([turn for turn in turns if turn.stands_in(text)], generated)
+        return self._encoded_pieces("this conversation", messages, text, cuts, [0.0] * (len(cuts) + 1))
 
     def encode_continued(self, messages: Sequence[Message], tools: Tools = ()) -> list[int]:
         """The ids that are sent for a conversation whose last turn is the beginning of an answer, to go on with it.
@@ -228,9 +245,8 @@ class ChatTemplate:
             if (start := turn.supervised_start(generated)) is not None
         ]
         cuts = _cuts([turn for turn in turns if turn.index < len(messages) and turn.stands_in(text)], generated)
-        pieces = self.encoder.encode_pieces(text, cuts)
         weights = [next((w for start, end, w in spans if start <= cut < end), 0.0) for cut in (0, *cuts)]
-        return _encoded(origin, list(zip(pieces, weights, strict=True)))
+        return self._encoded_pieces(origin, messages, text, cuts, weights)
 
     def _encode_all(
         self, origin: str, messages: Sequence[Message], whole: Rendered, turns: list[Turn]
@@ -246,9 +262,21 @@ class ChatTemplate:
         spans = [(turn.start, turn.end, _weight(messages[turn.index])) for turn in standing]
         cuts = _cuts(standing, None)
         ended = max((turn.end for turn in standing), default=len(text))
-        pieces = self.encoder.encode_pieces(text, cuts)
         weights = [next((w for start, end, w in spans if start <= cut < end), float(cut < ended)) for cut in (0, *cuts)]
-        return _encoded(origin, list(zip(pieces, weights, strict=True)))
+        return self._encoded_pieces(origin, messages, text, cuts, weights)
+
+    def _encoded_pieces(
+        self, origin: str, messages: Sequence[Message], text: str, cuts: list[int], weights: list[float]
+    ) -> EncodedExample:
+        """Tokens of a text between cuts, with the weight of each piece; pictures as the processor writes them."""
+        pictures = [picture for message in messages for picture in message.pictures]
+        if not pictures:
+            return _encoded(origin, list(zip(self.encoder.encode_pieces(text, cuts), weights, strict=True)))
+        if self.reader is None:
+            raise RowError("pictures-unread", origin, f"{len(pictures)} pictures in its turns")
+        read = self.reader.read(pictures, text, origin)
+        pieces = self.encoder.encode_pieces(read.text, [read.moved(cut) for cut in cuts])
+        return self.reader.row(_encoded(origin, list(zip(pieces, weights, strict=True))), pictures, read)
 
     def _prepared(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The turns as the template is given them: thoughts in the key for them, where it shows that."""
@@ -272,7 +300,7 @@ class ChatTemplate:
         try:
             with limited(RENDER_SECONDS, RENDER_BYTES):
                 texts, spans = render(
-                    conversations=[[message.as_dict(self._call_form) for message in messages]],
+                    conversations=[[message.as_dict(self._call_form, self._in_parts) for message in messages]],
                     tools=list(tools) or None,
                     chat_template=self.chat_template,
                     add_generation_prompt=add_generation_prompt,
@@ -327,6 +355,18 @@ class ChatTemplate:
             got = "the tokenizer has no end-of-sequence token, so an answer could never end"
             raise DataError(got, fix='set "eos_token" in its tokenizer_config.json')
         return self.encoder.eos_id
+
+    def _wants_parts(self) -> bool:
+        """Whether the template shows what is said where contents are lists of parts alone, as of some vision-language
+        models.
+        """
+        if self.chat_template is None or self._shows_words():
+            return False
+        self._in_parts = True
+        return self._shows_words()
+
+    def _shows_words(self) -> bool:
+        return any(self._refusal(probe) is None and closing_of(self._render, probe) is not None for probe in PROBES)
 
     def _refuses_system_turns(self) -> bool:
         """Whether the template renders a conversation, and refuses it as soon as a system turn stands before it."""

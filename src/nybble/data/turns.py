@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from nybble.data.cells import as_text, describe, parse_column, says_nothing, text_of
-from nybble.data.examples import REASONING_KEYS, Message, Role, ToolCall
+from nybble.data.examples import REASONING_KEYS, Message, Picture, Role, ToolCall
 from nybble.data.file_kinds import Row
 from nybble.data.json_rows import parse_json
 from nybble.data.text_encoder import RowError
+from nybble.data.turn_pictures import is_picture, read_parts
 from nybble.errors import DataError
 
 NAMES: dict[Role, tuple[str, ...]] = {
@@ -36,11 +37,14 @@ HARMLESS_KEYS = frozenset(
 )
 
 
-def read_turns(turns: Any, column: str, origin: str, roles: Mapping[str, str] | None = None) -> tuple[Message, ...]:
+def read_turns(
+    turns: Any, column: str, origin: str, roles: Mapping[str, str] | None = None, *, pictures: bool = False
+) -> tuple[Message, ...]:
     """The turns in a row's column, as a list or as JSON text; results of tools are not linked to their calls yet.
 
     Args:
         roles: the user's own name of a role -> one of `ROLES`.
+        pictures: may be among the parts of a turn.
 
     Raises:
         DataError: they cannot be read; names the turn.
@@ -50,10 +54,11 @@ def read_turns(turns: Any, column: str, origin: str, roles: Mapping[str, str] | 
     if not isinstance(turns, list) or not turns:
         got = f"{origin}: {column!r} is {describe(turns)}"
         raise DataError(got, "needed: a list of turns, [{role, content}] or [{from, value}]")
-    return tuple(_message(turn, f"{origin}: turn {number}", roles or {}) for number, turn in enumerate(turns, 1))
+    located = ((turn, f"{origin}: turn {number}") for number, turn in enumerate(turns, 1))
+    return tuple(_message(turn, where, roles or {}, pictures) for turn, where in located)
 
 
-def _message(turn: Any, where: str, roles: Mapping[str, str]) -> Message:
+def _message(turn: Any, where: str, roles: Mapping[str, str], pictures: bool) -> Message:
     if not isinstance(turn, dict):
         raise DataError(f"{where} is {describe(turn)}", "needed: an object with role and content, or from and value")
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
@@ -76,6 +81,12 @@ def _message(turn: Any, where: str, roles: Mapping[str, str]) -> Message:
         content = ""
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)  # a result may be any JSON
+    parts: tuple[str | Picture, ...] = ()
+    if pictures and isinstance(content, list) and any(map(is_picture, content)):
+        texts = [part for part in content if not is_picture(part)]
+        content, parts = _joined(texts, where), read_parts(content, where)
+        if role == "assistant":
+            raise _odd("picture-in-answer", where, "is the assistant's, and has a picture in it: models write text")
     return Message(
         role,
         text_of({content_key: _joined(content, where)}, content_key, where),
@@ -85,6 +96,7 @@ def _message(turn: Any, where: str, roles: Mapping[str, str]) -> Message:
         calls,
         str(turn.get("tool_call_id") or "") if role == "tool" else "",
         str(turn.get("name") or "") if role == "tool" else "",
+        parts=parts,
     )
 
 
@@ -190,7 +202,7 @@ def _joined(content: Any, where: str) -> Any:
     kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
     others = sorted({"a part without a type" if kind is None else repr(kind) for kind in kinds if kind != "text"})
     if others:
-        what = f"has parts that are no text: {', '.join(others)}; nybble trains on text alone"
+        what = f"has parts that are no text: {', '.join(others)}"
         raise _odd("beyond-text", where, what)
     return "".join(text_of(part, "text", where) for part in content)
 

@@ -4,15 +4,16 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
 from nybble.data.open_template import open_template
+from nybble.data.picture_reader import PicturedRow, have_pictures
 from nybble.data.prepare import prepare_data
 from nybble.data.sources import refuse_weights
 from nybble.errors import ConfigError, DataError, ModelError
@@ -22,6 +23,8 @@ from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
 from nybble.formats.format import DEFAULT_FORMAT, FORMATS
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.layers.causal_lm import CausalLM
+from nybble.layers.pictured_lm import reading
 from nybble.layers.precision import set_up
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.options.option import flat, with_options
@@ -33,24 +36,26 @@ from nybble.runs.context import within_context
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import task_of
+from nybble.sources.task import PICTURED, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPORT, PLOT = "quality.json", "quality.png"
+Towers = Literal["language", "vision", "all"]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A format and how its scales and levels are chosen."""
+    """A format, how its scales and levels are chosen, and which parts of a vision-language model have it."""
 
     format: str
     rounding: Rounding
+    towers: Towers | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.format}:{self.rounding}"
+        return f"{self.format}:{self.rounding}" + (f":{self.towers}" if self.towers else "")
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,19 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
-    task_of("sft", source.config)  # a model that reads no text is refused
+    source = source.for_task(task_of("sft", source.config))  # a model that reads no text is refused
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
-    template = open_template(config.data, source.load_tokenizer())
+    template = open_template(config.data, source.load_tokenizer(), reader=source.picture_reader)
     data = prepare_data(config.data, template, source.config.get_text_config().vocab_size)
     data.audit.check()
     documents = _documents(data.validation, config.comparison.eval_tokens)
+    computed_by: type[CausalLM] = CausalLM
+    pictured = have_pictures(data.train + data.validation) or source.task.kind == "pictured"
+    if pictured and (reader := source.picture_reader) is not None:
+        source, computed_by = source.for_task(PICTURED), reading(reader)
+        arms = _towers_of(arms, asked="arms" in config.comparison.model_fields_set)
+    elif any(arm.towers for arm in arms):
+        raise ConfigError("arms names towers, and no row has a picture.", "Text goes through the language model alone.")
     notes = [*source.notes, f"{len(documents)} held-out documents, {sum(map(len, documents))} tokens"]
     calibration = None
     if any(arm.rounding == "calibrated" for arm in arms):
@@ -107,7 +119,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
     for note in notes:
         report(Note(note))
 
-    comparison = Comparison(load_model(source, None, dtype, report=report), documents)
+    comparison = Comparison(load_model(source, None, dtype, report=report), documents, computed_by)
     results = [_measure(arm, config, source, calibration, comparison, dtype, report) for arm in arms]
     report(ArmsCompared(results))
     if (out := config.comparison.out) is not None:
@@ -118,29 +130,47 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
 
 
 def parse_arm(text: str) -> Arm:
-    """Read an arm from text such as `nf4:search`.
+    """Read an arm from text such as `nf4:search`, or `nf4:search:all` of a model that reads pictures.
 
     Raises:
         ConfigError: another form, format or quality.
     """
-    format, _, rounding = text.partition(":")
-    if format not in FORMATS or rounding not in get_args(Rounding):
+    format, rounding, towers = (*text.split(":", 2), "", "")[:3]
+    if format not in FORMATS or rounding not in get_args(Rounding) or towers not in ("", *get_args(Towers)):
         raise ConfigError(
             f"arms names {text!r}.",
-            f"Allowed: FORMAT:QUALITY, formats {', '.join(FORMATS)}, qualities {', '.join(get_args(Rounding))}.",
+            f"Allowed: FORMAT:QUALITY, formats {', '.join(FORMATS)}, qualities {', '.join(get_args(Rounding))}; of "
+            f"models that read pictures also FORMAT:QUALITY:TOWERS, towers {', '.join(get_args(Towers))}.",
             f"For instance --arms {DEFAULT_FORMAT}:absmax,{DEFAULT_FORMAT}:calibrated.",
         )
-    return Arm(format, rounding)  # type: ignore[arg-type]
+    return Arm(format, rounding, towers or None)  # type: ignore[arg-type]
 
 
-def _documents(rows: Sequence[EncodedExample], num_tokens: int) -> list[Tensor]:
+def _towers_of(arms: Sequence[Arm], asked: bool) -> list[Arm]:
+    """The arms of a model that reads pictures: where none were asked for, what each of its towers loses, and all.
+
+    Raises:
+        ConfigError: one of them is calibrated.
+    """
+    if not asked:
+        return [Arm(DEFAULT_FORMAT, "absmax", towers) for towers in get_args(Towers)]
+    if calibrated := next((arm for arm in arms if arm.rounding == "calibrated"), None):
+        raise ConfigError(
+            f"arms names {calibrated.name}, and rows have pictures.",
+            "Models that read pictures are not calibrated.",
+            "Take absmax or search.",
+        )
+    return [replace(arm, towers=arm.towers or "language") for arm in arms]
+
+
+def _documents(rows: Sequence[EncodedExample], num_tokens: int) -> list[Tensor | PicturedRow]:
     """Held-out rows until there are enough tokens; a row of one token predicts nothing."""
-    documents: list[Tensor] = []
+    documents: list[Tensor | PicturedRow] = []
     for row in rows:
         if sum(map(len, documents)) >= num_tokens:
             break
         if len(row) > 1:
-            documents.append(row.input_ids.long())
+            documents.append(row if isinstance(row, PicturedRow) else row.input_ids.long())
     if not documents:
         raise DataError("no held-out row has two tokens", "needed: text to compare on")
     return documents
@@ -156,6 +186,13 @@ def _measure(
     report: Listener,
 ) -> ArmResult:
     formats = BaseFormats(QuantSpec(arm.format, config.scales.block_size, config.scales.double_quant))
+    if arm.towers is not None:
+        started = time.perf_counter()
+        put: Any = arm.rounding
+        source = source.for_task(replace(PICTURED, towers=arm.towers))
+        model = load_model(source, formats, dtype, rounding=put, report=report)
+        seconds = time.perf_counter() - started
+        return ArmResult(arm.name, seconds, bits_per_weight(model), comparison.compare(model, config.data.seed))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "arm"
         started = time.perf_counter()

@@ -4,13 +4,15 @@ Of the reference the likeliest TOP tokens of each position are kept, and all oth
 KL divergence between distributions lumped so is a lower bound of the whole one (data processing inequality).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from nybble.data.packing import pack_tokens
+from nybble.data.examples import extended
+from nybble.data.packing import PicturedBatch, pack_tokens
 from nybble.layers.causal_lm import CausalLM
 
 TOP = 256
@@ -41,9 +43,19 @@ class Distributions:
 
 
 @torch.no_grad()
-def text_logits(model: CausalLM, ids: Sequence[int], positions: Tensor) -> Tensor:
-    """Logits after the tokens at `positions` of one text, fp32 `(N, vocabulary)` on the CPU."""
-    return model.logits(pack_tokens([ids]).to(model.device), positions.to(model.device)).float().cpu()
+def text_logits(
+    model: CausalLM, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = MappingProxyType({})
+) -> Tensor:
+    """Logits after the tokens at `positions` of one text, fp32 `(N, vocabulary)` on the CPU.
+
+    Args:
+        beside: what a vision-language model is given of the text's pictures, by name.
+    """
+    batch = pack_tokens([ids])
+    if beside:
+        padded = {"cu_seqlens": None, "attention_mask": torch.ones_like(batch.input_ids)}
+        batch = extended(batch, PicturedBatch, pictures=dict(beside), **({} if model.packed else padded))
+    return model.logits(batch.to(model.device), positions.to(model.device)).float().cpu()
 
 
 def lumped_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ from nybble.layers.precision import set_up
 from nybble.options.verbs import EvalConfig
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.load import load_model
-from nybble.sources.task import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,7 +171,7 @@ def evaluate(config: EvalConfig, report: Listener = silent) -> Evaluation | Judg
     if config.evaluation.lm_eval:
         check_installed()
     opened = open_run(config.evaluation.run, report)
-    if opened.source.task is not TOKENS:
+    if not opened.source.task.writes:
         return JUDGES[opened.config.objective.objective](opened, config, report)
     evaluation = run_evaluation(opened, config, report)
     report(Evaluated(evaluation))
@@ -212,7 +211,7 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silen
     for name, enabled in ((BASE_4, False), (TUNED, True)):
         opened.switch(model, tuned=enabled)
         arms[name] = asked.ask(model, kept, first=False)
-    own = ask_by_objective(opened, CausalLM.of(model), held_out, MICRO_BATCH, report)
+    own = ask_by_objective(opened, opened.computed_by.of(model), held_out, MICRO_BATCH, report)
     tasks = [task.strip() for task in asked_for.lm_eval.split(",")] if asked_for.lm_eval else []
     lm_eval = run_tasks(model, opened.template.tokenizer, tasks) if tasks else {}
     return Evaluation(opened, rows, texts, arms, metrics, lm_eval, own)
@@ -229,7 +228,7 @@ class _Asked:
 
     def ask(self, model: "PreTrainedModel", kept: list[Distributions], first: bool) -> Arm:
         """One model's answers; `kept` are the 16-bit base's distributions, filled when it is asked, first."""
-        causal_lm = CausalLM.of(model)
+        causal_lm = self.opened.computed_by.of(model)
         divergences = []
         for index, window in enumerate(self.windows):
             log_p = text_logits(causal_lm, window, torch.arange(len(window))).log_softmax(dim=-1)
@@ -240,19 +239,21 @@ class _Asked:
         return Arm(
             row_losses(causal_lm, self.rows, MICRO_BATCH),
             float(np.mean(divergences)) if divergences else 0.0,
-            self._answers(model),
+            self._answers(causal_lm),
         )
 
-    def _answers(self, model: "PreTrainedModel") -> list[str]:
+    def _answers(self, model: CausalLM) -> list[str]:
         """Greedy answers to the first rows, in batches; up to twice as long as the longest reference."""
         rows, answers = self.rows[: self.num_answers], []
         limit = min(MAX_ANSWER_TOKENS, 2 * max((len(row.answer_ids) for row in rows), default=1))
-        context = context_length(model.config) or math.inf
-        for start in range(0, len(rows), ANSWER_BATCH):
-            prompts = [row.prompt_ids for row in rows[start : start + ANSWER_BATCH]]
+        context = context_length(model.module.config) or math.inf
+        at_once = 1 if self.opened.source.task.kind == "pictured" else ANSWER_BATCH
+        for start in range(0, len(rows), at_once):
+            asked = rows[start : start + at_once]
+            prompts = [row.prompt_ids for row in asked]
             open_prompts = [prompt for prompt in prompts if 0 < len(prompt) < context]
-            stops = self.opened.template.stop_ids
-            new = iter(generate(model, open_prompts, stop_ids=stops, max_new_tokens=limit))
+            stops, beside = self.opened.template.stop_ids, model.beside(asked[0].prompt)
+            new = iter(generate(model.module, open_prompts, stop_ids=stops, max_new_tokens=limit, beside=beside))
             answers += [next(new) if 0 < len(prompt) < context else [] for prompt in prompts]
         return [_text(self.opened.template.tokenizer, ids) for ids in answers]
 

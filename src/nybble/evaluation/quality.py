@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.packing import pack_tokens
+from nybble.data.picture_reader import PicturedRow
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Head
 
@@ -55,21 +56,28 @@ class Comparison:
 
     Args:
         base: the 16-bit model.
-        documents: int64 `(tokens)` each, at least two tokens.
+        documents: int64 `(tokens)` each, at least two tokens; or rows with pictures, of
+            which what is behind the last picture is asked.
+        computed_by: what computes the models; for rows with pictures what reads these.
     """
 
-    def __init__(self, base: "PreTrainedModel", documents: Sequence[Tensor]):
-        self.documents = documents
-        model = CausalLM.of(base)
+    def __init__(
+        self,
+        base: "PreTrainedModel",
+        documents: Sequence[Tensor | PicturedRow],
+        computed_by: type[CausalLM] = CausalLM,
+    ):
+        self.documents, self._computed_by = documents, computed_by
+        model = computed_by.of(base)
         self._head = model.head
         self._states = [states.clone() for states in _states(model, documents)]
 
     def compare(self, arm: "PreTrainedModel", seed: int = 0) -> Quality:
         """Measure one arm; `seed` draws the bootstrap."""
-        model = CausalLM.of(arm)
+        model = self._computed_by.of(arm)
         kl, difference, losses, agree, lengths = [], [], [], [], []
-        for tokens, exact, states in zip(self.documents, self._states, _states(model, self.documents), strict=True):
-            targets = tokens[1:]
+        for document, exact, states in zip(self.documents, self._states, _states(model, self.documents), strict=True):
+            targets = _tokens(document)[_positions(document) + 1]
             for at in range(0, len(targets), CHUNK_POSITIONS):
                 chunk = slice(at, at + CHUNK_POSITIONS)
                 p, q = _log_probabilities(self._head, exact[chunk]), _log_probabilities(model.head, states[chunk])
@@ -113,6 +121,22 @@ def _log_probabilities(head: Head, states: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _states(model: CausalLM, documents: Sequence[Tensor]) -> list[Tensor]:
-    """Final hidden states of all positions of each document but the last, which predicts nothing that is known."""
-    return [model.hidden(pack_tokens([tokens]), torch.arange(len(tokens) - 1)) for tokens in documents]
+def _states(model: CausalLM, documents: Sequence[Tensor | PicturedRow]) -> list[Tensor]:
+    """Final hidden states of the positions that are asked about, of each document."""
+    return [
+        model.hidden(
+            pack_tokens([document]) if isinstance(document, Tensor) else model.collate([document]), _positions(document)
+        )
+        for document in documents
+    ]
+
+
+def _tokens(document: Tensor | PicturedRow) -> Tensor:
+    return document if isinstance(document, Tensor) else document.input_ids.long()
+
+
+def _positions(document: Tensor | PicturedRow) -> Tensor:
+    """All but the last, which predicts nothing that is known; of a row with pictures those behind the last of them."""
+    tokens = _tokens(document)
+    first = 0 if isinstance(document, Tensor) else max(0, max(document.picture_ends, default=1) - 1)
+    return torch.arange(first, len(tokens) - 1)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from nybble.data.examples import EncodedExample
-from nybble.data.packing import collate
 from nybble.data.sampler import split_micro_batches
 from nybble.layers.causal_lm import CausalLM
 
@@ -39,7 +38,7 @@ def row_losses(model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size
     losses = np.zeros(len(rows))
     lengths = [len(row) for row in rows]
     for micro in split_micro_batches(range(len(rows)), lengths, micro_batch_size, model.packed):
-        batch = collate([rows[row] for row in micro], model.packed).to(model.device)
+        batch = model.collate([rows[row] for row in micro]).to(model.device)
         tokens = model.token_losses(batch).cpu().double()
         counts = [rows[row].supervised_tokens for row in micro]
         losses[list(micro)] = [part.sum().item() for part in tokens.split(counts)]

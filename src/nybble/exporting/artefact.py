@@ -39,7 +39,6 @@ from nybble.runs.adapter_writing import write_plain_adapter
 from nybble.runs.open_run import OpenRun, load_tuned, open_run
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import TOKENS
 from nybble.sources.tokenizer import save_tokenizer
 
 REPORT, CARD = "verification.json", "README.md"
@@ -111,9 +110,11 @@ def export_run(
     opened = open_run(run.run, report)
     if opened.full:
         _refuse_adapter_ways(opened, run.onto, kind)
-    whole_texts = opened.source.task is not TOKENS
+    whole_texts = not opened.source.task.writes
     if whole_texts:
         check_form(opened, kind)
+    if opened.source.task.kind == "pictured":
+        _check_pictured(kind)
     artefact = Artefact(kind, gguf_type, _choose_base(run.onto, kind, gguf_type))
     validation = evaluation_rows(opened, run.data, config.data.allow)  # first: without them all else is in vain
     calibration = rounding_input(opened, config.rounding, validation, report) if kind.is_rounded else None
@@ -209,7 +210,7 @@ def verify(
     del model
     gc.collect()  # modules refer to each other, and the next model needs the room
     longest = max(len(row.ids) for row in reference.rows)
-    context = max([longest, *(len(prompt) + ANSWER_TOKENS for prompt in reference.prompts)]) + 1
+    context = max([longest, *(len(prompt.ids) + ANSWER_TOKENS for prompt in reference.prompts)]) + 1
     try:
         consumer = load_consumer(artefact.kind, opened, folder, dtype, context, report)
         found = compare(reference, consumer, artefact.faithfulness)
@@ -219,6 +220,22 @@ def verify(
         return replace(found, checks=[*found.checks, *arrived])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(artefact.kind, error)
+
+
+def _check_pictured(kind: ArtefactKind) -> None:
+    """Refuse what a model that reads pictures is not written as.
+
+    Raises:
+        ExportError: it is that.
+    """
+    allowed = (ArtefactKind.PEFT, ArtefactKind.DENSE)
+    if kind not in allowed:
+        raise ExportError(
+            f"The run is of a model that reads pictures; {kind} holds its language model alone.",
+            f"Allowed: {', '.join(allowed)}.",
+            "`nybble merge --run RUN --out FOLDER` writes the whole model in 16 bits; from that folder llama.cpp's own "
+            "converter makes a GGUF file of its language model, and one of its vision tower (--mmproj).",
+        )
 
 
 def _undecided(folder: Path, verification: Verification) -> str:
@@ -252,6 +269,7 @@ def _write_peft(opened: OpenRun, folder: Path) -> None:
     if (opened.run.adapter / CARD).is_file():
         shutil.copyfile(opened.run.adapter / CARD, folder / CARD)
     save_tokenizer(opened.template.with_template(), folder)
+    opened.source.save_processor(folder)
 
 
 def _write_gguf_adapter(opened: OpenRun, folder: Path) -> None:

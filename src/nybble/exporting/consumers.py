@@ -14,8 +14,9 @@ such models are read by nybble instead. What stands in for a consumer that is no
 import copy
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -28,6 +29,7 @@ from nybble.events import Listener, silent
 from nybble.exporting.gguf_keys import ARCHITECTURES, READABLE
 from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
 from nybble.generation.generate import generate
+from nybble.layers.backbone import given_beside
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
 from nybble.layers.lora import linear_features
@@ -38,12 +40,15 @@ from nybble.runs.adapter_files import StoredAdapter, read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
+from nybble.sources.skeleton import auto_class
+from nybble.sources.task import TOKENS, Task
 from nybble.sources.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CPU = torch.device("cpu")
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 BNB_ROW = 64  # elements that rows must be a multiple of for bitsandbytes' CPU kernels to be right
 
 
@@ -60,10 +65,14 @@ class Consumer(Protocol):
     chat_template: str | None
     stop_ids: frozenset[int]
 
-    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
-        """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32."""
+    def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
+        """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32.
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        Args:
+            beside: what a vision-language model is given of the text's pictures, by name.
+        """
+
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         """The greedy continuation, as far as it goes by itself; a stop token, where it came to one, is not part."""
 
     def encode(self, text: str) -> list[int]:
@@ -73,17 +82,20 @@ class Consumer(Protocol):
 class NybbleConsumer:
     """A model in memory, through nybble's own layers."""
 
-    def __init__(self, name: str, model: "PreTrainedModel", template: ChatTemplate):
+    def __init__(
+        self, name: str, model: "PreTrainedModel", template: ChatTemplate, computed_by: type[CausalLM] = CausalLM
+    ):
         self.name, self.model, self.template = name, model, template
         self.chat_template, self.stop_ids = template.chat_template, frozenset(template.stop_ids)
-        self._causal_lm = CausalLM.of(model)
+        self._causal_lm = computed_by.of(model)
+        self.beside = self._causal_lm.beside
 
-    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
-        return text_logits(self._causal_lm, ids, positions)
+    def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
+        return text_logits(self._causal_lm, ids, positions, beside)
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         stops = sorted(self.stop_ids)
-        return generate(self.model, [prompt], stop_ids=stops, max_new_tokens=max_new_tokens)[0]
+        return generate(self.model, [prompt], stop_ids=stops, max_new_tokens=max_new_tokens, beside=beside)[0]
 
     def encode(self, text: str) -> list[int]:
         return self.template.encoder.encode(text)
@@ -97,11 +109,12 @@ class TransformersConsumer:
         self.chat_template, self.stop_ids = tokenizer.chat_template, frozenset(stop_ids)
 
     @torch.no_grad()
-    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
-        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, positions].float()
+    def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
+        given = given_beside(self.model, beside, CPU)
+        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False, **given).logits[0, positions].float()
 
     @torch.no_grad()
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         ids = torch.tensor([list(prompt)])
         new = self.model.generate(
             input_ids=ids,
@@ -112,6 +125,7 @@ class TransformersConsumer:
             do_sample=False,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
+            **given_beside(self.model, beside, CPU),
         )[0, len(prompt) :].tolist()
         return new[:-1] if new and new[-1] in self.stop_ids else new
 
@@ -147,12 +161,12 @@ class LlamaCppConsumer:
         ends = (token for token in range(self._llama.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, token))
         self.stop_ids = frozenset(ends)
 
-    def logits(self, ids: Sequence[int], positions: Tensor) -> Tensor:
+    def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
         self._llama.reset()
         self._llama.eval(list(ids))
         return torch.from_numpy(self._llama.scores[: len(ids)])[positions]
 
-    def answer(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+    def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         new: list[int] = []
         self._llama.reset()
         self._llama.eval(list(prompt))
@@ -185,7 +199,7 @@ def load_consumer(
     if kind is ArtefactKind.PEFT:
         return _load_peft(opened, artefact, dtype, report)
     if kind is ArtefactKind.DENSE:
-        return _load_folder("transformers", artefact, dtype)
+        return _load_folder("transformers", artefact, dtype, opened.source.task)
     if kind is ArtefactKind.FOUR_BIT:
         return _load_four_bit(opened, artefact, dtype)
     if kind is ArtefactKind.GGUF:
@@ -209,10 +223,10 @@ def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, report: List
     )
 
 
-def _load_folder(name: str, artefact: Path, dtype: torch.dtype, **options: Any) -> TransformersConsumer:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(artefact, dtype=dtype, **options)
+def _load_folder(
+    name: str, artefact: Path, dtype: torch.dtype, task: Task = TOKENS, **options: Any
+) -> TransformersConsumer:
+    model = auto_class(task).from_pretrained(artefact, dtype=dtype, **options)
     stops = model.generation_config.eos_token_id
     return TransformersConsumer(
         name, model, load_tokenizer(str(artefact)), stops if isinstance(stops, list) else [stops]

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -88,6 +89,9 @@ class MergedSource(StoredModel):
         if self.task.pads and tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token  # pipelines pad the texts of a batch
         return tokenizer
+
+    def save_processor(self, folder: Path) -> None:
+        self.opened.source.save_processor(folder)
 
     def load_generation_config(self) -> "GenerationConfig":
         return ending_answers(self.opened.source.load_generation_config(), self.opened.template)

@@ -12,9 +12,9 @@ choices, or its loss differs by no more than chance), a right artefact cannot be
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,11 +55,14 @@ PROBES = (
 
 @dataclass(frozen=True)
 class Row:
-    """A held-out text, the positions asked about and the tokens that follow them."""
+    """A held-out text, the positions asked about, the tokens that follow them, and what a model is given of its
+    pictures.
+    """
 
     ids: list[int]
     positions: Tensor
     targets: Tensor
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,25 +141,41 @@ class Verified(Event):
     verification: Verification
 
 
+class Prompt(NamedTuple):
+    """What is answered, and what a model is given of its pictures."""
+
+    ids: list[int]
+    beside: dict[str, Tensor]
+
+
 @dataclass(frozen=True)
 class Reference:
     """The run's own answers and its base's, to compare an artefact with."""
 
     rows: list[Row]
-    prompts: list[list[int]]
+    prompts: list[Prompt]
     tuned: Answers
     base: Answers
     template: ChatTemplate
 
 
-def choose_rows(validation: Sequence[EncodedExample], num_positions: int) -> list[Row]:
-    """Rows with `num_positions` supervised positions in all, or all there are."""
+def choose_rows(
+    validation: Sequence[EncodedExample],
+    num_positions: int,
+    beside: Callable[[EncodedExample], dict[str, Tensor]] = lambda row: {},
+) -> list[Row]:
+    """Rows with `num_positions` supervised positions in all, or all there are.
+
+    Args:
+        beside: what a model is given of a row's pictures.
+    """
     rows, left = [], num_positions
     for row in validation:
         positions = row.supervised[1:].nonzero().squeeze(1)[:left]  # position p predicts token p + 1
         if len(positions):
-            ids = row.input_ids[: int(positions[-1]) + 2].tolist()
-            rows.append(Row(ids[:-1], positions, row.input_ids[positions + 1].long()))
+            last = len(row) if row.picture_values else int(positions[-1]) + 2  # tokens and pictures belong together
+            targets = row.input_ids[positions + 1].long()
+            rows.append(Row(row.input_ids[: last - (not row.picture_values)].tolist(), positions, targets, beside(row)))
         left -= len(positions)
         if left <= 0:
             break
@@ -167,32 +186,31 @@ def ask_run(
     opened: OpenRun, model: "PreTrainedModel", validation: Sequence[EncodedExample], positions: int
 ) -> Reference:
     """The tuned model's answers and its base's, from a loaded run."""
-    rows = choose_rows(validation, positions)
-    prompts = [row.prompt_ids for row in validation if row.prompt_ids][:NUM_PROMPTS]
-    consumer = NybbleConsumer("the run", model, opened.template)
+    consumer = NybbleConsumer("the run", model, opened.template, opened.computed_by)
+    rows = choose_rows(validation, positions, consumer.beside)
+    asked = [row.prompt for row in validation if row.prompt_ids][:NUM_PROMPTS]
+    prompts = [Prompt(row.input_ids.tolist(), consumer.beside(row)) for row in asked]
     tuned = ask(consumer, rows, prompts)
     opened.switch(model, tuned=False)
-    base = ask(NybbleConsumer("the base", model, opened.template), rows, prompts, tuned)
+    base = ask(NybbleConsumer("the base", model, opened.template, opened.computed_by), rows, prompts, tuned)
     opened.switch(model, tuned=True)
     return Reference(rows, prompts, tuned, base, opened.template)
 
 
-def ask(
-    consumer: Consumer, rows: Sequence[Row], prompts: Sequence[Sequence[int]], run: Answers | None = None
-) -> Answers:
+def ask(consumer: Consumer, rows: Sequence[Row], prompts: Sequence[Prompt], run: Answers | None = None) -> Answers:
     """A model's answers; `run` is whose distributions its KL is taken from."""
     choices, losses = [], []
     kl: list[Tensor] = []
     distributions: list[Distributions] = []
     for index, row in enumerate(rows):
-        log_p = consumer.logits(row.ids, row.positions).log_softmax(dim=-1)  # (N, vocabulary)
+        log_p = consumer.logits(row.ids, row.positions, row.beside).log_softmax(dim=-1)  # (N, vocabulary)
         choices.append(log_p.argmax(dim=-1))
         losses.append(-log_p.gather(1, row.targets[:, None]).squeeze(1))
         if run is None:
             distributions.append(Distributions.of(log_p))
         else:
             kl.append(run.distributions[index].kl(log_p))
-    texts = [consumer.answer(prompt, ANSWER_TOKENS) for prompt in prompts]
+    texts = [consumer.answer(prompt.ids, ANSWER_TOKENS, prompt.beside) for prompt in prompts]
     return Answers(
         choices=torch.cat(choices),
         losses=torch.cat(losses),

@@ -7,8 +7,10 @@ sampling and penalties is not applied on either way: the arguments say all.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from nybble.errors import ConfigError, DataError
 from nybble.generation.decoding import CachedDecoder, decoder_ops
-from nybble.layers.backbone import why_not_forward
+from nybble.layers.backbone import given_beside, why_not_forward
 from nybble.layers.context import context_length
 from nybble.layers.lora import DoraLinear
 from nybble.layers.trained import trained_modules
@@ -81,6 +83,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     on_token: OnToken | None = None,
+    beside: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> list[list[int]]:
     """Continue each prompt until a stop token, `max_new_tokens`, or the end of the model's context.
 
@@ -90,6 +93,7 @@ def generate(
         max_new_tokens: most tokens in an answer, at least 1.
         sampling: how each token is chosen; the likeliest one if not given.
         on_token: called with (index of the prompt, token) as soon as a token of an answer is known.
+        beside: what a vision-language model is given of the pictures in its one prompt, by name.
 
     Returns:
         The new token ids of each prompt.
@@ -102,8 +106,9 @@ def generate(
         raise ConfigError(f"max_new_tokens is {max_new_tokens}.", "Allowed: at least 1.")
     if not prompts:
         return []
+    assert not beside or len(prompts) == 1, "pictures of several prompts are not told apart"
     room = min(max_new_tokens, *(_room(model, prompt) for prompt in prompts))
-    through = _through_blocks if _has_decoder(model) else _through_transformers
+    through = _through_blocks if _has_decoder(model) else partial(_through_transformers, beside=beside)
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or (lambda prompt, token: None))
 
 
@@ -224,6 +229,7 @@ def _through_transformers(
     max_new_tokens: int,
     sampling: Sampling,
     on_token: OnToken,
+    beside: Mapping[str, Tensor],
 ) -> list[list[int]]:
     """Prompts padded on the left and masked. Whatever the model's generation config has that the arguments do not name
     (beams, banned tokens, a time limit) stands aside meanwhile."""
@@ -261,6 +267,7 @@ def _through_transformers(
                 logits_processor=[penalised],  # transformers' own penalty would count padding as text
                 streamer=answers,
                 **options,
+                **given_beside(model, beside, device),
             )
     finally:
         model.train(was_training)

@@ -5,10 +5,11 @@ Two ways, same numbers. `FusedForward` runs packed batches through nybble's deco
 alone, else padded, else a row at a time. `CausalLM.of` (`layers/causal_lm.py`) chooses.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from inspect import Parameter, signature
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -16,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from nybble.data.packing import Batch
+from nybble.data.packing import Batch, PicturedBatch
 from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
-from nybble.layers.convert import block_names
+from nybble.layers.convert import TOWERS, block_names
 from nybble.layers.decoder_block import Keep, block_ops, decoder_block
 from nybble.layers.lora import DoraLinear
 from nybble.layers.norms import final_norm
@@ -55,6 +56,7 @@ class Why(StrEnum):
     WEIGHTS = "decoder blocks train adapters, no weights"
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
+    PICTURES = "decoder blocks read no pictures"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
 
 
@@ -156,7 +158,7 @@ class ModuleForward:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
         if self.layout != "single" or batch.attention_mask is None:
             states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
-            return decoder_states(self.model, states, batch.position_ids, batch.attention_mask)
+            return decoder_states(self.model, states, batch.position_ids, batch.attention_mask, beside_tokens(batch))
         width = batch.input_ids.shape[1]
         rows = []
         for ids, places, length in zip(batch.input_ids, batch.position_ids, batch.document_lengths, strict=True):
@@ -299,6 +301,8 @@ def why_not_blocks(
     """
     if not packing:
         return Reason(Why.NOT_PACKED)
+    if hasattr(model.config, TOWERS):
+        return Reason(Why.PICTURES)
     config = model.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     for option in ("attention_dropout", *(family.dropouts if family else ())):
@@ -325,6 +329,8 @@ def why_not_forward(
         ops: what it must have kernels for.
         here: the device is this machine's.
     """
+    if hasattr(model.config, TOWERS):
+        return Reason(Why.PICTURES)
     config = model.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -367,16 +373,42 @@ def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:
     return list(other)
 
 
+def beside_tokens(batch: Batch) -> dict[str, Tensor]:
+    """What a model is given of a batch's pictures, by name; nothing of other batches."""
+    return batch.pictures if isinstance(batch, PicturedBatch) else {}
+
+
+def given_beside(model: "PreTrainedModel", pictures: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same on a device and in the dtype that the model's vision tower computes in."""
+    if not pictures:
+        return {}
+    decoder = model.get_decoder()
+    parts = (part for part in model.base_model.children() if part is not decoder)
+    dtype = next((weight.dtype for part in parts for weight in part.parameters()), model.dtype)
+    return {
+        name: value.to(device, dtype if value.is_floating_point() else value.dtype) for name, value in pictures.items()
+    }
+
+
 def decoder_states(
-    model: "PreTrainedModel", tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    position_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    pictures: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Tensor:
     """The final hidden states of a transformers causal language model, `(B, T, hidden)`.
 
     Args:
         tokens: ids `(B, T)`, or what takes the place of their embeddings, `(B, T, hidden)`.
+        pictures: what it is given of these, by name. Padded rows with pictures get their positions from the model.
     """
     base = decoder_of(model) if model.base_model is model else model.base_model
     wanted = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
+    if pictures:
+        wanted |= given_beside(model, pictures, tokens.device)
+        if attention_mask is not None:
+            wanted.pop("position_ids")
     given = {"inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens}
     states: Tensor = base(**given, **accepted(base, **wanted)).last_hidden_state
     return states

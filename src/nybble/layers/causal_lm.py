@@ -8,12 +8,14 @@
 `Verdict` says which, and why.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from nybble.data.packing import Batch
+from nybble.data.examples import EncodedExample
+from nybble.data.packing import Batch, collate
 from nybble.errors import ModelError
 from nybble.layers.backbone import Backbone
 from nybble.layers.batch_model import BatchModel, Verdict
@@ -72,6 +74,14 @@ class CausalLM(BatchModel):
         return self.head.device
 
     # ---- batches ---------------------------------------------------------------------------------
+
+    def collate(self, rows: Sequence[EncodedExample]) -> Batch:
+        """One micro-batch of the rows, on the CPU, as the model takes it."""
+        return collate(rows, self.packed)
+
+    def beside(self, row: EncodedExample) -> dict[str, Tensor]:
+        """What the model is given of a row's pictures beside its tokens, by name, on the CPU; nothing without any."""
+        return {}
 
     def loss(self, batch: Batch, denominator: Denominator | None = None) -> Tensor:
         """Σ weight · (−log p(target)) over the batch's targets, divided by `denominator`.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from nybble.options.adapter_groups import AdapterSizes, NewAdapters
 
+TOWERS = "quantize_towers"  # of a config: which parts of a vision-language model are in few bits and adapted
 ATTENTION_PARENTS = ("attn", "attention")
 Value = TypeVar("Value", int, float)
 
@@ -63,12 +64,19 @@ def _multiplies(own_class: type[nn.Linear]) -> bool:
 
 
 def block_lists(model: nn.Module) -> list[str]:
-    """Names of the outermost lists of modules, whose elements are the model's blocks."""
+    """Names of the outermost lists of modules, whose elements are the model's blocks; of one that reads pictures too
+    those of the towers that its config names: language, vision or all.
+    """
     lists: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(outer + ".") for outer in lists):
             lists.append(name)
-    return lists
+    towers = getattr(getattr(model, "config", None), TOWERS, "all")
+    if towers == "all":
+        return lists
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    inside = next(name for name, module in model.named_modules() if module is decoder)
+    return [name for name in lists if name.startswith(f"{inside}.") == (towers == "language")]
 
 
 def block_names(model: nn.Module) -> list[str]:

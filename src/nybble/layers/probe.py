@@ -27,7 +27,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, collate
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.heap import TrimmedHeap
-from nybble.layers.backbone import Layout, accepted
+from nybble.layers.backbone import Layout, accepted, beside_tokens
 from nybble.layers.convert import adapters_of
 from nybble.layers.rotary import length_of_change
 from nybble.layers.streamed import BlockStore
@@ -99,6 +99,7 @@ class Probe:
 
     def __init__(self, model: "PreTrainedModel", store: BlockStore | None = None):
         self.model, self.store = model, store
+        self.first, self.last = FIRST, LAST
         self._documents = self.documents()
         self._starts = _starts(model)
         with self._asking() as (parameters, embedded):
@@ -119,12 +120,21 @@ class Probe:
         """What the model is asked about: one, between two others."""
         return _documents(self.model)
 
+    def _rows(self) -> list[EncodedExample]:
+        """The documents as rows; none has a target yet."""
+        return [EncodedExample(ids.int(), torch.zeros_like(ids, dtype=torch.bool), "probe") for ids in self._documents]
+
+    def _collated(self, rows: list[EncodedExample], packed: bool) -> Batch:
+        return collate(rows, packed)
+
     def _own_outcome(self, start: int, parameters: list[Tensor], embedded: list[Tensor]) -> Outcome:
         """The asked document alone, through the model's own forward."""
-        ids = self._documents[ASKED].to(next(self.model.parameters()).device)
+        batch = self._collated([self._rows()[ASKED]], packed=False).to(next(self.model.parameters()).device)
+        ids, first, last = batch.input_ids[0], self.first, self.last
         labels = torch.full_like(ids, -100)
-        labels[FIRST + 1 : LAST + 1] = ids[FIRST + 1 : LAST + 1]
+        labels[first + 1 : last + 1] = ids[first + 1 : last + 1]
         wanted: dict[str, Any] = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
+        wanted |= beside_tokens(batch)
         if getattr(self.model.config.get_text_config(), "output_router_logits", False):
             wanted["output_router_logits"] = False  # routers are frozen: what balances them is not trained on
         if start:
@@ -137,8 +147,8 @@ class Probe:
         with foreign_errors(explain), saved_tensors_hooks(heap.put, heap.get):
             output = self.model(**taken)
             logits = output.logits[0].float()
-            loss = F.cross_entropy(logits[FIRST:LAST], ids[FIRST + 1 : LAST + 1])
-            outcome = outcome_of(logits[FIRST:LAST], loss, parameters, embedded)
+            loss = F.cross_entropy(logits[first:last], ids[first + 1 : last + 1])
+            outcome = outcome_of(logits[first:last], loss, parameters, embedded)
         self._check_decoder(outcome)
         if "labels" in taken:
             # Some families leave it to the caller to shift the labels by a token.
@@ -154,7 +164,7 @@ class Probe:
         )
 
     def _check_decoder(self, own: Outcome) -> None:
-        if any(gradient is not None and gradient[0, LAST:].any() for gradient in own.embeddings):
+        if any(gradient is not None and gradient[0, self.last :].any() for gradient in own.embeddings):
             raise ModelError(
                 f"{type(self.model).__name__} is no decoder: what it says of a token has seen the tokens after it.",
                 "Allowed: causal language models.",
@@ -204,13 +214,31 @@ class Probe:
     ) -> tuple[Outcome, tuple[int, int]]:
         """What the way gives, and which of the batch's tokens that may depend on."""
         model: CausalLM = way
-        batch, asked = _lay_out(self._documents, starts, model.backbone.layout)
+        batch, asked = self._lay_out(starts, model.backbone.layout)
         batch = batch.to(model.device)
         states = model.hidden(batch)
         loss = model.head.loss(states, batch.supervised_targets, float(batch.supervised_tokens))
         with torch.no_grad():
             logits = model.head.logits(states.detach()).float()
         return outcome_of(logits, loss, parameters, embedded), asked
+
+    def _lay_out(self, starts: Sequence[int], layout: Layout) -> tuple[Batch, tuple[int, int]]:
+        """A batch of the documents, whose positions begin at `starts`, and which of its flattened tokens the supervised
+        positions may see.
+        """
+        lengths = [len(ids) for ids in self._documents]
+        rows = []
+        for number, row in enumerate(self._rows()):
+            supervised = torch.zeros(len(row), dtype=torch.bool)
+            supervised[self.first + 1 : self.last + 1] = number == ASKED
+            rows.append(replace(row, supervised=supervised))
+        batch = self._collated(rows, layout == "packed")
+        offsets = torch.tensor(starts)
+        if batch.attention_mask is None:
+            offsets, first = offsets.repeat_interleave(torch.tensor(lengths))[None], sum(lengths[:ASKED])
+        else:
+            offsets, first = offsets[:, None] * batch.attention_mask, ASKED * batch.input_ids.shape[1]
+        return replace(batch, position_ids=batch.position_ids + offsets), (first, first + self.last)
 
     def _modules_of(self, way: "BatchModel") -> AbstractContextManager[None]:
         """Around what the model's own code computes; what decoder blocks raise is nybble's own fault, and stays."""
@@ -298,24 +326,6 @@ def _starts(model: "PreTrainedModel") -> list[tuple[int, ...]]:
     if change is None:
         return [(0, 0, 0)]
     return [(0, 0, 2 * change), (0, change - 2, 2 * change)]
-
-
-def _lay_out(documents: Sequence[Tensor], starts: Sequence[int], layout: Layout) -> tuple[Batch, tuple[int, int]]:
-    """A batch of these documents, whose positions begin at `starts`, and which of its flattened tokens the supervised
-    positions may see.
-    """
-    rows = []
-    for number, ids in enumerate(documents):
-        supervised = torch.zeros(len(ids), dtype=torch.bool)
-        supervised[FIRST + 1 : LAST + 1] = number == ASKED
-        rows.append(EncodedExample(ids.int(), supervised, origin="probe"))
-    batch = collate(rows, layout == "packed")
-    offsets = torch.tensor(starts)
-    if batch.attention_mask is None:
-        offsets, first = offsets.repeat_interleave(torch.tensor(LENGTHS))[None], sum(LENGTHS[:ASKED])
-    else:
-        offsets, first = offsets[:, None] * batch.attention_mask, ASKED * batch.input_ids.shape[1]
-    return replace(batch, position_ids=batch.position_ids + offsets), (first, first + LAST)
 
 
 def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int], layout: Layout) -> float:

@@ -32,6 +32,7 @@ from nybble.options.option import (
 )
 
 ComputeType = Literal["auto", "bf16", "fp32"]
+Towers = Literal["language", "all"]
 Device = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 DENSE_SHARE = 0.1  # of the weights of a model's blocks that may stay in 16 bits where it is called four-bit
 
@@ -200,7 +201,15 @@ class DenseShareOptions(Options, group="Four bits"):
     )
 
 
-class WeightOptions(DenseShareOptions, FourBitOptions):
+class TowerOptions(Options, group="Four bits"):
+    quantize_towers: Towers = knob(
+        "language",
+        "Parts of a vision-language model that are in four bits and get adapters where rows have pictures. language: "
+        "its language model. all: the blocks of its vision tower too.",
+    )
+
+
+class WeightOptions(TowerOptions, DenseShareOptions, FourBitOptions):
     """The frozen weights of a model to train."""
 
 

@@ -26,7 +26,9 @@ class RoundingOptions(CalibrationOptions):
 
 class ComparisonOptions(Options, group="Comparison"):
     arms: Annotated[tuple[Name, ...], BeforeValidator(split_names)] = knob(
-        ("nf4:absmax", "nf4:search", "nf4:calibrated"), "What to compare with the 16-bit model: format:quality pairs."
+        ("nf4:absmax", "nf4:search", "nf4:calibrated"),
+        "What to compare with the 16-bit model: format:quality pairs; where rows have pictures format:quality:towers, "
+        "not given nf4:absmax of language, vision and all.",
     )
     eval_tokens: int = knob(16384, "Held-out tokens to compare on.", ge=64)
     out: Folder | None = knob(None, "Folder for quality.json and quality.png; neither is written if not given.")

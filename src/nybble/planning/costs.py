@@ -17,7 +17,7 @@ from itertools import product
 from typing import NamedTuple
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.planning import cuda_costs
+from nybble.planning import cuda_costs, tower_costs
 from nybble.planning.run_shape import ModelShape, RunShape
 from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES
 from nybble.sources.parts import BlockParts
@@ -74,6 +74,8 @@ class Part(StrEnum):
     HEAD = "loss head"
     BATCH = "ids and angles"
     AT_WORK = "one block at work"
+    PICTURES = "pictures"
+    TOWER = "pictures being read"
     EVALUATION = "an evaluation"
     PRODUCTS = "compiled products"
     GAPS = "gaps in the heap"
@@ -445,7 +447,10 @@ def predict(run: RunShape) -> dict[Part, int]:
         {Part.KEPT: kept, Part.AT_WORK: working_bytes(run) + moving},
         {Part.EVALUATION: validation_bytes(run)},
     ]
-    highest = max(heights[-1:] if run.asked else heights, key=lambda height: sum(height.values()))
+    always[Part.PICTURES] = tower_costs.held_bytes(run)
+    if run.tower is not None:
+        heights.append({Part.TOWER: max(tower_costs.making_bytes(run), tower_costs.reading_bytes(run))})
+    highest = max(heights[3:] if run.asked else heights, key=lambda height: sum(height.values()))
     parts = always | highest
     parts[Part.PRODUCTS] = compiled_bytes(run)
     parts[Part.GAPS] = _gaps(run, highest) if run.on_cpu else 0
@@ -467,7 +472,7 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     gate_up = 2 * run.batches.tokens * run.compute_bytes * run.model.intermediate_size
     if gate_up >= MAPPED_BYTES and run.keep == "everything":
         kept -= run.model.num_layers * gate_up
-    at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION))
+    at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= _panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
     inputs = run.model.num_layers * input_bytes(run)
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)

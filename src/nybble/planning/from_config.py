@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from nybble.data.open_template import open_template
+from nybble.data.picture_reader import have_pictures
 from nybble.data.prepare import PreparedData, prepare_data
 from nybble.data.row_kinds import ROW_KINDS
 from nybble.errors import ModelError, foreign_errors
@@ -35,7 +37,7 @@ from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import open_model
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, reads_whole, stored_text_config
-from nybble.sources.task import HEADS, TOKENS, reads_pictures, task_of
+from nybble.sources.task import HEADS, PICTURED, TOKENS, reads_pictures, task_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -72,6 +74,9 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
     if reads_whole(config) and task is not TOKENS:
         options = with_options(options, packing=False)
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
+    if prepared is not None and have_pictures(prepared.train + prepared.validation):
+        source = open_model(options.model.model, options.model.tokenizer)
+        skeleton = source.for_task(replace(PICTURED, towers=options.weights.quantize_towers)).skeleton
     options = _with_rank(options, skeleton, prepared, report)
     formats, in_four_bits = formats_from_config(written), None
     in_folder = formats is not None or options.model.model in SHAPES
@@ -186,7 +191,8 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
 def _read_examples(options: PlanConfig, skeleton: "PreTrainedModel") -> PreparedData:
     source = open_model(options.model.model, options.model.tokenizer)
     kind = ROW_KINDS[options.objective.objective]
-    template = open_template(options.data, source.load_tokenizer(), conversations=kind.conversations)
+    reader = source.picture_reader
+    template = open_template(options.data, source.load_tokenizer(), conversations=kind.conversations, reader=reader)
     vocab_size = getattr(skeleton.config.get_text_config(), "vocab_size", None)
     return prepare_data(DataOptions(**options.data.model_dump()), template, vocab_size, kind=kind)
 

@@ -17,6 +17,30 @@ from nybble.sizes import ShapeRules
 COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later ones add few
 
 
+class _Pictures:
+    """What the pictures of micro-batches come to, at most; nothing where no row has one.
+
+    Attributes:
+        values: numbers that those of one are made into.
+        decoded_bytes: of those of one before that.
+    """
+
+    def __init__(self, training: EncodedRows, held_out: EncodedRows):
+        self._all = training.picture_values.astype(np.int64)
+        self._there = bool(self._all.any() or held_out.picture_values.any())
+        self.values = self.decoded_bytes = 0
+
+    def values_of(self, rows: Sequence[int]) -> int:
+        """Of training rows together."""
+        return int(self._all[rows].sum()) if self._there else 0
+
+    def meet(self, rows: EncodedRows, micro: Sequence[int]) -> None:
+        """Count one more micro-batch."""
+        if self._there:
+            self.values = max(self.values, int(rows.picture_values[micro].astype(np.int64).sum()))
+            self.decoded_bytes = max(self.decoded_bytes, 1024 * int(rows.decoded_kib[micro].astype(np.int64).sum()))
+
+
 def micro_batches_of(
     data: PreparedData, memory: MemoryOptions, rules: ShapeRules, *, steps: int, seed: int, shares: bool = False
 ) -> Callable[[int], MicroBatches]:
@@ -62,10 +86,12 @@ def count_micro_batches(
     lengths, supervised = training.lengths, training.num_targets
     sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     heaviest: list[int] = []
-    tokens = targets = 0
+    tokens = targets = step_values = 0
     counts: set[int] = set()
+    pictures = _Pictures(training, held_out)
     for step in range(steps):
         rows = sampler.next_step()
+        step_values = max(step_values, pictures.values_of(rows))
         within = _largest(lengths, rows, size) <= tokens and _largest(supervised, rows, size) <= targets
         if within and step >= COUNTED_STEPS:
             continue
@@ -75,7 +101,10 @@ def count_micro_batches(
             if taken > tokens:
                 tokens, heaviest = taken, micro
             targets = max(targets, int(supervised[micro].sum()))
+            pictures.meet(training, micro)
     dealt = split_micro_batches(range(len(held_out)), held_out.lengths, size, packed)
+    for micro in dealt:
+        pictures.meet(held_out, micro)
     own = [_tokens_of(held_out, micro, packed, shares, rules) for micro in dealt]
     return MicroBatches(
         tokens=tokens,
@@ -87,6 +116,9 @@ def count_micro_batches(
         validation_counts=len(set(own) - counts),
         documents=int(training.documents.max()),
         heaviest=tuple(heaviest),
+        picture_values=pictures.values,
+        step_picture_values=max(step_values, pictures.values),
+        decoded_bytes=pictures.decoded_bytes,
     )
 
 

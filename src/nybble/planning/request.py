@@ -37,7 +37,7 @@ from nybble.planning.machine import this_machine
 from nybble.planning.machine_table import Machine
 from nybble.planning.planner import Plans, make_plans, require
 from nybble.planning.run_shape import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape
-from nybble.planning.shape import shape_of
+from nybble.planning.shape import shape_of, tower_of
 from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy, method_of
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.parts import accepting, check_dense_share, partly_dense
@@ -210,6 +210,7 @@ def requests(
         more_forwards=more_forwards(options.objective),
         distilled=options.objective.objective == "distill",
         other_ranks=tuple(sorted({*ranks.values()} - {rank})),
+        tower=tower_of(skeleton),
     )
     _check_whole_blocks(memory, run, str(against))
     ends = [name for name in end_modules(skeleton) if name in (*targets, *whole) or new_tokens]

@@ -150,6 +150,26 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class TowerShape:
+    """The widths of what makes states of pictures.
+
+    Args:
+        patch_values: numbers that a patch is.
+        width, intermediate_size: of its states, and of the widest that a block makes of them.
+        num_layers: of its blocks.
+        patches: of a picture of the size that it was made for, which its attention masks one by one; 0 of any size.
+        adapted: its blocks are in four bits and have adapters.
+    """
+
+    patch_values: int
+    width: int
+    intermediate_size: int
+    num_layers: int
+    patches: int = 0
+    adapted: bool = False
+
+
+@dataclass(frozen=True)
 class MicroBatches:
     """What the micro-batches of one size come to, over a run.
 
@@ -162,6 +182,8 @@ class MicroBatches:
         validation_counts: different numbers of tokens that only evaluations meet.
         documents: of a row, at most.
         heaviest: the rows of the largest micro-batch of training, by number; empty where there is no data.
+        picture_values, step_picture_values: numbers that the pictures of one are made into, at most, and of a step.
+        decoded_bytes: of the pictures of one before that.
     """
 
     tokens: int
@@ -173,6 +195,9 @@ class MicroBatches:
     validation_counts: int
     documents: int = 1
     heaviest: tuple[int, ...] = ()
+    picture_values: int = 0
+    step_picture_values: int = 0
+    decoded_bytes: int = 0
 
     def filled_up(self) -> "MicroBatches":
         """In the shapes that graphs are captured for; evaluations stay."""
@@ -218,6 +243,7 @@ class RunShape:
         other_ranks: that some layers have instead of r.
         full: every weight is trained, of fp32 masters; then rank and adapters are 0.
         graphs: micro-batches come from graphs, which have memory of their own.
+        tower: of a model that reads pictures; None of others.
         asks_reference: training's micro-batches go through without a gradient too.
         more_forwards: passes without a gradient beside each micro-batch's own, as a reference's in the step.
         distilled: the logits are compared with a teacher's.
@@ -258,6 +284,7 @@ class RunShape:
     distilled: bool = False
     asked: bool = False
     graphs: bool = False
+    tower: TowerShape | None = None
 
     @property
     def learnt_parameters(self) -> int:

@@ -7,8 +7,10 @@ from torch import nn
 
 from nybble.families import FAMILIES
 from nybble.families.family import Family
+from nybble.layers.convert import TOWERS, is_linear
 from nybble.layers.dense import narrow_ends
-from nybble.planning.run_shape import ModelShape
+from nybble.layers.lora import linear_features
+from nybble.planning.run_shape import ModelShape, TowerShape
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import BlockParts, Inventory
 
@@ -40,6 +42,31 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         dropped_states=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
         dropped_attention=_drops_attention(config),
         **_of_family(family, config),
+    )
+
+
+def tower_of(model: "PreTrainedModel") -> TowerShape | None:
+    """The shape of what a vision-language model reads pictures with; None of other models."""
+    towers = getattr(model.config, TOWERS, None)
+    if towers is None:
+        return None
+    decoder: Any = model.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    parts = [module for module in model.base_model.modules() if id(module) not in inside]
+    filters = [module for module in parts if isinstance(module, nn.Conv2d | nn.Conv3d)]
+    linears = [linear_features(module) for module in parts if is_linear(module)]
+    lists = [module for module in parts if isinstance(module, nn.ModuleList)]
+    first = filters[0].weight
+    config = getattr(model.config, "vision_config", model.config)
+    size, patch = getattr(config, "image_size", None), first.shape[-1]
+    width = first.shape[0]
+    return TowerShape(
+        patch_values=first[0].numel(),
+        width=width,
+        intermediate_size=max((max(each) for each in linears), default=4 * width),
+        num_layers=max(map(len, lists), default=1),
+        patches=(size // patch) ** 2 if isinstance(size, int) else 0,
+        adapted=towers == "all",
     )
 
 

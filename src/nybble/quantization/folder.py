@@ -31,7 +31,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.formats.quantized_stack import QuantizedStack, stored_tensors
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import SafetensorsWriter, check_output_free, staged_folder, tensor_sha256
-from nybble.layers.convert import is_linear
+from nybble.layers.convert import TOWERS, is_linear
 from nybble.layers.streamed import expert_name
 from nybble.options.groups import DENSE_SHARE
 from nybble.quantization.blocks import BlockCalibrator, weight_report
@@ -297,6 +297,7 @@ def _save_settings(
     """Config, generation config and tokenizer beside the weights."""
     config = copy.deepcopy(source.config)
     config.architectures = [type(source.skeleton).__name__]
+    vars(config).pop(TOWERS, None)  # nybble's own
     config.dtype = source.dense_dtype
     if quantization is not None:
         config.quantization_config = quantization
@@ -304,5 +305,6 @@ def _save_settings(
     if not reads_pictures(config):
         source.load_generation_config().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+    source.save_processor(folder)
     if source.task.kind == "states" and source.pooling is not None:
         write_pooling(folder, source.pooling, config.get_text_config().hidden_size, source.text_length)

@@ -118,8 +118,8 @@ def choose_rounding(
         return None
     if rounding.quality in ("search", "calibrated") or rounding.calibrate is not None:
         check_searchable(format)
-    if reads_whole(source.config):
-        return _without_text(rounding)
+    if reads_whole(source.config) or source.task.kind == "pictured":
+        return _without_text(rounding, source.task)
     if rounding.quality in ("absmax", "search"):
         return RoundingChoice(rounding.quality, "as asked", asked=True)
     if not FORMATS[format].searchable:
@@ -145,21 +145,22 @@ def choose_rounding(
     return RoundingChoice("absmax", f"calibrating is predicted to take {share:.0%} of the training's time")
 
 
-def _without_text(rounding: QualityOptions) -> RoundingChoice:
-    """What is done with an encoder, which is not calibrated.
+def _without_text(rounding: QualityOptions, task: Task) -> RoundingChoice:
+    """What is done with an encoder, or with a model that reads pictures, which are not calibrated.
 
     Raises:
         ConfigError: calibrating was asked for.
     """
+    what = "models that read pictures" if task.kind == "pictured" else "encoders"
     if rounding.quality == "calibrated" or rounding.calibrate is not None:
         raise ConfigError(
-            "Calibrated weights are asked for, and the model is an encoder.",
-            "Decoders are calibrated, block by block; an encoder's weights are absmax or searched.",
+            f"Calibrated weights are asked for, and these are for no {what}.",
+            "Decoders of text are calibrated, block by block; other models' weights are absmax or searched.",
             "Leave --calibrate and --quality calibrated out.",
         )
     if rounding.quality in ("absmax", "search"):
         return RoundingChoice(data_free_rounding(rounding), "as asked", asked=True)
-    return RoundingChoice("absmax", "encoders are not calibrated")
+    return RoundingChoice("absmax", f"{what} are not calibrated")
 
 
 def calibration_peak(weights: FourBitOptions, num_tokens: int, source: StoredModel, dtype: torch.dtype) -> int:

@@ -14,7 +14,9 @@ from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
+from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import enable_adapters
+from nybble.layers.pictured_lm import reading
 from nybble.layers.precision import set_up
 from nybble.options.groups import MachineOptions
 from nybble.options.option import with_options
@@ -64,6 +66,12 @@ class OpenRun:
     def trained(self) -> Path:
         """The folder of what was trained: the adapter, or the whole model."""
         return self.run.trained(self.full)
+
+    @cached_property
+    def computed_by(self) -> type[CausalLM]:
+        """What computes the model of a run that writes: with what reads its pictures, where it reads some."""
+        reader = self.source.picture_reader
+        return reading(reader) if self.source.task.kind == "pictured" and reader is not None else CausalLM
 
     @cached_property
     def tuned(self) -> StoredModel:
@@ -124,7 +132,8 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
     conversations = ROW_KINDS[config.objective.objective].conversations
-    template = open_template(config.data, source.load_tokenizer(), run.chat_template, conversations)
+    reader = source.picture_reader
+    template = open_template(config.data, source.load_tokenizer(), run.chat_template, conversations, reader)
     return OpenRun(run, config, source, kept_base(run, task) or source, template)
 
 
@@ -145,7 +154,7 @@ def check_answers(opened: OpenRun) -> None:
     Raises:
         ConfigError: its head gives something else.
     """
-    if opened.source.task is not TOKENS:
+    if not opened.source.task.writes:
         raise ConfigError(
             f"The run in {opened.run.path} is {opened.source.task.words}, which does not write answers.",
             "Allowed here: runs of language models.",

@@ -14,7 +14,6 @@ from nybble.runs.folder import RunFolder
 from nybble.sources.load import refill
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,7 +62,7 @@ class RunResult:
     @property
     def writes_answers(self) -> bool:
         """Whether it is a language model, which goes on with a text."""
-        return self.source.task is TOKENS
+        return self.source.task.writes
 
     @property
     def adapter(self) -> Path:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from nybble.data.picture_reader import PictureReader
 from nybble.errors import FormatError, ModelError, foreign_errors
 from nybble.files.manifest import MANIFEST_NAME, verify_manifest
 from nybble.formats.bnb import StoredWeight, formats_from_config, from_bnb, is_quantized, stored_weight, true_config
@@ -29,17 +31,18 @@ from nybble.formats.safetensors import (
 )
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.packed_weights import PackedWeights, find_packed_weights
-from nybble.sources.processor import load_processor
+from nybble.sources.processor import load_processor, load_vision_language_processor
 from nybble.sources.sentences import named_prompts, read_pooling
 from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_taken_alone, stored_text_config
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import PICTURES, reads_pictures
+from nybble.sources.task import PICTURES, Task, reads_both, reads_pictures
 from nybble.sources.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from nybble.options.objective_groups import Pooling
 
 LAYER_KEYS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -77,13 +80,14 @@ class FolderSource(StoredModel):
         self.layer_formats = None if first is None else BaseFormats(first, layers)
         self._whole_config = _load_config(path, self._config_json)
         self._whole = build_whole(self._whole_config)
-        self.config = stored_text_config(self._whole_config, self._config_json, self._whole)
+        self.config = self._text_config = stored_text_config(self._whole_config, self._config_json, self._whole)
         dtypes = {entry.dtype for entry in self._stored.entries.values()}
         self.dense_dtype = torch.float16 if "F16" in dtypes and "BF16" not in dtypes else torch.bfloat16
 
     @cached_property
     def _names(self) -> CheckpointNames:
-        names = checkpoint_names(self._shapes(), self.skeleton, self._whole)
+        whole = None if self.task.kind == "pictured" else self._whole
+        names = checkpoint_names(self._shapes(), self.skeleton, whole)
         for target, recipe in names.recipes.items():
             if recipe.plain_name is None and any(self._is_quantized(name) for name, _ in recipe.sources):
                 raise ModelError(
@@ -126,7 +130,7 @@ class FolderSource(StoredModel):
         if left_out := self._names.left_out:
             parts = ", ".join(self._sizes_by_part(left_out))
             notes.append(f"Only {self.config.model_type} is used of it; left out: {parts}.")
-        if not is_taken_alone(self._whole_config):
+        if self.task.kind != "pictured" and not is_taken_alone(self._whole_config):
             notes.append(
                 f"transformers loads it as {self._whole_config.model_type} with all its parts: the adapter of its text "
                 "alone does not fit that. `nybble merge` writes the tuned text model."
@@ -147,6 +151,23 @@ class FolderSource(StoredModel):
     @property
     def pooling(self) -> "Pooling | None":
         return super().pooling or read_pooling(self.path)
+
+    def config_for(self, task: Task) -> PretrainedConfig:
+        return self._whole_config if task.kind == "pictured" else self._text_config
+
+    @cached_property
+    def picture_reader(self) -> PictureReader | None:
+        if not reads_both(self._whole_config):
+            return None
+        folder = self._tokenizer or str(self.path)
+        return PictureReader(lambda: load_vision_language_processor(folder, self._whole_config))
+
+    def save_processor(self, folder: Path) -> None:
+        if self.task.kind == "pictured":
+            own = Path(self._tokenizer or self.path)
+            for name in PROCESSOR_FILES:
+                if (own / name).is_file():
+                    shutil.copyfile(own / name, folder / name)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         if reads_pictures(self.config):

@@ -79,7 +79,7 @@ def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> Placed:
         else:
             placed[target] = PlacedTensor(name, shapes[target])
     missing = sorted({tied.get(name, name) for name in shapes} - placed.keys())
-    if source.task.kind != "tokens":
+    if not source.task.writes:
         return _with_new_head(source, model, placed, unused, missing)
     _check_all_used(source, model, unused, missing)
     return Placed(placed)

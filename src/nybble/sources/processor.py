@@ -1,14 +1,14 @@
-"""Loading the image processor of a vision model."""
+"""Loading the image processor of a vision model, and the processor of a vision-language model."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nybble.data.picture_rows import PictureProcessor, picture_size
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.layers.picture_model import picture_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 def load_processor(name: str, skeleton: "PreTrainedModel") -> PictureProcessor:
@@ -42,3 +42,46 @@ def load_processor(name: str, skeleton: "PreTrainedModel") -> PictureProcessor:
         height, width = picture_size(found)
     with foreign_errors(not_taken):
         return PictureProcessor(found, picture_tokens(skeleton, height, width))
+
+
+def load_vision_language_processor(name: str, config: "PretrainedConfig") -> Any:
+    """The processor of texts and pictures in the folder `name`, over Pillow, without what reads videos or sounds. Code
+    that comes with it is never run.
+
+    Args:
+        config: of the model that reads what it makes.
+
+    Raises:
+        ModelError: there is none, it is damaged, or it does not say what it writes for a picture.
+    """
+    from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoTokenizer
+
+    def none_loaded(error: Exception) -> ModelError:
+        return ModelError(
+            f"No processor of texts and pictures could be loaded from {name}: {first_line(error)}",
+            "Allowed: a folder or hub id with the processor's files that the installed transformers reads.",
+            "Save the model's own beside it: AutoProcessor.from_pretrained(..).save_pretrained(FOLDER).",
+        )
+
+    more = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
+    with foreign_errors(none_loaded):
+        kind = _without_others(PROCESSOR_MAPPING[type(config)])
+        parts = {
+            "image_processor": lambda: AutoImageProcessor.from_pretrained(name, backend="pil", **more),
+            "tokenizer": lambda: AutoTokenizer.from_pretrained(name, **more),
+        }
+        loaded = [parts[each]() if each in parts else None for each in kind.get_attributes()]
+        written, _ = kind.get_processor_dict(name, local_files_only=more["local_files_only"])
+        found = kind.from_args_and_dict(loaded, written)
+    if getattr(found, "image_token", None) is None:
+        raise none_loaded(ValueError(f"{kind.__name__} names no token that stands for a picture"))
+    return found
+
+
+def _without_others(kind: Any) -> Any:
+    """A class of processors that takes None for a part: transformers has what reads videos with torchvision alone."""
+
+    def check(self: Any, name: str, argument: Any) -> Any:
+        return None if argument is None else kind.check_argument_for_proper_class(self, name, argument)
+
+    return type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})

@@ -49,6 +49,7 @@ def auto_class(task: Task) -> Any:
         "tags": transformers.AutoModelForTokenClassification,
         "pictures": transformers.AutoModelForImageClassification,
         "states": transformers.AutoModel,
+        "pictured": transformers.AutoModelForImageTextToText,
     }
     return kinds[task.kind]
 

@@ -32,6 +32,7 @@ from nybble.sources.task import HEADS, TOKENS, Task
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from nybble.data.picture_reader import PictureReader
     from nybble.options.objective_groups import Pooling
 
 
@@ -168,8 +169,25 @@ class StoredModel(ABC):
                 vars(other).pop(name, None)
         if self.task is TOKENS:
             other.model_labels = tuple(map(str, (getattr(self.config, "id2label", None) or {}).values()))
-        other.task, other.config = task, task.config(self.config)
+        other.task, other.config = task, task.config(self.config_for(task))
         return other
+
+    def config_for(self, task: Task) -> "PretrainedConfig":
+        """The config of the model that a task asks of these weights."""
+        return self.config
+
+    @property
+    def picture_reader(self) -> "PictureReader | None":
+        """What a vision-language model reads pictures with; None of others."""
+        return None
+
+    def save_processor(self, folder: Path) -> None:
+        """Write the files of what reads its pictures beside the tokenizer's, where the model reads pictures.
+
+        Raises:
+            OSError: one cannot be written.
+        """
+        return
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from nybble.errors import ModelError
+from nybble.layers.convert import TOWERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,18 +26,22 @@ class Task:
         kind: tokens: the logits of the next token (AutoModelForCausalLM). scores: of the whole text
             (AutoModelForSequenceClassification). tags: scores of each token (AutoModelForTokenClassification).
             pictures: scores of a picture (AutoModelForImageClassification). states: its last states, no head
-            (AutoModel).
+            (AutoModel). pictured: the logits of the next token of texts with pictures in them
+            (AutoModelForImageTextToText).
         labels: what each score is of, in their order.
         problem: what scores are compared with, in transformers' words.
         stored_head: the head of the checkpoint gives these scores; else one begins anew.
         pooling: of states into one; None where they are not pooled, or that is not known yet.
+        towers: of a model that reads texts and pictures, which of its parts are in few bits and adapted: the language
+            model, the tower that reads pictures, or all.
     """
 
-    kind: Literal["tokens", "scores", "tags", "pictures", "states"] = "tokens"
+    kind: Literal["tokens", "scores", "tags", "pictures", "states", "pictured"] = "tokens"
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
     stored_head: bool = False
     pooling: "Pooling | None" = None
+    towers: Literal["language", "vision", "all"] = "language"
 
     @property
     def words(self) -> str:
@@ -47,7 +52,13 @@ class Task:
             "tags": "a model that gives scores of tokens",
             "pictures": "a model that gives scores of pictures",
             "states": "a model that embeds texts",
+            "pictured": "a language model that reads pictures",
         }[self.kind]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it goes on with a text."""
+        return self.kind in ("tokens", "pictured")
 
     @property
     def gives_scores(self) -> bool:
@@ -61,6 +72,10 @@ class Task:
 
     def config(self, config: "PretrainedConfig") -> "PretrainedConfig":
         """A model's config as the model of this task has it."""
+        if self.kind == "pictured":
+            own = copy.deepcopy(config)
+            setattr(own, TOWERS, self.towers)
+            return own
         if not self.gives_scores:
             return config
         own = copy.deepcopy(config)
@@ -72,7 +87,8 @@ class Task:
 
     def to_json(self) -> dict[str, Any]:
         """Plain strings and lists."""
-        return asdict(self) | {"labels": list(self.labels)}
+        said = asdict(self) | {"labels": list(self.labels)}
+        return {name: value for name, value in said.items() if name != "towers" or self.kind == "pictured"}
 
     @classmethod
     def of_json(cls, said: Mapping[str, Any]) -> Self:
@@ -87,6 +103,7 @@ class Task:
             said["problem"],
             bool(said["stored_head"]),
             said.get("pooling"),
+            said.get("towers", "language"),
         )
 
 
@@ -96,6 +113,7 @@ PICTURES = Task("pictures", ("0", "1"), "single_label_classification")
 TAGS = Task("tags", ("0", "1"), "single_label_classification")
 REWARD = Task("scores", ("reward",), "regression")  # one number, and nothing that is done to it
 STATES = Task("states")
+PICTURED = Task("pictured")
 TASKS: Mapping[str, Task] = {  # of objectives that learn no next tokens
     "classify": SCORES,
     "reward": REWARD,
@@ -107,12 +125,15 @@ def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
     """What a model that learns by an objective is for, before anything is known of its rows.
 
     Args:
-        config: the model's: of a vision model pictures are told apart.
+        config: the model's: of a vision model pictures are told apart; one of texts and pictures that transformers has
+            no text model for is taken whole.
 
     Raises:
         ModelError: the objective is for texts, and the model reads pictures.
     """
     task = TASKS.get(objective, TOKENS)
+    if config is not None and objective == "sft" and reads_both(config) and not _has_decoder(config):
+        return PICTURED
     if config is None or not reads_pictures(config):
         return task
     if task is not SCORES:
@@ -121,6 +142,19 @@ def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
             "Allowed with it: --objective classify, which tells pictures apart.",
         )
     return PICTURES
+
+
+def _has_decoder(config: "PretrainedConfig") -> bool:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def reads_both(config: "PretrainedConfig") -> bool:
+    """Whether a model of this config reads pictures within texts."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def reads_pictures(config: "PretrainedConfig") -> bool:

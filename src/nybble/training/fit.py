@@ -19,6 +19,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, describe_untouched, remove_adapters
 from nybble.layers.full_weights import train_weights
 from nybble.layers.lora import lora_scaling
+from nybble.layers.pictured_lm import describe_towers
 from nybble.layers.token_rows import train_rows
 from nybble.layers.trained import train_modules
 from nybble.memory.measure import has_own_memory, used_bytes
@@ -215,7 +216,7 @@ def choose_path(
             causal_lm = choose(keep=fit.plan.keep, whole_blocks=fit.plan.whole_blocks)
     causal_lm.regularise(make_regularisers(opened.config.objective))
     report(Note(f"computing through: {causal_lm.name}"))
-    for note in () if opened.config.method.method == "full" else describe_untouched(model):
+    for note in () if opened.config.method.method == "full" else (*describe_towers(model), *describe_untouched(model)):
         report(Note(note))
     if (unproven := describe_unproven(opened.device)) is not None:
         report(Note(unproven, warning=True))

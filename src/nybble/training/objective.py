@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from nybble.data import packing
 from nybble.data.encoded_rows import supervised_of
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch
@@ -107,8 +106,8 @@ class Objective(Protocol):
 class NextTokens:
     """What objectives have in common that learn from what comes next."""
 
-    task: ClassVar[Task] = TOKENS
-    model: ClassVar[type[BatchModel]] = CausalLM
+    task: Task = TOKENS
+    model: type[BatchModel] = CausalLM
     metrics: ClassVar[tuple[str, ...]] = ()
 
     def settled(self, data: "PreparedData", source: "StoredModel", recorded: Task | None) -> Self:
@@ -136,6 +135,15 @@ class SupervisedFineTuning(NextTokens):
 
         return EXAMPLE_ROWS
 
+    def settled(self, data: "PreparedData", source: "StoredModel", recorded: Task | None) -> "SupervisedFineTuning":
+        """As `Objective` says: of a model that reads pictures, with what reads them."""
+        if source.task.kind != "pictured":
+            return self
+        from nybble.layers.pictured_lm import reading  # as above: brings what reads pictures
+
+        assert source.picture_reader is not None
+        return PicturedFineTuning(source.task, reading(source.picture_reader))
+
     @property
     def capturable(self) -> bool:
         """As `Objective` says; what inherits from this with a loss of its own says so itself."""
@@ -143,7 +151,7 @@ class SupervisedFineTuning(NextTokens):
 
     def collate(self, rows: Sequence[EncodedExample], model: CausalLM) -> Batch:
         """As `Objective` says."""
-        return packing.collate(rows, model.packed)
+        return model.collate(rows)
 
     def totals(self, model: CausalLM, rows: Sequence[EncodedExample], micro_batch_size: int) -> Totals:
         """Count the supervised tokens."""
@@ -157,3 +165,17 @@ class SupervisedFineTuning(NextTokens):
     def terms(self, model: CausalLM, batch: Batch, totals: Totals) -> Tensor:
         """As `Objective` says."""
         return model.token_losses(batch)[None]
+
+
+class PicturedFineTuning(SupervisedFineTuning):
+    """The same loss of a model that reads pictures among its tokens.
+
+    Args:
+        task: with the towers that are adapted.
+        model: with what reads its pictures.
+    """
+
+    capturable = False
+
+    def __init__(self, task: Task, model: type[CausalLM]):
+        self.task, self.model = task, model

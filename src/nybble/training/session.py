@@ -273,7 +273,9 @@ def _median_step_s(run: RunFolder) -> float:
 def _record(opened: Opened, examples: Examples) -> None:
     """The tokenizer beside what was trained, and pictures."""
     run = opened.run
-    save_tokenizer(opened.template.with_template(), run.trained(opened.config.method.method == "full"))
+    trained = run.trained(opened.config.method.method == "full")
+    save_tokenizer(opened.template.with_template(), trained)
+    opened.source.save_processor(trained)
     draw_loss(run.events, run.loss_plot)
     draw_lengths(examples.data.lengths(), opened.config.data.max_seq_len, run.lengths_plot)
 

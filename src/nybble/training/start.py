@@ -10,6 +10,7 @@ from nybble.data.audit import Audited
 from nybble.data.encoded_rows import counted
 from nybble.data.new_tokens import describe_tokens, untrained_tokens
 from nybble.data.open_template import open_template
+from nybble.data.picture_reader import have_pictures
 from nybble.data.prepare import PreparedData
 from nybble.data.row_kinds import ROW_KINDS
 from nybble.data.template import ChatTemplate
@@ -18,7 +19,7 @@ from nybble.events import Listener, Note
 from nybble.layers.precision import set_up
 from nybble.options.groups import LoopOptions
 from nybble.options.method_groups import WHY, Method
-from nybble.options.option import with_options
+from nybble.options.option import flat, with_options
 from nybble.options.verbs import TrainConfig, as_method, config_text, methods_left, settle_method
 from nybble.planning.micro_batches import micro_batches_of, total_steps
 from nybble.planning.planner import first_that_fits
@@ -35,7 +36,7 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.open import open_model
 from nybble.sources.skeleton import reads_whole
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import TOKENS, Task, task_of
+from nybble.sources.task import PICTURED, TOKENS, Task, task_of
 from nybble.training.checkpoint import Checkpoint, newest_checkpoint
 from nybble.training.evaluations import Evaluations, plan_evaluations
 from nybble.training.events import ModelOpened
@@ -99,7 +100,8 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
             report(Note(note, warning=True))
     same_options = resumed is not None and "config" not in allowed
     recorded = run.chat_template if same_options else None
-    template = open_template(config.data, source.load_tokenizer(), recorded, kind.conversations)
+    reader = source.picture_reader
+    template = open_template(config.data, source.load_tokenizer(), recorded, kind.conversations, reader)
     return Opened(run, config, given, resumed, continued, source, template, device, dtype)
 
 
@@ -130,6 +132,7 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = make_objective(config.objective)
     data = read_rows(config.data, source, opened.template, objective.kind, opened.run.path, report)
+    source = for_pictures(source, config, data)
     new_tokens: tuple[int, ...] = ()
     if config.adapters.train_new_tokens:
         data, new_tokens = _take_new_tokens(opened, data)
@@ -167,6 +170,38 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
     return replace(opened, source=source), examples
 
 
+def for_pictures(source: StoredModel, config: TrainConfig, data: PreparedData) -> StoredModel:
+    """The whole vision-language model where rows have pictures; else the source as it is.
+
+    Raises:
+        ConfigError: an option is for models that read text alone, or the other way round.
+    """
+    towers = config.weights.quantize_towers
+    if not have_pictures(data.train + data.validation):
+        if towers != "language":
+            raise ConfigError(
+                f"quantize-towers is {towers}, and no row has a picture.",
+                "Of a vision-language model the language model alone is trained over texts.",
+                "Leave --quantize-towers out.",
+            )
+        return source
+    refused = {
+        "objective": config.objective.objective != "sft",
+        "method": config.method.method in ("full", "auto"),
+        "init": config.adapters.init != "default",
+        "neftune_alpha": bool(config.objective.neftune_alpha),
+        "mixed": config.rounding.mixed is not None,
+    }
+    if name := next((name for name, found in refused.items() if found), None):
+        flag = name.replace("_", "-")
+        raise ConfigError(
+            f"{flag} is {flat(config)[name]}, and rows have pictures.",
+            "Learnt from pictures within texts: --objective sft, by adapters that begin as usual, one format for all.",
+            f"Leave --{flag} out, or remove the rows with pictures.",
+        )
+    return source.for_task(replace(PICTURED, towers=towers))
+
+
 def _recorded_task(opened: Opened) -> Task | None:
     """The task of the run that is gone on with, or whose adapter is trained on, where it is of the same kind."""
     run = opened.run if opened.continued is None else RunFolder(opened.continued.folder.parent)
@@ -183,7 +218,7 @@ def _check_task(run: RunFolder, task: Task) -> None:
         RunError: it is another.
     """
     own = read_task(run) or TOKENS
-    if (own.kind, own.labels, own.problem) != (task.kind, task.labels, task.problem):
+    if (own.kind, own.labels, own.problem, own.towers) != (task.kind, task.labels, task.problem, task.towers):
         raise RunError(
             f"The run in {run.path} is {_describe(own)}; with these options and rows it would be {_describe(task)}.",
             "A run goes on with the head that it has trained, whatever --allow-change says.",
