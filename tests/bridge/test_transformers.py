@@ -19,7 +19,8 @@ from nybble.calibration.search import round_weight
 from nybble.errors import ConfigError, FormatError, ModelError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.kernels.ops.four_bit import quantize
-from nybble.layers.quantized_experts import QuantizedExperts
+from nybble.layers.experts_weight import ExpertsWeight
+from nybble.layers.few_bit_tensor import FewBitTensor
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.quantized_weight import QuantizedWeight
 
@@ -38,14 +39,10 @@ def stored(folder: Path) -> dict[str, bytes]:
 
 def in_few_bits(model: Any) -> dict[str, bytes]:
     """The bytes of each weight in few bits."""
-    found: dict[str, bytes] = {}
-    for name, module in model.named_modules():
-        q = getattr(getattr(module, "weight", None), "q", None)
-        q = module.quantized() if isinstance(module, QuantizedLinear) else q
-        q = module.stack() if isinstance(module, QuantizedExperts) else q
-        if q is not None:
-            found[name] = bytes(q.packed.flatten().tolist()) + bytes(q.scales.flatten().tolist())
-    return found
+    parameters = model.named_parameters()
+    found = {name.removesuffix(".weight"): each.q for name, each in parameters if isinstance(each, FewBitTensor)}
+    found |= {name: each.quantized() for name, each in model.named_modules() if isinstance(each, QuantizedLinear)}
+    return {name: bytes(q.packed.flatten().tolist()) + bytes(q.scales.flatten().tolist()) for name, q in found.items()}
 
 
 @pytest.mark.parametrize("format", ["nf4", "int4_asym"])
@@ -115,7 +112,7 @@ def test_a_gpt2_whose_layers_are_transposed(tmp_path: Path) -> None:
 
 def test_experts_go_into_few_bits_too(tiny_mixture: Path, tmp_path: Path) -> None:
     model = load(tiny_mixture, quantization_config=nybble.NybbleConfig())
-    assert any(isinstance(module, QuantizedExperts) for module in model.modules())
+    assert sum(isinstance(each, ExpertsWeight) for each in model.parameters()) == 4
     logits = model(IDS).logits
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved")(IDS).logits, logits)

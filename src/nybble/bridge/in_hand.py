@@ -56,10 +56,12 @@ def quantize_(
     shapes = expert_shapes(model)
     for name in names:
         value = model.get_parameter(name).detach()
+        owner, _, leaf = name.rpartition(".")
         if name in shapes:
-            put_experts(model, name, value, config)
+            made = put_experts(name, value, config, shapes[name].transposed)
         else:
-            model.get_submodule(name.removesuffix(".weight")).weight = put_weight(name, value, config)
+            made = put_weight(name, value, config)
+        setattr(model.get_submodule(owner), leaf, made)
     if shapes:
         model.set_experts_implementation(IMPLEMENTATION)
     NybbleQuantizer(config, pre_quantized=False).own(model)

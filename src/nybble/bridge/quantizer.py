@@ -17,9 +17,8 @@ from nybble.bridge.config import METHOD, NybbleConfig
 from nybble.bridge.weights import (
     few_bit_parameters,
     put_experts,
-    put_stack,
     put_weight,
-    quantized_modules,
+    stored_parameters,
     straighten,
     transposed,
 )
@@ -27,7 +26,8 @@ from nybble.errors import ModelError
 from nybble.formats.bnb import from_bnb, state_key
 from nybble.formats.format import FORMATS
 from nybble.formats.quantized_stack import OFFSETS, STATE, stack_of_tensors, stored_tensors
-from nybble.layers.quantized_experts import IMPLEMENTATION, QuantizedExperts, expert_shapes
+from nybble.layers.experts_weight import frozen_experts
+from nybble.layers.quantized_experts import IMPLEMENTATION, expert_shapes
 from nybble.layers.quantized_weight import frozen_parameter
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class NybbleQuantizer(HfQuantizer):
 
     Attributes:
         names: parameters that go into few bits, or that a folder holds so.
-        stacks: those of them that are one projection of all experts.
+        stacks: those of them that are one projection of all experts, and whether their matrices are `[in, out]`.
         turned: those that a 16-bit file holds as [in, out].
     """
 
@@ -81,7 +81,8 @@ class NybbleQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: "PreTrainedModel", **keywords: Any) -> None:
         config = self.quantization_config
         self.names = set(few_bit_parameters(model, config, is_stored=self.pre_quantized))
-        self.stacks = self.names & expert_shapes(model).keys()
+        shapes = expert_shapes(model)
+        self.stacks = {name: shapes[name].transposed for name in shapes if name in self.names}
         self.turned = transposed(model, self.names)
         straighten(model, self.names)
 
@@ -99,7 +100,7 @@ class NybbleQuantizer(HfQuantizer):
         return [_converter(leaf, stack_parts, self) for leaf in sorted(leaves)] + converters
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **keywords: Any) -> "PreTrainedModel":
-        if any(isinstance(module, QuantizedExperts) for module in model.modules()):
+        if self.stacks:
             model.set_experts_implementation(IMPLEMENTATION)
         self.own(model)
         return model
@@ -115,10 +116,8 @@ class NybbleQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to store, each weight in few bits as `nybble quantize` stores it."""
-        stored = quantized_modules(model)
+        stored = stored_parameters(model)
         state = {name: tensor for name, tensor in model.state_dict().items() if name not in stored}
-        inside = tuple(f"{name}." for name, q in stored.items() if not name.endswith(".weight"))
-        state = {name: tensor for name, tensor in state.items() if not (inside and name.startswith(inside))}
         for name, q in stored.items():
             state |= stored_tensors(name, q)
         return state, {}
@@ -137,13 +136,13 @@ class _Quantize(ConversionOps):
     def __init__(self, quantizer: NybbleQuantizer):
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **_: Any) -> Any:
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> Any:
         quantizer, result = self.quantizer, {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             if name in quantizer.stacks:
-                put_experts(model, name, value, quantizer.quantization_config)
-                _is_there(model, name, missing_keys)
+                config, transposed = quantizer.quantization_config, quantizer.stacks[name]
+                result[name] = put_experts(name, value, config, transposed)
             elif name in quantizer.names:
                 value = value.T if name in quantizer.turned else value
                 result[name] = put_weight(name, value, quantizer.quantization_config)
@@ -163,7 +162,6 @@ class _Deserialize(ConversionOps):
         input_dict: dict[str, Any],
         model: Any = None,
         full_layer_name: str = "",
-        missing_keys: Any = None,
         **_: Any,
     ) -> Any:
         parts = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
@@ -172,11 +170,10 @@ class _Deserialize(ConversionOps):
         if len(parts) == 1:
             return {leaf: parts[leaf].to(dtype)}
         tensors = {f"{full_layer_name}{key.removeprefix(leaf)}": value for key, value in parts.items()}
-        if full_layer_name not in self.hf_quantizer.stacks:
+        transposed = self.hf_quantizer.stacks.get(full_layer_name)
+        if transposed is None:
             return {leaf: frozen_parameter(from_bnb(full_layer_name, tensors), dtype)}
-        put_stack(model, full_layer_name, stack_of_tensors(full_layer_name, tensors))
-        _is_there(model, full_layer_name, missing_keys)
-        return {}
+        return {leaf: frozen_experts(stack_of_tensors(full_layer_name, tensors), dtype, transposed)}
 
 
 def _dtype_of(model: Any, name: str) -> torch.dtype:
@@ -186,9 +183,3 @@ def _dtype_of(model: Any, name: str) -> torch.dtype:
 
 def _converter(leaf: str, parts: list[str], quantizer: NybbleQuantizer) -> WeightConverter:
     return WeightConverter([leaf, *(f"{leaf}{part}" for part in parts)], leaf, [_Deserialize(quantizer)])
-
-
-def _is_there(model: Any, name: str, missing_keys: Any) -> None:
-    """Tell transformers that a parameter which became a module is loaded and must not be drawn anew."""
-    missing_keys.discard(name)
-    model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True

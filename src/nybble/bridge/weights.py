@@ -1,7 +1,7 @@
 """Which parameters of a transformers model go into few bits, and putting one there.
 
-A linear layer stays the `nn.Linear` it is and gets a `QuantizedWeight`; experts become the modules that nybble's own
-loop has (`layers/quantized_experts.py`), computed by transformers' registry of experts.
+A linear layer stays the `nn.Linear` it is and gets a `QuantizedWeight`; experts stay the parameters that they are, as
+`ExpertsWeight`, computed by what nybble has in transformers' registry of experts (`layers/quantized_experts.py`).
 """
 
 import difflib
@@ -16,12 +16,14 @@ from nybble.bridge.config import NybbleConfig
 from nybble.calibration.search import round_weight
 from nybble.errors import ConfigError
 from nybble.formats.quantized_stack import QuantizedStack
-from nybble.layers.convert import describe_untouched, is_linear, quantizable_linears
+from nybble.layers.convert import describe_untouched, quantizable_linears
 from nybble.layers.dense import is_transposed
+from nybble.layers.experts_weight import frozen_experts
+from nybble.layers.few_bit_tensor import FewBitTensor
 from nybble.layers.lora import linear_features
 from nybble.layers.names import matches
-from nybble.layers.quantized_experts import QuantizedExperts, expert_shapes, swap_experts
-from nybble.layers.quantized_weight import QuantizedWeight, frozen_parameter
+from nybble.layers.quantized_experts import expert_shapes
+from nybble.layers.quantized_weight import frozen_parameter
 from nybble.options.groups import DENSE_SHARE
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import partly_dense
@@ -103,26 +105,13 @@ def put_weight(name: str, value: Tensor, config: NybbleConfig) -> nn.Parameter:
     return frozen_parameter(round_weight(value, spec, config.quality), value.dtype)
 
 
-def put_experts(model: nn.Module, name: str, value: Tensor, config: NybbleConfig) -> None:
-    """Swap the parameter of one projection of all experts, `[E, out, in]` or as its class has it, for a module."""
-    shape, spec = expert_shapes(model)[name], config.formats.of(name)
-    matrices = (round_weight(each.T if shape.transposed else each, spec, config.quality) for each in value)
-    put_stack(model, name, QuantizedStack.of(matrices, shape.num))
+def put_experts(name: str, value: Tensor, config: NybbleConfig, transposed: bool) -> nn.Parameter:
+    """The same of one projection of all experts, `[E, out, in]` or turned."""
+    spec = config.formats.of(name)
+    matrices = (round_weight(each.T if transposed else each, spec, config.quality) for each in value)
+    return frozen_experts(QuantizedStack.of(matrices, len(value)), value.dtype, transposed)
 
 
-def put_stack(model: nn.Module, name: str, stack: QuantizedStack) -> None:
-    """The same, of matrices that are in few bits."""
-    module = QuantizedExperts(expert_shapes(model)[name], stack.spec, stack.dtype, "meta")
-    module.load_stack(stack)
-    swap_experts(model, {name: module})
-
-
-def quantized_modules(model: nn.Module) -> dict[str, Any]:
-    """What is in few bits, by the name of the parameter in a file."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedExperts):
-            found[name] = module.stack()
-        elif is_linear(module) and isinstance(module.weight, QuantizedWeight):
-            found[f"{name}.weight"] = module.weight.q
-    return found
+def stored_parameters(model: nn.Module) -> dict[str, Any]:
+    """What is in few bits, by the name of the parameter."""
+    return {name: each.q for name, each in model.named_parameters() if isinstance(each, FewBitTensor)}

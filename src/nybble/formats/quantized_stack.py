@@ -16,7 +16,7 @@ bitsandbytes has no stacks, so only nybble reads these.
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,10 @@ class QuantizedStack:
 
     def __len__(self) -> int:
         return len(self.packed)
+
+    def to(self, device: torch.device | str) -> "QuantizedStack":
+        """On this device."""
+        return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
 
     def matrix(self, index: int) -> QuantizedTensor:
         """One of them; nothing is copied."""

@@ -3,7 +3,7 @@
 transformers keeps a projection of all experts as one parameter of three dimensions and dispatches what computes with it
 over a registry (`transformers.integrations.moe`): a class that takes part says how its matrices lie (`is_transposed`),
 whether they have biases, and how gate and up go together (`_apply_gate`). nybble registers `experts_forward` there, and
-a module of matrices stands under the parameter's own name.
+a module of matrices stands under the parameter's own name; in other libraries' scripts an `ExpertsWeight`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_stack import QuantizedStack
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.layers.expert_products import ExpertMatrices, Routed
+from nybble.layers.expert_products import ExpertMatrices, ExpertsProduct, Routed
+from nybble.layers.experts_weight import ExpertsWeight
 from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.streamed import StreamedExperts
 
@@ -58,6 +60,14 @@ class QuantizedExperts(ExpertMatrices):
     def __init__(self, shape: ExpertShape, spec: QuantSpec, dtype: torch.dtype, device: torch.device | str = "cpu"):
         super().__init__(shape.num, shape.in_features, shape.out_features)
         self._take(QuantizedStack.empty(shape.num, spec, (shape.out_features, shape.in_features), dtype, device))
+
+    @classmethod
+    def over(cls, stack: QuantizedStack) -> "QuantizedExperts":
+        """The same bytes as a module."""
+        out_features, in_features = stack.shape
+        made = cls(ExpertShape(len(stack), in_features, out_features), stack.spec, stack.dtype, "meta")
+        made._take(stack)
+        return made
 
     def _take(self, stack: QuantizedStack) -> None:
         self.spec, self.source_dtype = stack.spec, stack.dtype
@@ -201,16 +211,24 @@ def experts_forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_wei
     Args:
         top_k_index, top_k_weights: (tokens, k), each token's experts and what their outputs are multiplied by.
     """
+    device = hidden.device.type
+    computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        return _through_experts(experts, hidden.to(computed), top_k_index, top_k_weights).to(hidden.dtype)
+
+
+def _through_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     num_tokens, top_k = top_k_index.shape
-    matrices = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    matrices: Any = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    num_experts = matrices.shape[0] if isinstance(matrices, Tensor) else matrices.num_experts
     ids, order = torch.sort(top_k_index.flatten(), stable=True)  # by expert
-    counts = torch.bincount(ids, minlength=matrices.num_experts)[: matrices.num_experts].tolist()
+    counts = torch.bincount(ids, minlength=num_experts)[:num_experts].tolist()
     x = hidden.index_select(0, order // top_k)  # (rows, width)
-    inner = matrices(Routed(x, counts))
+    inner = _times(matrices, Routed(x, counts), experts.is_transposed)
     if experts.has_bias:
         inner = inner + _bias(experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias, counts, inner)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outer = experts.down_proj(Routed(inner, counts))
+    outer = _times(experts.down_proj, Routed(inner, counts), experts.is_transposed)
     if experts.has_bias:
         outer = outer + _bias(experts.down_proj_bias, counts, outer)
     if experts.has_post_expert_norm:
@@ -218,7 +236,24 @@ def experts_forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_wei
     weighted = outer * top_k_weights.flatten()[order][:, None]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     per_token = weighted.index_select(0, places).view(num_tokens, top_k, -1)
-    return per_token.sum(1).to(hidden.dtype)
+    return per_token.sum(1)
+
+
+def _times(projection: Any, routed: Routed, transposed: bool) -> Tensor:
+    """Rows through their experts' matrices, (rows, in) -> (rows, out): a module, or a parameter `[E, out, in]` or
+    turned.
+    """
+    if isinstance(projection, nn.Module):
+        y: Tensor = projection(routed)
+        return y
+    if isinstance(projection, ExpertsWeight):
+        matrices, factors = QuantizedExperts.over(projection.q), projection.added or (None, None, 1.0)
+        return ExpertsProduct.apply(routed.x, routed.counts, matrices, *factors)
+    of_expert = projection.mT if transposed else projection
+    rows = routed.x[: sum(routed.counts)].split(list(routed.counts))
+    parts = [F.linear(x, matrix.to(x.dtype)) for x, matrix in zip(rows, of_expert, strict=True)]
+    none = routed.x.new_zeros(len(routed.x) - sum(routed.counts), of_expert.shape[1])
+    return torch.cat([*parts, none])
 
 
 def _bias(bias: Tensor, counts: list[int], like: Tensor) -> Tensor:

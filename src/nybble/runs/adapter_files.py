@@ -130,6 +130,11 @@ class StoredAdapter:
             )
         return found
 
+    def says_rows_of(self, name: str) -> bool:
+        """Whether rows of this module were trained, as the config says."""
+        said = self.config.get("trainable_token_indices") or {}
+        return isinstance(said, dict) and any(f".{name}".endswith(f".{leaf}") for leaf in said)
+
     def token_rows(self, name: str, width: int) -> Tensor:
         """The trained rows of one module, fp32 `[tokens, width]`.
 
@@ -444,14 +449,16 @@ def _fill_rows(model: nn.Module, stored: StoredAdapter) -> None:
     rows = token_rows(model)
     if not stored.tokens:
         return  # an adapter without such rows is trained on: they begin with the base's
-    if stored.tokens != {name: model.get_submodule(name).tokens for name in rows}:
+    trained = {name: model.get_submodule(name).tokens for name in rows}
+    lost = [name for name in rows if name not in stored.tokens and stored.says_rows_of(name)]
+    if lost or not stored.tokens.items() <= trained.items():
         raise RunError(
             f"The adapter in {stored.folder} has rows of other tokens than this run trains.",
-            "Allowed: the same tokens in embedding and head.",
+            "Allowed: the same tokens in embedding and head, or in one of them.",
         )
     with torch.no_grad():
-        for name, parameter in rows.items():
-            parameter.copy_(stored.token_rows(name, parameter.shape[1]))
+        for name in stored.tokens:  # of an end that it leaves alone the rows stay the base's
+            rows[name].copy_(stored.token_rows(name, rows[name].shape[1]))
 
 
 def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
