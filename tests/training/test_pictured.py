@@ -21,7 +21,8 @@ from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.task import PICTURED
 
-LAYOUTS = {"llava": "packed", "idefics3": "packed", "qwen2_5_vl": "padded", "qwen3_vl": "padded", "gemma3": "padded"}
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "qwen3_vl", "idefics3", "gemma3")]
+LAYOUTS = {"llava": "packed", "idefics3": "packed", "qwen2_5_vl": "packed", "qwen3_vl": "packed", "gemma3": "padded"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_tokens_are_the_processors_own(kind: str, models: Any, mixed: Path) -> N
         assert isinstance(row, PicturedRow) == any("image" in part for turn in messages for part in turn["content"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "llava", "gemma3", *SLOW[1:3]])
 def test_losses_and_gradients_are_the_models_own(kind: str, models: Any, mixed: Path) -> None:
     """In four bits, of rows together, against transformers' own loss of each alone."""
     from transformers import AutoModelForImageTextToText
@@ -152,9 +153,6 @@ def runs(models: Any, colours: Path, tmp_path_factory: pytest.TempPathFactory) -
         return made[kind]
 
     return run
-
-
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llava", "qwen3_vl", "idefics3", "gemma3")]
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", *SLOW])
@@ -254,6 +252,32 @@ def test_evaluated_and_merged(kind: str, runs: Any, tmp_path: Path) -> None:
         nybble.export(out, to="gguf", out=tmp_path / "gguf")
 
 
+def test_rows_with_pictures_are_refused_where_text_is_read(models: Any, colours: Path, runs: Any) -> None:
+    import nybble
+    from nybble.data.calibration_text import read_calibration_file
+    from nybble.errors import ConfigError, DataError
+    from nybble.evaluation.samples import compare_answers
+    from nybble.runs.open_run import load_tuned, open_run
+
+    source = open_model(str(models("llava")))
+    with pytest.raises(ConfigError, match="Rows have pictures"):
+        nybble.load_data(str(colours), source, allow=["near-leak"])
+    template = open_template(RowOptions(), source.load_tokenizer(), reader=source.picture_reader)
+    with pytest.raises(DataError, match="a row with pictures"):
+        read_calibration_file(str(colours), template)
+    opened = open_run(runs("qwen2_5_vl"))
+    model, rows = load_tuned(opened, torch.float32, torch.device("cpu")), encoded(models("qwen2_5_vl"), colours)[:2]
+    (sample, _) = compare_answers(model, opened.template, rows, max_new_tokens=4)
+    turns = row_of([str(colours.parent / "000.png")], "Which colour, 0?", "")["messages"][:1]
+    assert sample.reference == "red"
+    assert (
+        sample.tuned == nybble.open_run(opened.run.path, compute_dtype="fp32").generate(turns, max_new_tokens=4).strip()
+    )
+    for name, given in {"init": "pissa", "neftune_alpha": 5.0, "quality": "calibrated"}.items():
+        with pytest.raises(ConfigError, match=r"pictures"):
+            fine_tune(models("llava"), colours, colours.parent / "refused", **{name: given})
+
+
 def test_a_plan_counts_pixels_and_the_tower(models: Any, colours: Path) -> None:
     import nybble
     from nybble.planning.shape import tower_of
@@ -269,6 +293,7 @@ def test_a_plan_counts_pixels_and_the_tower(models: Any, colours: Path) -> None:
     assert itemsize in (2, 4)
 
 
+@pytest.mark.slow
 def test_what_putting_each_tower_into_four_bits_costs(models: Any, colours: Path) -> None:
     from nybble.errors import ConfigError
     from nybble.evaluation.compare_arms import compare_arms

@@ -25,6 +25,7 @@ from nybble.api.keywords import as_options
 from nybble.data.audit import Audited
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import Batch, collate
+from nybble.data.picture_reader import have_pictures
 from nybble.data.preference_rows import PreferenceRow, compare
 from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind
 from nybble.data.row_kinds import ROW_KINDS
@@ -179,6 +180,12 @@ def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **
     found = TrainingData.read(config.data, source, ROW_KINDS[config.objective.objective])
     on_event(Audited(found.audit))
     found.audit.check()
+    if have_pictures(found.train + found.validation):
+        raise ConfigError(
+            "Rows have pictures.",
+            "Batches for a training loop of one's own are of text.",
+            "Train with nybble.train, or remove the rows with pictures.",
+        )
     return found
 
 

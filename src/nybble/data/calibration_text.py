@@ -152,6 +152,8 @@ def read_calibration_file(
             rows = template.encode_example(read.examples[number])
         except RowError:  # training would drop the row too
             continue
+        if any(row.picture_values for row in rows):
+            raise DataError(f"{rows[0].origin}: a row with pictures", "needed: text to calibrate on")
         encoded += rows
         found += sum(map(len, rows))
     if not encoded:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from nybble.data.examples import EncodedExample
@@ -45,10 +46,15 @@ def compare_answers(
     rows = [row for row in rows if 0 < len(row.prompt_ids) < context]
     decode = template.tokenizer.decode
     prompts = [row.prompt_ids for row in rows]
+    ask = partial(generate, model, stop_ids=template.stop_ids, max_new_tokens=max_new_tokens)
     answers = {}
     for tuned in (False, True):
         enable_adapters(model, tuned) if switch is None else switch(tuned)
-        new_ids = generate(model, prompts, stop_ids=template.stop_ids, max_new_tokens=max_new_tokens)
+        if template.reader is not None and any(row.picture_values for row in rows):
+            beside = (template.reader.collate([row.prompt], packed=False).pictures for row in rows)
+            new_ids = [ask([prompt], beside=own)[0] for prompt, own in zip(prompts, beside, strict=True)]
+        else:
+            new_ids = ask(prompts)
         answers[tuned] = [decode(ids, skip_special_tokens=True).strip() for ids in new_ids]
     references = [decode(row.answer_ids, skip_special_tokens=True).strip() for row in rows]
     shown = [decode(prompt, skip_special_tokens=True).strip() for prompt in prompts]

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import pad_sequence
 
 from nybble.data.packing import Batch, PicturedBatch
 from nybble.families import FAMILIES
@@ -158,7 +159,8 @@ class ModuleForward:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
         if self.layout != "single" or batch.attention_mask is None:
             states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
-            return decoder_states(self.model, states, batch.position_ids, batch.attention_mask, beside_tokens(batch))
+            places = positions_with_pictures(self.model, batch)
+            return decoder_states(self.model, states, places, batch.attention_mask, beside_tokens(batch))
         width = batch.input_ids.shape[1]
         rows = []
         for ids, places, length in zip(batch.input_ids, batch.position_ids, batch.document_lengths, strict=True):
@@ -376,6 +378,25 @@ def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:
 def beside_tokens(batch: Batch) -> dict[str, Tensor]:
     """What a model is given of a batch's pictures, by name; nothing of other batches."""
     return batch.pictures if isinstance(batch, PicturedBatch) else {}
+
+
+def positions_with_pictures(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """The positions that a model is given: the batch's, int64 `(B, T)`; of packed rows with pictures where positions
+    count in three dimensions (M-RoPE, Qwen2-VL, arXiv 2409.12191) int64 `(4, 1, T)`, plain ones first, by which
+    transformers tells documents apart, then those of time, height and width as the model has them for each alone.
+    """
+    find = getattr(model.base_model, "get_rope_index", None)
+    if find is None or not batch.packed or not isinstance(batch, PicturedBatch):
+        return batch.position_ids
+    lengths = list(batch.document_lengths)
+    ids, kinds, mask = (
+        pad_sequence(row[0].split(lengths), batch_first=True)
+        for row in (batch.input_ids, batch.pictures["mm_token_type_ids"], torch.ones_like(batch.input_ids))
+    )
+    grid = batch.pictures.get("image_grid_thw")
+    places, _ = find(ids, mm_token_type_ids=kinds, image_grid_thw=grid, attention_mask=mask)  # (3, documents, longest)
+    rows = [places[:, number, :length] for number, length in enumerate(lengths)]
+    return torch.cat([batch.position_ids[None], torch.cat(rows, dim=1)[:, None]])
 
 
 def given_beside(model: "PreTrainedModel", pictures: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
     conversations = ROW_KINDS[config.objective.objective].conversations
-    reader = source.picture_reader
+    reader = source.picture_reader if task.kind == "pictured" else None  # a run over text reads text alone
     template = open_template(config.data, source.load_tokenizer(), run.chat_template, conversations, reader)
     return OpenRun(run, config, source, kept_base(run, task) or source, template)
 
