@@ -16,7 +16,7 @@ import nybble
 from nybble import openmp
 
 _NEEDED = ("torch", "transformers", "datasets", "safetensors", "gguf")
-_OPTIONAL = ("bitsandbytes", "peft", "triton")
+_OPTIONAL = ("bitsandbytes", "peft", "triton", "flash-linear-attention", "causal-conv1d", "mamba-ssm")
 _VECTOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 

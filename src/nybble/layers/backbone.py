@@ -26,10 +26,12 @@ from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.convert import TOWERS, block_names
 from nybble.layers.decoder_block import Keep, block_ops, decoder_block
 from nybble.layers.lora import DoraLinear
+from nybble.layers.mixers import computes_mixers
 from nybble.layers.norms import final_norm
 from nybble.layers.own_head import decoder_of, is_plain
 from nybble.layers.packed_rows import PackedSequences, Spread, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
+from nybble.layers.recurrence import knows_borders, row_borders
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
@@ -135,6 +137,7 @@ class ModuleForward:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
             model.disable_input_require_grads()  # for reentrant ones; some models add to the embedding's in place
         self.details = "" if store is None else ", streamed"
+        self._tells_borders = knows_borders(model) or computes_mixers(model)
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
@@ -160,7 +163,8 @@ class ModuleForward:
         if self.layout != "single" or batch.attention_mask is None:
             states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
             places = positions_with_pictures(self.model, batch)
-            return decoder_states(self.model, states, places, batch.attention_mask, beside_tokens(batch))
+            borders = row_borders(batch) if batch.packed and self._tells_borders else {}
+            return decoder_states(self.model, states, places, batch.attention_mask, beside_tokens(batch), **borders)
         width = batch.input_ids.shape[1]
         rows = []
         for ids, places, length in zip(batch.input_ids, batch.position_ids, batch.document_lengths, strict=True):
@@ -417,15 +421,17 @@ def decoder_states(
     position_ids: Tensor,
     attention_mask: Tensor | None = None,
     pictures: Mapping[str, Tensor] = MappingProxyType({}),
+    **more: Any,
 ) -> Tensor:
     """The final hidden states of a transformers causal language model, `(B, T, hidden)`.
 
     Args:
         tokens: ids `(B, T)`, or what takes the place of their embeddings, `(B, T, hidden)`.
         pictures: what it is given of these, by name. Padded rows with pictures get their positions from the model.
+        more: arguments of the model's own, which it gets where its forward takes them.
     """
     base = decoder_of(model) if model.base_model is model else model.base_model
-    wanted = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False}
+    wanted = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": False, **more}
     if pictures:
         wanted |= given_beside(model, pictures, tokens.device)
         if attention_mask is not None:

@@ -21,6 +21,7 @@ from nybble.layers.backbone import (
 from nybble.layers.convert import adapters_of, trained_parameters
 from nybble.layers.decoder_block import Keep
 from nybble.layers.full_weights import trains_weights
+from nybble.layers.mixers import compute_mixers, restore_mixers
 from nybble.layers.probe import Difference, Probe
 from nybble.layers.regularisers import Regularisers
 from nybble.layers.rotary import length_of_change, rotate_rows_alone
@@ -111,6 +112,7 @@ class BatchModel:
             ModelError: no way gives what the model's own forward gives; the message names what differs.
         """
         rotate_rows_alone(module)
+        restore_mixers(module)
         head = cls._head_of(module)
         probe: Probe | None = None
         dropout = any(adapter.dropout for adapter in adapters_of(module).values())
@@ -131,6 +133,7 @@ class BatchModel:
         if store is not None:
             attach_store(module, store)
         probe = probe or cls.probe(module, store)
+        compute_mixers(module)
         refused: list[tuple[Layout, Difference]] = []
         for layout in cls._layouts(head, packing):
             verdict = Verdict("generic", layout, cls._is_own(head), reason, tuple(refused))

@@ -21,9 +21,11 @@ from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.names import matches
 from nybble.layers.quantized_experts import QuantizedExperts, expert_shapes, widen_for_adapters
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.recurrence import kernel_packages, recurrent_mixers
 from nybble.layers.streamed import StreamedExperts, StreamedLinear
 from nybble.layers.token_rows import TokenLogits, TokenRows
 from nybble.layers.trained import TrainedModule, resolve_modules, train_modules, trained_modules
+from nybble.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,9 +122,36 @@ def untouched_linears(model: nn.Module) -> dict[str, str]:
 
 
 def describe_untouched(model: nn.Module) -> list[str]:
-    """A sentence for each kind of untouched layer."""
-    kinds = Counter((name.rpartition(".")[2], why) for name, why in untouched_linears(model).items())
-    return [f"{count} x {leaf} stays as it is, without adapter: {why}" for (leaf, why), count in kinds.items()]
+    """A sentence for each kind of untouched layer, and one for what recurrent layers have beside their linear ones."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for name, why in untouched_linears(model).items():
+        kinds.setdefault((name.rpartition(".")[2], why), []).append(_bytes_of(model.get_submodule(name)))
+    sentences = [
+        f"{len(sizes)} x {leaf} ({format_bytes(sum(sizes))}) stays as it is, without adapter: {why}"
+        for (leaf, why), sizes in kinds.items()
+    ]
+    return [*sentences, *_describe_recurrence(model)]
+
+
+def _describe_recurrence(model: nn.Module) -> list[str]:
+    """Which layers carry a state, what of them stays as it is, and what computes them."""
+    mixers = recurrent_mixers(model)
+    if not mixers:
+        return []
+    kinds, kept = Counter(type(mixer).__name__ for mixer in mixers.values()), Counter[str]()
+    for mixer in mixers.values():
+        kept.update({name: parameter.nbytes for name, parameter in mixer.named_parameters(recurse=False)})
+        kept.update({name: _bytes_of(child) for name, child in mixer.named_children() if not is_linear(child)})
+    names = ", ".join(name for name, size in kept.items() if size)
+    who = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    packages = kernel_packages(model)
+    absent = [package for package, found in packages.items() if not found]
+    how = f"PyTorch, without {', '.join(absent)}" if absent or not packages else f"kernels of {', '.join(packages)}"
+    return [f"{who} carry a state: {names} ({format_bytes(sum(kept.values()))}) stay as they are; computed by {how}"]
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def replace_linears(model: nn.Module, names: Iterable[str], formats: BaseFormats, compute_dtype: torch.dtype) -> None:

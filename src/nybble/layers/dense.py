@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nybble.layers.recurrence import steering_linears
 from nybble.layers.streamed import embed_rows, panel_product
 from nybble.layers.weight_reads import weights_read
 
@@ -38,7 +39,8 @@ def kept_in_fp32(model: nn.Module) -> set[str]:
 
 def why_untouched(model: nn.Module) -> dict[str, str]:
     """Modules, linear layers or not, whose weights stay as they are -> why."""
-    why = {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
+    why = dict.fromkeys(steering_linears(model), "it steers what a state forgets and takes in")
+    why |= {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
     return why | {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
 
 

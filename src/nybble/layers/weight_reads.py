@@ -12,9 +12,10 @@ import inspect
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
+
+from nybble.layers.mixers import class_of
 
 READ = ("weight", "bias")
 
@@ -41,8 +42,7 @@ def weights_read(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     for owner, module in model.named_modules():
         prefix = f"{owner}." if owner else ""
-        own_class: Any = type(module)
-        for read in reads_of(own_class):
+        for read in reads_of(class_of(module)):
             if not all(_holds(test, module) is holds for test, holds in read.conditions):
                 continue
             if read.below:

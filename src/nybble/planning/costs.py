@@ -217,7 +217,7 @@ def working_bytes(run: RunShape) -> int:
     read = weights_read_bytes(run) if run.full else 0
     if run.keep == "everything":
         return run.batches.tokens * c * (2 * h + 3 * f) + read  # gradients around SwiGLU
-    return run.batches.tokens * module_bytes(run) + read
+    return run.batches.tokens * module_bytes(run) + MASTER_BYTES * run.model.mixer_chunk + read
 
 
 def weights_read_bytes(run: RunShape) -> int:
@@ -239,8 +239,8 @@ def module_bytes(run: RunShape) -> int:
     (input and normalised), then in the compute dtype the inputs of every product and of every elementwise function;
     with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled; where
     there are experts each token's state once for each that it is sent to, what they make of it, that weighted, and that
-    in the tokens' order. Where the model itself drops: masks of what attention and the MLP give, and, since no kernel
-    then does without it, the attention matrix before and after, and its mask.
+    in the tokens' order; of a mixer with a state, its scans. Where the model itself drops: masks of what attention and
+    the MLP give, and, since no kernel then does without it, the attention matrix before and after, and its mask.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
@@ -253,7 +253,7 @@ def module_bytes(run: RunShape) -> int:
     turned = c * outputs if run.dora else 0  # what is scaled
     dropped += 2 * c * h if run.model.dropped_states else 0  # PyTorch's masks are factors, in the dtype of the states
     dropped += 3 * c * run.model.num_heads * run.batches.longest_row if run.model.dropped_attention else 0
-    return norms + c * (inputs + mlp + 14 * r) + dropped + turned
+    return norms + c * (inputs + mlp + 14 * r) + dropped + turned + MASTER_BYTES * run.model.mixer_values
 
 
 def attention_scratch(run: RunShape) -> int:

@@ -37,6 +37,8 @@ class ModelShape:
         gated: the MLP's activation is that of a gate.
         parallel: the MLP reads what comes into the block.
         last_layers: what the linears are called whose products are never computed again but for a norm.
+        mixer_values, mixer_chunk: fp32 numbers that a mixer with a state holds for its backward pass, for each token
+            and beside them.
     """
 
     parts: Inventory
@@ -59,6 +61,8 @@ class ModelShape:
     gated: bool = True
     parallel: bool = False
     last_layers: tuple[str, ...] = ("down_proj",)
+    mixer_values: int = 0
+    mixer_chunk: int = 0
 
     @property
     def widths(self) -> tuple[int, int, int, int]:

@@ -10,6 +10,7 @@ from nybble.families.family import Family
 from nybble.layers.convert import TOWERS, is_linear
 from nybble.layers.dense import narrow_ends
 from nybble.layers.lora import linear_features
+from nybble.layers.mixers import held_values
 from nybble.planning.run_shape import ModelShape, TowerShape
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import BlockParts, Inventory
@@ -31,6 +32,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     family = FAMILIES.get(config.model_type)
     query, key_value = _attention_widths(parts, hidden, family, config)
     last = _leaf(family.down) if family else "down_proj"
+    mixer_values, mixer_chunk = held_values(model)
     return ModelShape(
         parts,
         hidden_size=hidden,
@@ -41,6 +43,8 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         narrow_ends=bool(narrow_ends(model)),
         dropped_states=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
         dropped_attention=_drops_attention(config),
+        mixer_values=mixer_values,
+        mixer_chunk=mixer_chunk,
         **_of_family(family, config),
     )
 

@@ -1,0 +1,72 @@
+"""Whole runs over models whose layers carry a state: gone on with to the bit, planned, calibrated, merged, exported."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hybrids import CONFIGS, SHAPE
+from short_runs import resume, tensors_after
+from tiny import byte_tokenizer, make_data
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import nybble
+from nybble.errors import NybbleError
+
+OTHERS = sorted(CONFIGS.keys() - {"qwen3_5_text"})
+EXPERTS = {"qwen3_next", "jamba", "granitemoehybrid"}
+STEPS = 3
+
+
+def saved(name: str, folder: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    shape: dict[str, Any] = SHAPE | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **shape | {"max_position_embeddings": 256} | CONFIGS[name])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def trained(model: Path, out: Path, data: Path, **more: Any) -> Path:
+    options = {"max_steps": STEPS, "rows_per_step": 4, "micro_batch_size": 2, "rank": 4, "lr": 1e-2, "save_every": 1}
+    options |= {"compute_dtype": "fp32", "quality": "absmax", "keep_checkpoints": 9}
+    nybble.train(model=model, data=data, out=out, **options | more)
+    return out
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_text", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
+def test_a_run_goes_on_to_the_bit_and_its_merge_opens_in_transformers(name: str, tmp_path: Path) -> None:
+    model, data = saved(name, tmp_path / "model"), make_data(tmp_path / "rows.jsonl")
+    whole, stopped = trained(model, tmp_path / "whole", data), tmp_path / "stopped"
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / f"step-{STEPS}")
+    shutil.rmtree(stopped / "adapter")
+    resume(stopped)
+    assert tensors_after(stopped, STEPS) == tensors_after(whole, STEPS)
+
+    merged = nybble.merge(whole, out=tmp_path / "merged")
+    ids = torch.arange(5, 25)[None]
+    theirs, found = AutoModelForCausalLM.from_pretrained(merged.folder, dtype=torch.float32, output_loading_info=True)
+    assert not found["missing_keys"] and not found["unexpected_keys"]
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        moved = theirs(input_ids=ids, use_cache=False).logits - base(input_ids=ids, use_cache=False).logits
+    assert moved.abs().max() > 1e-3
+    with pytest.raises(NybbleError, match=r"gguf|GGUF"):
+        nybble.export(whole, to="gguf", out=tmp_path / "gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_base_is_calibrated_and_its_bits_are_mixed_or_it_is_said_why_not(name: str, tmp_path: Path) -> None:
+    model, data = saved(name, tmp_path / "model"), make_data(tmp_path / "rows.jsonl")
+    few = {"max_steps": 1, "calibration_tokens": 2048}
+    trained(model, tmp_path / "calibrated", data, quality="calibrated", **few)
+    if name in EXPERTS:
+        with pytest.raises(NybbleError, match="has experts, whose losses --mixed does not measure"):
+            trained(model, tmp_path / "mixed", data, mixed=3.5, **few)
+    else:
+        formats = (trained(model, tmp_path / "mixed", data, mixed=3.5, **few) / "formats.json").read_text()
+        assert "nf4" in formats and "in_proj" in formats
