@@ -35,11 +35,12 @@ test: lint
 	$(TESTS)
 	TRITON_INTERPRET=1 $(TESTS) -k triton tests/kernels tests/families/test_steps.py
 
-# Folders that nybble writes are opened by transformers 4 too, and conversations rendered by other projects; those tests
-# are skipped where these cannot be made.
+# Folders that nybble writes are opened by transformers 4 too, conversations rendered by other projects, and runs tracked
+# by real trackers; those tests are skipped where these cannot be made.
 test-slow: lint
 	-$(MAKE) .venv-transformers4/.installed
 	-$(MAKE) .venv-oracles/.installed
+	-$(MAKE) .venv-trackers/.installed
 	$(BIN)/python -m pytest -m "not gpu and not benchmark"
 	TRITON_INTERPRET=1 $(TESTS) --timeout 1200 -m "not gpu and not benchmark" \
 	  -k triton tests/kernels tests/families tests/layers/test_decoder_block.py
@@ -72,7 +73,7 @@ drills: .venv/.installed-test
 	$(BIN)/python tests/faults/drills.py
 
 clean:
-	rm -rf .venv .venv-peers .venv-transformers4 .venv-oracles build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-transformers4 .venv-oracles .venv-trackers build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -99,7 +100,8 @@ clean:
 # What the list has before what .venv has; PyTorch and the rest are .venv's.
 .venv-transformers4/.installed: tests/exporting/transformers4.txt
 .venv-oracles/.installed: tests/data/oracles.txt
-.venv-transformers4/.installed .venv-oracles/.installed: | .venv/bin/python
+.venv-trackers/.installed: tests/training/trackers.txt
+.venv-transformers4/.installed .venv-oracles/.installed .venv-trackers/.installed: | .venv/bin/python
 	$(BIN)/python -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-deps --requirement $<
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \

@@ -26,6 +26,7 @@ ORDER = (
 DEVICE_PLACES = ("nybble.kernels", "nybble.memory", "nybble.planning.machine")
 # Imported where they are installed, needed nowhere.
 OPTIONAL_PACKAGES = {"bitsandbytes", "peft", "triton", "accelerate", "llama-cpp-python", "lm-eval"}
+OPTIONAL_PACKAGES |= {"trackio", "tensorboard", "wandb", "mlflow"}
 OPTIONAL_PACKAGES |= {"starlette", "uvicorn", "llama-cpp"}  # the last by its import name, where it is not installed
 # Places that may name a four-bit format in a string; what tells formats apart elsewhere is asked of the table.
 NAME_FORMATS = ("formats", "options", "kernels")

@@ -23,10 +23,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {  #
          "bf16": "auto", "lora_alpha": 16, "lora_target_linear": True, "sequence_len": 4096, "sample_packing": True,
          "tf32": False,
          "optimizer": "paged_adamw_32bit", "lr_scheduler": "cosine", "learning_rate": "2e-4", "warmup_steps": 10,
-         "evals_per_epoch": 4, "special_tokens": {"pad_token": "<pad>"}},
+         "evals_per_epoch": 4, "special_tokens": {"pad_token": "<pad>"}, "wandb_project": "mine"},
         {"model": "base", "data": ["rows.jsonl"], "out": "./out", "rows_per_step": 8, "micro_batch_size": 2, "rank": 32,
          "alpha": 16, "target_modules": "all-linear", "max_seq_len": 4096, "packing": True, "page_optimizer": "always",
-         "schedule": "cosine", "lr": 2e-4, "warmup": 10.0, "method": "qlora"},
+         "schedule": "cosine", "lr": 2e-4, "warmup": 10.0, "method": "qlora", "track": ["wandb"],
+         "track_project": "mine"},
         {"evals_per_epoch": "no counterpart", "special_tokens.pad_token": "no counterpart"},
     ),
     "axolotl dpo": (
@@ -85,7 +86,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {  #
         {"model": "base", "data": ["rows"], "out": "runs/trl", "rank": 32, "alpha": 16, "method": "qlora",
          "format": "fp4", "double_quant": False, "max_seq_len": 512, "packing": False, "lr": 1e-4, "max_steps": 200,
          "rows_per_step": 4, "micro_batch_size": 4, "compute_dtype": "bf16", "target_modules": ["q_proj"]},
-        {"eos_token": "no counterpart", "report_to": "no counterpart"},
+        {"eos_token": "no counterpart"},
     ),
     "trl dpo": (
         {**TRL, "loss_type": "ipo", "beta": 0.05, "eval_steps": 0.2, "save_total_limit": 1, "max_steps": -1},
@@ -93,9 +94,11 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, str]]] = {  #
         {"eval_steps": "it is said in steps, not as a share of them"},
     ),
     "trl kto": (
-        {**TRL, "loss_type": "kto", "lora_dropout": 1.5, "dataset_text_field": "text", "seed": 7},
-        {"model": "base", "data": ["rows"], "out": "runs/trl", "objective": "kto", "text_field": "text", "seed": 7},
-        {"lora_dropout": "dropout is 1.5."},
+        {**TRL, "loss_type": "kto", "lora_dropout": 1.5, "dataset_text_field": "text", "seed": 7,
+         "report_to": ["tensorboard"], "logging_dir": "logs"},
+        {"model": "base", "data": ["rows"], "out": "runs/trl", "objective": "kto", "text_field": "text", "seed": 7,
+         "track": ["tensorboard"]},
+        {"lora_dropout": "dropout is 1.5.", "logging_dir": "no counterpart"},
     ),
 }  # fmt: skip
 

@@ -74,8 +74,7 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
             continue
         try:
             found = KEYS[name](value)
-            for option, own in found.items():
-                _check(option, own, options)
+            _check(found, options)
         except (_NoCounterpart, ConfigError) as error:
             left_out[key] = str(error).partition("\n")[0]
             continue
@@ -259,6 +258,15 @@ def _compute(value: Any) -> Options:
     return _choice("compute_dtype", known)(name)
 
 
+def _trackers(value: Any) -> Options:
+    names = value if isinstance(value, list) else [value]
+    return {} if names == ["none"] else {"track": [str(name).lower() for name in names]}
+
+
+def _wandb_project(value: Any) -> Options:
+    return {"track": ["wandb"], "track_project": value}
+
+
 _OBJECTIVES = {name: name for name in ("sft", "dpo", "ipo", "simpo", "orpo", "kto")}
 _OBJECTIVES |= {"rm": "reward", "sigmoid": "dpo"}
 _THEIR_FORMATS = {format.name: format.name for format in FORMATS.values() if format.bitsandbytes}
@@ -314,6 +322,8 @@ _NAMES: dict[Callable[[Any], Options], str] = {
     _as("double_quant"): "bnb_4bit_use_double_quant double_quantization use_bnb_nested_quant",
     _compute: "torch_dtype dtype bnb_4bit_compute_dtype",
     _when("compute_dtype", "bf16"): "bf16",
+    _trackers: "report_to",
+    _wandb_project: "wandb_project",
 }  # fmt: skip
 KEYS = {name: convert for convert, names in _NAMES.items() for name in names.split()}
 
@@ -347,11 +357,11 @@ def _why_not_needed(name: str, value: Any) -> str | None:
 # ---- together ---------------------------------------------------------------------------------------
 
 
-def _check(option: str, value: Any, options: Options) -> None:
-    """Refuse a value that the option does not take, under the objective and method that were found."""
-    if option != "accumulated":
-        others: Options = {name: options[name] for name in ("objective", "method") if name in options}
-        build_options(TrainConfig, {"model": "-", "data": "-", "out": "-", **others, option: value})
+def _check(found: Options, options: Options) -> None:
+    """Refuse values that their options do not take, under the objective and method that were found."""
+    others: Options = {name: options[name] for name in ("objective", "method") if name in options}
+    own = {name: value for name, value in found.items() if name != "accumulated"}
+    build_options(TrainConfig, {"model": "-", "data": "-", "out": "-", **others, **own})
 
 
 def _settle(options: Options) -> None:

@@ -1,8 +1,8 @@
 """The folder of a run: what lies where, and writes that are either complete or absent.
 
 config.yaml  base.json  task.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
-events.jsonl  loss.png  lengths.png  lr.png  base/  checkpoints/step-N/  adapter/ or model/
-best/  report/  reference/  teacher/
+events.jsonl  loss.png  lengths.png  lr.png  tracking_id  base/  checkpoints/step-N/  adapter/ or model/
+best/  report/  reference/  teacher/; what trackers leave: tensorboard/  wandb/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
 second, its base while it is calibrated, what a teacher says while it is asked. Only then does an earlier run go, and
@@ -54,6 +54,7 @@ class RunFolder:
         self.reference = path / "reference"  # what the reference of preferences says of the rows
         self.teacher = path / "teacher"  # what a teacher says of the rows
         self.report = path / "report"
+        self.tracking_id = path / "tracking_id"  # by which trackers know the run
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
         self.asked_teacher = path / "teacher.partial"  # rows that a teacher was asked about, likewise
         self._lock: int | None = None

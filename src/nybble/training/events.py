@@ -72,11 +72,19 @@ class TrainingBegun(Event):
     Args:
         total_steps: of the whole run.
         after: the step that the run goes on after; None at its beginning.
+        options: of the run as they are settled, by name; the log leaves them out, config.yaml has them.
     """
 
     kind: ClassVar[str] = "begin"
     total_steps: int
     after: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def fields(self) -> dict[str, Any]:
+        """As `Event` says."""
+        recorded = super().fields()
+        del recorded["options"]
+        return recorded
 
 
 @dataclass(frozen=True)
@@ -208,7 +216,9 @@ class TrainingEnded(Event):
 
 @dataclass(frozen=True)
 class RunMeasured(Event):
-    """What the run took beside what was predicted: bytes at the peak, seconds of a step and of all training."""
+    """What the run took beside what was predicted: bytes at the peak, seconds of a step and of all training; and the
+    held-out losses before and after, None where there are none.
+    """
 
     steps: int
     training_s: float
@@ -216,3 +226,5 @@ class RunMeasured(Event):
     predicted_peak_bytes: float
     step_s: float
     predicted_step_s: float
+    loss_before: float | None = None
+    loss_after: float | None = None

@@ -21,6 +21,7 @@ from nybble.training.checkpoint import CONFIG, Checkpoint
 FREE_OPTIONS = (
     *("out", "overwrite", "resume", "allow_change", "allow", "save_every", "keep_checkpoints", "eval_every"),
     *("model", "tokenizer", "data", "validation_data", "memory", "adapter", "max_dense_share", "teacher"),
+    *("track", "track_project"),
 )
 
 

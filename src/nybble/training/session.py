@@ -21,6 +21,7 @@ from nybble.kernels.heap import trim_heap
 from nybble.layers.batch_model import BatchModel
 from nybble.layers.causal_lm import CausalLM
 from nybble.memory.measure import PeakMemory, has_own_memory
+from nybble.options.option import flat, with_options
 from nybble.options.verbs import TrainConfig
 from nybble.planning.planner import Plan, forward_seconds
 from nybble.planning.request import check_peak
@@ -53,6 +54,7 @@ from nybble.training.reference import ADAPTER, References, ask_reference
 from nybble.training.start import Examples, Opened, choose_method, open_start, take_examples
 from nybble.training.sweep import choose_lr
 from nybble.training.teacher import with_teacher
+from nybble.training.tracking import Tracking
 
 
 def train(config: TrainConfig, report: Listener = silent) -> RunResult:
@@ -70,7 +72,9 @@ def train(config: TrainConfig, report: Listener = silent) -> RunResult:
     with run.locked(), disk_errors(run.path, RunError, *refused, what="cannot be read or written"):
         run.check_resumable() if config.run.resume else run.check_free(config.run.overwrite)
         with run.started(), EventLog(run.starting.events) as log:
-            return _train(config, run, log, all_of(log, report))
+            told = all_of(log, report)
+            with Tracking(config.run.track, config.run.track_project, run, told) as tracking:
+                return _train(config, run, log, all_of(told, tracking))
 
 
 def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener) -> RunResult:
@@ -100,7 +104,8 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     write_plan(run.plan, fit.plans, causal_lm.name, base.rounding, measured)
     _record(opened, examples)
     plan = fit.plan
-    report(RunMeasured(result.steps, training_s, memory.peak_bytes, plan.peak_bytes, step_s, plan.step_s))
+    losses = result.loss_before, result.loss_after
+    report(RunMeasured(result.steps, training_s, memory.peak_bytes, plan.peak_bytes, step_s, plan.step_s, *losses))
     return RunResult(
         folder=run,
         config=opened.config,
@@ -231,6 +236,7 @@ def _take_steps(
     if rate.interrupted is not None:  # what is trained is as training would have begun
         trained.publish(causal_lm.module, run)
         return LoopResult(0, None, None, rate.interrupted)
+    settled = _settled(opened, plan, base.rounding, rate.lr)
     checkpoints = Checkpoints(
         run.checkpoints,
         save_every=config.loop.save_every,
@@ -241,10 +247,10 @@ def _take_steps(
             "data": examples.digests.fingerprint,
             "evaluated_rows": len(examples.evaluations.rows),
         },
-        settled=_settled(opened, plan, base.rounding, rate.lr),
+        settled=settled,
         last_step=done,
     )
-    report(TrainingBegun(examples.num_steps, done))
+    report(TrainingBegun(examples.num_steps, done, flat(with_options(config, **settled), "json")))
     return loop(
         examples.evaluations,
         config.loop,
