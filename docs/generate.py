@@ -28,6 +28,7 @@ OPTIONS: dict[str, type[Verb]] = {
     "serve": verbs.ServeConfig,
     "merge": verbs.MergeConfig,
     "export": verbs.ExportConfig,
+    "push": verbs.PushConfig,
     "data check": verbs.DataConfig,
     "eval": verbs.EvalConfig,
     "eval quality": verbs.EvalQualityConfig,

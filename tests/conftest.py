@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import Hub, running
 from tiny import ROWS, byte_tokenizer, make_data, make_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports huggingface_hub, which reads it once
@@ -101,6 +102,26 @@ def mostly_dense(tmp_path: Path, tiny_model: Path) -> Path:
     config.save_pretrained(folder)
     save_model(JetMoeForCausalLM(config).bfloat16(), str(folder / "model.safetensors"))
     return folder
+
+
+# ---- a hub on this machine -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The hub that the client asks, with a cache and a token of the test's own. What the client reads from the
+    environment as it is imported is set where it keeps it.
+    """
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with running() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        changed = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(tmp_path / "hub")}
+        changed |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_PROGRESS_BARS": True}
+        for name, value in changed.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
 
 
 # ---- disks that fail ----------------------------------------------------------------------------

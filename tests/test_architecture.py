@@ -16,7 +16,7 @@ from nybble.formats.format import FORMATS
 PROJECT = Path(__file__).parents[1]
 SOURCE = PROJECT / "src" / "nybble"
 # They import nothing of nybble; anyone may import them.
-LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards", "pictures")
+LEAVES = ("openmp", "errors", "units", "events", "sizes", "cards", "pictures", "network")
 ORDER = (
     *("options", "files", "formats", "kernels", "calibration", "data", "families", "layers", "sources", "memory"),
     *("generation", "quantization", "planning", "runs", "training", "evaluation", "exporting", "serving", "bridge"),

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nybble import openmp as openmp  # first: what it sets counts only until torch is loaded
 
 if TYPE_CHECKING:
-    from nybble.api.artefacts import export, merge
+    from nybble.api.artefacts import export, merge, push
     from nybble.api.data import check_data
     from nybble.api.evaluate import compare, evaluate, evaluate_quality
     from nybble.api.parts import Model, TrainingData, add_adapters, load, load_data, open_model
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nybble.events import Event, Listener
     from nybble.exporting.artefact import ExportResult
     from nybble.exporting.compare import MergesCompared
+    from nybble.exporting.push import Pushed
     from nybble.hf import Acceleration, NybbleConfig, accelerate, quantize_
     from nybble.runs.result import RunResult
 
@@ -50,6 +51,7 @@ __all__ = [
     "NybbleConfig",
     "NybbleError",
     "PlanResult",
+    "Pushed",
     "QuantizedModel",
     "Run",
     "RunResult",
@@ -69,6 +71,7 @@ __all__ = [
     "open_model",
     "open_run",
     "plan",
+    "push",
     "quantize",
     "quantize_",
     "serve",
@@ -79,7 +82,7 @@ __all__ = [
 _MODULES = {  # of each exported name; the imports above say the same to type checkers
     name: module
     for module, names in {
-        "api.artefacts": ("export", "merge"),
+        "api.artefacts": ("export", "merge", "push"),
         "api.data": ("check_data",),
         "api.evaluate": ("compare", "evaluate", "evaluate_quality"),
         "api.parts": ("Model", "TrainingData", "add_adapters", "load", "load_data", "open_model"),
@@ -95,6 +98,7 @@ _MODULES = {  # of each exported name; the imports above say the same to type ch
         "events": ("Event", "Listener"),
         "exporting.artefact": ("ExportResult",),
         "exporting.compare": ("MergesCompared",),
+        "exporting.push": ("Pushed",),
         "hf": ("Acceleration", "NybbleConfig", "accelerate", "quantize_"),
         "runs.result": ("RunResult",),
     }.items()

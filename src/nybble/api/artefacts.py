@@ -1,4 +1,4 @@
-"""`nybble.merge` and `nybble.export`."""
+"""`nybble.merge`, `nybble.export` and `nybble.push`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,12 @@ from nybble.api.keywords import RunLike, as_options
 from nybble.events import Listener, silent
 from nybble.options.option import build_options
 from nybble.options.use_groups import GgufType
-from nybble.options.verbs import ExportConfig, MergeConfig
+from nybble.options.verbs import ExportConfig, MergeConfig, PushConfig
 
 if TYPE_CHECKING:
     from nybble.exporting.artefact import ExportResult
     from nybble.exporting.compare import MergesCompared
+    from nybble.exporting.push import Pushed
 
 
 @overload
@@ -105,3 +106,42 @@ def export(run: RunLike | None = None, *, on_event: Listener = silent, **options
 
     output = config.output
     return export_run(config, output.out, output.to, output.gguf_type, on_event)
+
+
+def push(
+    folder: RunLike,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+    on_event: Listener = silent,
+) -> "Pushed":
+    """Put what a run trained, or a folder that `merge` or `export` wrote, into a repository of the Hugging Face hub.
+
+    Args:
+        folder: a run, whose adapter or model is pushed with its card; or a folder with an adapter, a model or a GGUF
+            file. Nothing else of a run is sent.
+        repository: "owner/name"; made where there is none.
+        private: make it private; one that is there and public is refused.
+        revision: branch that the files go to, made where there is none; "main" if None.
+        dry_run: send nothing, and say what would be sent.
+        on_event: told what happens, as it happens.
+
+    Returns:
+        The files with their bytes, and the address of the commit. The token is what the hub's client finds: HF_TOKEN,
+        or that of `hf auth login`.
+
+    Raises:
+        NybbleError: there is nothing to push, it is damaged or was not verified, or the hub refuses it.
+
+    Example:
+        >>> pushed = nybble.push(run, "someone/tiny-adapter", dry_run=True)
+        >>> pushed.files["adapter_model.safetensors"] > 0, pushed.url
+        (True, None)
+    """
+    options = {"private": private, "revision": revision, "dry_run": dry_run}
+    config = build_options(PushConfig, options)
+    from nybble.exporting.push import push as push_folder
+
+    return push_folder(Path(folder), repository, config.push, on_event)

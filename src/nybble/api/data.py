@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import as_options
 from nybble.events import Listener, silent
+from nybble.network import fetching
 from nybble.options.option import build_options
 from nybble.options.verbs import DataConfig
 
@@ -36,6 +37,7 @@ def check_data(*, on_event: Listener = silent, **options: Any) -> "TrainingData"
     from nybble.sources.task import task_of
 
     kind = ROW_KINDS[config.objective.objective]
-    source = open_model(config.model.model, config.model.tokenizer, on_event)
-    source = source.for_task(task_of(config.objective.objective, source.config))
-    return TrainingData.read(config.data, source, kind)
+    with fetching(not config.model.offline):
+        source = open_model(config.model.model, config.model.tokenizer, on_event, config.model.revision)
+        source = source.for_task(task_of(config.objective.objective, source.config))
+        return TrainingData.read(config.data, source, kind)

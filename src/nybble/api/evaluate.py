@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import RunLike, as_options
 from nybble.events import Listener, silent
+from nybble.network import fetching
 from nybble.options.option import build_options
 from nybble.options.verbs import CompareConfig, EvalConfig, EvalQualityConfig
 
@@ -70,7 +71,8 @@ def evaluate_quality(*, on_event: Listener = silent, **options: Any) -> "list[Ar
     config = build_options(EvalQualityConfig, as_options(options))
     from nybble.evaluation.compare_arms import compare_arms
 
-    return compare_arms(config, on_event)
+    with fetching(not config.model.offline):
+        return compare_arms(config, on_event)
 
 
 def compare(*, on_event: Listener = silent, **options: Any) -> "MethodsCompared":
@@ -100,4 +102,5 @@ def compare(*, on_event: Listener = silent, **options: Any) -> "MethodsCompared"
     config = build_options(CompareConfig, as_options(options))
     from nybble.evaluation.compare_methods import compare_methods
 
-    return compare_methods(config, on_event)
+    with fetching(not config.model.offline):
+        return compare_methods(config, on_event)

@@ -38,6 +38,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, add_new_adapters, trained_parameters
 from nybble.layers.precision import set_up
+from nybble.network import fetching
 from nybble.options.adapter_groups import SeededAdapters
 from nybble.options.groups import DataOptions, MemoryOptions
 from nybble.options.option import build_options
@@ -57,13 +58,20 @@ if TYPE_CHECKING:
 
 
 def open_model(
-    model: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None = None, *, on_event: Listener = silent
+    model: str | os.PathLike[str],
+    tokenizer: str | os.PathLike[str] | None = None,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    on_event: Listener = silent,
 ) -> StoredModel:
     """Open a base model where it is stored; none of its weights is read.
 
     Args:
         model: a Hugging Face folder or hub id, a .gguf file, or an alias: smollm2-135m-instruct, all-minilm-l6-v2.
         tokenizer: folder or hub id of another tokenizer than the model's own.
+        revision: branch, tag or commit of a model on the hub; the source's `revision` is the commit that was opened.
+        offline: fetch nothing.
         on_event: told where a model is fetched.
 
     Raises:
@@ -74,8 +82,10 @@ def open_model(
         >>> source.config.num_hidden_layers, len(source.fingerprint())
         (2, 64)
     """
-    options = build_options(SourceConfig, as_options({"model": model, "tokenizer": tokenizer})).model
-    return open_stored(options.model, options.tokenizer, on_event)
+    given = {"model": model, "tokenizer": tokenizer, "revision": revision, "offline": offline}
+    options = build_options(SourceConfig, as_options(given)).model
+    with fetching(not options.offline):
+        return open_stored(options.model, options.tokenizer, on_event, options.revision)
 
 
 @dataclass(frozen=True)

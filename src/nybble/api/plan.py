@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import as_options
 from nybble.events import Listener, silent
+from nybble.network import fetching
 from nybble.options.option import build_options
 from nybble.options.verbs import PlanConfig
 
@@ -90,4 +91,5 @@ def plan(*, on_event: Listener = silent, **options: Any) -> PlanResult:
     config = build_options(PlanConfig, as_options(options))
     from nybble.planning.from_config import plan_from_config
 
-    return PlanResult(*plan_from_config(config, on_event))
+    with fetching(not config.model.offline):
+        return PlanResult(*plan_from_config(config, on_event))

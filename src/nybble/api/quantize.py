@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import as_options
 from nybble.events import Listener, Note, silent
+from nybble.network import fetching
 from nybble.options.groups import CalibrationOptions, QualityOptions
 from nybble.options.option import build_options
 from nybble.options.verbs import QuantizeConfig, SynthConfig
@@ -75,7 +76,8 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
     weights, mixed = config.weights, config.rounding.mixed
     cpu, dtype = set_up(config.machine)
     spec = QuantSpec(weights.format, weights.block_size, weights.double_quant)
-    source = open_model(config.model.model, config.model.tokenizer, on_event)
+    with fetching(not config.model.offline):
+        source = open_model(config.model.model, config.model.tokenizer, on_event, config.model.revision)
     rounding = _rounding(config.rounding)
     reads_text = rounding == "calibrated" or mixed is not None
     calibration = _calibration(config.rounding, dtype, source, on_event) if reads_text else None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nybble.api.keywords import as_options
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
+from nybble.network import fetching
 from nybble.options.verbs import load_config
 from nybble.runs.folder import RunFolder
 
@@ -41,7 +42,8 @@ def train(config: Path | str | None = None, *, on_event: Listener = silent, **op
         pass
     from nybble.training.session import train as run_training
 
-    return run_training(settled, on_event)
+    with fetching(not settled.model.offline):
+        return run_training(settled, on_event)
 
 
 def _config_of_run(given: dict[str, Any]) -> Path:

@@ -14,6 +14,7 @@ from nybble.cli.eval import evaluate, quality
 from nybble.cli.export import export, merge
 from nybble.cli.import_config import import_config
 from nybble.cli.plan import plan
+from nybble.cli.push import push
 from nybble.cli.quantize import quantize
 from nybble.cli.serve import serve
 from nybble.cli.synth import synth
@@ -26,7 +27,6 @@ _SETTINGS = {"help_option_names": ["--help", "-h"]}
 app = typer.Typer(
     name="nybble",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings=_SETTINGS,
 )
@@ -63,6 +63,7 @@ add_verb(app, "synth", synth, verbs.SynthConfig)
 add_verb(app, "serve", serve, verbs.ServeConfig)
 add_verb(app, "merge", merge, verbs.MergeConfig)
 add_verb(app, "export", export, verbs.ExportConfig)
+add_verb(app, "push", push, verbs.PushConfig)
 app.add_typer(data_app)
 app.add_typer(eval_app)
 app.add_typer(config_app)

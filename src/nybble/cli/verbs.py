@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from nybble.cli.completion import completer
 from nybble.errors import ConfigError, NybbleError
 from nybble.options.option import Verb, alternatives, choices_of, fields_by_group, known_names, nearest, yaml_key
 
@@ -86,6 +87,7 @@ def _flag(name: str, field: FieldInfo, group: str) -> Any:
         metavar="" if is_switch else _metavar(field),
         show_default=False,
         rich_help_panel=group,
+        autocompletion=completer(name, field),
     )
     return Annotated[kind | None, option]
 

@@ -10,6 +10,7 @@ from typing import Any
 from nybble.data.file_kinds import ALLOWED_FILES, Row, Rows
 from nybble.data.sources import SAVED_SPLITS, DataSource
 from nybble.errors import DataError
+from nybble.network import may_fetch
 
 COUNTED = re.compile(r"%|-\d")  # in a slice: what only the number of rows makes a place
 
@@ -88,6 +89,10 @@ def hub_rows(source: DataSource) -> Rows:
     """The split "train" of a hub data set, or the one that is named, streamed."""
     import datasets
 
+    if not may_fetch():
+        raise DataError(
+            f"{source.given}: no file here, and with --offline the hub is not asked", f"allowed: {ALLOWED_FILES}"
+        )
     name, _, config = source.name.partition(":")
     try:
         held = datasets.load_dataset(name, config or None, streaming=True)

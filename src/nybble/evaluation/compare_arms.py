@@ -90,7 +90,7 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
     refuse_weights(config.data.data, "nothing is trained here")
     arms = [parse_arm(text) for text in config.comparison.arms]
     _, dtype = set_up(config.machine)
-    source = open_model(config.model.model, config.model.tokenizer, report).without_lattice()
+    source = open_model(config.model.model, config.model.tokenizer, report, config.model.revision).without_lattice()
     if source.quant_spec is not None:
         raise ModelError(
             f"{source.name} is already in 4 bits ({source.quant_spec.format}).",

@@ -46,6 +46,17 @@ class ModelOptions(Options, group="Model"):
     tokenizer: Name | None = knob(
         None, "Folder or hub id of the tokenizer; the model's own if not given.", aliases=("tokenizer_name",)
     )
+    revision: Name | None = knob(
+        None,
+        "Branch, tag or commit of a model on the hub; the newest if not given. A run keeps the commit that it got.",
+        aliases=("model_revision", "revision_of_model"),
+    )
+    offline: bool = knob(
+        False,
+        "Fetch nothing: models, tokenizers and examples are on this machine, or in the hub's cache. HF_HUB_OFFLINE=1 "
+        "says the same to the hub's client alone.",
+        aliases=("local_files_only",),
+    )
 
 
 class AcceptOptions(Options, group="Data"):

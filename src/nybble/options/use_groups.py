@@ -235,6 +235,14 @@ class MergeOutput(Options, group="Output"):
         return self
 
 
+class PushOptions(Options, group="Hub"):
+    private: bool = knob(False, "Make the repository private, where there is none yet; a public one is refused.")
+    revision: Name | None = knob(
+        None, "Branch that the files go to, made where there is none; main if not given.", aliases=("branch",)
+    )
+    dry_run: bool = knob(False, "List the files and their bytes, and send nothing.")
+
+
 class ServerOptions(Options, group="Server"):
     run: tuple[Folder, ...] = knob(
         ...,

@@ -345,6 +345,12 @@ class ExportConfig(Verb):
     _text_is_for_calibrating = model_validator(mode="after")(_check_calibrate)
 
 
+class PushConfig(Verb):
+    """What `nybble push` needs to know beside what is pushed, and where to."""
+
+    push: use_groups.PushOptions
+
+
 class OpenConfig(Verb):
     """What `nybble.open_run` needs to know."""
 

@@ -34,7 +34,7 @@ from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
 from nybble.sizes import SHAPE_RULES
 from nybble.sources.hub import fetch_config, looks_like_hub_id
-from nybble.sources.open import open_model
+from nybble.sources.open import check_revision, open_model
 from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, reads_whole, stored_text_config
 from nybble.sources.task import HEADS, PICTURED, TOKENS, reads_pictures, task_of
@@ -66,7 +66,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
         ModelError: the config cannot be found, or transformers cannot build its model.
     """
     options = settle_method(options)
-    written = read_config(options.model.model, report)
+    written = read_config(options.model.model, report, options.model.revision)
     machine, dtype = _machine(options.machine, options.memory.memory)
     config = transformers_config(written)
     task = task_of(options.objective.objective, config)
@@ -81,7 +81,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
     formats, in_four_bits = formats_from_config(written), None
     in_folder = formats is not None or options.model.model in SHAPES
     if options.weights.format == STORED:
-        source = open_model(options.model.model, report=report).as_stored()
+        source = open_model(options.model.model, None, report, options.model.revision).as_stored()
         formats, in_four_bits, in_folder = source.layer_formats, source.in_four_bits, source.is_streamable
     micro_batches = _micro_batches(options, skeleton, machine, prepared, report)
     teacher = None
@@ -135,22 +135,24 @@ def _asking(
     return Asking.of(name, plan, machine, rows, tokens, targets, options.objective.teacher_top_k or TOP_K)
 
 
-def read_config(model: str, report: Listener = silent) -> dict[str, Any]:
+def read_config(model: str, report: Listener = silent, revision: str | None = None) -> dict[str, Any]:
     """A model's config.json as it is written, without its weights.
 
     Args:
         model: one of SHAPES, a folder, a hub id, a .gguf file or an alias.
+        revision: of a model on the hub.
 
     Raises:
         ModelError: there is none, or it is not JSON.
     """
+    check_revision(model, revision, SHAPES)
     if model in SHAPES:
         return SHAPES[model]
     path = Path(model).expanduser()
     if not path.is_dir() and (path.is_file() or not looks_like_hub_id(model) or "/" not in model):
         config: dict[str, Any] = open_model(model, report=report).config.to_dict()
     else:
-        file = path / "config.json" if path.is_dir() else fetch_config(model)
+        file = path / "config.json" if path.is_dir() else fetch_config(model, revision)
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -189,7 +191,7 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
 
 
 def _read_examples(options: PlanConfig, skeleton: "PreTrainedModel") -> PreparedData:
-    source = open_model(options.model.model, options.model.tokenizer)
+    source = open_model(options.model.model, options.model.tokenizer, revision=options.model.revision)
     kind = ROW_KINDS[options.objective.objective]
     reader = source.picture_reader
     template = open_template(options.data, source.load_tokenizer(), conversations=kind.conversations, reader=reader)

@@ -128,7 +128,8 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
     except ConfigError as error:
         raise _unreadable(run, error) from error
     task, named = read_task(run) or TOKENS, config.model
-    source = in_asked_bits(open_model(named.model, named.tokenizer, report).for_task(task), config.weights)
+    stored = open_model(named.model, named.tokenizer, report, named.revision)
+    source = in_asked_bits(stored.for_task(task), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
     conversations = ROW_KINDS[config.objective.objective].conversations

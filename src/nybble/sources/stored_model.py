@@ -47,6 +47,7 @@ class StoredModel(ABC):
         task: what the model is for: which head stands on it.
         model_labels: names that its own config has for scores, of a model for another task than the next token.
         made_from: fingerprint of the model that it was quantised from, where that is known.
+        revision: the commit that was opened, of a model on the hub.
         files: that its tensors can be read from a part at a time; none where they are converted or made on the way.
     """
 
@@ -55,6 +56,7 @@ class StoredModel(ABC):
     dense_dtype: torch.dtype
     layer_formats: BaseFormats | None = None
     made_from: str | None = None
+    revision: str | None = None
     files: tuple[Path, ...] = ()
     task: Task = TOKENS
     model_labels: tuple[str, ...] = ()

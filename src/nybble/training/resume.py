@@ -21,7 +21,7 @@ from nybble.training.checkpoint import CONFIG, Checkpoint
 FREE_OPTIONS = (
     *("out", "overwrite", "resume", "allow_change", "allow", "save_every", "keep_checkpoints", "eval_every"),
     *("model", "tokenizer", "data", "validation_data", "memory", "adapter", "max_dense_share", "teacher"),
-    *("track", "track_project"),
+    *("track", "track_project", "revision", "offline"),
 )
 
 
@@ -42,7 +42,16 @@ def settle_config(checkpoint: Checkpoint, config: TrainConfig) -> TrainConfig:
     ]
     if changed and "config" not in config.run.allow_change:
         raise _changed(checkpoint, "options", "; ".join(changed), "config")
+    config = with_options(config, revision=_revision(config, written))
     return config if changed else with_options(config, **checkpoint.state["settled"])
+
+
+def _revision(config: TrainConfig, written: TrainConfig) -> str | None:
+    """The run's own unless another is asked for; that of another model only where it is."""
+    asked, own = config.model.revision, written.model.revision
+    if config.model.model == written.model.model:
+        return asked or own
+    return None if asked == own else asked
 
 
 def check_base(checkpoint: Checkpoint, fingerprint: str, allowed: Collection[str]) -> None:

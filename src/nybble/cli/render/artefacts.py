@@ -4,7 +4,9 @@ from rich.text import Text
 
 from nybble.cli.render.terminal import Terminal, new_table, show
 from nybble.exporting.compare import MergesCompared
+from nybble.exporting.push import Pushed
 from nybble.exporting.verify import Verified
+from nybble.units import format_bytes
 
 
 @show.register
@@ -41,3 +43,14 @@ def _(event: MergesCompared, terminal: Terminal) -> None:
         gain = f"{(base - loss) / (base - kept):.0%}" if base > kept and "base, " not in name[:6] else ""
         table.add_row(name, f"{loss:.4f}", f"{loss - kept:+.4f}", gain)
     terminal.console.print(table)
+
+
+@show.register
+def _(event: Pushed, terminal: Terminal) -> None:
+    """The files with their sizes, and where they are now, or would be."""
+    width = max(map(len, event.files))
+    for name, size in event.files.items():
+        terminal.say(f"  {name:<{width}}  {format_bytes(size)}")
+    what = f"{len(event.files)} files, {format_bytes(event.num_bytes)}"
+    where = f"{event.repository}, {event.revision}"
+    terminal.say(f"{what} would go to {where}; nothing was sent" if event.url is None else f"{what}: {event.url}")

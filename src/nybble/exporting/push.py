@@ -1,0 +1,174 @@
+"""Putting what was trained onto the Hugging Face hub: an adapter, a merged folder, a GGUF file, with its card.
+
+Only the files of one folder go, none of the run around it. The token is the hub client's business (HF_TOKEN, `hf auth
+login`): it is neither read nor kept here.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nybble.errors import ExportError, foreign_errors
+from nybble.events import Event, Listener, Note, silent
+from nybble.files.disk import disk_errors
+from nybble.files.manifest import MANIFEST_NAME, verify_manifest
+from nybble.options.use_groups import PushOptions
+from nybble.runs.folder import RunFolder
+from nybble.sources.hub import said_by_hub
+
+CARD = "README.md"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MODEL_FILES = ("adapter_model.safetensors", "*.safetensors", "*.gguf")
+
+
+@dataclass(frozen=True)
+class Pushed(Event):
+    """What went onto the hub, or, of a dry run, what would.
+
+    Args:
+        folder: whose files they are.
+        files: name in the repository -> bytes.
+        url: of the commit; None after a dry run.
+    """
+
+    folder: Path
+    repository: str
+    revision: str
+    files: Mapping[str, int]
+    url: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.files.values())
+
+
+def push(path: Path, repository: str, options: PushOptions, report: Listener = silent) -> Pushed:
+    """Put a run's adapter or model, or a folder that nybble wrote, into a repository of the hub, in one commit.
+
+    A push that was cut goes on when it is repeated: what the hub has already is not sent again.
+
+    Args:
+        path: a run folder, of which what it trained is pushed; or a folder with an adapter, a model, a GGUF file.
+        repository: "owner/name"; made where there is none.
+
+    Raises:
+        ExportError: there is nothing to push, it is damaged or not verified, or the hub refuses it.
+    """
+    if HUB_ID.fullmatch(repository) is None:
+        raise ExportError(
+            f"{repository!r} names no repository.", "Allowed: owner/name.", "Put your name on the hub before it."
+        )
+    with disk_errors(path, ExportError, what="cannot be read"):
+        folder = _what_was_trained(path)
+        files = {file: file.stat().st_size for file in _files(folder)}
+        _check(folder, files)
+        for note in _notes(folder, path):
+            report(Note(note, warning=True))
+        named = {file.relative_to(folder).as_posix(): size for file, size in files.items()}
+        revision = options.revision or "main"
+        url = None if options.dry_run else _upload(folder, list(named), repository, revision, options.private)
+    pushed = Pushed(folder, repository, revision, named, url)
+    report(pushed)
+    return pushed
+
+
+def _what_was_trained(path: Path) -> Path:
+    run = RunFolder(path)
+    if not run.config.is_file():
+        return path
+    for folder in (run.adapter, run.model):
+        if folder.is_dir():
+            return folder
+    raise ExportError(
+        f"{path} holds no adapter and no model yet.",
+        "A run writes them when it ends or is interrupted.",
+        f"Let it end: nybble train --resume --out {path}",
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """But hidden ones, which a folder that is being written has."""
+    found = sorted(folder.rglob("*")) if folder.is_dir() else []
+    return [
+        file for file in found if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
+
+
+def _check(folder: Path, files: Mapping[Path, int]) -> None:
+    """Refuse a folder that is none of ours, or not as it should be."""
+    if not any(file.match(pattern) for file in files for pattern in MODEL_FILES):
+        raise ExportError(
+            f"{folder} holds no adapter, no model and no GGUF file.",
+            "Allowed: a run folder, or what `nybble merge` or `nybble export` wrote.",
+            "Check the path.",
+        )
+    if folder.name.endswith(".unverified"):
+        raise ExportError(
+            f"{folder} was not verified: it may not be the tuned model.",
+            "Needed: a folder that `nybble merge` or `nybble export` found to be what it should.",
+            f"Look at {folder / 'verification.json'}; rename the folder to push it all the same.",
+        )
+    if folder / MANIFEST_NAME in files:
+        verify_manifest(folder)
+
+
+def _notes(folder: Path, path: Path) -> list[str]:
+    """What others will stumble over."""
+    notes = []
+    if not (folder / CARD).is_file():
+        ask = f"`nybble eval --run {path}` writes one" if path != folder else "`nybble eval` writes one into the run"
+        notes.append(f"{folder} has no card ({CARD}); {ask}, with measured figures")
+    for file, base in _bases(folder).items():
+        if HUB_ID.fullmatch(base) is None:
+            notes.append(f"{file} names the base {base}, which is no hub id: others do not find it by that name")
+    return notes
+
+
+def _bases(folder: Path) -> dict[str, str]:
+    """What files of the folder call the base."""
+    found: dict[str, Any] = {}
+    card, config = folder / CARD, folder / "adapter_config.json"
+    if card.is_file():
+        header = re.match(r"---\n(.*?\n)---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+        found[CARD] = (yaml.safe_load(header[1]) or {}).get("base_model") if header else None
+    if config.is_file():
+        found[config.name] = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return {name: base for name, base in found.items() if isinstance(base, str) and base}
+
+
+def _upload(folder: Path, names: list[str], repository: str, revision: str, private: bool) -> str:
+    """Make the repository and the branch where there are none, and commit the files; returns the commit's address."""
+    from huggingface_hub import HfApi
+
+    def refused(error: Exception) -> ExportError:
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:  # around what a thread of uploads met
+            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if type(error) is ValueError:  # the hub's complaint about the header of the card
+            return ExportError(f"The hub refused {folder}: {' '.join(str(error).split())}", "", "Mend what it names.")
+        got, fix = said_by_hub(error, f"a model {repository}")
+        return ExportError(got[0].upper() + got[1:], "No file in the repository has changed.", fix)
+
+    api = HfApi()
+    with foreign_errors(refused):
+        api.create_repo(repository, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository).private:
+            raise ExportError(
+                f"{repository} is there already, and public.",
+                "--private is for a repository that is made now, or private.",
+                "Push to another name, make it private on the hub, or leave --private out.",
+            )
+        if revision != "main":
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=revision,
+            allow_patterns=names,
+            commit_message=f"Put {folder.name} here with nybble",
+        )
+    return str(done.commit_url)
