@@ -1,5 +1,6 @@
-"""Run beside the packages of `trackers.txt`: trains by the options on stdin, goes on with the run, and prints what each
-tracker has: {tracker: {"rank": of its options, metric: {step: figure}}}. The current folder becomes theirs.
+"""Run with the tests and the packages of `trackers.txt` on its path: trains by the options on stdin, goes on with the
+run, and prints what each tracker has: {tracker: {"rank": of its options, metric: {step: figure}}}. The current folder
+becomes theirs.
 """
 
 import json
@@ -87,7 +88,6 @@ def mlflow(out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     options = json.load(sys.stdin)
     train(load_config(None, options))
     out = Path(options["out"])

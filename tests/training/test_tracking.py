@@ -26,7 +26,8 @@ from nybble.training.events import HeldOutLoss, RunMeasured, Step, TrainingBegun
 from nybble.training.session import train
 from nybble.training.tracking import Tracking
 
-ENVIRONMENT = Path(__file__).parents[2] / ".venv-trackers"
+TESTS = Path(__file__).parents[1]
+ENVIRONMENT = TESTS.parent / ".venv-trackers"
 READER = Path(__file__).with_name("read_trackers.py")
 STEPS = 4
 
@@ -203,7 +204,7 @@ def test_each_tracker_gets_steps_options_and_the_end(
     assert tensorboard.of("open")[0] == {"at": (folder / "tensorboard",), "purge_step": 3, "flush_secs": 10}
     assert "lora-plus-ratio: 1.0" in tensorboard.of("text")[0]["at"][1]
     assert {call["at"] for call in tensorboard.of("scalar")} >= {("train/loss", 2.5, 3), ("eval/loss", 2.25, 3)}
-    assert len(tensorboard.of("close")) == 1
+    assert tensorboard.of("text")[1]["at"] == ("status", "finished", 3) and len(tensorboard.of("close")) == 1
 
     heard("wandb,mlflow", folder, BEGUN, STEP, status=KeyboardInterrupt)  # goes on, and is stopped
     assert wandb.of("init")[1]["id"] == begun["id"], "the folder keeps it"
@@ -261,7 +262,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything(
 def test_the_libraries_themselves_take_it(tiny_model: Path, tmp_path: Path) -> None:
     """A run with all four, that is gone on with, in a process of its own; each library is asked what it has."""
     [packages] = (ENVIRONMENT / "lib").glob("python*/site-packages")
-    own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(packages), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    own = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{packages}:{TESTS}", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     own |= {"WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "MLFLOW_ALLOW_FILE_STORE": "true"}
     own |= {"MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlruns"}
     asked = options(tiny_model, make_data(tmp_path / "rows.jsonl"), tmp_path / "tracked", max_steps=2)

@@ -83,8 +83,8 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     device, dtype = set_up(config.machine)
     kind, named = ROW_KINDS[config.objective.objective], config.model
     source = open_model(named.model, named.tokenizer, report, named.revision)
-    if source.revision is not None:  # later, and by other verbs, the same commit is opened
-        config, given = (with_options(options, revision=source.revision) for options in (config, given))
+    # Later, and by other verbs, the same commit is opened.
+    config, given = (with_options(options, revision=source.revision) for options in (config, given))
     task = task_of(config.objective.objective, source.config)
     source = in_asked_bits(source.for_task(task), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))

@@ -69,7 +69,7 @@ class Trackio:
     def __init__(self) -> None:
         import trackio
 
-        self._trackio, self._run = trackio, None
+        self._trackio = trackio
 
     def place(self, run: TrackedRun) -> str:
         return f"run {self._name(run)}, trackio show --project {run.project_or(self.VARIABLE)}"
@@ -87,7 +87,7 @@ class Trackio:
         self._run.log(dict(figures), step=step)
 
     def end(self, figures: Mapping[str, float], step: int, status: str) -> None:
-        self.log(figures, step)
+        self._run.log({**figures, "status": status}, step=step)
         self._run.finish()
 
 
@@ -116,6 +116,7 @@ class TensorBoard:
 
     def end(self, figures: Mapping[str, float], step: int, status: str) -> None:
         self.log(figures, step)
+        self._writer.add_text("status", status, step)
         self._writer.close()
 
 
@@ -130,7 +131,7 @@ class Wandb:
     def __init__(self) -> None:
         import wandb
 
-        self._wandb, self._run = wandb, None
+        self._wandb = wandb
         if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise ConfigError(  # it would ask in the middle of the run
                 "track is wandb, and W&B has no key here.",
