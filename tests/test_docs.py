@@ -2,7 +2,8 @@
 
 A block that cannot be run says so to its readers: its first line is `# Not run by the tests: why`. What a command
 reads is there before it runs: the tiny base in place of a published model, a run that learnt, examples. Long commands
-are cut short by flags of LESS, which are added where the document does not give them.
+are cut short by flags of LESS, which are added where the document does not give them. A block that is shown, and whose
+first line names a YAML file, is that file; where a command has made it, it has to say the same.
 """
 
 import os
@@ -24,6 +25,7 @@ from typing import Any
 import processes
 import pytest
 import typer
+import yaml
 from typed import typed
 
 import nybble
@@ -60,8 +62,14 @@ class Block:
     text: str
 
     @property
+    def file(self) -> str | None:
+        """The YAML file that it is."""
+        named = re.match(r"# ([\w-]+\.ya?ml)\n", self.text)
+        return named[1] if named and self.language == "" else None
+
+    @property
     def runs(self) -> bool:
-        return self.language in RUN and NOT_RUN.match(self.text.partition("\n")[0]) is None
+        return self.file is not None or (self.language in RUN and NOT_RUN.match(self.text.partition("\n")[0]) is None)
 
     def commands(self) -> Iterator[list[str]]:
         for line in self.text.replace("\\\n", " ").splitlines():
@@ -216,6 +224,12 @@ class Workplace:
     port: int = 0
 
     def run(self, block: Block) -> None:
+        if block.file is not None:
+            made = Path(block.file)
+            if not made.exists():
+                made.write_text(block.text, encoding="utf-8")
+            assert yaml.safe_load(made.read_text(encoding="utf-8")) == yaml.safe_load(block.text), block
+            return
         if block.language == "python":
             text = self._address(block.text).replace(ALIAS, str(self.trained.parent / "base"))
             exec(compile(text, f"{block.document.name}:{block.line}", "exec"), {})

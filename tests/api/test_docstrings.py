@@ -12,7 +12,7 @@ import nybble
 SHOWN = ["open_model", "load_data", "TrainingData.batches", "TrainingData.steps", "load", "add_adapters", "Model.loss"]
 SHOWN += ["Model.save_adapter", "plan", "quantize", "train", "open_run", "Run.generate", "evaluate", "merge", "export"]
 SHOWN += ["serve", "check_data", "synth", "evaluate_quality", "compare", "quantize_", "NybbleConfig"]
-SHOWN += ["accelerate", "import_config"]
+SHOWN += ["accelerate", "import_config", "push"]
 
 
 def named(path: str) -> Any:
