@@ -75,7 +75,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
         options = with_options(options, packing=False)
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
     if prepared is not None and have_pictures(prepared.train + prepared.validation):
-        source = open_model(options.model.model, options.model.tokenizer)
+        source = open_model(options.model.model, options.model.tokenizer, revision=options.model.revision)
         skeleton = source.for_task(replace(PICTURED, towers=options.weights.quantize_towers)).skeleton
     options = _with_rank(options, skeleton, prepared, report)
     formats, in_four_bits = formats_from_config(written), None
