@@ -34,6 +34,23 @@ def values(each: str) -> str:
     return "{% for k, v in c['function']['arguments'] | items %}{{ " + each + " }}{% endfor %}"
 
 
+def joined(each: str, comma: str) -> str:
+    """As `values`, with commas between them."""
+    return values(f"{each} + ('{comma}' if not loop.last else '')")
+
+
+GEMMA_VALUE = (
+    "{% macro said(v) %}{% if v is string %}{{ '<|\"|>' + v + '<|\"|>' }}{% elif v is mapping %}{{ '{' }}"
+    "{% for k, e in v | items %}{{ k + ':' + said(e) }}{% endfor %}{{ '}' }}{% elif v is iterable %}{{ '[' }}"
+    "{% for e in v %}{{ said(e) + (',' if not loop.last else '') }}{% endfor %}{{ ']' }}"
+    "{% else %}{{ v | tojson }}{% endif %}{% endmacro %}"
+)
+PYTHON_VALUE = (
+    "\"'\" + v.replace('\\\\', '\\\\\\\\').replace(\"'\", \"\\\\'\").replace('\n', '\\\\n') + \"'\" if v is string"
+    " else (v | string if v is boolean or v is none else v | tojson)"
+)
+
+
 STYLES: dict[str, str] = {
     "Hermes": chat(
         "{{ '\n<tool_call>\n{\"name\": ' + ("
@@ -71,6 +88,17 @@ STYLES: dict[str, str] = {
         + " + '>\n' }}"
         + values("'<parameter=' + k + '>\n' + (v if v is string else v | tojson) + '\n</parameter>\n'")
         + "{{ '</function>\n</tool_call>' }}"
+    ),
+    "Gemma 4": GEMMA_VALUE
+    + chat("{{ '<|call>call:' + " + NAME + " + '{' }}" + joined("k + ':' + said(v)", ",") + "{{ '}<call|>' }}"),
+    "LFM2": chat(
+        "{{ "
+        + NAME
+        + " + '(' }}"
+        + joined("k + '=' + (" + PYTHON_VALUE + ")", ", ")
+        + "{{ ')' + (', ' if not loop.last else '') }}",
+        before="'<|tool_call_start|>['",
+        behind="']<|tool_call_end|>'",
     ),
 }
 
@@ -120,6 +148,18 @@ def test_calls_are_read_as_they_are_written(tokenizer_of, style: str) -> None:
         ("Qwen 3.5", "<tool_call><function=weather><parameter=days>x</parameter></function></tool_call>",
          [("weather", {"days": "x"})]),
         ("GLM", "<tool_call>weather<arg_key>days</arg_key><arg_value>3", None),
+        ("LFM2", "<|tool_call_start|>[f(a='it\\'s', b=[1, 'x'], c={\"k\": None}), g()]<|tool_call_end|>",
+         [("f", {"a": "it's", "b": [1, "x"], "c": {"k": None}}), ("g", {})]),
+        ("LFM2", "<|tool_call_start|>[f(a=True, b=-1.5e3)]", [("f", {"a": True, "b": -1500.0})]),
+        ("LFM2", "<|tool_call_start|>[f(a='it's')]<|tool_call_end|>", None),
+        ("LFM2", "<|tool_call_start|>[f(a=b)]<|tool_call_end|>", None),
+        ("LFM2", "<|tool_call_start|>[f(1)]<|tool_call_end|>", None),
+        ("LFM2", "<|tool_call_start|>[f(a=" + "[" * 99_999, None),
+        ("Gemma 4", '<|call>call:f{a:<|"|>, b:{<|"|>,b:[true,{c:None}]}<call|>',
+         [("f", {"a": ", b:{", "b": [True, {"c": None}]})]),
+        ("Gemma 4", '<|call>call:f{"a": "x", b: 2}', [("f", {"a": "x", "b": 2})]),
+        ("Gemma 4", '<|call>call:f{a:<|"|>x}<call|>', None),
+        ("Gemma 4", "<|call>call:f{a:}<call|>", None),
     ],
 )  # fmt: skip
 def test_what_models_write_otherwise(tokenizer_of, style: str, text: str, calls: list | None) -> None:

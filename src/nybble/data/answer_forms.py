@@ -3,7 +3,8 @@
 A model that was trained through its template writes as the template does: what stands around a thought, around all
 calls, around each of them, and between its name and its arguments, is what probes are rendered with. Known are calls
 that are a JSON object (Hermes, Qwen 2.5 and 3, Llama 3, Mistral's lists), a name and a JSON object of arguments
-(DeepSeek, later Mistral), and a name with its arguments one by one (GLM, Qwen 3.5).
+(DeepSeek, later Mistral), a name with its arguments one by one (GLM, Qwen 3.5), and a name with arguments in brackets
+that are no JSON (Gemma 4, LFM2; `loose_arguments.py`).
 """
 
 import json
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from nybble.data.examples import Message, ToolCall
+from nybble.data.loose_arguments import CLOSING, LooseForm, read_arguments
 from nybble.data.supervision import MARK, Render
 from nybble.data.template_probes import ASKED, CALL, KEY, TOOL
 from nybble.data.thinking import MARKS
@@ -48,7 +50,8 @@ class CallGrammar:
         each: before each of them, and behind it.
         between: behind the end of one and before the next; None where there is only one.
         name_end: behind the name; None where a call is one JSON object.
-        values: before a key, between it and its value, behind that; None where the arguments are a JSON object.
+        values: before a key, between it and its value, behind that; None where the arguments are not one by one.
+        loose: how arguments in brackets are written; None where they are no such, or are a JSON object.
     """
 
     section: tuple[str, str]
@@ -56,6 +59,7 @@ class CallGrammar:
     between: str | None
     name_end: str | None = None
     values: tuple[str, str, str] | None = None
+    loose: LooseForm | None = None
 
     @property
     def mark(self) -> str:
@@ -150,29 +154,30 @@ class _Core(NamedTuple):
     end: int
     name_end: str | None = None
     values: tuple[str, str, str] | None = None
+    loose: LooseForm | None = None
 
 
 def _find_calls(render: Render, thought: ThoughtForm | None) -> CallGrammar | None:
     def written(*calls: ToolCall) -> str:
         return _answer_to(render, Message("assistant", "", calls=calls), thought)
 
-    one, two, long = written(CALL), written(CALL, OTHER_CALL), written(LONG_CALL)
-    core = _core(one, TOOL) or _listed(one, long, written(NUMBER_CALL))
+    one, two, long, number = (written(*calls) for calls in ((CALL,), (CALL, OTHER_CALL), (LONG_CALL,), (NUMBER_CALL,)))
+    core = _core(one, TOOL) or _listed(one, long, number) or _loose(one, number)
     if core is None:
         return None
     before, behind = one[: core.start], one[core.end :]
     second = _core(two, OTHER_TOOL)
-    if core.values is not None and OTHER_TOOL in two:
+    if (core.values or core.loose) is not None and OTHER_TOOL in two:
         second = _Core(two.index(OTHER_TOOL), 0)
     if second is None or not two.startswith(one[: core.end]):
-        grammar = CallGrammar(("", ""), (before, behind), None, core.name_end, core.values)
+        grammar = CallGrammar(("", ""), (before, behind), None, *core[2:])
     else:
         middle = two[core.end : second.start]
         opening = _common_end(before, middle)
         rest = middle[: len(middle) - len(opening)]
         closing = _common_start(rest, behind)
         section = before[: len(before) - len(opening)], behind[len(closing) :]
-        grammar = CallGrammar(section, (opening, closing), rest[len(closing) :], core.name_end, core.values)
+        grammar = CallGrammar(section, (opening, closing), rest[len(closing) :], *core[2:])
     if (not grammar.mark and core.name_end is not None) or TOOL in (core.name_end or ""):
         return None
     for text, call in ((one, CALL), (long, LONG_CALL)):  # what its own probes are not read from is not understood
@@ -212,6 +217,20 @@ def _listed(one: str, long: str, number: str) -> _Core | None:
         return None
     end = value + len(MARK) + len(closing)
     return _Core(at, end, name_end.removesuffix(opening), (opening, between, closing))
+
+
+def _loose(one: str, number: str) -> _Core | None:
+    """A call whose arguments stand in brackets, their names bare and text in quotes that numbers lack."""
+    at, key, value, bare = one.find(TOOL), one.find(KEY), one.find(MARK), number.find("7318")
+    if not (0 <= at < key < value and key < bare and number.startswith(one[: key + len(KEY)])):
+        return None
+    opening, rest = one[at + len(TOOL) : key].strip(), number[bare + len("7318") :]
+    between = number[key + len(KEY) : bare]
+    quoted = one[key + len(KEY) : value].removeprefix(between), one[value + len(MARK) :].removesuffix(rest)
+    if opening not in CLOSING or not between or not all(quoted) or not rest.startswith(CLOSING[opening]):
+        return None
+    end = len(one) - len(rest) + 1
+    return _Core(at, end, opening, None, LooseForm(opening, between, quoted))
 
 
 def _objects(text: str) -> list[tuple[int, dict[str, Any], int]]:
@@ -320,11 +339,22 @@ class _Reader:
             if name is None or not name.strip():
                 return None
             name = name.strip()
-            listed = self._values(grammar.values, schemas.get(name, {})) if grammar.values else self._object()
+            listed = self._arguments(grammar, schemas.get(name, {}))
             found = None if listed is None else (name, listed)
         if found is None or not self.take(grammar.each[1], ends=True):
             return None
         return ToolCall(*found, "")
+
+    def _arguments(self, grammar: CallGrammar, schemas: Mapping[str, Any]) -> dict[str, Any] | None:
+        if grammar.values is not None:
+            return self._values(grammar.values, schemas)
+        if grammar.loose is None:
+            return self._object()
+        read = read_arguments(grammar.loose, self.text, self.at)
+        if read is None:
+            return None
+        found, self.at = read
+        return found
 
     def _object(self) -> dict[str, Any] | None:
         self.take("")
