@@ -11,6 +11,7 @@ from huggingface_hub import constants
 from nybble.errors import FormatError, ModelError
 from nybble.sources.hub import looks_like_hub_id
 from nybble.sources.open import open_model
+from nybble.sources.processor import load_processor
 
 
 def test_a_folder(make_folder) -> None:
@@ -169,3 +170,19 @@ def test_a_hub_id_without_network_says_so(tmp_path: Path, monkeypatch: pytest.Mo
 )
 def test_what_is_taken_for_a_hub_id(name: str, expected: bool) -> None:
     assert looks_like_hub_id(name) == expected
+
+
+@pytest.mark.parametrize("inside", ["", "adapter"])
+def test_a_run_where_a_model_is_wanted_is_pointed_to_merging(inside: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=f"nybble merge --run {tmp_path} --out MODEL"):
+        open_model(str(tmp_path / inside))
+
+
+def test_a_missing_pillow_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.utils.is_vision_available", lambda: False)
+    with pytest.raises(ModelError, match="Pillow is not installed") as refused:
+        load_processor(str(tmp_path), torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+    assert refused.value.fix == "pip install pillow"

@@ -289,13 +289,21 @@ def _beginnings(name: str) -> list[str]:
     return [name, name.rpartition(".")[0], name.partition(".quant_state.")[0]]
 
 
+def _way_from(folder: Path) -> str:
+    """What makes a model of a folder that holds none."""
+    run = folder.parent if (folder / "adapter_config.json").is_file() else folder
+    if (run / "adapter").is_dir() and (run / "config.yaml").is_file():
+        return f"It is a run's: nybble merge --run {run} --out MODEL writes a model, nybble chat --run {run} asks it."
+    return "Check the path; an adapter's folder is no model until it is merged: nybble merge."
+
+
 def _read_config_json(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(
             f"{folder} has no config.json.",
             "Allowed: a Hugging Face model folder (config.json, safetensors, tokenizer files).",
-            "Check the path; an adapter's folder is no model, its run is chatted with by --run.",
+            _way_from(folder),
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=object_without_duplicates)

@@ -23,6 +23,8 @@ def load_processor(name: str, skeleton: "PreTrainedModel") -> PictureProcessor:
     """
     from transformers import AutoImageProcessor
 
+    _check_pillow(name)
+
     def none_loaded(error: Exception) -> ModelError:
         return ModelError(
             f"No image processor could be loaded from {name}: {first_line(error)}",
@@ -56,6 +58,8 @@ def load_vision_language_processor(name: str, config: "PretrainedConfig") -> Any
     """
     from transformers import PROCESSOR_MAPPING, AutoImageProcessor, AutoTokenizer
 
+    _check_pillow(name)
+
     def none_loaded(error: Exception) -> ModelError:
         return ModelError(
             f"No processor of texts and pictures could be loaded from {name}: {first_line(error)}",
@@ -76,6 +80,22 @@ def load_vision_language_processor(name: str, config: "PretrainedConfig") -> Any
     if getattr(found, "image_token", None) is None:
         raise none_loaded(ValueError(f"{kind.__name__} names no token that stands for a picture"))
     return found
+
+
+def _check_pillow(name: str) -> None:
+    """Refuse what reads pictures where nothing decodes them.
+
+    Raises:
+        ModelError: Pillow is missing.
+    """
+    from transformers.utils import is_vision_available
+
+    if not is_vision_available():
+        raise ModelError(
+            f"{name} reads pictures, and Pillow is not installed.",
+            "Its image processor needs it.",
+            "pip install pillow",
+        )
 
 
 def _without_others(kind: Any) -> Any:
