@@ -6,7 +6,8 @@ context. The prompt of turn i is render(messages[:i], add_generation_prompt=True
 sends; the turn is what render(messages[:i + 1]) adds to it, up to its end-of-turn token. No template is
 parsed and no header searched for, so any template works that only appends; the others are told apart here.
 
-Each beginning of a conversation is rendered once: the time grows with the square of the number of turns.
+Each beginning of a conversation is rendered once, the whole of it by the caller: the time grows with the square of the
+number of turns.
 """
 
 from collections.abc import Callable, Sequence
@@ -123,7 +124,7 @@ def find_turns(
         if message.role != "assistant" or not asked:
             continue
         prompt = render(messages[:index], True).text
-        upto = render(messages[: index + 1], False)
+        upto = whole if index + 1 == len(messages) else render(messages[: index + 1], False)
         if not upto.text.startswith(prompt):
             upto = _behind_prompt(render, messages[: index + 1], prompt, upto)
         added = closing
