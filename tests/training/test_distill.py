@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nybble.data.examples import EncodedExample
+from nybble.data.row_records import RECORDS, RowRecords
 from nybble.errors import ConfigError, RunError
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.distillation import Mixture
 from nybble.training.accumulation import forward_backward
 from nybble.training.distill import Distillation
 from nybble.training.loop import validation_loss
-from nybble.training.row_records import RECORDS, RowRecords
 from nybble.training.teacher import Question, Taught
 from nybble.training.teacher_tokens import check_tokens
 
@@ -125,7 +125,7 @@ def test_a_gpu_without_fp64_learns_too(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_was_said_is_not_asked_again_and_half_a_record_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.training.row_records.ROWS_AT_ONCE", 2)
+    monkeypatch.setattr("nybble.data.row_records.ROWS_AT_ONCE", 2)
     rows = some_rows()
     whole = asked(tmp_path / "whole", [*rows, rows[0]])
     content = (tmp_path / "whole" / RECORDS).read_bytes()

@@ -57,7 +57,7 @@ def test_a_run_learns_its_teachers_distributions_and_keeps_them(
     """Interrupted while the teacher is asked, it goes on where it was; on resume nothing is asked again; what changed
     is named.
     """
-    monkeypatch.setattr("nybble.training.row_records.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("nybble.data.row_records.ROWS_AT_ONCE", 4)
     options: dict[str, Any] = {"format": "nf2", "quality": "absmax", "distill_alpha": 1.0}
     told: list[Event] = []
     whole = distil(tiny_model, tiny_model, data, tmp_path / "whole", told, **options)

@@ -245,7 +245,7 @@ def test_a_reference_asked_before_is_the_one_asked_in_the_step(name: str, tmp_pa
 
 
 def test_what_a_reference_said_is_kept_when_it_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.training.row_records.ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("nybble.data.row_records.ROWS_AT_ONCE", 1)
     train, ours = rows(OBJECTIVES["dpo"]), CausalLM.of(adapted_model())
     whole = References.open(tmp_path / "whole", "tiny", "")
     whole.ask(ours, train, 1)

@@ -96,7 +96,7 @@ def test_stopped_paged_or_streamed_the_bytes_are_the_same(
 def test_stopped_while_the_reference_is_asked_a_run_goes_on(
     base: Path, pairs: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("nybble.training.row_records.ROWS_AT_ONCE", 4)
+    monkeypatch.setattr("nybble.data.row_records.ROWS_AT_ONCE", 4)
     whole = run(base, pairs, tmp_path / "whole", "dpo")
     original, calls = reference._asked, []
 

@@ -19,6 +19,7 @@ from tiny import make_data
 from typed import typed
 
 from nybble.cli.render import Terminal
+from nybble.data import row_encoding
 from nybble.errors import ModelError, RunError, TrainingError
 from nybble.files.manifest import verify_manifest
 from nybble.formats.quant_spec import BaseFormats
@@ -31,7 +32,9 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.result import RunResult
 from nybble.sources.open import open_model
 from nybble.training import checkpoint as checkpoint_module
+from nybble.training import session
 from nybble.training.checkpoint import Checkpoint
+from nybble.training.events import Step
 from nybble.training.objective import SupervisedFineTuning
 from nybble.training.resume import settle_config
 from nybble.training.rng import capture_rng, restore_rng
@@ -160,6 +163,29 @@ def test_a_run_without_a_checkpoint_begins_anew(plain, tmp_path):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     resume(tmp_path / "run")
     assert final(tmp_path / "run") == final(plain)
+
+
+def test_rows_are_encoded_once_until_the_run_has_ended(plain, tmp_path, monkeypatch):
+    """Not again when a run that was stopped before it trained is begun again, nor when one goes on."""
+    monkeypatch.setattr(row_encoding, "MANY", 10)
+    encode, out, seen = row_encoding.RowEncoder.__call__, tmp_path / "run", list[str]()
+    monkeypatch.setattr(
+        row_encoding.RowEncoder, "__call__", lambda own, row: seen.append(row.origin) or encode(own, row)
+    )
+    config = load_config(plain / "config.yaml", {"out": str(out)})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(session, "choose_base", interrupted)
+        run(config)
+    assert (out / ".starting" / "rows.partial" / "rows.bin").is_file() and seen
+    seen.clear()
+    stopped = train(config, lambda event: signal.raise_signal(signal.SIGINT) if isinstance(event, Step) else None)
+    assert stopped.steps == 1 and (out / "rows" / "rows.bin").is_file() and not (out / ".starting").exists()
+    resume(out)
+    assert not seen and not (out / "rows").exists() and final(out) == final(plain)
+
+
+def interrupted(*given: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(plain, tmp_path, capsys):

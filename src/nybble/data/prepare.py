@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -16,17 +16,18 @@ from nybble.data.conversation_findings import find_in_conversations, say_what_is
 from nybble.data.encoded_rows import EncodedRows, SequenceFile, counted
 from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames, field_names
-from nybble.data.findings import MAX_ROW_CHARACTERS, Finding, check_allowed, find
+from nybble.data.findings import Finding, check_allowed, find
 from nybble.data.mixture import Mixture, audit_mixture
 from nybble.data.new_tokens import ReadRows, find_new_tokens
 from nybble.data.picture_reader import find_in_conversation_pictures, have_pictures
 from nybble.data.readers import EXAMPLES, ReadResult, RowForms, read_examples
+from nybble.data.row_encoding import Encoded, RowEncoder
 from nybble.data.sources import DataSource, refuse_weights
 from nybble.data.split import content_ranks, split_validation
 from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
 from nybble.errors import DataError
-from nybble.events import Listener, silent, tracked_rows
+from nybble.events import Listener, silent
 from nybble.files.spool import Chosen, Spool
 from nybble.options.groups import DataOptions
 
@@ -132,6 +133,7 @@ def prepare(
     allow: Sequence[str] = (),
     kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,
+    encoded: Path | None = None,
     report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit. Findings are in the audit, errors too; `audit.check()` raises them.
@@ -145,6 +147,7 @@ def prepare(
         allow: ids of findings that need not stop training.
         kind: of rows, an objective's own or examples to follow.
         scratch: as of `read_examples`.
+        encoded: folder that keeps rows as they are encoded, where they are many, for a run that is begun again.
         report: told how far reading and encoding have come, where rows are many.
 
     Raises:
@@ -163,7 +166,8 @@ def prepare(
     examples.extend(extra.examples)
     num_own = len(own.examples) - len(extra.examples)
     file = SequenceFile(Spool(scratch))
-    rows, findings, dropped = _encode_rows(examples, template, max_seq_len, kind, file, report)
+    encoder = RowEncoder(template, kind.encode, kind.several, max_seq_len)
+    rows, findings, dropped = _sort_out(examples, encoder.encode_all(examples, encoded, report), file)
     dropped += Counter(error.finding for read in reads for error in read.odd)
     findings += [*checks.find_in_reading(reads), *checks.find_many_dropped(dropped, num_rows)]
     ranks = content_ranks(rows.as_examples(), seed)
@@ -238,54 +242,31 @@ def _mixture(sources: Sequence[tuple[DataSource, int]], train: KeptRows) -> Mixt
     return Mixture.of(names, rows, weights)
 
 
-def _encode_rows(
-    examples: Sequence[Example],
-    template: ChatTemplate,
-    max_seq_len: int,
-    kind: RowKind,
-    sequences: SequenceFile,
-    report: Listener,
+def _sort_out(
+    examples: Sequence[Example], outcomes: Iterable[tuple[Example, Encoded]], sequences: SequenceFile
 ) -> tuple[KeptRows, list[Finding], Counter[str]]:
     """The rows that can be trained on, what became of the others, and how many of them each finding took out."""
     numbers, firsts = array("q"), array("q")
     refused: dict[str, Spool[RowError]] = defaultdict(Spool)
     concerned: dict[str, Spool[str]] = defaultdict(Spool)  # finding id: origins
     dropped: Counter[str] = Counter()  # finding id: rows that it takes out
-    for number, example in enumerate(tracked_rows(examples, "encoding rows", report)):
-        try:
-            _check_size(example)
-            whole = kind.encode(template, example)
-        except RowError as error:
-            refused[error.finding].append(error)
-            dropped[error.finding] += 1
+    for number, (example, encoded) in enumerate(outcomes):
+        for finding in encoded.concerned:
+            concerned[finding].append(example.origin)
+        if encoded.refused is not None:
+            refused[encoded.lost].append(encoded.refused)
+        if encoded.lost:
+            dropped[encoded.lost] += 1
             continue
-        supervised = [sequence for sequence in whole if sequence.supervised_tokens]
-        kept = [cut for sequence in supervised if (cut := sequence.truncate(max_seq_len)).supervised_tokens]
-        for finding, concerns in (
-            (kind.several, len(whole) > 1 and kind.several),
-            ("no-supervised-tokens", len(supervised) < len(whole) or not whole),
-            ("too-long", len(kept) < len(supervised)),
-            ("truncated", any(sequence.num_truncated for sequence in kept)),
-        ):
-            if concerns:
-                concerned[finding].append(example.origin)
-        if kept:
-            first = len(sequences)
-            sequences.extend(kept)
-            numbers.append(number)
-            firsts.extend((first, len(sequences)))
-        else:
-            dropped["too-long" if supervised else "no-supervised-tokens"] += 1
+        first = len(sequences)
+        sequences.extend(encoded.kept)
+        numbers.append(number)
+        firsts.extend((first, len(sequences)))
     findings = [f for id, origins in concerned.items() for f in find(id, origins)]
     for id, errors in refused.items():
         findings += find(id, (error.origin for error in errors), errors[0].detail)
     rows = KeptRows(examples, sequences, np.array(numbers, dtype=np.int64), np.array(firsts, np.int64).reshape(-1, 2))
     return rows, findings, dropped
-
-
-def _check_size(example: Example) -> None:
-    if (size := len(example.full_text())) > MAX_ROW_CHARACTERS:
-        raise RowError("huge-row", example.origin, f"{size:,} characters")
 
 
 def _find_in_rows(rows: KeptRows, template: ChatTemplate, vocab_size: int | None, kind: RowKind) -> list[Finding]:
@@ -328,6 +309,7 @@ def prepare_data(
     embedding_rows: ReadRows | None = None,
     kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,
+    encoded: Path | None = None,
     report: Listener = silent,
 ) -> PreparedData:
     """Read, encode, split and audit the examples that the options name, as `prepare` does."""
@@ -345,5 +327,6 @@ def prepare_data(
         allow=options.allow,
         kind=kind,
         scratch=scratch,
+        encoded=encoded,
         report=report,
     )

@@ -69,13 +69,16 @@ def read_rows(
     template: ChatTemplate,
     kind: RowKind = EXAMPLE_ROWS,
     scratch: Path | None = None,
+    encoded: Path | None = None,
     report: Listener = silent,
 ) -> PreparedData:
-    """Read, encode, split and audit the examples that the options name, for a base; as `prepare`."""
+    """Read, encode, split and audit the examples that the options name, for a base; as `prepare`. Of pictures nothing
+    is kept: files that rows name may change.
+    """
     if reads_pictures(source.config):
-        return prepare_data(options, template, None, None, kind, scratch, report)
+        return prepare_data(options, template, None, kind=kind, scratch=scratch, report=report)
     vocab_size = source.config.get_text_config().vocab_size
-    data = prepare_data(options, template, vocab_size, source.embedding_rows, kind, scratch, report)
+    data = prepare_data(options, template, vocab_size, source.embedding_rows, kind, scratch, encoded, report)
     return _note_context(data, options.max_seq_len, source.config)
 
 

@@ -2,11 +2,11 @@
 
 config.yaml  base.json  task.json  chat_template.jinja  formats.json  data_audit.json  data_rows.safetensors  plan.json
 events.jsonl  loss.png  lengths.png  lr.png  tracking_id  base/  checkpoints/step-N/  adapter/ or model/
-best/  report/  reference/  teacher/; what trackers leave: tensorboard/  wandb/
+best/  report/  reference/  teacher/  rows/; what trackers leave: tensorboard/  wandb/
 
 Until its training begins a run lies in `.starting/` of its folder, under the same names: its events from the first
-second, its base while it is calibrated, what a teacher says while it is asked. Only then does an earlier run go, and
-what lies there takes its place.
+second, its rows while they are encoded, its base while it is calibrated, what a teacher says while it is asked. Only
+then does an earlier run go, and what lies there takes its place.
 
 Nothing heavy is imported here: a second process on the same folder is refused before it loads anything.
 """
@@ -53,16 +53,18 @@ class RunFolder:
         self.data_rows = path / "data_rows.safetensors"
         self.reference = path / "reference"  # what the reference of preferences says of the rows
         self.teacher = path / "teacher"  # what a teacher says of the rows
+        self.encoded = path / "rows"  # as they were encoded, where they are many, until the run has ended
         self.report = path / "report"
         self.tracking_id = path / "tracking_id"  # by which trackers know the run
         self.resumable = path / "base.partial"  # blocks that calibrating has finished, from which the next run goes on
         self.asked_teacher = path / "teacher.partial"  # rows that a teacher was asked about, likewise
+        self.encoding = path / "rows.partial"  # rows that were encoded, likewise
         self._lock: int | None = None
 
     @property
     def half_made(self) -> tuple[Path, ...]:
         """What the next run goes on from, where this one is stopped before it trains."""
-        return self.resumable, self.asked_teacher
+        return self.resumable, self.asked_teacher, self.encoding
 
     def trained(self, full: bool) -> Path:
         """The folder of what was trained: the adapter, or, where every weight was, the whole model."""

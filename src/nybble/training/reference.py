@@ -2,7 +2,7 @@
 
 In the same step: the base, its adapters switched off (`adapters_off`), on the very batch. Or once before the first step
 (`ask_reference`): its log-probabilities of all rows that the run will meet, kept in the run folder
-(`training/row_records.py`). That is the default: it is one forward pass a row, where the same step takes one each time
+(`data/row_records.py`). That is the default: it is one forward pass a row, where the same step takes one each time
 that the row is met or evaluated; and the reference may be another than the bare base, where training begins with an
 adapter or with `--init`.
 """
@@ -20,13 +20,13 @@ from nybble.data import packing
 from nybble.data.encoded_rows import ChangedRows, EncodedRows, counted
 from nybble.data.examples import EncodedExample
 from nybble.data.preference_rows import EncodedPair, PreferenceBatch, PreferenceRow, compare
+from nybble.data.row_records import RowRecords, described
 from nybble.data.sampler import split_micro_batches
 from nybble.errors import RunError
 from nybble.events import Listener, Note, silent
 from nybble.kernels.hardware import as_double
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, enable_adapters
-from nybble.training.row_records import RowRecords, described
 
 ADAPTER = "adapter"  # begins what a reference begins with, where that is one
 

@@ -15,7 +15,7 @@ from nybble.data.plots import draw_lengths
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.errors import RunError
 from nybble.events import Listener, all_of, silent
-from nybble.files.disk import disk_errors, write_complete
+from nybble.files.disk import disk_errors, remove_folder, write_complete
 from nybble.files.spool import Chosen
 from nybble.kernels.heap import trim_heap
 from nybble.layers.batch_model import BatchModel
@@ -103,6 +103,8 @@ def _train(config: TrainConfig, run: RunFolder, log: EventLog, report: Listener)
     measured |= {"reserved_bytes": memory.reserved_bytes} if has_own_memory(opened.device) else {}
     write_plan(run.plan, fit.plans, causal_lm.name, base.rounding, measured)
     _record(opened, examples)
+    if result.interrupted is None and run.encoded.is_dir():
+        remove_folder(run.encoded)
     plan = fit.plan
     losses = result.loss_before, result.loss_after
     report(RunMeasured(result.steps, training_s, memory.peak_bytes, plan.peak_bytes, step_s, plan.step_s, *losses))
@@ -144,6 +146,8 @@ def _move_in(opened: Opened, examples: Examples, base: Base, log: EventLog) -> N
     examples.digests.write(starting.data_rows)
     if opened.config.objective.objective == "distill" and not opened.config.run.resume:
         starting.asked_teacher.rename(starting.teacher)
+    if starting.encoding.is_dir():
+        starting.encoding.rename(starting.encoded)
     if not opened.config.run.resume:
         run.clear(opened.config.run.overwrite)
     run.move_in(log, 0 if opened.resumed is None else opened.resumed.state["events_bytes"])

@@ -133,7 +133,9 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
     config, source, resumed = opened.config, opened.source, opened.resumed
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
     objective = make_objective(config.objective)
-    data = read_rows(config.data, source, opened.template, objective.kind, opened.run.path, report)
+    run = opened.run
+    encoded = run.encoded if config.run.resume else run.starting.encoding
+    data = read_rows(config.data, source, opened.template, objective.kind, run.path, encoded, report)
     source = for_pictures(source, config, data)
     new_tokens: tuple[int, ...] = ()
     if config.adapters.train_new_tokens:
@@ -145,7 +147,7 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
     data.audit.check()
     objective = objective.settled(data, source, _recorded_task(opened))
     if resumed is not None:
-        _check_task(opened.run, objective.task)
+        _check_task(run, objective.task)
     source = source.for_task(objective.task)
     data = data.changed(lambda rows: counted(objective.complete(rows, config.data.seed, config.data.max_seq_len)))
     if isinstance(objective, PreferenceObjective) and "lr" not in config.loop.model_fields_set:

@@ -1,6 +1,6 @@
 """The teacher of a distilled run: asked once about every row that the run will meet, before the student is loaded.
 
-What it says lies in the run folder (`training/row_records.py`) and is read from there whenever a row is. The teacher is
+What it says lies in the run folder (`data/row_records.py`) and is read from there whenever a row is. The teacher is
 read forward only, alone in memory or block by block, and gone before the student comes.
 """
 
@@ -18,6 +18,7 @@ import torch
 from nybble.data import packing
 from nybble.data.encoded_rows import ChangedRows, EncodedRows, counted, lengths_of, supervised_of
 from nybble.data.examples import EncodedExample, extended
+from nybble.data.row_records import RowRecords, described
 from nybble.data.sampler import split_micro_batches
 from nybble.errors import ConfigError, FormatError, RunError
 from nybble.events import Listener, Note
@@ -39,7 +40,6 @@ from nybble.training.distill import TaughtExample
 from nybble.training.events import TeacherAsked
 from nybble.training.objectives import mixture_of
 from nybble.training.reference import as_evaluated
-from nybble.training.row_records import RowRecords, described
 from nybble.training.start import Examples, Opened
 from nybble.training.teacher_tokens import check_tokens
 from nybble.units import format_bytes

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import FileIO
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from nybble.data.examples import EncodedExample
 from nybble.errors import RunError
 from nybble.events import Listener, silent, tracked
 from nybble.files.disk import write_complete
@@ -28,7 +27,17 @@ HEAD = struct.Struct("<16sII")  # of a record: the row's digest; bytes of what f
 ROWS_AT_ONCE = 64  # that are dealt into micro-batches together
 
 
-class RowRecords:
+class Located(Protocol):
+    """A row that says where it stands."""
+
+    @property
+    def origin(self) -> str: ...
+
+
+Row = TypeVar("Row", bound=Located)
+
+
+class RowRecords(Generic[Row]):
     """Records of rows in a folder.
 
     Args:
@@ -44,7 +53,7 @@ class RowRecords:
         self,
         folder: Path,
         about: Mapping[str, Any],
-        content_of: Callable[[EncodedExample], bytes] = attrgetter("content"),
+        content_of: Callable[[Row], bytes] = attrgetter("content"),
     ):
         self.about, self._content_of = about, content_of
         self.folder, self._name = folder, folder.name.removesuffix(".partial")  # as it is called once the run trains
@@ -67,14 +76,20 @@ class RowRecords:
             self._keys.append(_key(digest))
             self._places.append(place)
             place += HEAD.size + length
+        while self._places and self._content_at(self._places[-1]) is None:  # a crash of the system left its pages out
+            place = self._places.pop()
+            self._keys.pop()
         return place
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def _sort(self) -> None:
         keys, places = np.array(self._keys, dtype=np.int64), np.array(self._places, dtype=np.uint64)
         order = np.argsort(keys, kind="stable")
         self._sorted_keys, self._sorted_places = keys[order], places[order]
 
-    def _digest_of(self, row: EncodedExample) -> bytes:
+    def _digest_of(self, row: Row) -> bytes:
         return hashlib.blake2b(self._content_of(row), digest_size=16).digest()
 
     def _place_of(self, digest: bytes) -> int | None:
@@ -83,15 +98,15 @@ class RowRecords:
             return None
         return int(self._sorted_places[place])
 
-    def unknown(self, rows: Sequence[EncodedExample]) -> np.ndarray:
+    def unknown(self, rows: Sequence[Row]) -> np.ndarray:
         """Numbers of those rows, int64, of which nothing was known when the file was opened or last asked for."""
         digests = enumerate(map(self._digest_of, rows))
         return np.fromiter((i for i, digest in digests if self._place_of(digest) is None), dtype=np.int64)
 
     def ask(
         self,
-        rows: Sequence[EncodedExample],
-        answers: Callable[[Sequence[EncodedExample]], Iterable[tuple[EncodedExample, bytes]]],
+        rows: Sequence[Row],
+        answers: Callable[[Sequence[Row]], Iterable[tuple[Row, bytes]]],
         what: str,
         report: Listener = silent,
     ) -> None:
@@ -125,7 +140,7 @@ class RowRecords:
         self._places.append(self._end)
         self._end += len(record)
 
-    def read(self, row: EncodedExample) -> bytes | None:
+    def read(self, row: Row) -> bytes | None:
         """What is known of a row; None where nothing is.
 
         Raises:
@@ -134,16 +149,21 @@ class RowRecords:
         digest = self._digest_of(row)
         if (place := self._place_of(digest)) is None:
             return None
-        head = os.pread(self._file.fileno(), HEAD.size, place)
-        stored, length, checksum = HEAD.unpack(head.ljust(HEAD.size, b"\0"))
-        content = os.pread(self._file.fileno(), length, place + HEAD.size)
-        if stored != digest or len(content) < length or zlib.crc32(content) != checksum:
+        found = self._content_at(place)
+        if found is None or found[0] != digest:
             raise RunError(
                 f"What {self._name}/{RECORDS} of the run says of {row.origin} is not what was written there.",
                 "",
                 f"Remove the run's folder {self._name}: what it holds is found out again when the run goes on.",
             )
-        return content
+        return found[1]
+
+    def _content_at(self, place: int) -> tuple[bytes, bytes] | None:
+        """A record's digest and content; None where that is not what was written."""
+        head = os.pread(self._file.fileno(), HEAD.size, place)
+        digest, length, checksum = HEAD.unpack(head.ljust(HEAD.size, b"\0"))
+        content = os.pread(self._file.fileno(), length, place + HEAD.size)
+        return (digest, content) if len(content) == length and zlib.crc32(content) == checksum else None
 
 
 def described(folder: Path) -> dict[str, Any] | None:
