@@ -39,7 +39,8 @@ def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_step
 
     sampler = StepSampler(len(train), 8, 5)
     lengths = [len(row) for row in train]
-    come = [m for _ in range(steps) for m in split_micro_batches(sampler.next_step(), lengths, size, packed)]
+    dealt = [split_micro_batches(sampler.next_step(), lengths, size, packed) for _ in range(steps)]
+    come = [micro for step in dealt for micro in step]
     batches = [(pack if packed else pad)([train[row] for row in micro]) for micro in come]
 
     def tokens(batch):
@@ -54,6 +55,26 @@ def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_step
     if counted_steps > steps:
         assert told.token_counts == len(set(map(tokens, batches)))
     assert told.validation_tokens
+    if not packed and counted_steps > steps:
+        padded = [sum(tokens(pad([train[row] for row in micro])) for micro in step) for step in dealt]
+        assert told.share * told.tokens * -(-8 // size) == pytest.approx(max(padded))
+        assert (told.share < 1) == (size < 8)
+    if packed:
+        assert told.share == 1
+
+
+def test_rows_that_are_padded_go_few_at_once_where_their_lengths_differ():
+    """As many of the longest would take the longest; each few are padded to the longest of themselves."""
+    train = rows(64, 2)
+    uneven = {size: _counted(train, size) for size in (1, 2, 4, 8)}
+    even = {size: _counted([row for row in train[:1] for _ in range(64)], size) for size in (1, 2, 4, 8)}
+    work = [told.share * told.tokens * 8 // size for size, told in uneven.items()]
+    assert work == sorted(work) and work[0] < 0.8 * work[-1]
+    assert {told.share for told in even.values()} == {1.0}
+
+
+def _counted(train, size):
+    return count_micro_batches(train, train[:4], rows_per_step=8, steps=8, seed=1, size=size, packed=False, rules=RULES)
 
 
 def test_rows_of_one_length_need_no_data():

@@ -86,7 +86,7 @@ def count_micro_batches(
     lengths, supervised = training.lengths, training.num_targets
     sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     heaviest: list[int] = []
-    tokens = targets = step_values = 0
+    tokens = targets = most = step_values = 0
     counts: set[int] = set()
     pictures = _Pictures(training, held_out)
     for step in range(steps):
@@ -95,30 +95,34 @@ def count_micro_batches(
         within = _largest(lengths, rows, size) <= tokens and _largest(supervised, rows, size) <= targets
         if within and step >= COUNTED_STEPS:
             continue
+        own = 0
         for micro in split_micro_batches(rows, lengths, size, packed):
             taken = _tokens_of(training, micro, packed, shares, rules)
+            own += taken
             counts.add(taken)
             if taken > tokens:
                 tokens, heaviest = taken, micro
             targets = max(targets, int(supervised[micro].sum()))
             pictures.meet(training, micro)
+        most = max(most, own)
     dealt = split_micro_batches(range(len(held_out)), held_out.lengths, size, packed)
     for micro in dealt:
         pictures.meet(held_out, micro)
-    own = [_tokens_of(held_out, micro, packed, shares, rules) for micro in dealt]
+    asked = [_tokens_of(held_out, micro, packed, shares, rules) for micro in dealt]
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
         longest_row=int(training.longest.max()),
         token_counts=len(counts),
-        validation_tokens=max(own, default=0),
+        validation_tokens=max(asked, default=0),
         validation_supervised=max((int(held_out.num_targets[micro].sum()) for micro in dealt), default=0),
-        validation_counts=len(set(own) - counts),
+        validation_counts=len(set(asked) - counts),
         documents=int(training.documents.max()),
         heaviest=tuple(heaviest),
         picture_values=pictures.values,
         step_picture_values=max(step_values, pictures.values),
         decoded_bytes=pictures.decoded_bytes,
+        share=1.0 if packed else most / (tokens * -(-rows_per_step // size)),
     )
 
 

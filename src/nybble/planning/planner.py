@@ -255,9 +255,11 @@ def _plan(request: PlanRequest, machine: Machine, strategy: Strategy, size: int,
 
 
 def _step_seconds(run: RunShape, machine: Machine) -> float:
-    """Seconds an optimizer step: every micro-batch as the largest, then the update."""
+    """Seconds an optimizer step: every micro-batch as the largest, unless padding says how much less; the update."""
     work = work_of(run)
-    compute = _compute_seconds(run, work, machine) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
+    compute = (
+        _compute_seconds(run, work, machine, run.batches.share) + 2 * offloaded_bytes(run) / machine.link_bytes_per_s
+    )
     trained = run.learnt_parameters
     paging = 0 if run.page_bytes is None else 16 * trained / machine.link_bytes_per_s
     update = 28 * trained / machine.ram_bytes_per_s + paging
@@ -278,14 +280,16 @@ def forward_seconds(run: RunShape, machine: Machine, num_tokens: int) -> float:
     return seconds * num_tokens / run.batches.tokens
 
 
-def _compute_seconds(run: RunShape, work: Work, machine: Machine) -> float:
-    """Of a micro-batch: what is computed, and moved within the memory that it is computed in."""
+def _compute_seconds(run: RunShape, work: Work, machine: Machine, share: float = 1.0) -> float:
+    """Of a micro-batch that has this share of the largest's tokens: what is computed, and moved within the memory that
+    it is computed in.
+    """
     attention = sum(flops / share for flops, share in zip(work.attention, machine.attention, strict=True))
-    products = (work.flops + attention) / machine.flops
+    products = share * (work.flops + attention) / machine.flops
     calls = 0 if run.graphs else work.block_passes * BLOCK_S[machine.kind]
     if machine.on_cpu:
         return products + 2 * work.weight_bytes / machine.ram_bytes_per_s + calls
-    return max(products + work.moved_bytes / (2 * machine.ram_bytes_per_s), calls)
+    return max(products + share * work.moved_bytes / (2 * machine.ram_bytes_per_s), calls)
 
 
 def _too_large(run: RunShape, machine: Machine, peak_bytes: int) -> Reason | None:

@@ -188,6 +188,8 @@ class MicroBatches:
         heaviest: the rows of the largest micro-batch of training, by number; empty where there is no data.
         picture_values, step_picture_values: numbers that the pictures of one are made into, at most, and of a step.
         decoded_bytes: of the pictures of one before that.
+        share: the most that the micro-batches of one step have of what as many of the largest would: less than 1 where
+            rows are padded, and each to the longest of its own few.
     """
 
     tokens: int
@@ -202,6 +204,7 @@ class MicroBatches:
     picture_values: int = 0
     step_picture_values: int = 0
     decoded_bytes: int = 0
+    share: float = 1.0
 
     def filled_up(self) -> "MicroBatches":
         """In the shapes that graphs are captured for; evaluations stay."""
