@@ -164,6 +164,26 @@ def test_with_the_adapter_and_without_it_in_turns() -> None:
     )
 
 
+def test_a_reference_that_is_another_adapter(blocks_run: list[str]) -> None:
+    """As DPOTrainer has it where the model comes with an adapter: a frozen copy takes its place for a pass."""
+    model = adapted()
+    model.add_adapter("ref", LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    twin = copy.deepcopy(model)
+    nybble.accelerate(model)
+    _, _, alone = step(model)
+    model.zero_grad()
+    given = {"input_ids": IDS, "labels": IDS, "use_cache": False}
+    out = model(**given | {"labels": IDS.masked_fill(UNPADDED.cumsum(1) == 1, -100)})
+    for each in (model, twin):
+        each.set_adapter("ref")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**given).loss, twin(**given).loss, rtol=1e-4, atol=1e-4)
+    model.set_adapter("default")
+    out.loss.backward()
+    assert all(torch.equal(p.grad, alone[name]) for name, p in model.named_parameters() if p.requires_grad)
+    assert len(blocks_run) == 9
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_with_gradient_checkpointing(use_reentrant: bool, blocks_run: list[str]) -> None:
     model = adapted()
