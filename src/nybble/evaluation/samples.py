@@ -50,7 +50,8 @@ def compare_answers(
     answers = {}
     for tuned in (False, True):
         enable_adapters(model, tuned) if switch is None else switch(tuned)
-        if template.reader is not None and any(row.picture_values for row in rows):
+        if any(row.picture_values for row in rows):
+            assert template.reader is not None  # which made them
             beside = (template.reader.collate([row.prompt], packed=False).pictures for row in rows)
             new_ids = [ask([prompt], beside=own)[0] for prompt, own in zip(prompts, beside, strict=True)]
         else:
