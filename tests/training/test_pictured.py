@@ -227,9 +227,13 @@ def test_both_towers_are_adapted_where_that_is_asked_for(models: Any, colours: P
     test_peft_gives_the_same_logits("llava", lambda kind: out, adapters=26)
     merged = nybble.merge(out, out=tmp_path / "merged")
     assert merged.outcome == "verified", merged.verification
+    more = {"adapter": str(out / "adapter"), "quantize_towers": "all", "max_steps": 1, "eval_every": 1}
+    assert (fine_tune(models("llava"), colours, tmp_path / "on", **more) / "adapter").is_dir()
     texts = write_rows(tmp_path / "t.jsonl", [{"prompt": f"a {n}", "completion": "b"} for n in range(20)])
     with pytest.raises(ConfigError, match="no row has a picture"):
         fine_tune(models("llava"), texts, tmp_path / "texts", quantize_towers="all")
+    alone = fine_tune(models("llava"), texts, tmp_path / "texts", max_steps=1, eval_every=1)
+    assert not (alone / "task.json").exists(), "rows of text are learnt by the language model alone"
 
 
 @pytest.mark.slow

@@ -97,6 +97,9 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     continued = None
     if adapters.adapter is not None and resumed is None:
         continued = open_adapter(adapters.adapter)
+        trained_on = read_task(RunFolder(continued.folder.parent))
+        if trained_on is not None and trained_on.kind == "pictured":  # its layers have the names of the whole model's
+            source = source.for_task(trained_on)
         config = given = with_options(config, **options_of(continued, adapters, source.skeleton, source.head_modules))
         for note in check_base_of(continued, source, allowed):
             report(Note(note, warning=True))
