@@ -93,7 +93,7 @@ def test_a_refusal_says_what_to_do(
 def test_a_hub_that_is_down_and_a_card_that_it_does_not_take(
     hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (run / "adapter" / "README.md").write_text(CARD.replace("someone/base", "/work/base"))
+    (run / "adapter" / "README.md").write_text(CARD.replace("someone/base", "/models/base"))
     with pytest.raises(ExportError, match=r"(?s)refused .*base_model.* is no model id.*Mend"):
         nybble.push(run, TO)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

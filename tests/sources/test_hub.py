@@ -1,13 +1,16 @@
 """Models from a hub that runs here: what is fetched, what a refusal says, and that a run stays with its commit."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hub_server import REPO, Hub
+from hub_server import REPO, Hub, running
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import make_data
@@ -164,3 +167,31 @@ def test_a_run_stays_with_the_commit_that_it_got(hub: Hub, tiny_model: Path, dat
     result = typed([*resume, "--max-steps", 3, "--model", tiny_model])  # the same weights, from a folder
     assert result.exit_code == 0, (result.output, result.exception)
     assert load_config(out / "config.yaml", {}).model.revision is None
+
+
+@pytest.mark.slow
+def test_the_environment_names_hub_token_and_network(tiny_model: Path, tmp_path: Path) -> None:
+    """Processes of their own, which read HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE: train, push, train on offline."""
+    data, out = make_data(tmp_path / "rows.jsonl"), tmp_path / "run"
+    with running() as hub:
+        commit = hub.add(tiny_model)
+        names = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_secret"}
+        environment = {**os.environ, **names, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+        def nybble(*arguments: object, **more: str) -> str:
+            command = [sys.executable, "-m", "nybble", *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment | more)
+            assert done.returncode == 0 and "hf_secret" not in done.stdout + done.stderr, done.stderr
+            return done.stdout
+
+        length = ("--max-steps", 1, "--rows-per-step", 4, "--rank", 2, "--data", data)
+        nybble("train", "--model", REPO, *length, "--out", out)
+        assert load_config(out / "config.yaml", {}).model.revision == commit
+        nybble("push", out, "someone/adapter")
+        weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert hub.repos["someone/adapter"]["main"]["adapter_model.safetensors"] == weights
+        assert hub.tokens == {"Bearer hf_secret"}
+        asked = len(hub.asked)
+        nybble("train", "--model", REPO, *length, "--out", tmp_path / "second", HF_HUB_OFFLINE="1")
+        nybble("train", "--model", REPO, *length, "--out", tmp_path / "third", "--offline")
+        assert len(hub.asked) == asked

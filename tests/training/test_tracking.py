@@ -245,6 +245,11 @@ def test_a_tracker_that_is_not_there_is_refused_before_anything(
     train = ("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run")
     result = typed([*train, "--track", "trackio"])
     assert result.exit_code == 2 and "`pip install trackio`" in result.stderr, result.output
+    broken = Calls()("MlflowClient", failing=OSError("no such database"))
+    stand_in(monkeypatch, "mlflow", MlflowClient=broken)
+    stand_in(monkeypatch, "mlflow.entities", Metric=None, Param=None)
+    result = typed([*train, "--track", "mlflow"])
+    assert result.exit_code == 2 and "OSError: no such database." in result.stderr and "Mend" in result.stderr
     result = typed([*train, "--track", "comet"])
     assert result.exit_code == 2 and "Some of trackio, tensorboard, wandb, mlflow" in result.stderr
     result = typed([*train, "--track-project", "sums"])

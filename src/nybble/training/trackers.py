@@ -222,10 +222,12 @@ def make_tracker(name: str) -> Tracker:
     """
 
     def unusable(error: Exception) -> ConfigError:  # a library beside others of the wrong version raises anything
+        missing = isinstance(error, ImportError)
+        fix = f"Run `pip install {name}`, nybble's extra of that name" if missing else "Mend what it names"
         return ConfigError(
-            f"track is {name}, which cannot be imported: {type(error).__name__}: {first_line(error)}.",
+            f"track is {name}, which cannot be used: {type(error).__name__}: {first_line(error).rstrip('.')}.",
             f"Trackers: {', '.join(TRACKERS)}, each with a package of its own.",
-            f"Run `pip install {name}`, nybble's extra of that name, or leave --track out.",
+            f"{fix}, or leave --track out.",
         )
 
     with foreign_errors(unusable):
