@@ -1,9 +1,13 @@
 """Models whose layers carry a state from token to token: what rows see of each other, and what is in four bits."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from hybrids import CONFIGS, hybrid
 from own_gradients import examples, own_loss_and_gradients, relative, trained_loss_and_gradients
+from peft import LoraConfig, get_peft_model
 
 from nybble.errors import ModelError
 from nybble.generation.generate import generate
@@ -11,6 +15,7 @@ from nybble.layers import mixers, recurrence
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import describe_untouched, quantizable_linears, untouched_linears
 from nybble.layers.probe import Part
+from nybble.runs.adapter_files import read_adapter
 from nybble.units import format_bytes
 
 ROWS = (9, 21)
@@ -86,3 +91,15 @@ def test_what_steers_a_state_stays_and_is_named_with_its_bytes(name: str, kept: 
         size = sum(parameter.nbytes for linear in of_leaf for parameter in linear.parameters())
         assert f"{len(of_leaf)} x {leaf} ({format_bytes(size)}) stays" in said
     assert "carry a state: " in said and "computed by PyTorch, without causal_conv1d" in said
+
+
+def test_an_adapter_of_peft_on_what_steers_a_state_is_read(tmp_path: Path) -> None:
+    plain = hybrid("qwen3_5_text", adapters=False)
+    config = LoraConfig(r=2, target_modules=["in_proj_a", "in_proj_qkv"], init_lora_weights=False)
+    peft = get_peft_model(copy.deepcopy(plain), config).eval()
+    peft.save_pretrained(tmp_path)
+    adapters = read_adapter(plain, tmp_path)
+    assert {name.rpartition(".")[2] for name in adapters} == {"in_proj_a", "in_proj_qkv"}
+    ids = torch.arange(5, 25)[None]
+    expected = peft(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(plain(input_ids=ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)

@@ -31,7 +31,7 @@ def saved(name: str, folder: Path) -> Path:
 
 def trained(model: Path, out: Path, data: Path, **more: Any) -> Path:
     options = {"max_steps": STEPS, "rows_per_step": 4, "micro_batch_size": 2, "rank": 4, "lr": 1e-2, "save_every": 1}
-    options |= {"compute_dtype": "fp32", "quality": "absmax", "keep_checkpoints": 9}
+    options |= {"compute_dtype": "fp32", "quality": "absmax", "max_dense_share": 0.5, "keep_checkpoints": 9}
     nybble.train(model=model, data=data, out=out, **options | more)
     return out
 
@@ -59,12 +59,16 @@ def test_a_run_goes_on_to_the_bit_and_its_merge_opens_in_transformers(name: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["bamba", "jamba", "lfm2", "qwen3_5_text"])
 def test_a_base_is_calibrated_and_its_bits_are_mixed_or_it_is_said_why_not(name: str, tmp_path: Path) -> None:
     model, data = saved(name, tmp_path / "model"), make_data(tmp_path / "rows.jsonl")
     few = {"max_steps": 1, "calibration_tokens": 2048}
-    trained(model, tmp_path / "calibrated", data, quality="calibrated", **few)
-    if name in EXPERTS:
+    if name == "bamba":  # whose layers give more than states
+        with pytest.raises(NybbleError, match="cannot be calibrated"):
+            trained(model, tmp_path / "calibrated", data, quality="calibrated", **few)
+    else:
+        trained(model, tmp_path / "calibrated", data, quality="calibrated", **few)
+    if name == "jamba":
         with pytest.raises(NybbleError, match="has experts, whose losses --mixed does not measure"):
             trained(model, tmp_path / "mixed", data, mixed=3.5, **few)
     else:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.dense import why_untouched
+from nybble.layers.dense import STEERS, why_untouched
 from nybble.layers.expert_products import ExpertMatrices
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
 from nybble.layers.lora_experts import LoraExperts
@@ -119,6 +119,11 @@ def untouched_linears(model: nn.Module) -> dict[str, str]:
     """Linear layers of the blocks that stay as they are, without adapter -> why."""
     why = why_untouched(model)
     return {name: why[name] for name in block_linears(model) if name in why}
+
+
+def adapted_by_others(model: nn.Module) -> list[str]:
+    """Untouched layers that the model calls, on which other programs put adapters: PEFT knows no steering layers."""
+    return [name for name, why in untouched_linears(model).items() if why == STEERS]
 
 
 def describe_untouched(model: nn.Module) -> list[str]:

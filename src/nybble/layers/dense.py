@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+STEERS = "it steers what a state forgets and takes in"
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module keeps its weight as [in, out] (GPT-2's Conv1D) and not as [out, in]."""
     return isinstance(module, Conv1D)
@@ -39,7 +42,7 @@ def kept_in_fp32(model: nn.Module) -> set[str]:
 
 def why_untouched(model: nn.Module) -> dict[str, str]:
     """Modules, linear layers or not, whose weights stay as they are -> why."""
-    why = dict.fromkeys(steering_linears(model), "it steers what a state forgets and takes in")
+    why = dict.fromkeys(steering_linears(model), STEERS)
     why |= {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
     return why | {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
 

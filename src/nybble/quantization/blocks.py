@@ -110,6 +110,7 @@ class _BlockWork:
     def __init__(self, calibrator: BlockCalibrator, name: str, layer: nn.Module):
         self._source, self._formats, self._options = calibrator.source, calibrator.formats, calibrator.options
         self._dtype, self._name, self._layer = calibrator.dtype, name, layer
+        self._linears = set(calibrator.source.linears)
         self.weights: dict[str, QuantizedTensor | QuantizedStack] = {}
         self.reports: list[LayerReport] = []
         self._experts = {n.removeprefix(f"{name}."): s for n, s in calibrator.source.experts.items() if _is_in(n, name)}
@@ -124,7 +125,8 @@ class _BlockWork:
         if stack not in self._experts:
             inputs = LayerInputs(statistics, block_size, self._options)
             for linear in group:
-                self._take_linear(linear, inputs)
+                if f"{self._name}.{linear}" in self._linears:  # others stay as they are
+                    self._take_linear(linear, inputs)
             return
         width = self._experts[stack].in_features
         if rows < width * LEAST_ROWS:

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 
 from nybble.errors import ModelError, RunError
 from nybble.formats.safetensors import SafetensorsFolder, sampled_sha256
-from nybble.layers.convert import adapters_of, attach_adapters, end_modules, of_pattern, quantizable_linears
+from nybble.layers.convert import (
+    adapted_by_others,
+    adapters_of,
+    attach_adapters,
+    end_modules,
+    of_pattern,
+    quantizable_linears,
+)
 from nybble.layers.lora import DoraLinear, LoraLinear, lora_scaling
 from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.quantized_experts import expert_shapes
@@ -64,7 +71,8 @@ CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")  # ways to begin that leav
 
 def _adaptable(model: nn.Module) -> list[str]:
     """Names of all layers that can have an adapter, or have one."""
-    return sorted({*quantizable_linears(model), *expert_shapes(model), *end_modules(model), *adapters_of(model)})
+    linears = {*quantizable_linears(model), *adapted_by_others(model)}
+    return sorted({*linears, *expert_shapes(model), *end_modules(model), *adapters_of(model)})
 
 
 class StoredAdapter:
