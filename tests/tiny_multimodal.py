@@ -3,6 +3,7 @@ pictures with known answers.
 """
 
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,15 @@ def picture(colour: str, number: int = 0) -> Any:
     return Image.new("RGB", (20 + number * 5 % 17, 18 + number * 3 % 13), shade)
 
 
-def make_rows(folder: Path, count: int = 24) -> Path:
-    """Rows of pictures and what colour they are of, beside the PNG files that they name."""
+def make_rows(folder: Path, count: int = 24, seed: int | None = None) -> Path:
+    """Rows of pictures and what colour they are of, beside the PNG files that they name; the colours in turn, or drawn,
+    so that no question tells its answer.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):
-        colour = tuple(COLOURS)[number % len(COLOURS)]
+        drawn = number if seed is None else random.Random(seed + number).randrange(len(COLOURS))
+        colour = tuple(COLOURS)[drawn % len(COLOURS)]
         name = f"{number:03}.png"
         picture(colour, number).save(folder / name)
         rows.append(row_of([name], f"Which colour, {number}?", colour))

@@ -315,15 +315,14 @@ def test_what_putting_each_tower_into_four_bits_costs(models: Any, colours: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llava", "qwen3_vl"])
-def test_colours_are_told_apart(kind: str, models: Any, tmp_path: Path) -> None:
+def test_colours_are_told_apart(models: Any, tmp_path: Path) -> None:
     """Of pictures of one of four colours, each of a shade and a size of its own; the base's weights are random."""
     import nybble
 
-    data = make_rows(tmp_path / "pictures", 160)
+    data = make_rows(tmp_path / "pictures", 160, seed=0)
     more = {"max_steps": 160, "eval_every": 160, "save_every": 160, "rank": 16, "rows_per_step": 8}
-    out = fine_tune(models(kind), data, tmp_path / "run", **more, lr=5e-3)
+    out = fine_tune(models("llava"), data, tmp_path / "run", **more, lr=5e-3)
     judged: Any = nybble.evaluate(out, answers=32)
     score = judged.score("tuned", "exact")
-    print(kind, judged.score("base, as trained on", "exact").value, score.value, judged.loss("tuned").value)
+    print(judged.score("base, as trained on", "exact").value, score.value, judged.loss("tuned").value)
     assert score.value > 0.8, score
