@@ -1,6 +1,6 @@
 """Every option of nybble, declared once: name, type, default, bounds, meaning, group. Here those of how a model is
-trained, planned and quantised; what is minimised is in objective_groups.py, what is done with a model that is there in
-use_groups.py.
+trained, planned and quantised; the run itself is in run_groups.py, what is minimised in objective_groups.py, what is
+done with a model that is there in use_groups.py.
 
 The command line's flags, the keys of a run's YAML file and the comments of `train --print-config` are generated from
 the classes below; verbs.py says which verb takes which. An option's Python name `rows_per_step` is the flag
@@ -19,7 +19,6 @@ from nybble.options.option import (
     AutoRate,
     BlockSize,
     Bytes,
-    Folder,
     Interval,
     MomentBits,
     Name,
@@ -418,41 +417,6 @@ class MachineOptions(ComputeOptions):
         "Where to compute. auto: CUDA where there is one, else CPU. cuda is ROCm on AMD's cards; xpu is Intel's, mps "
         "Apple's GPU: in plain PyTorch, without nybble's own kernels.",
     )
-
-
-class RunOptions(Options, group="Run"):
-    out: Folder = knob(..., "Run folder to make.", aliases=("output_dir", "run_dir"))
-    overwrite: bool = knob(False, "Replace an earlier run in that folder.", aliases=("overwrite_output_dir",))
-    resume: bool = knob(
-        False, "Go on with the run in --out from its newest whole checkpoint.", aliases=("resume_from_checkpoint",)
-    )
-    allow_change: Annotated[tuple[Literal["base", "data", "config"], ...], BeforeValidator(split_names)] = knob(
-        (), "With --resume or --adapter: what may differ from what the run, or the adapter, began with."
-    )
-    track: Annotated[tuple[Literal["trackio", "tensorboard", "wandb", "mlflow"], ...], BeforeValidator(split_names)] = (
-        knob(
-            (),
-            "Trackers to hand the run's options and figures to: trackio (local), tensorboard, wandb, mlflow. Each is a "
-            "package of its own; one that fails stops nothing.",
-            aliases=("report_to", "tracker"),
-        )
-    )
-    track_project: Name | None = knob(
-        None,
-        "Project, or experiment, that trackers file the run under; that of the tracker's own environment variable, "
-        "else nybble, if not given.",
-        aliases=("project", "wandb_project"),
-    )
-
-    @model_validator(mode="after")
-    def _a_project_is_of_trackers(self) -> Self:
-        if self.track_project is not None and not self.track:
-            raise ConfigError(
-                f"track-project is {self.track_project!r}, and no tracker is named.",
-                "A project is what trackers file a run under.",
-                "Add --track trackio, or leave --track-project out.",
-            )
-        return self
 
 
 class PlannedMachine(Options, group="Machine"):

@@ -7,7 +7,7 @@ from typing import Any, Self, TypeVar
 from pydantic import model_validator
 
 from nybble.errors import ConfigError
-from nybble.options import adapter_groups, groups, method_groups, objective_groups, use_groups
+from nybble.options import adapter_groups, groups, method_groups, objective_groups, run_groups, use_groups
 from nybble.options.method_groups import IMPOSSIBLE, MEANINGLESS, WHY, Method
 from nybble.options.option import (
     Verb,
@@ -177,7 +177,7 @@ class TrainConfig(Verb):
     data: groups.DataOptions
     objective: objective_groups.ObjectiveOptions
     method: method_groups.MethodOptions
-    run: groups.RunOptions
+    run: run_groups.RunOptions
     weights: groups.WeightOptions
     rounding: groups.QualityOptions
     adapters: adapter_groups.AdapterOptions
