@@ -73,7 +73,7 @@ def write_steps(inputs: Inputs, data: str, num_steps: int) -> dict[str, Path]:
     sampler = StepSampler(len(rows), PAIRS_PER_STEP, seed=0)
     works = {
         "pairs": [[rows[row] for row in sampler.next_step()] for _ in range(num_steps)],
-        "full": _full_steps(rows, num_steps),
+        "full": _full_steps(rows, num_steps, tokenizer.eos_token_id),
     }
     paths = {name: inputs.base.parent / f"preference-{name}.json" for name in works}
     for name, steps in works.items():
@@ -88,14 +88,18 @@ def _as_ids(pair: EncodedPair) -> dict[str, list[int]]:
     return {"prompt": prompt} | dict(zip(("chosen", "rejected"), answers, strict=True))
 
 
-def _full_steps(rows: Step, num_steps: int) -> list[Step]:
-    """Pairs of equal length, of the same text, one after another."""
+def _full_steps(rows: Step, num_steps: int, end: int) -> list[Step]:
+    """Pairs of equal length, of the same text, one after another; `end` closes each answer, which TRL does else."""
     stream = [token for row in rows for side in ("chosen", "rejected") for token in (*row["prompt"], *row[side])]
     size = FULL_PROMPT + 2 * FULL_ANSWER
     pieces = [stream[start : start + size] for start in range(0, len(stream) - size, size)]
-    ends = [FULL_PROMPT, FULL_PROMPT + FULL_ANSWER, size]
+    first, second = FULL_PROMPT, FULL_PROMPT + FULL_ANSWER
     pairs = [
-        {"prompt": piece[: ends[0]], "chosen": piece[ends[0] : ends[1]], "rejected": piece[ends[1] : ends[2]]}
+        {
+            "prompt": piece[:first],
+            "chosen": [*piece[first : second - 1], end],
+            "rejected": [*piece[second : size - 1], end],
+        }
         for piece in pieces
     ]
     return [[pairs[(step * FULL_PAIRS + i) % len(pairs)] for i in range(FULL_PAIRS)] for step in range(num_steps)]
