@@ -39,7 +39,7 @@ def test_forward_and_backward_equal_the_dense_layer(in_features, out_features, f
     dense_y.backward(grad)
     torch.testing.assert_close(y, dense_y, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(x.grad, dense_x.grad, rtol=1e-6, atol=1e-6)
-    assert layer.weight.grad is None and layer.scales.grad is None
+    assert layer.packed.grad is None and layer.scales.grad is None
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -87,7 +87,7 @@ def test_dropout_acts_only_while_training_and_only_on_the_adapter():
 def test_two_frozen_uint8_parameters_that_deepcopy_and_state_dict_carry():
     layer = quantized_linear(64, 16, QuantSpec())
     assert {name: (p.dtype, p.requires_grad) for name, p in layer.named_parameters()} == {
-        "weight": (torch.uint8, False),
+        "packed": (torch.uint8, False),
         "scales": (torch.uint8, False),
     }
     twin = copy.deepcopy(layer)

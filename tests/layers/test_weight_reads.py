@@ -57,8 +57,8 @@ def leaves(model: nn.Module) -> set[str]:
 
 
 def test_what_is_read_is_left_alone_and_said() -> None:
-    assert leaves(Model()) == {"in_proj", "maybe"}
-    assert leaves(Model(slow=True)) == {"in_proj"}, "a condition on the module's own attributes is looked at"
+    assert leaves(Model()) == {"in_proj", "maybe", "typed"}, "a layer in few bits tells its type, but no numbers"
+    assert leaves(Model(slow=True)) == {"in_proj", "typed"}, "a condition on the module's own attributes is looked at"
     assert any("2 x read" in note and "Mixer.forward" in note for note in describe_untouched(Model()))
     with pytest.raises(ConfigError, match=r"Mixer\.forward"):
         resolve_targets(Model(), ["read"])

@@ -49,7 +49,7 @@ def train(tiny_model: Path, data: Path, out: Path, **options: object):
 
 
 def bits(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {name: (m.weight, m.scales) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    return {name: (m.packed, m.scales) for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
 
 
 def scales(model: torch.nn.Module) -> torch.Tensor:

@@ -62,7 +62,7 @@ def test_a_four_bit_model_equals_transformers_on_the_dequantized_weights(make_fo
             weight = theirs.get_submodule(name).weight
             matrix = weight.detach().T if family == "gpt2" else weight.detach()  # [out, in]
             q = quantize(matrix.bfloat16(), spec)
-            assert torch.equal(module.weight, q.packed)
+            assert torch.equal(module.packed, q.packed)
             assert torch.equal(module.scales, q.scales)
             dense = dequantize(q, torch.float32)
             weight.data = dense.T.contiguous() if family == "gpt2" else dense

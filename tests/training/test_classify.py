@@ -113,6 +113,7 @@ def test_names_of_classes_are_nobodys_markup(encoder: Path, tmp_path: Path) -> N
     assert shown.exit_code == 0, shown.exception
     assert all(f"│ {name} " in shown.stdout for name in names), shown.stdout
     assert (out / "report" / "confusion.png").stat().st_size > 1000
+    assert "| a\\|b | " in (out / "adapter" / "README.md").read_text()
 
 
 def test_an_encoder_learns_and_goes_on_to_the_bit(bert_run: Path) -> None:

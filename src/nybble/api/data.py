@@ -32,12 +32,15 @@ def check_data(*, on_event: Listener = silent, **options: Any) -> "TrainingData"
     """
     config = build_options(DataConfig, as_options(options))
     from nybble.api.parts import TrainingData
-    from nybble.data.row_kinds import ROW_KINDS
+    from nybble.data.row_kinds import row_kind
+    from nybble.options.seq2seq import for_seq2seq
     from nybble.sources.open import open_model
     from nybble.sources.task import task_of
 
-    kind = ROW_KINDS[config.objective.objective]
     with fetching(not config.model.offline):
         source = open_model(config.model.model, config.model.tokenizer, on_event, config.model.revision)
         source = source.for_task(task_of(config.objective.objective, source.config))
+        if source.task.prompted:
+            config = for_seq2seq(config)
+        kind = row_kind(config.objective.objective, prompted=source.task.prompted)
         return TrainingData.read(config.data, source, kind)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.api.keywords import as_options
+from nybble.errors import ConfigError
 from nybble.events import Listener, Note, silent
 from nybble.network import fetching
 from nybble.options.groups import CalibrationOptions, QualityOptions
@@ -72,14 +73,24 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
     from nybble.quantization.folder import quantize_folder
     from nybble.quantization.sensitivity import measure_formats
     from nybble.sources.open import open_model
+    from nybble.sources.skeleton import stored_task
 
     weights, mixed = config.weights, config.rounding.mixed
     cpu, dtype = set_up(config.machine)
     spec = QuantSpec(weights.format, weights.block_size, weights.double_quant)
     with fetching(not config.model.offline):
         source = open_model(config.model.model, config.model.tokenizer, on_event, config.model.revision)
+    source = source.for_task(stored_task(source.config))
+    if source.left_out:
+        on_event(Note(f"left out, as no part of {source.task.words}: {', '.join(source.left_out)}"))
     rounding = _rounding(config.rounding)
     reads_text = rounding == "calibrated" or mixed is not None
+    if reads_text and source.task.kind != "tokens":
+        raise ConfigError(
+            f"{source.name} is {source.task.words}, and {'mixed' if mixed is not None else 'calibrated'} is asked for.",
+            "Decoders are calibrated and measured, block by block, on text that they go on with.",
+            "Use --quality search or absmax, and leave --mixed and --calibrate out.",
+        )
     calibration = _calibration(config.rounding, dtype, source, on_event) if reads_text else None
     formats = BaseFormats(spec)
     if mixed is not None and calibration is not None:

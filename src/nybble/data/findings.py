@@ -50,6 +50,11 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "rows without an assistant's turn train on nothing",
         "remove them, or give the text to learn as a `text` column",
     ),
+    "not-one-prompt": (
+        "rows that are no single prompt with its answer, which is what an encoder-decoder learns, were dropped",
+        "give a prompt and its completion, or conversations of a user's turn and its answer; write what else they say "
+        "into the prompt",
+    ),
     "no-user-turn": (
         "rows in which no user's turn precedes an assistant's have no prompt",
         "remove them, or give the text to learn as a `text` column",
@@ -269,7 +274,7 @@ WARNINGS = {
     *("missing-picture", "broken-picture", "huge-picture", "converted-picture", "animated-picture"),
     *("picture-url", "picture-marks", "picture-in-answer"),
     *("odd-labels", "odd-tags", "odd-span", "stray-inside", "word-without-token"),
-    *("empty-answer", "no-token-border", "too-long", "truncated", "beyond-context"),
+    *("empty-answer", "not-one-prompt", "no-token-border", "too-long", "truncated", "beyond-context"),
     *("template-rewrites-history", "special-token-in-content", "special-token-in-text", "duplicates"),
     "no-validation",
 }

@@ -9,6 +9,7 @@ from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.context import context_length
+from nybble.layers.seq2seq_lm import is_encoder_decoder
 from nybble.options.use_groups import AnswerOptions
 from nybble.options.verbs import ChatConfig
 from nybble.runs.open_run import LoadedModel, load_plain, load_run
@@ -52,4 +53,5 @@ def answer(
         sampling=Sampling(how.temperature, how.top_p, how.top_k),
         on_token=lambda _, token: say(pieces.add(token)),
     )
-    return len(prompt) + len(pieces.ids) == context_length(loaded.model.config)
+    read = 0 if is_encoder_decoder(loaded.model) else len(prompt)  # by another part than writes
+    return read + len(pieces.ids) == context_length(loaded.model.config)

@@ -97,7 +97,14 @@ def compare_arms(config: EvalQualityConfig, report: Listener = silent) -> list[A
             "Needed: a model in 16 or 32 bits to compare with.",
             "Give the 16-bit model.",
         )
-    source = source.for_task(task_of("sft", source.config))  # a model that reads no text is refused
+    task = task_of("sft", source.config)  # a model that reads no text is refused
+    if task.prompted:
+        raise ModelError(
+            f"{source.name} is an encoder-decoder.",
+            "Compared are ways of quantising decoders, by what they say after each token of held-out texts.",
+            "`nybble eval` of a run shows what its four bits cost: its loss beside the 16-bit base's.",
+        )
+    source = source.for_task(task)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     template = open_template(config.data, source.load_tokenizer(), reader=source.picture_reader)
     data = prepare_data(config.data, template, source.config.get_text_config().vocab_size)
@@ -218,7 +225,7 @@ def bits_per_weight(model: "PreTrainedModel") -> float:
         if isinstance(module, QuantizedLinear):
             q = module.quantized()
             bits, weights = bits + 8 * q.nbytes, weights + q.numel
-            counted |= {id(module.weight), id(module.scales)}
+            counted |= {id(module.packed), id(module.scales)}
     for parameter in model.parameters():
         if id(parameter) not in counted:
             bits, weights = bits + 16 * parameter.numel(), weights + parameter.numel()

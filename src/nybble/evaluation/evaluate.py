@@ -63,12 +63,13 @@ class Arm:
 
     Args:
         losses: summed loss of each row, nats.
-        kl_general: mean KL of the 16-bit base's distributions from this model's on general text, nats; 0 for it.
+        kl_general: mean KL of the 16-bit base's distributions from this model's on general text, nats; 0 for it. None
+            of encoder-decoders, which go on with no text.
         answers: greedy answers to the first rows.
     """
 
     losses: np.ndarray
-    kl_general: float
+    kl_general: float | None
     answers: list[str] = field(default_factory=list)
 
 
@@ -197,7 +198,7 @@ def run_evaluation(opened: OpenRun, config: EvalConfig, report: Listener = silen
     tokenizer = opened.template.tokenizer
     texts = [(_text(tokenizer, row.prompt_ids), _text(tokenizer, row.answer_ids)) for row in rows]
     metrics = choose_metrics(asked_for.metric, [reference for _, reference in texts[: asked_for.answers]])
-    windows = general_windows(opened)
+    windows = [] if opened.source.task.prompted else general_windows(opened)
     arms = {}
 
     base = load_model(opened.source, None, dtype, device, report=report)
@@ -238,7 +239,7 @@ class _Asked:
                 divergences.append(kept[index].kl(log_p).mean().item())
         return Arm(
             row_losses(causal_lm, self.rows, MICRO_BATCH),
-            float(np.mean(divergences)) if divergences else 0.0,
+            float(np.mean(divergences)) if divergences else None if self.opened.source.task.prompted else 0.0,
             self._answers(causal_lm),
         )
 

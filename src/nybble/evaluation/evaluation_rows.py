@@ -6,7 +6,7 @@ from nybble.data.examples import EncodedExample
 from nybble.data.field_names import field_names
 from nybble.data.preference_rows import to_follow
 from nybble.data.prepare import prepare, prepare_data
-from nybble.data.row_kinds import ROW_KINDS
+from nybble.data.row_kinds import row_kind
 from nybble.data.sources import refuse_weights
 from nybble.errors import DataError
 from nybble.runs.open_run import OpenRun
@@ -30,7 +30,8 @@ def held_out_rows(
     Raises:
         DataError: they cannot be read, there are none, or the audit finds an error in them.
     """
-    own, kind = opened.config.data, ROW_KINDS[opened.config.objective.objective]
+    own = opened.config.data
+    kind = row_kind(opened.config.objective.objective, prompted=opened.source.task.prompted)
     if data is None:
         vocab_size = getattr(opened.source.config.get_text_config(), "vocab_size", None)
         rows = prepare_data(own, opened.template, vocab_size, kind=kind).validation

@@ -115,12 +115,17 @@ def in_words(estimate: Estimate) -> str:
 
 def _results(found: Findings) -> str:
     """Markdown."""
-    lines = [f"{found.what}.", "", "| | |", "|---|---|", *(f"| {n} | {v} |" for n, v in found.figures.items())]
+    lines = [f"{found.what}.", "", "| | |", "|---|---|", *map(_line, found.figures.items())]
     for table in found.tables:
         if table.on_card and table.rows:
-            lines += ["", f"| {' | '.join(table.columns)} |", "|" + "---|" * len(table.columns)]
-            lines += [f"| {' | '.join(row)} |" for row in table.rows]
+            lines += ["", _line(table.columns), "|" + "---|" * len(table.columns), *map(_line, table.rows)]
     return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    """Of a Markdown table; a name may have the sign that parts cells, or a new line."""
+    written = (" ".join(cell.split()).replace("|", r"\|") for cell in cells)
+    return f"| {' | '.join(written)} |"
 
 
 def _encoded(draw: Draw) -> str:

@@ -31,7 +31,7 @@ In brackets: 95 % confidence intervals, rows drawn again 2000 times; differences
 {% for name, arm in report.arms.items() %}<tr><td>{{ name }}</td><td>{{ interval(arm.loss, '%.4f') }}</td>
 <td>{{ '%.3f' % arm.perplexity }}</td>
 <td>{% if name in report.loss_change %}{{ interval(report.loss_change[name], '%+.4f') }}{% endif %}</td>
-<td>{{ '%.4f' % arm.kl_general_text }}</td>
+<td>{% if arm.kl_general_text is not none %}{{ '%.4f' % arm.kl_general_text }}{% endif %}</td>
 {% for metric in metrics %}<td>{% if metric in arm.scores %}{{ interval(arm.scores[metric], '%.3f') }}{% endif %}</td>
 {% endfor %}</tr>{% endfor %}</table>
 {% for title, found in (('Preferences', report.preferences), ('Distillation', report.distillation)) if found %}

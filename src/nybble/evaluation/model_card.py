@@ -109,7 +109,8 @@ def _results(arms: dict[str, Any]) -> str:
     lines += ["|---|---|---|---|" + "---|" * len(metrics)]
     for name, arm in arms.items():
         scores = [_estimate(arm["scores"][metric], ".3f") if metric in arm["scores"] else "" for metric in metrics]
-        cells = [name, _estimate(arm["loss"], ".4f"), f"{arm['perplexity']:.3f}", f"{arm['kl_general_text']:.4f}"]
+        cells = [name, _estimate(arm["loss"], ".4f"), f"{arm['perplexity']:.3f}"]
+        cells.append("" if arm["kl_general_text"] is None else f"{arm['kl_general_text']:.4f}")
         lines.append("| " + " | ".join([*cells, *scores]) + " |")
     return "\n".join(lines)
 

@@ -110,8 +110,8 @@ def export_run(
     opened = open_run(run.run, report)
     if opened.full:
         _refuse_adapter_ways(opened, run.onto, kind)
-    whole_texts = not opened.source.task.writes
-    if whole_texts:
+    task = opened.source.task
+    if task.prompted or not task.writes:
         check_form(opened, kind)
     if opened.source.task.kind == "pictured":
         _check_pictured(kind)
@@ -120,8 +120,8 @@ def export_run(
     calibration = rounding_input(opened, config.rounding, validation, report) if kind.is_rounded else None
     with disk_errors(out, ExportError):
         survival = write(opened, artefact, unverified, rounding=quality, calibration=calibration, report=report)
-    if whole_texts:
-        check = verify_embeddings if opened.source.task.kind == "states" else verify_scores
+    if not task.writes:
+        check = verify_embeddings if task.kind == "states" else verify_scores
         verification = check(opened, kind, unverified, validation, report)
     else:
         verification = verify(opened, artefact, unverified, validation, run.verify_positions, report)

@@ -52,6 +52,12 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
             f"{opened.run.model} holds the tuned model; `nybble export` writes other forms of it.",
         )
     check_answers(opened)
+    if opened.source.task.prompted:
+        raise ExportError(
+            f"The run in {opened.run.path} is {opened.source.task.words}.",
+            "Ways of merging are compared of decoders.",
+            "Leave --compare out: `nybble merge` writes its 16 bits, verified.",
+        )
     rows = evaluation_rows(opened, config.run.data, config.data.allow)
     calibration = rounding_input(opened, config.rounding, rows, report)
     dtype = resolve_compute_dtype("auto", CPU)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from nybble.data.prompted_rows import PromptedRow
+from nybble.data.prompts import PromptTemplate
 from nybble.data.template import ChatTemplate
 from nybble.errors import ExportError
 from nybble.evaluation.divergence import text_logits
@@ -35,6 +37,7 @@ from nybble.layers.convert import attach_adapters
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_experts import widen_experts
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.layers.seq2seq_lm import LABELS
 from nybble.options.use_groups import ArtefactKind
 from nybble.runs.adapter_files import StoredAdapter, read_adapter
 from nybble.runs.open_run import OpenRun, load_frozen
@@ -66,7 +69,9 @@ class Consumer(Protocol):
     stop_ids: frozenset[int]
 
     def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
-        """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32.
+        """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32; or of an encoder-decoder, by
+        which it chooses the tokens at `positions` of its answer to the text.
+
 
         Args:
             beside: what a vision-language model is given of the text's pictures, by name.
@@ -91,7 +96,10 @@ class NybbleConsumer:
         self.beside = self._causal_lm.beside
 
     def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
-        return text_logits(self._causal_lm, ids, positions, beside)
+        if LABELS not in beside:
+            return text_logits(self._causal_lm, ids, positions, beside)
+        row = PromptedRow.of(ids, beside[LABELS][0].tolist(), "held out")
+        return self._causal_lm.logits(self._causal_lm.collate([row]), positions).float()
 
     def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         stops = sorted(self.stop_ids)
@@ -116,6 +124,7 @@ class TransformersConsumer:
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         ids = torch.tensor([list(prompt)])
+        begun = 1 if self.model.config.is_encoder_decoder else len(prompt)
         new = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -126,7 +135,7 @@ class TransformersConsumer:
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             **given_beside(self.model, beside, CPU),
-        )[0, len(prompt) :].tolist()
+        )[0, begun:].tolist()
         return new[:-1] if new and new[-1] in self.stop_ids else new
 
     def encode(self, text: str) -> list[int]:
@@ -213,7 +222,7 @@ def _load_peft(opened: OpenRun, artefact: Path, dtype: torch.dtype, report: List
     if not _installed("peft"):
         read_adapter(base, artefact)
         name = "nybble's own reader of adapters (PEFT is not installed)"
-        return NybbleConsumer(name, base.eval(), _template(artefact, opened))
+        return NybbleConsumer(name, base.eval(), _template(artefact, opened), opened.computed_by)
     from peft import PeftModel
 
     widen(base)
@@ -235,7 +244,7 @@ def _load_folder(
 
 def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consumer:
     missing = [package for package in ("bitsandbytes", "accelerate") if not _installed(package)]
-    source = open_model(str(artefact))
+    source = open_model(str(artefact)).for_task(opened.source.task)
     why = f"{' and '.join(missing)} not installed" if missing else ""
     why = "only nybble reads experts in few bits" if source.experts else why
     stored = source.in_four_bits or set()
@@ -246,7 +255,10 @@ def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consu
         model = load_model(source, None, dtype)
         return NybbleConsumer(f"nybble's own reader ({why})", model, _template(artefact, opened))
     consumer = _load_folder(
-        "transformers + bitsandbytes, dequantised by it, multiplied by PyTorch", artefact, dtype, device_map="cpu"
+        "transformers + bitsandbytes, dequantised by it, multiplied by PyTorch",
+        artefact,
+        dtype,
+        device_map="cpu",
     )
     _widen_bitsandbytes(consumer.model, dtype)
     nn.Module.to(consumer.model, dtype)  # a quantised model refuses its own; nothing quantised is left in this one
@@ -282,6 +294,8 @@ def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context:
 
 
 def _template(artefact: Path, opened: OpenRun) -> ChatTemplate:
+    if opened.source.task.prompted:
+        return PromptTemplate(load_tokenizer(str(artefact)))
     return ChatTemplate(load_tokenizer(str(artefact)), opened.config.data.template)
 
 

@@ -77,6 +77,10 @@ class MergedSource(StoredModel):
         return self.opened.source.skeleton
 
     @property
+    def untied(self) -> tuple[str, ...]:
+        return self.opened.source.untied
+
+    @property
     def notes(self) -> tuple[str, ...]:
         return self.opened.source.notes
 

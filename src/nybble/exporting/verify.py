@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample, Message
+from nybble.data.prompted_rows import PromptedRow
 from nybble.data.template import ChatTemplate
 from nybble.errors import DataError
 from nybble.evaluation.divergence import Distributions
@@ -170,16 +171,26 @@ def choose_rows(
         beside: what a model is given of a row's pictures.
     """
     rows, left = [], num_positions
-    for row in validation:
-        positions = row.supervised[1:].nonzero().squeeze(1)[:left]  # position p predicts token p + 1
-        if len(positions):
-            last = len(row) if row.picture_values else int(positions[-1]) + 2  # tokens and pictures belong together
-            targets = row.input_ids[positions + 1].long()
-            rows.append(Row(row.input_ids[: last - (not row.picture_values)].tolist(), positions, targets, beside(row)))
-        left -= len(positions)
+    for example in validation:
+        row = _row_of(example, left, beside)
+        rows += [row] if len(row.positions) else []
+        left -= len(row.positions)
         if left <= 0:
             break
     return rows
+
+
+def _row_of(example: EncodedExample, most: int, beside: Callable[[EncodedExample], dict[str, Tensor]]) -> Row:
+    """With the first supervised positions, so many at most."""
+    if isinstance(example, PromptedRow):
+        targets = example.label_ids[:most].long()
+        return Row(example.prompt_ids, torch.arange(len(targets)), targets, beside(example))
+    positions = example.supervised[1:].nonzero().squeeze(1)[:most]  # position p predicts token p + 1
+    if not len(positions):
+        return Row([], positions, positions)
+    last = len(example) if example.picture_values else int(positions[-1]) + 2  # tokens and pictures belong together
+    ids = example.input_ids[: last - (not example.picture_values)].tolist()
+    return Row(ids, positions, example.input_ids[positions + 1].long(), beside(example))
 
 
 def ask_run(

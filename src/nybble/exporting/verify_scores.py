@@ -42,7 +42,8 @@ def check_form(opened: OpenRun, kind: ArtefactKind) -> None:
     """
     if kind not in FORMS:
         raise ExportError(
-            f"--to {kind} is for language models, and the run in {opened.run.path} is {opened.source.task.words}.",
+            f"--to {kind} is for language models that are decoders alone; the run in {opened.run.path} is "
+            f"{opened.source.task.words}.",
             f"Allowed for it: {', '.join(FORMS)}.",
             "Use `nybble merge`, which writes a folder that transformers opens.",
         )

@@ -112,6 +112,11 @@ def generate(
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or (lambda prompt, token: None))
 
 
+def _is_prompted(model: "PreTrainedModel") -> bool:
+    """Whether it is an encoder-decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
 def _has_decoder(model: "PreTrainedModel") -> bool:
     """Whether decoder blocks give the answers; their kernels know no module that is trained whole, and do not scale
     rows, as DoRA's adapters do."""
@@ -121,6 +126,8 @@ def _has_decoder(model: "PreTrainedModel") -> bool:
 
 def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
     context = context_length(model.config) or sys.maxsize
+    if _is_prompted(model) and 0 < len(prompt) <= context:
+        return context  # its decoder begins anew
     if not 0 < len(prompt) < context:
         raise DataError(
             f"The prompt has {len(prompt)} tokens.",
@@ -231,20 +238,30 @@ def _through_transformers(
     on_token: OnToken,
     beside: Mapping[str, Tensor],
 ) -> list[list[int]]:
-    """Prompts padded on the left and masked. Whatever the model's generation config has that the arguments do not name
-    (beams, banned tokens, a time limit) stands aside meanwhile."""
+    """Prompts padded and masked: on the left, or where an encoder reads them on the right. Whatever the model's
+    generation config has that the arguments do not name (beams, banned tokens, a time limit) stands aside meanwhile."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     pad_id = min(stop_ids, default=0)
-    ids = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    prompted = _is_prompted(model)
+    ids = torch.full((len(prompts), longest), pad_id, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        places = slice(0, len(prompt)) if prompted else slice(longest - len(prompt), None)
+        ids[row, places] = torch.tensor(list(prompt), device=device)
+        mask[row, places] = 1
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
         options |= {"top_p": sampling.top_p, "min_p": sampling.min_p}
-    penalty = RepetitionPenalty(prompts, sampling.repetition_penalty)
+    begun = prompts
+    if prompted:
+        first = _first_tokens(model)
+        options |= first
+        begun = [[first["decoder_start_token_id"]]] * len(prompts)
+    penalty = RepetitionPenalty(begun, sampling.repetition_penalty)
 
     def penalised(texts: Tensor, scores: Tensor) -> Tensor:
         penalty.add(texts[:, -1])  # nothing at the first call: it ends in a token of the prompt
@@ -273,6 +290,16 @@ def _through_transformers(
         model.train(was_training)
         model.generation_config = own_config
     return answers.ids
+
+
+def _first_tokens(model: Any) -> dict[str, Any]:
+    """What an encoder-decoder's answers begin with: a token that its decoder is given, and one that it must say first
+    where its makers have one (of mBART's the language).
+    """
+    own, config = model.generation_config, model.config
+    names = ("decoder_start_token_id", "forced_bos_token_id")
+    said = {name: getattr(own, name, None) for name in names}
+    return {name: getattr(config, name, None) if value is None else value for name, value in said.items()}
 
 
 class _Answers:

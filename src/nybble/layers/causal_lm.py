@@ -80,7 +80,9 @@ class CausalLM(BatchModel):
         return collate(rows, self.packed)
 
     def beside(self, row: EncodedExample) -> dict[str, Tensor]:
-        """What the model is given of a row's pictures beside its tokens, by name, on the CPU; nothing without any."""
+        """What the model is given of a row beside its tokens, by name, on the CPU: of its pictures, if it has any; an
+        encoder-decoder its answer.
+        """
         return {}
 
     def loss(self, batch: Batch, denominator: Denominator | None = None) -> Tensor:

@@ -101,7 +101,11 @@ def block_linears(model: nn.Module) -> list[str]:
 
 
 def end_modules(model: nn.Module) -> list[str]:
-    """Names of the input embedding and of the output head, as far as adapters can go onto them."""
+    """Names of the input embedding and of the output head, as far as adapters can go onto them: not of an
+    encoder-decoder, whose encoder and decoder have embeddings of their own, tied to that.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return []
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]  # type: ignore[operator]
     plain = [end for end in ends if isinstance(end, nn.Embedding | nn.Linear)]
     return [name for name, module in model.named_modules() if any(module is end for end in plain)]

@@ -43,7 +43,8 @@ def kept_in_fp32(model: nn.Module) -> set[str]:
 def why_untouched(model: nn.Module) -> dict[str, str]:
     """Modules, linear layers or not, whose weights stay as they are -> why."""
     why = dict.fromkeys(steering_linears(model), STEERS)
-    why |= {name: f"{where} reads its weight instead of calling it" for name, where in weights_read(model).items()}
+    read = weights_read(model, values=True)
+    why |= {name: f"{where} reads its weight instead of calling it" for name, where in read.items()}
     return why | {name.removesuffix(".weight"): "its makers keep it in fp32" for name in kept_in_fp32(model)}
 
 
@@ -82,13 +83,27 @@ class CastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def ends_of(model: "PreTrainedModel") -> dict[str, nn.Module]:
+    """Input embeddings and output head by name; of an encoder-decoder, whose parts have embeddings of their own, all
+    that share a weight with these.
+    """
+    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = {id(weight) for end in whole if end is not None for weight in end.parameters(recurse=False)}
+    shared = bool(getattr(model.config, "is_encoder_decoder", False))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(module is end for end in whole)
+        or (shared and any(id(weight) in weights for weight in module.parameters(recurse=False)))
+    }
+
+
 def narrow_ends(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """Input embeddings and output head by name, where both may stay in 16 bits in a model that computes in 32; else
     none: an end is neither an embedding nor an `nn.Linear`, or its weight is read elsewhere, and the model's own code
     would meet two dtypes.
     """
-    whole = (model.get_input_embeddings(), model.get_output_embeddings())
-    ends = {name: module for name, module in model.named_modules() if any(module is end for end in whole)}
+    ends = ends_of(model)
     known = all(isinstance(end, nn.Embedding) or type(end) is nn.Linear for end in ends.values())
     return {} if not known or ends.keys() & weights_read(model).keys() else ends
 

@@ -65,6 +65,13 @@ class LoraLinear(nn.Module):
         a = torch.empty(self.rank, self.in_features).uniform_(-bound, bound, generator=generator)
         return a, torch.zeros(self.out_features, self.rank)
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's, for models whose code asks it for its type."""
+        base: Any = self.base
+        weight: Tensor = base.weight
+        return weight
+
     def start_from(self, a: Tensor, b: Tensor) -> None:
         """Begin with these A `(r, in)` and B `(out, r)` instead of with B = 0, and remember them."""
         with torch.no_grad():

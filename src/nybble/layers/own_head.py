@@ -92,9 +92,12 @@ class OwnHead(Head):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project states `(N, hidden)` onto the vocabulary: `(N, vocabulary)`."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        asked: dict[str, Any] = {"input_ids": ids}
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            asked = {"decoder_input_ids": ids, "encoder_outputs": (hidden[None],)}  # any states: the decoder is aside
         with self._given(hidden[None]):
-            ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits[0]
+            logits: Tensor = self.model(**asked, use_cache=False).logits[0]
         return logits
 
     def chunk_rows(self, itemsize: int) -> int:
@@ -133,6 +136,9 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
         ModelError: there is none.
     """
     embedding = model.get_input_embeddings()
+    if getattr(model.config, "is_encoder_decoder", False):
+        decoder: nn.Module = model.get_decoder()
+        return decoder
     for part in (model.get_decoder(), model.base_model, *model.children()):
         if part is not model and part is not embedding and any(module is embedding for module in part.modules()):
             return part

@@ -197,7 +197,7 @@ class Probe:
         with self._modules_of(way):
             ours, asked = self._outcome_of(way, starts, parameters, embedded)
         tolerance = self._tolerance
-        mixed = _seen_elsewhere(ours.embeddings, asked, way.backbone.layout)
+        mixed = self._seen_elsewhere(ours, asked, way.backbone.layout)
         if mixed:
             return Difference(Part.PACKING, mixed)
         size = _relative([ours.logits], [own.logits])
@@ -240,6 +240,10 @@ class Probe:
             offsets, first = offsets[:, None] * batch.attention_mask, ASKED * batch.input_ids.shape[1]
         return replace(batch, position_ids=batch.position_ids + offsets), (first, first + self.last)
 
+    def _seen_elsewhere(self, ours: Outcome, asked: tuple[int, int], layout: Layout) -> float:
+        """How much what is asked depends on tokens that it must not see; 0 exactly where it does not."""
+        return seen_elsewhere(ours.embeddings, asked, layout)
+
     def _modules_of(self, way: "BatchModel") -> AbstractContextManager[None]:
         """Around what the model's own code computes; what decoder blocks raise is nybble's own fault, and stays."""
         if way.verdict.path == "blocks":
@@ -247,6 +251,10 @@ class Probe:
         return foreign_errors(partial(self._fails, f"{way.backbone.layout} rows of {list(LENGTHS)} tokens"))
 
     # ---- common ----------------------------------------------------------------------------------
+
+    def _embeddings(self) -> list[nn.Module]:
+        """What makes states of tokens."""
+        return [self.model.get_input_embeddings()]
 
     @property
     def _tolerance(self) -> float:
@@ -271,7 +279,7 @@ class Probe:
         buffers = {buffer: buffer.clone() for buffer in self.model.buffers()}
         kept_b = [each.lora_B.detach().clone() for each in adapters]
         generator = torch.Generator().manual_seed(0)
-        handle = self.model.get_input_embeddings().register_forward_hook(cut)
+        handles = [embedding.register_forward_hook(cut) for embedding in self._embeddings()]
         try:
             self.model.eval()
             with torch.no_grad():
@@ -281,7 +289,8 @@ class Probe:
             with torch.enable_grad(), torch.random.fork_rng():
                 yield parameters, embedded
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             with torch.no_grad():
                 for each, b in zip(adapters, kept_b, strict=True):
                     each.lora_B.copy_(b)
@@ -328,7 +337,7 @@ def _starts(model: "PreTrainedModel") -> list[tuple[int, ...]]:
     return [(0, 0, 2 * change), (0, change - 2, 2 * change)]
 
 
-def _seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int], layout: Layout) -> float:
+def seen_elsewhere(embeddings: Sequence[Tensor | None], asked: tuple[int, int], layout: Layout) -> float:
     """How large the gradients of tokens are that the supervised positions must not see: 0 exactly where they do not.
 
     An answer of the embedding is for the whole batch, but for rows that go one at a time: then only the asked one's has

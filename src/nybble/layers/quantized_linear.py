@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
         shape = (out_features, in_features)
         packed = torch.empty(spec.packed_shape(shape), dtype=torch.uint8, device=device)
         scales = torch.empty(spec.scales_bytes(out_features * in_features), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.packed = nn.Parameter(packed, requires_grad=False)
         self.scales = nn.Parameter(scales, requires_grad=False)
         if bias:
             bias_values = torch.empty(out_features, dtype=compute_dtype, device=device)
@@ -48,17 +48,22 @@ class QuantizedLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
 
+    @property
+    def weight(self) -> Tensor:
+        """Without numbers: for models whose code asks which type it is, or where it lies."""
+        return self.packed.new_empty(0, dtype=self.compute_dtype)
+
     def load_quantized(self, q: QuantizedTensor) -> None:
         """Take over the bytes of `q`, which may be in another format than the layer was made with."""
         assert q.shape == (self.out_features, self.in_features), (q.shape, self)
         self.spec, self.source_dtype = q.spec, q.dtype
-        self.weight = nn.Parameter(q.packed, requires_grad=False)
+        self.packed = nn.Parameter(q.packed, requires_grad=False)
         self.scales = nn.Parameter(q.scales, requires_grad=False)
 
     def quantized(self) -> QuantizedTensor:
         """The weight as formats/ knows it; nothing is copied."""
         shape = (self.out_features, self.in_features)
-        return QuantizedTensor(self.weight.detach(), self.scales.detach(), self.spec, shape, self.source_dtype)
+        return QuantizedTensor(self.packed.detach(), self.scales.detach(), self.spec, shape, self.source_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The dense weight, `[out_features, in_features]`."""

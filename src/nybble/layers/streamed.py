@@ -70,10 +70,15 @@ class StreamedLinear(nn.Module):
     ):
         super().__init__()
         self.name, self.in_features, self.out_features = name, in_features, out_features
-        self.device = torch.device(device)
+        self.device, self.compute_dtype = torch.device(device), dtype
         self.store: BlockStore | None = None
         empty = torch.empty(out_features, dtype=dtype, device="meta")
         self.register_parameter("bias", nn.Parameter(empty, requires_grad=False) if bias else None)
+
+    @property
+    def weight(self) -> Tensor:
+        """Without numbers, as `QuantizedLinear` has it."""
+        return torch.empty(0, dtype=self.compute_dtype, device=self.device)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight, `[out_features, in_features]`."""

@@ -18,6 +18,7 @@ from torch import nn
 from nybble.layers.mixers import class_of
 
 READ = ("weight", "bias")
+KIND = ("dtype", "device")
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,31 @@ class WeightRead:
         path: of that module, from the one that reads; from anywhere below it where `below`.
         where: "class.method".
         conditions: (test, holds): what must be true of the reading module, as far as its own attributes say.
+        values: its numbers are read, not only asked of which type they are and where they lie.
     """
 
     path: str
     below: bool
     where: str
     conditions: tuple[tuple[str, bool], ...]
+    values: bool = True
 
 
-def weights_read(model: nn.Module) -> dict[str, str]:
-    """Names of the modules whose weight or bias is read -> the method that does."""
+def weights_read(model: nn.Module, values: bool = False) -> dict[str, str]:
+    """Names of the modules whose weight or bias is read -> the method that does.
+
+    Args:
+        values: only those whose numbers are read. Of layers in few bits `weight` tells a type and a place (T5 asks its
+            `wo` for the type of its inputs), but has no numbers.
+    """
     names = [name for name, _ in model.named_modules()]
     found: dict[str, str] = {}
     for owner, module in model.named_modules():
         prefix = f"{owner}." if owner else ""
         for read in reads_of(class_of(module)):
             if not all(_holds(test, module) is holds for test, holds in read.conditions):
+                continue
+            if values and not read.values:
                 continue
             if read.below:
                 hits = [n for n in names if n.startswith(prefix) and n.endswith(f".{read.path}")]
@@ -71,7 +81,9 @@ def reads_of(own_class: type[nn.Module]) -> tuple[WeightRead, ...]:
     return tuple(dict.fromkeys(reads))
 
 
-def _reads_in(node: ast.AST, where: str, conditions: tuple[tuple[str, bool], ...]) -> Iterator[WeightRead]:
+def _reads_in(
+    node: ast.AST, where: str, conditions: tuple[tuple[str, bool], ...], values: bool = True
+) -> Iterator[WeightRead]:
     if isinstance(node, ast.If):
         yield from _reads_in(node.test, where, conditions)
         own = [(ast.unparse(node.test), True)] if _is_about_self(node.test) else []
@@ -83,9 +95,18 @@ def _reads_in(node: ast.AST, where: str, conditions: tuple[tuple[str, bool], ...
     if isinstance(node, ast.Attribute) and node.attr in READ:
         root, *path = _chain(node.value)
         if path and root:
-            yield WeightRead(".".join(path), root != "self", where, conditions)
+            yield WeightRead(".".join(path), root != "self", where, conditions, values)
     for child in ast.iter_child_nodes(node):
-        yield from _reads_in(child, where, conditions)
+        yield from _reads_in(child, where, conditions, not _asks_kind(node, child))
+
+
+def _asks_kind(node: ast.AST, child: ast.AST) -> bool:
+    """Whether a tensor, the child, is only asked of which type it is and where it lies."""
+    if isinstance(node, ast.Attribute):
+        return node.attr in KIND
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        return node.func.id == "isinstance" and child is not node.func
+    return False
 
 
 def _chain(node: ast.AST) -> list[str]:

@@ -240,7 +240,9 @@ def module_bytes(run: RunShape) -> int:
     with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled; where
     there are experts each token's state once for each that it is sent to, what they make of it, that weighted, and that
     in the tokens' order; of a mixer with a state, its scans. Where the model itself drops: masks of what attention and
-    the MLP give, and, since no kernel then does without it, the attention matrix before and after, and its mask.
+    the MLP give, and, since no kernel then does without it, the attention matrix before and after, and its mask. Of an
+    encoder-decoder the second attention of its decoder's blocks with its norm, and what is dropped within the MLP; and
+    the matrix of biases of attention where it has some.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
@@ -253,7 +255,15 @@ def module_bytes(run: RunShape) -> int:
     turned = c * outputs if run.dora else 0  # what is scaled
     dropped += 2 * c * h if run.model.dropped_states else 0  # PyTorch's masks are factors, in the dtype of the states
     dropped += 3 * c * run.model.num_heads * run.batches.longest_row if run.model.dropped_attention else 0
-    return norms + c * (inputs + mlp + 14 * r) + dropped + turned + MASTER_BYTES * run.model.mixer_values
+    mixers = MASTER_BYTES * run.model.mixer_values
+    crossed = 8 * h + c * inputs + 2 * c * f * run.model.dropped_states if run.model.crossed else 0
+    return norms + c * (inputs + mlp + 14 * r) + dropped + turned + mixers + crossed + _bias_bytes(run)
+
+
+def _bias_bytes(run: RunShape) -> int:
+    """Of a token's biases of attention, summed with the mask."""
+    heads = run.model.num_heads if run.model.biased_attention else 0
+    return run.compute_bytes * heads * run.batches.longest_row
 
 
 def attention_scratch(run: RunShape) -> int:
@@ -350,7 +360,7 @@ def validation_bytes(run: RunShape) -> int:
     if run.asks_reference or run.asked:
         tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
     routed = 4 * h * run.model.passed_experts
-    block = tokens * c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank + routed)
+    block = tokens * (c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank + routed) + _bias_bytes(run))
     states = targets * h * (2 * c + 8) + _panels(run) + max(_asked_logits(run), _compared_logits(run))
     return max(block, states)
 

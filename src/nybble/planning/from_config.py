@@ -12,7 +12,7 @@ import torch
 from nybble.data.open_template import open_template
 from nybble.data.picture_reader import have_pictures
 from nybble.data.prepare import PreparedData, prepare_data
-from nybble.data.row_kinds import ROW_KINDS
+from nybble.data.row_kinds import row_kind
 from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
@@ -22,6 +22,7 @@ from nybble.layers.picture_model import own_size, picture_tokens
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
 from nybble.options.groups import DataOptions, PlannedMachine
 from nybble.options.option import with_options
+from nybble.options.seq2seq import for_seq2seq
 from nybble.options.verbs import PlanConfig, as_method, methods_left, settle_method
 from nybble.planning.asked import TOP_K, AskedModel, Asking, plan_asking
 from nybble.planning.machine import this_machine_later
@@ -36,7 +37,15 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import check_revision, open_model
 from nybble.sources.shapes import SHAPES
-from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, reads_whole, stored_text_config
+from nybble.sources.skeleton import (
+    build_skeleton,
+    build_whole,
+    config_refused,
+    is_encoder,
+    reads_whole,
+    stored_text_config,
+    untie,
+)
 from nybble.sources.task import HEADS, PICTURED, TOKENS, reads_pictures, task_of
 
 if TYPE_CHECKING:
@@ -70,9 +79,19 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
     machine, dtype = _machine(options.machine, options.memory.memory)
     config = transformers_config(written)
     task = task_of(options.objective.objective, config)
+    if task is TOKENS and is_encoder(config):
+        raise ModelError(
+            f"{options.model.model} is an encoder, which goes on with no text.",
+            "Allowed with it: --objective classify, which tells texts apart, and embed.",
+            "Add --objective, or name a decoder.",
+        )
     skeleton = build_skeleton(task.config(config), task=task)
+    if task.prompted and written.get("tie_word_embeddings") is False and skeleton.all_tied_weights_keys:
+        untie(skeleton, ["lm_head.weight"])  # T5's config does not let on
     if reads_whole(config) and task is not TOKENS:
         options = with_options(options, packing=False)
+    if task.prompted:
+        options = for_seq2seq(options)
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
     if prepared is not None and have_pictures(prepared.train + prepared.validation):
         source = open_model(options.model.model, options.model.tokenizer, revision=options.model.revision)
@@ -192,9 +211,9 @@ def _machine(options: PlannedMachine, memory: int | None) -> tuple[Machine, torc
 
 def _read_examples(options: PlanConfig, skeleton: "PreTrainedModel") -> PreparedData:
     source = open_model(options.model.model, options.model.tokenizer, revision=options.model.revision)
-    kind = ROW_KINDS[options.objective.objective]
-    reader = source.picture_reader
-    template = open_template(options.data, source.load_tokenizer(), conversations=kind.conversations, reader=reader)
+    objective = options.objective.objective
+    kind = row_kind(objective, prompted=task_of(objective, source.config).prompted)
+    template = open_template(options.data, source.load_tokenizer(), kind=kind, reader=source.picture_reader)
     vocab_size = getattr(skeleton.config.get_text_config(), "vocab_size", None)
     return prepare_data(DataOptions(**options.data.model_dump()), template, vocab_size, kind=kind)
 
@@ -223,17 +242,20 @@ def _micro_batches(
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
     data, memory, rules = options.data, options.memory, SHAPE_RULES[machine.kind]
+    task = task_of(options.objective.objective, skeleton.config)
     if prepared is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing
         if reads_pictures(skeleton.config):
             length = picture_tokens(skeleton, *own_size(skeleton))
-        documents = ROW_KINDS[options.objective.objective].documents
-        scored = task_of(options.objective.objective) is not TOKENS
+        kind = row_kind(options.objective.objective, prompted=task.prompted)
+        learnt = length if task.prompted else None if task.writes else kind.documents
         return lambda size: even_micro_batches(
-            length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=documents, scored=scored
+            length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=kind.documents, learnt=learnt
         )
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
     if prepared.mixture is not None:
         report(Note(prepared.mixture.describe(steps * memory.rows_per_step)))
     against = why_no_blocks(options, skeleton, torch.device(machine.kind), machine.here)
-    return micro_batches_of(prepared, memory, rules, steps=steps, seed=data.seed, shares=against is None)
+    return micro_batches_of(
+        prepared, memory, rules, steps=steps, seed=data.seed, shares=against is None, apart=task.prompted
+    )

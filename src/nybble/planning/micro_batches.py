@@ -42,12 +42,20 @@ class _Pictures:
 
 
 def micro_batches_of(
-    data: PreparedData, memory: MemoryOptions, rules: ShapeRules, *, steps: int, seed: int, shares: bool = False
+    data: PreparedData,
+    memory: MemoryOptions,
+    rules: ShapeRules,
+    *,
+    steps: int,
+    seed: int,
+    shares: bool = False,
+    apart: bool = False,
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what the micro-batches of the run come to; counted once for each number of rows.
 
     Args:
         shares: what two documents of a row begin with is computed once.
+        apart: rows are prompts with answers, which are padded each by themselves.
     """
 
     @functools.cache
@@ -62,6 +70,7 @@ def micro_batches_of(
             size=size,
             packed=memory.packing,
             shares=shares,
+            apart=apart,
             rules=rules,
         )
 
@@ -80,11 +89,13 @@ def count_micro_batches(
     rules: ShapeRules,
     mixture: Mixture | None = None,
     shares: bool = False,
+    apart: bool = False,
 ) -> MicroBatches:
     """What the micro-batches of at most `size` rows come to over `steps` optimizer steps and in evaluations."""
     training, held_out = counted(train), counted(validation)
     lengths, supervised = training.lengths, training.num_targets
     sampler = StepSampler(len(train), rows_per_step, seed, mixture)
+    tokens_of = functools.partial(_tokens_of, packed=packed, shares=shares, apart=apart, rules=rules)
     heaviest: list[int] = []
     tokens = targets = most = step_values = 0
     counts: set[int] = set()
@@ -97,7 +108,7 @@ def count_micro_batches(
             continue
         own = 0
         for micro in split_micro_batches(rows, lengths, size, packed):
-            taken = _tokens_of(training, micro, packed, shares, rules)
+            taken = tokens_of(training, micro)
             own += taken
             counts.add(taken)
             if taken > tokens:
@@ -108,7 +119,7 @@ def count_micro_batches(
     dealt = split_micro_batches(range(len(held_out)), held_out.lengths, size, packed)
     for micro in dealt:
         pictures.meet(held_out, micro)
-    asked = [_tokens_of(held_out, micro, packed, shares, rules) for micro in dealt]
+    asked = [tokens_of(held_out, micro) for micro in dealt]
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
@@ -139,20 +150,27 @@ def even_micro_batches(
     packed: bool,
     rules: ShapeRules,
     documents: int = 1,
-    scored: bool = False,
+    learnt: int | None = None,
 ) -> MicroBatches:
-    """The micro-batches of a run whose rows all have so many documents of `length` tokens, all supervised; or one state
-    of each where they are `scored`.
+    """The micro-batches of a run whose rows all have so many documents of `length` tokens.
+
+    Args:
+        learnt: targets of a row; all its tokens where None.
     """
     sizes = {size, rows_per_step % size or size}
     tokens = size * documents * length
-    targets = size * documents if scored else tokens
+    targets = tokens if learnt is None else size * learnt
     tokens = _filled(tokens, rules) if packed else tokens
     return MicroBatches(tokens, targets, length, len(sizes), tokens, targets, 0, documents)
 
 
-def _tokens_of(rows: EncodedRows, micro: Sequence[int], packed: bool, shares: bool, rules: ShapeRules) -> int:
+def _tokens_of(
+    rows: EncodedRows, micro: Sequence[int], *, packed: bool, shares: bool, apart: bool, rules: ShapeRules
+) -> int:
     """Of one micro-batch, padding included."""
+    if apart:
+        answers = rows.supervised_tokens[micro]
+        return len(micro) * int((rows.lengths[micro] - answers).max() + answers.max())
     if not packed:
         return int(rows.documents[micro].sum()) * int(rows.longest[micro].max())
     shared = int(rows.shared_tokens[micro].sum()) if shares else 0

@@ -27,6 +27,8 @@ class ModelShape:
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
         dropped_states, dropped_attention: the model itself drops parts of these while it is trained.
+        crossed: an encoder-decoder: blocks of its decoder have a second attention, over the encoder's states.
+        biased_attention: what a token gives to another gets a bias by how far apart they are, of each head.
         input_norms, added_norms: norms in a block of what attention and the MLP read, and of what they add to the
             states.
         normed_heads: queries and keys are normed.
@@ -50,6 +52,8 @@ class ModelShape:
     narrow_ends: bool
     dropped_states: bool = False
     dropped_attention: bool = False
+    crossed: bool = False
+    biased_attention: bool = False
     input_norms: int = 2
     added_norms: int = 0
     normed_heads: bool = False

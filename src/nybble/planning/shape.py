@@ -30,6 +30,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     family = FAMILIES.get(config.model_type)
+    crossed = bool(getattr(config, "is_encoder_decoder", False))
     query, key_value = _attention_widths(parts, hidden, family, config)
     last = _leaf(family.down) if family else "down_proj"
     mixer_values, mixer_chunk = held_values(model)
@@ -42,9 +43,11 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         intermediate_size=max((_mlp_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
         dropped_states=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
-        dropped_attention=_drops_attention(config),
+        dropped_attention=_drops_attention(model, config),
         mixer_values=mixer_values,
         mixer_chunk=mixer_chunk,
+        crossed=crossed,
+        biased_attention=crossed and any(n.endswith("relative_attention_bias") for n, _ in model.named_modules()),
         **_of_family(family, config),
     )
 
@@ -74,8 +77,13 @@ def tower_of(model: "PreTrainedModel") -> TowerShape | None:
     )
 
 
-def _drops_attention(config: Any) -> bool:
-    """Whether parts of the attention matrix are dropped, under whichever name a config says it."""
+def _drops_attention(model: nn.Module, config: Any) -> bool:
+    """Whether parts of the attention matrix are dropped, under whichever name a config says it; an encoder-decoder's
+    one share may be for that too.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        kinds = (module for module in model.modules() if "Attention" in type(module).__name__)
+        return any(isinstance(share := getattr(kind, "dropout", 0), float) and share > 0 for kind in kinds)
     shares = (value for name, value in config.to_dict().items() if "drop" in name and "att" in name)
     return any(isinstance(share, float) and share > 0 for share in shares)
 
@@ -106,8 +114,9 @@ def _attention_widths(parts: Inventory, hidden: int, family: Family | None, conf
         leaf, queries, keys = _leaf(family.qkv[0]), config.num_attention_heads, config.num_key_value_heads
         head = max(found[leaf][1] for found in widths) // (queries + 2 * keys)
         return queries * head, keys * head
-    query = max((found["q_proj"][1] for found in widths if "q_proj" in found), default=hidden)
-    return query, max((found["k_proj"][1] for found in widths if "k_proj" in found), default=query)
+    query = max((found[name][1] for name in ("q_proj", "q") for found in widths if name in found), default=hidden)
+    key = max((found[name][1] for name in ("k_proj", "k") for found in widths if name in found), default=query)
+    return query, key
 
 
 def _hidden_size(parts: Inventory) -> int:

@@ -116,7 +116,7 @@ def _task_type(model: "PreTrainedModel") -> str | None:
     if scores_pictures(model):
         return None
     if model.get_output_embeddings() is not None:
-        return "CAUSAL_LM"
+        return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
     if model.base_model is model:
         return "FEATURE_EXTRACTION"
     return "TOKEN_CLS" if scores_tokens(model) else "SEQ_CLS"

@@ -118,7 +118,7 @@ def choose_rounding(
         return None
     if rounding.quality in ("search", "calibrated") or rounding.calibrate is not None:
         check_searchable(format)
-    if reads_whole(source.config) or source.task.kind == "pictured":
+    if reads_whole(source.config) or source.task.kind in ("pictured", "seq2seq"):
         return _without_text(rounding, source.task)
     if rounding.quality in ("absmax", "search"):
         return RoundingChoice(rounding.quality, "as asked", asked=True)
@@ -146,12 +146,12 @@ def choose_rounding(
 
 
 def _without_text(rounding: QualityOptions, task: Task) -> RoundingChoice:
-    """What is done with an encoder, or with a model that reads pictures, which are not calibrated.
+    """What is done with an encoder, an encoder-decoder or a model that reads pictures, which are not calibrated.
 
     Raises:
         ConfigError: calibrating was asked for.
     """
-    what = "models that read pictures" if task.kind == "pictured" else "encoders"
+    what = {"pictured": "models that read pictures", "seq2seq": "encoder-decoders"}.get(task.kind, "encoders")
     if rounding.quality == "calibrated" or rounding.calibrate is not None:
         raise ConfigError(
             f"Calibrated weights are asked for, and these are for no {what}.",

@@ -58,8 +58,7 @@ def read_examples(
         NybbleError: they cannot be read.
     """
     options = options.model_copy(update={"max_seq_len": within_context(options.max_seq_len, source)})
-    reader = source.picture_reader
-    template = open_template(options, source.load_tokenizer(), conversations=kind.conversations, reader=reader)
+    template = open_template(options, source.load_tokenizer(), kind=kind, reader=source.picture_reader)
     return read_rows(options, source, template, kind), template
 
 

@@ -9,7 +9,8 @@ import torch
 
 from nybble import __version__
 from nybble.data.open_template import open_template
-from nybble.data.row_kinds import ROW_KINDS
+from nybble.data.prompts import PromptTemplate
+from nybble.data.row_kinds import row_kind
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, NybbleError, RunError
 from nybble.events import Listener, silent
@@ -18,6 +19,7 @@ from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import enable_adapters
 from nybble.layers.pictured_lm import reading
 from nybble.layers.precision import set_up
+from nybble.layers.seq2seq_lm import Seq2SeqLM
 from nybble.options.groups import MachineOptions
 from nybble.options.option import with_options
 from nybble.options.verbs import TrainConfig, load_config
@@ -29,7 +31,7 @@ from nybble.runs.task_file import read_task
 from nybble.sources.load import load_model, refill
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import TOKENS
+from nybble.sources.task import SEQ2SEQ, TOKENS, is_seq2seq
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +72,8 @@ class OpenRun:
     @cached_property
     def computed_by(self) -> type[CausalLM]:
         """What computes the model of a run that writes: with what reads its pictures, where it reads some."""
+        if self.source.task.prompted:
+            return Seq2SeqLM
         reader = self.source.picture_reader
         return reading(reader) if self.source.task.kind == "pictured" and reader is not None else CausalLM
 
@@ -132,9 +136,9 @@ def open_run(path: Path, report: Listener = silent) -> OpenRun:
     source = in_asked_bits(stored.for_task(task), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     _check_base(run, source)
-    conversations = ROW_KINDS[config.objective.objective].conversations
+    kind = row_kind(config.objective.objective, prompted=task.prompted)
     reader = source.picture_reader if task.kind == "pictured" else None  # a run over text reads text alone
-    template = open_template(config.data, source.load_tokenizer(), run.chat_template, conversations, reader)
+    template = open_template(config.data, source.load_tokenizer(), run.chat_template, kind, reader)
     return OpenRun(run, config, source, kept_base(run, task) or source, template)
 
 
@@ -171,9 +175,11 @@ def load_plain(name: str, machine: MachineOptions, report: Listener = silent) ->
         ModelError: there is none, or it is damaged.
     """
     source, (device, dtype) = open_model(name, report=report), set_up(machine)
+    source = source.for_task(SEQ2SEQ if is_seq2seq(source.config) else source.task)
     formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
     model = load_model(source, formats, dtype, device, report=report)
-    return LoadedModel(model, ChatTemplate(source.load_tokenizer()))
+    tokenizer = source.load_tokenizer()
+    return LoadedModel(model, PromptTemplate(tokenizer) if source.task.prompted else ChatTemplate(tokenizer))
 
 
 def load_tuned(

@@ -61,7 +61,7 @@ class RunResult:
 
     @property
     def writes_answers(self) -> bool:
-        """Whether it is a language model, which goes on with a text."""
+        """Whether it is a language model, which goes on with a text, or answers one."""
         return self.source.task.writes
 
     @property

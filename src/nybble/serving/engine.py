@@ -160,6 +160,7 @@ def load_models(runs: Sequence[Path], machine: MachineOptions, report: Listener 
     opened = [open_run(run, report) for run in runs]
     for each in opened:
         check_answers(each)
+        _check_decoder(each)
     first, (device, dtype) = opened[0], set_up(machine)
     for other in opened[1:]:
         _check_same_base(first, other)
@@ -184,6 +185,20 @@ def load_models(runs: Sequence[Path], machine: MachineOptions, report: Listener 
         read_adapter(tuned, run.run.adapter)
         served.append(ServedModel(name, tuned.requires_grad_(False).eval(), run.template))
     return [*served, ServedModel(f"{first.source.name} (base)", _untuned(base, first), first.template)]
+
+
+def _check_decoder(opened: OpenRun) -> None:
+    """Refuse an encoder-decoder, which has no conversations.
+
+    Raises:
+        RunError: it is one.
+    """
+    if opened.source.task.prompted:
+        raise RunError(
+            f"The run in {opened.run.path} is {opened.source.task.words}, which answers one prompt.",
+            "Served are decoders, which go on with conversations and texts.",
+            'Ask it with nybble.open_run(RUN).generate("..."), or `nybble chat --run RUN --prompt ..`.',
+        )
 
 
 def _untuned(base: "PreTrainedModel", run: OpenRun) -> "PreTrainedModel":

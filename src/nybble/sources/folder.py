@@ -28,6 +28,7 @@ from nybble.formats.safetensors import (
     object_without_duplicates,
     row_entry,
     sampled_sha256,
+    tensor_sha256,
 )
 from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.packed_weights import PackedWeights, find_packed_weights
@@ -96,6 +97,21 @@ class FolderSource(StoredModel):
                     "Start from the 16-bit model.",
                 )
         return names
+
+    @cached_property
+    def untied(self) -> tuple[str, ...]:
+        """As `StoredModel` says: of an encoder-decoder those that are stored beside what they are tied to, with other
+        values. T5's config ties its head whatever it says (T5 1.1 and Flan-T5 have one of their own), and so
+        transformers decides.
+        """
+        if not self.task.prompted:
+            return ()
+        tied = build_skeleton(self.config, task=self.task).all_tied_weights_keys
+        stored = [pair for pair in tied.items() if self._parts.keys() >= set(pair)]
+        return tuple(name for name, owner in stored if self._digest(name) != self._digest(owner))
+
+    def _digest(self, stored: str) -> str:
+        return tensor_sha256(self._read_weight(stored))
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all stored weights; but biases of zeros that GPTQ's programs write beside layers that have none."""

@@ -5,7 +5,7 @@ each tensor is read, put into four bits or cast, stored, and dropped. What is in
 what was stored so far and one tensor of the source.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import MatrixFile
 from nybble.layers.convert import replace_linears, stream_linears
-from nybble.layers.dense import replace_dense_ends
+from nybble.layers.dense import ends_of, replace_dense_ends
 from nybble.layers.full_weights import weights_by_name
 from nybble.layers.quantized_experts import QuantizedExperts, replace_experts, stream_experts
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -67,7 +67,9 @@ def load_model(
             an end that cannot be read row by row.
     """
     model = source.empty_model(compute_dtype)
-    fill_computed_buffers(model, device)  # now, while the model's own code finds the modules that it made
+    fill_computed_buffers(
+        model, device, source.computed
+    )  # now, while the model's own code finds the modules that it made
     targets = list(source.placements)
     ends = source.ends if narrow_ends else set()
     if narrow_ends and source.dense_dtype != compute_dtype and not stream_ends:
@@ -101,7 +103,7 @@ def load_model(
         dtype = source.loaded_dtype(target, compute_dtype, ends)
         load_dense(model, target, source.read_dense(target, dtype, device), dtype, device)
     _begin_head(model, source, device, seed)
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     if stream_ends:
         _stream_ends(model, source, compute_dtype, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
@@ -165,17 +167,14 @@ def _stream_ends(
     model: "PreTrainedModel", source: StoredModel, compute_dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """Swap embedding and head for ones that read their matrices in the source's files."""
-    names = {id(module): name for name, module in model.named_modules()}
-    embedding = names[id(model.get_input_embeddings())]
-    matrix = _end_matrix(source, f"{embedding}.weight")
-    model.set_submodule(embedding, StreamedEmbedding(matrix, compute_dtype, model.get_submodule(embedding)))
-    output = model.get_output_embeddings()
-    if output is None:  # a model that scores texts has no matrix of the vocabulary
-        return
-    head = names[id(output)]
-    if f"{head}.weight" in source.placements:  # it is not where they are tied
-        matrix = _end_matrix(source, f"{head}.weight")
-    model.set_submodule(head, StreamedHead(matrix, model.get_submodule(head).bias, device))
+    tied = model.all_tied_weights_keys
+    for name, end in ends_of(model).items():
+        matrix = _end_matrix(source, tied.get(f"{name}.weight", f"{name}.weight"))
+        if isinstance(end, nn.Embedding):
+            model.set_submodule(name, StreamedEmbedding(matrix, compute_dtype, end))
+        else:
+            bias: Any = end.bias
+            model.set_submodule(name, StreamedHead(matrix, bias, device))
 
 
 def _end_matrix(source: StoredModel, target: str) -> MatrixFile:
@@ -188,11 +187,20 @@ def _end_matrix(source: StoredModel, target: str) -> MatrixFile:
     return matrix
 
 
-def fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str) -> None:
+def fill_computed_buffers(model: "PreTrainedModel", device: torch.device | str, computed: Collection[str] = ()) -> None:
     """Compute the buffers that checkpoints do not hold, such as rotary frequencies, by the model's own code.
 
     As `from_pretrained` does it, by initialising the model; whatever else that fills is still on the meta device.
+
+    Args:
+        computed: what else is not stored and computed so.
     """
+    for name in computed:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        place: Tensor = getattr(module, leaf)
+        empty = torch.empty_like(place, device=device)
+        setattr(module, leaf, nn.Parameter(empty, requires_grad=False) if leaf in module._parameters else empty)
     for name, buffer in model.named_non_persistent_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device=device))

@@ -1,5 +1,6 @@
 """Which stored tensor belongs to which parameter of a model, checked before any of them is read."""
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,11 +44,13 @@ class Placed:
         tensors: parameter -> the stored tensor for it, each once.
         fresh: parameters of a new head, for which nothing is stored.
         left_out: stored tensors of another head.
+        computed: what is not stored, nor need be, since the model's own code fills it.
     """
 
     tensors: dict[str, PlacedTensor]
     fresh: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    computed: tuple[str, ...] = ()
 
 
 def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> Placed:
@@ -81,8 +84,15 @@ def place_tensors(source: "StoredModel", model: "PreTrainedModel") -> Placed:
     missing = sorted({tied.get(name, name) for name in shapes} - placed.keys())
     if not source.task.writes:
         return _with_new_head(source, model, placed, unused, missing)
-    _check_all_used(source, model, unused, missing)
-    return Placed(placed)
+    computed = _computed(model, missing) if source.task.prompted else []
+    _check_all_used(source, model, unused, [name for name in missing if name not in computed])
+    return Placed(placed, computed=tuple(computed))
+
+
+def _computed(model: "PreTrainedModel", missing: list[str]) -> list[str]:
+    """What of an encoder-decoder is no part of checkpoints, as its makers say."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [name for name in missing if any(re.search(pattern, name) for pattern in patterns)]
 
 
 def _with_new_head(

@@ -1,13 +1,15 @@
 """A model without weights: its modules and names on the meta device, where a tensor takes no memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from nybble.errors import ModelError, first_line, foreign_errors
-from nybble.sources.task import TOKENS, Task, reads_pictures
+from nybble.layers.dense import ends_of
+from nybble.sources.task import ARCHITECTURES, SEQ2SEQ, STATES, TOKENS, Task, is_seq2seq, reads_pictures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -39,12 +41,23 @@ def build_skeleton(
     return _build(partial(auto_class(task).from_config, trust_remote_code=False), config, dtype, task)
 
 
+def untie(model: "PreTrainedModel", names: Iterable[str]) -> "PreTrainedModel":
+    """The model, on the meta device, with weights of their own for parameters that its config ties, in place."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, leaf, nn.Parameter(torch.empty_like(getattr(module, leaf)), requires_grad=False))
+        model.all_tied_weights_keys.pop(name)
+    return model
+
+
 def auto_class(task: Task) -> Any:
     """transformers' AutoModel class of a task."""
     import transformers
 
     kinds = {
         "tokens": transformers.AutoModelForCausalLM,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
         "scores": transformers.AutoModelForSequenceClassification,
         "tags": transformers.AutoModelForTokenClassification,
         "pictures": transformers.AutoModelForImageClassification,
@@ -65,13 +78,20 @@ def _build(
             f"The model type {config.model_type!r} cannot be built as {task.words}: {first_line(error)}",
             f"Allowed: {'the decoder ' if task is TOKENS else 'such '}architectures of the installed transformers; a "
             "model's own code is never run.",
-            "It is a vision model, which tells pictures apart: nybble train --objective classify."
-            if reads_pictures(config)
-            else "Choose another model, or update transformers.",
+            _instead(config),
         )
 
     with foreign_errors(cannot_be_built), torch.device("meta"):
         return make(config, dtype=dtype)
+
+
+def _instead(config: "PretrainedConfig") -> str:
+    """What can be done with a model of another kind."""
+    if reads_pictures(config):
+        return "It is a vision model, which tells pictures apart: nybble train --objective classify."
+    if is_seq2seq(config):
+        return "It is an encoder-decoder, which learns answers to prompts: nybble train."
+    return "Choose another model, or update transformers."
 
 
 def is_encoder(config: "PretrainedConfig") -> bool:
@@ -84,6 +104,22 @@ def is_encoder(config: "PretrainedConfig") -> bool:
 def reads_whole(config: "PretrainedConfig") -> bool:
     """Whether models of this config are encoders, of texts or of pictures: a row goes through whole, one a line."""
     return is_encoder(config) or reads_pictures(config)
+
+
+def stored_task(config: "PretrainedConfig") -> Task:
+    """What the model that is stored is for, by its config: of an encoder that has a head for scores, these, and else
+    its states; of other models what comes next.
+    """
+    if is_seq2seq(config):
+        return SEQ2SEQ
+    if not reads_whole(config):
+        return TOKENS
+    made_for, problem = getattr(config, "architectures", None) or [""], config.problem_type
+    kind = next((kind for kind, end in ARCHITECTURES.items() if made_for[0].endswith(end)), None)
+    if kind is None:
+        return STATES
+    labels = tuple(str(label) for label in config.id2label.values())
+    return Task(kind, labels, problem or "single_label_classification", stored_head=True)
 
 
 def text_config(config: "PretrainedConfig") -> "PretrainedConfig":
@@ -140,10 +176,5 @@ def build_whole(config: "PretrainedConfig") -> "PreTrainedModel | None":
 
 def dense_end_weights(model: "PreTrainedModel") -> set[str]:
     """Names of the parameters that stay in 16 bits: those of the input embeddings and of the output head."""
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    return {
-        f"{name}.{leaf}"
-        for name, module in model.named_modules()
-        if any(module is end for end in ends)
-        for leaf, _ in module.named_parameters(recurse=False)
-    }
+    ends = ends_of(model).items()
+    return {f"{name}.{leaf}" for name, module in ends for leaf, _ in module.named_parameters(recurse=False)}

@@ -26,7 +26,7 @@ from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
 from nybble.layers.quantized_experts import ExpertShape, expert_shapes
 from nybble.sources.placement import Placed, PlacedTensor, check_stored, place_tensors, read_placed
-from nybble.sources.skeleton import build_skeleton, dense_end_weights
+from nybble.sources.skeleton import build_skeleton, dense_end_weights, untie
 from nybble.sources.task import HEADS, TOKENS, Task
 
 if TYPE_CHECKING:
@@ -194,11 +194,11 @@ class StoredModel(ABC):
     @cached_property
     def skeleton(self) -> "PreTrainedModel":
         """The model on the meta device, to be looked at; `empty_model` gives one to change."""
-        return build_skeleton(self.config, task=self.task)
+        return untie(build_skeleton(self.config, task=self.task), self.untied)
 
     def empty_model(self, dtype: torch.dtype) -> "PreTrainedModel":
         """The model on the meta device, to be filled: it is the caller's own, and so is its config."""
-        return build_skeleton(copy.deepcopy(self.config), dtype, self.task)
+        return untie(build_skeleton(copy.deepcopy(self.config), dtype, self.task), self.untied)
 
     @cached_property
     def placements(self) -> dict[str, PlacedTensor]:
@@ -218,6 +218,21 @@ class StoredModel(ABC):
     def fresh(self) -> tuple[str, ...]:
         """Parameters of the head that are not stored, or not as the task wants them: they begin anew."""
         return self._placed.fresh
+
+    @property
+    def untied(self) -> tuple[str, ...]:
+        """Parameters that the config ties to others, and that have values of their own all the same."""
+        return ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Stored tensors that this task's model has no place for: of another head."""
+        return self._placed.left_out
+
+    @property
+    def computed(self) -> tuple[str, ...]:
+        """Parameters and buffers that are not stored and that the model's own code fills, such as positions."""
+        return self._placed.computed
 
     @cached_property
     def head_modules(self) -> tuple[str, ...]:

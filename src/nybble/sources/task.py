@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 HEADS = ("classifier", "score")  # what PEFT takes for the head of a model that gives scores
 
+ARCHITECTURES: Mapping[Literal["scores", "tags", "pictures"], str] = {
+    "scores": "ForSequenceClassification",
+    "tags": "ForTokenClassification",
+    "pictures": "ForImageClassification",
+}  # how their names end
+
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -23,7 +29,8 @@ class Task:
     """What a model is for.
 
     Args:
-        kind: tokens: the logits of the next token (AutoModelForCausalLM). scores: of the whole text
+        kind: tokens: the logits of the next token (AutoModelForCausalLM). seq2seq: the same of an answer, by a decoder,
+            to a prompt that an encoder reads (AutoModelForSeq2SeqLM). scores: of the whole text
             (AutoModelForSequenceClassification). tags: scores of each token (AutoModelForTokenClassification).
             pictures: scores of a picture (AutoModelForImageClassification). states: its last states, no head
             (AutoModel). pictured: the logits of the next token of texts with pictures in them
@@ -36,7 +43,7 @@ class Task:
             model, the tower that reads pictures, or all.
     """
 
-    kind: Literal["tokens", "scores", "tags", "pictures", "states", "pictured"] = "tokens"
+    kind: Literal["tokens", "seq2seq", "scores", "tags", "pictures", "states", "pictured"] = "tokens"
     labels: tuple[str, ...] = ()
     problem: Problem | None = None
     stored_head: bool = False
@@ -48,6 +55,7 @@ class Task:
         """For messages."""
         return {
             "tokens": "a causal language model",
+            "seq2seq": "an encoder-decoder",
             "scores": "a model that gives scores",
             "tags": "a model that gives scores of tokens",
             "pictures": "a model that gives scores of pictures",
@@ -57,8 +65,13 @@ class Task:
 
     @property
     def writes(self) -> bool:
-        """Whether it goes on with a text."""
-        return self.kind in ("tokens", "pictured")
+        """Whether it goes on with a text, or answers one."""
+        return self.kind in ("tokens", "seq2seq", "pictured")
+
+    @property
+    def prompted(self) -> bool:
+        """Whether rows are taken apart into a prompt and its answer."""
+        return self.kind == "seq2seq"
 
     @property
     def gives_scores(self) -> bool:
@@ -108,6 +121,7 @@ class Task:
 
 
 TOKENS = Task()
+SEQ2SEQ = Task("seq2seq")
 SCORES = Task("scores", ("0", "1"), "single_label_classification")  # until rows have said which labels there are
 PICTURES = Task("pictures", ("0", "1"), "single_label_classification")
 TAGS = Task("tags", ("0", "1"), "single_label_classification")
@@ -126,14 +140,22 @@ def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
 
     Args:
         config: the model's: of a vision model pictures are told apart; one of texts and pictures that transformers has
-            no text model for is taken whole.
+            no text model for is taken whole; an encoder-decoder answers prompts.
 
     Raises:
-        ModelError: the objective is for texts, and the model reads pictures.
+        ModelError: the objective is not one of such a model.
     """
     task = TASKS.get(objective, TOKENS)
     if config is not None and objective == "sft" and reads_both(config) and not _has_decoder(config):
         return PICTURED
+    if config is not None and is_seq2seq(config) and task is not SCORES:
+        if objective != "sft":
+            raise ModelError(
+                f"The model is an encoder-decoder, and objective is {objective}.",
+                "Allowed with it: --objective sft, from rows of a prompt and its answer.",
+                "Leave --objective out, or take a decoder.",
+            )
+        return SEQ2SEQ
     if config is None or not reads_pictures(config):
         return task
     if task is not SCORES:
@@ -148,6 +170,13 @@ def _has_decoder(config: "PretrainedConfig") -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def is_seq2seq(config: "PretrainedConfig") -> bool:
+    """Whether a model of this config is an encoder-decoder: its encoder reads a prompt, its decoder answers it."""
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+
+    return bool(getattr(config, "is_encoder_decoder", False)) and type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
 
 def reads_both(config: "PretrainedConfig") -> bool:

@@ -29,14 +29,8 @@ from nybble.layers.batch_model import BatchModel
 from nybble.layers.picture_model import PictureModel
 from nybble.layers.scored import ScoredModel
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import HEADS, PICTURES, SCORES, TAGS, Task
+from nybble.sources.task import ARCHITECTURES, HEADS, PICTURES, SCORES, TAGS, Task
 from nybble.training.objective import Part, Totals
-
-ARCHITECTURES = {
-    "scores": "ForSequenceClassification",
-    "tags": "ForTokenClassification",
-    "pictures": "ForImageClassification",
-}  # how their names end
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from nybble.layers.distillation import Mixture
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.options.objective_groups import WITH_REFERENCE, ObjectiveOptions
+from nybble.sources.task import TOKENS, Task
 from nybble.training.classify import Classification
 from nybble.training.distill import Distillation
 from nybble.training.embed import Embedding
@@ -10,6 +11,7 @@ from nybble.training.kto import KTO
 from nybble.training.objective import Objective, SupervisedFineTuning
 from nybble.training.preference import DPO, IPO, ORPO, SimPO
 from nybble.training.reward import RewardModelling
+from nybble.training.seq2seq import PromptAnswering
 
 BETA, SIMPO_BETA, SIMPO_GAMMA, ORPO_LAMBDA = 0.1, 2.0, 1.0, 0.1  # of the papers
 ALPHA, TEMPERATURE = 0.5, 1.0  # of distillation
@@ -18,8 +20,14 @@ USUAL_LR = "5e-6 to 5e-5"  # of adapters that learn preferences; examples to fol
 USUAL_FULL_LR = "5e-6 to 5e-5"  # a tenth of what adapters take
 
 
-def make_objective(options: ObjectiveOptions) -> Objective:
-    """The objective that the options choose, with its own defaults where they say nothing."""
+def make_objective(options: ObjectiveOptions, task: Task = TOKENS) -> Objective:
+    """The objective that the options choose, with its own defaults where they say nothing.
+
+    Args:
+        task: what the model is for: an encoder-decoder learns answers to prompts.
+    """
+    if task.kind == "seq2seq":
+        return PromptAnswering()
     beta = options.beta or (SIMPO_BETA if options.objective == "simpo" else BETA)
     smoothing = options.label_smoothing or 0.0
     match options.objective:

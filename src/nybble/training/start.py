@@ -12,7 +12,7 @@ from nybble.data.new_tokens import describe_tokens, untrained_tokens
 from nybble.data.open_template import open_template
 from nybble.data.picture_reader import have_pictures
 from nybble.data.prepare import PreparedData
-from nybble.data.row_kinds import ROW_KINDS
+from nybble.data.row_kinds import row_kind
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, ModelError, RunError
 from nybble.events import Listener, Note
@@ -20,6 +20,7 @@ from nybble.layers.precision import set_up
 from nybble.options.groups import LoopOptions
 from nybble.options.method_groups import WHY, Method
 from nybble.options.option import flat, with_options
+from nybble.options.seq2seq import for_seq2seq
 from nybble.options.verbs import TrainConfig, as_method, config_text, methods_left, settle_method
 from nybble.planning.micro_batches import micro_batches_of, total_steps
 from nybble.planning.planner import first_that_fits
@@ -81,17 +82,22 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     config = given if resumed is None else settle_config(resumed, given)
     adapters, allowed = config.adapters, config.run.allow_change
     device, dtype = set_up(config.machine)
-    kind, named = ROW_KINDS[config.objective.objective], config.model
+    named = config.model
     source = open_model(named.model, named.tokenizer, report, named.revision)
     # Later, and by other verbs, the same commit is opened.
     config, given = (with_options(options, revision=source.revision) for options in (config, given))
     task = task_of(config.objective.objective, source.config)
+    kind = row_kind(config.objective.objective, prompted=task.prompted)
     source = in_asked_bits(source.for_task(task), config.weights)
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     if config.method.method in ("lora", "full"):
         check_widths(source, config.method.method)
     if reads_whole(source.config) and task is not TOKENS:
         config = with_options(config, packing=False)  # their modules take a row a line
+    if task.prompted:
+        if given.memory.packing and "packing" in given.memory.model_fields_set:
+            report(Note("packing: rows of an encoder-decoder are padded, prompts and answers each by themselves"))
+        config = for_seq2seq(config)
     if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
@@ -105,8 +111,7 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
             report(Note(note, warning=True))
     same_options = resumed is not None and "config" not in allowed
     recorded = run.chat_template if same_options else None
-    reader = source.picture_reader
-    template = open_template(config.data, source.load_tokenizer(), recorded, kind.conversations, reader)
+    template = open_template(config.data, source.load_tokenizer(), recorded, kind, source.picture_reader)
     return Opened(run, config, given, resumed, continued, source, template, device, dtype)
 
 
@@ -135,7 +140,7 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
     """
     config, source, resumed = opened.config, opened.source, opened.resumed
     allowed, rows_per_step = config.run.allow_change, config.memory.rows_per_step
-    objective = make_objective(config.objective)
+    objective = make_objective(config.objective, source.task)
     run = opened.run
     encoded = run.encoded if config.run.resume else run.starting.encoding
     data = read_rows(config.data, source, opened.template, objective.kind, run.path, encoded, report)
@@ -311,4 +316,6 @@ def micro_batches_for(
     full = config.method.method == "full"
     shares = not full and why_no_blocks(config, source.skeleton, device, in_four_bits=source.in_four_bits) is None
     rules, seed = SHAPE_RULES[device.type], config.data.seed
-    return micro_batches_of(data, config.memory, rules, steps=num_steps, seed=seed, shares=shares)
+    return micro_batches_of(
+        data, config.memory, rules, steps=num_steps, seed=seed, shares=shares, apart=source.task.prompted
+    )

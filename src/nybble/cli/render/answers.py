@@ -27,7 +27,8 @@ def _(event: Evaluated, terminal: Terminal) -> None:
         loss = evaluation.loss(name)
         change = "" if name == TUNED else _interval(evaluation.change(name), "+.4f")
         scores = [_interval(evaluation.score(name, metric), ".3f") for metric in evaluation.metrics if arm.answers]
-        cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change, f"{arm.kl_general:.4f}"]
+        cells = [name, _interval(loss, ".4f"), f"{math.exp(loss.value):.3f}", change]
+        cells.append("" if arm.kl_general is None else f"{arm.kl_general:.4f}")
         table.add_row(*cells, *scores)
     terminal.console.print(table)
     if evaluation.by_objective is not None:
