@@ -19,7 +19,7 @@ from nybble.runs.adapter_files import read_adapter
 from nybble.units import format_bytes
 
 ROWS = (9, 21)
-PADDED = {"jamba", "mamba", "granitemoehybrid"}  # transformers does not tell all of their layers where rows begin
+PADDED = ("jamba", "mamba", "granitemoehybrid")  # transformers does not tell all of their layers where rows begin
 FUSED = {"out_proj"}  # handed to a fused kernel, where there is one
 
 
