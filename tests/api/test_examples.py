@@ -15,7 +15,7 @@ import nybble
 from nybble.runs.events import read_events
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-BRIDGE = ("trainer", "sft")  # run in tests/bridge/test_trainers.py
+BRIDGE = ("trainer", "sft", "dpo", "grpo")  # run in tests/bridge/test_trainers.py
 
 
 def module(name: str) -> Any:
