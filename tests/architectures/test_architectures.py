@@ -1,7 +1,7 @@
 """Every causal architecture of transformers: trained as the model is, or refused in words.
 
-docs/architectures.md says what became of each. `python tests/architectures/test_architectures.py` writes it anew, and
-with names of types behind it only their lines.
+docs/architectures.md says what became of each. `python tests/architectures/test_architectures.py` writes its section of
+decoders anew, and with names of types behind it only their lines.
 """
 
 import sys
@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 sys.path.insert(0, str(Path(__file__).parent))
 
 from smoke import DTYPES, Wrong, train_in
+from tables import table, words_of, write_lines
 from tiny_models import all_types, tiny_model
 from transformers import logging
 
@@ -26,10 +27,8 @@ from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
 from nybble.layers.own_head import loss_head
 from nybble.runs.adapter_writing import adapter_config
 
-PROJECT = Path(__file__).parents[2]
-TABLE = PROJECT / "docs" / "architectures.md"
+SECTION = "Decoders"
 SAMPLE = ("llama", "gemma3_text", "mamba")
-HEAD = "| model_type | path | rows | fp32 | bf16 | in PEFT |\n|---|---|---|---|---|---|\n"
 BAD = ("crash", "wrong")
 
 
@@ -39,7 +38,7 @@ def outcome(model_type: str) -> list[str]:
         try:
             tiny_model(model_type).save_pretrained(folder)
         except Exception as error:  # whatever a class of transformers raises for its own default config
-            return ["", "", f"cannot be built small: {_words(error)}", "", ""]
+            return ["", "", f"cannot be built small: {words_of(error)}", "", ""]
         path, rows, peft, said = "", "", "", []
         for name, dtype in DTYPES.items():
             out = Path(folder) / name
@@ -47,38 +46,20 @@ def outcome(model_type: str) -> list[str]:
             try:
                 trained = train_in(Path(folder), dtype, out)
             except NybbleError as error:
-                said.append(f"refused: {_words(error)}".replace(folder, "it"))
+                said.append(f"refused: {words_of(error)}".replace(folder, "it"))
             except Wrong as error:
                 said.append(f"wrong: {error}")
             except Exception as error:  # the table shows it, and the test fails on it
                 last = traceback.extract_tb(error.__traceback__)[-1]
-                said.append(f"crash: {type(error).__name__}: {_words(error)} ({Path(last.filename).name})")
+                said.append(f"crash: {type(error).__name__}: {words_of(error)} ({Path(last.filename).name})")
             else:
                 path, rows, peft = trained.path, trained.rows, trained.peft
                 said.append("trains")
         return [path, rows, *said, peft]
 
 
-def _words(error: Exception) -> str:
-    first = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
-    return first.strip().replace("|", "/")[:140]
-
-
-def table() -> dict[str, list[str]]:
-    """The committed table: model type -> cells."""
-    lines = TABLE.read_text(encoding="utf-8").splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
-    return {name.strip("`"): rest for name, *rest in cells}
-
-
-def write_table(found: dict[str, list[str]]) -> None:
-    before = TABLE.read_text(encoding="utf-8").partition("| model_type")[0]
-    lines = [f"| `{name}` | {' | '.join(cells)} |\n" for name, cells in sorted(found.items())]
-    TABLE.write_text(before + HEAD + "".join(lines), encoding="utf-8")
-
-
 def test_the_table_has_every_type() -> None:
-    assert sorted(table()) == all_types(), "run: python tests/architectures/test_architectures.py"
+    assert sorted(table(SECTION)) == all_types(), "run: python tests/architectures/test_architectures.py"
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
@@ -122,7 +103,7 @@ def test_what_cannot_be_asked_is_refused_in_words(model_type: str, words: str) -
 def test_every_type_is_as_the_table_says(model_type: str) -> None:
     found = outcome(model_type)
     assert not any(cell.startswith(BAD) for cell in found), found
-    assert found == table()[model_type]
+    assert found == table(SECTION)[model_type]
 
 
 if __name__ == "__main__":
@@ -131,4 +112,4 @@ if __name__ == "__main__":
     for each in sys.argv[1:] or all_types():
         lines = outcome(each)
         print(each, *lines, sep=" | ", flush=True)
-        write_table((table() if TABLE.exists() else {}) | {each: lines})
+        write_lines(SECTION, {each: lines})

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from tiny_encoders import make_encoder
 from tiny_pictures import CLASSES, SIDE, make_pictures, make_vision, picture
+from transformers import AutoConfig
 
 import nybble
 from nybble.data.picture_files import decode
@@ -21,6 +22,9 @@ from nybble.data.sources import DataSource, find_files
 from nybble.data.text_encoder import RowError
 from nybble.errors import ConfigError, DataError, ModelError
 from nybble.sources.open import open_model
+from nybble.sources.processor import load_processor
+from nybble.sources.skeleton import build_skeleton
+from nybble.sources.task import PICTURES
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,13 @@ def vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pictures(tmp_path_factory.mktemp("pictures") / "stripes", each=6)
+
+
+def test_pixels_of_32_bits_are_taken_by_a_model_in_16(tmp_path: Path) -> None:
+    """BEiT's embedding, unlike others', takes pixels of its own dtype alone."""
+    folder = make_vision(tmp_path / "beit", "beit")
+    found = load_processor(str(folder), build_skeleton(AutoConfig.from_pretrained(folder), torch.bfloat16, PICTURES))
+    assert found.tokens == 17  # 16 patches and the one that stands for all
 
 
 def check(model: Path, data: Path | str, **more: Any) -> Any:

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_model
+from tiny import make_data
+from tiny_encoders import make_encoder
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import nybble
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning.costs import Part, base_bytes, predict
@@ -119,6 +122,14 @@ def test_a_model_that_mostly_stays_in_16_bits_is_not_called_four_bit(tmp_path: P
     check_dense_share(take_inventory(source.skeleton), "jetmoe", accepted)  # what it names is enough
     done = quantize_folder(source, BaseFormats(), tmp_path / "out", max_dense_share=accepted)
     assert any("input_linear" in name for name, _ in done.inventory.dense)
+
+
+def test_a_model_without_linear_layers_is_refused_so_too(tmp_path: Path) -> None:
+    """I-BERT's layers are of a class of its own."""
+    data = make_data(tmp_path / "rows.jsonl", [{"text": f"text {n}", "label": str(n % 2)} for n in range(8)])
+    model = make_encoder(tmp_path / "model", "ibert")
+    with pytest.raises(ModelError, match=r"(?s)100% of its blocks' weights stay.*--max-dense-share"):
+        nybble.train(model=model, data=data, out=tmp_path / "out", objective="classify", validation_fraction=0.3)
 
 
 def test_layers_that_a_folder_keeps_in_16_bits_are_planned_so(tmp_path: Path) -> None:

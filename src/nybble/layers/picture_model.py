@@ -45,7 +45,7 @@ def picture_tokens(model: "PreTrainedModel", height: int, width: int) -> int:
     handle = first.register_forward_pre_hook(look, with_kwargs=True)
     try:
         with torch.no_grad():
-            model(pixel_values=torch.empty(1, picture_channels(model), height, width, device="meta"))
+            own_picture_scores(model, torch.empty(1, picture_channels(model), height, width, device="meta"))
     finally:
         handle.remove()
     return seen[0]

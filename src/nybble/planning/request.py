@@ -191,7 +191,7 @@ def requests(
         batches=micro_batches(1),
         adapter_parameters=parameters + of_experts,
         idle_parameters=idle,
-        rank=(rank := adapters.settled_rank if len({*ranks.values()}) == 1 else _mean_rank(skeleton, ranks)),
+        rank=(rank := adapters.settled_rank if len({*ranks.values()}) < 2 else _mean_rank(skeleton, ranks)),
         compute_bytes=dtype.itemsize,
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",
