@@ -120,6 +120,36 @@ def test_every_key_becomes_an_option_or_is_named(name: str, tmp_path: Path) -> N
     assert set(read_yaml(tmp_path / "ours.yaml")) == {yaml_key(key) for key in (*options, *required)}
 
 
+@pytest.mark.parametrize(
+    ("said", "options"),
+    [
+        ({"wandb_project": "p"}, {"track": ["wandb"], "track_project": "p"}),
+        ({"wandb_project": "p", "report_to": "none"}, {}),
+        ({"wandb_project": "p", "report_to": ["none"]}, {}),
+        ({"wandb_project": "p", "wandb_mode": "disabled"}, {}),
+        ({"wandb_project": "p", "wandb_mode": "offline"}, {}),
+        ({"wandb_project": "p", "use_wandb": False}, {}),
+        (
+            {"report_to": ["tensorboard", "wandb"], "wandb_project": "p"},
+            {"track": ["tensorboard", "wandb"], "track_project": "p"},
+        ),
+        ({"use_mlflow": True, "use_tensorboard": False}, {"track": ["mlflow"]}),
+        ({"model_revision": "abc"}, {"revision": "abc"}),
+    ],
+)
+def test_trackers_and_what_turns_them_off(said: dict[str, Any], options: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"base_model": "base", "lora_r": 8} | said))
+    imported = nybble.import_config(file)
+    assert imported.options == {"model": "base", "rank": 8} | options and not imported.left_out
+
+
+def test_a_tracker_that_is_none_of_ours_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"base_model": "base", "report_to": ["none", "comet_ml"]}))
+    assert "comet_ml is none of trackio, tensorboard" in nybble.import_config(file).left_out["report_to"]
+
+
 def test_import_prints_or_writes_and_counts(tmp_path: Path) -> None:
     file = tmp_path / "axolotl.yml"
     file.write_text("base_model: base\nlora_r: 8\nwandb_watch: all\n")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
 
@@ -165,6 +166,10 @@ def test_what_does_not_fit_the_model_is_refused(tiny_model: Path, tmp_path: Path
     model = nybble.quantize_(load(tiny_model))
     with pytest.raises(ModelError, match="already quantised"):
         nybble.quantize_(model)
+    adapted = get_peft_model(load(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    for not_one in (adapted, adapted.base_model.model, torch.nn.Linear(64, 64), str(tiny_model)):
+        with pytest.raises(ModelError, match=r"(?s)cannot be put into few bits.*Quantise first"):
+            nybble.quantize_(not_one)
     with pytest.raises(ModelError, match="do not come back"):
         model.dequantize()
     model.save_pretrained(tmp_path / "saved")

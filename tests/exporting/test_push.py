@@ -36,7 +36,7 @@ def test_a_runs_adapter_goes_there_with_its_card_and_nothing_else(hub: Hub, run:
     assert done.exit_code == 0, (done.output, done.exception)
     assert hub.repos[TO]["main"] == adapter and TO in hub.private
     assert hub.url + f"/{TO}/commit/" in done.stdout.replace("\n", "")
-    assert "adapter_config.json names the base base, which is no hub id" in done.stdout.replace("\n", " ")
+    assert "adapter_config.json names the base 'base', which is no hub id" in done.stdout.replace("\n", " ")
     assert hub.count("PUT /store") == 1, "weights as large files"
     assert hub.tokens == {"Bearer hf_secret"} and "hf_secret" not in done.output
     assert not any("hf_secret" in file.read_text() for file in run.rglob("*.json")), "it is kept nowhere"
@@ -61,6 +61,49 @@ def test_a_merged_folder_is_opened_from_there(hub: Hub, run: Path, tmp_path: Pat
     (damaged / "config.json").write_text("{}")
     with pytest.raises(nybble.NybbleError, match=r"config\.json"):
         nybble.push(damaged, TO)
+
+
+def test_only_a_models_own_files_go_and_the_rest_is_named(hub: Hub, run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    for name in ("token", "optimizer.pt", "rows.jsonl", ".hidden"):
+        (folder / name).write_text("secret")
+    shutil.copytree(run / "adapter", folder / "checkpoints" / "step-1")
+    shown = typed(["push", folder, TO, "--dry-run"])
+    assert shown.exit_code == 0 and not hub.asked
+    assert "not sent: .hidden, checkpoints, optimizer.pt, rows.jsonl and 1 more" in " ".join(shown.output.split())
+    assert nybble.push(folder, TO, dry_run=True).files.keys() == {path.name for path in (run / "adapter").iterdir()}
+    result = typed(["push", run.parent, TO])
+    assert result.exit_code == 2 and "holds no adapter, no model" in result.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("adapter_model.safetensors", None, "is truncated|claims a header"),
+        ("adapter_config.json", b"", r"adapter_config\.json cannot be read"),
+        ("adapter_config.json", b"[]", r"adapter_config\.json cannot be read.*a list where names are due"),
+        ("adapter_config.json", b"\xff", r"adapter_config\.json cannot be read"),
+        ("README.md", b"---\nbase_model: [a\n---\n", r"README\.md cannot be read"),
+        ("README.md", b"---\n- a\n---\n", r"README\.md cannot be read"),
+        ("verification.json", b"{", r"verification\.json cannot be read"),
+    ],
+)
+def test_damaged_folders_are_refused(
+    name: str, content: bytes | None, said: str, hub: Hub, run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(run / "adapter", tmp_path / "adapter")
+    file = folder / name
+    file.write_bytes(file.read_bytes()[:50] if content is None else content)
+    with pytest.raises(nybble.NybbleError, match=f"(?s){said}"):
+        nybble.push(folder, TO)
+    assert not hub.asked
+
+
+def test_what_was_not_verified_is_said_under_any_name(hub: Hub, run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "adapter", tmp_path / "renamed")
+    (folder / "verification.json").write_text(json.dumps({"passed": False, "outcome": "failed"}))
+    shown = typed(["push", folder, TO, "--dry-run"])
+    assert shown.exit_code == 0 and "verification.json says failed" in " ".join(shown.output.split())
 
 
 def test_a_repository_that_others_see_is_not_taken_for_private(hub: Hub, run: Path) -> None:
@@ -108,6 +151,7 @@ def test_what_is_nothing_to_push_is_refused(hub: Hub, run: Path, tmp_path: Path)
     refused = {
         "holds no adapter, no model and no GGUF file": (tmp_path / "nowhere", TO),
         "names no repository": (run, "tuned"),
+        "names no repository: ": (run, "someone/x--y"),
         "was not verified": (shutil.copytree(run / "adapter", tmp_path / "merged.unverified"), TO),
     }
     shutil.rmtree(run / "adapter")

@@ -427,3 +427,17 @@ def test_every_free_option_is_an_option():
     from nybble.training.resume import FREE_OPTIONS
 
     assert set(FREE_OPTIONS) <= set(fields_of(TrainConfig))
+
+
+def test_rows_that_a_killed_overwrite_had_encoded_are_not_the_runs(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    run(load_config(None, options(tiny_model, data, folder.path, max_steps=1)))
+    for rows in (folder.encoded, folder.starting.encoding):  # of the run, and of one that never began
+        rows.mkdir(parents=True)
+        (rows / "of").write_text(rows.name)
+    result = run(
+        load_config(None, options(tiny_model, data, folder.path, resume=True, max_steps=2, allow_change="config"))
+    )
+    assert result.steps == 2 and not folder.encoded.exists() and not folder.starting.path.exists()

@@ -1,7 +1,8 @@
 """`quantize_`: a transformers model that is in memory, put into few bits."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from nybble.bridge.config import NybbleConfig
 from nybble.bridge.quantizer import NybbleQuantizer
@@ -11,19 +12,16 @@ from nybble.formats.format import DEFAULT_FORMAT
 from nybble.layers.convert import in_few_bits
 from nybble.layers.quantized_experts import IMPLEMENTATION, expert_shapes
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 def quantize_(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     format: str = DEFAULT_FORMAT,
     *,
     block_size: int = 64,
     double_quant: bool = True,
     quality: str = "absmax",
     skip_modules: Sequence[str] = (),
-) -> "PreTrainedModel":
+) -> PreTrainedModel:
     """Put a transformers model that is in memory into few bits, in place, one weight at a time.
 
     The result is what `from_pretrained` with a `NybbleConfig` of these options gives, and is frozen.
@@ -36,7 +34,7 @@ def quantize_(
 
     Raises:
         ConfigError, FormatError: as `NybbleConfig`; skip_modules names nothing of the model.
-        ModelError: the model is already quantised.
+        ModelError: the model is already quantised, has adapters, or is none of transformers.
 
     Example:
         >>> from transformers import AutoModelForCausalLM
@@ -45,6 +43,12 @@ def quantize_(
         QuantizedWeight(shape=(128, 64), dtype=torch.float32, nf4)
     """
     config = NybbleConfig(format, block_size, double_quant, quality, skip_modules)
+    if not isinstance(model, PreTrainedModel) or hasattr(model, "peft_config"):
+        raise ModelError(
+            f"A {type(model).__name__} cannot be put into few bits.",
+            "Allowed: a model of transformers, without adapters.",
+            "Quantise first, and give it adapters (get_peft_model) then.",
+        )
     if getattr(model, "is_quantized", False) or in_few_bits(model):
         raise ModelError(
             f"{type(model).__name__} is already quantised.",

@@ -9,18 +9,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from nybble.errors import ConfigError
 from nybble.formats.format import FORMATS
 from nybble.options.option import build_options, config_to_yaml, fields_of, read_yaml, yaml_key
+from nybble.options.run_groups import Tracker
 from nybble.options.verbs import TrainConfig
 
 Options = dict[str, Any]
 NO_COUNTERPART = "no counterpart"
 FIRST = ("rl", "stage", "pref_loss", "loss_type", "adapter", "finetuning_type")  # what others mean anything under
+TRACKERS = get_args(Tracker)
 MOST_KEYS, DEEPEST = 10_000, 8
-TOGETHER = ("method", "objective", "target_modules", "init", "format", "compute_dtype")  # several keys say each
+# said by several keys
+TOGETHER = ("method", "objective", "target_modules", "init", "format", "compute_dtype", "track")
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,14 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
     options: Options = {}
     not_needed: dict[str, str] = {}
     left_out: dict[str, str] = {}
+    off = next((key for key, value in given.items() if _turns_wandb_off(_leaf(key), value)), None)
     for key in sorted(given, key=lambda key: _leaf(key) not in FIRST):
         name, value = _leaf(key), given[key]
         if value is None or (why := _why_not_needed(name, value)) is not None:
             not_needed[key] = "no value" if value is None else str(why)
+            continue
+        if off is not None and name == "wandb_project":
+            not_needed[key] = f"{off} turns it off"
             continue
         if name not in KEYS:
             left_out[key] = NO_COUNTERPART
@@ -81,6 +88,8 @@ def import_config(path: "str | os.PathLike[str]") -> ImportedConfig:
         if (twice := _said_otherwise(found, options)) is not None:
             left_out[key] = f"another key says of {yaml_key(twice)}: {options[twice]!r}"
             continue
+        if "track" in found:
+            found = found | {"track": list(dict.fromkeys([*options.get("track", ()), *found["track"]]))}
         options |= found
         not_needed |= {} if found else {key: "nybble's default"}
         not_needed |= {f"{key}.{part}": "what rows and files are is recognised" for part in _parts_of_data(name, value)}
@@ -259,12 +268,24 @@ def _compute(value: Any) -> Options:
 
 
 def _trackers(value: Any) -> Options:
-    names = value if isinstance(value, list) else [value]
-    return {} if names == ["none"] else {"track": [str(name).lower() for name in names]}
+    names = [str(name).lower() for name in (value if isinstance(value, list) else [value])]
+    if unknown := [name for name in names if name not in (*TRACKERS, "none")]:
+        raise _NoCounterpart(f"{', '.join(unknown)} is none of {', '.join(TRACKERS)}")
+    return {} if names == ["none"] else {"track": [name for name in names if name != "none"]}
 
 
-def _wandb_project(value: Any) -> Options:
-    return {"track": ["wandb"], "track_project": value}
+def _tracker(name: str) -> Callable[[Any], Options]:
+    return lambda value: {"track": [name]} if value is True else {}
+
+
+def _project_of(name: str) -> Callable[[Any], Options]:
+    return lambda value: {"track": [name], "track_project": value}
+
+
+def _turns_wandb_off(name: str, value: Any) -> bool:
+    """Whether a key says that W&B, of which another may name a project, is not used, or sends nothing."""
+    off = {"report_to": ("none", ["none"]), "wandb_mode": ("disabled", "offline"), "use_wandb": (False,)}
+    return value in off.get(name, ())
 
 
 _OBJECTIVES = {name: name for name in ("sft", "dpo", "ipo", "simpo", "orpo", "kto")}
@@ -323,7 +344,10 @@ _NAMES: dict[Callable[[Any], Options], str] = {
     _compute: "torch_dtype dtype bnb_4bit_compute_dtype",
     _when("compute_dtype", "bf16"): "bf16",
     _trackers: "report_to",
-    _wandb_project: "wandb_project",
+    _project_of("wandb"): "wandb_project",
+    _project_of("mlflow"): "mlflow_experiment_name",
+    **{_tracker(name): f"use_{name}" for name in ("wandb", "mlflow", "tensorboard")},
+    _as("revision"): "revision_of_model model_revision",
 }  # fmt: skip
 KEYS = {name: convert for convert, names in _NAMES.items() for name in names.split()}
 
@@ -351,6 +375,8 @@ NOT_NEEDED = {  # key -> why nothing has to be said
 def _why_not_needed(name: str, value: Any) -> str | None:
     if value is False and name in ("load_in_8bit", "fp16", "bf16", "full_finetuning", "lora_target_linear"):
         return "off"
+    if name == "wandb_mode" and _turns_wandb_off(name, value):
+        return "W&B is not used"
     return NOT_NEEDED.get(name)
 
 

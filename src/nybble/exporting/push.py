@@ -1,12 +1,13 @@
 """Putting what was trained onto the Hugging Face hub: an adapter, a merged folder, a GGUF file, with its card.
 
-Only the files of one folder go, none of the run around it. The token is the hub client's business (HF_TOKEN, `hf auth
+Only a model's own files go, those at the top of one folder: none of the run around it, and nothing else that lies
+there. The token is the hub client's business (HF_TOKEN, `hf auth
 login`): it is neither read nor kept here.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,24 @@ from nybble.errors import ExportError, foreign_errors
 from nybble.events import Event, Listener, Note, silent
 from nybble.files.disk import disk_errors
 from nybble.files.manifest import MANIFEST_NAME, verify_manifest
+from nybble.formats.gguf import GgufFile
+from nybble.formats.safetensors import INDEX_NAME, SafetensorsFolder
 from nybble.options.use_groups import PushOptions
 from nybble.runs.folder import RunFolder
 from nybble.sources.hub import said_by_hub
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-MODEL_FILES = ("adapter_model.safetensors", "*.safetensors", "*.gguf")
+ADAPTER, ADAPTER_CONFIG, VERIFICATION = "adapter_model.safetensors", "adapter_config.json", "verification.json"
+OWN_FILES = (  # of a model, an adapter, a GGUF file, and of a folder of sentence-transformers
+    *("*.safetensors", INDEX_NAME, "*.gguf", "config.json", "generation_config.json", ADAPTER_CONFIG),
+    *("*tokenizer*.json", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "*vocab.txt"),
+    *("merges.txt", "*.jinja", "*processor_config.json", "chat_template.json"),
+    *(CARD, "LICENSE*", "Modelfile*", VERIFICATION, MANIFEST_NAME),
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("1_Pooling/config.json", "2_Normalize/config.json"),
+)
+MOST_NAMED = 4  # files that are left out, in a message
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,12 @@ def push(path: Path, repository: str, options: PushOptions, report: Listener = s
     Raises:
         ExportError: there is nothing to push, it is damaged or not verified, or the hub refuses it.
     """
-    if HUB_ID.fullmatch(repository) is None:
-        raise ExportError(
-            f"{repository!r} names no repository.", "Allowed: owner/name.", "Put your name on the hub before it."
-        )
+    _check_name(repository)
     with disk_errors(path, ExportError, what="cannot be read"):
         folder = _what_was_trained(path)
-        files = {file: file.stat().st_size for file in _files(folder)}
+        files, others = _files(folder)
         _check(folder, files)
-        for note in _notes(folder, path):
+        for note in (*_notes(folder, path), *_left_out(others)):
             report(Note(note, warning=True))
         named = {file.relative_to(folder).as_posix(): size for file, size in files.items()}
         revision = options.revision or "main"
@@ -75,6 +84,21 @@ def push(path: Path, repository: str, options: PushOptions, report: Listener = s
     pushed = Pushed(folder, repository, revision, named, url)
     report(pushed)
     return pushed
+
+
+def _check_name(repository: str) -> None:
+    from huggingface_hub.utils import validate_repo_id
+
+    def refused(error: Exception) -> ExportError:
+        said = " ".join(str(error).split())
+        return ExportError(f"{repository!r} names no repository: {said}", "Allowed: owner/name.", "Give another name.")
+
+    if HUB_ID.fullmatch(repository) is None:
+        raise ExportError(
+            f"{repository!r} names no repository.", "Allowed: owner/name.", "Put your name on the hub before it."
+        )
+    with foreign_errors(refused):
+        validate_repo_id(repository)
 
 
 def _what_was_trained(path: Path) -> Path:
@@ -91,19 +115,29 @@ def _what_was_trained(path: Path) -> Path:
     )
 
 
-def _files(folder: Path) -> list[Path]:
-    """But hidden ones, which a folder that is being written has."""
-    found = sorted(folder.rglob("*")) if folder.is_dir() else []
-    return [
-        file for file in found if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
-    ]
+def _files(folder: Path) -> tuple[dict[Path, int], list[str]]:
+    """Those of a model and their bytes, and the names of what else lies in the folder."""
+    own = {file: file.stat().st_size for name in OWN_FILES for file in sorted(folder.glob(name)) if file.is_file()}
+    top = {file.relative_to(folder).parts[0] for file in own}
+    return own, sorted(entry.name for entry in folder.glob("*") if entry.name not in top)
 
 
-def _check(folder: Path, files: Mapping[Path, int]) -> None:
+def _left_out(names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return [f"no part of a model, and not sent: {', '.join(names[:MOST_NAMED])}{more}"]
+
+
+def _check(folder: Path, files: Iterable[Path]) -> None:
     """Refuse a folder that is none of ours, or not as it should be."""
-    if not any(file.match(pattern) for file in files for pattern in MODEL_FILES):
+    named = {file.name for file in files if file.parent == folder}
+    weights = [file for file in files if file.suffix in (".safetensors", ".gguf")]
+    needed = ADAPTER_CONFIG if ADAPTER in named else "config.json"
+    if not weights or (needed not in named and any(file.suffix == ".safetensors" for file in weights)):
         raise ExportError(
-            f"{folder} holds no adapter, no model and no GGUF file.",
+            f"{folder} holds no adapter, no model and no GGUF file"
+            + (f": there is no {needed} beside its weights." if weights else "."),
             "Allowed: a run folder, or what `nybble merge` or `nybble export` wrote.",
             "Check the path.",
         )
@@ -111,10 +145,14 @@ def _check(folder: Path, files: Mapping[Path, int]) -> None:
         raise ExportError(
             f"{folder} was not verified: it may not be the tuned model.",
             "Needed: a folder that `nybble merge` or `nybble export` found to be what it should.",
-            f"Look at {folder / 'verification.json'}; rename the folder to push it all the same.",
+            f"Look at {folder / VERIFICATION}; rename the folder to push it all the same.",
         )
     if folder / MANIFEST_NAME in files:
         verify_manifest(folder)
+    for file in weights:  # their headers say how long they are
+        GgufFile(file) if file.suffix == ".gguf" else SafetensorsFolder(file)
+    if (folder / INDEX_NAME).is_file():
+        SafetensorsFolder(folder)
 
 
 def _notes(folder: Path, path: Path) -> list[str]:
@@ -123,22 +161,49 @@ def _notes(folder: Path, path: Path) -> list[str]:
     if not (folder / CARD).is_file():
         ask = f"`nybble eval --run {path}` writes one" if path != folder else "`nybble eval` writes one into the run"
         notes.append(f"{folder} has no card ({CARD}); {ask}, with measured figures")
+    outcome = _read(folder / VERIFICATION, json.loads).get("outcome", "verified")
+    if outcome != "verified":
+        notes.append(f"{VERIFICATION} says {outcome}: this may not be the tuned model")
     for file, base in _bases(folder).items():
         if HUB_ID.fullmatch(base) is None:
-            notes.append(f"{file} names the base {base}, which is no hub id: others do not find it by that name")
+            notes.append(f"{file} names the base {base!r}, which is no hub id: others do not find it by that name")
     return notes
 
 
 def _bases(folder: Path) -> dict[str, str]:
     """What files of the folder call the base."""
-    found: dict[str, Any] = {}
-    card, config = folder / CARD, folder / "adapter_config.json"
-    if card.is_file():
-        header = re.match(r"---\n(.*?\n)---\n", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-        found[CARD] = (yaml.safe_load(header[1]) or {}).get("base_model") if header else None
-    if config.is_file():
-        found[config.name] = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    found = {
+        CARD: _read(folder / CARD, _header).get("base_model"),
+        ADAPTER_CONFIG: _read(folder / ADAPTER_CONFIG, json.loads).get("base_model_name_or_path"),
+    }
     return {name: base for name, base in found.items() if isinstance(base, str) and base}
+
+
+def _header(card: str) -> Any:
+    header = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
+    return (yaml.safe_load(header[1]) or {}) if header else {}
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a file says by name; nothing where there is none.
+
+    Raises:
+        ExportError: it says something else.
+    """
+
+    def refused(error: Exception) -> ExportError:
+        said = " ".join(str(error).split())
+        return ExportError(
+            f"{file} cannot be read: {said}", "Allowed: as nybble writes it.", "Mend it, or export anew."
+        )
+
+    if not file.is_file():
+        return {}
+    with foreign_errors(refused):
+        found = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise TypeError(f"it holds a {type(found).__name__} where names are due")
+        return found
 
 
 def _upload(folder: Path, names: list[str], repository: str, revision: str, private: bool) -> str:

@@ -7,6 +7,8 @@ from pydantic import BeforeValidator, model_validator
 from nybble.errors import ConfigError
 from nybble.options.option import Folder, Name, Options, knob, split_names
 
+Tracker = Literal["trackio", "tensorboard", "wandb", "mlflow"]
+
 
 class RunOptions(Options, group="Run"):
     out: Folder = knob(..., "Run folder to make.", aliases=("output_dir", "run_dir"))
@@ -17,13 +19,11 @@ class RunOptions(Options, group="Run"):
     allow_change: Annotated[tuple[Literal["base", "data", "config"], ...], BeforeValidator(split_names)] = knob(
         (), "With --resume or --adapter: what may differ from what the run, or the adapter, began with."
     )
-    track: Annotated[tuple[Literal["trackio", "tensorboard", "wandb", "mlflow"], ...], BeforeValidator(split_names)] = (
-        knob(
-            (),
-            "Trackers to hand the run's options and figures to: trackio (local), tensorboard, wandb, mlflow. Each is a "
-            "package of its own; one that fails stops nothing.",
-            aliases=("report_to", "tracker"),
-        )
+    track: Annotated[tuple[Tracker, ...], BeforeValidator(split_names)] = knob(
+        (),
+        "Trackers to hand the run's options and figures to: trackio (local), tensorboard, wandb, mlflow. Each is a "
+        "package of its own; one that fails stops nothing.",
+        aliases=("report_to", "tracker"),
     )
     track_project: Name | None = knob(
         None,

@@ -146,7 +146,7 @@ def _move_in(opened: Opened, examples: Examples, base: Base, log: EventLog) -> N
     examples.digests.write(starting.data_rows)
     if opened.config.objective.objective == "distill" and not opened.config.run.resume:
         starting.asked_teacher.rename(starting.teacher)
-    if starting.encoding.is_dir():
+    if starting.encoding.is_dir() and not opened.config.run.resume:  # else it is of a run that never began
         starting.encoding.rename(starting.encoded)
     if not opened.config.run.resume:
         run.clear(opened.config.run.overwrite)
