@@ -112,6 +112,12 @@ def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path) -> None:
         ("picture-in-answer", {"messages": [{"role": "user", "content": "9"}, {"role": "assistant", "content": [
             {"type": "image", "image": "red.png"}, {"type": "text", "text": "a"}]}]}),
         ("beyond-text", asked([{"type": "image", "image": "red.png"}, {"type": "audio", "audio": "a.wav"}])),
+        ("missing-picture", asked("<image> 11", image="a\0b.png")),
+        ("missing-picture", asked("<image> 12", image="~nosuchuser/a.png")),
+        ("missing-picture", asked("<image> 13", image="a" * 5000)),
+        ("broken-picture", asked("<image> 14", image="data:image/png;base64,é!!")),
+        ("broken-picture", asked([{"type": "image", "bytes": "no base64"}, {"type": "text", "text": "15"}])),
+        ("picture-marks", asked("<image> 16", images=[])),
     ]  # fmt: skip
     kept = [asked("<image> grey", image="grey.png"), asked("<image> gif", image="moves.gif")]
     kept += [asked(f"<image> {n}", image="red.png") for n in range(3)]
@@ -120,6 +126,7 @@ def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path) -> None:
     named = {(each.id, row) for each in audit.findings for row in each.rows}
     for number, (name, _) in enumerate(wrong, 1):
         assert (name, f"rows.jsonl:{number}") in named, (name, audit.findings)
+    assert max(len(each.detail) for each in audit.findings) < 400
     assert audit.num_train == len(kept) and audit.num_dropped == len(wrong)
     assert "mode L 1" in found["converted-picture"].detail and found["animated-picture"].num_rows == 1
 

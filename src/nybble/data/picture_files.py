@@ -1,6 +1,8 @@
 """Pictures as files hold them: which files do, what is wrong with one, and its pixels in red, green and blue."""
 
+import base64
 import io
+import os
 import re
 import warnings
 from collections import Counter
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SIXTEEN_BITS = 65535
 ANIMATED = "animated"
+MOST_SHOWN = 100  # characters of a path
 OBJECT = re.compile(r"file <[^>]*>")  # what Pillow calls bytes that lie in memory
 
 Stored = bytes | str  # a picture's file, or its path
@@ -39,10 +42,23 @@ def stored_picture(value: Any, column: str, origin: str) -> Stored:
         RowError: it is none of these.
     """
     if isinstance(value, Mapping) and (value.get("bytes") or value.get("path")):
-        value = value.get("bytes") or value.get("path")
+        own = value.get("bytes")
+        value = from_base64(own, origin) if isinstance(own, str) and own else own or value.get("path")
     if isinstance(value, (bytes, str)) and value:
         return value
     raise RowError("missing-picture", origin, f"{column!r} holds no picture: a path, or the bytes of a file, is needed")
+
+
+def from_base64(text: str, origin: str) -> bytes:
+    """A file's bytes as JSON can hold them.
+
+    Raises:
+        RowError: the text is no base64.
+    """
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise RowError("broken-picture", origin, f"a picture in base64: {error}") from error
 
 
 def picture_bytes(stored: Stored, origin: str) -> bytes:
@@ -54,9 +70,10 @@ def picture_bytes(stored: Stored, origin: str) -> bytes:
     if isinstance(stored, bytes):
         return stored
     try:
-        return Path(stored).expanduser().read_bytes()
-    except OSError as error:
-        raise RowError("missing-picture", origin, f"{stored}: {error.strerror or error}") from error
+        return Path(os.path.expanduser(stored)).read_bytes()
+    except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise RowError("missing-picture", origin, f"{stored[:MOST_SHOWN]}: {why}") from error
 
 
 def decode(stored: Stored, origin: str) -> Decoded:

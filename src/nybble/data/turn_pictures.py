@@ -5,9 +5,8 @@ A part without a picture, and `<image>` in a text, are places for the pictures o
 order. Where a row has pictures and no place for one, they stand before the first user's words.
 """
 
-import base64
-import binascii
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 from nybble.data.cells import says_nothing, text_of
 from nybble.data.examples import Example, Message, Picture
 from nybble.data.file_kinds import Row
-from nybble.data.picture_files import Stored, picture_bytes, stored_picture
+from nybble.data.picture_files import MOST_SHOWN, Stored, from_base64, picture_bytes, stored_picture
 from nybble.data.text_encoder import RowError
 
 COLUMNS = ("images", "image")
@@ -68,7 +67,10 @@ def with_pictures(example: Example, row: Row, folder: Path | None) -> Example:
         RowError: places and pictures are not as many; or a picture cannot be read, or would have to be fetched.
     """
     column = next((name for name in COLUMNS if not says_nothing(row.get(name))), None)
-    if example.text is not None or (column is None and not any(turn.pictures for turn in example.turns())):
+    if example.text is not None:
+        return example
+    if column is None and not any(turn.pictures for turn in example.turns()):
+        _refuse_marks(example, row)
         return example
     given = [] if column is None else list(_column(row[column], column, example.origin))
     turns = example.conversation()
@@ -83,6 +85,14 @@ def with_pictures(example: Example, row: Row, folder: Path | None) -> Example:
     rest = iter(given)
     filled = (replace(turn, parts=tuple(_filled(turn.parts, rest, folder, example.origin))) for turn in turns)
     return replace(example, messages=tuple(filled), prompt=None, completion=None)
+
+
+def _refuse_marks(example: Example, row: Row) -> None:
+    """Refuse marks in a row whose column has no picture for them."""
+    column = next((name for name in COLUMNS if name in row), None)
+    marks = sum(turn.content.count(MARK) for turn in example.turns() if turn.role != "assistant")
+    if column is not None and marks:
+        raise RowError("picture-marks", example.origin, f"places for pictures in its turns, and none in {column!r}")
 
 
 def _column(value: Any, column: str, origin: str) -> Iterator[Stored]:
@@ -129,11 +139,8 @@ def _found(stored: Stored, folder: Path | None, origin: str) -> Stored:
     if isinstance(stored, bytes):
         return stored
     if ADDRESS.match(stored):
-        raise RowError("picture-url", origin, f"{stored[:100]}: nothing is fetched from a network")
+        raise RowError("picture-url", origin, f"{stored[:MOST_SHOWN]}: nothing is fetched from a network")
     if inline := INLINE.match(stored):
-        try:
-            return base64.b64decode(stored[inline.end() :], validate=True)
-        except binascii.Error as error:
-            raise RowError("broken-picture", origin, f"a picture in base64: {error}") from error
-    path = Path(stored.removeprefix("file://")).expanduser()
-    return str(path if folder is None else folder / path)
+        return from_base64(stored[inline.end() :], origin)
+    path = os.path.expanduser(stored.removeprefix("file://"))
+    return path if folder is None else str(folder / path)

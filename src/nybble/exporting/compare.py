@@ -52,10 +52,10 @@ def compare_merges(config: MergeConfig, report: Listener = silent) -> MergesComp
             f"{opened.run.model} holds the tuned model; `nybble export` writes other forms of it.",
         )
     check_answers(opened)
-    if opened.source.task.prompted:
+    if opened.source.task.kind != "tokens":
         raise ExportError(
             f"The run in {opened.run.path} is {opened.source.task.words}.",
-            "Ways of merging are compared of decoders.",
+            "Ways of merging are compared of models that read text alone and go on with it.",
             "Leave --compare out: `nybble merge` writes its 16 bits, verified.",
         )
     rows = evaluation_rows(opened, config.run.data, config.data.allow)

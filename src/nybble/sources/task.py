@@ -148,7 +148,7 @@ def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
     task = TASKS.get(objective, TOKENS)
     if config is not None and objective == "sft" and reads_both(config) and not _has_decoder(config):
         return PICTURED
-    if config is not None and is_seq2seq(config) and task is not SCORES:
+    if config is not None and is_seq2seq(config):
         if objective != "sft":
             raise ModelError(
                 f"The model is an encoder-decoder, and objective is {objective}.",

@@ -144,7 +144,8 @@ def show_result(terminal: Terminal, trained: RunResult, samples: Sequence[Sample
     terminal.say(f"{'model:  ' if trained.full else 'adapter:'} {trained.trained}")
     terminal.say(f"losses:  {trained.folder.loss_plot}")
     terminal.say("next:")
-    merging = ("export",) if trained.full else ("merge --compare",) if trained.validation else ("merge",)
+    compared = trained.validation and trained.source.task.kind == "tokens"
+    merging = ("export",) if trained.full else ("merge --compare",) if compared else ("merge",)
     verbs = ("chat", *(("eval",) if trained.validation else ()), *merging)
     for verb in verbs if trained.writes_answers else ("eval", "merge --out DIR"):
         terminal.say(f"  nybble {verb} --run {trained.folder.path}")
