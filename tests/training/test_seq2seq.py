@@ -236,6 +236,7 @@ def test_rows_of_each_form_are_learnt(t5: Path, tmp_path: Path) -> None:
     [
         ({"objective": "dpo"}, "encoder-decoder, and objective is dpo"),
         ({"objective": "embed"}, "objective is embed"),
+        ({"objective": "classify"}, "encoder-decoder, and objective is classify"),
         ({"train_on": "all"}, "train-on is all, and the model is an encoder-decoder"),
         ({"quality": "calibrated"}, "these are for no encoder-decoders"),
         ({"rank": "auto"}, "rank is auto, and the model is an encoder-decoder"),
