@@ -38,7 +38,8 @@ def completer(name: str, field: FieldInfo) -> Completer | None:
 
     def complete(begun: str) -> list[str]:
         before, comma, last = begun.rpartition(",") if several else ("", "", begun)
-        return [f"{before}{comma}{word}" for word in words if word.startswith(last)]
+        left = [word for word in words if word not in before.split(",")]
+        return [f"{before}{comma}{word}" for word in left if word.startswith(last)]
 
     return complete if words else None
 

@@ -35,7 +35,7 @@ class Written:
     Args:
         text: with that in it.
         shifts: (end of a place in the text as it was, how much longer it is up to there).
-        special: spellings of what was put in.
+        put_in: what was written for each picture.
         notes: what was done to each picture, as `decode` says.
         values: of all tensors that are made of them.
         decoded: bytes of all of them, in three colours.

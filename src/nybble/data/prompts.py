@@ -14,6 +14,8 @@ from nybble.data.template import ChatTemplate
 from nybble.data.text_encoder import RowError
 from nybble.errors import DataError
 
+TURNS = "needed are a user's turn and the assistant's answer, since an encoder-decoder answers one prompt"
+
 
 class PromptTemplate(ChatTemplate):
     """What an encoder-decoder reads of a conversation: its one turn, the user's, as its tokenizer writes it."""
@@ -36,9 +38,6 @@ class PromptTemplate(ChatTemplate):
                 "write all of it into the prompt",
             )
         return encode_prompt(self.tokenizer, messages[0].content)[0]
-
-
-TURNS = "needed are a user's turn and the assistant's answer, since an encoder-decoder answers one prompt"
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], int]:
@@ -86,6 +85,8 @@ def _said(example: Example) -> tuple[str, str]:
     if [turn.role for turn in turns] != ["user", "assistant"]:
         raise RowError("not-one-prompt", origin, f"turns of {', '.join(turn.role for turn in turns)}; {TURNS}")
     prompt, answer = turns
+    if prompt.pictures:
+        raise RowError("pictures-unread", origin, f"{len(prompt.pictures)} pictures in its prompt")
     if answer.calls or answer.reasoning or answer.weight not in (None, 1) or prompt.weight is not None:
         raise RowError("not-one-prompt", origin, "tool calls, thinking in a key of its own, or a weight")
     return prompt.content, answer.content

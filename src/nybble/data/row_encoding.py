@@ -97,7 +97,7 @@ class RowEncoder:
             known = len(examples) - unknown
             report(Note(f"{known} of {len(examples)} rows were encoded before; the others are new, or were changed"))
         records.ask(examples, self._answers, "encoding rows", report)
-        return ((example, _decoded(records.read(example) or b"")) for example in examples)
+        return ((example, _decoded(records.read(example))) for example in examples)
 
     def _answers(self, examples: Sequence[Example]) -> Iterator[tuple[Example, bytes]]:
         for example in examples:
@@ -162,5 +162,6 @@ def _kinds_of(kind: type[EncodedExample]) -> list[type[EncodedExample]]:
     return [kind, *(each for own in kind.__subclasses__() for each in _kinds_of(own))]
 
 
-def _decoded(content: bytes) -> Encoded:
+def _decoded(content: bytes | None) -> Encoded:
+    assert content is not None, "a row that was asked about has no record"
     return Encoded(*_Reader(io.BytesIO(zlib.decompress(content))).load())

@@ -90,8 +90,7 @@ def with_pictures(example: Example, row: Row, folder: Path | None) -> Example:
 def _refuse_marks(example: Example, row: Row) -> None:
     """Refuse marks in a row whose column has no picture for them."""
     column = next((name for name in COLUMNS if name in row), None)
-    marks = sum(turn.content.count(MARK) for turn in example.turns() if turn.role != "assistant")
-    if column is not None and marks:
+    if column is not None and any(MARK in turn.content for turn in example.turns() if turn.role != "assistant"):
         raise RowError("picture-marks", example.origin, f"places for pictures in its turns, and none in {column!r}")
 
 

@@ -9,7 +9,7 @@ from nybble.events import Listener, silent
 from nybble.generation.generate import Sampling, generate
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.context import context_length
-from nybble.layers.seq2seq_lm import is_encoder_decoder
+from nybble.layers.dense import is_encoder_decoder
 from nybble.options.use_groups import AnswerOptions
 from nybble.options.verbs import ChatConfig
 from nybble.runs.open_run import LoadedModel, load_plain, load_run

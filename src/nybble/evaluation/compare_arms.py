@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -36,13 +36,12 @@ from nybble.runs.context import within_context
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import PICTURED, task_of
+from nybble.sources.task import PICTURED, Towers, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REPORT, PLOT = "quality.json", "quality.png"
-Towers = Literal["language", "vision", "all"]
 
 
 @dataclass(frozen=True)

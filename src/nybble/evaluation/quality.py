@@ -56,8 +56,8 @@ class Comparison:
 
     Args:
         base: the 16-bit model.
-        documents: int64 `(tokens)` each, at least two tokens; or rows with pictures, of
-            which what is behind the last picture is asked.
+        documents: int64 `(tokens)` each, at least two tokens; or rows with pictures, of which what is behind the last
+            picture is asked.
         computed_by: what computes the models; for rows with pictures what reads these.
     """
 

@@ -34,6 +34,7 @@ from nybble.generation.generate import generate
 from nybble.layers.backbone import given_beside
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters
+from nybble.layers.dense import is_encoder_decoder
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_experts import widen_experts
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -71,7 +72,6 @@ class Consumer(Protocol):
     def logits(self, ids: Sequence[int], positions: Tensor, beside: Mapping[str, Tensor] = NOTHING) -> Tensor:
         """Logits after the tokens at `positions` of a text, `(N, vocabulary)` in fp32; or of an encoder-decoder, by
         which it chooses the tokens at `positions` of its answer to the text.
-
 
         Args:
             beside: what a vision-language model is given of the text's pictures, by name.
@@ -124,7 +124,7 @@ class TransformersConsumer:
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], max_new_tokens: int, beside: Mapping[str, Tensor] = NOTHING) -> list[int]:
         ids = torch.tensor([list(prompt)])
-        begun = 1 if self.model.config.is_encoder_decoder else len(prompt)
+        begun = 1 if is_encoder_decoder(self.model) else len(prompt)
         new = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -255,10 +255,7 @@ def _load_four_bit(opened: OpenRun, artefact: Path, dtype: torch.dtype) -> Consu
         model = load_model(source, None, dtype)
         return NybbleConsumer(f"nybble's own reader ({why})", model, _template(artefact, opened))
     consumer = _load_folder(
-        "transformers + bitsandbytes, dequantised by it, multiplied by PyTorch",
-        artefact,
-        dtype,
-        device_map="cpu",
+        "transformers + bitsandbytes, dequantised by it, multiplied by PyTorch", artefact, dtype, device_map="cpu"
     )
     _widen_bitsandbytes(consumer.model, dtype)
     nn.Module.to(consumer.model, dtype)  # a quantised model refuses its own; nothing quantised is left in this one

@@ -1,10 +1,10 @@
 """Putting what was trained onto the Hugging Face hub: an adapter, a merged folder, a GGUF file, with its card.
 
 Only a model's own files go, those at the top of one folder: none of the run around it, and nothing else that lies
-there. The token is the hub client's business (HF_TOKEN, `hf auth
-login`): it is neither read nor kept here.
+there. The token is the hub client's business (HF_TOKEN, `hf auth login`): it is neither read nor kept here.
 """
 
+import glob
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -233,7 +233,7 @@ def _upload(folder: Path, names: list[str], repository: str, revision: str, priv
             repo_id=repository,
             folder_path=folder,
             revision=revision,
-            allow_patterns=names,
+            allow_patterns=list(map(glob.escape, names)),
             commit_message=f"Put {folder.name} here with nybble",
         )
     return str(done.commit_url)

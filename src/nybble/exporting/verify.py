@@ -188,9 +188,8 @@ def _row_of(example: EncodedExample, most: int, beside: Callable[[EncodedExample
     positions = example.supervised[1:].nonzero().squeeze(1)[:most]  # position p predicts token p + 1
     if not len(positions):
         return Row([], positions, positions)
-    last = len(example) if example.picture_values else int(positions[-1]) + 2  # tokens and pictures belong together
-    ids = example.input_ids[: last - (not example.picture_values)].tolist()
-    return Row(ids, positions, example.input_ids[positions + 1].long(), beside(example))
+    end = len(example) if example.picture_values else int(positions[-1]) + 1  # tokens and pictures belong together
+    return Row(example.input_ids[:end].tolist(), positions, example.input_ids[positions + 1].long(), beside(example))
 
 
 def ask_run(

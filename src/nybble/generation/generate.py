@@ -20,6 +20,7 @@ from nybble.errors import ConfigError, DataError
 from nybble.generation.decoding import CachedDecoder, decoder_ops
 from nybble.layers.backbone import given_beside, why_not_forward
 from nybble.layers.context import context_length
+from nybble.layers.dense import is_encoder_decoder
 from nybble.layers.lora import DoraLinear
 from nybble.layers.trained import trained_modules
 
@@ -112,11 +113,6 @@ def generate(
     return through(model, prompts, frozenset(stop_ids), room, sampling, on_token or (lambda prompt, token: None))
 
 
-def _is_prompted(model: "PreTrainedModel") -> bool:
-    """Whether it is an encoder-decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
-
-
 def _has_decoder(model: "PreTrainedModel") -> bool:
     """Whether decoder blocks give the answers; their kernels know no module that is trained whole, and do not scale
     rows, as DoRA's adapters do."""
@@ -126,7 +122,7 @@ def _has_decoder(model: "PreTrainedModel") -> bool:
 
 def _room(model: "PreTrainedModel", prompt: Sequence[int]) -> int:
     context = context_length(model.config) or sys.maxsize
-    if _is_prompted(model) and 0 < len(prompt) <= context:
+    if is_encoder_decoder(model) and 0 < len(prompt) <= context:
         return context  # its decoder begins anew
     if not 0 < len(prompt) < context:
         raise DataError(
@@ -245,7 +241,7 @@ def _through_transformers(
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     pad_id = min(stop_ids, default=0)
-    prompted = _is_prompted(model)
+    prompted = is_encoder_decoder(model)
     ids = torch.full((len(prompts), longest), pad_id, device=device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

@@ -9,7 +9,7 @@
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,7 +41,12 @@ class CausalLM(BatchModel):
         backbone: from tokens to final hidden states.
         head: from these to logits and losses.
         verdict: which way that is, and why.
+
+    Attributes:
+        trainable: which models are, for a refusal.
     """
+
+    trainable: ClassVar[str] = "models whose loss comes from their decoder's last states, token by token"
 
     def __init__(self, module: "PreTrainedModel", backbone: Backbone, head: Head, verdict: Verdict):
         super().__init__(module, backbone, verdict)
@@ -64,7 +69,7 @@ class CausalLM(BatchModel):
         return ModelError(
             f"nybble cannot train {type(module).__name__} on its own loss: {difference.part} differs by "
             f"{difference.size:.1%} from its own forward's, also for a row alone.",
-            "Allowed: models whose loss comes from their decoder's last states, token by token.",
+            f"Allowed: {cls.trainable}.",
             "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
         )
 

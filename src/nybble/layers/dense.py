@@ -83,13 +83,18 @@ class CastLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model of transformers reads prompts by an encoder and writes answers by a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def ends_of(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """Input embeddings and output head by name; of an encoder-decoder, whose parts have embeddings of their own, all
     that share a weight with these.
     """
     whole = (model.get_input_embeddings(), model.get_output_embeddings())
     weights = {id(weight) for end in whole if end is not None for weight in end.parameters(recurse=False)}
-    shared = bool(getattr(model.config, "is_encoder_decoder", False))
+    shared = is_encoder_decoder(model)
     return {
         name: module
         for name, module in model.named_modules()

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.hardware import as_double
+from nybble.layers.dense import is_encoder_decoder
 from nybble.layers.full_weights import master_of
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import (
@@ -94,7 +95,7 @@ class OwnHead(Head):
         """Project states `(N, hidden)` onto the vocabulary: `(N, vocabulary)`."""
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         asked: dict[str, Any] = {"input_ids": ids}
-        if getattr(self.model.config, "is_encoder_decoder", False):
+        if is_encoder_decoder(self.model):
             asked = {"decoder_input_ids": ids, "encoder_outputs": (hidden[None],)}  # any states: the decoder is aside
         with self._given(hidden[None]):
             logits: Tensor = self.model(**asked, use_cache=False).logits[0]
@@ -136,7 +137,7 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
         ModelError: there is none.
     """
     embedding = model.get_input_embeddings()
-    if getattr(model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         decoder: nn.Module = model.get_decoder()
         return decoder
     for part in (model.get_decoder(), model.base_model, *model.children()):

@@ -12,28 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nybble.data.examples import EncodedExample
 from nybble.data.packing import IGNORE, Batch
 from nybble.data.prompted_rows import PromptedBatch, PromptedRow, collate_prompted
-from nybble.errors import ModelError, foreign_errors
+from nybble.errors import foreign_errors
 from nybble.layers.backbone import Layout, ModuleForward, accepted
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.loss_head import Head
-from nybble.layers.probe import ASKED, FIRST, LAST, LENGTHS, Difference, Outcome, Probe, outcome_of, seen_elsewhere
+from nybble.layers.probe import ASKED, FIRST, LAST, LENGTHS, Outcome, Probe, outcome_of, seen_elsewhere
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 LABELS = "labels"  # what transformers' encoder-decoders are given an answer as
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether a model of transformers reads prompts by an encoder and writes answers by a decoder."""
-    config: Any = model.config
-    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def shifted_labels(model: "PreTrainedModel", labels: Tensor) -> Tensor:
@@ -130,19 +124,11 @@ class Seq2SeqLM(CausalLM):
     """
 
     probe = AnswerProbe
+    trainable = "encoder-decoders whose decoder is given shifted labels and the encoder's last states"
 
     @classmethod
     def _layouts(cls, head: Head, packing: bool) -> tuple[Layout, ...]:
         return super()._layouts(head, packing=False)
-
-    @classmethod
-    def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
-        return ModelError(
-            f"nybble cannot train {type(module).__name__} on its own loss: {difference.part} differs by "
-            f"{difference.size:.1%} from its own forward's, also for a row alone.",
-            "Allowed: encoder-decoders whose decoder is given shifted labels and the encoder's last states.",
-            "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
-        )
 
     def collate(self, rows: Sequence[Any]) -> PromptedBatch:
         """As `CausalLM` says: prompts padded, and answers padded."""

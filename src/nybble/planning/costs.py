@@ -455,18 +455,18 @@ def predict(run: RunShape) -> dict[Part, int]:
         {Part.KEPT: all_kept, Part.HEAD: head_bytes(run) + head_gradient_bytes(run)},
         {Part.KEPT: all_kept, Part.AT_WORK: working_bytes(whole) + moving},
         {Part.KEPT: kept, Part.AT_WORK: working_bytes(run) + moving},
-        {Part.EVALUATION: validation_bytes(run)},
     ]
+    forward = [{Part.EVALUATION: validation_bytes(run)}]  # nothing is learnt
     always[Part.PICTURES] = tower_costs.held_bytes(run)
     if run.tower is not None:
-        heights.append({Part.TOWER: max(tower_costs.making_bytes(run), tower_costs.reading_bytes(run))})
-    highest = max(heights[3:] if run.asked else heights, key=lambda height: sum(height.values()))
+        forward.append({Part.TOWER: max(tower_costs.making_bytes(run), tower_costs.reading_bytes(run))})
+    highest = max(forward if run.asked else [*heights, *forward], key=lambda height: sum(height.values()))
     parts = always | highest
     parts[Part.PRODUCTS] = compiled_bytes(run)
     parts[Part.GAPS] = _gaps(run, highest) if run.on_cpu else 0
     parts[Part.WORKSPACE] = 0 if run.on_cpu else cuda_costs.WORKSPACE_BYTES
     parts[Part.RESERVED] = 0 if run.on_cpu else cuda_costs.allocator_bytes(run)
-    parts[Part.GRAPHS] = cuda_costs.graph_bytes(heights[:3]) if run.graphs else 0
+    parts[Part.GRAPHS] = cuda_costs.graph_bytes(heights) if run.graphs else 0
     parts[Part.MARGIN] = max(LEAST_MARGIN, int(MARGIN * sum(parts.values()))) if run.on_cpu else 0
     return {name: num_bytes for name, num_bytes in parts.items() if num_bytes}
 

@@ -8,7 +8,7 @@ from torch import nn
 from nybble.families import FAMILIES
 from nybble.families.family import Family
 from nybble.layers.convert import TOWERS, is_linear
-from nybble.layers.dense import narrow_ends
+from nybble.layers.dense import is_encoder_decoder, narrow_ends
 from nybble.layers.lora import linear_features
 from nybble.layers.mixers import held_values
 from nybble.planning.run_shape import ModelShape, TowerShape
@@ -30,7 +30,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     family = FAMILIES.get(config.model_type)
-    crossed = bool(getattr(config, "is_encoder_decoder", False))
+    crossed = is_encoder_decoder(model)
     query, key_value = _attention_widths(parts, hidden, family, config)
     last = _leaf(family.down) if family else "down_proj"
     mixer_values, mixer_chunk = held_values(model)
@@ -63,9 +63,10 @@ def tower_of(model: "PreTrainedModel") -> TowerShape | None:
     filters = [module for module in parts if isinstance(module, nn.Conv2d | nn.Conv3d)]
     linears = [linear_features(module) for module in parts if is_linear(module)]
     lists = [module for module in parts if isinstance(module, nn.ModuleList)]
-    first = filters[0].weight
+    # Some cut pictures into patches by a linear layer, and not by filters.
+    first = filters[0].weight if filters else next(module.weight for module in parts if is_linear(module))
     config = getattr(model.config, "vision_config", model.config)
-    size, patch = getattr(config, "image_size", None), first.shape[-1]
+    size, patch = getattr(config, "image_size", None) if filters else None, first.shape[-1]
     width = first.shape[0]
     return TowerShape(
         patch_values=first[0].numel(),
@@ -81,7 +82,7 @@ def _drops_attention(model: nn.Module, config: Any) -> bool:
     """Whether parts of the attention matrix are dropped, under whichever name a config says it; an encoder-decoder's
     one share may be for that too.
     """
-    if getattr(config, "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         kinds = (module for module in model.modules() if "Attention" in type(module).__name__)
         return any(isinstance(share := getattr(kind, "dropout", 0), float) and share > 0 for kind in kinds)
     shares = (value for name, value in config.to_dict().items() if "drop" in name and "att" in name)

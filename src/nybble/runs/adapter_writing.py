@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from nybble.layers.convert import adapters_of
+from nybble.layers.dense import is_encoder_decoder
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features
 from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.picture_model import scores_pictures
@@ -116,7 +117,7 @@ def _task_type(model: "PreTrainedModel") -> str | None:
     if scores_pictures(model):
         return None
     if model.get_output_embeddings() is not None:
-        return "SEQ_2_SEQ_LM" if getattr(model.config, "is_encoder_decoder", False) else "CAUSAL_LM"
+        return "SEQ_2_SEQ_LM" if is_encoder_decoder(model) else "CAUSAL_LM"
     if model.base_model is model:
         return "FEATURE_EXTRACTION"
     return "TOKEN_CLS" if scores_tokens(model) else "SEQ_CLS"

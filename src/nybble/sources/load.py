@@ -67,9 +67,8 @@ def load_model(
             an end that cannot be read row by row.
     """
     model = source.empty_model(compute_dtype)
-    fill_computed_buffers(
-        model, device, source.computed
-    )  # now, while the model's own code finds the modules that it made
+    # Now, while the model's own code finds the modules that it made.
+    fill_computed_buffers(model, device, source.computed)
     targets = list(source.placements)
     ends = source.ends if narrow_ends else set()
     if narrow_ends and source.dense_dtype != compute_dtype and not stream_ends:

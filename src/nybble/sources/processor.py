@@ -1,5 +1,6 @@
 """Loading the image processor of a vision model, and the processor of a vision-language model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +26,13 @@ def load_processor(name: str, skeleton: "PreTrainedModel") -> PictureProcessor:
 
     _check_pillow(name)
 
-    def none_loaded(error: Exception) -> ModelError:
-        return ModelError(
-            f"No image processor could be loaded from {name}: {first_line(error)}",
-            "Allowed: a folder or hub id with a preprocessor_config.json that the installed transformers reads.",
-            "Save the model's own beside it: AutoImageProcessor.from_pretrained(..).save_pretrained(FOLDER).",
-        )
-
     def not_taken(error: Exception) -> ModelError:
         return ModelError(
             f"{type(skeleton).__name__} does not take the pictures of {name}'s image processor: {first_line(error)}",
             "Needed: a processor whose size is the model's, and a model made of blocks.",
         )
 
-    with foreign_errors(none_loaded):
+    with foreign_errors(_none_loaded(name, "image processor", "AutoImageProcessor")):
         local = Path(name).is_dir()
         found = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False, local_files_only=local)
         height, width = picture_size(found)
@@ -60,13 +54,7 @@ def load_vision_language_processor(name: str, config: "PretrainedConfig") -> Any
 
     _check_pillow(name)
 
-    def none_loaded(error: Exception) -> ModelError:
-        return ModelError(
-            f"No processor of texts and pictures could be loaded from {name}: {first_line(error)}",
-            "Allowed: a folder or hub id with the processor's files that the installed transformers reads.",
-            "Save the model's own beside it: AutoProcessor.from_pretrained(..).save_pretrained(FOLDER).",
-        )
-
+    none_loaded = _none_loaded(name, "processor of texts and pictures", "AutoProcessor")
     more = {"trust_remote_code": False, "local_files_only": Path(name).is_dir()}
     with foreign_errors(none_loaded):
         kind = _without_others(PROCESSOR_MAPPING[type(config)])
@@ -80,6 +68,17 @@ def load_vision_language_processor(name: str, config: "PretrainedConfig") -> Any
     if getattr(found, "image_token", None) is None:
         raise none_loaded(ValueError(f"{kind.__name__} names no token that stands for a picture"))
     return found
+
+
+def _none_loaded(name: str, what: str, own_class: str) -> Callable[[Exception], ModelError]:
+    def explain(error: Exception) -> ModelError:
+        return ModelError(
+            f"No {what} could be loaded from {name}: {first_line(error)}",
+            "Allowed: a folder or hub id with its files (preprocessor_config.json), as the installed transformers reads.",
+            f"Save the model's own beside it: {own_class}.from_pretrained(..).save_pretrained(FOLDER).",
+        )
+
+    return explain
 
 
 def _check_pillow(name: str) -> None:

@@ -21,6 +21,7 @@ ARCHITECTURES: Mapping[Literal["scores", "tags", "pictures"], str] = {
     "pictures": "ForImageClassification",
 }  # how their names end
 
+Towers = Literal["language", "vision", "all"]
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
@@ -48,7 +49,7 @@ class Task:
     problem: Problem | None = None
     stored_head: bool = False
     pooling: "Pooling | None" = None
-    towers: Literal["language", "vision", "all"] = "language"
+    towers: Towers = "language"
 
     @property
     def words(self) -> str:

@@ -26,7 +26,7 @@ def make_objective(options: ObjectiveOptions, task: Task = TOKENS) -> Objective:
     Args:
         task: what the model is for: an encoder-decoder learns answers to prompts.
     """
-    if task.kind == "seq2seq":
+    if task.prompted:
         return PromptAnswering()
     beta = options.beta or (SIMPO_BETA if options.objective == "simpo" else BETA)
     smoothing = options.label_smoothing or 0.0

@@ -72,7 +72,7 @@ class Trackio:
         self._trackio = trackio
 
     def place(self, run: TrackedRun) -> str:
-        return f"run {self._name(run)}, trackio show --project {run.project_or(self.VARIABLE)}"
+        return f"run {self._name(run)}, trackio show --project {shlex.quote(run.project_or(self.VARIABLE))}"
 
     def _name(self, run: TrackedRun) -> str:
         """A run is found again by its name alone, and several folders may have one name."""
