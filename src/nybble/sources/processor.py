@@ -74,7 +74,7 @@ def _none_loaded(name: str, what: str, own_class: str) -> Callable[[Exception], 
     def explain(error: Exception) -> ModelError:
         return ModelError(
             f"No {what} could be loaded from {name}: {first_line(error)}",
-            "Allowed: a folder or hub id with its files (preprocessor_config.json), as the installed transformers reads.",
+            "Allowed: a folder or hub id with its files, such as preprocessor_config.json, for this transformers.",
             f"Save the model's own beside it: {own_class}.from_pretrained(..).save_pretrained(FOLDER).",
         )
 
