@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from mixtures import FAMILIES, make_mixture
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
+from peft_models import adapted
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -59,12 +60,7 @@ def config(base: Any, **options: Any) -> LoraConfig:
 
 
 def adapt(base: Any, **options: Any) -> Any:
-    torch.manual_seed(0)
-    model = get_peft_model(copy.deepcopy(base), config(base, **options))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return adapted(base, config(base, **options))
 
 
 def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
+from peft_models import adapted
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -43,13 +44,8 @@ def dense_twin(model: nn.Module) -> Any:
 
 
 def adapt(base: Any, seed: int = 0, **options: Any) -> Any:
-    torch.manual_seed(seed)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", **options)
-    model = get_peft_model(copy.deepcopy(base), config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
+    return adapted(base, config, seed)
 
 
 def step(model: Any) -> tuple[Tensor, dict[str, Tensor]]:

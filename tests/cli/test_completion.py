@@ -33,6 +33,7 @@ def completed(line: str, shell: str = "bash") -> list[str]:
         ("nybble train --lr ", ["auto"]),
         ("nybble export --to g", ["gguf", "gguf-lora"]),
         ("nybble train --track wandb,t", ["wandb,trackio", "wandb,tensorboard"]),
+        ("nybble train --track wandb,w", []),
         ("nybble plan --machine rtx-40", ["rtx-4060-ti-16gb", "rtx-4080", "rtx-4090"]),
         ("nybble train --data b", ["builtin:pydoc"]),
         ("nybble train --model all", ["all-minilm-l6-v2"]),

@@ -213,6 +213,7 @@ def test_prompts_keep_their_end_and_answers_lose_theirs() -> None:
         ({"text": "on and on"}, "not-one-prompt"),
         ({"prompt": "x", "completion": " "}, "empty-answer"),
         ({"prompt": " ", "completion": "x"}, "empty-prompt"),
+        ({"prompt": "<image> x", "completion": "y", "image": "data:image/png;base64,AAAA"}, "pictures-unread"),
     ],
 )
 def test_what_is_no_prompt_with_an_answer_is_named(row: Any, finding: str, t5: Path, tmp_path: Path) -> None:
