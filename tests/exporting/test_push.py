@@ -143,8 +143,15 @@ def test_a_hub_that_is_down_and_a_card_that_it_does_not_take(
     result = typed(["push", run, "someone/other"])
     assert result.exit_code == 2 and "Check the network" in result.stderr and "Traceback" not in result.output
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ExportError, match="HF_HUB_OFFLINE"):
+    with pytest.raises(ExportError, match="Nothing can be sent: HF_HUB_OFFLINE"):
         nybble.push(run, "someone/other")
+
+
+@pytest.mark.parametrize("name", ["a b", "a..b", "-x", "x.lock", "a//b", "x/", "re~1", "@", "a/.b"])
+def test_a_branch_that_git_does_not_take_is_refused_before_anything_is_sent(hub: Hub, run: Path, name: str) -> None:
+    with pytest.raises(ExportError, match="names no branch"):
+        nybble.push(run, TO, revision=name)
+    assert TO not in hub.repos
 
 
 def test_what_is_nothing_to_push_is_refused(hub: Hub, run: Path, tmp_path: Path) -> None:

@@ -68,6 +68,11 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
         ('small', True, True)
     """
     config = build_options(QuantizeConfig, as_options(options))
+    with fetching(not config.model.offline):
+        return _quantize(config, on_event)
+
+
+def _quantize(config: QuantizeConfig, on_event: Listener) -> QuantizedModel:
     from nybble.formats.quant_spec import BaseFormats, QuantSpec
     from nybble.layers.precision import set_up
     from nybble.quantization.folder import quantize_folder
@@ -78,8 +83,7 @@ def quantize(*, on_event: Listener = silent, **options: Any) -> QuantizedModel:
     weights, mixed = config.weights, config.rounding.mixed
     cpu, dtype = set_up(config.machine)
     spec = QuantSpec(weights.format, weights.block_size, weights.double_quant)
-    with fetching(not config.model.offline):
-        source = open_model(config.model.model, config.model.tokenizer, on_event, config.model.revision)
+    source = open_model(config.model.model, config.model.tokenizer, on_event, config.model.revision)
     source = source.for_task(stored_task(source.config))
     if source.left_out:
         on_event(Note(f"left out, as no part of {source.task.words}: {', '.join(source.left_out)}"))

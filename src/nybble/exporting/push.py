@@ -26,6 +26,9 @@ from nybble.sources.hub import said_by_hub
 
 CARD = "README.md"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+NO_BRANCH = re.compile(  # as git check-ref-format has it
+    r"[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|//|@\{|(^|/)[.-]|\.lock(/|$)|^/|[/.]$|^@$"
+)
 ADAPTER, ADAPTER_CONFIG, VERIFICATION = "adapter_model.safetensors", "adapter_config.json", "verification.json"
 OWN_FILES = (  # of a model, an adapter, a GGUF file, and of a folder of sentence-transformers
     *("*.safetensors", INDEX_NAME, "*.gguf", "config.json", "generation_config.json", ADAPTER_CONFIG),
@@ -72,6 +75,8 @@ def push(path: Path, repository: str, options: PushOptions, report: Listener = s
         ExportError: there is nothing to push, it is damaged or not verified, or the hub refuses it.
     """
     _check_name(repository)
+    revision = options.revision or "main"
+    _check_branch(revision)
     with disk_errors(path, ExportError, what="cannot be read"):
         folder = _what_was_trained(path)
         files, others = _files(folder)
@@ -79,7 +84,6 @@ def push(path: Path, repository: str, options: PushOptions, report: Listener = s
         for note in (*_notes(folder, path), *_left_out(others)):
             report(Note(note, warning=True))
         named = {file.relative_to(folder).as_posix(): size for file, size in files.items()}
-        revision = options.revision or "main"
         url = None if options.dry_run else _upload(folder, list(named), repository, revision, options.private)
     pushed = Pushed(folder, repository, revision, named, url)
     report(pushed)
@@ -99,6 +103,15 @@ def _check_name(repository: str) -> None:
         )
     with foreign_errors(refused):
         validate_repo_id(repository)
+
+
+def _check_branch(name: str) -> None:
+    if found := NO_BRANCH.search(name):
+        raise ExportError(
+            f"--revision {name!r} names no branch: {found[0]!r} cannot stand there.",
+            "Allowed: what git takes as a branch, such as main or tuned/second.",
+            "Give another name.",
+        )
 
 
 def _what_was_trained(path: Path) -> Path:
@@ -208,14 +221,19 @@ def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 def _upload(folder: Path, names: list[str], repository: str, revision: str, private: bool) -> str:
     """Make the repository and the branch where there are none, and commit the files; returns the commit's address."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+
+    if constants.is_offline_mode():
+        raise ExportError(
+            "Nothing can be sent: HF_HUB_OFFLINE is set.", "No file has changed.", "Unset it, or list with --dry-run."
+        )
 
     def refused(error: Exception) -> ExportError:
         if isinstance(error, RuntimeError) and error.__cause__ is not None:  # around what a thread of uploads met
             error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if type(error) is ValueError:  # the hub's complaint about the header of the card
             return ExportError(f"The hub refused {folder}: {' '.join(str(error).split())}", "", "Mend what it names.")
-        got, fix = said_by_hub(error, f"a model {repository}")
+        got, fix = said_by_hub(error, f"a model {repository}", sent=True)
         return ExportError(got[0].upper() + got[1:], "No file in the repository has changed.", fix)
 
     api = HfApi()

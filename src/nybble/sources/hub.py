@@ -82,11 +82,12 @@ def _not_fetched(repo_id: str, what: str, allowed: str) -> Callable[[Exception],
     return explain
 
 
-def said_by_hub(error: Exception, what: str) -> tuple[str, str]:
+def said_by_hub(error: Exception, what: str, *, sent: bool = False) -> tuple[str, str]:
     """What an error of the hub's client means: what happened, as the end of a sentence, and what to do.
 
     Args:
         what: was asked for, such as "a model owner/name".
+        sent: something was sent there, not fetched.
     """
     from huggingface_hub import constants, errors
 
@@ -111,10 +112,11 @@ def said_by_hub(error: Exception, what: str) -> tuple[str, str]:
             got = f"the hub cannot be reached to fetch {what}."
             return got, "Connect to the network, or give a model that is on this machine."
         case errors.HfHubHTTPError():
-            return _by_status(error, what)
+            return _by_status(error, what, sent)
         case _:  # of the transport, whose class depends on the HTTP library that the hub's client uses
             got = f"asking the hub for {what} failed: {type(error).__name__}: {first_line(error)}."
-            return got, "Check the network and the free space in the hub's cache, then run the same command again."
+            check = "the network" if sent else "the network and the free space in the hub's cache"
+            return got, f"Check {check}, then run the same command again."
 
 
 def _offline(what: str) -> tuple[str, str]:
@@ -126,7 +128,7 @@ def _bare(what: str) -> str:
     return re.sub(r"^an? ", "", what)
 
 
-def _by_status(error: Exception, what: str) -> tuple[str, str]:
+def _by_status(error: Exception, what: str, sent: bool) -> tuple[str, str]:
     response = error.response  # type: ignore[attr-defined]
     status, said = response.status_code, getattr(error, "server_message", None) or first_line(error)
     match status:
@@ -142,7 +144,7 @@ def _by_status(error: Exception, what: str) -> tuple[str, str]:
             return f"the hub takes no more requests from here for now, asked for {what} (429).", f"Try again {when}."
         case _ if status >= 500:
             got = f"the hub is out of order, asked for {what} ({status})."
-            return got, "Try again later; what is in its cache already loads with --offline."
+            return got, "Try again later" + ("." if sent else "; what is in its cache already loads with --offline.")
         case _:
             return f"the hub refused {what} ({status}): {said}", "Mend what it names, and try again."
 
