@@ -14,14 +14,13 @@ Two works:
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_attention import matmul_rate
-from bench_step import GRADIENT_COSINE, LOSS_TOLERANCE, Work, agrees, take_turns, trl
+from bench_step import GRADIENT_COSINE, LOSS_TOLERANCE, Work, agrees, check_losses, take_turns, trl
 from common import Contender, Spread, Table, Turns, about_machine, model_options, options, report, wait_for_quiet
 from inputs import DTYPE, DTYPE_NAME, Inputs, prepare_base, read_steps
 
@@ -154,15 +153,12 @@ def main() -> None:
         "GFLOP/s of a 2048^3 product in it": matmul_rate(DTYPE, time.perf_counter) / 1e9,
         "kernels": library.describe()["isa"],
     }
-    tables, samples = [], {}
     for name in [arguments.only] if arguments.only else list(steps):
-        table, samples[name] = measure(PairWork(name, inputs, steps[name], arguments), arguments)
-        tables.append(table)
-        about |= {f"load during {name}": samples[name]["load"], "peers": samples[name]["versions"]}
-    losses = [a["loss"] for sample in samples.values() for answers in sample["rounds"] for a in answers.values()]
-    assert all(map(math.isfinite, losses)), "a contender's loss is not finite"
-    record = "preference" if arguments.only is None else f"preference-{arguments.only}"
-    report(arguments, record, "DPO against TRL, PEFT and bitsandbytes", about, tables, samples)
+        table, samples = measure(PairWork(name, inputs, steps[name], arguments), arguments)
+        check_losses(samples)
+        conditions = {f"load during {name}": samples["load"], "peers": samples["versions"]}
+        title = "DPO against TRL, PEFT and bitsandbytes"
+        report(arguments, f"preference-{name}", title, about | conditions, [table], {name: samples})
 
 
 if __name__ == "__main__":

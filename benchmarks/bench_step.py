@@ -256,16 +256,17 @@ def main() -> None:
         "GFLOP/s of a 2048^3 product in it": matmul_rate(DTYPE, time.perf_counter) / 1e9,
         "kernels": library.describe()["isa"],
     }
-    tables: list[Table] = []
-    samples: dict[str, Any] = {}
     for name in works:
-        found, samples[name] = measure(Work(name, inputs, arguments), arguments)
-        tables += found
-        about |= {f"load during {name}": samples[name]["load"], "peers": samples[name]["versions"]}
-    losses = [a["loss"] for sample in samples.values() for answers in sample["rounds"] for a in answers.values()]
+        tables, samples = measure(Work(name, inputs, arguments), arguments)
+        check_losses(samples)
+        conditions = {f"load during {name}": samples["load"], "peers": samples["versions"]}
+        title = "Training steps against TRL, PEFT and bitsandbytes"
+        report(arguments, f"step-{name}", title, about | conditions, tables, {name: samples})
+
+
+def check_losses(samples: dict[str, Any]) -> None:
+    losses = [answer["loss"] for answers in samples["rounds"] for answer in answers.values()]
     assert all(map(math.isfinite, losses)), "a contender's loss is not finite"
-    name = "step" if len(works) > 1 else f"step-{works[0]}"
-    report(arguments, name, "Training steps against TRL, PEFT and bitsandbytes", about, tables, samples)
 
 
 if __name__ == "__main__":
