@@ -65,13 +65,14 @@ struct Softcap {
 template <bool kCapped, class W>
 void score_tile(ForwardScratch<W>& s, const float* q_lanes, const Layout<W>& layout, const Mask& mask, int keys,
                 int groups, const Softcap& cap) {
+    multiply_scores(s.scores, s.k, q_lanes, layout, mask, keys, groups);
     for (int i = 0; i < kTile; i += kLanes) store(s.tile_maximum + i, splat(kMasked));
     for (int key = 0; key < keys; key += kStep)
         by_width(mask.first_group(key), groups, [&](auto width, int g) __attribute__((always_inline)) {
             constexpr int N = decltype(width)::value, M = rows_at_once<N>();
             for (int row = key; row < key + kStep; row += M) {
                 F32 sum[M][N] = {};
-                multiply<W>(sum, s.k + row * layout.words, layout.words, q_lanes + g * kLanes, kTile, layout.summed);
+                block_of_scores(sum, s.scores, s.k, q_lanes, layout, row, g);
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n) {
                     F32 best = load(s.tile_maximum + (g + n) * kLanes);
@@ -120,7 +121,7 @@ void softmax_tile(ForwardScratch<W>& s, float* maximum, float* sum, const Mask& 
 template <class W, typename T>
 void forward_task(const NybbleAttention& p, const ForwardTask& task, const Layout<W>& layout, ForwardScratch<W>& s) {
     const int64_t first_row = task.start + int64_t(task.tile) * kTile;
-    const int rows = smaller(kTile, task.length - task.tile * kTile), groups = (rows + kLanes - 1) / kLanes;
+    const int rows = smaller(kTile, task.length - task.tile * kTile), groups = groups_of(rows);
     const float scale = p.scale;
     const Softcap cap(p);
     const int64_t out_tile = int64_t(layout.padded) * kTile;
@@ -151,9 +152,10 @@ void forward_task(const NybbleAttention& p, const ForwardTask& task, const Layou
                 score_tile<false>(s, q_lanes, layout, mask, keys, groups, cap);
             }
             softmax_tile(s, s.maximum + h * kTile, s.sum + h * kTile, mask, keys, groups, scale);
-            for (int g = 0; g < groups; g = mask.diagonal ? g + 1 : groups)
+            const int together = mask.diagonal ? kGrain / kLanes : groups;
+            for (int g = 0; g < groups; g += together)
                 accumulate<W, true>(out, kTile, s.v_columns, kTile / W::kPack, s.weights, kTile, layout.padded, g,
-                                    mask.diagonal ? g + 1 : groups, mask.end_key(g, keys) / W::kPack, s.factor);
+                                    g + together, mask.end_key(g, keys) / W::kPack, s.factor);
         }
     }
 
@@ -202,6 +204,7 @@ void forward(NybbleAttention& p) {
 
 #pragma omp parallel
     {
+        const AmxScope amx;
         Scratch pieces{memory + per_thread * thread_index()};
         ForwardScratch<W> scratch(pieces, layout);
 #pragma omp for schedule(dynamic, 1)
@@ -226,6 +229,7 @@ struct BackwardScratch {
     float *dq;                                              // [padded][kTile]
     float *lse, *delta, *factor;                            // by query
     float *weights, *dscores, *dscores_paired;              // P and dS: [key][query words], and [key words][query]
+    float *products, *dproducts;                            // what matrix tiles multiply: S and dP, [key][query]
 
     BackwardScratch(Scratch& s, const Layout<W>& layout, int64_t most_tiles) {
         rows = s.take<float>(layout.row_tile);
@@ -248,6 +252,8 @@ struct BackwardScratch {
         weights = s.take<float>(kTile * kTile / W::kPack);
         dscores = s.take<float>(kTile * kTile / W::kPack);
         dscores_paired = W::kPack == 1 ? dscores : s.take<float>(kTile * kTile / W::kPack);
+        products = s.take<float>(kAmx ? kTile * kTile : 0);
+        dproducts = s.take<float>(kAmx ? kTile * kTile : 0);
     }
 };
 
@@ -256,13 +262,15 @@ template <bool kCapped, class W>
 void dscore_tile(BackwardScratch<W>& s, const float* k, const float* v, const Layout<W>& layout, const Mask& mask,
                  int keys, int groups, float scale, const Softcap& cap) {
     auto *weights = (typename W::Element*)s.weights, *dscores = (typename W::Element*)s.dscores;
+    multiply_scores(s.products, k, s.q_lanes, layout, mask, keys, groups);
+    multiply_scores(s.dproducts, v, s.dout_lanes, layout, mask, keys, groups);
     for (int key = 0; key < keys; key += kStep)
         by_width(mask.first_group(key), groups, [&](auto width, int g) __attribute__((always_inline)) {
             constexpr int N = decltype(width)::value, M = rows_at_once<N>();
             for (int row = key; row < key + kStep; row += M) {
                 F32 weight[M][N] = {}, dweight[M][N] = {};
                 [[maybe_unused]] F32 slope[M][N];  // of the soft cap
-                multiply<W>(weight, k + row * layout.words, layout.words, s.q_lanes + g * kLanes, kTile, layout.summed);
+                block_of_scores(weight, s.products, k, s.q_lanes, layout, row, g);
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
@@ -277,8 +285,7 @@ void dscore_tile(BackwardScratch<W>& s, const float* k, const float* v, const La
                         weight[m][n] = exp_below_0(fma(weight[m][n], splat(scale), -load(s.lse + lane)));
                         store(weights + (row + m) * kTile + lane, weight[m][n]);
                     }
-                multiply<W>(dweight, v + row * layout.words, layout.words, s.dout_lanes + g * kLanes, kTile,
-                            layout.summed);
+                block_of_scores(dweight, s.dproducts, v, s.dout_lanes, layout, row, g);
 #pragma GCC unroll 8
                 for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
@@ -302,7 +309,7 @@ template <class W, typename T>
 void backward_tile(const NybbleAttention& p, const BackwardTask& task, int tile, int head, const Layout<W>& layout,
                    BackwardScratch<W>& s) {
     const int64_t first_row = task.start + int64_t(tile) * kTile;
-    const int rows = smaller(kTile, task.length - tile * kTile), groups = (rows + kLanes - 1) / kLanes;
+    const int rows = smaller(kTile, task.length - tile * kTile), groups = groups_of(rows);
     const int64_t column = int64_t(head) * layout.dim;
     const T* dout = (const T*)p.dout + first_row * p.dout_stride + column;
     const T* out = (const T*)p.out + first_row * p.out_stride + column;
@@ -332,7 +339,7 @@ void backward_tile(const NybbleAttention& p, const BackwardTask& task, int tile,
             dscore_tile<false>(s, s.k + packed, s.v + packed, layout, mask, keys, groups, p.scale, cap);
         }
         // Rows of keys sum over the queries that see them, vectors of queries over the keys that they see.
-        const int rows_together = mask.diagonal ? kLanes : keys, words = kTile / W::kPack;
+        const int rows_together = mask.diagonal ? kGrain : keys, words = kTile / W::kPack;
         for (int key = 0; key < keys; key += rows_together) {
             const int first = mask.first_group(key) * kLanes / W::kPack, count = groups * kLanes / W::kPack - first;
             const int end = smaller(rows_together, keys - key);
@@ -341,9 +348,10 @@ void backward_tile(const NybbleAttention& p, const BackwardTask& task, int tile,
             accumulate<W>(dk + key * layout.padded, layout.padded, s.dscores + key * words + first, words,
                           q_pairs + first * layout.padded, layout.padded, end, 0, layout.padded / kLanes, count);
         }
-        for (int g = 0; g < groups; g = mask.diagonal ? g + 1 : groups)
+        const int together = mask.diagonal ? kGrain / kLanes : groups;
+        for (int g = 0; g < groups; g += together)
             accumulate<W>(s.dq, kTile, s.k_columns + packed, words, s.dscores_paired, kTile, layout.padded, g,
-                          mask.diagonal ? g + 1 : groups, mask.end_key(g, keys) / W::kPack);
+                          g + together, mask.end_key(g, keys) / W::kPack);
     }
     layout.store_lanes((T*)p.dq + first_row * p.dq_stride + column, p.dq_stride, rows, s.dq, s.factor, s.rows);
 }
@@ -491,6 +499,7 @@ void backward(NybbleAttention& p) {
 
 #pragma omp parallel
     {
+        const AmxScope amx;
         Scratch pieces{memory + per_thread * thread_index()};
         BackwardScratch<W> scratch(pieces, layout, most_tiles);
 #pragma omp for schedule(dynamic, 1)
@@ -509,6 +518,23 @@ void backward(NybbleAttention& p) {
 
 // ---- entries --------------------------------------------------------------------------------------------------------
 
+#if defined(__AMX_BF16__)
+}  // namespace nybble::NYBBLE_ISA
+namespace nybble::avx512bf16 {
+void attention_forward(NybbleAttention* p);
+void attention_backward(NybbleAttention* p);
+}  // namespace nybble::avx512bf16
+namespace nybble::NYBBLE_ISA {
+
+// Matrix tiles multiply bf16 alone.
+void attention_forward(NybbleAttention* p) {
+    p->dtype == NYBBLE_BF16 ? forward<BF16Words, bf16>(*p) : avx512bf16::attention_forward(p);
+}
+
+void attention_backward(NybbleAttention* p) {
+    p->dtype == NYBBLE_BF16 ? backward<BF16Words, bf16>(*p) : avx512bf16::attention_backward(p);
+}
+#else
 #if defined(__AVX512BF16__)
 using WordsForBF16 = BF16Words;
 #else
@@ -522,8 +548,9 @@ void attention_forward(NybbleAttention* p) {
 void attention_backward(NybbleAttention* p) {
     p->dtype == NYBBLE_BF16 ? backward<WordsForBF16, bf16>(*p) : backward<F32Words, float>(*p);
 }
+#endif
 
 }  // namespace nybble::NYBBLE_ISA
 
-NYBBLE_ENTRY(attention_forward, (NybbleAttention* p), (p))
-NYBBLE_ENTRY(attention_backward, (NybbleAttention* p), (p))
+NYBBLE_AMX_ENTRY(attention_forward, (NybbleAttention* p), (p))
+NYBBLE_AMX_ENTRY(attention_backward, (NybbleAttention* p), (p))

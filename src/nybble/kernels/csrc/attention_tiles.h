@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "amx.h"
 #include "attention.h"
 #include "dispatch.h"
 #include "threads.h"
@@ -12,7 +13,8 @@ namespace nybble::NYBBLE_ISA {
 
 constexpr int kTile = 64;                      // queries and keys of a tile
 constexpr int kGroups = kTile / kLanes;        // vectors across a tile's queries
-constexpr int kStep = 8;                       // rows of `a` are padded to a multiple of this
+constexpr int kGrain = kAmx ? kAmxSide : kLanes;  // queries that see the same keys, as far as it is computed
+constexpr int kStep = kAmx ? kAmxSide : 8;     // rows of `a` are padded to a multiple of this
 constexpr int kHeadsTogether = 4;              // query heads that share a packed tile of keys in forward
 constexpr int kTasks = 8;                      // backward splits documents whose tasks exceed 1 / kTasks of the work
 constexpr float kMasked = -0x1p100f;           // vanishes in the softmax, is finite, and stays exact when scaled
@@ -127,11 +129,26 @@ inline __attribute__((always_inline)) void by_width(int first, int end, F f) {
     if (kWide > 1 && end > first) f(Int<1>{}, first);
 }
 
+// c[row][lane] *= factor[lane], the vectors [first, end).
+inline void scale_lanes(float* c, int64_t ldc, int rows, int first, int end, const float* factor) {
+    for (int g = first; g < end; ++g) {
+        const F32 f = load(factor + g * kLanes);
+        for (int row = 0; row < rows; ++row) store(c + row * ldc + g * kLanes, load(c + row * ldc + g * kLanes) * f);
+    }
+}
+
 // c[row][lane] += sum_i a[row][i] * b[i][lane] in memory, `rows` a multiple of kStep, the vectors [first, end).
 // With kScaled, c[row][lane] is first multiplied by factor[lane].
 template <class W, bool kScaled = false>
 void accumulate(float* c, int64_t ldc, const float* a, int64_t lda, const float* b, int64_t ldb, int rows, int first,
                 int end, int count, const float* factor = nullptr) {
+    if constexpr (kAmx) {
+        if constexpr (kScaled) scale_lanes(c, ldc, rows, first, end, factor);
+        for (int row = 0; row < rows; row += kAmxSide)
+            for (int lane = first * kLanes; lane < end * kLanes; lane += kAmxSide)
+                amx_multiply<true>(c + row * ldc + lane, ldc, a + row * lda, lda, b + lane, ldb, count);
+        return;
+    }
     by_width(first, end, [&](auto width, int g) __attribute__((always_inline)) {
         constexpr int N = decltype(width)::value, M = rows_at_once<N>();
         for (int row = 0; row < rows; row += M) {
@@ -343,10 +360,12 @@ struct Mask {
           partial(diagonal || first_query + kTile - first_key > window) {}
 
     // Vectors of queries before this one see no key of the kStep keys from `key` on.
-    int first_group(int key) const { return diagonal ? key / kLanes : 0; }
+    int first_group(int key) const { return diagonal ? key / kGrain * (kGrain / kLanes) : 0; }
 
     // Queries of vector `group` see no key of the tile from this one on; `keys` in all.
-    int end_key(int group, int keys) const { return diagonal ? smaller(keys, (group + 1) * kLanes) : keys; }
+    int end_key(int group, int keys) const {
+        return diagonal ? smaller(keys, (group * kLanes / kGrain + 1) * kGrain) : keys;
+    }
 
     F32 apply(F32 score, int key, int group) const {
         I32 query;
@@ -355,6 +374,38 @@ struct Mask {
         return (distance >= 0) & (distance < window) ? score : splat(kMasked);
     }
 };
+
+// ---- scores ----------------------------------------------------------------------------------------------------------
+
+// Vectors of a tile's queries that are computed where `rows` of them are there.
+inline int groups_of(int rows) { return int(round_up(rows, kGrain)) / kLanes; }
+
+// products[key][query] = sum_i rows[key][i] * lanes[i][query] where matrix tiles multiply: all scores that the mask lets
+// be seen, before anything is done to them. Without matrix tiles `block_of_scores` multiplies.
+template <class W>
+void multiply_scores(float* products, const float* rows, const float* lanes, const Layout<W>& layout, const Mask& mask,
+                     int keys, int groups) {
+    if constexpr (kAmx)
+        for (int key = 0; key < keys; key += kAmxSide)
+            for (int lane = mask.first_group(key) * kLanes; lane < groups * kLanes; lane += kAmxSide)
+                amx_multiply<false>(products + key * kTile + lane, kTile, rows + key * layout.words, layout.words,
+                                    lanes + lane, kTile, layout.words);
+}
+
+// The scores of keys from `row` on and vectors of queries from `group` on.
+template <class W, int M, int N>
+inline __attribute__((always_inline)) void block_of_scores(F32 (&sum)[M][N], const float* products, const float* rows,
+                                                           const float* lanes, const Layout<W>& layout, int row,
+                                                           int group) {
+    if constexpr (kAmx) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) sum[m][n] = load(products + (row + m) * kTile + (group + n) * kLanes);
+    } else {
+        multiply<W>(sum, rows + row * layout.words, layout.words, lanes + group * kLanes, kTile, layout.summed);
+    }
+}
 
 // ---- scratch --------------------------------------------------------------------------------------------------------
 

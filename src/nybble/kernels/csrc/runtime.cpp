@@ -5,12 +5,31 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(NYBBLE_AMX_BODIES)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "dispatch.h"
 
 namespace nybble {
 
-static Isa best_isa() {
+// Whether the processor has matrix tiles of bf16, and the kernel lets this process use them: it keeps no room for their
+// 8 KB a thread until it is asked (Linux's Documentation/arch/x86/xstate.rst).
+[[maybe_unused]] static bool may_use_amx() {
+#if defined(NYBBLE_AMX_BODIES)
+    unsigned a, b, c, d;
+    constexpr unsigned kTileBits = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTileBits) != kTileBits) return false;
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+static Isa find_best_isa() {
 #ifdef NYBBLE_X86_BODIES
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
@@ -18,10 +37,16 @@ static Isa best_isa() {
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
         !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
         return AVX2;
-    return __builtin_cpu_supports("avx512bf16") ? AVX512BF16 : AVX512;
+    if (!__builtin_cpu_supports("avx512bf16")) return AVX512;
+    return may_use_amx() ? AMX : AVX512BF16;
 #else
     return PORTABLE;
 #endif
+}
+
+static Isa best_isa() {
+    static const Isa best = find_best_isa();
+    return best;
 }
 
 static std::atomic<int>& chosen_isa() {

@@ -3,7 +3,7 @@
 The library is optional. Without a compiler at install time there is none, the registry says so, and the reference
 bodies run. It is loaded after torch, so that both use torch's OpenMP pool (csrc/runtime.cpp, CMakeLists.txt).
 
-NYBBLE_CPU_LIBRARY names another library file; NYBBLE_CPU_ISA=portable|avx2|avx512|avx512bf16 asks for that body.
+NYBBLE_CPU_LIBRARY names another library file; NYBBLE_CPU_ISA=portable|avx2|avx512|avx512bf16|amx asks for that body.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from torch import Tensor
 from nybble.errors import KernelError
 
 ABI = 6  # nybble_cpu_abi() in csrc/runtime.cpp
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # in the order of csrc/dispatch.h
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # in the order of csrc/dispatch.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/vec.h, NybbleDtype
 LIBRARY_VARIABLE, ISA_VARIABLE = "NYBBLE_CPU_LIBRARY", "NYBBLE_CPU_ISA"
 
