@@ -6,7 +6,10 @@ with a few always (`SAMPLED`).
 """
 
 import copy
-from dataclasses import replace
+import itertools
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,14 +29,18 @@ from transformers import (
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
@@ -43,6 +50,8 @@ from nybble.data.packing import IGNORE, Batch, pack_tokens
 from nybble.families import FAMILIES
 from nybble.layers.backbone import FusedForward
 from nybble.layers.convert import adapters_of
+from nybble.layers.lora_experts import LoraExperts
+from nybble.layers.norms import Norm
 from nybble.layers.own_head import loss_head
 
 VOCABULARY, WINDOW = 101, 5
@@ -82,6 +91,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "phi": PhiConfig(**SHAPE, rope_parameters=PARTIAL),
     "starcoder2": Starcoder2Config(**SHAPE, sliding_window=WINDOW),
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
+MIXTURES: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=WINDOW),
+    "qwen2_moe": Qwen2MoeConfig(
+        **SHAPE, **KINDS, **EXPERTS, use_sliding_window=True, shared_expert_intermediate_size=56, mlp_only_layers=[1]
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SHAPE, **EXPERTS, head_dim=16, sliding_window=WINDOW, use_sliding_window=True, norm_topk_prob=True
+    ),
+    "olmoe": OlmoeConfig(**SHAPE, num_experts=6, num_experts_per_tok=3),
+}  # each expert has a few rows, or none
 DOCUMENTS = (7, 1, 20, 13)
 ALWAYS = ("llama", "gemma2", "olmo3", "cohere2", "phi")  # all stages and linears of other families are one of theirs
 SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in CONFIGS]
@@ -90,7 +110,7 @@ SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) 
 def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:
     """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
     torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[name])
+    config = copy.deepcopy((CONFIGS | MIXTURES)[name])
     config.num_hidden_layers = layers or config.num_hidden_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -104,16 +124,24 @@ def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrain
 
 
 def tuned_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:
-    """In four bits, with adapters that do something."""
+    """In four bits, with adapters that do something, on experts too."""
     model = dense_model(name, seed, layers)
     put_into_four_bits(model)
-    return tune(model)
+    return tune(model, "all-linear,experts" if name in MIXTURES else "all-linear")
 
 
 def written_out(model: PreTrainedModel) -> PreTrainedModel:
     """The model with dense weights, its adapters added to them."""
     twin = copy.deepcopy(model)
     for name, adapter in adapters_of(twin).items():
+        if isinstance(adapter, LoraExperts):
+            matrices = [adapter.base.widened(index, torch.float32) for index in range(adapter.num_experts)]
+            dense = torch.stack(matrices) + adapter.scaling * (adapter.lora_B @ adapter.lora_A).detach()
+            owner, _, leaf = name.rpartition(".")
+            delattr(twin.get_submodule(owner), leaf)
+            twin.get_submodule(owner).register_parameter(leaf, nn.Parameter(dense, requires_grad=False))
+            twin.set_experts_implementation("eager")
+            continue
         linear = nn.Linear(adapter.in_features, adapter.out_features, adapter.base.bias is not None)
         weight = adapter.base.dequantize() + adapter.scaling * (adapter.lora_B @ adapter.lora_A).detach()
         linear.weight, linear.bias = nn.Parameter(weight), adapter.base.bias
@@ -172,3 +200,13 @@ def by_blocks(model: PreTrainedModel, batch: Batch, keep: str) -> tuple[Tensor, 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Of the tensors in it, but not of the model's own."""
+    if isinstance(value, Tensor):
+        yield value.untyped_storage()
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(storages, value))
+    elif is_dataclass(value) and not isinstance(value, Norm):
+        yield from storages([getattr(value, field.name) for field in fields(value)])

@@ -89,7 +89,9 @@ def make_four_bit_model(folder: Path, spec: Any = None) -> None:
 
 
 def put_into_four_bits(model: Any, spec: Any = None, dtype: Any = None) -> None:
-    """Put the linear layers of a model's blocks into few bits, in place: nf4, computed in fp32, unless said."""
+    """Put the linear layers of a model's blocks, and its experts, into few bits, in place: nf4, computed in fp32,
+    unless said.
+    """
     import torch
     from torch import nn
 
@@ -97,8 +99,14 @@ def put_into_four_bits(model: Any, spec: Any = None, dtype: Any = None) -> None:
     from nybble.kernels.ops.four_bit import quantize
     from nybble.layers.convert import quantizable_linears, replace_linears
     from nybble.layers.dense import weight_matrix
+    from nybble.layers.quantized_experts import expert_shapes, replace_experts
 
     spec = spec or QuantSpec()
+    stacks = {name: model.get_parameter(name) for name in expert_shapes(model)}
+    replace_experts(model, stacks, BaseFormats(spec), dtype or torch.float32)
+    for name, stack in stacks.items():
+        for index, matrix in enumerate(stack.detach()):
+            model.get_submodule(name).load_expert(index, quantize(matrix.contiguous(), spec))
     dense = {name: model.get_submodule(name) for name in quantizable_linears(model)}
     replace_linears(model, dense, BaseFormats(spec), dtype or torch.float32)
     for name, linear in dense.items():

@@ -89,6 +89,8 @@ ASKED_BYTES = 16  # of a teacher's logit: itself, in fp32, and what its sums are
 
 RANK_MULTIPLE = 64  # of what a projection of one product has beside its input; columns of a tile
 
+EXPERT_ROWS = 16  # rows of an expert are filled up to a multiple of so many: fewer shapes of products, whole tiles
+
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind
 

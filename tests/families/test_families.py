@@ -5,16 +5,13 @@ A new family is one line of `CONFIGS` in tests/family_models.py.
 
 import copy
 import functools
-import itertools
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from family_models import (
     CONFIGS,
+    MIXTURES,
     SAMPLED,
     VOCABULARY,
     by_blocks,
@@ -24,6 +21,7 @@ from family_models import (
     in_bf16,
     packed_batch,
     relative_error,
+    storages,
     tuned_model,
     written_out,
 )
@@ -38,7 +36,6 @@ from nybble.generation.generate import Sampling, generate
 from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_forward
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, resolve_targets
-from nybble.layers.norms import Norm
 from nybble.memory.store import open_store
 from nybble.planning.costs import kept_bytes
 from nybble.planning.run_shape import MicroBatches, RunShape
@@ -51,8 +48,10 @@ from nybble.sources.open import open_model
 
 
 def test_every_family_is_in_the_table() -> None:
-    assert CONFIGS.keys() == FAMILIES.keys()
-    assert all(config.model_type == name == FAMILIES[name].model_type for name, config in CONFIGS.items())
+    configs = CONFIGS | MIXTURES
+    assert configs.keys() == FAMILIES.keys()
+    assert all(config.model_type == name == FAMILIES[name].model_type for name, config in configs.items())
+    assert MIXTURES.keys() == {name for name, family in FAMILIES.items() if family.mixture is not None}
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -72,16 +71,6 @@ def test_states_loss_and_gradients_are_the_models_own(kernels: str, name: str, k
     assert relative_error(states, expected_states) <= 3e-6
     assert loss == pytest.approx(expected_loss, rel=3e-6)
     assert relative_error(gradients, expected) <= 1e-5
-
-
-def storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    """Of the tensors in it, but not of the model's own."""
-    if isinstance(value, Tensor):
-        yield value.untyped_storage()
-    elif isinstance(value, list):
-        yield from itertools.chain.from_iterable(map(storages, value))
-    elif is_dataclass(value) and not isinstance(value, Norm):
-        yield from storages([getattr(value, field.name) for field in fields(value)])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -6,17 +6,45 @@ A layer of every family is
     x = x + residual * mlp_output_norm(down(activation(gate) * up)),   gate, up = gate_up(mlp_norm(x))
 
 or, where the MLP stands beside attention, both read the same x and are added together. Without a gate the MLP is
-down(activation(up)). A `Family` says which of its parts there are and what transformers calls them. What a layer or
-config of transformers holds as a number (head widths, the factor on the scores, epsilon) is read there; embeddings that
-are scaled by their own module are its business.
+down(activation(up)); of a mixture there are many, of which each token passes a few. A `Family` says which of these
+parts there are and what transformers calls them. What a layer or config of transformers holds as a number (head widths,
+the factor on the scores, epsilon) is read there; embeddings that are scaled by their own module are its business.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_pytorch_tanh", "gelu_new"]  # as transformers names them; the last two are one
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers, as in a config's `layer_types`
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """An MLP that is a mixture of experts, in all layers of a family or in some:
+
+        sum over a token's experts e of weight_e * down_e(activation(gate_e) * up_e)
+
+    and, where there is one, an expert that every token passes.
+
+    Args:
+        router: module that gives of normed states (T, hidden) its logits, the weights (T, k) and the experts (T, k).
+        experts: module with the matrices of all experts, those of gate and up side by side.
+        shared_gate_up, shared_down: linear layers of the expert that every token passes; none where there is none.
+        shared_weight: linear layer with one output, whose sigmoid its result is multiplied by.
+    """
+
+    router: str = "mlp.gate"
+    experts: str = "mlp.experts"
+    shared_gate_up: tuple[str, ...] = ()
+    shared_down: tuple[str, ...] = ()
+    shared_weight: tuple[str, ...] = ()
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names within a layer of all that has weights."""
+        return self.router, self.experts, *self.shared_gate_up, *self.shared_down, *self.shared_weight
 
 
 @dataclass(frozen=True)
@@ -49,6 +77,7 @@ class Family:
             added to the states, or None.
         dropouts: options, beside `attention_dropout`, for shares of a layer's states that training drops.
         unsupported: options that, where a config sets them, make of its layers something else than this.
+        mixture: what the MLP of layers is that have its router.
         gguf: its architecture in GGUF files, a name of gguf.MODEL_ARCH, or None where it is not exported.
         gguf_neighbours: llama.cpp turns neighbouring elements of a head together, transformers those of its halves.
     """
@@ -84,6 +113,7 @@ class Family:
     residual_multiplier: str | None = None
     dropouts: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
+    mixture: Mixture | None = None
     gguf: str | None = None
     gguf_neighbours: bool = False
 
@@ -97,11 +127,19 @@ class Family:
         """How many norms there are of what is added to the states."""
         return sum(name is not None for name in (self.attention_output_norm, self.mlp_output_norm))
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names within a layer of all that has weights."""
+    def modules(self, mixture: Mixture | None = None) -> tuple[str, ...]:
+        """Names within a layer of all that has weights.
+
+        Args:
+            mixture: what its MLP is, if it is one.
+        """
         norms = (self.input_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm, *self.head_norms)
-        return (*self.qkv, self.o, *self.gate_up, self.down, *(name for name in norms if name is not None))
+        mlp = (*self.gate_up, self.down) if mixture is None else mixture.modules
+        return (*self.qkv, self.o, *mlp, *(name for name in norms if name is not None))
+
+    def mixture_in(self, modules: Collection[str]) -> Mixture | None:
+        """What the MLP of a layer with modules of these names is, if it is a mixture."""
+        return self.mixture if self.mixture is not None and self.mixture.router in modules else None
 
     def kinds(self, config: Any) -> list[str]:
         """Each layer's kind."""

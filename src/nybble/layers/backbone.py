@@ -24,9 +24,10 @@ from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.convert import TOWERS, block_names
-from nybble.layers.decoder_block import Keep, block_ops, decoder_block
+from nybble.layers.decoder_block import Keep, block_ops
 from nybble.layers.lora import DoraLinear
 from nybble.layers.mixers import computes_mixers
+from nybble.layers.mixture_block import block_of
 from nybble.layers.norms import final_norm
 from nybble.layers.own_head import decoder_of, is_plain
 from nybble.layers.packed_rows import PackedSequences, Spread, rotary_angles, scaled_embeddings
@@ -60,6 +61,7 @@ class Why(StrEnum):
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     PICTURES = "decoder blocks read no pictures"
+    EXPERTS = "decoder blocks compute experts in training and evaluations alone"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
 
 
@@ -204,7 +206,9 @@ class FusedForward:
     ):
         self.model, self.kept, self.regularisers = model, kept, PLAIN
         self.weights, self.norm = DenseWeights(store), final_norm(model)
-        self.blocks = [decoder_block(layer, model.config, self.weights) for layer in model.base_model.layers]
+        if store is not None:
+            attach_store(model, store)  # for experts, which bring their matrices themselves
+        self.blocks = [block_of(layer, model.config, self.weights) for layer in model.base_model.layers]
         others = len(self.blocks) - whole_blocks
         self.keeps: list[Keep] = [keep if i < others else "everything" for i in range(len(self.blocks))]
         self.details = f", keeping {keep}{f', the last {whole_blocks} everything' if whole_blocks else ''}"
@@ -318,7 +322,7 @@ def why_not_blocks(
         return Reason(Why.WEIGHTS)
     if inside := trained_inside(trained, block_names(model)):
         return Reason(Why.TRAINED, inside)
-    why = why_not_forward(model, device, here=here)
+    why = why_not_forward(model, device, here=here, experts=True)
     return Reason(Why.DROPOUT) if why is None and dropout else why
 
 
@@ -327,6 +331,7 @@ def why_not_forward(
     device: torch.device | None = None,
     ops: Callable[[Family], Sequence[str]] = block_ops,
     here: bool = True,
+    experts: bool = False,
 ) -> Reason | None:
     """None when nybble's decoder blocks compute this model's answers, in which nothing is dropped, else the reason.
 
@@ -334,6 +339,7 @@ def why_not_forward(
         device: that computes; the model's own if not given.
         ops: what it must have kernels for.
         here: the device is this machine's.
+        experts: who asks takes blocks that are mixtures of them.
     """
     if hasattr(model.config, TOWERS):
         return Reason(Why.PICTURES)
@@ -341,6 +347,8 @@ def why_not_forward(
     family = FAMILIES.get(config.model_type)
     if family is None:
         return Reason(Why.FAMILY, config.model_type)
+    if family.mixture is not None and not experts:
+        return Reason(Why.EXPERTS)
     activation = getattr(config, family.activation_option)
     if activation != family.activation:
         return Reason(Why.ACTIVATION, str(activation))
@@ -371,9 +379,10 @@ def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:
     other: dict[str, None] = {}
     for layer in layers:
         found = {name: module for name, module in layer.named_modules() if name}
-        other |= dict.fromkeys(f"no {name}" for name in family.modules if name not in found)
+        modules = family.modules(family.mixture_in(found))
+        other |= dict.fromkeys(f"no {name}" for name in modules if name not in found)
         for name, module in found.items():
-            known = any(name == each or name.startswith(f"{each}.") for each in family.modules)
+            known = any(name == each or name.startswith(f"{each}.") for each in modules)
             if not known and next(module.parameters(recurse=False), None) is not None:
                 other[name] = None
     return list(other)

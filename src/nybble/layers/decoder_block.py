@@ -23,7 +23,8 @@ are skipped.
 
 Source of the formulas: LoRA (arXiv 2106.09685), RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864),
 SwiGLU and GeGLU (arXiv 2002.05202), LayerNorm (arXiv 1607.06450), FlashAttention-2's backward (arXiv 2307.08691).
-Left out: dropout, mixture of experts and layer-scale; such models run on the generic path.
+Mixtures of experts in the MLP's place: `layers/mixture_block.py`.
+Left out: dropout and layer-scale; such models run on the generic path.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,7 +34,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nybble.families import FAMILIES
 from nybble.families.family import Activation, Family
 from nybble.kernels import registry
 from nybble.kernels.ops.attention import attention_backward, attention_forward
@@ -89,7 +89,8 @@ class DecoderBlock:
             return None if name is None else norm_over(layer.get_submodule(name), family, config)
 
         self.qkv, self.o = projection(*family.qkv), projection(family.o)
-        self.gate_up, self.down = projection(*family.gate_up), projection(family.down)
+        self.weights = weights
+        self._take_mlp(layer, family, projection)
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
         self.attention_output_norm = norm(family.attention_output_norm)
         self.mlp_output_norm = norm(family.mlp_output_norm)
@@ -105,6 +106,10 @@ class DecoderBlock:
         self.scale = layer.self_attn.scaling
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = self.qkv.out_features // (self.num_heads + 2 * self.num_kv_heads)
+
+    def _take_mlp(self, layer: Any, family: Family, projection: Callable[..., Projection]) -> None:
+        """The linear layers of the layer's MLP."""
+        self.gate_up, self.down = projection(*family.gate_up), projection(family.down)
 
     def __call__(self, x: Tensor, rows: PackedSequences, keep: Keep) -> Tensor:
         """(T, hidden) -> (T, hidden)."""
@@ -204,6 +209,19 @@ class DecoderBlock:
         """Each (T, f); one of them without a gate."""
         return gated.gate_up[:, : self.gate_up.out_features].chunk(1 + self.gated, dim=1)
 
+    def mlp(self, normed: Tensor, x2: Tensor, *, result: bool, kept: bool) -> tuple["Mlp", Tensor | None]:
+        """From what `mlp_input` gave and the states after attention, both (T, hidden): what the MLP's backward reads,
+        and the block's result (T, hidden), or None where `result` is False.
+
+        Args:
+            kept: what backward reads is kept until then.
+        """
+        act, gated = self.gate(normed)
+        if not result:
+            return Mlp(gated, self.mlp_added(act, x2), act), None
+        y, added = self.mlp_output(act, x2)
+        return Mlp(gated, added), y
+
     def mlp_output(self, act: Tensor, x2: Tensor) -> tuple[Tensor, "Added"]:
         """The block's result: what `gate` gave (T, f), and the states after attention, to (T, hidden)."""
         return _add(self.down, self.mlp_output_norm, self.residual, act, x2)
@@ -245,6 +263,33 @@ class DecoderBlock:
 
     # ---- backward --------------------------------------------------------------------------------
 
+    def backward_mlp(self, grad_y: Tensor, mlp: "Mlp", states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """From the gradient of the block's result, (T, hidden), to that of what `mlp_input` gave, and those of the
+        adapters of the MLP.
+
+        Args:
+            mlp: its gate and up are overwritten.
+            states: that `mlp_input` was given.
+        """
+        grad_down = mlp.added.backward(self.down.gradient(grad_y))
+        grad_z = self.down.backward_low_rank(grad_down)
+        grad_act = self.down.backward_input(grad_down, grad_z)
+        y = self.gate_up.for_magnitudes(mlp.gated.gate_up)
+        activated = self.gate_and_up(mlp.gated)
+        _, activate_backward = ACTIVATIONS[self.activation, self.gated]
+        act = torch.empty_like(grad_act) if mlp.act is None else mlp.act
+        activate_backward(grad_act, *activated, *activated, act if mlp.act is None else None)
+        del grad_act  # gate_up now holds its own gradient
+        down = self.down.backward_adapters(grad_down, grad_z, act, mlp.added.z)
+        mlp.act = None
+        del act, grad_down
+
+        grad_gate_up = mlp.gated.gate_up
+        grad_z = self.gate_up.backward_low_rank(grad_gate_up)
+        gate_up = self.gate_up.backward_adapters(grad_gate_up, grad_z, self.mlp_input(states)[0], mlp.gated.z, y)
+        del y
+        return self.gate_up.backward_input(grad_gate_up, grad_z), [*gate_up, *down]
+
     def backward_attend(
         self, grad_out: Tensor, heads: "Heads", out: Tensor, lse: Tensor, rows: PackedSequences
     ) -> Tensor:
@@ -268,12 +313,6 @@ class DecoderBlock:
         for grad, normed in zip(self._normed_heads(grad_qkv), heads.normed, strict=False):
             normed.backward(grad, out=grad)
         return grad_qkv
-
-
-def decoder_block(layer: Any, config: Any, weights: DenseWeights) -> DecoderBlock:
-    """The decoder block over one layer of a model with this config, as the layer's linears are now."""
-    config = config.get_text_config()
-    return DecoderBlock(layer, FAMILIES[config.model_type], config, weights)
 
 
 def _normed_for(projection: Projection, norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -327,6 +366,15 @@ class Added:
 
 
 @dataclass
+class Mlp:
+    """What an MLP leaves for backward."""
+
+    gated: Gated
+    added: Added
+    act: Tensor | None = None  # (T, f), what down_proj read, where it was just computed again
+
+
+@dataclass
 class Intermediates:
     """Everything a block's backward reads besides its input."""
 
@@ -337,31 +385,36 @@ class Intermediates:
     attention_added: Added
     mlp_states: Tensor  # (T, hidden), what the MLP reads
     mlp_stats: Tensor | None  # of its norm
-    gated: Gated
-    mlp_added: Added
+    mlp: Any  # what the block's `mlp` says
 
 
 def _compute(
-    block: DecoderBlock, x: Tensor, rows: PackedSequences, kept: tuple[Tensor, Tensor] | None, *, result: bool
-) -> tuple[Intermediates, Tensor]:
-    """The block, and its result (T, hidden); or with `result` False what down_proj reads, (T, f).
+    block: DecoderBlock,
+    x: Tensor,
+    rows: PackedSequences,
+    attended: tuple[Tensor, Tensor] | None,
+    *,
+    result: bool,
+    kept: bool,
+) -> tuple[Intermediates, Tensor | None]:
+    """The block, and its result (T, hidden); with `result` False what its backward reads alone.
 
     Args:
-        kept: attention's output and log-sum-exp when they were kept.
+        attended: attention's output and log-sum-exp when they were kept.
+        kept: what backward reads is kept until then.
     """
     normed, stats = block.attention_input(x)
     heads = block.queries_keys_values(normed, rows.angles)
     del normed
-    out, lse = kept or block.attend(heads.qkv, rows)
+    out, lse = attended or block.attend(heads.qkv, rows)
     if block.parallel and not result:
         x2, attention_added = x, block.attention_added(out, x)
     else:
         x2, attention_added = block.attention_output(out, x)
     states = block.mlp_reads(x, x2)
     normed, mlp_stats = block.mlp_input(states)
-    act, gated = block.gate(normed)
-    last, mlp_added = block.mlp_output(act, x2) if result else (act, block.mlp_added(act, x2))
-    return Intermediates(stats, heads, out, lse, attention_added, states, mlp_stats, gated, mlp_added), last
+    mlp, y = block.mlp(normed, x2, result=result, kept=kept)
+    return Intermediates(stats, heads, out, lse, attention_added, states, mlp_stats, mlp), y
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -369,7 +422,8 @@ class _BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, block: DecoderBlock, rows: PackedSequences, keep: Keep, *parameters: Tensor
     ) -> Tensor:
-        parts, y = _compute(block, x, rows, None, result=True)
+        parts, y = _compute(block, x, rows, None, result=True, kept=keep == "everything")
+        assert y is not None
         ctx.block, ctx.rows = block, rows
         ctx.kept = parts if keep == "everything" else None
         ctx.save_for_backward(x, *((parts.attention_out, parts.lse) if keep == "attention" else ()))
@@ -380,38 +434,19 @@ class _BlockFunction(torch.autograd.Function):
         block, rows = ctx.block, ctx.rows
         x, *kept_attention = ctx.saved_tensors
         hidden = x.shape[1]
-        grad_y = block.down.gradient(grad_outputs[0])
+        grad_y = grad_outputs[0].contiguous()
         if ctx.kept is None:
-            s, act = _compute(block, x, rows, tuple(kept_attention) or None, result=False)
+            s, _ = _compute(block, x, rows, tuple(kept_attention) or None, result=False, kept=False)
         else:
-            s, act, ctx.kept = ctx.kept, None, None
+            s, ctx.kept = ctx.kept, None
 
-        grad_down = s.mlp_added.backward(grad_y)
-        grad_z = block.down.backward_low_rank(grad_down)
-        grad_act = block.down.backward_input(grad_down, grad_z)
-        y = block.gate_up.for_magnitudes(s.gated.gate_up)
-        activated = block.gate_and_up(s.gated)
-        _, activate_backward = ACTIVATIONS[block.activation, block.gated]
-        if act is None:
-            act = torch.empty_like(grad_act)
-            activate_backward(grad_act, *activated, *activated, act)  # gate_up now holds its own gradient
-        else:
-            activate_backward(grad_act, *activated, *activated)
-        del grad_act
-        down = block.down.backward_adapters(grad_down, grad_z, act, s.mlp_added.z)
-        del act, grad_down
-
-        grad_gate_up = s.gated.gate_up
-        grad_z = block.gate_up.backward_low_rank(grad_gate_up)
-        gate_up = block.gate_up.backward_adapters(grad_gate_up, grad_z, block.mlp_input(s.mlp_states)[0], s.gated.z, y)
-        del y
-        grad_normed = block.gate_up.backward_input(grad_gate_up, grad_z)
+        grad_normed, mlp = block.backward_mlp(grad_y, s.mlp, s.mlp_states)
         grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
-        grad_x2[:, :hidden] = grad_y[:, :hidden]
+        grad_x2[:, :hidden] = grad_y
         through_norm(block.mlp_norm, grad_normed, s.mlp_states, s.mlp_stats, out=grad_x2[:, :hidden])
         del grad_normed
 
-        grad_o = s.attention_added.backward(grad_y[:, :hidden] if block.parallel else grad_x2)
+        grad_o = s.attention_added.backward(grad_y if block.parallel else grad_x2)
         grad_z = block.o.backward_low_rank(grad_o)
         o = block.o.backward_adapters(grad_o, grad_z, s.attention_out, s.attention_added.z)
         grad_out = block.o.backward_input(grad_o, grad_z)
@@ -425,4 +460,4 @@ class _BlockFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_normed = block.qkv.backward_input(grad_qkv, grad_z)
             grad_x = through_norm(block.input_norm, grad_normed, x, s.stats, out=grad_x2[:, :hidden])
-        return grad_x, None, None, None, *qkv, *o, *gate_up, *down
+        return grad_x, None, None, None, *qkv, *o, *mlp

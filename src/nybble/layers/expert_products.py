@@ -6,6 +6,7 @@ W_e·x + scaling·B_e·A_e·x.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +65,73 @@ class ExpertMatrices(nn.Module):
         return f"{self.num_experts} x ({self.in_features}, {self.out_features})"
 
 
+@dataclass(frozen=True)
+class ExpertAdapters:
+    """A and B of every expert, or their gradients.
+
+    Args:
+        a: fp32 `(E, r, in)`.
+        b: fp32 `(E, out, r)`.
+        scaling: of B · A.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    def zeros_like(self) -> "ExpertAdapters":
+        """For their gradients."""
+        return ExpertAdapters(torch.zeros_like(self.a), torch.zeros_like(self.b), self.scaling)
+
+
+class ExpertProjection:
+    """One projection of all experts and the adapters beside it, an expert at a time and without autograd.
+
+    Args:
+        adapters: None where there are none, or they are switched off.
+    """
+
+    def __init__(self, matrices: ExpertMatrices, adapters: ExpertAdapters | None = None):
+        self.matrices, self.adapters = matrices, adapters
+
+    def forward(self, expert: int, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """x·Wᵀ + scaling·x·Aᵀ·Bᵀ, (rows, in) -> (rows, out).
+
+        Args:
+            weight: the expert's W in the dtype of x, `[out, in]`.
+        """
+        y = torch.mm(x, weight.T, out=out)
+        if self.adapters is not None:
+            z = x @ self.adapters.a[expert].to(x.dtype).T  # (rows, r)
+            y.addmm_(z, self.adapters.b[expert].to(x.dtype).T, alpha=self.adapters.scaling)
+        return y
+
+    def backward_low_rank(self, expert: int, grad_y: Tensor) -> Tensor | None:
+        """The gradient of x·Aᵀ, (rows, out) -> (rows, r); None without adapters."""
+        if self.adapters is None:
+            return None
+        return (grad_y @ self.adapters.b[expert].to(grad_y.dtype)).mul_(self.adapters.scaling)
+
+    def backward_input(
+        self, expert: int, grad_y: Tensor, grad_z: Tensor | None, weight: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of x, (rows, out) -> (rows, in)."""
+        grad_x = torch.mm(grad_y, weight, out=out)
+        if self.adapters is not None and grad_z is not None:
+            grad_x.addmm_(grad_z, self.adapters.a[expert].to(grad_y.dtype))
+        return grad_x
+
+    def backward_adapters(
+        self, expert: int, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, grads: ExpertAdapters | None
+    ) -> None:
+        """Write an expert's part of the gradients of A and B."""
+        if self.adapters is None or grad_z is None or grads is None:
+            return
+        grads.a[expert] = grad_z.T @ x
+        z = (x @ self.adapters.a[expert].to(x.dtype).T).mul_(self.adapters.scaling)
+        grads.b[expert] = (z.T @ grad_y).T  # oneDNN takes the other order at half the speed
+
+
 class ExpertsProduct(torch.autograd.Function):
     """y = x·W_eᵀ + scaling·x·A_eᵀ·B_eᵀ of each expert's rows; gradients of x, and of A and B where they are given.
 
@@ -71,7 +139,7 @@ class ExpertsProduct(torch.autograd.Function):
         x: (rows, in), sorted by expert.
         counts: rows of each expert.
         matrices: W, which has no gradient.
-        a, b: fp32 `(E, r, in)` and `(E, out, r)`, or None.
+        a, b: as `ExpertAdapters` has them, or None.
     """
 
     @staticmethod
@@ -86,12 +154,10 @@ class ExpertsProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.counts, ctx.matrices, ctx.scaling = counts, matrices, scaling
         ctx.save_for_backward(x, a, b)
+        projection = _projection(matrices, a, b, scaling)
         y, room = x.new_empty(len(x), matrices.out_features), _room(matrices, x)
-        for expert, rows in _touched(counts):
-            torch.mm(x[rows], matrices.dense(expert, room).T, out=y[rows])
-            if a is not None and b is not None:
-                z = x[rows] @ a[expert].to(x.dtype).T  # (rows, r)
-                y[rows].addmm_(z, b[expert].to(x.dtype).T, alpha=scaling)
+        for expert, rows in touched(counts):
+            projection.forward(expert, x[rows], matrices.dense(expert, room), out=y[rows])
         y[sum(counts) :].zero_()
         return y
 
@@ -99,30 +165,27 @@ class ExpertsProduct(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_y,) = grad_outputs
         x, a, b = ctx.saved_tensors
-        grad_y, scaling, room = grad_y.contiguous(), ctx.scaling, _room(ctx.matrices, grad_y)
+        grad_y, matrices, room = grad_y.contiguous(), ctx.matrices, _room(ctx.matrices, grad_y)
+        projection = _projection(matrices, a, b, ctx.scaling)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_a = torch.zeros_like(a) if a is not None and ctx.needs_input_grad[3] else None
-        grad_b = torch.zeros_like(b) if b is not None and ctx.needs_input_grad[4] else None
-        for expert, rows in _touched(ctx.counts):
+        learns = projection.adapters is not None and any(ctx.needs_input_grad[3:5])
+        grads = projection.adapters.zeros_like() if learns and projection.adapters is not None else None
+        for expert, rows in touched(ctx.counts):
+            grad_z = projection.backward_low_rank(expert, grad_y[rows])
             if grad_x is not None:
-                torch.mm(grad_y[rows], ctx.matrices.dense(expert, room), out=grad_x[rows])
-            if a is None or b is None:
-                continue
-            own_a, own_b = a[expert].to(x.dtype), b[expert].to(x.dtype)
-            grad_z = (grad_y[rows] @ own_b).mul_(scaling)  # (rows, r)
-            if grad_x is not None:
-                grad_x[rows].addmm_(grad_z, own_a)
-            if grad_a is not None:
-                grad_a[expert] = grad_z.T @ x[rows]
-            if grad_b is not None:
-                z = (x[rows] @ own_a.T).mul_(scaling)
-                grad_b[expert] = (z.T @ grad_y[rows]).T
+                weight = matrices.dense(expert, room)
+                projection.backward_input(expert, grad_y[rows], grad_z, weight, out=grad_x[rows])
+            projection.backward_adapters(expert, grad_y[rows], grad_z, x[rows], grads)
         if grad_x is not None:
             grad_x[sum(ctx.counts) :].zero_()
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_x, None, None, grads and grads.a, grads and grads.b, None
 
 
-def _touched(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
+def _projection(matrices: ExpertMatrices, a: Tensor | None, b: Tensor | None, scaling: float) -> ExpertProjection:
+    return ExpertProjection(matrices, None if a is None or b is None else ExpertAdapters(a, b, scaling))
+
+
+def touched(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Experts that have rows, and which."""
     start = 0
     for expert, count in enumerate(counts):

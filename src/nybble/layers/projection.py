@@ -58,7 +58,7 @@ class DenseWeights:
         stored = self.stored(linear)
         if isinstance(stored, Tensor):
             return stored.to(dtype)
-        weight = self._room(None, (linear.out_features, linear.in_features), dtype, stored.packed.device)
+        weight = self.room(None, (linear.out_features, linear.in_features), dtype, stored.packed.device)
         dequantize_into(stored, weight)
         return weight
 
@@ -80,14 +80,15 @@ class DenseWeights:
             version: nothing is made where the matrix has this one already.
             like: has its dtype and device.
         """
-        matrix = self._room(shape, shape, like.dtype, like.device)
+        matrix = self.room(shape, shape, like.dtype, like.device)
         if self._held.get(shape) != version:
             self._held.pop(shape, None)
             make(matrix)
             self._held[shape] = version
         return matrix
 
-    def _room(self, key: object, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def room(self, key: object, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A matrix of this shape to write a weight into, in the buffer of this key."""
         buffer, numel = self._buffers.get(key), shape[0] * shape[1]
         if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
             self._held.pop(key, None)

@@ -19,11 +19,14 @@ from typing import NamedTuple
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning import cuda_costs, tower_costs
 from nybble.planning.run_shape import ModelShape, RunShape
-from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES
+from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES, EXPERT_ROWS
 from nybble.sources.parts import BlockParts
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
 MASTER_BYTES = 4  # fp32 adapters and their gradients
+PLACE_BYTES = 8  # where a row of an expert comes from, and where it goes
+ROUTED_BYTES, ROUTED_ROW_BYTES = 24, 32  # of a router's logits, their softmax and its gradients; of a row's weight
+EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
@@ -148,6 +151,18 @@ def input_bytes(run: RunShape) -> int:
     return run.batches.tokens * run.compute_bytes * run.model.hidden_size
 
 
+def expert_rows(run: RunShape, tokens: int) -> int:
+    """Rows that experts get of so many tokens in a decoder block, at most: each expert's filled up to a multiple."""
+    sent = tokens * run.model.passed_experts
+    return sent + (EXPERT_ROWS - 1) * min(run.model.num_experts, sent)
+
+
+def _rows_of_one(run: RunShape) -> int:
+    """Rows of an expert that many tokens are sent to: four times as many as to the others, or all."""
+    tokens, experts = run.batches.tokens, run.model.num_experts
+    return min(tokens, 4 * -(-tokens * run.model.passed_experts // experts)) if experts else 0
+
+
 def kept_bytes(run: RunShape) -> int:
     """What one block keeps between its forward and its backward pass."""
     c = run.compute_bytes
@@ -163,7 +178,12 @@ def kept_bytes(run: RunShape) -> int:
         inner = 2 * q + 2 * kv + run.model.gate_up_width
         per_token = c * (states + run.model.normed_width + inner + low_rank_columns(run))
         per_token += LSE_BYTES * run.model.num_heads + run.model.norm_bytes
+        per_token += PLACE_BYTES * run.model.passed_experts
     kept = run.batches.tokens * per_token
+    if run.path == "blocks" and run.keep == "everything":
+        kept += expert_rows(run, run.batches.tokens) * (
+            c * (1 + run.model.gated) * run.model.expert_width + PLACE_BYTES
+        )
     if run.full and run.keep == "everything":
         kept += rounded_bytes(run)
     return kept if run.on_cpu else kept + cuda_costs.kept_rounding_bytes(run, kept)
@@ -199,7 +219,9 @@ def working_bytes(run: RunShape) -> int:
     c = run.compute_bytes
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
+        f = run.model.dense_width
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
+        swiglu += _expert_bytes(run)
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms or run.model.scaled_residual)
         swiglu += run.batches.tokens * c * 2 * f * run.dora  # gate and up, as they were
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
@@ -218,6 +240,20 @@ def working_bytes(run: RunShape) -> int:
     if run.keep == "everything":
         return run.batches.tokens * c * (2 * h + 3 * f) + read  # gradients around SwiGLU
     return run.batches.tokens * module_bytes(run) + MASTER_BYTES * run.model.mixer_chunk + read
+
+
+def _expert_bytes(run: RunShape) -> int:
+    """Of the backward pass of a block's experts: what they read, its gradient by rows and by tokens, and those rows
+    once more in the tokens' order; what the router gives; and what comes of the rows of one expert.
+    """
+    if not run.model.expert_width:
+        return 0
+    c, (h, _, _, _) = run.compute_bytes, run.model.widths
+    tokens, rows = run.batches.tokens, expert_rows(run, run.batches.tokens)
+    routed = tokens * (2 * c * h + ROUTED_BYTES * run.model.num_experts) + ROUTED_ROW_BYTES * rows
+    one = c * _rows_of_one(run) * (2 * h + 7 * run.model.expert_width)
+    learnt = MASTER_BYTES * run.expert_parameters // run.model.num_layers  # gradients, before they are added
+    return routed + c * h * (rows + tokens * run.model.passed_experts) + one + learnt
 
 
 def weights_read_bytes(run: RunShape) -> int:
@@ -360,6 +396,8 @@ def validation_bytes(run: RunShape) -> int:
     if run.asks_reference or run.asked:
         tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
     routed = 4 * h * run.model.passed_experts
+    if run.path == "blocks":
+        routed, f = 2 * h * run.model.passed_experts, run.model.dense_width
     block = tokens * (c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank + routed) + _bias_bytes(run))
     states = targets * h * (2 * c + 8) + _panels(run) + max(_asked_logits(run), _compared_logits(run))
     return max(block, states)
@@ -405,7 +443,8 @@ def written_out_bytes(run: RunShape) -> dict[Part, int]:
     """
     if not run.wide:
         copies = (run.spec is not None) + run.dora
-        return {Part.DENSE_WEIGHT: copies * run.compute_bytes * run.model.largest_linear}
+        second = run.model.expert_width * run.model.hidden_size if run.path == "blocks" else 0  # of an expert's two
+        return {Part.DENSE_WEIGHT: run.compute_bytes * (copies * run.model.largest_linear + second)}
     elements = (
         sum((rows + run.beside) * (columns + run.beside) for _, rows, columns in block.linears)
         for block, _ in run.model.parts.blocks
@@ -422,6 +461,8 @@ def compiled_bytes(run: RunShape) -> int:
     forward, backward = compiled_products(run.model, run.rank, *run.other_ranks)
     batches = run.batches
     counts = batches.token_counts * (forward + backward) + batches.validation_counts * forward
+    if run.path == "blocks" and run.model.expert_width:
+        counts += EXPERT_PRODUCTS * -(-_rows_of_one(run) // EXPERT_ROWS)
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))
     return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head)
 
@@ -480,10 +521,13 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     shares = GAPS_GENERIC if run.path == "generic" else GAPS_BF16 if run.compute_bytes == 2 else GAPS_FP32
     kept = height.get(Part.KEPT, 0)
     gate_up = 2 * run.batches.tokens * run.compute_bytes * run.model.intermediate_size
+    by_rows = run.compute_bytes * run.model.hidden_size * run.batches.tokens * run.model.passed_experts
     if gate_up >= MAPPED_BYTES and run.keep == "everything":
         kept -= run.model.num_layers * gate_up
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= _panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
+    if run.path == "blocks" and by_rows >= MAPPED_BYTES and Part.AT_WORK in height:
+        at_work = max(0, at_work - 2 * by_rows)
     inputs = run.model.num_layers * input_bytes(run)
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 
@@ -496,7 +540,8 @@ def _frozen_and_adapters(run: RunShape) -> dict[Part, int]:
     assert resident <= layers, (resident, layers)
     stored = (run.spec, run.average_bits, c)  # how a linear's weight is
     buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
-    copies = 3 * c * run.adapter_parameters // 2 if run.path == "blocks" and not run.wide else 0
+    copied = run.adapter_parameters - run.expert_parameters
+    copies = 3 * c * copied // 2 if run.path == "blocks" and not run.wide else 0
     return {
         Part.BASE: resident_bytes(run.model, *stored, resident),
         Part.DENSE: c * run.model.parts.matrix_elements,

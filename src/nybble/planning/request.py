@@ -190,6 +190,7 @@ def requests(
         model,
         batches=micro_batches(1),
         adapter_parameters=parameters + of_experts,
+        expert_parameters=of_experts,
         idle_parameters=idle,
         rank=(rank := adapters.settled_rank if len({*ranks.values()}) < 2 else _mean_rank(skeleton, ranks)),
         compute_bytes=dtype.itemsize,

@@ -25,6 +25,7 @@ class ModelShape:
         num_heads: of attention; it matters to decoder blocks, whose families all have them.
         query_width, key_value_width: of all heads together; h where no layer is called so.
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
+        expert_width: of one of them; 0 without experts.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
         dropped_states, dropped_attention: the model itself drops parts of these while it is trained.
         crossed: an encoder-decoder: blocks of its decoder have a second attention, over the encoder's states.
@@ -67,6 +68,7 @@ class ModelShape:
     last_layers: tuple[str, ...] = ("down_proj",)
     mixer_values: int = 0
     mixer_chunk: int = 0
+    expert_width: int = 0
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -74,9 +76,14 @@ class ModelShape:
         return self.hidden_size, self.query_width, self.key_value_width, self.intermediate_size
 
     @property
+    def dense_width(self) -> int:
+        """Of the MLP that every token passes whole; 0 where there are experts alone."""
+        return self.intermediate_size - self.passed_experts * self.expert_width
+
+    @property
     def gate_up_width(self) -> int:
-        """Of what the MLP's activation reads."""
-        return (1 + self.gated) * self.intermediate_size
+        """Of what that MLP's activation reads."""
+        return (1 + self.gated) * self.dense_width
 
     @property
     def normed_width(self) -> int:
@@ -98,11 +105,28 @@ class ModelShape:
 
     @property
     def products(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """What each projection of a decoder block reads, and what its linear layers give side by side."""
-        h, q, kv, f = self.widths
+        """What each projection of a block but its experts reads, and what its linear layers give side by side."""
+        h, q, kv, _ = self.widths
+        f = self.dense_width
         qkv = (q, kv, kv) if self.qkv_layers == 3 else (q + 2 * kv,)
         gate_up = (f, f) if self.gate_up_layers == 2 else (self.gate_up_width,)
-        return (h, qkv), (q, (h,)), (h, gate_up), (f, (h,))
+        attention: tuple[tuple[int, tuple[int, ...]], ...] = ((h, qkv), (q, (h,)))
+        return (*attention, (h, gate_up), (f, (h,))) if f else attention
+
+    @property
+    def num_experts(self) -> int:
+        """Of a block, at most."""
+        return max((shape[0] for block, _ in self.parts.blocks for shape in block.experts), default=0)
+
+    @property
+    def last_expert_products(self) -> int:
+        """Elements of the experts' last projections that a token passes."""
+        return sum(
+            count * block.passed_experts * rows * columns
+            for block, count in self.parts.blocks
+            for name, _, rows, columns in block.stacks
+            if name.rpartition(".")[2] in self.last_layers
+        )
 
     @property
     def num_layers(self) -> int:
@@ -229,7 +253,7 @@ class RunShape:
     Args:
         model: the widths of the model.
         batches: T and the other sizes of micro-batches.
-        idle_parameters: of P, those of experts that a token does not pass.
+        expert_parameters, idle_parameters: of P, those beside experts, and of these those that a token does not pass.
         adapter_parameters, rank: P and r; where layers' ranks differ, the mean of the block that has most.
         compute_bytes: c.
         spec: format of the base, or None for 16 bits.
@@ -284,6 +308,7 @@ class RunShape:
     dora: bool = False
     on_cpu: bool = True
     trained_parameters: int = 0
+    expert_parameters: int = 0
     idle_parameters: int = 0
     largest_trained: int = 0
     trained_head: bool = False
@@ -306,7 +331,7 @@ class RunShape:
     def filled_up(self) -> bool:
         """Whether micro-batches have the shapes that graphs are captured for (`training/accumulation.py`)."""
         elsewhere = self.resident_blocks is not None or self.stream_ends or self.offload
-        if self.path != "blocks" or self.full or elsewhere:
+        if self.path != "blocks" or self.full or elsewhere or self.model.expert_width:
             return False
         elements = max((block.linear_elements for block, _ in self.model.parts.blocks), default=0)
         return self.rules.in_graphs(self.batches.filled_up().tokens, elements)

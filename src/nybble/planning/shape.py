@@ -46,6 +46,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         dropped_attention=_drops_attention(model, config),
         mixer_values=mixer_values,
         mixer_chunk=mixer_chunk,
+        expert_width=max((_expert_width(block, hidden) for block, _ in parts.blocks), default=0),
         crossed=crossed,
         biased_attention=crossed and any(n.endswith("relative_attention_bias") for n, _ in model.named_modules()),
         **_of_family(family, config),
@@ -131,14 +132,19 @@ def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _expert_width(block: BlockParts, hidden: int) -> int:
+    """Of what an expert's last projection takes; 0 without experts."""
+    inner = [size for shape in block.experts for size in shape[1:] if size != hidden]
+    return min(inner, default=hidden) if block.experts else 0
+
+
 def _mlp_width(block: BlockParts, hidden: int, last: str) -> int:
     """Of the MLP: what its last layer takes; where none is called as in Llama, the widest there is. Experts: those that
     a token passes.
     """
     linears = block.widths
     dense = linears[last][0] if last in linears else 0
-    inner = [size for shape in block.experts for size in shape[1:] if size != hidden]
-    experts = block.passed_experts * min(inner, default=hidden)
+    experts = block.passed_experts * _expert_width(block, hidden)
     if not dense and not experts:
         return max((max(i, o) for _, i, o in block.linears), default=hidden)
     return dense + experts

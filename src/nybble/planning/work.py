@@ -63,7 +63,8 @@ def work_of(run: RunShape) -> Work:
     forward = 2.0 * tokens * run.model.multiplied_elements
     # The share of blocks that compute something again.
     share = 0.0 if run.keep == "everything" else (layers - run.whole_blocks) / max(1, layers)
-    again = share * (forward - 2.0 * tokens * run.model.last_products)
+    spared = run.model.last_products + (run.model.last_expert_products if run.path == "blocks" else 0)
+    again = share * (forward - 2.0 * tokens * spared)
     attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
     attention_passes = 1 + (share if run.keep == "nothing" else 0)
     adapters = 6.0 * tokens * (run.adapter_parameters - run.idle_parameters) * (1 + share / 3)
@@ -71,7 +72,8 @@ def work_of(run: RunShape) -> Work:
     head = (6.0 if run.full else 4.0) * run.batches.supervised * run.model.vocab_size * run.model.hidden_size
     head *= 2 if run.trained_head else 1  # logits again in the backward pass, and the weight's gradient
     head = 0.0 if run.scored else head
-    passes = 2 + (0 if run.wide else share)  # there, recomputation and backward share a weight
+    # There, recomputation and backward share a weight, as those of experts do.
+    passes = 2 + (0 if run.wide or (run.path == "blocks" and run.model.expert_width) else share)
     dense = 0 if run.spec is None else int(run.compute_bytes * run.model.touched_elements(tokens) * passes)
     read = 2 * streamed_bytes(run)
     if run.stream_ends and not run.scored:

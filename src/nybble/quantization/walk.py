@@ -28,9 +28,10 @@ from nybble.errors import ModelError
 from nybble.families import FAMILIES
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
-from nybble.layers.decoder_block import DecoderBlock, decoder_block
+from nybble.layers.decoder_block import DecoderBlock
 from nybble.layers.dense import weight_matrix
 from nybble.layers.expert_products import ExpertMatrices, Routed
+from nybble.layers.mixture_block import block_of
 from nybble.layers.packed_rows import PackedSequences, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
 from nybble.layers.streamed import expert_name
@@ -142,7 +143,7 @@ class PackedWalk:
             yield from self._groups_and_step(layer, exact, mlp)
 
     def _block(self, layer: nn.Module) -> DecoderBlock:
-        return decoder_block(layer, self._config, self._weights)
+        return block_of(layer, self._config, self._weights)
 
     def _group(self, layer: nn.Module, exact: DecoderBlock | None, names: Sequence[str], inputs: "Inputs") -> Group:
         """Statistics of what `inputs` gives, chunk by chunk."""
