@@ -63,7 +63,7 @@ LONG = {  # llama.cpp takes the long factors where its context, 256 tokens here,
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
     "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
 }  # fmt: skip
-WITHOUT = {"ministral", "ministral3"}  # families that are not exported
+WITHOUT = {"ministral", "ministral3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # families that are not exported
 OTHERS = {  # layers of all kinds; windows and partial angles that the texts tell from none
     "gemma2": {
         "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,

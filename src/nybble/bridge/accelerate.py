@@ -74,9 +74,10 @@ def accelerate(model: Any) -> Acceleration:
     reason = why_not_forward(inner)
     family = FAMILIES.get(inner.config.get_text_config().model_type)
     if reason is not None or family is None or family.growing_queries:
+        dense = (name for name, known in FAMILIES.items() if known.mixture is None)
         raise ModelError(
             f"{type(inner).__name__} cannot be accelerated: {reason or 'its queries grow with their position'}.",
-            f"Allowed: models of {', '.join(FAMILIES)} whose layers are as published.",
+            f"Allowed: models of {', '.join(dense)} whose layers are as published.",
             "Leave nybble.accelerate out: the model trains through its own layers.",
         )
     layers = inner.base_model.layers

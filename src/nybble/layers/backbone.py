@@ -61,7 +61,7 @@ class Why(StrEnum):
     KERNELS = "decoder blocks have no kernel for {}"
     HEAD = "decoder blocks end in a linear head"
     PICTURES = "decoder blocks read no pictures"
-    EXPERTS = "decoder blocks compute experts in training and evaluations alone"
+    EXPERTS = "decoder blocks compute experts in nybble's own training and evaluations alone"
     DIFFERENCE = "decoder blocks differ from the model's own forward in {}"
 
 
