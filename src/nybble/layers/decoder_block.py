@@ -209,7 +209,7 @@ class DecoderBlock:
         """Each (T, f); one of them without a gate."""
         return gated.gate_up[:, : self.gate_up.out_features].chunk(1 + self.gated, dim=1)
 
-    def mlp(self, normed: Tensor, x2: Tensor, *, result: bool, kept: bool) -> tuple["Mlp", Tensor | None]:
+    def mlp(self, normed: Tensor, x2: Tensor, *, result: bool, kept: bool) -> tuple[Any, Tensor | None]:
         """From what `mlp_input` gave and the states after attention, both (T, hidden): what the MLP's backward reads,
         and the block's result (T, hidden), or None where `result` is False.
 
@@ -263,12 +263,12 @@ class DecoderBlock:
 
     # ---- backward --------------------------------------------------------------------------------
 
-    def backward_mlp(self, grad_y: Tensor, mlp: "Mlp", states: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def backward_mlp(self, grad_y: Tensor, mlp: Any, states: Tensor) -> tuple[Tensor, list[Tensor]]:
         """From the gradient of the block's result, (T, hidden), to that of what `mlp_input` gave, and those of the
         adapters of the MLP.
 
         Args:
-            mlp: its gate and up are overwritten.
+            mlp: what `mlp` gave, here a `Mlp`; its gate and up are overwritten.
             states: that `mlp_input` was given.
         """
         grad_down = mlp.added.backward(self.down.gradient(grad_y))

@@ -178,7 +178,8 @@ class ExpertsProduct(torch.autograd.Function):
             projection.backward_adapters(expert, grad_y[rows], grad_z, x[rows], grads)
         if grad_x is not None:
             grad_x[sum(ctx.counts) :].zero_()
-        return grad_x, None, None, grads and grads.a, grads and grads.b, None
+        of_adapters = (None, None) if grads is None else (grads.a, grads.b)
+        return grad_x, None, None, *of_adapters, None
 
 
 def _projection(matrices: ExpertMatrices, a: Tensor | None, b: Tensor | None, scaling: float) -> ExpertProjection:

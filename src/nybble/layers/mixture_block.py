@@ -163,8 +163,8 @@ class MixtureBlock(DecoderBlock):
             mixed.routing, mixed.gate_up = routing, gate_up
         return mixed, y.add_(x2)
 
-    def backward_mlp(self, grad_y: Tensor, mlp: Mixed, states: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As `DecoderBlock` says."""
+    def backward_mlp(self, grad_y: Tensor, mlp: Any, states: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `DecoderBlock` says; `mlp` is a `Mixed`."""
         if self.residual != 1.0:
             grad_y = grad_y * self.residual
         normed = self.mlp_input(states)[0]
