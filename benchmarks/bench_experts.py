@@ -15,6 +15,8 @@ Nothing computed again, no attention, norms, router, sorting, adapters, softmax 
 while it computes, so that its reading may cost nothing; the floor has it all the same. The base is random
 (`nybble synth`), the adapters lie on all linear layers, as is the default, and every token is supervised.
 
+With --cpu-time on one thread, processor seconds are compared, as on a machine that others use too.
+
 Ends stay in memory. With --cold the folder's pages are dropped from the system's file cache before everything that is
 timed; how much of the folder the cache holds before and after each step is part of the record.
 """
@@ -45,7 +47,6 @@ from nybble.layers.decoder_block import Keep
 from nybble.layers.expert_products import touched
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.layers.streamed import StreamedExperts, StreamedLinear, expert_name
-from nybble.memory.measure import used_bytes
 from nybble.memory.store import FolderBlockStore, open_store
 from nybble.quantization.synth import synthesize
 from nybble.sources.load import load_model
@@ -157,12 +158,14 @@ def routed_counts(model: nn.Module, run: Callable[[], None]) -> Counts:
     return [found[id(router)] for router in routers]
 
 
-def timed(call: Callable[[], Any], before: Callable[[], None], cache: Cache) -> dict[str, float]:
+def timed(
+    call: Callable[[], Any], clock: Callable[[], float], before: Callable[[], None], cache: Cache
+) -> dict[str, float]:
     before()
-    share, started = cache.share(), time.perf_counter()
+    share, wall, started = cache.share(), time.perf_counter(), clock()
     call()
-    seconds = time.perf_counter() - started
-    return {"seconds": seconds, "cached before": share, "cached after": cache.share(), "RssAnon": used_bytes("cpu")}
+    seconds, wall = clock() - started, time.perf_counter() - wall
+    return {"seconds": seconds, "wall": wall, "cached before": share, "cached after": cache.share()}
 
 
 def main() -> None:
@@ -172,8 +175,10 @@ def main() -> None:
     parser.add_argument("--resident", type=int, default=0, help="blocks that stay in memory")
     parser.add_argument("--keep", choices=get_args(Keep), default="nothing")
     parser.add_argument("--folder", type=Path, help="where the model is kept between calls")
+    parser.add_argument("--cpu-time", action="store_true", help="processor seconds, of one thread; others may run")
     parser.add_argument("--cold", action="store_true", help="with an empty file cache before each measurement")
     given = parser.parse_args()
+    given.threads = 1 if given.cpu_time else given.threads
     torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary:
@@ -217,6 +222,7 @@ def measure(given: Any, folder: Path) -> None:
         "kernels": library.describe()["isa"],
         "versions": versions("nybble", "torch", "transformers"),
         "through": causal_lm.name,
+        "compared": "processor seconds" if given.cpu_time else "seconds",
         "file cache": "emptied before each measurement" if given.cold else "as measurements leave it",
         "experts of a block that got tokens": Spread.of([sum(map(bool, each)) for each in counts]).show(0),
         "rows of an expert, all blocks": Spread.of([count for each in counts for count in each if count]).show(0),
@@ -229,10 +235,12 @@ def measure(given: Any, folder: Path) -> None:
     }
     for call in calls.values():
         call()
+    clock = time.process_time if given.cpu_time else time.perf_counter
     turns = Turns(given.wait)
     for _ in range(2 if given.quick else given.rounds):
         turns.take(
-            {n: partial(timed, call, before, cache) for n, call in calls.items()}, lambda: {"": time.process_time()}
+            {n: partial(timed, call, clock, before, cache) for n, call in calls.items()},
+            lambda: {"": time.process_time()},
         )
     print_record(given, turns, floor, about)
 

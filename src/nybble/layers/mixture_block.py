@@ -3,8 +3,8 @@
     y = x2 + sum over a token's experts e of weight_e · down(silu(gate) * up),   gate, up = gate_up_e(rms_norm(x2))
 
 Rows, a token's state for each expert that it is sent to, lie sorted by expert. Of each touched expert the matrices are
-written out once in a pass; the states of its tokens are gathered, and all that comes between them and what it gives
-back is as small as its rows. Backward computes what lies between again in the same round, unless a block keeps
+written out once in a pass; the states of its tokens are gathered, what it gives back is added up in fp32, and all that
+comes between is as small as its rows. Backward computes what lies between again in the same round, unless a block keeps
 everything: then gate and up are kept. Which experts and with what weights, transformers' own router says, and its
 gradient comes by autograd; it is frozen. Since down_proj is linear, what it reads is multiplied by the weight, and not
 what it gives: so the weights' gradients need no second product.
@@ -74,11 +74,6 @@ class Routing:
         rows = weights.new_zeros(len(self.tokens))
         return rows.index_copy_(0, self.places.flatten(), weights.flatten())
 
-    def sum(self, rows: Tensor) -> Tensor:
-        """Of each token's rows, (R, width) -> (T, width)."""
-        per_token = rows.index_select(0, self.places.flatten())
-        return per_token.view(*self.places.shape, -1).sum(1)
-
 
 @dataclass
 class Mixed:
@@ -145,16 +140,17 @@ class MixtureBlock(DecoderBlock):
         routing = Routing.to(experts, inner.matrices.num_experts)
         weights = routing.to_rows(chosen)[:, None]
         gate_up = normed.new_empty(len(routing.tokens), inner.matrices.out_features) if kept else None
-        given = normed.new_empty(len(routing.tokens), normed.shape[1])
+        total = torch.zeros_like(normed, dtype=torch.float32)
         activate, _ = ACTIVATIONS[self.activation, True]
         for expert, rows in touched(routing.counts):
-            x = normed.index_select(0, routing.tokens[rows])  # (rows, hidden)
+            tokens = routing.tokens[rows]
+            x = normed.index_select(0, tokens)  # (rows, hidden)
             out = None if gate_up is None else gate_up[rows]
             both = inner.forward(expert, x, self._weight(inner, expert, x), out=out)  # (rows, 2 f)
             act = activate(*both.chunk(2, dim=1)).mul_(weights[rows])
-            outer.forward(expert, act, self._weight(outer, expert, x), out=given[rows])
-        y = routing.sum(given).mul_(self.residual)
-        del given
+            total.index_add_(0, tokens, outer.forward(expert, act, self._weight(outer, expert, x)).float())
+        y = total.mul_(self.residual).to(normed.dtype)
+        del total
         if self.shared:
             shared, act = self._shared(normed)
             y = self.shared_down.forward(act, self.shared_down.low_rank(act), residual=y, factor=self.residual)
@@ -173,11 +169,9 @@ class MixtureBlock(DecoderBlock):
             _, chosen, experts = self.router(routed)
         inner, outer = self._expert_projections()
         routing = mlp.routing or Routing.to(experts, inner.matrices.num_experts)
-        grad_rows, grad_weights, grads = self._backward_experts(
+        grad_normed, grad_weights, grads = self._backward_experts(
             normed, grad_y, routing, routing.to_rows(chosen.detach()), mlp.gate_up, (inner, outer)
         )
-        grad_normed = routing.sum(grad_rows)
-        del grad_rows
         of_chosen = grad_weights[routing.places].to(chosen.dtype)
         (through_router,) = torch.autograd.grad(chosen, routed, of_chosen)
         grad_normed.add_(through_router)
@@ -195,14 +189,14 @@ class MixtureBlock(DecoderBlock):
         gate_up: Tensor | None,
         projections: tuple[ExpertProjection, ExpertProjection],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """The gradients of the rows that experts read (R, hidden), of their weights (R), and of their adapters.
+        """The gradients of what experts read (T, hidden), of the weights of their rows (R), and of their adapters.
 
         Args:
             gate_up: what was kept of them, (R, 2 f); it is overwritten.
         """
         inner, outer = projections
         learnt = [each.adapters.zeros_like() if each.adapters is not None else None for each in projections]
-        grad_rows = normed.new_empty(len(routing.tokens), normed.shape[1])
+        total = torch.zeros_like(normed, dtype=torch.float32)
         grad_weights = torch.empty(len(weights), device=weights.device)
         _, activate_backward = ACTIVATIONS[self.activation, True]
         for expert, rows in touched(routing.counts):
@@ -220,9 +214,10 @@ class MixtureBlock(DecoderBlock):
             grad_weights[rows] = (grad_act * act).sum(1, dtype=torch.float32)
             outer.backward_adapters(expert, grad, grad_outer_z, act.mul_(weight), learnt[1])
             grad_z = inner.backward_low_rank(expert, both)
-            inner.backward_input(expert, both, grad_z, matrix, out=grad_rows[rows])
+            total.index_add_(0, tokens, inner.backward_input(expert, both, grad_z, matrix).float())
             inner.backward_adapters(expert, both, grad_z, x, learnt[0])
-        return grad_rows, grad_weights, [grad for each in learnt if each is not None for grad in (each.a, each.b)]
+        of_adapters = [grad for each in learnt if each is not None for grad in (each.a, each.b)]
+        return total.to(normed.dtype), grad_weights, of_adapters
 
     def _expert_projections(self) -> tuple[ExpertProjection, ExpertProjection]:
         """Gate and up, and down, as their adapters are now."""

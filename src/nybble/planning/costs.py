@@ -157,9 +157,9 @@ def expert_rows(run: RunShape, tokens: int) -> int:
     return sent + (EXPERT_ROWS - 1) * min(run.model.num_experts, sent)
 
 
-def _rows_of_one(run: RunShape) -> int:
+def _rows_of_one(run: RunShape, tokens: int) -> int:
     """Rows of an expert that many tokens are sent to: four times as many as to the others, or all."""
-    tokens, experts = run.batches.tokens, run.model.num_experts
+    experts = run.model.num_experts
     return min(tokens, 4 * -(-tokens * run.model.passed_experts // experts)) if experts else 0
 
 
@@ -221,7 +221,7 @@ def working_bytes(run: RunShape) -> int:
     if run.path == "blocks":
         f = run.model.dense_width
         swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
-        swiglu += _expert_bytes(run)
+        swiglu += _expert_bytes(run, run.batches.tokens)
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms or run.model.scaled_residual)
         swiglu += run.batches.tokens * c * 2 * f * run.dora  # gate and up, as they were
         attention = run.batches.tokens * c * 2 * (h + q + kv) + attention_scratch(run)
@@ -242,18 +242,18 @@ def working_bytes(run: RunShape) -> int:
     return run.batches.tokens * module_bytes(run) + MASTER_BYTES * run.model.mixer_chunk + read
 
 
-def _expert_bytes(run: RunShape) -> int:
-    """Of the backward pass of a block's experts: what they read, its gradient by rows and by tokens, and those rows
-    once more in the tokens' order; what the router gives; and what comes of the rows of one expert.
+def _expert_bytes(run: RunShape, tokens: int) -> int:
+    """Of the backward pass of a block's experts: what they read, its gradient, summed in fp32 and rounded; what the
+    router gives; what comes of the rows of one expert; and the gradients of their adapters.
     """
     if not run.model.expert_width:
         return 0
     c, (h, _, _, _) = run.compute_bytes, run.model.widths
-    tokens, rows = run.batches.tokens, expert_rows(run, run.batches.tokens)
-    routed = tokens * (2 * c * h + ROUTED_BYTES * run.model.num_experts) + ROUTED_ROW_BYTES * rows
-    one = c * _rows_of_one(run) * (2 * h + 7 * run.model.expert_width)
+    rows = expert_rows(run, tokens)
+    routed = tokens * ((2 * c + 4) * h + ROUTED_BYTES * run.model.num_experts) + ROUTED_ROW_BYTES * rows
+    one = c * _rows_of_one(run, tokens) * (2 * h + 7 * run.model.expert_width)
     learnt = MASTER_BYTES * run.expert_parameters // run.model.num_layers  # gradients, before they are added
-    return routed + c * h * (rows + tokens * run.model.passed_experts) + one + learnt
+    return routed + one + learnt
 
 
 def weights_read_bytes(run: RunShape) -> int:
@@ -395,10 +395,10 @@ def validation_bytes(run: RunShape) -> int:
     tokens, targets = batches.validation_tokens, batches.validation_supervised
     if run.asks_reference or run.asked:
         tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
-    routed = 4 * h * run.model.passed_experts
-    if run.path == "blocks":
-        routed, f = 2 * h * run.model.passed_experts, run.model.dense_width
-    block = tokens * (c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank + routed) + _bias_bytes(run))
+    routed = tokens * c * (4 * h + 3 * run.model.expert_width) * run.model.passed_experts
+    routed = _expert_bytes(run, tokens) if run.path == "blocks" else routed
+    f = run.model.dense_width
+    block = tokens * (c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank) + _bias_bytes(run)) + routed
     states = targets * h * (2 * c + 8) + _panels(run) + max(_asked_logits(run), _compared_logits(run))
     return max(block, states)
 
@@ -462,7 +462,7 @@ def compiled_bytes(run: RunShape) -> int:
     batches = run.batches
     counts = batches.token_counts * (forward + backward) + batches.validation_counts * forward
     if run.path == "blocks" and run.model.expert_width:
-        counts += EXPERT_PRODUCTS * -(-_rows_of_one(run) // EXPERT_ROWS)
+        counts += EXPERT_PRODUCTS * -(-_rows_of_one(run, batches.tokens) // EXPERT_ROWS)
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))
     return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head)
 
@@ -521,13 +521,10 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     shares = GAPS_GENERIC if run.path == "generic" else GAPS_BF16 if run.compute_bytes == 2 else GAPS_FP32
     kept = height.get(Part.KEPT, 0)
     gate_up = 2 * run.batches.tokens * run.compute_bytes * run.model.intermediate_size
-    by_rows = run.compute_bytes * run.model.hidden_size * run.batches.tokens * run.model.passed_experts
     if gate_up >= MAPPED_BYTES and run.keep == "everything":
         kept -= run.model.num_layers * gate_up
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= _panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
-    if run.path == "blocks" and by_rows >= MAPPED_BYTES and Part.AT_WORK in height:
-        at_work = max(0, at_work - 2 * by_rows)
     inputs = run.model.num_layers * input_bytes(run)
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 

@@ -26,6 +26,7 @@ class ModelShape:
         query_width, key_value_width: of all heads together; h where no layer is called so.
         intermediate_size: of the widest MLP that a token passes, with all of its experts.
         expert_width: of one of them; 0 without experts.
+        dense_width: of the widest MLP, or part of one, that has none; 0 where there are experts alone.
         narrow_ends: embedding and head stay in 16 bits whatever is computed in.
         dropped_states, dropped_attention: the model itself drops parts of these while it is trained.
         crossed: an encoder-decoder: blocks of its decoder have a second attention, over the encoder's states.
@@ -50,6 +51,8 @@ class ModelShape:
     query_width: int
     key_value_width: int
     intermediate_size: int
+    expert_width: int
+    dense_width: int
     narrow_ends: bool
     dropped_states: bool = False
     dropped_attention: bool = False
@@ -68,7 +71,6 @@ class ModelShape:
     last_layers: tuple[str, ...] = ("down_proj",)
     mixer_values: int = 0
     mixer_chunk: int = 0
-    expert_width: int = 0
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -76,13 +78,8 @@ class ModelShape:
         return self.hidden_size, self.query_width, self.key_value_width, self.intermediate_size
 
     @property
-    def dense_width(self) -> int:
-        """Of the MLP that every token passes whole; 0 where there are experts alone."""
-        return self.intermediate_size - self.passed_experts * self.expert_width
-
-    @property
     def gate_up_width(self) -> int:
-        """Of what that MLP's activation reads."""
+        """Of what the activation of an MLP without experts reads."""
         return (1 + self.gated) * self.dense_width
 
     @property

@@ -41,12 +41,13 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         query_width=query,
         key_value_width=key_value,
         intermediate_size=max((_mlp_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
+        expert_width=max((_expert_width(block, hidden) for block, _ in parts.blocks), default=0),
+        dense_width=max((_dense_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
         dropped_states=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
         dropped_attention=_drops_attention(model, config),
         mixer_values=mixer_values,
         mixer_chunk=mixer_chunk,
-        expert_width=max((_expert_width(block, hidden) for block, _ in parts.blocks), default=0),
         crossed=crossed,
         biased_attention=crossed and any(n.endswith("relative_attention_bias") for n, _ in model.named_modules()),
         **_of_family(family, config),
@@ -139,12 +140,15 @@ def _expert_width(block: BlockParts, hidden: int) -> int:
 
 
 def _mlp_width(block: BlockParts, hidden: int, last: str) -> int:
-    """Of the MLP: what its last layer takes; where none is called as in Llama, the widest there is. Experts: those that
-    a token passes.
+    """Of the MLP with the experts that a token passes."""
+    return _dense_width(block, hidden, last) + block.passed_experts * _expert_width(block, hidden)
+
+
+def _dense_width(block: BlockParts, hidden: int, last: str) -> int:
+    """Of the MLP but its experts: what its last layer takes; where none is called as in Llama, and there are no
+    experts, the widest there is.
     """
     linears = block.widths
-    dense = linears[last][0] if last in linears else 0
-    experts = block.passed_experts * _expert_width(block, hidden)
-    if not dense and not experts:
-        return max((max(i, o) for _, i, o in block.linears), default=hidden)
-    return dense + experts
+    if last in linears:
+        return linears[last][0]
+    return 0 if block.experts else max((max(i, o) for _, i, o in block.linears), default=hidden)
