@@ -70,7 +70,13 @@ class Floor:
         per_block = len(self.stacks) // len(counts)
         self.of_stack = [(stack, counts[i // per_block]) for i, stack in enumerate(self.stacks)]
         self.products = list(self._products(model, tokens))
-        self.operands = {product: _operands(product, dtype) for product in set(self.products)}
+        widths = {(p.inner, p.columns, p.forward) for p in self.products}
+        wide = {key: _operands(Product(tokens, *key), dtype) for key in widths}
+        self.operands = {
+            p: (x[: p.rows], weight, out[: p.rows])
+            for p in set(self.products)
+            for x, weight, out in [wide[p.inner, p.columns, p.forward]]
+        }
         largest = max(m.in_features * m.out_features for m in (*self.linears, *self.stacks))
         self.room = torch.empty(largest, dtype=dtype)
 
