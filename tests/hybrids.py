@@ -4,6 +4,7 @@ weights, adapters that are not zero.
 `CONFIGS` has a line for each; what rows do, and which layers go into four bits, is tested of all of them.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 4},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 8},
 }  # fmt: skip
+
+
+def make_hybrid(folder: Path, name: str) -> Path:
+    """A model of such an architecture in fp32 with a tokenizer of bytes, as transformers saves it."""
+    from tiny import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    shape = SHAPE | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **shape | {"max_position_embeddings": 256} | CONFIGS[name])
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 def hybrid(name: str, dtype: torch.dtype = torch.float32, adapters: bool = True, **more: Any) -> Any:

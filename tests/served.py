@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{
 class Running:
     """A server in a thread."""
 
-    def __init__(self, runs: list[Path], token: str | None = None, max_queue: int = 32):
+    def __init__(
+        self, runs: list[Path], token: str | None = None, max_queue: int = 32, image_hosts: Sequence[str] = ()
+    ):
         self.engine = Engine(load_models(runs, FP32), max_queue, threads=1)
-        api = Api(self.engine, token, max_new_tokens=64, max_request_bytes=20_000)
+        api = Api(self.engine, token, max_new_tokens=64, max_request_bytes=20_000, image_hosts=image_hosts)
         settings = uvicorn.Config(
             make_app(api, allowed_hosts(ServerOptions(run=tuple(runs)))), port=0, log_level="error"
         )

@@ -20,7 +20,7 @@ from nybble.generation.generate import generate
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.convert import adapters_of, attach_adapters, enable_adapters, resolve_targets
 from nybble.options.option import build_options
-from nybble.options.use_groups import AnswerOptions
+from nybble.options.use_groups import ChatOptions
 from nybble.options.verbs import ChatConfig
 from nybble.quantization.synth import byte_tokenizer
 from nybble.runs.open_run import LoadedModel
@@ -67,7 +67,7 @@ class Typed:
         self.prompts += prompts
         self.replies += generate(model, prompts, **options)
 
-    def talk(self, loaded: LoadedModel, options: AnswerOptions) -> None:
+    def talk(self, loaded: LoadedModel, options: ChatOptions) -> None:
         Conversation(loaded, options, Terminal(self.console)).hold()
 
     @property
@@ -75,8 +75,8 @@ class Typed:
         return self.console.file.getvalue()
 
 
-def options(**given: object) -> AnswerOptions:
-    return AnswerOptions(max_new_tokens=8, **given)
+def options(**given: object) -> ChatOptions:
+    return ChatOptions(max_new_tokens=8, **given)
 
 
 def test_a_conversation_goes_on_until_it_is_reset(monkeypatch, loaded):

@@ -1,6 +1,7 @@
 """Models whose layers carry a state from token to token: what rows see of each other, and what is in four bits."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,16 @@ from hybrids import CONFIGS, hybrid
 from own_gradients import examples, own_loss_and_gradients, relative, trained_loss_and_gradients
 from peft import LoraConfig, get_peft_model
 
-from nybble.errors import ModelError
+from nybble.errors import ConfigError, ModelError
 from nybble.generation.generate import generate
 from nybble.layers import mixers, recurrence
 from nybble.layers.causal_lm import CausalLM
-from nybble.layers.convert import describe_untouched, quantizable_linears, untouched_linears
+from nybble.layers.convert import describe_untouched, quantizable_linears, resolve_targets, untouched_linears
 from nybble.layers.probe import Part
 from nybble.runs.adapter_files import read_adapter
 from nybble.units import format_bytes
 
 ROWS = (9, 21)
-PADDED = ("jamba", "mamba", "granitemoehybrid")  # transformers does not tell all of their layers where rows begin
-FUSED = {"out_proj"}  # handed to a fused kernel, where there is one
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -31,15 +30,16 @@ def test_no_row_of_a_batch_sees_another(name: str) -> None:
     ours, our_gradients = trained_loss_and_gradients(causal_lm, rows)
     assert ours == pytest.approx(loss, rel=2e-6)
     assert relative(our_gradients, gradients) <= 1e-5
-    assert causal_lm.packed == (name not in PADDED), causal_lm.name
+    assert causal_lm.packed, causal_lm.name
     padded = CausalLM.of(model, packing=False)
     ours, our_gradients = trained_loss_and_gradients(padded, rows)
     assert ours == pytest.approx(loss, rel=2e-6) and relative(our_gradients, gradients) <= 1e-5
 
 
-@pytest.mark.parametrize("name", PADDED)
-def test_where_rows_would_see_each_other_they_are_padded_and_it_is_said(name: str) -> None:
-    causal_lm = CausalLM.of(hybrid(name))
+def test_where_rows_would_see_each_other_they_are_padded_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a mixer that nybble does not compute: transformers' own code lets rows see each other."""
+    monkeypatch.delitem(mixers.FORWARDS, "JambaMambaMixer")
+    causal_lm = CausalLM.of(hybrid("jamba"))
     refused = dict(causal_lm.verdict.layouts_refused)
     assert refused["packed"].part is Part.PACKING and "rows are padded, since packed ones differ" in causal_lm.name
 
@@ -76,8 +76,9 @@ def test_borders_of_rows_reach_every_kernel(name: str, monkeypatch: pytest.Monke
         ("qwen3_next", {"in_proj_ba"}),
         ("lfm2", set()),
         ("jamba", {"x_proj", "dt_proj"}),
-        ("mamba", {"x_proj", "dt_proj"} | FUSED),
-        ("falcon_h1", FUSED),
+        ("mamba", {"x_proj", "dt_proj"}),
+        ("falcon_h1", set()),
+        ("mamba2", set()),
     ],
 )
 def test_what_steers_a_state_stays_and_is_named_with_its_bytes(name: str, kept: set[str]) -> None:
@@ -91,6 +92,41 @@ def test_what_steers_a_state_stays_and_is_named_with_its_bytes(name: str, kept: 
         size = sum(parameter.nbytes for linear in of_leaf for parameter in linear.parameters())
         assert f"{len(of_leaf)} x {leaf} ({format_bytes(size)}) stays" in said
     assert "carry a state: " in said and "computed by PyTorch, without causal_conv1d" in said
+
+
+@pytest.mark.parametrize("name", ["bamba", "mamba2"])
+def test_no_weight_is_handed_to_a_fused_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where kernels are installed transformers' forward has one for training mode, past few bits and adapters."""
+    model, rows = hybrid(name), examples(ROWS)
+    loss, gradients = own_loss_and_gradients(model, rows)
+    for module in (recurrence, mixers):
+        monkeypatch.setattr(module, "kernel_packages", lambda model: dict.fromkeys(["mamba_ssm"], True))
+    causal_lm = CausalLM.of(model, packing=False).train()
+    own = next(each for each in model.modules() if isinstance(each, mixers.CallingMixer))
+    assert not isinstance(own, mixers.RowMixer) and model.training
+    assert any(linear.endswith(".out_proj") for linear in quantizable_linears(model))
+
+    def fused(*arguments: object, **keywords: object) -> None:
+        raise AssertionError("the fused kernel is asked")
+
+    code = sys.modules[mixers.class_of(own).__module__]
+    monkeypatch.setattr(code, "mamba2_split_conv1d_scan_combined", fused)
+    ours, our_gradients = trained_loss_and_gradients(causal_lm, rows)
+    assert ours == pytest.approx(loss, rel=2e-6) and relative(our_gradients, gradients) <= 1e-5
+    mixers.restore_mixers(model)
+    assert type(own) is mixers.class_of(own) and own.training
+
+
+def test_where_peft_takes_no_adapter_there_is_none() -> None:
+    model = hybrid("mamba2", adapters=False)
+    assert not any(name.endswith("out_proj") for name in resolve_targets(model, "all-linear"))
+    assert any("2 x out_proj in few bits has no adapter: PEFT takes none" in said for said in describe_untouched(model))
+    with pytest.raises(ConfigError, match="names 'out_proj', which has no adapter: PEFT takes none"):
+        resolve_targets(model, "out_proj")
+    config = LoraConfig(r=2, target_modules=["out_proj"])
+    with pytest.raises(ValueError, match="incompatible with Mamba-based models"):
+        get_peft_model(model, config)
+    assert any(name.endswith("out_proj") for name in resolve_targets(hybrid("bamba", adapters=False), "all-linear"))
 
 
 def test_an_adapter_of_peft_on_what_steers_a_state_is_read(tmp_path: Path) -> None:

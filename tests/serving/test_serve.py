@@ -90,7 +90,10 @@ def test_sampling_follows_its_seed(running: Running) -> None:
         ({"logprobs": True}, "logprobs is not supported"),
         ({"stop": [""]}, "stop"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "send the picture as data:",
+        ),
         ({"messages": [{"role": "user", "content": "x" * 2000}]}, "context"),
         ({"messages": [{"role": "user", "content": None}]}, "content is missing"),
         ({"extra_body": {"min_p": 1}}, "min_p"),

@@ -31,7 +31,7 @@ def test_tools_calls_and_results_are_given_to_the_template(running: Running, tra
 
     def prompt(**sent: Any) -> str:
         asked = parse(json.dumps(PLAIN | {"messages": turns} | sent).encode(), ChatRequest)
-        return template.tokenizer.decode(template.encode_prompt(asked.conversation(), asked.schemas()))
+        return template.tokenizer.decode(template.encode_prompt(asked.conversation(str), asked.schemas()))
 
     assert prompt().endswith(f"{end}assistant:<f>{end}tool:5{end}assistant:")
     assert prompt(tools=[TOOL]).startswith("tools: ") and json.dumps(TOOL["function"]) in prompt(
@@ -112,7 +112,7 @@ def test_calls_and_thoughts_are_what_the_openai_client_reads(saying: Any) -> Non
     turns = [*QUESTION, choice.message.model_dump(exclude_none=True)]
     turns += [{"role": "tool", "tool_call_id": call.id, "content": "5"} for call in calls]
     asked = parse(json.dumps(PLAIN | {"messages": turns, "tools": [ADD]}).encode(), ChatRequest)
-    assert [len(message.calls) for message in asked.conversation()] == [0, 2, 0, 0], "it can be sent back"
+    assert [len(message.calls) for message in asked.conversation(str)] == [0, 2, 0, 0], "it can be sent back"
     alone, _ = saying(SUM)
     assert alone.choices[0].message.content is None and len(alone.choices[0].message.tool_calls) == 1
 

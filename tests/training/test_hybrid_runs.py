@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from hybrids import CONFIGS, SHAPE
+from hybrids import CONFIGS, make_hybrid
 from short_runs import resume, tensors_after
-from tiny import byte_tokenizer, make_data
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import make_data
+from transformers import AutoModelForCausalLM
 
 import nybble
 from nybble.errors import NybbleError
@@ -19,26 +19,16 @@ EXPERTS = {"qwen3_next", "jamba", "granitemoehybrid"}
 STEPS = 3
 
 
-def saved(name: str, folder: Path) -> Path:
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    shape: dict[str, Any] = SHAPE | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **shape | {"max_position_embeddings": 256} | CONFIGS[name])
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
-
-
 def trained(model: Path, out: Path, data: Path, **more: Any) -> Path:
     options = {"max_steps": STEPS, "rows_per_step": 4, "micro_batch_size": 2, "rank": 4, "lr": 1e-2, "save_every": 1}
-    options |= {"compute_dtype": "fp32", "quality": "absmax", "max_dense_share": 0.5, "keep_checkpoints": 9}
+    options |= {"compute_dtype": "fp32", "quality": "absmax", "keep_checkpoints": 9}
     nybble.train(model=model, data=data, out=out, **options | more)
     return out
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_text", *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)])
 def test_a_run_goes_on_to_the_bit_and_its_merge_opens_in_transformers(name: str, tmp_path: Path) -> None:
-    model, data = saved(name, tmp_path / "model"), make_data(tmp_path / "rows.jsonl")
+    model, data = make_hybrid(tmp_path / "model", name), make_data(tmp_path / "rows.jsonl")
     whole, stopped = trained(model, tmp_path / "whole", data), tmp_path / "stopped"
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints" / f"step-{STEPS}")
@@ -61,7 +51,7 @@ def test_a_run_goes_on_to_the_bit_and_its_merge_opens_in_transformers(name: str,
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bamba", "jamba", "lfm2", "qwen3_5_text"])
 def test_a_base_is_calibrated_and_its_bits_are_mixed_or_it_is_said_why_not(name: str, tmp_path: Path) -> None:
-    model, data = saved(name, tmp_path / "model"), make_data(tmp_path / "rows.jsonl")
+    model, data = make_hybrid(tmp_path / "model", name), make_data(tmp_path / "rows.jsonl")
     few = {"max_steps": 1, "calibration_tokens": 2048}
     if name == "bamba":  # whose layers give more than states
         with pytest.raises(NybbleError, match="cannot be calibrated"):

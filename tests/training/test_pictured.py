@@ -259,7 +259,7 @@ def test_evaluated_and_merged(kind: str, runs: Any, tmp_path: Path) -> None:
 def test_rows_with_pictures_are_refused_where_text_is_read(models: Any, colours: Path, runs: Any) -> None:
     import nybble
     from nybble.data.calibration_text import read_calibration_file
-    from nybble.errors import ConfigError, DataError
+    from nybble.errors import ConfigError, DataError, ModelError
     from nybble.evaluation.samples import compare_answers
     from nybble.runs.open_run import load_tuned, open_run
 
@@ -277,6 +277,8 @@ def test_rows_with_pictures_are_refused_where_text_is_read(models: Any, colours:
     assert (
         sample.tuned == nybble.open_run(opened.run.path, compute_dtype="fp32").generate(turns, max_new_tokens=4).strip()
     )
+    with pytest.raises(ModelError, match="reads texts and pictures, and objective is dpo"):
+        nybble.plan(model=models("qwen2_5_vl"), objective="dpo")
     for name, given in {"init": "pissa", "neftune_alpha": 5.0, "quality": "calibrated"}.items():
         with pytest.raises(ConfigError, match=r"pictures"):
             fine_tune(models("llava"), colours, colours.parent / "refused", **{name: given})

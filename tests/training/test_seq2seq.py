@@ -119,6 +119,7 @@ def test_it_learns_and_goes_on_to_the_bit(t5_run: Path) -> None:
     train(load_config(t5_run / "config.yaml", {"out": str(t5_run), "resume": True}))
     assert (t5_run / "adapter" / "adapter_model.safetensors").read_bytes() == whole
     assert json.loads((t5_run / "task.json").read_text())["kind"] == "seq2seq"
+    assert "packing: false" in (t5_run / "config.yaml").read_text()
     plan = json.loads((t5_run / "plan.json").read_text())
     assert plan["measured"]["peak_bytes"] <= plan["chosen"]["peak_bytes"]
 
@@ -194,8 +195,15 @@ def test_plans_are_made_and_of_encoders_refused(t5: Path, rows: Path, tmp_path: 
     most, asked = nybble.plan(model=t5, max_seq_len=128), nybble.plan(model=t5, data=rows)
     assert most.chosen.run.batches.longest_row == 128 and most.chosen.run.batches.documents == 2
     assert asked.chosen.run.batches.tokens < most.chosen.run.batches.tokens
+    encoder, decoder = asked.chosen.run.sides
+    assert encoder.model.num_layers + decoder.model.num_layers == asked.chosen.run.model.num_layers == 4
+    assert encoder.batches.longest_row <= 12 and decoder.batches.longest_row <= 12
+    bert = make_encoder(tmp_path / "bert")
     with pytest.raises(ModelError, match="is an encoder, which goes on with no text"):
-        nybble.plan(model=make_encoder(tmp_path / "bert"))
+        nybble.plan(model=bert)
+    assert nybble.plan(model=bert, objective="classify").chosen.run.batches.longest_row == 130, "its positions"
+    with pytest.raises(ConfigError, match="the model has positions for 130 tokens"):
+        nybble.plan(model=bert, objective="classify", max_seq_len=131)
 
 
 def test_prompts_keep_their_end_and_answers_lose_theirs() -> None:

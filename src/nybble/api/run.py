@@ -111,14 +111,7 @@ class Run:
         first = [] if options.system is None else [Message("system", options.system)]
         template = self._opened.template
         pieces = TextPieces(template.tokenizer)
-        turns = [*first, *_turns(prompt)]
-        beside: Mapping[str, Any] = {}
-        if any(turn.pictures for turn in turns):
-            row = template.encode_asked(turns)
-            assert template.reader is not None  # else the row was refused
-            ids, beside = row.input_ids.tolist(), template.reader.collate([row], packed=False).pictures
-        else:
-            ids = template.encode_prompt(turns)
+        ids, beside = template.asked([*first, *_turns(prompt)])
         generate(
             self._model,
             [ids],

@@ -3,15 +3,15 @@
 from nybble.cli.render import Terminal
 from nybble.data.examples import Message
 from nybble.errors import NybbleError
-from nybble.evaluation.chat import answer, opening
+from nybble.evaluation.chat import answer, opening, with_images
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.convert import adapters_of, enable_adapters
-from nybble.options.use_groups import AnswerOptions
+from nybble.options.use_groups import ChatOptions
 from nybble.runs.open_run import LoadedModel
 
 HELP = (
-    "Type a message. /reset forgets what was said, /base shows the base's answers too (again: no more), "
-    "/quit leaves, Ctrl-C stops an answer."
+    "Type a message. /image FILE shows a picture with the next message, /reset forgets what was said, "
+    "/base shows the base's answers too (again: no more), /quit leaves, Ctrl-C stops an answer."
 )
 
 
@@ -24,9 +24,10 @@ class Conversation:
         terminal: where its answers are shown.
     """
 
-    def __init__(self, loaded: LoadedModel, options: AnswerOptions, terminal: Terminal):
+    def __init__(self, loaded: LoadedModel, options: ChatOptions, terminal: Terminal):
         self.loaded, self.options, self.terminal = loaded, options, terminal
         self._messages, self._with_base = opening(options.system), False
+        self._images = list(options.image)  # of the next message
 
     def hold(self) -> None:
         """Answer what the user types until they leave."""
@@ -42,11 +43,13 @@ class Conversation:
             if line == "/quit":
                 return
             if line == "/reset":
-                self._messages = opening(self.options.system)
+                self._messages, self._images = opening(self.options.system), []
             elif line == "/base":
                 self._toggle_base()
+            elif line.startswith("/image ") or line == "/image":
+                self._show(line.removeprefix("/image").strip())
             elif line:
-                self._take_turn(Message("user", line))
+                self._say(line)
 
     def ask(self, prompt: str) -> None:
         """Answer one message.
@@ -54,7 +57,26 @@ class Conversation:
         Raises:
             DataError: it does not fit into the model's context, or the template refuses it.
         """
-        self._answer([*self._messages, Message("user", prompt)], TextPieces(self.loaded.template.tokenizer))
+        message = with_images(prompt, self._images)
+        self._answer([*self._messages, message], TextPieces(self.loaded.template.tokenizer))
+
+    def _show(self, file: str) -> None:
+        """Keep a picture for the next message."""
+        if self.loaded.template.reader is None:
+            self.terminal.say("This model reads text alone; one of vision and language is asked with --image.")
+        elif not file:
+            self.terminal.say("Name a file: /image FILE")
+        else:
+            self._images.append(file)
+
+    def _say(self, words: str) -> None:
+        try:
+            message = with_images(words, self._images)
+        except NybbleError as error:
+            self.terminal.say(str(error), style="red")
+        else:
+            self._take_turn(message)
+        self._images = []
 
     def _toggle_base(self) -> None:
         if not adapters_of(self.loaded.model):

@@ -111,6 +111,23 @@ class ChatTemplate:
         ids: list[int] = self.encode_asked(messages, tools).input_ids.tolist()
         return ids
 
+    def asked(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """What `encode_prompt` gives, and what a model is given of the conversation's pictures beside it, by name.
+
+        Raises:
+            DataError: as `encode_prompt`; or there are pictures, and the model reads none, or one cannot be read.
+        """
+        count = sum(len(message.pictures) for message in messages)
+        if not count:
+            return self.encode_prompt(messages, tools), {}
+        if self.reader is None:
+            raise DataError(
+                f"the conversation has pictures ({count}), and the model reads text alone",
+                "pictures are read by vision-language models: runs over rows with pictures, and models loaded for them",
+            )
+        row = self.encode_asked(messages, tools)
+        return row.input_ids.tolist(), self.reader.collate([row], packed=False).pictures
+
     def encode_asked(self, messages: Sequence[Message], tools: Tools = ()) -> EncodedExample:
         """The same as a sequence of which nothing is learnt: with its pictures, where there are any.
 

@@ -26,7 +26,7 @@ from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.convert import TOWERS, block_names
 from nybble.layers.decoder_block import Keep, block_ops
 from nybble.layers.lora import DoraLinear
-from nybble.layers.mixers import computes_mixers
+from nybble.layers.mixers import computes_mixers, masks_of_rows
 from nybble.layers.mixture_block import block_of
 from nybble.layers.norms import final_norm
 from nybble.layers.own_head import decoder_of, is_plain
@@ -166,7 +166,10 @@ class ModuleForward:
             states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
             places = positions_with_pictures(self.model, batch)
             borders = row_borders(batch) if batch.packed and self._tells_borders else {}
-            return decoder_states(self.model, states, places, batch.attention_mask, beside_tokens(batch), **borders)
+            if borders and computes_mixers(self.model):
+                borders |= masks_of_rows(self.model, borders, batch.position_ids)
+            mask = borders.pop("attention_mask", batch.attention_mask)
+            return decoder_states(self.model, states, places, mask, beside_tokens(batch), **borders)
         width = batch.input_ids.shape[1]
         rows = []
         for ids, places, length in zip(batch.input_ids, batch.position_ids, batch.document_lengths, strict=True):
@@ -428,7 +431,7 @@ def decoder_states(
     model: "PreTrainedModel",
     tokens: Tensor,
     position_ids: Tensor,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     pictures: Mapping[str, Tensor] = MappingProxyType({}),
     **more: Any,
 ) -> Tensor:

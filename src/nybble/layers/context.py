@@ -4,9 +4,13 @@ Rotary frequencies give an angle for every position, so such a model computes be
 less well. Learned positions and tables that are computed once end where the context ends.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+from nybble.errors import ConfigError
+from nybble.options.groups import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -31,6 +35,29 @@ def fixed_context(model: "PreTrainedModel", config: "PretrainedConfig | Any") ->
     context = context_length(config)
     if context is None or (_has_rotary(model) and not _has_table(model, context)):
         return None
+    return context
+
+
+def within_positions(
+    max_seq_len: int, config: "PretrainedConfig | Any", skeleton: "Callable[[], PreTrainedModel]"
+) -> int:
+    """The max_seq_len that a model can compute: the default is lowered to its positions.
+
+    Args:
+        skeleton: gives the model, on the meta device; asked where that matters.
+
+    Raises:
+        ConfigError: another max_seq_len was asked for, and the model has no positions for so many tokens.
+    """
+    context = context_length(config)
+    if context is None or max_seq_len <= context or fixed_context(skeleton(), config) is None:
+        return max_seq_len
+    if max_seq_len != RowOptions.model_fields["max_seq_len"].default:
+        raise ConfigError(
+            f"max-seq-len is {max_seq_len}; the model has positions for {context} tokens.",
+            f"Allowed with this model: up to {context}.",
+            f"Use --max-seq-len {context}, or leave it out.",
+        )
     return context
 
 

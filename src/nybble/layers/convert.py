@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from nybble.options.adapter_groups import AdapterSizes, NewAdapters
 
 TOWERS = "quantize_towers"  # of a config: which parts of a vision-language model are in few bits and adapted
+# Whose `out_proj` transformers hands to a fused kernel while it trains, past any adapter; PEFT refuses it there.
+PEFT_TAKES_NO_OUT_PROJ = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 ATTENTION_PARENTS = ("attn", "attention")
 Value = TypeVar("Value", int, float)
 
@@ -112,11 +114,26 @@ def end_modules(model: nn.Module) -> list[str]:
 
 
 def quantizable_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers that go into four bits and can have an adapter: those of the blocks that the model
-    does nothing with but call, and whose makers do not keep them in fp32.
+    """Names of the linear layers that go into four bits: those of the blocks that the model does nothing with but call,
+    and whose makers do not keep them in fp32.
     """
     why = why_untouched(model)
     return [name for name in block_linears(model) if name not in why]
+
+
+def adaptable_linears(model: nn.Module) -> list[str]:
+    """Of those the ones that can have an adapter in PEFT, too."""
+    refused = _without_adapter(model)
+    return [name for name in quantizable_linears(model) if name not in refused]
+
+
+def _without_adapter(model: nn.Module) -> dict[str, str]:
+    """Linear layers that are in few bits and have no adapter -> why."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in PEFT_TAKES_NO_OUT_PROJ:
+        return {}
+    names = (name for name in quantizable_linears(model) if name.endswith(".out_proj"))
+    return dict.fromkeys(names, f"PEFT takes none on it in models of type {model_type}")
 
 
 def untouched_linears(model: nn.Module) -> dict[str, str]:
@@ -139,6 +156,8 @@ def describe_untouched(model: nn.Module) -> list[str]:
         f"{len(sizes)} x {leaf} ({format_bytes(sum(sizes))}) stays as it is, without adapter: {why}"
         for (leaf, why), sizes in kinds.items()
     ]
+    without = Counter((name.rpartition(".")[2], why) for name, why in _without_adapter(model).items())
+    sentences += [f"{count} x {leaf} in few bits has no adapter: {why}" for (leaf, why), count in without.items()]
     return [*sentences, *_describe_recurrence(model)]
 
 
@@ -197,7 +216,7 @@ def resolve_targets(model: nn.Module, target_modules: str | Sequence[str]) -> li
     Raises:
         ConfigError: a name matches no layer; the message lists the names there are.
     """
-    linears, experts = quantizable_linears(model), list(expert_shapes(model))
+    linears, experts = adaptable_linears(model), list(expert_shapes(model))
     in_attention = [name for name in linears if any(word in name.rpartition(".")[0] for word in ATTENTION_PARENTS)]
     groups = {"all-linear": linears, "attention": in_attention, "experts": experts}
     layers = [*linears, *experts, *end_modules(model)]
@@ -225,10 +244,12 @@ def _no_target(wanted: str, groups: Sequence[str], layers: Sequence[str]) -> Con
 
 
 def _refuse_untouched(model: nn.Module, wanted: str) -> None:
-    for name, why in untouched_linears(model).items():
+    has_none = {name: f"has no adapter: {why}" for name, why in _without_adapter(model).items()}
+    stays = {name: f"stays as it is: {why}" for name, why in untouched_linears(model).items()}
+    for name, why in (has_none | stays).items():
         if matches(name, wanted):
             raise ConfigError(
-                f"target_modules names {wanted!r}, which stays as it is: {why}.",
+                f"target_modules names {wanted!r}, which {why}.",
                 "Adapters go onto the layers that can go into few bits.",
                 "Leave it out.",
             )

@@ -7,26 +7,42 @@ model so computed gives what transformers' code gives for each row alone, the pr
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
 
 from nybble.layers.recurrence import kernel_packages, recurrent_mixers
 from nybble.layers.scans import CHUNK, causal_conv, gated_delta_rule, selective_scan, state_space_scan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NORM_EPS = 1e-6  # of queries and keys of a delta rule, as transformers has it
 CACHES = ("cache_params", "past_key_values")  # the arguments that a mixer may be given one by
 
 
-class RowMixer(nn.Module):
+class CallingMixer(nn.Module):
+    """Mixed in before a mixer's own class: it calls its linear layers. In training mode transformers hands the weight
+    of the last one to a fused kernel, which goes past few bits and adapters; mixers have nothing else that this mode
+    changes, so they are never in it.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.training = False
+        return self
+
+
+class RowMixer(CallingMixer):
     """Mixed in before a mixer's own class, whose forward is left to answers: those have a cache.
 
-    Rows are side by side, and `seq_idx` (1, T) numbers them, or padded, (B, T). What lies before or behind a padded row
-    counts as a row of its own.
+    Rows are side by side, and `seq_idx` (1, T) numbers them, or their mask does (`masks_of_rows`), or padded, (B, T).
+    What lies before or behind a padded row counts as a row of its own.
     """
 
     def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
@@ -42,31 +58,38 @@ class RowMixer(nn.Module):
 
 
 def _numbered(states: Tensor, mask: Tensor | None) -> Tensor:
-    """The number of each token's row, (B, T); that of padding is one less."""
+    """The number of each token's row, (B, T); that of padding is one less. A mask of one row may be such numbers."""
     numbers = 2 * torch.arange(len(states), device=states.device)[:, None] + 1
     return numbers.expand(states.shape[:2]) if mask is None else numbers - 1 + mask.to(numbers.dtype)
 
 
 def class_of(module: nn.Module) -> Any:
-    """The module's class, or the one that it had before `RowMixer` was mixed in."""
-    return type(module).__mro__[2] if isinstance(module, RowMixer) else type(module)
+    """The module's class, or the one that it had before one of these was mixed in."""
+    return next(each for each in type(module).__mro__ if not issubclass(each, CallingMixer))
 
 
 def compute_mixers(model: nn.Module) -> None:
     """Give the model's mixers their second forward, in place, where it is known for all of them and none of the
-    packages is there whose kernels transformers runs.
+    packages is there whose kernels transformers runs; else let those that are known call their layers.
     """
     mixers = recurrent_mixers(model).values()
-    if any(kernel_packages(model).values()) or not all(type(mixer).__name__ in FORWARDS for mixer in mixers):
-        return
+    ours = not any(kernel_packages(model).values()) and all(type(mixer).__name__ in FORWARDS for mixer in mixers)
     for mixer in mixers:
-        mixer.__class__ = _with_rows(class_of(mixer))
+        if calls_its_layers(mixer):
+            mixer.__class__ = _mixed(RowMixer if ours else CallingMixer, class_of(mixer))
+            mixer.training = False
 
 
 def restore_mixers(model: nn.Module) -> None:
     """Undo `compute_mixers`."""
     for mixer in recurrent_mixers(model).values():
         mixer.__class__ = class_of(mixer)
+        mixer.training = model.training
+
+
+def calls_its_layers(module: nn.Module) -> bool:
+    """Whether it is a mixer that `compute_mixers` knows, and so never in training mode."""
+    return class_of(module).__name__ in FORWARDS
 
 
 def computes_mixers(model: nn.Module) -> bool:
@@ -75,10 +98,29 @@ def computes_mixers(model: nn.Module) -> bool:
     return bool(mixers) and all(isinstance(mixer, RowMixer) for mixer in mixers)
 
 
+def masks_of_rows(model: "PreTrainedModel", borders: Mapping[str, Any], position_ids: Tensor) -> dict[str, Any]:
+    """The attention mask of rows side by side for a model that hands nothing else on to all of its layers: the numbers
+    of rows for its mixers (Mamba), beside what follows from positions for its attention (Jamba; Granite's hybrid, which
+    makes that of a mask alone); under the name that its forward takes it by. Nothing for other models.
+
+    Args:
+        borders: of `recurrence.row_borders`. position_ids: (1, T), of each token in its row.
+    """
+    classes = {class_of(mixer).__name__ for mixer in recurrent_mixers(model).values()}
+    rows = borders["seq_idx"]
+    if classes <= {"MambaMixer", "FalconMambaMixer"}:
+        return {"attention_mask": rows}
+    if not classes <= {"JambaMambaMixer", "GraniteMoeHybridMambaLayer"}:
+        return {}
+    states = torch.empty((*position_ids.shape, 0), dtype=model.dtype, device=position_ids.device)
+    attended = create_causal_mask(model.config, states, None, None, position_ids)
+    return {"attention_mask": {"full_attention": attended, "linear_attention": rows}}
+
+
 @functools.cache
-def _with_rows(own_class: Any) -> Any:
+def _mixed(mixin: type[CallingMixer], own_class: Any) -> Any:
     # Its name and its file are those of the class whose code it has: what reads that code looks at both.
-    return type(own_class.__name__, (RowMixer, own_class), {"__module__": own_class.__module__})
+    return type(own_class.__name__, (mixin, own_class), {"__module__": own_class.__module__})
 
 
 # ---- the forwards: (mixer, states (1, T, hidden), rows (T)) -> (1, T, hidden) --------------------------------------

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from nybble.layers.mixers import class_of
+from nybble.layers.mixers import calls_its_layers, class_of
 
 READ = ("weight", "bias")
 KIND = ("dtype", "device")
@@ -30,6 +30,7 @@ class WeightRead:
         where: "class.method".
         conditions: (test, holds): what must be true of the reading module, as far as its own attributes say.
         values: its numbers are read, not only asked of which type they are and where they lie.
+        training: only while the reading module is in training mode.
     """
 
     path: str
@@ -37,6 +38,7 @@ class WeightRead:
     where: str
     conditions: tuple[tuple[str, bool], ...]
     values: bool = True
+    training: bool = False
 
 
 def weights_read(model: nn.Module, values: bool = False) -> dict[str, str]:
@@ -53,7 +55,7 @@ def weights_read(model: nn.Module, values: bool = False) -> dict[str, str]:
         for read in reads_of(class_of(module)):
             if not all(_holds(test, module) is holds for test, holds in read.conditions):
                 continue
-            if values and not read.values:
+            if (values and not read.values) or (read.training and calls_its_layers(module)):
                 continue
             if read.below:
                 hits = [n for n in names if n.startswith(prefix) and n.endswith(f".{read.path}")]
@@ -82,22 +84,30 @@ def reads_of(own_class: type[nn.Module]) -> tuple[WeightRead, ...]:
 
 
 def _reads_in(
-    node: ast.AST, where: str, conditions: tuple[tuple[str, bool], ...], values: bool = True
+    node: ast.AST, where: str, conditions: tuple[tuple[str, bool], ...], values: bool = True, training: bool = False
 ) -> Iterator[WeightRead]:
     if isinstance(node, ast.If):
         yield from _reads_in(node.test, where, conditions)
         own = [(ast.unparse(node.test), True)] if _is_about_self(node.test) else []
+        trains = training or _asks_for_training(node.test)
         for statement in node.body:
-            yield from _reads_in(statement, where, (*conditions, *own))
+            yield from _reads_in(statement, where, (*conditions, *own), training=trains)
         for statement in node.orelse:
-            yield from _reads_in(statement, where, (*conditions, *((test, False) for test, _ in own)))
+            no = (*conditions, *((test, False) for test, _ in own))
+            yield from _reads_in(statement, where, no, training=training)
         return
     if isinstance(node, ast.Attribute) and node.attr in READ:
         root, *path = _chain(node.value)
         if path and root:
-            yield WeightRead(".".join(path), root != "self", where, conditions, values)
+            yield WeightRead(".".join(path), root != "self", where, conditions, values, training)
     for child in ast.iter_child_nodes(node):
-        yield from _reads_in(child, where, conditions, not _asks_kind(node, child))
+        yield from _reads_in(child, where, conditions, not _asks_kind(node, child), training)
+
+
+def _asks_for_training(test: ast.expr) -> bool:
+    """Whether a condition holds in training mode alone: `self.training`, or that and something else."""
+    parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return any(ast.unparse(part) == "self.training" for part in parts)
 
 
 def _asks_kind(node: ast.AST, child: ast.AST) -> bool:

@@ -76,7 +76,7 @@ def pattern_of(value: Any) -> Any:
     return value
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
@@ -123,7 +123,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), BeforeValidator(_nameable)]
 AutoRate = Literal["auto"] | Annotated[float, Field(gt=0)]
 AutoRank = Literal["auto"] | Annotated[int, Field(ge=1)]
-Sources = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(_one_or_more)]  # may hold commas: not split
+Sources = Annotated[tuple[Name, ...], Field(min_length=1), BeforeValidator(one_or_more)]  # may hold commas: not split
 RankPattern = Annotated[dict[str, Annotated[int, Field(ge=1)]], BeforeValidator(pattern_of)]
 AlphaPattern = Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(pattern_of)]
 MAX_YAML_BYTES = 1_000_000

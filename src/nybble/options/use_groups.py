@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, model_validator
 
 from nybble.errors import ConfigError
 from nybble.options.groups import CalibrationOptions, LengthOptions, PathOptions
-from nybble.options.option import Folder, Name, Options, Seed, Sources, knob, split_names
+from nybble.options.option import Folder, Name, Options, Seed, Sources, knob, one_or_more, split_names
 
 NEW_FOLDER: Any = {"description": "Folder to write; it must not exist, or be empty.", "aliases": ("output_dir",)}
 
@@ -90,6 +90,12 @@ class AnswerOptions(Options, group="Chat"):
     top_p: float = knob(1.0, "Sample among the likeliest tokens that make up this probability.", gt=0, le=1)
     top_k: int = knob(0, "Sample among so many likeliest tokens; 0 among all.", ge=0)
     seed: Seed = knob(0, "Seed of the sampling.")
+
+
+class ChatOptions(AnswerOptions):
+    image: Annotated[tuple[Name, ...], BeforeValidator(one_or_more)] = knob(
+        (), "File of a picture that the first message shows; given again, further ones.", aliases=("images",)
+    )
 
 
 class MergeOptions(Options, group="Run"):
@@ -256,5 +262,8 @@ class ServerOptions(Options, group="Server"):
     )
     allow_host: Name | None = knob(None, "Names, separated by commas, that clients may reach this server by.")
     max_new_tokens: int = knob(512, "Most tokens in an answer.", ge=1, aliases=("max_tokens",))
+    image_hosts: Name | None = knob(
+        None, "Hosts, separated by commas, that pictures of requests may be fetched from; none unless given."
+    )
     max_queue: int = knob(32, "Requests that may wait or run; more are refused with 429.", ge=1)
     max_request_bytes: int = knob(1_000_000, "Bytes a request may have; larger ones are refused with 413.", ge=1)

@@ -301,7 +301,7 @@ class ChatConfig(Verb):
     """What `nybble chat` needs to know."""
 
     model: use_groups.AnsweringModel
-    answers: use_groups.AnswerOptions
+    answers: use_groups.ChatOptions
     machine: groups.MachineOptions
 
 

@@ -17,7 +17,7 @@ from itertools import product
 from typing import NamedTuple
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.planning import cuda_costs, tower_costs
+from nybble.planning import cuda_costs, module_costs, tower_costs
 from nybble.planning.run_shape import ModelShape, RunShape
 from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES, EXPERT_ROWS
 from nybble.sources.parts import BlockParts
@@ -164,13 +164,13 @@ def _rows_of_one(run: RunShape, tokens: int) -> int:
 
 
 def kept_bytes(run: RunShape) -> int:
-    """What one block keeps between its forward and its backward pass."""
+    """What one block keeps between its forward and its backward pass; of one side of an encoder-decoder."""
     c = run.compute_bytes
     h, q, kv, _ = run.model.widths
     if run.keep == "nothing" or (run.path == "generic" and run.keep == "attention"):
         per_token = c * h
     elif run.path == "generic":
-        per_token = module_bytes(run)
+        per_token = 0
     elif run.keep == "attention":
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
@@ -179,7 +179,8 @@ def kept_bytes(run: RunShape) -> int:
         per_token = c * (states + run.model.normed_width + inner + low_rank_columns(run))
         per_token += LSE_BYTES * run.model.num_heads + run.model.norm_bytes
         per_token += PLACE_BYTES * run.model.passed_experts
-    kept = run.batches.tokens * per_token
+    whole = run.path == "generic" and run.keep == "everything"
+    kept = modules_bytes(run) if whole else run.batches.tokens * per_token
     if run.path == "blocks" and run.keep == "everything":
         kept += expert_rows(run, run.batches.tokens) * (
             c * (1 + run.model.gated) * run.model.expert_width + PLACE_BYTES
@@ -196,7 +197,12 @@ def low_rank_columns(run: RunShape) -> int:
 
 def offloaded_bytes(run: RunShape) -> int:
     """What blocks keep in a file, or beside a GPU; 0 where they keep it in the memory that they compute in."""
-    return run.model.num_layers * kept_bytes(run) if run.offload else 0
+    return _kept_by_all(run) if run.offload else 0
+
+
+def _kept_by_all(run: RunShape) -> int:
+    """What all blocks keep, if all keep the same."""
+    return sum(side.model.num_layers * kept_bytes(side) for side in run.sides)
 
 
 def streamed_bytes(run: RunShape) -> int:
@@ -239,7 +245,7 @@ def working_bytes(run: RunShape) -> int:
     read = weights_read_bytes(run) if run.full else 0
     if run.keep == "everything":
         return run.batches.tokens * c * (2 * h + 3 * f) + read  # gradients around SwiGLU
-    return run.batches.tokens * module_bytes(run) + MASTER_BYTES * run.model.mixer_chunk + read
+    return modules_bytes(run) + MASTER_BYTES * run.model.mixer_chunk + read
 
 
 def _expert_bytes(run: RunShape, tokens: int) -> int:
@@ -270,36 +276,46 @@ def rounded_bytes(run: RunShape) -> int:
     return run.compute_bytes * max(block.linear_elements + block.matrix_elements for block, _ in run.model.parts.blocks)
 
 
+def modules_bytes(run: RunShape) -> int:
+    """What transformers' modules of one block hold for their backward pass."""
+    if not module_costs.is_counted(run):
+        return run.batches.tokens * module_bytes(run)
+    return module_costs.held_bytes(run) + run.batches.tokens * _adapter_bytes(run)
+
+
 def module_bytes(run: RunShape) -> int:
     """What transformers' modules of one block hold for their backward pass, per token: fp32 copies inside the two norms
     (input and normalised), then in the compute dtype the inputs of every product and of every elementwise function;
     with dropout each adapter's input once more, and its mask; with DoRA each adapted output before it is scaled; where
     there are experts each token's state once for each that it is sent to, what they make of it, that weighted, and that
     in the tokens' order; of a mixer with a state, its scans. Where the model itself drops: masks of what attention and
-    the MLP give, and, since no kernel then does without it, the attention matrix before and after, and its mask. Of an
-    encoder-decoder the second attention of its decoder's blocks with its norm, and what is dropped within the MLP; and
-    the matrix of biases of attention where it has some.
+    the MLP give, and, since no kernel then does without it, the attention matrix before and after, and its mask.
     """
     c, r = run.compute_bytes, run.rank
     h, q, kv, f = run.model.widths
     norms = 2 * (4 * h + 4 * h)
     inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
     mlp = 2 * h + 4 * f + 4 * h * run.model.passed_experts
-    inputs_again = max(sum(width for _, width, _ in block.linears) for block, _ in run.model.parts.blocks)
-    dropped = (c + 1) * inputs_again if run.dropout else 0  # inputs again, and masks
-    outputs = max(sum(width for _, _, width in block.linears) for block, _ in run.model.parts.blocks)
-    turned = c * outputs if run.dora else 0  # what is scaled
-    dropped += 2 * c * h if run.model.dropped_states else 0  # PyTorch's masks are factors, in the dtype of the states
-    dropped += 3 * c * run.model.num_heads * run.batches.longest_row if run.model.dropped_attention else 0
+    dropped = 2 * c * h if run.model.dropped_states else 0  # PyTorch's masks are factors, in the dtype of the states
     mixers = MASTER_BYTES * run.model.mixer_values
-    crossed = 8 * h + c * inputs + 2 * c * f * run.model.dropped_states if run.model.crossed else 0
-    return norms + c * (inputs + mlp + 14 * r) + dropped + turned + mixers + crossed + _bias_bytes(run)
+    dropped += 3 * c * run.model.num_heads * run.batches.longest_row if run.model.dropped_attention else 0
+    return norms + c * (inputs + mlp + 14 * r) + dropped + mixers + _adapter_bytes(run)
+
+
+def _adapter_bytes(run: RunShape) -> int:
+    """Of a token in the adapters of a block: what dropout and DoRA hold beside products of a low rank."""
+    blocks = [block.linears for block, _ in run.model.parts.blocks]
+    inputs = max(sum(width for _, width, _ in linears) for linears in blocks)
+    outputs = max(sum(width for _, _, width in linears) for linears in blocks)
+    dropped = (run.compute_bytes + 1) * inputs if run.dropout else 0  # inputs again, and masks
+    return dropped + (run.compute_bytes * outputs if run.dora else 0)  # what is scaled
 
 
 def _bias_bytes(run: RunShape) -> int:
     """Of a token's biases of attention, summed with the mask."""
     heads = run.model.num_heads if run.model.biased_attention else 0
-    return run.compute_bytes * heads * run.batches.longest_row
+    longest = max(run.batches.longest_row, run.batches.prompts.longest if run.batches.prompts else 0)
+    return run.compute_bytes * heads * longest
 
 
 def attention_scratch(run: RunShape) -> int:
@@ -388,8 +404,12 @@ def head_gradient_bytes(run: RunShape) -> int:
 
 def validation_bytes(run: RunShape) -> int:
     """Height of an evaluation, or of asking a reference or a teacher: one block forward at a time, its input and
-    output; then the states of the head.
+    output; then the states of the head. Of an encoder-decoder the larger of both halves, and what is handed on.
     """
+    return max(map(_forward_bytes, run.sides)) + module_costs.handed_on_bytes(run) // 2
+
+
+def _forward_bytes(run: RunShape) -> int:
     c, batches = run.compute_bytes, run.batches
     h, q, kv, f = run.model.widths
     tokens, targets = batches.validation_tokens, batches.validation_supervised
@@ -458,9 +478,10 @@ def compiled_bytes(run: RunShape) -> int:
     """
     if not run.on_cpu or run.compute_bytes != 2:
         return MATRIX_BUFFERS if run.on_cpu else 0
-    forward, backward = compiled_products(run.model, run.rank, *run.other_ranks)
-    batches = run.batches
-    counts = batches.token_counts * (forward + backward) + batches.validation_counts * forward
+    counts, batches = 0, run.batches
+    for side in run.sides:
+        forward, backward = compiled_products(side.model, run.rank, *run.other_ranks)
+        counts += batches.token_counts * (forward + backward) + batches.validation_counts * forward
     if run.path == "blocks" and run.model.expert_width:
         counts += EXPERT_PRODUCTS * -(-_rows_of_one(run, batches.tokens) // EXPERT_ROWS)
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))
@@ -475,27 +496,31 @@ def predict(run: RunShape) -> dict[Part, int]:
     """
     if run.filled_up:
         run = replace(run, batches=run.batches.filled_up())
-    layers = run.model.num_layers
     masters = run.learnt_parameters * MASTER_BYTES
     always = {Part.BASE: masters} if run.full else _frozen_and_adapters(run)
     always[Part.OPTIMIZER] = int(run.learnt_parameters * run.adam_bytes) if run.page_bytes is None else 0
     always[Part.PAGES] = run.page_bytes or 0
-    whole = replace(run, keep="everything") if run.whole_blocks else run
-    kept = (layers - run.whole_blocks) * kept_bytes(run)  # by those that compute something again
+    sides = run.sides  # of an encoder-decoder its halves, else the one there is
+    whole = replace(sides[-1], keep="everything") if run.whole_blocks else sides[-1]
+    kept = _kept_by_all(run) - run.whole_blocks * kept_bytes(sides[-1])  # by those that compute something again
     all_kept, moving = kept + run.whole_blocks * kept_bytes(whole), 0
+    kept_by_first = sides[0].model.num_layers * kept_bytes(sides[0])
     if run.offload and run.on_cpu:
-        kept, all_kept, moving = 0, 0, 2 * input_bytes(run)  # on their way to and from the file
-    elif run.offload:
-        kept = all_kept = moving = kept_bytes(run)  # one block's have not left or are used, one's are on their way back
+        kept = all_kept = kept_by_first = 0
+        moving = 2 * max(map(input_bytes, sides))  # on their way to and from the file
+    elif run.offload:  # one block's have not left or are used, one's are on their way back
+        kept = all_kept = kept_by_first = moving = max(map(kept_bytes, sides))
+    handed_on = module_costs.handed_on_bytes(run)
     always[Part.LOGITS] = logits_bytes(run)
     always[Part.PANEL] = widened_bytes(run)
     always |= written_out_bytes(run)
     always[Part.WEIGHT_GRADIENTS if run.full else Part.GRADIENTS] = masters  # they stay from step to step
     always[Part.BATCH] = 0 if run.on_cpu else cuda_costs.batch_bytes(run)
     heights = [
-        {Part.KEPT: all_kept, Part.HEAD: head_bytes(run) + head_gradient_bytes(run)},
-        {Part.KEPT: all_kept, Part.AT_WORK: working_bytes(whole) + moving},
-        {Part.KEPT: kept, Part.AT_WORK: working_bytes(run) + moving},
+        {Part.KEPT: all_kept + handed_on, Part.HEAD: head_bytes(run) + head_gradient_bytes(run)},
+        {Part.KEPT: all_kept + handed_on, Part.AT_WORK: working_bytes(whole) + moving},
+        {Part.KEPT: kept + handed_on, Part.AT_WORK: working_bytes(sides[-1]) + moving},
+        {Part.KEPT: kept_by_first + handed_on, Part.AT_WORK: working_bytes(sides[0]) + moving},
     ]
     forward = [{Part.EVALUATION: validation_bytes(run)}]  # nothing is learnt
     always[Part.PICTURES] = tower_costs.held_bytes(run)
@@ -520,12 +545,13 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
         return height[Part.EVALUATION]
     shares = GAPS_GENERIC if run.path == "generic" else GAPS_BF16 if run.compute_bytes == 2 else GAPS_FP32
     kept = height.get(Part.KEPT, 0)
-    gate_up = 2 * run.batches.tokens * run.compute_bytes * run.model.intermediate_size
-    if gate_up >= MAPPED_BYTES and run.keep == "everything":
-        kept -= run.model.num_layers * gate_up
+    for side in run.sides:
+        gate_up = 2 * side.batches.tokens * run.compute_bytes * side.model.intermediate_size
+        if gate_up >= MAPPED_BYTES and run.keep == "everything":
+            kept -= side.model.num_layers * gate_up
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= _panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
-    inputs = run.model.num_layers * input_bytes(run)
+    inputs = sum(side.model.num_layers * input_bytes(side) for side in run.sides)
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 
 

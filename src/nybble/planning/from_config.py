@@ -17,6 +17,7 @@ from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.formats.format import STORED
+from nybble.layers.context import within_positions
 from nybble.layers.convert import parameters_a_rank
 from nybble.layers.picture_model import own_size, picture_tokens
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -92,6 +93,8 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
         options = with_options(options, packing=False)
     if task.prompted:
         options = for_seq2seq(options)
+    length = within_positions(options.data.max_seq_len, config, lambda: skeleton)
+    options = with_options(options, max_seq_len=length)
     prepared = None if options.data.data is None else _read_examples(options, skeleton)
     if prepared is not None and have_pictures(prepared.train + prepared.validation):
         source = open_model(options.model.model, options.model.tokenizer, revision=options.model.revision)
@@ -249,9 +252,8 @@ def _micro_batches(
             length = picture_tokens(skeleton, *own_size(skeleton))
         kind = row_kind(options.objective.objective, prompted=task.prompted)
         learnt = length if task.prompted else None if task.writes else kind.documents
-        return lambda size: even_micro_batches(
-            length, rows_per_step=rows, size=size, packed=packed, rules=rules, documents=kind.documents, learnt=learnt
-        )
+        even = partial(even_micro_batches, rows_per_step=rows, packed=packed, rules=rules, apart=task.prompted)
+        return lambda size: even(length, size=size, documents=kind.documents, learnt=learnt)
     steps = total_steps(options.loop, len(prepared.train), memory.rows_per_step)
     if prepared.mixture is not None:
         report(Note(prepared.mixture.describe(steps * memory.rows_per_step)))

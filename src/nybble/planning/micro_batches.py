@@ -11,7 +11,7 @@ from nybble.data.mixture import Mixture
 from nybble.data.prepare import PreparedData
 from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.options.groups import LengthOptions, MemoryOptions
-from nybble.planning.run_shape import MicroBatches
+from nybble.planning.run_shape import MicroBatches, Side
 from nybble.sizes import ShapeRules
 
 COUNTED_STEPS = 500  # in which different numbers of tokens are counted; later ones add few
@@ -39,6 +39,26 @@ class _Pictures:
         if self._there:
             self.values = max(self.values, int(rows.picture_values[micro].astype(np.int64).sum()))
             self.decoded_bytes = max(self.decoded_bytes, 1024 * int(rows.decoded_kib[micro].astype(np.int64).sum()))
+
+
+class _Sides:
+    """What the prompts of micro-batches come to at most, and their answers; nothing where rows are not of both."""
+
+    def __init__(self, apart: bool):
+        self._apart = apart
+        self._most = np.zeros((2, 3), dtype=np.int64)  # of each tokens, longest, tokens of evaluations
+
+    def meet(self, rows: EncodedRows, micro: Sequence[int], *, evaluated: bool = False) -> None:
+        """Count one more micro-batch."""
+        if self._apart:
+            longest = np.array(_longest_sides(rows, micro))
+            self._most[:, 1] = np.maximum(self._most[:, 1], longest)
+            column = 2 if evaluated else 0
+            self._most[:, column] = np.maximum(self._most[:, column], len(micro) * longest)
+
+    def of(self, side: int) -> Side | None:
+        """Of prompts (0), of answers (1)."""
+        return Side(*map(int, self._most[side])) if self._apart else None
 
 
 def micro_batches_of(
@@ -96,6 +116,7 @@ def count_micro_batches(
     lengths, supervised = training.lengths, training.num_targets
     sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     tokens_of = functools.partial(_tokens_of, packed=packed, shares=shares, apart=apart, rules=rules)
+    sides = _Sides(apart)
     heaviest: list[int] = []
     tokens = targets = most = step_values = 0
     counts: set[int] = set()
@@ -115,10 +136,12 @@ def count_micro_batches(
                 tokens, heaviest = taken, micro
             targets = max(targets, int(supervised[micro].sum()))
             pictures.meet(training, micro)
+            sides.meet(training, micro)
         most = max(most, own)
     dealt = split_micro_batches(range(len(held_out)), held_out.lengths, size, packed)
     for micro in dealt:
         pictures.meet(held_out, micro)
+        sides.meet(held_out, micro, evaluated=True)
     asked = [tokens_of(held_out, micro) for micro in dealt]
     return MicroBatches(
         tokens=tokens,
@@ -134,6 +157,8 @@ def count_micro_batches(
         step_picture_values=max(step_values, pictures.values),
         decoded_bytes=pictures.decoded_bytes,
         share=1.0 if packed else most / (tokens * -(-rows_per_step // size)),
+        prompts=sides.of(0),
+        answers=sides.of(1),
     )
 
 
@@ -151,17 +176,20 @@ def even_micro_batches(
     rules: ShapeRules,
     documents: int = 1,
     learnt: int | None = None,
+    apart: bool = False,
 ) -> MicroBatches:
     """The micro-batches of a run whose rows all have so many documents of `length` tokens.
 
     Args:
         learnt: targets of a row; all its tokens where None.
+        apart: rows are prompts with answers.
     """
     sizes = {size, rows_per_step % size or size}
     tokens = size * documents * length
     targets = tokens if learnt is None else size * learnt
     tokens = _filled(tokens, rules) if packed else tokens
-    return MicroBatches(tokens, targets, length, len(sizes), tokens, targets, 0, documents)
+    side = Side(size * length, length, size * length) if apart else None
+    return MicroBatches(tokens, targets, length, len(sizes), tokens, targets, 0, documents, prompts=side, answers=side)
 
 
 def _tokens_of(
@@ -169,12 +197,17 @@ def _tokens_of(
 ) -> int:
     """Of one micro-batch, padding included."""
     if apart:
-        answers = rows.supervised_tokens[micro]
-        return len(micro) * int((rows.lengths[micro] - answers).max() + answers.max())
+        return len(micro) * sum(_longest_sides(rows, micro))
     if not packed:
         return int(rows.documents[micro].sum()) * int(rows.longest[micro].max())
     shared = int(rows.shared_tokens[micro].sum()) if shares else 0
     return _filled(int(rows.lengths[micro].sum()) - shared, rules)
+
+
+def _longest_sides(rows: EncodedRows, micro: Sequence[int]) -> tuple[int, int]:
+    """Tokens of the longest prompt, and of the longest answer."""
+    answers = rows.supervised_tokens[micro]
+    return int((rows.lengths[micro] - answers).max()), int(answers.max())
 
 
 def _filled(tokens: int, rules: ShapeRules) -> int:

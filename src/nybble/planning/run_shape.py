@@ -31,6 +31,9 @@ class ModelShape:
         dropped_states, dropped_attention: the model itself drops parts of these while it is trained.
         crossed: an encoder-decoder: blocks of its decoder have a second attention, over the encoder's states.
         biased_attention: what a token gives to another gets a bias by how far apart they are, of each head.
+        inner_values: how many times a block's MLP holds as much as its inner width, where that is counted: of
+            encoder-decoders.
+        widened_norms: there, norms compute in fp32 in modules of the model's own.
         input_norms, added_norms: norms in a block of what attention and the MLP read, and of what they add to the
             states.
         normed_heads: queries and keys are normed.
@@ -58,6 +61,8 @@ class ModelShape:
     dropped_attention: bool = False
     crossed: bool = False
     biased_attention: bool = False
+    inner_values: int = 0
+    widened_norms: bool = False
     input_norms: int = 2
     added_norms: int = 0
     normed_heads: bool = False
@@ -71,6 +76,11 @@ class ModelShape:
     last_layers: tuple[str, ...] = ("down_proj",)
     mixer_values: int = 0
     mixer_chunk: int = 0
+
+    def of_side(self, *, encodes: bool) -> "ModelShape":
+        """An encoder-decoder's blocks of the encoder, or of the decoder."""
+        blocks = tuple((block, count) for block, count in self.parts.blocks if block.encodes == encodes)
+        return replace(self, parts=replace(self.parts, blocks=blocks), crossed=self.crossed and not encodes)
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -188,6 +198,7 @@ class TowerShape:
         num_layers: of its blocks.
         patches: of a picture of the size that it was made for, which its attention masks one by one; 0 of any size.
         adapted: its blocks are in four bits and have adapters.
+        inner_values, widened_norms: as of a `ModelShape`.
     """
 
     patch_values: int
@@ -196,6 +207,43 @@ class TowerShape:
     num_layers: int
     patches: int = 0
     adapted: bool = False
+    inner_values: int = 0
+    widened_norms: bool = False
+
+    def over(self, blocks: ModelShape) -> ModelShape:
+        """The shape of a model that is the tower's blocks."""
+        return replace(
+            blocks,
+            hidden_size=self.width,
+            query_width=self.width,
+            key_value_width=self.width,
+            intermediate_size=self.intermediate_size,
+            inner_values=self.inner_values,
+            widened_norms=self.widened_norms,
+            dropped_states=False,
+            dropped_attention=False,
+            mixer_values=0,
+            mixer_chunk=0,
+        )
+
+
+@dataclass(frozen=True)
+class Side:
+    """What the prompts of micro-batches come to, or their answers, each padded by themselves.
+
+    Args:
+        tokens: of those of the largest, padding included.
+        longest: tokens of the longest.
+        validation_tokens: as `tokens`, of evaluations.
+    """
+
+    tokens: int
+    longest: int
+    validation_tokens: int
+
+    def halved(self) -> "Side":
+        """Of half the length."""
+        return Side(*(-(-each // 2) for each in (self.tokens, self.longest, self.validation_tokens)))
 
 
 @dataclass(frozen=True)
@@ -215,6 +263,7 @@ class MicroBatches:
         decoded_bytes: of the pictures of one before that.
         share: the most that the micro-batches of one step have of what as many of the largest would: less than 1 where
             rows are padded, and each to the longest of its own few.
+        prompts, answers: of an encoder-decoder, what its encoder and its decoder are given; `tokens` are of both.
     """
 
     tokens: int
@@ -230,6 +279,14 @@ class MicroBatches:
     step_picture_values: int = 0
     decoded_bytes: int = 0
     share: float = 1.0
+    prompts: Side | None = None
+    answers: Side | None = None
+
+    def of_side(self, side: Side) -> "MicroBatches":
+        """What one half of an encoder-decoder is given of them."""
+        return replace(
+            self, tokens=side.tokens, longest_row=side.longest, validation_tokens=side.validation_tokens, answers=None
+        )
 
     def filled_up(self) -> "MicroBatches":
         """In the shapes that graphs are captured for; evaluations stay."""
@@ -240,7 +297,8 @@ class MicroBatches:
         """With rows of half the length."""
         half = {name: -(-getattr(self, name) // 2) for name in ("tokens", "supervised", "longest_row")}
         half |= {name: -(-getattr(self, name) // 2) for name in ("validation_tokens", "validation_supervised")}
-        return replace(self, **half)
+        sides = {name: side and side.halved() for name in ("prompts", "answers") for side in [getattr(self, name)]}
+        return replace(self, **half, **sides)
 
 
 @dataclass(frozen=True)
@@ -318,6 +376,24 @@ class RunShape:
     asked: bool = False
     graphs: bool = False
     tower: TowerShape | None = None
+
+    @property
+    def sides(self) -> "tuple[RunShape, ...]":
+        """Of an encoder-decoder its encoder over prompts, and its decoder over answers; of a model whose vision tower
+        is adapted too that over patches, and its language model; of others itself.
+        """
+        prompts, answers = self.batches.prompts, self.batches.answers
+        encoder, decoder = self.model.of_side(encodes=True), self.model.of_side(encodes=False)
+        if self.tower is not None and self.tower.adapted:
+            patches = -(-self.batches.picture_values // self.tower.patch_values)
+            read = replace(self.batches, tokens=patches, validation_tokens=patches, longest_row=1)
+            return replace(self, model=self.tower.over(encoder), batches=read), replace(self, model=decoder)
+        if prompts is None or answers is None:
+            return (self,)
+        return (
+            replace(self, model=encoder, batches=self.batches.of_side(prompts)),
+            replace(self, model=decoder, batches=self.batches.of_side(answers)),
+        )
 
     @property
     def learnt_parameters(self) -> int:

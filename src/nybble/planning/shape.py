@@ -1,6 +1,7 @@
 """The widths that decide what a model costs, read off its own parameters."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,6 +16,9 @@ from nybble.planning.run_shape import ModelShape, TowerShape
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import BlockParts, Inventory
 
+# Activations that are made of several functions -> how many tensors these hold.
+SPELLED_OUT = {"NewGELUActivation": 4, "FastGELUActivation": 6, "QuickGELUActivation": 2}
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,12 +30,12 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         in_four_bits: names of the linear layers that are or will be; all of the blocks' if not given.
     """
     parts = take_inventory(model, in_four_bits)
-    hidden = _hidden_size(parts)
+    own = parts if is_encoder_decoder(model) else _without_tower(parts)
+    hidden = _hidden_size(own)
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     family = FAMILIES.get(config.model_type)
-    crossed = is_encoder_decoder(model)
-    query, key_value = _attention_widths(parts, hidden, family, config)
+    query, key_value = _attention_widths(own, hidden, family, config)
     last = _leaf(family.down) if family else "down_proj"
     mixer_values, mixer_chunk = held_values(model)
     return ModelShape(
@@ -40,18 +44,21 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         num_heads=heads if isinstance(heads, int) else 1,
         query_width=query,
         key_value_width=key_value,
-        intermediate_size=max((_mlp_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
+        intermediate_size=max((_mlp_width(block, hidden, last) for block, _ in own.blocks), default=hidden),
         expert_width=max((_expert_width(block, hidden) for block, _ in parts.blocks), default=0),
-        dense_width=max((_dense_width(block, hidden, last) for block, _ in parts.blocks), default=hidden),
+        dense_width=max((_dense_width(block, hidden, last) for block, _ in own.blocks), default=hidden),
         narrow_ends=bool(narrow_ends(model)),
         dropped_states=any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()),
         dropped_attention=_drops_attention(model, config),
         mixer_values=mixer_values,
         mixer_chunk=mixer_chunk,
-        crossed=crossed,
-        biased_attention=crossed and any(n.endswith("relative_attention_bias") for n, _ in model.named_modules()),
+        **(_of_encoder_decoder(model, parts) if is_encoder_decoder(model) else {}),
         **_of_family(family, config),
     )
+
+
+def _without_tower(parts: Inventory) -> Inventory:
+    return replace(parts, blocks=tuple((block, count) for block, count in parts.blocks if not block.encodes))
 
 
 def tower_of(model: "PreTrainedModel") -> TowerShape | None:
@@ -63,20 +70,23 @@ def tower_of(model: "PreTrainedModel") -> TowerShape | None:
     inside = {id(module) for module in decoder.modules()}
     parts = [module for module in model.base_model.modules() if id(module) not in inside]
     filters = [module for module in parts if isinstance(module, nn.Conv2d | nn.Conv3d)]
-    linears = [linear_features(module) for module in parts if is_linear(module)]
     lists = [module for module in parts if isinstance(module, nn.ModuleList)]
+    blocks = list(max(lists, key=len).modules()) if lists else parts
+    linears = [linear_features(module) for module in blocks if is_linear(module)]
     # Some cut pictures into patches by a linear layer, and not by filters.
     first = filters[0].weight if filters else next(module.weight for module in parts if is_linear(module))
     config = getattr(model.config, "vision_config", model.config)
     size, patch = getattr(config, "image_size", None) if filters else None, first.shape[-1]
     width = first.shape[0]
+    inner = max((max(each) for each in linears), default=4 * width)
     return TowerShape(
         patch_values=first[0].numel(),
         width=width,
-        intermediate_size=max((max(each) for each in linears), default=4 * width),
+        intermediate_size=inner,
         num_layers=max(map(len, lists), default=1),
         patches=(size // patch) ** 2 if isinstance(size, int) else 0,
         adapted=towers == "all",
+        **_of_mlp(blocks, width, inner),
     )
 
 
@@ -89,6 +99,33 @@ def _drops_attention(model: nn.Module, config: Any) -> bool:
         return any(isinstance(share := getattr(kind, "dropout", 0), float) and share > 0 for kind in kinds)
     shares = (value for name, value in config.to_dict().items() if "drop" in name and "att" in name)
     return any(isinstance(share, float) and share > 0 for share in shares)
+
+
+def _of_encoder_decoder(model: "PreTrainedModel", parts: Inventory) -> dict[str, Any]:
+    """What encoder-decoders have: of the MLP's inner width what the activation holds, with a gate both factors, and
+    what is dropped, with its factors, else what the last layer reads.
+    """
+    hidden = _hidden_size(parts)
+    inner = max((_mlp_width(block, hidden, "down_proj") for block, _ in parts.blocks), default=hidden)
+    modules = list(model.modules())
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in modules)
+    drops = drops or bool(getattr(model.config, "activation_dropout", 0))
+    biased = any(name.endswith("relative_attention_bias") for name, _ in model.named_modules())
+    return {"crossed": True, "biased_attention": biased} | _of_mlp(modules, hidden, inner, drops)
+
+
+def _of_mlp(modules: Sequence[nn.Module], hidden: int, inner: int, drops: bool = False) -> dict[str, Any]:
+    """What blocks made of these modules hold in their MLPs and norms, as `ModelShape` has it."""
+
+    def widening(module: nn.Module) -> int:
+        return sum(is_linear(each) and linear_features(each) == (hidden, inner) for each in module.children())
+
+    spelled = [SPELLED_OUT[type(module).__name__] for module in modules if type(module).__name__ in SPELLED_OUT]
+    gated = any(widening(module) > 1 for module in modules)
+    return {
+        "inner_values": max(spelled, default=1) + 2 * gated + 1 + drops,
+        "widened_norms": not any(isinstance(module, nn.LayerNorm) for module in modules),
+    }
 
 
 def _of_family(family: Family | None, config: Any) -> dict[str, Any]:

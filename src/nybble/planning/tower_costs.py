@@ -13,7 +13,8 @@ def held_bytes(run: RunShape) -> int:
     """
     if run.tower is None:
         return 0
-    width = run.tower.width * (run.tower.num_layers + 1) + 2 * run.model.hidden_size
+    states = 1 if run.tower.adapted else run.tower.num_layers + 1  # an adapted tower's are what its blocks keep
+    width = run.tower.width * states + 2 * run.model.hidden_size
     return PIXEL_BYTES * run.batches.step_picture_values + _patches(run) * run.compute_bytes * width
 
 

@@ -41,11 +41,12 @@ class Work:
 
 def forward_work(run: RunShape) -> Work:
     """Products of one micro-batch's pass without a gradient."""
-    tokens, targets, layers = run.batches.tokens, run.batches.supervised, run.model.num_layers
+    targets, layers = run.batches.supervised, run.model.num_layers
+    tokens = _tokens_of_weights(run)
     head = 0.0 if run.scored else 2.0 * targets * run.model.vocab_size * run.model.hidden_size
     products = 2.0 * tokens * (run.model.multiplied_elements + run.adapter_parameters - run.idle_parameters) + head
-    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
-    dense = 0 if run.spec is None else run.compute_bytes * run.model.touched_elements(tokens)
+    attention = sum(map(_attention, run.sides))
+    dense = 0 if run.spec is None else run.compute_bytes * run.model.touched_elements(run.batches.tokens)
     stored = 0 if run.spec is None else int(base_bytes(run.model, run.spec, run.average_bits))
     moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, 0.0) // 3  # of forward and backward
     return Work(products, (attention, 0.0), dense, moved, streamed_bytes(run), layers)
@@ -59,13 +60,13 @@ def work_of(run: RunShape) -> Work:
     """
     if run.filled_up:
         run = replace(run, batches=run.batches.filled_up())
-    tokens, layers = run.batches.tokens, run.model.num_layers
+    tokens, layers = _tokens_of_weights(run), run.model.num_layers
     forward = 2.0 * tokens * run.model.multiplied_elements
     # The share of blocks that compute something again.
     share = 0.0 if run.keep == "everything" else (layers - run.whole_blocks) / max(1, layers)
     spared = run.model.last_products + (run.model.last_expert_products if run.path == "blocks" else 0)
     again = share * (forward - 2.0 * tokens * spared)
-    attention = 2.0 * tokens * run.batches.longest_row * run.model.query_width * layers
+    attention = sum(map(_attention, run.sides))
     attention_passes = 1 + (share if run.keep == "nothing" else 0)
     adapters = 6.0 * tokens * (run.adapter_parameters - run.idle_parameters) * (1 + share / 3)
     weights = forward * (3 if run.full else 2) + again
@@ -74,7 +75,7 @@ def work_of(run: RunShape) -> Work:
     head = 0.0 if run.scored else head
     # There, recomputation and backward share a weight, as those of experts do.
     passes = 2 + (0 if run.wide or (run.path == "blocks" and run.model.expert_width) else share)
-    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.touched_elements(tokens) * passes)
+    dense = 0 if run.spec is None else int(run.compute_bytes * run.model.touched_elements(run.batches.tokens) * passes)
     read = 2 * streamed_bytes(run)
     if run.stream_ends and not run.scored:
         chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))
@@ -84,3 +85,27 @@ def work_of(run: RunShape) -> Work:
     products = weights + adapters + head
     training = Work(products, (attention_passes * attention, 2.5 * attention), dense, moved, read, 2 * layers)
     return training.plus(run.more_forwards, forward_work(run)) if run.more_forwards else training
+
+
+def _tokens_of_weights(run: RunShape) -> float:
+    """Tokens that a weight of a block is multiplied with, in the mean: of an encoder-decoder prompts pass one half, and
+    what the other makes its keys and values of for them; answers the other.
+    """
+    sides = run.sides
+    if len(sides) == 1:
+        return run.batches.tokens
+    passed = sum(side.batches.tokens * side.model.multiplied_elements for side in sides)
+    encoder, decoder = sides
+    keys_values = 2 * decoder.model.num_layers * run.model.hidden_size * run.model.key_value_width
+    passed += keys_values * (encoder.batches.tokens - decoder.batches.tokens)
+    return passed / run.model.multiplied_elements
+
+
+def _attention(run: RunShape) -> float:
+    """Of a pass through a side, within rows and causal; of an encoder twice that, and so is what reads prompts."""
+    width, layers = run.model.query_width, run.model.num_layers
+    prompts = run.batches.prompts
+    attended = run.batches.longest_row
+    if prompts is not None:
+        attended += 2 * prompts.longest if run.model.crossed else run.batches.longest_row
+    return 2.0 * run.batches.tokens * attended * width * layers

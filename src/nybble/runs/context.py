@@ -12,7 +12,7 @@ from nybble.data.prepare import EXAMPLE_ROWS, PreparedData, RowKind, prepare_dat
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError
 from nybble.events import Listener, silent
-from nybble.layers.context import context_length, fixed_context
+from nybble.layers.context import context_length, within_positions
 from nybble.options.groups import DataOptions, RowOptions
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.task import reads_pictures
@@ -36,16 +36,7 @@ def within_context(max_seq_len: int, base: StoredModel) -> int:
                 "Leave --max-seq-len out.",
             )
         return max_seq_len
-    context = context_length(base.config)
-    if context is None or max_seq_len <= context or fixed_context(base.skeleton, base.config) is None:
-        return max_seq_len
-    if max_seq_len != RowOptions.model_fields["max_seq_len"].default:
-        raise ConfigError(
-            f"max-seq-len is {max_seq_len}; the model has positions for {context} tokens.",
-            f"Allowed with this model: up to {context}.",
-            f"Use --max-seq-len {context}, or leave it out.",
-        )
-    return context
+    return within_positions(max_seq_len, base.config, lambda: base.skeleton)
 
 
 def read_examples(

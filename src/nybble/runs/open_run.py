@@ -12,7 +12,7 @@ from nybble.data.open_template import open_template
 from nybble.data.prompts import PromptTemplate
 from nybble.data.row_kinds import row_kind
 from nybble.data.template import ChatTemplate
-from nybble.errors import ConfigError, NybbleError, RunError
+from nybble.errors import ConfigError, ModelError, NybbleError, RunError
 from nybble.events import Listener, silent
 from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.causal_lm import CausalLM
@@ -31,7 +31,7 @@ from nybble.runs.task_file import read_task
 from nybble.sources.load import load_model, refill
 from nybble.sources.open import open_model
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import SEQ2SEQ, TOKENS, is_seq2seq
+from nybble.sources.task import PICTURED, SEQ2SEQ, TOKENS, is_seq2seq
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -168,18 +168,27 @@ def check_answers(opened: OpenRun) -> None:
         )
 
 
-def load_plain(name: str, machine: MachineOptions, report: Listener = silent) -> LoadedModel:
+def load_plain(name: str, machine: MachineOptions, report: Listener = silent, *, pictures: bool = False) -> LoadedModel:
     """Load a model that is no run, such as a merged one, in the bits that it is stored in.
 
+    Args:
+        pictures: of one that reads them, all of it; else its language model alone, where that can be.
+
     Raises:
-        ModelError: there is none, or it is damaged.
+        ModelError: there is none, it is damaged, or it reads no pictures where they are wanted.
     """
     source, (device, dtype) = open_model(name, report=report), set_up(machine)
-    source = source.for_task(SEQ2SEQ if is_seq2seq(source.config) else source.task)
+    if pictures and source.picture_reader is None:
+        raise ModelError(f"{name} reads text alone.", "Pictures are for vision-language models.", "Leave them out.")
+    task = SEQ2SEQ if is_seq2seq(source.config) else PICTURED if pictures else source.task
+    source = source.for_task(task)
     formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
     model = load_model(source, formats, dtype, device, report=report)
     tokenizer = source.load_tokenizer()
-    return LoadedModel(model, PromptTemplate(tokenizer) if source.task.prompted else ChatTemplate(tokenizer))
+    if source.task.prompted:
+        return LoadedModel(model, PromptTemplate(tokenizer))
+    reader = source.picture_reader if source.task.kind == "pictured" else None
+    return LoadedModel(model, ChatTemplate(tokenizer, reader=reader))
 
 
 def load_tuned(

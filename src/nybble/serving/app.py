@@ -5,6 +5,7 @@ name of its own: DNS rebinding), the token where one is set, JSON only (which no
 prompt and answer. A client that leaves ends its computation.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -22,11 +23,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nybble.data.answer_forms import Schemas
+from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError
 from nybble.generation.text_pieces import TextPieces
 from nybble.layers.context import context_length
 from nybble.serving.answers import Delta, MixedAnswer, PlainAnswer, Reader, joined
 from nybble.serving.engine import Engine, QueueFull, ServedModel, as_error
+from nybble.serving.fetched import Pictures
 from nybble.serving.requests import ChatRequest, CompletionFields, RequestError, TextRequest, parse
 
 RETRY_AFTER_S = 1
@@ -40,11 +43,21 @@ class Api:
     Args:
         token: that clients must send, None where none is needed.
         max_new_tokens: most tokens in an answer.
-        max_request_bytes: of a body.
+        max_request_bytes: of a body, and of a picture that is fetched.
+        image_hosts: that pictures are fetched from.
     """
 
-    def __init__(self, engine: Engine, token: str | None, max_new_tokens: int, max_request_bytes: int):
+    def __init__(
+        self,
+        engine: Engine,
+        token: str | None,
+        max_new_tokens: int,
+        max_request_bytes: int,
+        image_hosts: Sequence[str] = (),
+    ):
         self.engine, self.token = engine, token
+        self._pictures = Pictures(frozenset(map(str.lower, image_hosts)), max_request_bytes)
+        self._reading = asyncio.Lock()
         self.max_new_tokens, self.max_request_bytes = max_new_tokens, max_request_bytes
         self.started = int(time.time())
 
@@ -66,15 +79,15 @@ class Api:
         asked = parse(await self._body(request), ChatRequest)
         served = self._model(asked.model)
         template = served.template
-        encode = template.encode_continued if asked.continue_final_message else template.encode_prompt
-        prompt = encode(asked.conversation(), asked.schemas())
+        async with self._reading:  # pictures are fetched and decoded beside the loop that serves clients
+            prompt, beside = await asyncio.to_thread(_encoded, template, asked, self._pictures)
         form = template.answer_form
         reader: Reader = PlainAnswer()
         if form.thought is not None or form.calls is not None or form.words:
             marks = template.encoder.special_tokens
             schemas = _types(asked.schemas()) if asked.schemas() else None
             reader = MixedAnswer(form, schemas, asked.continue_final_message, marks)
-        return await self._complete(request, asked, served, prompt, ChatForm, reader)
+        return await self._complete(request, asked, served, prompt, ChatForm, reader, beside)
 
     async def text(self, request: Request) -> Response:
         """POST /v1/completions."""
@@ -91,11 +104,13 @@ class Api:
         prompt: list[int],
         form: "type[_Form]",
         reader: Reader,
+        beside: Mapping[str, Any] = NOTHING,
     ) -> Response:
         _check_ids(served, "stop_token_ids", asked.stop_token_ids)
         limit = self._limit(served, prompt)
         wanted = asked.limit() or limit
-        tokens = self.engine.answer(served, prompt, min(limit, wanted), asked.sampling(), asked.stop_token_ids)
+        asking = (min(limit, wanted), asked.sampling(), asked.stop_token_ids)
+        tokens = self.engine.answer(served, prompt, *asking, beside)
         answer = Answer(tokens, served, asked.stop, min(limit, wanted), marks=isinstance(reader, MixedAnswer))
         warnings = [f"{wanted} new tokens were asked for; this answer may have {limit}."] if wanted > limit else []
         shown = form(asked.model, len(prompt), answer, reader, warnings)
@@ -138,7 +153,8 @@ class Api:
         async for part in request.stream():
             body += part
             if len(body) > self.max_request_bytes:
-                raise RequestError(f"The body has more than {self.max_request_bytes} bytes.", 413)
+                most = f"The body has more than {self.max_request_bytes} bytes"
+                raise RequestError(f"{most}, which `nybble serve --max-request-bytes` allows.", 413)
         return bytes(body)
 
     def _check_token(self, request: Request) -> None:
@@ -300,6 +316,16 @@ class TextForm(_Form):
 
     def delta(self, delta: Delta) -> dict[str, Any]:
         return {"text": delta.get("content", "")}
+
+
+def _encoded(template: ChatTemplate, asked: ChatRequest, pictures: Pictures) -> tuple[list[int], Mapping[str, Any]]:
+    """A conversation's tokens, and what the model is given of its pictures."""
+    turns, tools = asked.conversation(pictures.stored), asked.schemas()
+    if not asked.continue_final_message:
+        return template.asked(turns, tools)
+    if any(turn.pictures for turn in turns):
+        raise RequestError("continue_final_message is for conversations without pictures.")
+    return template.encode_continued(turns, tools), NOTHING
 
 
 def _types(tools: Sequence[Mapping[str, Any]]) -> Schemas:

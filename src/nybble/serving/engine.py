@@ -9,12 +9,14 @@ import asyncio
 import copy
 import queue
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from nybble.data.template import ChatTemplate
 from nybble.errors import NybbleError, RunError
@@ -59,6 +61,7 @@ class Job:
     max_new_tokens: int
     sampling: Sampling
     stop_ids: Sequence[int]
+    beside: Mapping[str, Tensor]
     loop: asyncio.AbstractEventLoop
     tokens: "asyncio.Queue[int | Exception | None]" = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -91,11 +94,13 @@ class Engine:
         max_new_tokens: int,
         sampling: Sampling,
         stop_ids: Sequence[int] = (),
+        beside: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> AsyncGenerator[int, None]:
         """The tokens of an answer as they come. Leaving the iterator early ends the computation.
 
         Args:
             stop_ids: tokens that end it, beside those of the model's template.
+            beside: what the model is given of the prompt's pictures, by name.
 
         Raises:
             QueueFull: before the first token.
@@ -103,7 +108,7 @@ class Engine:
         """
         if not self._room.acquire(blocking=False):
             raise QueueFull
-        job = Job(served, prompt, max_new_tokens, sampling, stop_ids, asyncio.get_running_loop())
+        job = Job(served, prompt, max_new_tokens, sampling, stop_ids, beside, asyncio.get_running_loop())
         self._jobs.put(job)
         try:
             while (token := await job.tokens.get()) is not None:
@@ -143,6 +148,7 @@ def _compute(job: Job) -> None:
             max_new_tokens=job.max_new_tokens,
             sampling=job.sampling,
             on_token=hand_over,
+            beside=job.beside,
         )
         job.give(None)
     except _Cancelled:

@@ -6,15 +6,19 @@ for the default wherever it is sent.
 """
 
 import json
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from nybble.data.examples import Message
+from nybble.data.examples import Example, Message
 from nybble.data.tool_formats import as_schema
+from nybble.data.turn_pictures import with_pictures
 from nybble.data.turns import link_results, read_turns
 from nybble.errors import DataError, NybbleError
 from nybble.generation.generate import Sampling
+
+Stored = Callable[[str], bytes | str]  # of a picture's URL its file, or that URL where it holds the file
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 256
 
@@ -171,6 +175,35 @@ class TextPart(RequestObject):
     type: Literal["text"]
     text: str
 
+    def as_row(self, stored: Stored) -> dict[str, Any]:
+        """The part as rows have it."""
+        return {"type": "text", "text": self.text}
+
+
+class ImageUrl(RequestObject):
+    harmless = frozenset({"detail"})
+
+    url: str = Field(min_length=1)
+
+
+class ImagePart(RequestObject):
+    harmless = frozenset({"cache_control"})
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+    @field_validator("image_url", mode="before")
+    @classmethod
+    def _url_alone(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+    def as_row(self, stored: Stored) -> dict[str, Any]:
+        """The part as rows have it; `stored` says what its URL stands for."""
+        return {"type": "image", "image": stored(self.image_url.url)}
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
 
 class ChatMessage(RequestObject):
     """A turn. An assistant's may have no content, as one that only called tools; no other turn may."""
@@ -182,7 +215,7 @@ class ChatMessage(RequestObject):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[Part] | None = None
     reasoning_content: str = ""
     tool_calls: list[dict[str, Any]] = Field(default_factory=list)
     tool_call_id: str | None = None
@@ -191,13 +224,23 @@ class ChatMessage(RequestObject):
     def _has_content(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise ValueError("content is missing")
+        if self.role != "user" and any(isinstance(part, ImagePart) for part in self.content or ()):
+            raise ValueError(f"an image_url in a message of the {self.role}: pictures are the user's")
         return self
 
-    def turn(self) -> dict[str, Any]:
-        """The turn as rows have it."""
+    def turn(self, stored: Stored) -> dict[str, Any]:
+        """The turn as rows have it.
+
+        Args:
+            stored: what a picture's URL stands for.
+        """
         parts = self.content or ""
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
-        return {"role": self.role, "content": text} | self.model_dump(
+        said: Any = parts
+        if not isinstance(parts, str):
+            said = [part.as_row(stored) for part in parts]
+            if all(isinstance(part, TextPart) for part in parts):
+                said = "".join(part["text"] for part in said)
+        return {"role": self.role, "content": said} | self.model_dump(
             include={"reasoning_content", "tool_calls", "tool_call_id"}, exclude_defaults=True
         )
 
@@ -223,15 +266,19 @@ class ChatRequest(CompletionFields):
             raise ValueError("continue_final_message: the last message is not the assistant's")
         return self
 
-    def conversation(self) -> tuple[Message, ...]:
+    def conversation(self, stored: Stored) -> tuple[Message, ...]:
         """Its turns.
 
+        Args:
+            stored: the file of a picture, or the data URL that it is, from its URL.
+
         Raises:
-            RequestError: a tool call, or a tool's result, cannot be read.
+            RequestError: a tool call, a tool's result or a picture cannot be read.
         """
         try:
-            turns = read_turns([message.turn() for message in self.messages], "messages", "messages")
-            return link_results(turns, "messages")
+            turns = [message.turn(stored) for message in self.messages]
+            read = link_results(read_turns(turns, "messages", "messages", pictures=True), "messages")
+            return with_pictures(Example("messages", read), {}, None).conversation()
         except DataError as error:
             raise RequestError(str(error)) from None
 

@@ -39,7 +39,7 @@ def serve(config: ServeConfig, report: Listener = silent) -> None:
 
     models = load_models(server.run, machine, report)
     engine = Engine(models, server.max_queue, machine.threads)
-    api = Api(engine, token, server.max_new_tokens, server.max_request_bytes)
+    api = Api(engine, token, server.max_new_tokens, server.max_request_bytes, _names(server.image_hosts))
     report(ServerReady(tuple(engine.models), f"http://{server.host}:{server.port}/v1"))
     settings = {"log_level": "warning", "timeout_graceful_shutdown": SHUTDOWN_S, "server_header": False}
     try:
@@ -87,6 +87,11 @@ def is_loopback(host: str) -> bool:
 
 def allowed_hosts(server: ServerOptions) -> list[str]:
     """Names by which clients may reach the server: this machine's, the address it listens on, and those given."""
-    given = [] if server.allow_host is None else [name.strip() for name in server.allow_host.split(",")]
+    given = _names(server.allow_host)
     listening = [] if server.host in ("0.0.0.0", "::") else [server.host]
     return list(dict.fromkeys([*LOOPBACK_NAMES, *listening, *given]))
+
+
+def _names(listed: str | None) -> list[str]:
+    """Names that are separated by commas."""
+    return [] if listed is None else [name.strip() for name in listed.split(",")]

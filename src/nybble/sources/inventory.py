@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nybble.layers.convert import block_names, quantizable_linears
+from nybble.layers.convert import TOWERS, block_names, quantizable_linears
+from nybble.layers.dense import is_encoder_decoder
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_experts import ExpertShape, expert_shapes
 from nybble.sources.parts import BlockParts, Inventory, without_numbers
@@ -46,8 +48,10 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
             by_name["linears"][without_numbers(linear)] += parameter.numel()
         elif parameter.ndim > 1 and name not in ends:
             by_name["around" if block is None else "dense"][without_numbers(name)] += parameter.numel()
+    encoding = _encoding_modules(model)
     parts = Counter(
-        _parts(model.get_submodule(block), block, found, linears, stacks) for block, found in inside.items()
+        replace(_parts(own := model.get_submodule(block), block, found, linears, stacks), encodes=id(own) in encoding)
+        for block, found in inside.items()
     )
     head = model.get_output_embeddings()
     vocabulary, width = _embedding_shape(model) if head is None else head.weight.shape
@@ -59,6 +63,19 @@ def take_inventory(model: "PreTrainedModel", in_four_bits: Collection[str] | Non
         end_elements=end_elements,
         head=(vocabulary, width),
     )
+
+
+def _encoding_modules(model: "PreTrainedModel") -> set[int]:
+    """Ids of the modules of an encoder-decoder's encoder, and of all around the language model of one that reads
+    pictures; none of other models.
+    """
+    if is_encoder_decoder(model):
+        encoder: Any = model.get_encoder()
+        return {id(module) for module in encoder.modules()}
+    if not hasattr(model.config, TOWERS):
+        return set()
+    decoder: Any = model.get_decoder()
+    return {id(module) for module in model.modules()} - {id(module) for module in decoder.modules()}
 
 
 def _embedding_shape(model: "PreTrainedModel") -> tuple[int, int]:

@@ -21,6 +21,7 @@ class BlockParts:
         matrices: (name within the block, shape) of every other parameter of two dimensions or more.
         vector_elements: of all others: norms, biases.
         active_experts: of stacked experts, those that a token passes; None where none says how many.
+        encodes: a block of an encoder-decoder's encoder, or of a vision tower before a language model.
     """
 
     linears: tuple[tuple[str, int, int], ...]
@@ -28,6 +29,7 @@ class BlockParts:
     matrices: tuple[tuple[str, tuple[int, ...]], ...]
     vector_elements: int
     active_experts: int | None
+    encodes: bool = False
 
     @property
     def linear_elements(self) -> int:

@@ -147,7 +147,13 @@ def task_of(objective: str, config: "PretrainedConfig | None" = None) -> Task:
         ModelError: the objective is not one of such a model.
     """
     task = TASKS.get(objective, TOKENS)
-    if config is not None and objective == "sft" and reads_both(config) and not _has_decoder(config):
+    if config is not None and reads_both(config) and not _has_decoder(config):
+        if objective != "sft":
+            raise ModelError(
+                f"The model reads texts and pictures, and objective is {objective}.",
+                "Allowed with it: --objective sft, from conversations with pictures or without.",
+                "Leave --objective out, or take a language model.",
+            )
         return PICTURED
     if config is not None and is_seq2seq(config):
         if objective != "sft":

@@ -33,6 +33,8 @@ def settle_config(checkpoint: Checkpoint, config: TrainConfig) -> TrainConfig:
     """
     written = settle_method(load_config(checkpoint.folder / CONFIG, {}))
     before, begun = flat(written), written.method.method
+    if "packing" not in config.memory.model_fields_set:  # what the model takes may have settled it
+        config = with_options(config, packing=written.memory.packing)
     if config.method.method == "auto" and begun != "auto":  # it chose that
         config = as_method(config, begun)
     changed = [

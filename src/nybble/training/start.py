@@ -92,12 +92,13 @@ def open_start(given: TrainConfig, run: RunFolder, report: Listener) -> Opened:
     config = with_options(config, max_seq_len=within_context(config.data.max_seq_len, source))
     if config.method.method in ("lora", "full"):
         check_widths(source, config.method.method)
-    if reads_whole(source.config) and task is not TOKENS:
-        config = with_options(config, packing=False)  # their modules take a row a line
     if task.prompted:
-        if given.memory.packing and "packing" in given.memory.model_fields_set:
-            report(Note("packing: rows of an encoder-decoder are padded, prompts and answers each by themselves"))
         config = for_seq2seq(config)
+    if task.prompted or (reads_whole(source.config) and task is not TOKENS):
+        if given.memory.packing and "packing" in given.memory.model_fields_set:
+            how = "prompts and answers each by themselves" if task.prompted else "since its modules take a row a line"
+            report(Note(f"packing: rows of {task.words} are padded, {how}"))
+        config, given = (with_options(each, packing=False) for each in (config, given))
     if adapters.init not in ("default", "eva"):
         check_initialisable(source, config.weights.format != "none")
     continued = None
