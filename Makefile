@@ -57,6 +57,7 @@ bench: .venv/.installed-test .venv-peers/.installed
 	$(BIN)/python benchmarks/bench_attention.py
 	$(BIN)/python benchmarks/bench_four_bit.py $(BENCH)
 	$(BIN)/python benchmarks/bench_gemm_limit.py $(BENCH)
+	$(BIN)/python benchmarks/bench_families.py $(BENCH)
 	$(BIN)/python benchmarks/bench_step.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_memory.py --data $(BENCH_DATA) $(BENCH)
 	$(BIN)/python benchmarks/bench_generate.py --data $(BENCH_DATA) $(BENCH)

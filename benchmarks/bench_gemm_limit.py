@@ -25,7 +25,7 @@ import torch
 from bench_attention import matmul_rate
 from common import Spread, Table, Turns, about_machine, options, report, versions, wait_for_quiet
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from nybble.data.packing import Batch
 from nybble.formats.quant_spec import BaseFormats
@@ -57,7 +57,7 @@ class RandomModel(StoredModel):
 
     dense_dtype = torch.bfloat16
 
-    def __init__(self, name: str, config: LlamaConfig):
+    def __init__(self, name: str, config: PretrainedConfig):
         self.name, self.config = name, config
 
     def tensor_names(self) -> list[str]:

@@ -1,8 +1,8 @@
 """Small models of each family in four bits, a packed batch, and their losses and gradients by decoder blocks and by
 transformers' own layers.
 
-A new family is one line of `CONFIGS`. What goes by little of a family's own is run with all of them in the slow tests,
-with a few always (`SAMPLED`).
+A new family is one line of `CONFIGS`, or one for each kind of its configs, named by its model type and that kind. What
+goes by little of a family's own is run with all of them in the slow tests, with a few always (`SAMPLED`).
 """
 
 import copy
@@ -22,6 +22,7 @@ from transformers import (
     CohereConfig,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4Config,
     GlmConfig,
     GraniteConfig,
@@ -67,6 +68,7 @@ GROWING = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8,
     "llama_4_scaling_beta": 0.5,
 }  # fmt: skip
+GEMMA4 = {**SHAPE, "head_dim": 18, "global_head_dim": 34, "sliding_window": WINDOW}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
@@ -74,6 +76,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SHAPE, **KINDS, use_sliding_window=True, head_dim=16),
     "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
     "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
+    "gemma4_text": Gemma4TextConfig(
+        **GEMMA4 | {"num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=10,
+        vocab_size_per_layer_input=VOCABULARY, final_logit_softcapping=4.0,
+    ),
+    "gemma4_text, values that are keys": Gemma4TextConfig(
+        **GEMMA4, layer_types=["sliding_attention", "full_attention", "full_attention"], attention_k_eq_v=True,
+        num_global_key_value_heads=1, hidden_size_per_layer_input=0, use_bidirectional_attention="vision",
+    ),
     "ministral": MinistralConfig(**SHAPE, **KINDS, head_dim=16),
     "ministral3": Ministral3Config(**SHAPE, head_dim=16, sliding_window=WINDOW, rope_parameters=GROWING),
     "smollm3": SmolLM3Config(**SHAPE, **KINDS, use_sliding_window=True, no_rope_layers=[1, 0, 1]),
@@ -86,11 +97,16 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "glm": GlmConfig(**SHAPE, head_dim=16, attention_bias=True, rope_parameters=PARTIAL),
     "glm4": Glm4Config(**SHAPE, head_dim=16, rope_parameters=PARTIAL),
     "cohere": CohereConfig(**SHAPE, logit_scale=0.3),
+    "cohere, normed heads": CohereConfig(**SHAPE, logit_scale=0.3, use_qk_norm=True),
     "cohere2": Cohere2Config(**SHAPE, **KINDS, logit_scale=0.3),
     "stablelm": StableLmConfig(**SHAPE, use_qkv_bias=True, rope_parameters=PARTIAL),
+    "stablelm, parallel": StableLmConfig(
+        **SHAPE, use_parallel_residual=True, qk_layernorm=True, rope_parameters=PARTIAL
+    ),
     "phi": PhiConfig(**SHAPE, rope_parameters=PARTIAL),
+    "phi, normed heads": PhiConfig(**SHAPE, rope_parameters=PARTIAL, qk_layernorm=True),
     "starcoder2": Starcoder2Config(**SHAPE, sliding_window=WINDOW),
-}
+}  # fmt: skip
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40}
 MIXTURES: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, sliding_window=WINDOW),
@@ -103,7 +119,8 @@ MIXTURES: dict[str, PretrainedConfig] = {
     "olmoe": OlmoeConfig(**SHAPE, num_experts=6, num_experts_per_tok=3),
 }  # each expert has a few rows, or none
 DOCUMENTS = (7, 1, 20, 13)
-ALWAYS = ("llama", "gemma2", "olmo3", "cohere2", "phi")  # all stages and linears of other families are one of theirs
+# All stages and linears of other families are one of theirs.
+ALWAYS = ("llama", "gemma2", "gemma4_text", "olmo3", "cohere2", "phi")
 SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in CONFIGS]
 
 
@@ -111,15 +128,19 @@ def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrain
     """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
     torch.manual_seed(seed)
     config = copy.deepcopy((CONFIGS | MIXTURES)[name])
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    if not FAMILIES[config.model_type].beside:  # whose layers go together
+        config.num_hidden_layers = layers or config.num_hidden_layers
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name and parameter_name.endswith("weight"):
-            nn.init.normal_(parameter, mean=1.0 - FAMILIES[name].norm_offset, std=0.3)
+            nn.init.normal_(parameter, mean=1.0 - FAMILIES[config.model_type].norm_offset, std=0.3)
         else:
             nn.init.normal_(parameter, std=0.2)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("layer_scalar"):
+            buffer.uniform_(0.6, 1.4)
     return model.eval()
 
 

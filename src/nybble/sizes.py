@@ -21,6 +21,8 @@ class ShapeRules:
         resident_in_panels: in memory as on a disk, so that both give one result; else those from a disk alone.
         graph_work: tokens of a micro-batch times weights of a block up to which the device is done before its host has
             asked for the next: such micro-batches come from graphs (`training/accumulation.py`). 0 where none do.
+        weight_panel_bytes: of a weight in few bits, written out in the compute dtype, that decoder blocks multiply with
+            at a time.
         block_buffers: that blocks of a streamed base pass through: the one at work, and those read ahead.
     """
 
@@ -31,6 +33,7 @@ class ShapeRules:
     panel_bytes: int
     large_head_bytes: int
     resident_in_panels: bool
+    weight_panel_bytes: int
     block_buffers: int
     graph_work: float
 
@@ -57,6 +60,20 @@ class ShapeRules:
         return min(self.panel_rows, vocabulary) if widened else vocabulary
 
 
+def panel_rows(rows: int, row_bytes: int, panel_bytes: int, multiple: int) -> int:
+    """Rows of the panels that a matrix is cut into: as few as hold `panel_bytes` at most, of one size but for the last;
+    all of its rows where it cannot be cut.
+
+    Args:
+        multiple: it can be cut after every so many rows; 0 where it cannot.
+    """
+    if not multiple or rows * row_bytes <= panel_bytes:
+        return rows
+    fit = max(1, panel_bytes // row_bytes // multiple)  # in units of `multiple`
+    units = -(-rows // multiple)
+    return min(rows, -(-units // -(-units // fit)) * multiple)
+
+
 _ONEDNN = ShapeRules(
     token_multiple=64,  # it keeps a compiled product, some 0.8 MB, for each shape it has seen
     row_multiple=64,
@@ -65,6 +82,7 @@ _ONEDNN = ShapeRules(
     panel_bytes=2**25,
     large_head_bytes=2**28,
     resident_in_panels=True,
+    weight_panel_bytes=2**26,
     block_buffers=2,
     graph_work=0.0,
 )
@@ -76,6 +94,7 @@ _CUBLAS = ShapeRules(
     panel_bytes=2**27,
     large_head_bytes=2**28,
     resident_in_panels=False,  # they would save nothing, and cost sums of parts
+    weight_panel_bytes=2**62,  # blocks write out all of a projection (`layers/augmented.py`)
     block_buffers=3,  # told ahead of time: two on their way keep the link busy while one waits for its buffer
     graph_work=3e11,  # 1,376 tokens of an 8B: some 25 us a kernel on an H100, as asking for one takes; assumed
 )
@@ -93,6 +112,8 @@ EXPERT_ROWS = 16  # rows of an expert are filled up to a multiple of so many: fe
 
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind
+
+LAYER_INPUT_TOKENS = 256  # whose inputs of single layers are made at once
 
 CALIBRATION_TOKENS = 512  # computed at once while calibrating
 CALIBRATION_KEPT_BYTES = 2**25  # of inputs that are needed twice

@@ -81,8 +81,8 @@ def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_steps_of_each_family_are_those_of_its_own_layers(name: str, blocks_run: list[str]) -> None:
     model = adapted(name)
     expected = step(model, RIGHT)
-    if name == "ministral3":
-        with pytest.raises(ModelError, match="queries grow"):
+    if name.startswith(("ministral3", "gemma4")):
+        with pytest.raises(ModelError, match=r"queries grow|read more than states"):
             nybble.accelerate(model)
         return
     nybble.accelerate(model)

@@ -31,6 +31,8 @@ def test_every_parameter_has_a_name_of_its_own(name: str) -> None:
         ("gemma2", {}, "query_pre_attn_scalar 18"),
         ("gemma2", {"query_pre_attn_scalar": 18, "final_logit_softcapping": None}, "soft caps on scores and logits"),
         ("gemma3_text", {}, "windows in all layers but one of 6"),
+        ("phi, normed heads", {}, "no norms of queries and keys"),
+        ("gemma4_text", {}, "does not know the model type 'gemma4_text'"),
         ("cohere", {"tie_word_embeddings": False}, "tied to the embedding"),
         ("olmo2", {"tie_word_embeddings": True}, "not tied to the embedding"),
         ("starcoder2", {"head_dim": 32}, "as wide as the hidden states"),

@@ -63,7 +63,7 @@ LONG = {  # llama.cpp takes the long factors where its context, 256 tokens here,
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
     "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
 }  # fmt: skip
-WITHOUT = {"ministral", "ministral3", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # families that are not exported
+WITHOUT = {"ministral", "ministral3", "gemma4_text", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # not exported
 OTHERS = {  # layers of all kinds; windows and partial angles that the texts tell from none
     "gemma2": {
         "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,
@@ -89,6 +89,7 @@ OTHERS = {  # layers of all kinds; windows and partial angles that the texts tel
     "cohere": {"logit_scale": 0.4, "tie_word_embeddings": True},
     "cohere2": {"num_hidden_layers": 5, "sliding_window": 6, "logit_scale": 0.4, "tie_word_embeddings": True},
     "stablelm": {"use_qkv_bias": True, "rope_parameters": PARTIAL},
+    "stablelm, parallel": {"use_parallel_residual": True, "rope_parameters": PARTIAL},
     "phi": {"rope_parameters": PARTIAL, "pad_token_id": None},
     "starcoder2": {"sliding_window": None},
 }  # fmt: skip

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nybble.data.packing import Batch
-from nybble.families import FAMILIES
+from nybble.families import family_of
 from nybble.kernels import registry
 from nybble.layers import augmented
 from nybble.layers.augmented import AugmentedProjection
@@ -134,7 +134,7 @@ def test_a_step_in_bf16_is_that_of_the_plain_bodies(kernels: str, name: str) -> 
     """
     model, expected = in_bf16_by_plain_bodies(name)
     loss, gradients, _ = step_of(copy.deepcopy(model), KEEPS[name], ONE)
-    family = FAMILIES[name]
+    family = family_of(CONFIGS[name])
     rounds = family.activation != "silu" or family.norm == "layer"
     allowed = {"reference": 0.0, "triton": 1e-6 if rounds else 0.0}.get(kernels, 2**-6)  # of the norm
     assert loss == pytest.approx(expected.loss, rel=min(allowed, 2**-9), abs=0)

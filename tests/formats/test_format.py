@@ -100,3 +100,17 @@ def test_layers_are_alike_or_each_by_its_own_entry() -> None:
     assert mixed.of("a") == QuantSpec("nf2", 128, False) and mixed.names == ["nf2", "nf4"]
     with pytest.raises(KeyError):
         mixed.of("d")
+
+
+@pytest.mark.parametrize(("block_size", "double_quant"), [(64, True), (64, False), (32, True)])
+@pytest.mark.parametrize("name", [*FORMATS])
+def test_some_rows_are_a_matrix_of_their_own(name: str, block_size: int, double_quant: bool) -> None:
+    for shape in ((200, 128), (90, 192), (70, 320)):
+        q = quantize(weight(*shape), QuantSpec(name, block_size, double_quant))
+        values, multiple = dequantize(q, torch.float32), q.spec.row_multiple(shape[1])
+        for start in range(0, shape[0], multiple):
+            stop = min(shape[0], start + 2 * multiple)
+            part = q.rows(start, stop)
+            assert torch.equal(dequantize(part, torch.float32), values[start:stop])
+            assert part.packed.data_ptr() == q.packed[start:].data_ptr()
+    assert QuantSpec(name, block_size).row_multiple(block_size + 1) == 0

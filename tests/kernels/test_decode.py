@@ -18,7 +18,16 @@ from nybble.kernels.backends.cpp import library
 from nybble.kernels.backends.cpp.decode import Kernel
 from nybble.kernels.backends.reference.decode import OpByOp
 from nybble.kernels.ops.cached_attention import cached_attention
-from nybble.kernels.ops.decode import MAX_ROWS, NO_ROPE, DecoderLayer, DecoderLinear, DecoderModel, DecoderNorm, decoder
+from nybble.kernels.ops.decode import (
+    MAX_ROWS,
+    NO_ROPE,
+    DecoderInput,
+    DecoderLayer,
+    DecoderLinear,
+    DecoderModel,
+    DecoderNorm,
+    decoder,
+)
 from nybble.kernels.ops.four_bit import dequantize, quantize
 
 ISAS = library.supported_isas() if library.why_unavailable() is None else ()
@@ -133,17 +142,18 @@ def norm_heads(n, heads):
     return norm(n, heads.flatten(1)).view(heads.shape) if together else norm(n, heads)
 
 
-def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns, starts):
+def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns, starts, inputs=None):
     """In fp64; `cache`, fp64, is written to."""
     x = x.double()
-    for layer, (keys, values) in zip(layers, cache, strict=True):
+    for i, (layer, (keys, values)) in enumerate(zip(layers, cache, strict=True)):
         heads = project(layer.qkv, norm(layer.input_norm, x)).unflatten(-1, (-1, layer.head_dim))
-        q, k, v = heads.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
-        q, k = norm_heads(layer.q_norm, q), norm_heads(layer.k_norm, k)
+        q, k, v = heads.tensor_split([layer.num_heads, layer.num_heads + layer.num_kv_heads], dim=1)
+        q, k, v = norm_heads(layer.q_norm, q), norm_heads(layer.k_norm, k), k if layer.values_are_keys else v
         if layer.rope != NO_ROPE:
             q = rotate(q, cos[layer.query_rope], sin[layer.query_rope], layer.neighbours)
             k = rotate(k, cos[layer.rope], sin[layer.rope], layer.neighbours)
-        keys[texts, :, columns], values[texts, :, columns] = k, v
+        if layer.reads_keys is None:
+            keys[texts, :, columns], values[texts, :, columns] = k, norm_heads(layer.v_norm, v)
         mixed = []
         for row, (text, column, start) in enumerate(zip(texts, columns, starts, strict=True)):
             first = max(start, column + 1 - layer.window) if layer.window else start
@@ -159,6 +169,10 @@ def expected_logits(layers, last_norm, head, x, cos, sin, cache, texts, columns,
         gate, up = inner.chunk(2, dim=-1) if layer.gated else (inner, 1.0)
         act = F.silu(gate) if layer.activation == "silu" else F.gelu(gate, approximate="tanh")
         x = x2 + layer.residual * norm(layer.mlp_output_norm, project(layer.down, act * up))
+        if layer.own_input is not None:
+            gate = F.gelu(project(layer.own_input.gate, x), approximate="tanh")
+            x = x + norm(layer.own_input.norm, project(layer.own_input.project, gate * inputs[:, i].double()))
+        x = x * layer.factor
     return project([head], norm(last_norm, x))
 
 
@@ -282,6 +296,36 @@ def test_what_layers_lack_or_have_otherwise(run, other):
     got = ready.step(x, angles.cos(), angles.sin(), cache, texts, columns, starts)
     assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
     assert (cache.double() - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+
+def test_layers_that_read_more_than_states(run):
+    """Inputs of their own, keys and values of an earlier layer, values that are the keys; heads of other widths."""
+    _, dtype = run
+    random = Random()
+    wide, narrow = (random.layer(48, 4, 2, width, 56, NF4, False, (2, 2, 2), 0, True) for width in (34, 18))
+    narrow = replace(narrow, rope=1, query_rope=1, v_norm=random.norm(18), qkv=narrow.qkv[:2], values_are_keys=True)
+    layers = [replace(wide, v_norm=random.norm(34)), narrow]
+    for source, layer in enumerate(tuple(layers)):
+        layers.append(replace(layer, qkv=layer.qkv[:1], reads_keys=source, values_are_keys=False))
+    for i, layer in enumerate(layers):
+        own = DecoderInput(
+            [random.linear(10, 48, NF4, rank=2)], [random.linear(48, 10, torch.float32, rank=3)], random.norm(48)
+        )
+        layers[i] = replace(layer, activation="gelu_pytorch_tanh", own_input=own, factor=0.7 + 0.2 * i)
+    last_norm, head = random.norm(48), random.linear(VOCABULARY, 48, torch.bfloat16)
+    ready = decoder(DecoderModel(layers, last_norm, head, dtype))
+    texts, columns, starts = map(torch.tensor, PLACES["ragged"])
+    x, inputs = random.normal(3, 48).to(dtype), random.normal(3, len(layers), 10).to(dtype)
+    cache = [random.normal(2, 3, 2, CAPACITY, width).to(dtype) for width in (34, 18)]
+    angles = [columns[:, None] / 10 ** (torch.arange(half) / half) for half in (17, 9)]
+    exact = [each.double() for each in cache]
+    turns = [each.cos() for each in angles], [each.sin() for each in angles]
+    rest = (texts, columns, starts, inputs)
+    expected = expected_logits(layers, last_norm, head, x, *turns, [*exact, *exact], *rest)
+    got = ready.step(x, *turns, [*cache, *cache], *rest)
+    assert (got.double() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
+    for found, wanted in zip(cache, exact, strict=True):
+        assert (found.double() - wanted).norm() <= TOLERANCE[dtype] * wanted.norm()
 
 
 def test_the_head_alone(run):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from nybble.bridge.masked_rows import Rows, read_borders, read_mask
 from nybble.bridge.peft_layers import is_peft_lora, state_of, view, why_not_viewed
 from nybble.errors import ModelError
-from nybble.families import FAMILIES
+from nybble.families import FAMILIES, family_of
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.decoder_block import DecoderBlock
 from nybble.layers.packed_rows import PackedSequences
@@ -72,11 +72,12 @@ def accelerate(model: Any) -> Acceleration:
             "Allowed: a causal language model of transformers, or PEFT's around one.",
         )
     reason = why_not_forward(inner)
-    family = FAMILIES.get(inner.config.get_text_config().model_type)
-    if reason is not None or family is None or family.growing_queries:
+    family = family_of(inner.config.get_text_config())
+    if reason is not None or family is None or family.growing_queries or family.beside:
         dense = (name for name, known in FAMILIES.items() if known.mixture is None)
+        own = "its layers read more than states" if family and family.beside else "its queries grow with their position"
         raise ModelError(
-            f"{type(inner).__name__} cannot be accelerated: {reason or 'its queries grow with their position'}.",
+            f"{type(inner).__name__} cannot be accelerated: {reason or own}.",
             f"Allowed: models of {', '.join(dense)} whose layers are as published.",
             "Leave nybble.accelerate out: the model trains through its own layers.",
         )
@@ -165,8 +166,8 @@ class AcceleratedLayer(nn.Module):
     def _block(self) -> "DecoderBlock | str":
         """The block over the layer as it is now, or why there is none."""
         config, _ = self.accelerated_by
-        family = FAMILIES[config.model_type]
-        linears = [self.get_submodule(name) for name in (*family.qkv, family.o, *family.gate_up, family.down)]
+        family = FAMILIES[config.model_type].of(config)
+        linears = [self.get_submodule(name) for name in family.linears]
         parameters = [(id(each), each.requires_grad) for each in self.parameters()]
         adapters = [state_of(each) for each in linears if is_peft_lora(each)]
         now = (parameters, adapters, self.training)

@@ -86,7 +86,7 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         granted.append((bool(caps), "soft caps on scores and logits"))
     if arch == "COMMAND_R":
         granted.append((not config.use_qk_norm, "no norms of queries and keys"))
-    if arch == "STABLELM":
+    if arch in ("STABLELM", "PHI2"):
         granted.append((not config.qk_layernorm, "no norms of queries and keys"))
     return granted
 

@@ -1,9 +1,13 @@
 """The families of decoders whose layers nybble's decoder blocks compute, by the model type of their configs."""
 
+from typing import Any
+
 from nybble.families.cohere import COHERE
 from nybble.families.cohere2 import COHERE2
+from nybble.families.family import Family
 from nybble.families.gemma2 import GEMMA2
 from nybble.families.gemma3 import GEMMA3
+from nybble.families.gemma4 import GEMMA4
 from nybble.families.glm import GLM
 from nybble.families.glm4 import GLM4
 from nybble.families.granite import GRANITE
@@ -28,7 +32,13 @@ from nybble.families.starcoder2 import STARCODER2
 FAMILIES = {
     family.model_type: family
     for family in (
-        LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3, SMOLLM3, GRANITE, OLMO2, OLMO3, PHI, PHI3,
-        GLM, GLM4, COHERE, COHERE2, STABLELM, STARCODER2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE,
+        LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, QWEN2, QWEN3, GEMMA2, GEMMA3, GEMMA4, SMOLLM3, GRANITE, OLMO2, OLMO3,
+        PHI, PHI3, GLM, GLM4, COHERE, COHERE2, STABLELM, STARCODER2, MIXTRAL, QWEN2_MOE, QWEN3_MOE, OLMOE,
     )
 }  # fmt: skip
+
+
+def family_of(config: Any) -> Family | None:
+    """What models of a text config have of their family; None where it is not known."""
+    family = FAMILIES.get(config.model_type)
+    return None if family is None else family.of(config)

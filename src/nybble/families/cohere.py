@@ -1,5 +1,5 @@
 """Command R (docs.cohere.com/docs/command-r): attention and the MLP side by side behind one LayerNorm without bias,
-neighbours turned together, a factor on the logits.
+neighbours turned together, a factor on the logits; in Command R+ queries and keys normed, each head by its own weights.
 """
 
 from nybble.families.family import Family
@@ -12,6 +12,7 @@ COHERE = Family(
     parallel=True,
     rope_neighbours=True,
     angles_in_pairs=True,
-    unsupported=("use_qk_norm",),
+    head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    head_norms_option="use_qk_norm",
     gguf="COMMAND_R",
 )

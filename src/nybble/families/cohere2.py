@@ -6,4 +6,12 @@ from dataclasses import replace
 
 from nybble.families.cohere import COHERE
 
-COHERE2 = replace(COHERE, model_type="cohere2", windows="by kind", rotated_windows=True, unsupported=(), gguf="COHERE2")
+COHERE2 = replace(
+    COHERE,
+    model_type="cohere2",
+    windows="by kind",
+    rotated_windows=True,
+    head_norms=(),
+    head_norms_option=None,
+    gguf="COHERE2",
+)

@@ -6,13 +6,18 @@ A layer of every family is
     x = x + residual * mlp_output_norm(down(activation(gate) * up)),   gate, up = gate_up(mlp_norm(x))
 
 or, where the MLP stands beside attention, both read the same x and are added together. Without a gate the MLP is
-down(activation(up)); of a mixture there are many, of which each token passes a few. A `Family` says which of these
-parts there are and what transformers calls them. What a layer or config of transformers holds as a number (head widths,
-the factor on the scores, epsilon) is read there; embeddings that are scaled by their own module are its business.
+down(activation(up)); of a mixture there are many, of which each token passes a few. What a layer is given of each token
+beside the states, e, it adds after these, times a factor:
+
+    x = factor * (x + norm(project(activation(gate(x)) * e)))
+
+A `Family` says which of its parts there are and what transformers calls them; `of` what there is of them in models of a
+config, `of_layer` in one layer. What a layer or config of transformers holds as a number (head widths, the factor on
+the scores, epsilon) is read there; embeddings that are scaled by their own module are its business.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Activation = Literal["silu", "gelu_pytorch_tanh", "gelu_new"]  # as transformers names them; the last two are one
@@ -59,9 +64,11 @@ class Family:
         norm_offset: what is added to the weights of RMSNorm.
         final_norm: module that norms what the head reads.
         input_norm, mlp_norm: modules that norm what attention and the MLP read, or None.
-        parallel: attention and the MLP read the same states, those that come into the layer.
+        parallel: attention and the MLP read the same states, those that come into the layer;
+        parallel_option: or do so where this option of the config is set, behind one norm.
         attention_output_norm, mlp_output_norm: modules that norm what these two add to the states, or None.
-        head_norms: modules that norm queries and keys, or none.
+        head_norms: modules that norm queries and keys, and values where there is a third, or none.
+        head_norms_option: the config's option that says whether there are these; there are where None.
         heads_together: they norm all heads of a token as one row, not each by itself.
         qkv, o, gate_up, down: linear layers; those that read the same states together, or one whose outputs lie as
             theirs would.
@@ -75,8 +82,15 @@ class Family:
         attention_softcap: the config's option for c in c · tanh(scores / c), or None.
         embedding_multiplier, residual_multiplier: the config's options for factors on the embeddings and on what is
             added to the states, or None.
+        shared_keys: the config's option for how many of the last layers have no keys and values, but read those of the
+            last layer of their kind before them, or None.
+        keys_as_values: the config's option for values that are the keys before their norm, in layers without a window.
+        layer_inputs: the config's option for the width of what each layer is given of a token beside the states.
+        layer_input: modules of that: linear layers to its width and back, and the norm of what is added.
+        layer_factor: a layer's buffer with the factor on its result, or None.
         dropouts: options, beside `attention_dropout`, for shares of a layer's states that training drops.
-        unsupported: options that, where a config sets them, make of its layers something else than this.
+        unsupported: options that, where a config sets them, or sets them to this value, make of its layers something
+            else than this.
         mixture: what the MLP of layers is that have its router.
         gguf: its architecture in GGUF files, a name of gguf.MODEL_ARCH, or None where it is not exported.
         gguf_neighbours: llama.cpp turns neighbouring elements of a head together, transformers those of its halves.
@@ -93,9 +107,11 @@ class Family:
     input_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     parallel: bool = False
+    parallel_option: str | None = None
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
     head_norms: tuple[str, ...] = ()
+    head_norms_option: str | None = None
     heads_together: bool = False
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
@@ -111,8 +127,13 @@ class Family:
     attention_softcap: str | None = None
     embedding_multiplier: str | None = None
     residual_multiplier: str | None = None
+    shared_keys: str | None = None
+    keys_as_values: str | None = None
+    layer_inputs: str | None = None
+    layer_input: tuple[str, ...] = ()
+    layer_factor: str | None = None
     dropouts: tuple[str, ...] = ()
-    unsupported: tuple[str, ...] = ()
+    unsupported: tuple[str | tuple[str, str], ...] = ()
     mixture: Mixture | None = None
     gguf: str | None = None
     gguf_neighbours: bool = False
@@ -125,7 +146,13 @@ class Family:
     @property
     def added_norms(self) -> int:
         """How many norms there are of what is added to the states."""
-        return sum(name is not None for name in (self.attention_output_norm, self.mlp_output_norm))
+        names = (self.attention_output_norm, self.mlp_output_norm, *self.layer_input[2:])
+        return sum(name is not None for name in names)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names within a layer of its linear layers."""
+        return (*self.qkv, self.o, *self.gate_up, self.down, *self.layer_input[:2])
 
     def modules(self, mixture: Mixture | None = None) -> tuple[str, ...]:
         """Names within a layer of all that has weights.
@@ -135,11 +162,51 @@ class Family:
         """
         norms = (self.input_norm, self.mlp_norm, self.attention_output_norm, self.mlp_output_norm, *self.head_norms)
         mlp = (*self.gate_up, self.down) if mixture is None else mixture.modules
-        return (*self.qkv, self.o, *mlp, *(name for name in norms if name is not None))
+        own = (*norms, *self.layer_input)
+        return (*self.qkv, self.o, *mlp, *(name for name in own if name is not None))
 
     def mixture_in(self, modules: Collection[str]) -> Mixture | None:
         """What the MLP of a layer with modules of these names is, if it is a mixture."""
         return self.mixture if self.mixture is not None and self.mixture.router in modules else None
+
+    @property
+    def beside(self) -> bool:
+        """Whether layers take something beside the states: keys and values of others, or inputs of their own."""
+        return self.shared_keys is not None or self.layer_inputs is not None
+
+    def of(self, config: Any) -> "Family":
+        """What models of this config have of it."""
+        found = self
+        if self.parallel_option is not None and getattr(config, self.parallel_option):
+            found = replace(found, parallel=True, mlp_norm=self.input_norm)
+        if self.head_norms_option is not None and not getattr(config, self.head_norms_option):
+            found = replace(found, head_norms=())
+        if self.layer_inputs is not None and not getattr(config, self.layer_inputs):
+            found = replace(found, layer_inputs=None, layer_input=())
+        return found
+
+    def of_layer(self, config: Any, layer: int) -> "Family":
+        """What a layer of a model of this config has of it."""
+        found = self.of(config)
+        if self.reads_keys(config, layer):
+            return replace(found, qkv=found.qkv[:1], head_norms=found.head_norms[:1])
+        return replace(found, qkv=found.qkv[:2]) if self.values_are_keys(config, layer) else found
+
+    def reads_keys(self, config: Any, layer: int) -> bool:
+        """Whether a layer reads keys and values that another one computed."""
+        shared: int = getattr(config, self.shared_keys) if self.shared_keys is not None else 0
+        return layer >= config.num_hidden_layers - shared
+
+    def gives_keys(self, config: Any, layer: int) -> bool:
+        """Whether others read the keys and values that a layer computes: it is the last of its kind that does so."""
+        kinds = self.kinds(config)
+        later = [i for i in range(layer + 1, len(kinds)) if kinds[i] == kinds[layer]]
+        return bool(later) and not self.reads_keys(config, layer) and self.reads_keys(config, later[0])
+
+    def values_are_keys(self, config: Any, layer: int) -> bool:
+        """Whether a layer's values are its keys before their norm."""
+        wanted = self.keys_as_values is not None and getattr(config, self.keys_as_values)
+        return bool(wanted) and self.kinds(config)[layer] == FULL
 
     def kinds(self, config: Any) -> list[str]:
         """Each layer's kind."""
@@ -160,6 +227,15 @@ class Family:
         if self.rotated_windows:
             return self.window(config, self.kinds(config)[layer]) > 0
         return self.rotated_layers is None or bool(getattr(config, self.rotated_layers)[layer])
+
+    def refuses(self, config: Any) -> str | None:
+        """The first option of a config that makes of its layers something else, or None."""
+        for each in self.unsupported:
+            option, value = each if isinstance(each, tuple) else (each, None)
+            found = getattr(config, option, None)
+            if found and value in (None, found):
+                return option
+        return None
 
     def embedding_factor(self, config: Any) -> float:
         """Of what the embedding module gives."""

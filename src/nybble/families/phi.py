@@ -13,10 +13,11 @@ PHI = Family(
     final_norm="final_layernorm",
     mlp_norm="input_layernorm",
     parallel=True,
+    head_norms=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    head_norms_option="qk_layernorm",
     o="self_attn.dense",
     gate_up=("mlp.fc1",),
     down="mlp.fc2",
     dropouts=("resid_pdrop", "embd_pdrop"),
-    unsupported=("qk_layernorm",),
     gguf="PHI2",
 )

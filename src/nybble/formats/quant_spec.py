@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import gcd, prod
 
 from nybble.errors import FormatError
 from nybble.formats.format import DEFAULT_FORMAT, Format, named_format
@@ -63,6 +63,11 @@ class QuantSpec:
         if len(shape) == 2 and shape[1] % self.block_size == 0:
             return (shape[0], self.packed_bytes(shape[1]))
         return (self.packed_bytes(prod(shape)),)
+
+    def row_multiple(self, width: int) -> int:
+        """After every so many rows of this width ends a block of scales too; 0 where blocks straddle rows."""
+        block = self.block_size * (NESTED_BLOCK_SIZE if self.double_quant else 1)
+        return 0 if width % self.block_size else block // gcd(block, width)
 
     def scales_bytes(self, numel: int) -> int:
         if self.entry.block is not None:

@@ -107,5 +107,27 @@ class QuantizedTensor:
         """The same on another device."""
         return replace(self, packed=self.packed.to(device), scales=self.scales.to(device))
 
+    def rows(self, start: int, stop: int) -> "QuantizedTensor":
+        """Some of the rows, as a matrix of their own; nothing but scales is copied.
+
+        Args:
+            start, stop: multiples of the spec's `row_multiple`, or the last.
+        """
+        columns, size = self.shape[1], self.spec.block_size
+        multiple = self.spec.row_multiple(columns)
+        assert multiple and start % multiple == 0 and (stop % multiple == 0 or stop == self.shape[0]), (start, stop)
+        blocks = slice(start * columns // size, stop * columns // size)
+        nested = slice(blocks.start // NESTED_BLOCK_SIZE, -(-blocks.stop // NESTED_BLOCK_SIZE))
+        absmax, offset, absmax2, codes, zero_points = self.scale_parts() if self.scales.numel() else ScaleParts()
+        parts = ScaleParts(
+            None if absmax is None else absmax[blocks],
+            offset,
+            None if absmax2 is None else absmax2[nested],
+            None if codes is None else codes[blocks],
+            None if zero_points is None else zero_points[blocks],
+        )
+        scales = join_scales(parts) if self.scales.numel() else self.scales
+        return replace(self, packed=self.packed[start:stop], scales=scales, shape=(stop - start, columns))
+
     def scale_parts(self) -> ScaleParts:
         return split_scales(self.scales, self.spec, self.numel)

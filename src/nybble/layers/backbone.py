@@ -19,12 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 
 from nybble.data.packing import Batch, PicturedBatch
-from nybble.families import FAMILIES
+from nybble.families import FAMILIES, family_of
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
 from nybble.layers.convert import TOWERS, block_names
 from nybble.layers.decoder_block import Keep, block_ops
+from nybble.layers.layer_input import Beside, beside_states
 from nybble.layers.lora import DoraLinear
 from nybble.layers.mixers import computes_mixers, masks_of_rows
 from nybble.layers.mixture_block import block_of
@@ -235,17 +236,17 @@ class FusedForward:
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
         self.weights.begin(will_return=torch.is_grad_enabled())
-        x, sequences = self.embed(batch)
+        x, sequences, beside = self.embed(batch)
         self.refresh_adapters()
         if self.kept is None:
             for block, keep in zip(self.blocks, self.keeps, strict=True):
-                x = block(x, sequences, keep)
+                x = block(x, sequences, keep, beside)
         else:
             self.kept.begin()
             with saved_tensors_hooks(self.kept.put, self.kept.get):
                 for block, keep in zip(self.blocks, self.keeps, strict=True):
                     self.kept.next_block()
-                    x = block(x, sequences, keep)
+                    x = block(x, sequences, keep, beside)
         states: Tensor = self.norm.module(x.index_select(0, positions))
         return states
 
@@ -260,14 +261,16 @@ class FusedForward:
         weight: Tensor = frozen(self.norm.module).weight
         return weight
 
-    def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences]:
-        """What the first block takes, `(T, hidden)`, and where its documents lie; an arbitrary one fills T up."""
+    def embed(self, batch: Batch) -> tuple[Tensor, PackedSequences, Beside]:
+        """What the first block takes, `(T, hidden)`, where its documents lie, and what blocks read beside the states;
+        an arbitrary document fills T up.
+        """
         input_ids, position_ids, cu_seqlens, max_length, spread = _fill_up(batch)
         sequences = PackedSequences(rotary_angles(self.model, position_ids), cu_seqlens, max_length, spread)
         x = self.model.base_model.embed_tokens(input_ids[0])
         if self.regularisers.noise and self.model.training:
             x = self.regularisers.noised(x, batch.document_lengths)
-        return scaled_embeddings(self.model, x), sequences
+        return scaled_embeddings(self.model, x), sequences, beside_states(self.model, input_ids[0], x)
 
 
 def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
@@ -317,7 +320,7 @@ def why_not_blocks(
     if hasattr(model.config, TOWERS):
         return Reason(Why.PICTURES)
     config = model.config.get_text_config()
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config)
     for option in ("attention_dropout", *(family.dropouts if family else ())):
         if getattr(config, option, 0):
             return Reason(Why.OPTION, option)
@@ -347,7 +350,7 @@ def why_not_forward(
     if hasattr(model.config, TOWERS):
         return Reason(Why.PICTURES)
     config = model.config.get_text_config()
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config)
     if family is None:
         return Reason(Why.FAMILY, config.model_type)
     if family.mixture is not None and not experts:
@@ -355,12 +358,12 @@ def why_not_forward(
     activation = getattr(config, family.activation_option)
     if activation != family.activation:
         return Reason(Why.ACTIVATION, str(activation))
-    for option in family.unsupported:
-        if getattr(config, option, None):
-            return Reason(Why.OPTION, option)
+    if option := family.refuses(config):
+        return Reason(Why.OPTION, option)
     if inside := trained_inside(trained_modules(model), block_names(model)):
         return Reason(Why.TRAINED, inside)
-    other = _other_modules(model.base_model.layers, family)
+    of_layers = [family.of_layer(config, layer) for layer in range(config.num_hidden_layers)]
+    other = _other_modules(model.base_model.layers, of_layers)
     if other:
         return Reason(Why.MODULES, ", ".join(other))
     missing = registry.runs(ops(family), (device or next(model.parameters()).device).type, here)
@@ -377,10 +380,10 @@ def trained_inside(names: Iterable[str], blocks: Sequence[str]) -> str:
     return next((name for name in names if any(name.startswith(f"{block}.") for block in blocks)), "")
 
 
-def _other_modules(layers: Iterable[nn.Module], family: Family) -> list[str]:
-    """Names of what these layers have weights in beside what their family does, and of what they lack."""
+def _other_modules(layers: Iterable[nn.Module], families: Iterable[Family]) -> list[str]:
+    """Names of what these layers have weights in beside what their families do, and of what they lack."""
     other: dict[str, None] = {}
-    for layer in layers:
+    for layer, family in zip(layers, families, strict=True):
         found = {name: module for name, module in layer.named_modules() if name}
         modules = family.modules(family.mixture_in(found))
         other |= dict.fromkeys(f"no {name}" for name in modules if name not in found)

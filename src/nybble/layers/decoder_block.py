@@ -5,8 +5,9 @@
 
 So it is for Llama; what other families have beside that or lack (norms of heads, of what is added to x, of what is
 read; LayerNorm; norms whose weights lie around zero; a factor on what is added; an MLP that reads x beside attention;
-GeGLU, GELU without a gate; a soft cap on the scores; layers without rotary angles) their `Family` says. The stages of a
-layer are methods, which training, answers and calibration share.
+GeGLU, GELU without a gate; a soft cap on the scores; layers without rotary angles; keys and values of another layer;
+inputs of their own) their `Family` says. The stages of a layer are methods, which training, answers and calibration
+share.
 
 Autograd through transformers' layer keeps some twenty tensors of a layer's width and casts most of them to
 fp32 and back. Written out by hand, a layer keeps what its caller asks for:
@@ -16,6 +17,8 @@ fp32 and back. Written out by hand, a layer keeps what its caller asks for:
                   is spared, since x2 comes from it (where the MLP reads x, it always is)
     "everything"  also what the products gave: backward recomputes only norms and the gate
 
+What a layer reads beside the states is kept in any case.
+
 The frozen weights are fetched (dequantised) where a product needs them, again in backward, so that they may
 come from anywhere. Adapters sit in the same LoraLinear modules as on the generic path; A of layers that share
 an input are stacked into one product. With no gradient wanted for x (nothing below is trained) its products
@@ -24,7 +27,7 @@ are skipped.
 Source of the formulas: LoRA (arXiv 2106.09685), RMSNorm (arXiv 1910.07467), RoPE (arXiv 2104.09864),
 SwiGLU and GeGLU (arXiv 2002.05202), LayerNorm (arXiv 1607.06450), FlashAttention-2's backward (arXiv 2307.08691).
 Mixtures of experts in the MLP's place: `layers/mixture_block.py`.
-Left out: dropout and layer-scale; such models run on the generic path.
+Left out: dropout; such models run on the generic path.
 """
 
 from collections.abc import Callable, Mapping
@@ -39,7 +42,9 @@ from nybble.kernels import registry
 from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.glu import geglu, geglu_backward, gelu, gelu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
+from nybble.layers.added import Added, add_projection
 from nybble.layers.augmented import projection_on
+from nybble.layers.layer_input import Beside, Entered, LayerInput
 from nybble.layers.lora import LoraLinear
 from nybble.layers.norms import Norm, Normed, norm_over, through_norm
 from nybble.layers.packed_rows import QUERIES, Angles, PackedSequences
@@ -88,43 +93,73 @@ class DecoderBlock:
         def norm(name: str | None) -> Norm | None:
             return None if name is None else norm_over(layer.get_submodule(name), family, config)
 
+        index = layer.self_attn.layer_idx
+        self.index, self.reads_keys = index, family.reads_keys(config, index)
+        self.gives_keys, self.values_are_keys = family.gives_keys(config, index), family.values_are_keys(config, index)
+        family = family.of_layer(config, index)
+
         self.qkv, self.o = projection(*family.qkv), projection(family.o)
         self.weights = weights
         self._take_mlp(layer, family, projection)
         self.input_norm, self.mlp_norm = norm(family.input_norm), norm(family.mlp_norm)
         self.attention_output_norm = norm(family.attention_output_norm)
         self.mlp_output_norm = norm(family.mlp_output_norm)
-        self.head_norms = [norm_over(layer.get_submodule(name), family, config) for name in family.head_norms]
         self.heads_together = family.heads_together
         self.activation, self.gated = family.activation, family.gated
         self.parallel, self.residual = family.parallel, family.residual_factor(config)
-        index = layer.self_attn.layer_idx
         self.kind = family.kinds(config)[index]
         self.query_kind = QUERIES if family.growing_queries else self.kind
         self.rotated, self.neighbours = family.rotated(config, index), family.rope_neighbours
         self.window, self.softcap = family.window(config, self.kind), family.softcap(config)
         self.scale = layer.self_attn.scaling
-        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = self.qkv.out_features // (self.num_heads + 2 * self.num_kv_heads)
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = self.num_heads // layer.self_attn.num_key_value_groups
+        computed = (2 - self.values_are_keys) * self.num_kv_heads * (not self.reads_keys)  # heads beside the queries
+        self.head_dim = self.qkv.out_features // (self.num_heads + computed)
+        ones = self._a_norm.weight.new_ones(self.head_dim)
+        self.head_norms = [norm_over(layer.get_submodule(name), family, config, ones) for name in family.head_norms]
+        self.layer_input: LayerInput | None = None
+        if family.layer_input:
+            gate, project, added = family.layer_input
+            functions = ACTIVATIONS[family.activation, True]
+            own_norm = norm_over(layer.get_submodule(added), family, config)
+            self.layer_input = LayerInput(projection(gate), projection(project), own_norm, *functions)
+        self.factor = 1.0 if family.layer_factor is None else float(getattr(layer, family.layer_factor))
+
+        self.factor = 1.0 if family.layer_factor is None else float(getattr(layer, family.layer_factor))
 
     def _take_mlp(self, layer: Any, family: Family, projection: Callable[..., Projection]) -> None:
         """The linear layers of the layer's MLP."""
         self.gate_up, self.down = projection(*family.gate_up), projection(family.down)
 
-    def __call__(self, x: Tensor, rows: PackedSequences, keep: Keep) -> Tensor:
-        """(T, hidden) -> (T, hidden)."""
-        return _BlockFunction.apply(x, self, rows, keep, *self.parameters())
+    def __call__(self, x: Tensor, rows: PackedSequences, keep: Keep, beside: Beside | None = None) -> Tensor:
+        """(T, hidden) -> (T, hidden).
+
+        Args:
+            beside: what it reads, and leaves to later layers, beside the states.
+        """
+        beside = beside or Beside()
+        given = beside.input_of(self.index)
+        y, keys_values = _BlockFunction.apply(x, given, self.reads(beside), self, rows, keep, *self.parameters())
+        if self.gives_keys:
+            beside.keys_values[self.kind] = keys_values
+        return y
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the states."""
+        return self._a_norm.weight.dtype
+
+    @property
+    def _a_norm(self) -> Norm:
         norm = self.input_norm or self.attention_output_norm
         assert norm is not None
-        return norm.weight.dtype
+        return norm
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+        own = () if self.layer_input is None else (self.layer_input.gate, self.layer_input.project)
+        return self.qkv, self.o, self.gate_up, self.down, *own
 
     def parameters(self) -> list[Tensor]:
         """The adapters' parameters, in the order in which `backward` returns their gradients."""
@@ -145,7 +180,7 @@ class DecoderBlock:
         Args:
             like: has their dtype and device.
         """
-        heads = self._split_heads(like.new_empty(1, self.qkv.out_width))
+        heads = self._split_heads(like.new_empty(1, self.attended_width))
         borders = torch.zeros(2, dtype=torch.int32, device=like.device)
         return registry.waits(
             "packed_attention", like.device, (*heads, borders, 1, self.scale, self.window, self.softcap)
@@ -159,10 +194,24 @@ class DecoderBlock:
         """
         return _normed_for(self.qkv, self.input_norm, x)
 
-    def queries_keys_values(self, normed: Tensor, angles: Angles) -> "Heads":
-        """Attention's operands."""
+    @property
+    def attended_width(self) -> int:
+        """Of queries, keys and values together."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    def queries_keys_values(self, normed: Tensor, angles: Angles, read: Tensor | None = None) -> "Heads":
+        """Attention's operands.
+
+        Args:
+            read: keys and values of another layer, (T, 2 kv), where it reads these.
+        """
         z = self.qkv.low_rank(normed)
         qkv = self.qkv.forward(normed, z)
+        if read is not None:
+            qkv = torch.cat([qkv[:, : self.qkv.out_features], read], dim=1)
+        elif self.values_are_keys:
+            keys = slice(self.num_heads * self.head_dim, self.qkv.out_features)
+            qkv = torch.cat([qkv[:, : keys.stop], qkv[:, keys]], dim=1)
         normed_heads = self._norm_heads(qkv)
         if self.rotated:
             for part, kind in self._rotated(qkv):
@@ -180,7 +229,7 @@ class DecoderBlock:
 
     def attention_output(self, out: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
         """The states after attention: its output (T, q), and what came into the block, to (T, hidden)."""
-        return _add(self.o, self.attention_output_norm, self.residual, out, x)
+        return add_projection(self.o, self.attention_output_norm, self.residual, out, x)
 
     def mlp_reads(self, x: Tensor, x2: Tensor) -> Tensor:
         """Of what came into the block and the states after attention, those that the MLP reads."""
@@ -218,13 +267,13 @@ class DecoderBlock:
         """
         act, gated = self.gate(normed)
         if not result:
-            return Mlp(gated, self.mlp_added(act, x2), act), None
+            return Mlp(gated, self.mlp_added(act, x2)), None
         y, added = self.mlp_output(act, x2)
         return Mlp(gated, added), y
 
     def mlp_output(self, act: Tensor, x2: Tensor) -> tuple[Tensor, "Added"]:
         """The block's result: what `gate` gave (T, f), and the states after attention, to (T, hidden)."""
-        return _add(self.down, self.mlp_output_norm, self.residual, act, x2)
+        return add_projection(self.down, self.mlp_output_norm, self.residual, act, x2)
 
     def mlp_added(self, act: Tensor, x2: Tensor) -> "Added":
         """What `mlp_output` leaves for backward, without the product where nothing after it needs it."""
@@ -232,12 +281,39 @@ class DecoderBlock:
             return Added(self.down.low_rank(act), self.residual)
         return self.mlp_output(act, x2)[1]
 
+    def reads(self, beside: Beside) -> Tensor | None:
+        """Keys and values of another layer, (T, 2 kv), where it has none of its own."""
+        return beside.keys_values[self.kind] if self.reads_keys else None
+
+    def keys_values(self, qkv: Tensor) -> Tensor | None:
+        """Of attention's operands, what later layers read, (T, 2 kv); None where none does."""
+        operands = qkv[:, self.num_heads * self.head_dim : self.attended_width]
+        return operands.contiguous() if self.gives_keys else None
+
+    def leave(self, beside: Beside, qkv: Tensor) -> None:
+        """Outside of training: put there what later layers read."""
+        if (keys_values := self.keys_values(qkv)) is not None:
+            beside.keys_values[self.kind] = keys_values
+
+    def own_input_added(self, x: Tensor, beside: Beside) -> Tensor:
+        """The states after the MLP with what comes of the layer's own input, where it has one."""
+        given = beside.input_of(self.index)
+        if self.layer_input is None or given is None:
+            return x
+        return self.layer_input.forward(x, given)[0]
+
+    def finished(self, y: Tensor) -> Tensor:
+        """The layer's result of what its last stage gave, in place."""
+        return y if self.factor == 1.0 else y.mul_(self.factor)
+
     def by_head(self, qkv: Tensor) -> Tensor:
-        heads = qkv[:, : self.qkv.out_features]
+        heads = qkv[:, : self.attended_width]
         return heads.view(qkv.shape[0], -1, self.head_dim)  # (T, heads + 2 kv heads, head_dim)
 
     def _rotated(self, qkv: Tensor) -> list[tuple[Tensor, str]]:
         """Heads that are turned, and the kind of their angles."""
+        if self.reads_keys:  # they are turned already
+            return [(self.by_head(qkv)[:, : self.num_heads], self.kind)]
         if self.query_kind == self.kind:
             return [(self.by_head(qkv)[:, : self.num_heads + self.num_kv_heads], self.kind)]
         queries, keys, _ = self._split_heads(qkv)
@@ -248,7 +324,7 @@ class DecoderBlock:
         return q, k, v
 
     def _norm_heads(self, qkv: Tensor) -> list[Normed]:
-        """Norms queries and keys in place, where the family does."""
+        """Norms queries, keys and values in place, where the family does."""
         kept = []
         for heads, norm in zip(self._normed_heads(qkv), self.head_norms, strict=False):
             before = heads.clone(memory_format=torch.contiguous_format)
@@ -257,9 +333,8 @@ class DecoderBlock:
         return kept
 
     def _normed_heads(self, qkv: Tensor) -> list[Tensor]:
-        """Queries and keys in the rows that their norms see: heads (T, heads, head_dim), or all of a token (T, q)."""
-        queries, keys, _ = self._split_heads(qkv)
-        return [part.view(len(qkv), -1) if self.heads_together else part for part in (queries, keys)]
+        """Queries, keys and values in the rows that their norms see: heads (T, heads, head_dim), or all of a token."""
+        return [part.view(len(qkv), -1) if self.heads_together else part for part in self._split_heads(qkv)]
 
     # ---- backward --------------------------------------------------------------------------------
 
@@ -277,11 +352,10 @@ class DecoderBlock:
         y = self.gate_up.for_magnitudes(mlp.gated.gate_up)
         activated = self.gate_and_up(mlp.gated)
         _, activate_backward = ACTIVATIONS[self.activation, self.gated]
-        act = torch.empty_like(grad_act) if mlp.act is None else mlp.act
-        activate_backward(grad_act, *activated, *activated, act if mlp.act is None else None)
-        del grad_act  # gate_up now holds its own gradient
+        act = grad_act  # gate_up now holds its own gradient, and this what down_proj read
+        activate_backward(grad_act, *activated, *activated, act)
+        del grad_act
         down = self.down.backward_adapters(grad_down, grad_z, act, mlp.added.z)
-        mlp.act = None
         del act, grad_down
 
         grad_gate_up = mlp.gated.gate_up
@@ -291,9 +365,17 @@ class DecoderBlock:
         return self.gate_up.backward_input(grad_gate_up, grad_z), [*gate_up, *down]
 
     def backward_attend(
-        self, grad_out: Tensor, heads: "Heads", out: Tensor, lse: Tensor, rows: PackedSequences
-    ) -> Tensor:
-        """From the gradient of attention's output, (T, q), to that of what qkv gave, (T, q + 2 kv)."""
+        self,
+        grad_out: Tensor,
+        heads: "Heads",
+        out: Tensor,
+        lse: Tensor,
+        rows: PackedSequences,
+        grad_given: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the gradient of attention's output, (T, q), and that of the keys and values that others read, to that of
+        what qkv gave, (T, q + 2 kv), and of the keys and values that it read.
+        """
         grad_qkv, qkv = torch.empty_like(heads.qkv), heads.qkv
         seen = grad_qkv  # by the documents' tokens
         if rows.spread is not None:
@@ -307,12 +389,21 @@ class DecoderBlock:
         )  # fmt: skip
         if rows.spread is not None:
             rows.spread.gradient(seen, out=grad_qkv)
+        queries = self.num_heads * self.head_dim
+        if grad_given is not None:
+            grad_qkv[:, queries : self.attended_width] += grad_given
         if self.rotated:
             for part, kind in self._rotated(grad_qkv):
                 rope_backward_(part, *rows.angles[kind], self.neighbours)
         for grad, normed in zip(self._normed_heads(grad_qkv), heads.normed, strict=False):
             normed.backward(grad, out=grad)
-        return grad_qkv
+        if self.reads_keys:
+            return grad_qkv[:, :queries], grad_qkv[:, queries : self.attended_width]
+        if self.values_are_keys:
+            keys, values = grad_qkv[:, queries : self.qkv.out_features], grad_qkv[:, self.qkv.out_features :]
+            keys += values
+            return grad_qkv[:, : self.qkv.out_features], None
+        return grad_qkv, None
 
 
 def _normed_for(projection: Projection, norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -321,16 +412,6 @@ def _normed_for(projection: Projection, norm: Norm | None, x: Tensor) -> tuple[T
         return x, None
     rows = x.new_empty(x.shape[0], projection.in_width)
     return rows, norm.forward(x, out=rows[:, : projection.in_features])[1]
-
-
-def _add(projection: Projection, norm: Norm | None, factor: float, inputs: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
-    """x + factor · norm(projection(inputs))"""
-    z = projection.low_rank(inputs)
-    if norm is None:
-        return projection.forward(inputs, z, residual=x, factor=factor), Added(z, factor)
-    before = projection.forward(inputs, z)[:, : projection.out_features]
-    normed, stats = norm.forward(before)
-    return torch.add(x, normed, alpha=factor, out=normed), Added(z, factor, Normed(norm, before, stats))
 
 
 @dataclass
@@ -351,27 +432,11 @@ class Gated:
 
 
 @dataclass
-class Added:
-    """What a projection back into the states leaves for backward."""
-
-    z: Tensor | None  # (T, r)
-    factor: float  # on what it adds
-    normed: Normed | None = None  # its result, where that is normed
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """From the gradient of the states, (T, hidden) or wider, to that of the projection's result."""
-        if self.factor != 1.0:
-            grad = grad * self.factor
-        return grad if self.normed is None else self.normed.backward(grad[:, : self.normed.before.shape[1]])
-
-
-@dataclass
 class Mlp:
     """What an MLP leaves for backward."""
 
     gated: Gated
     added: Added
-    act: Tensor | None = None  # (T, f), what down_proj read, where it was just computed again
 
 
 @dataclass
@@ -386,11 +451,14 @@ class Intermediates:
     mlp_states: Tensor  # (T, hidden), what the MLP reads
     mlp_stats: Tensor | None  # of its norm
     mlp: Any  # what the block's `mlp` says
+    entered: Entered | None  # of the layer's own input
 
 
 def _compute(
     block: DecoderBlock,
     x: Tensor,
+    given: Tensor | None,
+    read: Tensor | None,
     rows: PackedSequences,
     attended: tuple[Tensor, Tensor] | None,
     *,
@@ -400,11 +468,12 @@ def _compute(
     """The block, and its result (T, hidden); with `result` False what its backward reads alone.
 
     Args:
+        given, read: the layer's own input, and keys and values of another, where it has these.
         attended: attention's output and log-sum-exp when they were kept.
         kept: what backward reads is kept until then.
     """
     normed, stats = block.attention_input(x)
-    heads = block.queries_keys_values(normed, rows.angles)
+    heads = block.queries_keys_values(normed, rows.angles, read)
     del normed
     out, lse = attended or block.attend(heads.qkv, rows)
     if block.parallel and not result:
@@ -413,32 +482,47 @@ def _compute(
         x2, attention_added = block.attention_output(out, x)
     states = block.mlp_reads(x, x2)
     normed, mlp_stats = block.mlp_input(states)
-    mlp, y = block.mlp(normed, x2, result=result, kept=kept)
-    return Intermediates(stats, heads, out, lse, attention_added, states, mlp_stats, mlp), y
+    mlp, y = block.mlp(normed, x2, result=result or block.layer_input is not None, kept=kept)
+    entered = None
+    if block.layer_input is not None and y is not None and given is not None:
+        y, entered = block.layer_input.forward(y, given)
+    parts = Intermediates(stats, heads, out, lse, attention_added, states, mlp_stats, mlp, entered)
+    return parts, block.finished(y) if result and y is not None else None
 
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, block: DecoderBlock, rows: PackedSequences, keep: Keep, *parameters: Tensor
-    ) -> Tensor:
-        parts, y = _compute(block, x, rows, None, result=True, kept=keep == "everything")
+        ctx: Any,
+        x: Tensor,
+        given: Tensor | None,
+        read: Tensor | None,
+        block: DecoderBlock,
+        rows: PackedSequences,
+        keep: Keep,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        parts, y = _compute(block, x, given, read, rows, None, result=True, kept=keep == "everything")
         assert y is not None
         ctx.block, ctx.rows = block, rows
         ctx.kept = parts if keep == "everything" else None
-        ctx.save_for_backward(x, *((parts.attention_out, parts.lse) if keep == "attention" else ()))
-        return y
+        ctx.save_for_backward(x, given, read, *((parts.attention_out, parts.lse) if keep == "attention" else ()))
+        ctx.set_materialize_grads(False)
+        return y, block.keys_values(parts.heads.qkv)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         block, rows = ctx.block, ctx.rows
-        x, *kept_attention = ctx.saved_tensors
+        x, given, read, *kept_attention = ctx.saved_tensors
         hidden = x.shape[1]
-        grad_y = grad_outputs[0].contiguous()
         if ctx.kept is None:
-            s, _ = _compute(block, x, rows, tuple(kept_attention) or None, result=False, kept=False)
+            s, _ = _compute(block, x, given, read, rows, tuple(kept_attention) or None, result=False, kept=False)
         else:
             s, ctx.kept = ctx.kept, None
+        grad_y = grad_outputs[0].contiguous() if block.factor == 1.0 else grad_outputs[0] * block.factor
+        grad_given, own = None, []
+        if block.layer_input is not None:
+            grad_y, grad_given, own = block.layer_input.backward(grad_y, s.entered, given)
 
         grad_normed, mlp = block.backward_mlp(grad_y, s.mlp, s.mlp_states)
         grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
@@ -451,7 +535,9 @@ class _BlockFunction(torch.autograd.Function):
         o = block.o.backward_adapters(grad_o, grad_z, s.attention_out, s.attention_added.z)
         grad_out = block.o.backward_input(grad_o, grad_z)
         del grad_o
-        grad_qkv = block.backward_attend(grad_out, s.heads, s.attention_out, s.lse, rows)
+        grad_qkv, grad_read = block.backward_attend(
+            grad_out, s.heads, s.attention_out, s.lse, rows, grad_outputs[1] if block.gives_keys else None
+        )
         del grad_out
 
         grad_z = block.qkv.backward_low_rank(grad_qkv)
@@ -460,4 +546,4 @@ class _BlockFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_normed = block.qkv.backward_input(grad_qkv, grad_z)
             grad_x = through_norm(block.input_norm, grad_normed, x, s.stats, out=grad_x2[:, :hidden])
-        return grad_x, None, None, None, *qkv, *o, *mlp
+        return grad_x, grad_given, grad_read, None, None, None, *qkv, *o, *mlp, *own

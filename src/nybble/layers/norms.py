@@ -4,11 +4,13 @@ RMSNorm: arXiv 1910.07467. LayerNorm: arXiv 1607.06450.
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from nybble.families import FAMILIES
+from nybble.families import family_of
 from nybble.families.family import Family
 from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 
@@ -66,7 +68,35 @@ class LayerNorm(_OverModule):
         return layer_norm_backward(grad, x, self.weight, stats, out=out, accumulate=accumulate)
 
 
-Norm = RMSNorm | LayerNorm
+@dataclass(frozen=True)
+class HeadsNorm:
+    """LayerNorm of each head of rows (T, heads, head_dim), over a module that has a weight of its own for each."""
+
+    module: Any
+    eps: float
+
+    @property
+    def weight(self) -> Tensor:
+        """(heads, head_dim)"""
+        weight = getattr(self.module, "weight", None)
+        return torch.stack([norm.weight for norm in self.module.norms]).detach() if weight is None else weight.detach()
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The normed rows, and of each head mean and 1 / standard deviation."""
+        out, weight = torch.empty_like(x) if out is None else out, self.weight
+        stats = [layer_norm(x[:, i], each, None, self.eps, out=out[:, i])[1] for i, each in enumerate(weight)]
+        return out, torch.stack(stats)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, stats: Tensor, out: Tensor | None = None, accumulate: bool = False
+    ) -> Tensor:
+        out = torch.empty_like(x) if out is None else out
+        for i, (weight, each) in enumerate(zip(self.weight, stats, strict=True)):
+            layer_norm_backward(grad[:, i], x[:, i], weight, each, out=out[:, i], accumulate=accumulate)
+        return out
+
+
+Norm = RMSNorm | LayerNorm | HeadsNorm
 
 
 @dataclass
@@ -81,16 +111,26 @@ class Normed:
         return self.norm.backward(grad, self.before, self.stats, out=out)
 
 
-def norm_over(module: Any, family: Family, config: Any) -> Norm:
-    """The norm that a module of the family's models computes."""
+def norm_over(module: Any, family: Family, config: Any, ones: Tensor | None = None) -> Norm:
+    """The norm that a module of the family's models computes.
+
+    Args:
+        ones: its weight, where the module has none.
+    """
     eps = getattr(config, family.norm_eps)
+    weight = getattr(module, "weight", None)
+    if hasattr(module, "norms") or (weight is not None and weight.dim() == 2):
+        return HeadsNorm(module, eps)
+    if weight is None:
+        module = SimpleNamespace(weight=ones)
     return LayerNorm(module, eps) if family.norm == "layer" else RMSNorm(module, eps, family.norm_offset)
 
 
 def final_norm(model: "PreTrainedModel") -> Norm:
     """What comes between a model's last block and its head."""
     config = model.config.get_text_config()
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
+    assert family is not None, config.model_type
     return norm_over(model.base_model.get_submodule(family.final_norm), family, config)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nybble.families import FAMILIES
+from nybble.families import family_of
 from nybble.families.family import Family
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def rotary_angles(model: "PreTrainedModel", position_ids: Tensor) -> Angles:
     In fp32 whatever the compute dtype: bf16 positions lose whole tokens beyond 256.
     """
     config = model.config.get_text_config()
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
+    assert family is not None, config.model_type
     kinds = sorted(set(family.kinds(config)))
     if family.rope_by_kind:
         return {kind: _angles(model, family, position_ids, kind) for kind in kinds}
@@ -92,5 +93,7 @@ def _angles(model: "PreTrainedModel", family: Family, position_ids: Tensor, *kin
 def scaled_embeddings(model: "PreTrainedModel", embedded: Tensor) -> Tensor:
     """What the first block takes, of what the embedding module gave."""
     config = model.config.get_text_config()
-    factor = FAMILIES[config.model_type].embedding_factor(config)
+    family = family_of(config)
+    assert family is not None, config.model_type
+    factor = family.embedding_factor(config)
     return embedded if factor == 1.0 else embedded * factor

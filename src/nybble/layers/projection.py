@@ -5,7 +5,7 @@ DoRA's (arXiv 2402.09353), y = c·(W + scaling·B·A)·x + bias, are the same of
 m / n; only the gradient of m, Σ g·(y - bias) / m over the tokens, takes the product with W once more where y is gone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from nybble.layers.lora import DoraLinear, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.quantized_weight import QuantizedWeight
 from nybble.layers.streamed import BlockStore, StreamedLinear
+from nybble.sizes import SHAPE_RULES, panel_rows
 
 
 class DenseWeights:
@@ -53,14 +54,22 @@ class DenseWeights:
         weight = weight_matrix(linear)
         return weight.q if isinstance(weight, QuantizedWeight) else weight
 
-    def fetch(self, linear: Any, dtype: torch.dtype) -> Tensor:
-        """The weight of a frozen linear, `[out, in]` in `dtype`; valid until the next is fetched."""
+    def panels(self, linear: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight of a frozen linear, `[out, in]` in `dtype`, so many rows at a time as `weight_panel_bytes` of the
+        device holds: which rows, and they themselves, valid until the next are fetched.
+        """
         stored = self.stored(linear)
         if isinstance(stored, Tensor):
-            return stored.to(dtype)
-        weight = self.room(None, (linear.out_features, linear.in_features), dtype, stored.packed.device)
-        dequantize_into(stored, weight)
-        return weight
+            yield slice(0, stored.shape[0]), stored.to(dtype)
+            return
+        device, (out, width) = stored.packed.device, stored.shape
+        most, multiple = SHAPE_RULES[device.type].weight_panel_bytes, stored.spec.row_multiple(width)
+        rows = panel_rows(out, width * dtype.itemsize, most, multiple)
+        for start in range(0, out, rows):
+            part = stored if rows >= out else stored.rows(start, min(out, start + rows))
+            weight = self.room(None, (part.shape[0], width), dtype, device)
+            dequantize_into(part, weight)
+            yield slice(start, start + part.shape[0]), weight
 
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """What was fetched last, each row times its own number `(out)`; in place where it was written out for this."""
@@ -154,11 +163,11 @@ class Projection:
         y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
         for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
             part = y[:, columns]
-            weight = self._scaled_weight(linear, None if z is None else adapter, x.dtype)
-            if residual is None:
-                torch.mm(x, weight.T, out=part)
-            else:
-                part.addmm_(x, weight.T, alpha=factor)
+            for rows, weight in self._scaled_panels(linear, None if z is None else adapter, x.dtype):
+                if residual is None:
+                    torch.mm(x, weight.T, out=part[:, rows])
+                else:
+                    part[:, rows].addmm_(x, weight.T, alpha=factor)
             if linear.bias is not None:
                 part.add_(linear.bias.to(x.dtype), alpha=factor)
             if adapter is not None and z is not None:
@@ -183,11 +192,12 @@ class Projection:
         """The gradient of x, (T, out) -> (T, in)."""
         grad_x = grad_y.new_empty(grad_y.shape[0], self.in_features)
         for i, (linear, adapter, columns, _) in enumerate(self._parts()):
-            weight = self._scaled_weight(linear, None if grad_z is None else adapter, grad_y.dtype)
-            if i == 0:
-                torch.mm(grad_y[:, columns], weight, out=grad_x)
-            else:
-                grad_x.addmm_(grad_y[:, columns], weight)
+            part = grad_y[:, columns]
+            for rows, weight in self._scaled_panels(linear, None if grad_z is None else adapter, grad_y.dtype):
+                if i == 0 and rows.start == 0:
+                    torch.mm(part[:, rows], weight, out=grad_x)
+                else:
+                    grad_x.addmm_(part[:, rows], weight)
         if grad_z is not None:
             grad_x.addmm_(grad_z, self._adapter_copies(grad_y.dtype).a)
         return grad_x
@@ -227,15 +237,19 @@ class Projection:
         if y is not None:
             turned = y if linear.bias is None else y.sub_(linear.bias.to(y.dtype))
             return turned.mul_(grad_y).sum(dim=0, dtype=torch.float32) / adapter.magnitude.detach()
-        turned = x[:, : self.in_features] @ self.weights.fetch(linear, x.dtype).T  # (T, out)
+        turned = torch.empty_like(grad_y)  # (T, out)
+        for rows, weight in self.weights.panels(linear, x.dtype):
+            torch.mm(x[:, : self.in_features], weight.T, out=turned[:, rows])
         turned.addmm_(z, (adapter.lora_B.detach() * adapter.scaling).to(x.dtype).T)
         return turned.mul_(grad_y).sum(dim=0, dtype=torch.float32) / adapter.norms()
 
-    def _scaled_weight(self, linear: Any, adapter: LoraLinear | None, dtype: torch.dtype) -> Tensor:
-        """The weight of a frozen linear, each row as its adapter scales it; valid until the next is fetched."""
-        weight = self.weights.fetch(linear, dtype)
+    def _scaled_panels(
+        self, linear: Any, adapter: LoraLinear | None, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The weight of a frozen linear, as `DenseWeights.panels` says, each row as its adapter scales it."""
         scale = None if adapter is None else adapter.row_scale()
-        return weight if scale is None else self.weights.scaled(weight, scale)
+        for rows, weight in self.weights.panels(linear, dtype):
+            yield rows, weight if scale is None else self.weights.scaled(weight, scale[rows])
 
     def _over_tokens(self, a: Tensor, b: Tensor) -> Tensor:
         """a · b, (r, T) · (T, n), in fp32 once it is rounded to the type of both."""

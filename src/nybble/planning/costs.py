@@ -19,7 +19,7 @@ from typing import NamedTuple
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning import cuda_costs, module_costs, tower_costs
 from nybble.planning.run_shape import ModelShape, RunShape
-from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES, EXPERT_ROWS
+from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES, EXPERT_ROWS, LAYER_INPUT_TOKENS, panel_rows
 from nybble.sources.parts import BlockParts
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
@@ -76,6 +76,7 @@ class Part(StrEnum):
     KEPT = "kept by blocks"
     HEAD = "loss head"
     BATCH = "ids and angles"
+    LAYER_INPUTS = "what layers read beside states"
     AT_WORK = "one block at work"
     PICTURES = "pictures"
     TOWER = "pictures being read"
@@ -164,7 +165,12 @@ def _rows_of_one(run: RunShape, tokens: int) -> int:
 
 
 def kept_bytes(run: RunShape) -> int:
-    """What one block keeps between its forward and its backward pass; of one side of an encoder-decoder."""
+    """What one block keeps between its forward and its backward pass, where they differ in the mean; of one side of an
+    encoder-decoder.
+    """
+    if run.model.kinds and run.path == "blocks":
+        total = sum(count * kept_bytes(replace(run, model=kind)) for kind, count in run.model.kinds)
+        return -(-total // run.model.num_layers)
     c = run.compute_bytes
     h, q, kv, _ = run.model.widths
     if run.keep == "nothing" or (run.path == "generic" and run.keep == "attention"):
@@ -175,7 +181,7 @@ def kept_bytes(run: RunShape) -> int:
         per_token = c * (h + q) + LSE_BYTES * run.model.num_heads
     else:
         states = h if run.model.parallel else 2 * h
-        inner = 2 * q + 2 * kv + run.model.gate_up_width
+        inner = 2 * q + 2 * kv + run.model.gate_up_width + layer_input_columns(run)
         per_token = c * (states + run.model.normed_width + inner + low_rank_columns(run))
         per_token += LSE_BYTES * run.model.num_heads + run.model.norm_bytes
         per_token += PLACE_BYTES * run.model.passed_experts
@@ -190,9 +196,34 @@ def kept_bytes(run: RunShape) -> int:
     return kept if run.on_cpu else kept + cuda_costs.kept_rounding_bytes(run, kept)
 
 
+def layer_input_columns(run: RunShape) -> int:
+    """Of what a layer makes of an input of its own: the states that it reads, and its gate."""
+    width = run.model.layer_input_width
+    beside = run.beside if run.wide else 0
+    return run.model.hidden_size + width + beside if width else 0
+
+
+def beside_bytes(run: RunShape) -> int:
+    """What layers read beside the states: inputs of their own, keys and values of others."""
+    tokens = max(run.batches.tokens, run.batches.validation_tokens)
+    return tokens * run.compute_bytes * run.model.beside_width
+
+
+def making_inputs_bytes(run: RunShape) -> int:
+    """What layers' own inputs are made of: two embeddings, and in fp32 what their norm was given, its squares and its
+    result; decoder blocks make them for some tokens at a time.
+    """
+    tokens = max(run.batches.tokens, run.batches.validation_tokens)
+    at_once = min(tokens, LAYER_INPUT_TOKENS) if run.path == "blocks" else tokens
+    width = run.model.num_layers * run.model.layer_input_width
+    return at_once * width * (2 * run.compute_bytes + 3 * MASTER_BYTES)
+
+
 def low_rank_columns(run: RunShape) -> int:
     """Of the products with the A of a block; where rows are wide, of four, and beside q/k/v and gate and up."""
-    return 6 * run.beside if run.wide else sum(len(outputs) for _, outputs in run.model.products) * run.rank
+    if run.wide:
+        return (6 + 2 * bool(run.model.layer_input_width)) * run.beside
+    return sum(len(outputs) for _, outputs in run.model.products) * run.rank
 
 
 def offloaded_bytes(run: RunShape) -> int:
@@ -216,17 +247,18 @@ def streamed_bytes(run: RunShape) -> int:
 def working_bytes(run: RunShape) -> int:
     """What one block holds at the height of its backward pass besides what it kept.
 
-    Decoder blocks: at SwiGLU's backward the gradients of output and of the MLP's input to down_proj, SwiGLU's
-    output; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was recomputed
-    also x2, q/k/v, attention's output, gate and up, the low-rank products, and what norms of heads and of what is added
-    to the states were given; the latter have gradients of their own.
+    Decoder blocks: at SwiGLU's backward the gradients of output and of the MLP's input to down_proj, in whose place
+    comes that input; or at attention's the gradients of x2, of its output and of q/k/v, and its scratch. Where it was
+    recomputed also x2, q/k/v, attention's output, gate and up, the low-rank products, and what norms of heads and of
+    what is added to the states were given; the latter have gradients of their own.
     Transformers' modules: what they keep within a block, where that was recomputed; else gradients.
     """
     c = run.compute_bytes
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
         f = run.model.dense_width
-        swiglu = run.batches.tokens * c * (h + 2 * f)  # gradients of y and of SwiGLU's output, that output
+        # Gradients of y and of SwiGLU's output, in whose place that output comes but in an expert that all tokens pass.
+        swiglu = run.batches.tokens * c * (h + (1 + bool(run.model.expert_width)) * f)
         swiglu += _expert_bytes(run, run.batches.tokens)
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms or run.model.scaled_residual)
         swiglu += run.batches.tokens * c * 2 * f * run.dora  # gate and up, as they were
@@ -234,14 +266,23 @@ def working_bytes(run: RunShape) -> int:
         if run.wide:  # gradients of the block's A and B, as they come and turned
             attention += 2 * MASTER_BYTES * run.adapter_parameters // run.model.num_layers
         recomputed = (
-            h + run.model.normed_width + q + 2 * kv + run.model.gate_up_width + low_rank_columns(run)
-        )  # x2, norms, q/k/v, gate and up
+            h
+            + run.model.normed_width
+            + q
+            + 2 * kv
+            + run.model.gate_up_width
+            + low_rank_columns(run)
+            + layer_input_columns(run)
+        )  # x2, norms, q/k/v, gate and up, a layer's own input
         attended = q  # attention's output
         made = {"nothing": recomputed + attended, "attention": recomputed, "everything": 0}[run.keep]
         roots = run.model.num_heads + run.model.norm_values * run.model.input_norms
         attended_rows = 0 if run.on_cpu or run.keep == "everything" else LSE_BYTES * roots
         copied = h + 3 * run.beside if run.wide else 0  # the gradient of y, wide; beside what is wide; of a low rank
-        return max(swiglu, attention) + run.batches.tokens * (c * (made + copied) + attended_rows)
+        read = (
+            run.batches.tokens * c * 2 * 2 * kv if run.model.beside_width else 0
+        )  # gradients of keys that others read
+        return max(swiglu, attention) + read + run.batches.tokens * (c * (made + copied) + attended_rows)
     read = weights_read_bytes(run) if run.full else 0
     if run.keep == "everything":
         return run.batches.tokens * c * (2 * h + 3 * f) + read  # gradients around SwiGLU
@@ -445,7 +486,8 @@ def compiled_products(shape: ModelShape, *ranks: int) -> tuple[int, int]:
     """
     forward: set[tuple[object, ...]] = set()
     backward: set[tuple[object, ...]] = set()
-    for rank, (width, outputs) in product(ranks, shape.products):
+    products = {each for kind, _ in shape.alone for each in kind.products}
+    for rank, (width, outputs) in product(ranks, products):
         columns, row = rank * len(outputs), sum(outputs)
         forward.add(("low rank", width, columns))
         backward |= {("adapters", columns, width, columns, width), ("add", columns, width, columns, width)}
@@ -457,19 +499,35 @@ def compiled_products(shape: ModelShape, *ranks: int) -> tuple[int, int]:
 
 
 def written_out_bytes(run: RunShape) -> dict[Part, int]:
-    """What four-bit weights are written out into: one at a time, and one more where DoRA asks for the norms of its rows
-    or scales those of 16 bits; or on a GPU, for decoder blocks, all of a block, with
-    room for adapters beside them (`layers/augmented.py`), as if each layer shared its input with two more.
+    """What four-bit weights are written out into: one at a time, decoder blocks some rows of one; and one more where
+    DoRA asks for the norms of its rows or scales those of 16 bits. Or on a GPU, for decoder blocks, all of a block,
+    with room for adapters beside them (`layers/augmented.py`), as if each layer shared its input with two more.
     """
     if not run.wide:
-        copies = (run.spec is not None) + run.dora
-        second = run.model.expert_width * run.model.hidden_size if run.path == "blocks" else 0  # of an expert's two
-        return {Part.DENSE_WEIGHT: run.compute_bytes * (copies * run.model.largest_linear + second)}
+        whole, second = run.model.largest_linear, 0
+        if run.path == "blocks" and not run.model.expert_width:
+            written = _panel_elements(run)
+        else:
+            written = whole
+            second = run.model.expert_width * run.model.hidden_size if run.path == "blocks" else 0  # of an expert's two
+        written = 0 if run.spec is None else written
+        return {Part.DENSE_WEIGHT: run.compute_bytes * (written + run.dora * whole + second)}
     elements = (
         sum((rows + run.beside) * (columns + run.beside) for _, rows, columns in block.linears)
         for block, _ in run.model.parts.blocks
     )
     return {Part.DENSE_BLOCK: run.compute_bytes * max(elements, default=0)}
+
+
+def _panel_elements(run: RunShape) -> int:
+    """Of a weight's rows that decoder blocks write out at a time, the most."""
+    if run.spec is None:
+        return 0
+    most, panels = run.rules.weight_panel_bytes, [0]
+    for block, _ in run.model.parts.blocks:
+        for _, width, rows in block.linears:
+            panels.append(width * panel_rows(rows, run.compute_bytes * width, most, run.spec.row_multiple(width)))
+    return max(panels)
 
 
 def compiled_bytes(run: RunShape) -> int:
@@ -523,6 +581,8 @@ def predict(run: RunShape) -> dict[Part, int]:
         {Part.KEPT: kept_by_first + handed_on, Part.AT_WORK: working_bytes(sides[0]) + moving},
     ]
     forward = [{Part.EVALUATION: validation_bytes(run)}]  # nothing is learnt
+    always[Part.LAYER_INPUTS] = beside_bytes(run)
+    forward.append({Part.AT_WORK: making_inputs_bytes(run)})
     always[Part.PICTURES] = tower_costs.held_bytes(run)
     if run.tower is not None:
         forward.append({Part.TOWER: max(tower_costs.making_bytes(run), tower_costs.reading_bytes(run))})

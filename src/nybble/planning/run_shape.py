@@ -44,6 +44,11 @@ class ModelShape:
         gated: the MLP's activation is that of a gate.
         parallel: the MLP reads what comes into the block.
         last_layers: what the linears are called whose products are never computed again but for a norm.
+        values_normed: values are, too.
+        reads_keys: keys and values are those of another block.
+        layer_input_width: of what each layer is given of a token beside the states.
+        beside_width: elements a token that layers read beside the states, of all layers together.
+        kinds: where blocks differ in such widths, what a model of each of them alone would be, and how many there are.
         mixer_values, mixer_chunk: fp32 numbers that a mixer with a state holds for its backward pass, for each token
             and beside them.
     """
@@ -74,6 +79,11 @@ class ModelShape:
     gated: bool = True
     parallel: bool = False
     last_layers: tuple[str, ...] = ("down_proj",)
+    values_normed: bool = False
+    reads_keys: bool = False
+    layer_input_width: int = 0
+    beside_width: int = 0
+    kinds: "tuple[tuple[ModelShape, int], ...]" = ()
     mixer_values: int = 0
     mixer_chunk: int = 0
 
@@ -95,13 +105,15 @@ class ModelShape:
     @property
     def normed_width(self) -> int:
         """Elements a token that the norms of a block keep beside its input and x2: each what it was given."""
-        heads = self.query_width + self.key_value_width if self.normed_heads else 0
+        keys = 0 if self.reads_keys else (1 + self.values_normed) * self.key_value_width
+        heads = self.query_width + keys if self.normed_heads else 0
         return self.added_norms * self.hidden_size + heads
 
     @property
     def normed_rows(self) -> int:
         """Rows a token that norms see, each of which has a root of its own."""
-        heads = self.num_heads * (self.query_width + self.key_value_width) // self.query_width
+        keys = 0 if self.reads_keys else (1 + self.values_normed) * self.key_value_width
+        heads = self.num_heads * (self.query_width + keys) // self.query_width
         rows = 2 if self.heads_together else heads
         return self.input_norms + self.added_norms + (rows if self.normed_heads else 0)
 
@@ -114,11 +126,17 @@ class ModelShape:
     def products(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """What each projection of a block but its experts reads, and what its linear layers give side by side."""
         h, q, kv, _ = self.widths
-        f = self.dense_width
-        qkv = (q, kv, kv) if self.qkv_layers == 3 else (q + 2 * kv,)
+        f, own = self.dense_width, self.layer_input_width
+        qkv = (q,) if self.reads_keys else {3: (q, kv, kv), 2: (q, kv), 1: (q + 2 * kv,)}[self.qkv_layers]
         gate_up = (f, f) if self.gate_up_layers == 2 else (self.gate_up_width,)
         attention: tuple[tuple[int, tuple[int, ...]], ...] = ((h, qkv), (q, (h,)))
-        return (*attention, (h, gate_up), (f, (h,))) if f else attention
+        mlp = ((h, gate_up), (f, (h,))) if f else ()
+        return (*attention, *mlp, *(((h, (own,)), (own, (h,))) if own else ()))
+
+    @property
+    def alone(self) -> "tuple[tuple[ModelShape, int], ...]":
+        """What models of one kind of blocks each would be, and how many blocks it has of them."""
+        return self.kinds or ((self, self.num_layers),)
 
     @property
     def num_experts(self) -> int:

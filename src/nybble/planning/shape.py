@@ -1,12 +1,13 @@
 """The widths that decide what a model costs, read off its own parameters."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from nybble.families import FAMILIES
+from nybble.families import family_of
 from nybble.families.family import Family
 from nybble.layers.convert import TOWERS, is_linear
 from nybble.layers.dense import is_encoder_decoder, narrow_ends
@@ -34,11 +35,11 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
     hidden = _hidden_size(own)
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
-    family = FAMILIES.get(config.model_type)
+    family = family_of(config)
     query, key_value = _attention_widths(own, hidden, family, config)
     last = _leaf(family.down) if family else "down_proj"
     mixer_values, mixer_chunk = held_values(model)
-    return ModelShape(
+    shape = ModelShape(
         parts,
         hidden_size=hidden,
         num_heads=heads if isinstance(heads, int) else 1,
@@ -55,6 +56,34 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         **(_of_encoder_decoder(model, parts) if is_encoder_decoder(model) else {}),
         **_of_family(family, config),
     )
+    return _with_kinds(shape, model, family, config) if family is not None and family.beside else shape
+
+
+def _with_kinds(shape: ModelShape, model: "PreTrainedModel", family: Family, config: Any) -> ModelShape:
+    """The shape with what its layers read beside the states, and where their widths differ."""
+    found: Counter[tuple[int, int, int, bool, int]] = Counter()
+    given = 0
+    decoder: Any = model.get_decoder()
+    for i, layer in enumerate(decoder.layers):
+        own = family.of_layer(config, i)
+        query = linear_features(layer.get_submodule(own.qkv[0]))[1]
+        key_value = query // layer.self_attn.num_key_value_groups
+        inner = linear_features(layer.get_submodule(own.down))[0]
+        found[query, key_value, inner, family.reads_keys(config, i), len(own.qkv)] += 1
+        given += 2 * key_value * family.gives_keys(config, i)
+    width = getattr(config, family.layer_inputs) if family.layer_inputs is not None else 0
+    shape = replace(
+        shape,
+        layer_input_width=width,
+        beside_width=given + width * shape.num_layers,
+        query_width=max(query for query, *_ in found),
+        key_value_width=max(key_value for _, key_value, *_ in found),
+    )
+    kinds = []
+    for (query, key_value, inner, reads, layers), count in found.items():
+        widths = {"query_width": query, "key_value_width": key_value, "intermediate_size": inner, "dense_width": inner}
+        kinds.append((replace(shape, **widths, reads_keys=reads, qkv_layers=layers), count))
+    return replace(shape, kinds=tuple(kinds))
 
 
 def _without_tower(parts: Inventory) -> Inventory:
@@ -136,6 +165,7 @@ def _of_family(family: Family | None, config: Any) -> dict[str, Any]:
         "input_norms": family.input_norms,
         "added_norms": family.added_norms,
         "normed_heads": bool(family.head_norms),
+        "values_normed": len(family.head_norms) > 2,
         "heads_together": family.heads_together,
         "scaled_residual": family.residual_factor(config) != 1.0,
         "norm_values": 2 if family.norm == "layer" else 1,

@@ -281,6 +281,8 @@ def _for_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     if not rope:
         return config
     if "sliding_attention" in rope:
+        if rope["full_attention"].get("rope_type") == "proportional":  # Gemma 4's, which transformers 4 does not know
+            return config
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
     config |= {key: rope[key] for key in _OWN_ROPE_KEYS if key in rope}

@@ -16,7 +16,7 @@ statistics know how far the inputs have moved; that costs a third of the time, a
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,12 +25,13 @@ from torch import Tensor, nn
 
 from nybble.calibration.statistics import InputStatistics
 from nybble.errors import ModelError
-from nybble.families import FAMILIES
+from nybble.families import family_of
 from nybble.layers.backbone import why_not_forward
 from nybble.layers.convert import is_linear
 from nybble.layers.decoder_block import DecoderBlock
 from nybble.layers.dense import weight_matrix
 from nybble.layers.expert_products import ExpertMatrices, Routed
+from nybble.layers.layer_input import Beside, beside_states
 from nybble.layers.mixture_block import block_of
 from nybble.layers.packed_rows import PackedSequences, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
@@ -105,8 +106,8 @@ class PackedWalk:
     """
 
     def __init__(self, model: "PreTrainedModel", windows: Tensor, exact: bool):
-        self._config = model.config
-        self._family = FAMILIES[model.config.get_text_config().model_type]
+        self._model, self._ids = model, windows.reshape(-1)
+        self._config = model.config.get_text_config()
         self._weights = DenseWeights()
         per_chunk = max(1, CALIBRATION_TOKENS // windows.shape[1])
         self._chunks: list[_Chunk] = []
@@ -121,9 +122,9 @@ class PackedWalk:
             if exact and len(self._chunks) % EXACT_EVERY == 0:
                 carried = slice(exact_tokens, exact_tokens + positions.shape[1])
                 exact_tokens = carried.stop
-            self._chunks.append(_Chunk(tokens, rows, carried))
-        ids, embedding = windows.reshape(-1), model.base_model.embed_tokens
-        self.states = torch.empty(len(ids), model.config.get_text_config().hidden_size, dtype=STATES_DTYPE)
+            self._chunks.append(_Chunk(tokens, _Windows(rows), _Windows(rows), carried))
+        ids, embedding = self._ids, model.base_model.embed_tokens
+        self.states = torch.empty(len(ids), self._config.hidden_size, dtype=STATES_DTYPE)
         for chunk in self._chunks:
             self.states[chunk.tokens] = scaled_embeddings(model, embedding(ids[chunk.tokens])).to(STATES_DTYPE)
         parts = [self.states[chunk.tokens] for chunk in self._chunks if chunk.exact is not None]
@@ -131,7 +132,11 @@ class PackedWalk:
 
     def groups(self, index: int, layer: nn.Module) -> Iterator[Group]:
         exact = None if self.exact is None else self._block(layer)  # keeps the 16-bit linears
-        family = self._family
+        family = family_of(self._config)
+        assert family is not None, self._config.model_type
+        family = family.of_layer(self._config, index)
+        if family.layer_input:
+            self._read_inputs(index)
         attention, mlp = (family.o, _attend, _add_attention), (family.down, _gate, _add_mlp)
         if family.parallel:
             yield self._group(layer, exact, (*family.qkv, *family.gate_up), _attention_input)
@@ -141,6 +146,28 @@ class PackedWalk:
             yield from self._groups_and_step(layer, exact, attention)
             yield self._group(layer, exact, family.gate_up, _mlp_input)
             yield from self._groups_and_step(layer, exact, mlp)
+        if family.layer_input:
+            gate, project, _ = family.layer_input
+            yield self._group(layer, exact, (gate,), _states)
+            yield from self._groups_and_step(layer, exact, (project, _gate_own_input, _add_own_input))
+        self._finish(layer, exact)
+
+    def _read_inputs(self, index: int) -> None:
+        """What the layer at work is given beside the states."""
+        embedding = self._model.base_model.embed_tokens
+        for chunk in self._chunks:
+            ids = self._ids[chunk.tokens]
+            given = beside_states(self._model, ids, embedding(ids)).input_of(index)
+            assert given is not None
+            chunk.now.given = chunk.exactly.given = given.to(STATES_DTYPE, copy=True)
+
+    def _finish(self, layer: nn.Module, exact: DecoderBlock | None) -> None:
+        """What a layer does with its result, once what it gives to later ones is there."""
+        block = self._block(layer)
+        if block.factor != 1.0:
+            self.states.mul_(block.factor)
+            if self.exact is not None:
+                self.exact.mul_(block.factor)
 
     def _block(self, layer: nn.Module) -> DecoderBlock:
         return block_of(layer, self._config, self._weights)
@@ -151,11 +178,11 @@ class PackedWalk:
         weights = {name: weight_matrix(layer.get_submodule(name)) for name in names}
         statistics: InputStatistics | None = None
         for chunk in self._chunks:
-            x = inputs(block, chunk.rows, self.states[chunk.tokens])
+            x = inputs(block, chunk.now, self.states[chunk.tokens])
             statistics = statistics or InputStatistics(x.shape[1])
             statistics.add(x)
             if exact is not None and self.exact is not None and chunk.exact is not None:
-                undisturbed = inputs(exact, chunk.rows, self.exact[chunk.exact])
+                undisturbed = inputs(exact, chunk.exactly, self.exact[chunk.exact])
                 for name, weight in weights.items():
                     statistics.add_drift(name, weight, x, undisturbed)
         assert statistics is not None
@@ -176,21 +203,39 @@ class PackedWalk:
         steps = [step for _, _, step in parts]
         block = self._block(layer)
         for chunk in self._chunks:
-            _advance(block, chunk.rows, self.states[chunk.tokens], kept, steps)
+            _advance(block, chunk.now, self.states[chunk.tokens], kept, steps)
             if exact is not None and self.exact is not None and chunk.exact is not None:
-                _advance(exact, chunk.rows, self.exact[chunk.exact], kept, steps)
+                _advance(exact, chunk.exactly, self.exact[chunk.exact], kept, steps)
 
 
-Inputs = Callable[[DecoderBlock, PackedSequences, Tensor], Tensor]  # (block, rows, states) -> inputs (tokens, in)
+@dataclass
+class _Windows:
+    """What blocks read of windows that are computed at once, beside their states.
+
+    Args:
+        rows: where they lie.
+        beside: keys and values that later layers read.
+        given: what the layer at work is given of each token, `(tokens, width)`.
+    """
+
+    rows: PackedSequences
+    beside: Beside = field(default_factory=Beside)
+    given: Tensor | None = None
+
+
+Inputs = Callable[[DecoderBlock, _Windows, Tensor], Tensor]  # (block, windows, states) -> inputs (tokens, in)
 Step = Callable[[DecoderBlock, Tensor, Tensor], None]  # (block, inputs, states): the states move on, in place
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Windows that are computed at once: their states, where they lie, and their part of the exact states."""
+    """Windows that are computed at once: their states, what is read beside them, now and in 16 bits, and their part of
+    the exact states.
+    """
 
     tokens: slice
-    rows: PackedSequences
+    now: _Windows
+    exactly: _Windows
     exact: slice | None
 
 
@@ -201,50 +246,66 @@ class _Kept:
         self._inputs, self._room = inputs, room
         self._made: dict[int, Tensor] = {}  # by where the chunk's states lie
 
-    def make(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-        made = self._inputs(block, rows, states)
+    def make(self, block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
+        made = self._inputs(block, windows, states)
         if made.nbytes <= self._room:
             self._room -= made.nbytes
             self._made[states.data_ptr()] = made
         return made
 
-    def take(self, block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
+    def take(self, block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
         made = self._made.pop(states.data_ptr(), None)
-        return self._inputs(block, rows, states) if made is None else made
+        return self._inputs(block, windows, states) if made is None else made
 
 
 def _advance(
-    block: DecoderBlock, rows: PackedSequences, states: Tensor, kept: Sequence[_Kept], steps: Sequence[Step]
+    block: DecoderBlock, windows: _Windows, states: Tensor, kept: Sequence[_Kept], steps: Sequence[Step]
 ) -> None:
     """The states after all steps, whose inputs come of the states before any, in place."""
-    inputs = [each.take(block, rows, states) for each in kept]
+    inputs = [each.take(block, windows, states) for each in kept]
     for step, each in zip(steps, inputs, strict=True):
         step(block, each, states)
 
 
-def _attention_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
+def _attention_input(block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
     return block.attention_input(states.to(block.dtype))[0]
 
 
-def _attend(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    heads = block.queries_keys_values(_attention_input(block, rows, states), rows.angles)
-    return block.attend(heads.qkv, rows)[0]
+def _attend(block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
+    inputs = _attention_input(block, windows, states)
+    heads = block.queries_keys_values(inputs, windows.rows.angles, block.reads(windows.beside))
+    block.leave(windows.beside, heads.qkv)  # the last time with the linears as they stay
+    return block.attend(heads.qkv, windows.rows)[0]
 
 
 def _add_attention(block: DecoderBlock, attended: Tensor, states: Tensor) -> None:
     states.copy_(block.attention_output(attended, states.to(attended.dtype))[0])
 
 
-def _mlp_input(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
+def _mlp_input(block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
     return block.mlp_input(states.to(block.dtype))[0]
 
 
-def _gate(block: DecoderBlock, rows: PackedSequences, states: Tensor) -> Tensor:
-    return block.gate(_mlp_input(block, rows, states))[0]
+def _gate(block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
+    return block.gate(_mlp_input(block, windows, states))[0]
 
 
 def _add_mlp(block: DecoderBlock, gated: Tensor, states: Tensor) -> None:
     states.copy_(block.mlp_output(gated, states.to(gated.dtype))[0])
+
+
+def _states(block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
+    return states.to(block.dtype)
+
+
+def _gate_own_input(block: DecoderBlock, windows: _Windows, states: Tensor) -> Tensor:
+    assert block.layer_input is not None and windows.given is not None
+    return block.layer_input.gated(states.to(block.dtype), windows.given.to(block.dtype))
+
+
+def _add_own_input(block: DecoderBlock, gated: Tensor, states: Tensor) -> None:
+    assert block.layer_input is not None
+    states.copy_(block.layer_input.output(gated, states.to(gated.dtype))[0])
 
 
 class ModuleWalk:

@@ -6,7 +6,8 @@
 //     logits = head(norm(x))
 //
 // and what else a layer may have or lack: RMSNorm, LayerNorm or none of them; a norm of what is added to x, a factor on
-// it; gelu in place of silu, a gate or none; a soft cap on the scores; the MLP beside attention, on the same rows.
+// it; gelu in place of silu, a gate or none; a soft cap on the scores; the MLP beside attention, on the same rows; keys
+// and values of a layer before it, or values that are its keys; what it makes of an input of its own; a factor on x.
 //
 // A product reads each weight once for all rows, so memory sets the pace as long as nothing else does: with a parallel
 // region for each product of a small model, threads spent as long at the regions' ends as on the weights. Here all
@@ -45,7 +46,14 @@ struct Projection {
 struct Norm {
     const float *weight, *bias;  // null: no norm, no bias
     int64_t width, centred;      // centred: LayerNorm, else RMSNorm
+    int64_t by_head;             // each head has a weight of its own, [heads, width]
     float eps;
+
+    Norm of_head(int64_t head) const {
+        Norm own = *this;
+        if (by_head) own.weight += head * width;
+        return own;
+    }
 
     void row(const float* from, float* to) const {
         float stats[2];
@@ -59,11 +67,20 @@ struct Norm {
 
 struct Layer {
     Projection qkv, o, gate_up, down;
-    Norm input_norm, mlp_norm, q_norm, k_norm, attention_output_norm, mlp_output_norm;
+    Projection input_gate, input_project;  // of an input of its own, where input_gate.in is not 0
+    Norm input_norm, mlp_norm, q_norm, k_norm, v_norm, attention_output_norm, mlp_output_norm, own_norm;
     int64_t heads, kv_heads, head_dim, window;  // window 0: all columns
     int64_t rope, query_rope, neighbours;       // which of a step's angles, -1 none; who is turned with whom
     int64_t gate, parallel;                     // a Gate; the MLP reads what attention does
-    float scale, softcap, residual;             // softcap 0: none; the factor on what is added to x
+    int64_t reads_keys, values_are_keys;        // of another layer: no keys; no values: they are the keys, not normed
+    float scale, softcap, residual, factor;     // softcap 0: none; the factors on what is added to x, and on x
+
+    int64_t computed() const { return heads + (reads_keys ? 0 : values_are_keys ? kv_heads : 2 * kv_heads); }
+};
+
+struct Angles {
+    const float *cos, *sin;  // [rows, half]
+    int64_t half;
 };
 
 struct Head {
@@ -74,10 +91,11 @@ struct Head {
 struct Step {
     int64_t rows;
     float* x;                                // [rows, hidden], overwritten
-    const float *cos, *sin;                  // [kinds, rows, half]
-    int64_t half;
-    void* cache;                             // [layers, 2, texts, kv_heads, capacity, head_dim]
+    const Angles* angles;                    // [kinds]
+    void* const* cache;                      // [layers], each [2, texts, kv_heads, capacity, head_dim]
     int64_t cache_dtype, texts, capacity;
+    const float* inputs;                     // [rows, layers, width] of the layers' own, or null
+    int64_t layers;
     const int64_t *text, *column, *start;    // [rows]: a row's text, its column, and its text's first column
     float* logits;                           // [rows, vocabulary]
 };
@@ -268,7 +286,7 @@ static void add_projection(const Team& team, const Projection& p, const Norm& no
 // Where keys (0) or values (1) of a text's head begin in the cache.
 template <typename T>
 static T* columns_of(const Step& s, const Layer& l, int64_t layer, int values, int64_t text, int64_t head) {
-    return (T*)s.cache + (((layer * 2 + values) * s.texts + text) * l.kv_heads + head) * s.capacity * l.head_dim;
+    return (T*)s.cache[layer] + ((values * s.texts + text) * l.kv_heads + head) * s.capacity * l.head_dim;
 }
 
 // Norms all queries of a row together, and all keys.
@@ -282,30 +300,44 @@ static void norm_heads_together(const Team& team, const Layer& l, int64_t rows, 
     team.meet();
 }
 
-// Norms and rotates heads, and puts keys and values into the cache.
+// One head of keys or values into the cache.
 template <typename T>
-static void place_heads(const Team& team, const Layer& l, int64_t layer, const Step& s, float* heads) {
-    const int64_t all = l.heads + 2 * l.kv_heads;
+static void place(const Layer& l, int64_t layer, const Step& s, int64_t row, int64_t kv_head, int values,
+                  const float* x) {
+    T* to = columns_of<T>(s, l, layer, values, s.text[row], kv_head) + s.column[row] * l.head_dim;
+    for (int64_t i = 0; i < l.head_dim; i += kLanes)
+        store_up_to(to + i, load_up_to(x + i, l.head_dim - i), l.head_dim - i);
+}
+
+// Norms and rotates heads, and puts keys and values into the cache; `room` is [rows, heads, head_dim].
+template <typename T>
+static void place_heads(const Team& team, const Layer& l, int64_t layer, const Step& s, float* heads, float* room) {
+    const int64_t all = l.computed();
     const bool together = l.q_norm.weight && l.q_norm.width == l.heads * l.head_dim && l.heads > 1;
     if (together) norm_heads_together(team, l, s.rows, heads);
     for (int64_t task = team.begin(s.rows * all); task < team.end(s.rows * all); ++task) {
         const int64_t row = task / all, head = task % all, kv_head = (head - l.heads) % l.kv_heads;
         const bool is_query = head < l.heads, is_value = head >= l.heads + l.kv_heads;
         float* x = heads + task * l.head_dim;
-        if (!is_value) {
-            const Norm& norm = is_query ? l.q_norm : l.k_norm;
-            if (norm.weight && !together) norm.row(x, x);
-            const int64_t rope = is_query ? l.query_rope : l.rope, angles = (rope * s.rows + row) * s.half;
-            if (rope >= 0 && l.neighbours) {
-                rotate_neighbours(x, s.cos + angles, s.sin + angles, s.half, 1.0f);
-            } else if (rope >= 0) {
-                rotate_head(x, s.cos + angles, s.sin + angles, s.half, 1.0f);
+        if (is_value || (!is_query && l.values_are_keys)) {
+            float* value = is_value ? x : room + (row * l.heads + kv_head) * l.head_dim;
+            if (l.v_norm.weight) l.v_norm.row(x, value);
+            place<T>(l, layer, s, row, kv_head, 1, l.v_norm.weight ? value : x);
+        }
+        if (is_value) continue;
+        const Norm& norm = is_query ? l.q_norm : l.k_norm;
+        if (norm.weight && !together) norm.of_head(is_query ? head : kv_head).row(x, x);
+        const int64_t rope = is_query ? l.query_rope : l.rope;
+        if (rope >= 0) {
+            const Angles& angles = s.angles[rope];
+            const float *cos = angles.cos + row * angles.half, *sin = angles.sin + row * angles.half;
+            if (l.neighbours) {
+                rotate_neighbours(x, cos, sin, angles.half, 1.0f);
+            } else {
+                rotate_head(x, cos, sin, angles.half, 1.0f);
             }
         }
-        if (is_query) continue;
-        T* to = columns_of<T>(s, l, layer, is_value, s.text[row], kv_head) + s.column[row] * l.head_dim;
-        for (int64_t i = 0; i < l.head_dim; i += kLanes)
-            store_up_to(to + i, load_up_to(x + i, l.head_dim - i), l.head_dim - i);
+        if (!is_query) place<T>(l, layer, s, row, kv_head, 0, x);
     }
     team.meet();
 }
@@ -359,7 +391,7 @@ static void attend(const Team& team, const Layer& l, int64_t layer, const Step& 
         const int64_t row = task / l.heads, head = task % l.heads, kv_head = head / (l.heads / l.kv_heads);
         const int64_t text = s.text[row], end = s.column[row] + 1;
         const int64_t begin = l.window ? larger(s.start[row], end - l.window) : s.start[row];
-        attend_head(buffers.heads + (row * (l.heads + 2 * l.kv_heads) + head) * l.head_dim,
+        attend_head(buffers.heads + (row * l.computed() + head) * l.head_dim,
                     columns_of<T>(s, l, layer, 0, text, kv_head) + begin * l.head_dim,
                     columns_of<T>(s, l, layer, 1, text, kv_head) + begin * l.head_dim, end - begin, l.head_dim, l.scale,
                     l.softcap, buffers.scores + team.thread * buffers.columns, buffers.mixed + task * l.head_dim);
@@ -381,18 +413,45 @@ static void activate(const Team& team, int64_t kind, int64_t rows, int64_t width
     team.meet();
 }
 
+// act = activation(gate) * the layer's own inputs, [rows, width]; rows are shared out.
+static void activate_inputs(const Team& team, const Layer& l, int64_t layer, const Step& s, const float* gate,
+                            float* act) {
+    const int64_t width = l.input_project.in;
+    for (int64_t row = team.begin(s.rows); row < team.end(s.rows); ++row) {
+        const float* given = s.inputs + (row * s.layers + layer) * width;
+        if (l.gate == GATE_SILU) glu_row<Silu>(gate + row * width, given, width, act + row * width);
+        if (l.gate == GATE_GELU) glu_row<Gelu>(gate + row * width, given, width, act + row * width);
+    }
+    team.meet();
+}
+
+static void multiply_rows(const Team& team, int64_t rows, int64_t hidden, float factor, float* x) {
+    for (int64_t row = team.begin(rows); row < team.end(rows); ++row)
+        for (int64_t i = 0; i < hidden; i += kLanes) {
+            float* to = x + row * hidden + i;
+            store_up_to(to, load_up_to(to, hidden - i) * factor, hidden - i);
+        }
+    team.meet();
+}
+
 template <typename T>
 static void through_layer(const Team& team, const Layer& l, int64_t layer, const Step& s, const Buffers& b) {
     const int64_t rows = s.rows, hidden = l.qkv.in;
     const float* read = norm_rows(team, l.input_norm, s.x, rows, b.normed);
     project<T>(team, l.qkv, b, read, rows, b.heads);
     if (l.parallel) project<T>(team, l.gate_up, b, norm_rows(team, l.mlp_norm, s.x, rows, b.normed), rows, b.gate_up);
-    place_heads<T>(team, l, layer, s, b.heads);
+    place_heads<T>(team, l, layer, s, b.heads, b.mixed);
     attend<T>(team, l, layer, s, b);
     add_projection<T>(team, l.o, l.attention_output_norm, l.residual, b, b.mixed, rows, hidden, b.normed, s.x);
     if (!l.parallel) project<T>(team, l.gate_up, b, norm_rows(team, l.mlp_norm, s.x, rows, b.normed), rows, b.gate_up);
     activate(team, l.gate, rows, l.down.in, b.gate_up, b.act);
     add_projection<T>(team, l.down, l.mlp_output_norm, l.residual, b, b.act, rows, hidden, b.normed, s.x);
+    if (l.input_gate.in) {
+        project<T>(team, l.input_gate, b, s.x, rows, b.gate_up);
+        activate_inputs(team, l, layer, s, b.gate_up, b.act);
+        add_projection<T>(team, l.input_project, l.own_norm, 1.0f, b, b.act, rows, hidden, b.normed, s.x);
+    }
+    if (l.factor != 1.0f) multiply_rows(team, rows, hidden, l.factor, s.x);
 }
 
 // ---- the whole step ------------------------------------------------------------------------------------------------
@@ -406,8 +465,9 @@ static size_t lay_out(Buffers& b, const Layer* layers, int64_t num_layers, const
     for (int64_t i = 0; i < num_layers; ++i) {
         const Layer& l = layers[i];
         heads = larger(heads, width_of(l.qkv)), mixed = larger(mixed, l.o.in);
-        gate_up = larger(gate_up, width_of(l.gate_up)), act = larger(act, l.down.in);
-        const Projection* projections[] = {&l.qkv, &l.o, &l.gate_up, &l.down};
+        gate_up = larger(gate_up, larger(width_of(l.gate_up), width_of(l.input_gate)));
+        act = larger(act, larger(l.down.in, l.input_project.in));
+        const Projection* projections[] = {&l.qkv, &l.o, &l.gate_up, &l.down, &l.input_gate, &l.input_project};
         for (const Projection* p : projections) {
             const size_t bytes = FewRows<T, float>::bytes(s.rows, p->in);
             arranged = bytes > arranged ? bytes : arranged;

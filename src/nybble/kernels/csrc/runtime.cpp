@@ -70,7 +70,7 @@ void* allocate_scratch(size_t bytes) {
 extern "C" {
 
 // Raised whenever a signature changes; backends/cpp/library.py refuses a library of another number.
-NYBBLE_EXPORT int nybble_cpu_abi() { return 6; }
+NYBBLE_EXPORT int nybble_cpu_abi() { return 7; }
 
 NYBBLE_EXPORT int nybble_cpu_best_isa() { return nybble::best_isa(); }
 NYBBLE_EXPORT int nybble_cpu_isa() { return nybble::current_isa(); }

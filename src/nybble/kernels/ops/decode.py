@@ -41,7 +41,8 @@ class DecoderLinear:
 
 @dataclass(frozen=True)
 class DecoderNorm:
-    """An RMSNorm, or a LayerNorm: its weight, what is added to the mean square, and its bias, if there is one.
+    """An RMSNorm, or a LayerNorm: its weight, what is added to the mean square, and its bias, if there is one. Of heads
+    the weight may be `(heads, head_dim)`, a row for each.
 
     Args:
         centred: LayerNorm.
@@ -51,6 +52,20 @@ class DecoderNorm:
     eps: float
     bias: Tensor | None = None
     centred: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderInput:
+    """What a layer adds at its end: norm(project(activation(gate(x)) * e)), e its own input of each token.
+
+    Args:
+        gate, project: from rows to the input's width and back.
+        norm: of what is added.
+    """
+
+    gate: Sequence[DecoderLinear]
+    project: Sequence[DecoderLinear]
+    norm: DecoderNorm
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,12 @@ class DecoderLayer:
         residual: factor on what is added to the rows.
         gated: the activation is that of a gate.
         parallel: the MLP reads the rows that attention does.
+        v_norm: of each head of values, or None.
+        reads_keys: the layer before it whose keys and values it reads, in whose part of the cache; None where it has
+            its own. Then `qkv` gives queries alone.
+        values_are_keys: what `qkv` gives are queries and keys, and these before their norm are the values.
+        own_input: what it makes of an input of its own, or None.
+        factor: on its result.
     """
 
     qkv: Sequence[DecoderLinear]
@@ -94,10 +115,16 @@ class DecoderLayer:
     residual: float = 1.0
     gated: bool = True
     parallel: bool = False
+    v_norm: DecoderNorm | None = None
+    reads_keys: int | None = None
+    values_are_keys: bool = False
+    own_input: DecoderInput | None = None
+    factor: float = 1.0
 
     @property
     def projections(self) -> tuple[Sequence[DecoderLinear], ...]:
-        return self.qkv, self.o, self.gate_up, self.down
+        own = () if self.own_input is None else (self.own_input.gate, self.own_input.project)
+        return self.qkv, self.o, self.gate_up, self.down, *own
 
 
 @dataclass(frozen=True)
@@ -123,15 +150,24 @@ class Decoder(Protocol):
     """A model that is ready for steps; what the body of `decode` for it gives."""
 
     def step(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
+        self,
+        x: Tensor,
+        cos: Sequence[Tensor],
+        sin: Sequence[Tensor],
+        cache: Sequence[Tensor],
+        texts: Tensor,
+        columns: Tensor,
+        starts: Tensor,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """Through all layers; keys and values of the rows are written into the cache.
 
         Args:
             x: `(rows, hidden)`, embeddings of up to MAX_ROWS tokens.
-            cos, sin: fp32 `(kinds, rows, rotary_dim / 2)`; a layer's `rope` says which kind is its own.
-            cache: `(layers, 2, texts, kv_heads, capacity, head_dim)`, keys before values; finite, also where nothing
-                has been written.
+            cos, sin: of each kind of layers, fp32 `(rows, rotary_dim / 2)`; a layer's `rope` says which is its own.
+            cache: of each layer, `(2, texts, kv_heads, capacity, head_dim)`, keys before values; finite, also where
+                nothing has been written. That of a layer that reads another's is the other's.
+            inputs: `(rows, layers, width)`, the layers' own, where they have any.
             texts, columns, starts: int64 `(rows)`: each token's text, its column in the cache, and the first
                 column of its text. A token attends to its text's columns up to its own.
 

@@ -50,17 +50,23 @@ class _Projection(ctypes.Structure):
 
 
 class _Norm(ctypes.Structure):
-    _fields_ = (("weight", POINTER), ("bias", POINTER), ("width", INT64), ("centred", INT64), ("eps", FLOAT))
+    _fields_ = (
+        ("weight", POINTER),
+        ("bias", POINTER),
+        *((name, INT64) for name in ("width", "centred", "by_head")),
+        ("eps", FLOAT),
+    )
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Projection) for name in ("qkv", "o", "gate_up", "down")),
-        *((name, _Norm) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm")),
-        *((name, _Norm) for name in ("attention_output_norm", "mlp_output_norm")),
+        *((name, _Projection) for name in ("qkv", "o", "gate_up", "down", "input_gate", "input_project")),
+        *((name, _Norm) for name in ("input_norm", "mlp_norm", "q_norm", "k_norm", "v_norm")),
+        *((name, _Norm) for name in ("attention_output_norm", "mlp_output_norm", "own_norm")),
         *((name, INT64) for name in ("num_heads", "num_kv_heads", "head_dim", "window")),
         *((name, INT64) for name in ("rope", "query_rope", "neighbours", "gate", "parallel")),
-        *((name, FLOAT) for name in ("scale", "softcap", "residual")),
+        *((name, INT64) for name in ("reads_keys", "values_are_keys")),
+        *((name, FLOAT) for name in ("scale", "softcap", "residual", "factor")),
     )
 
 
@@ -68,13 +74,17 @@ class _Head(ctypes.Structure):
     _fields_ = (("norm", _Norm), ("projection", _Projection))
 
 
+class _Angles(ctypes.Structure):
+    _fields_ = (("cos", POINTER), ("sin", POINTER), ("half", INT64))
+
+
 class _Step(ctypes.Structure):
     _fields_ = (
         ("rows", INT64),
-        *((name, POINTER) for name in ("x", "cos", "sin")),
-        ("half", INT64),
-        ("cache", POINTER),
+        *((name, POINTER) for name in ("x", "angles", "cache")),
         *((name, INT64) for name in ("cache_dtype", "texts", "capacity")),
+        ("inputs", POINTER),
+        ("layers", INT64),
         *((name, POINTER) for name in ("text", "column", "start", "logits")),
     )
 
@@ -99,26 +109,46 @@ class Kernel:
         self._kept: list[object] = []  # what the structs point into
         self.dtype = model.dtype
         self._num_layers = len(model.layers)
+        widths = {each.own_input.gate[0].weight.shape[0] for each in model.layers if each.own_input is not None}
+        assert len(widths) <= 1, widths
+        self._input_width = max(widths, default=0)
         self._layers = (_Layer * len(model.layers))(*map(self._layer, model.layers))
         self._head = _Head(self._norm(model.norm), self._projection([model.head]))
         self._vocabulary, self._hidden = model.head.weight.shape
 
     def step(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, texts: Tensor, columns: Tensor, starts: Tensor
+        self,
+        x: Tensor,
+        cos: Sequence[Tensor],
+        sin: Sequence[Tensor],
+        cache: Sequence[Tensor],
+        texts: Tensor,
+        columns: Tensor,
+        starts: Tensor,
+        inputs: Tensor | None = None,
     ) -> Tensor:
-        num_layers, _, num_texts, num_kv_heads, capacity, head_dim = cache.shape
-        layer = self._layers[0]
-        assert cache.dtype == self.dtype and cache.is_contiguous()
-        assert (num_layers, num_kv_heads, head_dim) == (self._num_layers, layer.num_kv_heads, layer.head_dim)
-        assert cos.shape == sin.shape and cos.shape[1] == len(x) and 2 * cos.shape[2] <= head_dim
-        assert max(max(layer.rope, layer.query_rope) for layer in self._layers) < len(cos)
+        _, num_texts, _, capacity, _ = cache[0].shape
+        for layer, each in zip(self._layers, cache, strict=True):
+            assert each.dtype == self.dtype and each.is_contiguous()
+            assert each.shape == (2, num_texts, layer.num_kv_heads, capacity, layer.head_dim)
+            kinds = {kind for kind in (layer.rope, layer.query_rope) if kind >= 0}
+            assert all(2 * cos[kind].shape[1] <= layer.head_dim for kind in kinds)
         assert all(each.dtype == torch.int64 and each.shape == x.shape[:1] for each in (texts, columns, starts))
-        where = [each.contiguous() for each in (cos, sin, texts, columns, starts)]
-        cos, sin, texts, columns, starts = where
-        return self._run(
-            self._num_layers, x, cos=pointer(cos), sin=pointer(sin), half=cos.shape[2], cache=pointer(cache),
-            texts=num_texts, capacity=capacity, text=pointer(texts), column=pointer(columns), start=pointer(starts),
+        assert inputs is None or inputs.shape == (len(x), self._num_layers, self._input_width)
+        assert (inputs is None) == (self._input_width == 0)
+        texts, columns, starts = where = [each.contiguous() for each in (texts, columns, starts)]
+        angles = [(c.contiguous(), s.contiguous()) for c, s in zip(cos, sin, strict=True)]
+        assert all(c.shape == s.shape and c.shape[0] == len(x) and c.dtype == torch.float32 for c, s in angles)
+        described = (_Angles * len(angles))(*(_Angles(pointer(c), pointer(s), c.shape[1]) for c, s in angles))
+        caches = (POINTER * len(cache))(*map(pointer, cache))
+        own = None if inputs is None else inputs.to(torch.float32).contiguous()
+        logits = self._run(
+            self._num_layers, x, angles=ctypes.addressof(described), cache=ctypes.addressof(caches), texts=num_texts,
+            capacity=capacity, inputs=None if own is None else pointer(own), layers=self._num_layers,
+            **{name: pointer(each) for name, each in zip(("text", "column", "start"), where, strict=True)},
         )  # fmt: skip
+        del own, angles  # until here the kernel reads them
+        return logits
 
     def logits(self, x: Tensor) -> Tensor:
         return self._run(0, x)
@@ -132,20 +162,24 @@ class Kernel:
         return logits
 
     def _layer(self, layer: DecoderLayer) -> _Layer:
+        own = layer.own_input
+        projections = [self._projection(each) for each in layer.projections]
         return _Layer(
-            *map(self._projection, layer.projections),
-            *map(self._norm, (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)),
-            *map(self._norm, (layer.attention_output_norm, layer.mlp_output_norm)),
+            *projections, *([_Projection(), _Projection()] if own is None else ()),
+            *map(self._norm, (layer.input_norm, layer.mlp_norm, layer.q_norm, layer.k_norm, layer.v_norm)),
+            *map(self._norm, (layer.attention_output_norm, layer.mlp_output_norm, None if own is None else own.norm)),
             layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.window,
             layer.rope, layer.query_rope, layer.neighbours, GATES[layer.activation, layer.gated], layer.parallel,
-            layer.scale, layer.softcap, layer.residual,
+            layer.reads_keys is not None, layer.values_are_keys,
+            layer.scale, layer.softcap, layer.residual, layer.factor,
         )  # fmt: skip
 
     def _norm(self, norm: DecoderNorm | None) -> _Norm:
         if norm is None:
             return _Norm(None)
         bias = None if norm.bias is None else self._fp32(norm.bias)
-        return _Norm(self._fp32(norm.weight), bias, len(norm.weight), norm.centred, norm.eps)
+        width = norm.weight.shape[-1]
+        return _Norm(self._fp32(norm.weight), bias, width, norm.centred, norm.weight.dim() == 2, norm.eps)
 
     def _projection(self, linears: Sequence[DecoderLinear]) -> _Projection:
         structs = (_Linear * len(linears))(*map(self._linear, linears))

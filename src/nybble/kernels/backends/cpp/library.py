@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nybble.errors import KernelError
 
-ABI = 6  # nybble_cpu_abi() in csrc/runtime.cpp
+ABI = 7  # nybble_cpu_abi() in csrc/runtime.cpp
 ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # in the order of csrc/dispatch.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/vec.h, NybbleDtype
 LIBRARY_VARIABLE, ISA_VARIABLE = "NYBBLE_CPU_LIBRARY", "NYBBLE_CPU_ISA"
