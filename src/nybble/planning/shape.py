@@ -81,8 +81,8 @@ def _with_kinds(shape: ModelShape, model: "PreTrainedModel", family: Family, con
     )
     kinds = []
     for (query, key_value, inner, reads, layers), count in found.items():
-        widths = {"query_width": query, "key_value_width": key_value, "intermediate_size": inner, "dense_width": inner}
-        kinds.append((replace(shape, **widths, reads_keys=reads, qkv_layers=layers), count))
+        kind = replace(shape, query_width=query, key_value_width=key_value, reads_keys=reads, qkv_layers=layers)
+        kinds.append((replace(kind, intermediate_size=inner, dense_width=inner), count))
     return replace(shape, kinds=tuple(kinds))
 
 
