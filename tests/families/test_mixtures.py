@@ -75,7 +75,7 @@ def test_blocks_keep_no_more_than_plans_count(name: str) -> None:
     """Experts' rows are filled up, each expert's by less than a multiple, which plans count whole."""
     model = transformers_own(name)[0]
     blocks, lengths = FusedForward(model, "everything"), (37, 90, 65)
-    x, rows = blocks.embed(packed_batch(lengths))
+    x, rows, _ = blocks.embed(packed_batch(lengths))
     found = []
     for block in blocks.blocks:
         x = block(x, rows, "everything")
