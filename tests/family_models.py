@@ -138,6 +138,8 @@ def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrain
             nn.init.normal_(parameter, mean=1.0 - FAMILIES[config.model_type].norm_offset, std=0.3)
         else:
             nn.init.normal_(parameter, std=0.2)
+        if config.model_type == "gemma4_text" and parameter_name.endswith("q_norm.weight"):
+            parameter.data.mul_(0.3)  # its scores have no factor of their own
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith("layer_scalar"):
             buffer.uniform_(0.6, 1.4)

@@ -136,6 +136,7 @@ def test_a_step_in_bf16_is_that_of_the_plain_bodies(kernels: str, name: str) -> 
     loss, gradients, _ = step_of(copy.deepcopy(model), KEEPS[name], ONE)
     family = family_of(CONFIGS[name])
     rounds = family.activation != "silu" or family.norm == "layer"
-    allowed = {"reference": 0.0, "triton": 1e-6 if rounds else 0.0}.get(kernels, 2**-6)  # of the norm
+    roundings = 2**-5 if family.beside else 2**-6  # it has twice as many layers here
+    allowed = {"reference": 0.0, "triton": 1e-6 if rounds else 0.0}.get(kernels, roundings)  # of the norm
     assert loss == pytest.approx(expected.loss, rel=min(allowed, 2**-9), abs=0)
     assert relative_error(gradients, expected.gradients) <= allowed
