@@ -6,9 +6,14 @@ modules of a decoder it grows by several times what is alive.
 
 import ctypes
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+MAPPED_FROM = 32 << 20  # bytes from which glibc gives a piece a mapping of its own, once such pieces have been freed
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def lies_in_heap(device: torch.device) -> bool:
@@ -24,6 +29,30 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+@contextmanager
+def kept_heap(keep: bool) -> Iterator[None]:
+    """Within the block what is freed at the heap's end stays with the process, but for `trim_heap`; where the library
+    can (glibc).
+
+    Left to itself it returns what is more than 64 MiB. A step that keeps what its blocks compute then pages it all in
+    again: 99,000 pages a step of 1,900 tokens of SmolLM2-135M, a twelfth of its time.
+
+    Args:
+        keep: without it nothing is changed.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if keep and sys.platform == "linux" else None
+    if set_option is None:
+        yield
+        return
+    set_option(_M_MMAP_THRESHOLD, MAPPED_FROM)  # a threshold that is set stops both from following what is freed
+    set_option(_M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        set_option(_M_TRIM_THRESHOLD, 2 * MAPPED_FROM)
+        trim_heap()
 
 
 class TrimmedHeap:

@@ -18,6 +18,7 @@ from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.events import Listener, Note
 from nybble.files.disk import complete_folder
 from nybble.kernels.hardware import as_double
+from nybble.kernels.heap import kept_heap, lies_in_heap, trim_heap
 from nybble.layers.batch_model import BatchModel
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
@@ -126,11 +127,18 @@ def train_loop(
         )
     checkpoints.check_space(sum(parameter.numel() for parameter in parameters))
 
+    keeps_heap = lies_in_heap(device) and model.packed  # else the heap is in pieces, and is trimmed as it goes
+
+    def give_room() -> None:
+        if keeps_heap:
+            trim_heap()  # of what steps left free
+
     def evaluate_if_due() -> None:
         step = progress.step
         due = step % evaluations.every == 0 or step == total_steps
         if not due or step == progress.evaluated_step or not evaluations.rows:
             return
+        give_room()
         found = validation_loss(objective, model, evaluations.rows, micro_batch_size, interrupt)
         if interrupt.requested:
             return
@@ -144,11 +152,12 @@ def train_loop(
         return patience is not None and progress.evaluations_since >= patience
 
     def save(position: Position, last: bool) -> None:
+        give_room()
         checkpoints.save(position, module, optimizer, trained, events_bytes())
         if last:
             trained.publish(module, run)
 
-    with InterruptOnce() as interrupt:
+    with InterruptOnce() as interrupt, kept_heap(keeps_heap):
         if rehearsal is not None:
             with PeakMemory(device) as memory:
                 try:
