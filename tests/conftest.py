@@ -279,7 +279,9 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, **vocabulary
             )
         else:
-            extra = {"head_dim": 16} if family == "qwen3" else {"sliding_window": None} if family == "mistral" else {}
+            from tiny_families import EXTRA
+
+            extra = {"sliding_window": None} if family == "mistral" else EXTRA.get(family, {})
             config = transformers.AutoConfig.for_model(family, **(SHAPE | vocabulary | extra | overrides))
         model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
@@ -298,6 +300,7 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
     from transformers import AutoModelForCausalLM
 
     from nybble.layers.convert import adapters_of, attach_adapters, quantizable_linears
+    from nybble.layers.quantized_experts import expert_shapes
     from nybble.options.option import build_options, config_to_yaml
     from nybble.options.verbs import TrainConfig
     from nybble.runs.adapter_writing import adapter_config, write_adapter
@@ -308,6 +311,7 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
         size: float = 0.3,
         rslora: bool = False,
         tokenizer: Callable[[Path], Any] = save_tokenizer,
+        experts: bool = False,
         **overrides: object,
     ) -> Path:
         torch.manual_seed(0)
@@ -321,7 +325,8 @@ def make_run(tmp_path: Path, make_base: Callable[..., Path]) -> Callable[..., Pa
         fingerprint = {"model": "base", "fingerprint": open_model(str(folder / "base")).fingerprint()}
         (folder / "run" / "base.json").write_text(json.dumps(fingerprint))
         model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        attach_adapters(model, quantizable_linears(model), rank=4, alpha=8.0, rslora=rslora, seed=1)
+        names = [*quantizable_linears(model), *(expert_shapes(model) if experts else ())]
+        attach_adapters(model, names, rank=4, alpha=8.0, rslora=rslora, seed=1)
         for adapter in adapters_of(model).values():
             torch.nn.init.normal_(adapter.lora_B)
             delta = adapter.scaling * (adapter.lora_B @ adapter.lora_A)

@@ -13,7 +13,10 @@ from tiny import byte_tokenizer
 from tiny_models import tiny_model
 
 # each of a kind: plain; with a shared expert; with latent attention and dense layers; biases, matrices turned; ..
-FAMILIES = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe", "gpt_oss")
+FAMILIES = (
+    *("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v2", "deepseek_v3", "granitemoe", "gpt_oss"),
+    *("llama4_text", "longcat_flash"),
+)
 
 
 def make_mixture(model_type: str, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -32,7 +35,7 @@ def dense_twin(model: Any, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     from nybble.kernels.ops.four_bit import dequantize
-    from nybble.layers.quantized_experts import QuantizedExperts
+    from nybble.layers.quantized_experts import QuantizedExperts, expert_shapes
     from nybble.layers.quantized_linear import QuantizedLinear
 
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager")
@@ -42,6 +45,7 @@ def dense_twin(model: Any, folder: Path) -> Any:
         (model.get_output_embeddings(), twin.get_output_embeddings()),
     ):
         theirs.weight = nn.Parameter(ours.weight.detach().float(), requires_grad=False)
+    transposed = {name: shape.transposed for name, shape in expert_shapes(twin).items()}
     for name, module in model.named_modules():
         owner, _, leaf = name.removesuffix(".base").rpartition(".")
         if isinstance(module, QuantizedLinear):
@@ -50,5 +54,5 @@ def dense_twin(model: Any, folder: Path) -> Any:
             parent = twin.get_submodule(owner)
             for index, matrix in enumerate(getattr(parent, leaf).data):
                 dense = dequantize(module.matrix(index), torch.float32)
-                matrix.copy_(dense.T if parent.is_transposed else dense)
+                matrix.copy_(dense.T if transposed[f"{owner}.{leaf}"] else dense)
     return twin

@@ -11,11 +11,15 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 160
@@ -29,14 +33,26 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 
+CLASSES = {
+    "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
+    "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each
+    "qwen3": {"head_dim": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2_moe": EXPERTS | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": EXPERTS | {"moe_intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True},
+    "olmoe": EXPERTS | {"pad_token_id": None},
+}
+MIXTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}  # and in GGUF files
+
 
 def tiny_config(family: str, **overrides: object) -> PretrainedConfig:
     if family == "gpt2":
         shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": VOCABULARY}
         return GPT2Config(**shape, bos_token_id=0, eos_token_id=1, **overrides)
-    classes = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
-    extra = {"head_dim": 16} if family == "qwen3" else {}
-    return classes[family](**(SHAPE | extra | {"bos_token_id": 0, "eos_token_id": 1} | overrides))
+    return CLASSES[family](**(SHAPE | EXTRA.get(family, {}) | {"bos_token_id": 0, "eos_token_id": 1} | overrides))
 
 
 @pytest.fixture

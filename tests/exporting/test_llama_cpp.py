@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import MIXTURES
 
 from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.consumers import LlamaCppConsumer
@@ -63,7 +64,11 @@ LONG = {  # llama.cpp takes the long factors where its context, 256 tokens here,
     "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 256,
     "short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [1.0 + i for i in range(8)],
 }  # fmt: skip
-WITHOUT = {"ministral", "ministral3", "gemma4_text", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"}  # not exported
+GROWING = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.6, "llama_4_scaling_beta": 0.4,
+}  # fmt: skip
+WITHOUT = {"ministral", "gemma4_text"}  # families that are not exported
 OTHERS = {  # layers of all kinds; windows and partial angles that the texts tell from none
     "gemma2": {
         "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,
@@ -76,6 +81,8 @@ OTHERS = {  # layers of all kinds; windows and partial angles that the texts tel
             "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
         },
     },
+    "ministral3": {"head_dim": 16, "rope_parameters": GROWING, "pad_token_id": None},
+    "ministral3, as Mistral": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": None, "pad_token_id": None},
     "granite": {
         "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.2, "logits_scaling": 1.5
@@ -98,10 +105,18 @@ OTHERS = {  # layers of all kinds; windows and partial angles that the texts tel
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_of_other_families(make_run: Callable, tmp_path: Path, name: str) -> None:
     family = name.partition(",")[0]
-    assert set(FAMILIES) - set(ALIKE) == WITHOUT | {n.partition(",")[0] for n in OTHERS}
+    assert set(FAMILIES) - {*ALIKE, *MIXTURES} == WITHOUT | {n.partition(",")[0] for n in OTHERS}
     run = make_run(family, **OTHERS[name])
     write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.01), ("q8_0", 0.1)])
+def test_mixtures(make_run: Callable, tmp_path: Path, family: str, kind: str, tolerance: float) -> None:
+    run = make_run(family, experts=True)
+    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), tmp_path / "out")
+    check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
 
 
 @pytest.mark.parametrize("first_only", [False, True])
@@ -137,9 +152,9 @@ def test_scaled_rotary_frequencies(make_run: Callable, tmp_path: Path, rope: dic
     check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3", "cohere2", "starcoder2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3", "cohere2", "starcoder2", *MIXTURES])
 def test_adapters_on_their_base(make_run: Callable, tmp_path: Path, family: str) -> None:
-    run = make_run(family, rslora=True, **OTHERS.get(family, {}))
+    run = make_run(family, rslora=True, experts=family in MIXTURES, **OTHERS.get(family, {}))
     untuned = tmp_path / "untuned"
     shutil.copytree(run, untuned)
     tensors = load_file(run / "adapter" / WEIGHTS_NAME)

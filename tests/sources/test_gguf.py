@@ -7,9 +7,10 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from tiny_families import MIXTURES
 from tiny_gguf import add_tokenizer, write_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nybble.errors import ModelError
 from nybble.formats.gguf import GgufFile
@@ -17,12 +18,6 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.sources.gguf import _tokenizer_of
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def write_tokenizer(file: Path, add: Callable[[gguf.GGUFWriter], None]) -> Path:
@@ -66,22 +61,53 @@ def test_blocks_are_widened_as_transformers_widens_them(make_folder: Callable, t
     assert load_model(source, BaseFormats(), torch.float32)(tokens).logits.isfinite().all()
 
 
-def test_config_and_tokenizer_are_derived_once_and_can_be_saved(
-    make_folder: Callable, tmp_path: Path, own_cache: Path
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_equals_the_one_it_was_made_of(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, family: str
 ) -> None:
+    _, model = make_folder(family, torch.bfloat16)
+    source = open_model(str(write_model(tmp_path / "m.gguf", model, MIXTURES[family])))
+    assert source.config.model_type == family and len(source.experts) == 2 * 2
+    ours = load_model(source, None, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens).logits, model.float()(tokens).logits, rtol=1e-5, atol=1e-5)
+    name = next(iter(source.experts))
+    assert torch.equal(source.read(name)[2], source.read_expert(name, 2))
+    assert load_model(source, BaseFormats(), torch.float32)(tokens).logits.isfinite().all()
+
+
+def test_experts_that_are_there_by_half_are_named(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder("qwen3_moe", num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "qwen3moe")
+    file.write_bytes(file.read_bytes().replace(b"blk.0.ffn_up_exps", b"blk.0.ffn_up_shexp"[:17]))
+    with pytest.raises(ModelError, match="no place for"):
+        open_model(str(file)).tensor_names()
+
+
+def test_the_config_says_what_llama_cpp_takes_for_granted(make_folder: Callable, tmp_path: Path) -> None:
     _, model = make_folder("qwen3", num_hidden_layers=1)
     file = write_model(tmp_path / "m.gguf", model, "qwen3")
-    config = open_model(str(file)).config
+    source = open_model(str(file))
+    config = source.config
     assert not hasattr(config, "quantization_config")
     assert config.architectures == ["Qwen3ForCausalLM"]
-    assert config.head_dim == 16
+    assert config.head_dim == 16 and config.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
     config.save_pretrained(tmp_path / "saved")
-    (derived,) = (own_cache / "gguf").iterdir()
-    (derived / "marker").touch()
-    source = open_model(str(file))
-    assert [path.name for path in (own_cache / "gguf").iterdir()] == [derived.name]
-    assert (derived / "marker").exists()
+    theirs = AutoConfig.from_pretrained(tmp_path, gguf_file="m.gguf")
+    differing = {key for key, value in theirs.to_dict().items() if config.to_dict().get(key) != value}
+    left_out = {"architectures", "head_dim"}  # by transformers
+    assert differing <= left_out | {"_model_name_or_path", "_name_or_path", "dtype"}, differing
     assert source.load_tokenizer().apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    _, mixture = make_folder("qwen3_moe", num_hidden_layers=1)
+    assert open_model(str(write_model(tmp_path / "x.gguf", mixture, "qwen3moe"))).config.norm_topk_prob
+
+
+def test_a_size_that_is_missing_or_that_layers_have_each_is_named(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama")
+    file.write_bytes(file.read_bytes().replace(b"llama.embedding_length", b"llama.embedding_lengt_"))
+    with pytest.raises(ModelError, match=r"no number under llama\.embedding_length"):
+        open_model(str(file))
 
 
 def test_digits_are_split_as_smollm_was_trained(make_folder: Callable, tmp_path: Path) -> None:

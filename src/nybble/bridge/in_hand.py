@@ -10,7 +10,7 @@ from nybble.bridge.weights import few_bit_parameters, put_experts, put_weight, s
 from nybble.errors import ModelError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.layers.convert import in_few_bits
-from nybble.layers.quantized_experts import IMPLEMENTATION, expert_shapes
+from nybble.layers.quantized_experts import IMPLEMENTATION, expert_shapes, own_experts
 
 
 def quantize_(
@@ -58,6 +58,7 @@ def quantize_(
     model.requires_grad_(False)
     straighten(model, names)
     shapes = expert_shapes(model)
+    own_experts(model, shapes)
     for name in names:
         value = model.get_parameter(name).detach()
         owner, _, leaf = name.rpartition(".")

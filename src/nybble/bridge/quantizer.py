@@ -27,7 +27,7 @@ from nybble.formats.bnb import from_bnb, state_key
 from nybble.formats.format import FORMATS
 from nybble.formats.quantized_stack import OFFSETS, STATE, stack_of_tensors, stored_tensors
 from nybble.layers.experts_weight import frozen_experts
-from nybble.layers.quantized_experts import IMPLEMENTATION, expert_shapes
+from nybble.layers.quantized_experts import IMPLEMENTATION, expert_shapes, own_experts
 from nybble.layers.quantized_weight import frozen_parameter
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class NybbleQuantizer(HfQuantizer):
         self.names = set(few_bit_parameters(model, config, is_stored=self.pre_quantized))
         shapes = expert_shapes(model)
         self.stacks = {name: shapes[name].transposed for name in shapes if name in self.names}
+        own_experts(model, self.stacks)
         self.turned = transposed(model, self.names)
         straighten(model, self.names)
 

@@ -9,26 +9,41 @@ from pathlib import Path
 from typing import Any
 
 from nybble.exporting.consumers import Consumer, TransformersConsumer
+from nybble.exporting.gguf_model import ADAPTER_FILE, MODEL_FILE, read_gguf_adapter
 from nybble.exporting.merged_source import MergedSource, Moved, how_moved
 from nybble.exporting.verify import Check
 from nybble.layers.streamed import expert_name
-from nybble.options.use_groups import ArtefactKind
+from nybble.options.use_groups import ArtefactKind, GgufType
 from nybble.runs.adapter_files import PREFIX
 from nybble.sources.open import open_model
 
-LEAST = {ArtefactKind.PEFT: 0.99, ArtefactKind.DENSE: 0.9, ArtefactKind.FOUR_BIT: 0.5}
+LEAST = {  # of ΔW, by what the artefact promises
+    ArtefactKind.PEFT: 0.99,
+    ArtefactKind.DENSE: 0.9,
+    ArtefactKind.FOUR_BIT: 0.5,
+    ArtefactKind.GGUF_ADAPTER: 0.99,
+}
+LEAST_IN_BLOCKS, LEAST_IN_FOUR_BITS = 0.9, 0.5
 SHOWN = 3
 DEVIATIONS, FAINT = 4, 1.0  # of rounding, that are allowed for; with these a lost ΔW would pass
 
 
-def experts_arrived(merged: MergedSource, kind: ArtefactKind, folder: Path, consumer: Consumer) -> list[Check]:
-    """A check of all that has an adapter, where experts are among it; none for other kinds.
+def experts_arrived(
+    merged: MergedSource, kind: ArtefactKind, folder: Path, consumer: Consumer | None, gguf_type: GgufType
+) -> list[Check]:
+    """A check of all that has an adapter, where experts are among it.
 
     Args:
-        consumer: of the artefact.
+        consumer: of the artefact; asked of PEFT's alone.
+        gguf_type: of a GGUF model.
     """
-    if not merged.adapter.experts or kind not in LEAST:
+    if not merged.adapter.experts:
         return []
+    if kind is ArtefactKind.GGUF:
+        least = LEAST_IN_FOUR_BITS if gguf_type.in_four_bits else LEAST_IN_BLOCKS
+        return [_check(merged.moved(open_model(str(folder / MODEL_FILE))), least)]
+    if kind is ArtefactKind.GGUF_ADAPTER:
+        return [_check(_gguf_deltas(merged, folder / ADAPTER_FILE), LEAST[kind])]
     if kind is not ArtefactKind.PEFT:
         return [_check(merged.moved(open_model(str(folder))), LEAST[kind])]
     if not isinstance(consumer, TransformersConsumer):
@@ -60,3 +75,20 @@ def _peft_deltas(merged: MergedSource, model: Any) -> Iterator[Moved]:
             if delta is not None and delta.any():
                 theirs = deltas[index].T if shape.transposed else deltas[index]
                 yield how_moved(expert_name(name, index), theirs.to(delta.device), delta)
+
+
+def _gguf_deltas(merged: MergedSource, file: Path) -> Iterator[Moved]:
+    """What llama.cpp adds to each layer and expert, alpha / rank · B · A, along ΔW."""
+    alpha, matrices = read_gguf_adapter(file, merged.opened.source)
+    for name in merged.adapter.names:
+        a, b = matrices[name]
+        deltas = (b * (alpha / a.shape[-2])) @ a
+        if name not in merged.experts:
+            delta = merged.read_delta(f"{name}.weight")
+            if delta is not None and delta.any():
+                yield how_moved(name, merged.turned(name, deltas), delta)
+            continue
+        for index, theirs in enumerate(deltas):
+            delta = merged.read_delta_expert(name, index)
+            if delta is not None and delta.any():
+                yield how_moved(expert_name(name, index), theirs, delta)

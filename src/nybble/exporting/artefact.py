@@ -216,7 +216,8 @@ def verify(
         found = compare(reference, consumer, artefact.faithfulness)
         if opened.full:
             return found
-        arrived = experts_arrived(MergedSource(opened, artefact.onto), artefact.kind, folder, consumer)
+        merged = MergedSource(opened, artefact.onto)
+        arrived = experts_arrived(merged, artefact.kind, folder, consumer, artefact.gguf_type)
         return replace(found, checks=[*found.checks, *arrived])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(artefact.kind, error)

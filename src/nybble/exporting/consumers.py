@@ -281,7 +281,7 @@ def _load_gguf_adapter(opened: OpenRun, file: Path, dtype: torch.dtype, context:
     """On the very base that was trained on, so that what differs is the adapter."""
     model = base_of_adapters(opened, dtype, report)
     alpha, matrices = read_gguf_adapter(file, opened.source)
-    ranks = {re.escape(layer): len(a) for layer, (a, _) in matrices.items()}
+    ranks = {re.escape(layer): a.shape[-2] for layer, (a, _) in matrices.items()}
     adapters = attach_adapters(model, matrices, rank=1, alpha=alpha, rank_pattern=ranks)
     with torch.no_grad():
         for name, adapter in adapters.items():

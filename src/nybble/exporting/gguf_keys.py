@@ -15,20 +15,35 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ExportError
 from nybble.families import FAMILIES
-from nybble.families.family import FULL, SLIDING
+from nybble.families.family import FULL, SLIDING, Family
 from nybble.formats.gguf import llama3_divisors
 
-ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
-READABLE = ("LLAMA", "QWEN2", "QWEN3")  # those that nybble reads itself (formats/gguf.py)
+MIXTURES = {
+    family.model_type: family
+    for family in (
+        Family("mixtral", windows="all", gguf="LLAMA", gguf_neighbours=True),
+        Family("qwen2_moe", windows="by kind", gguf="QWEN2MOE"),
+        Family("qwen3_moe", windows="all", gguf="QWEN3MOE"),
+        Family("olmoe", gguf="OLMOE"),
+    )
+}
+ARCHITECTURES = {name: family.gguf for name, family in (FAMILIES | MIXTURES).items() if family.gguf}
+READABLE = ("LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE")  # those that nybble reads (formats/gguf.py)
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 NO_ROPE_EVERY = 4  # which layer has no rotary angles in SmolLM3
 FULL_EVERY = {"COHERE2": 4, "GEMMA2": 2, "GEMMA3": 6}  # which layer has no window
+NORMED_ROUTING = {"QWEN2MOE": False, "QWEN3MOE": True, "OLMOE": False}  # norm_topk_prob
 WINDOWED = ("OLMO2", *FULL_EVERY)  # architectures whose windows llama.cpp knows
 
 
 def architecture_of(config: PretrainedConfig) -> gguf.MODEL_ARCH:
     """llama.cpp's; `check_family` has let the config pass."""
     return gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+
+
+def family_of(config: PretrainedConfig) -> Family:
+    """What is known of its family."""
+    return MIXTURES.get(config.model_type) or FAMILIES[config.model_type]
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -63,10 +78,10 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
     """What llama.cpp's architecture takes for granted: whether it is so, and in words."""
     arch, layers = ARCHITECTURES[config.model_type], range(1, config.num_hidden_layers + 1)
     granted = []
-    if arch in ("OLMO2", "PHI3", "STABLELM", "PHI2", "STARCODER2", "COHERE2", "COMMAND_R"):
+    if arch in ("OLMO2", "OLMOE", "PHI3", "STABLELM", "PHI2", "STARCODER2", "COHERE2", "COMMAND_R"):
         fits = head_dim(config) * config.num_attention_heads == config.hidden_size
         granted.append((fits, "heads that are together as wide as the hidden states"))
-    if arch in ("OLMO2", "STABLELM", "PHI2"):
+    if arch in ("OLMO2", "STABLELM", "PHI2", "QWEN2MOE", "OLMOE"):
         granted.append((not config.tie_word_embeddings, "a head of its own, not tied to the embedding"))
     if arch in ("COHERE2", "COMMAND_R", "GEMMA2"):
         granted.append((bool(config.tie_word_embeddings), "a head that is tied to the embedding"))
@@ -88,7 +103,28 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         granted.append((not config.use_qk_norm, "no norms of queries and keys"))
     if arch in ("STABLELM", "PHI2"):
         granted.append((not config.qk_layernorm, "no norms of queries and keys"))
+    if arch == "MISTRAL3":
+        rope = rope_of(config)
+        factors = (rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0, rope.get("attention_factor"))
+        granted.append((factors[0] == bool(factors[1]) and factors[2] is None, "mscale 1 beside mscale_all_dim"))
+    if arch in NORMED_ROUTING:
+        normed = NORMED_ROUTING[arch]
+        granted.append((config.norm_topk_prob == normed, f"norm_topk_prob {str(normed).lower()}"))
+    if arch in ("QWEN2MOE", "QWEN3MOE"):
+        sparse = config.decoder_sparse_step == 1 and not config.mlp_only_layers
+        granted.append((sparse, "experts in all layers"))
+    if arch in ("QWEN3MOE", "OLMOE"):
+        granted.append((not config.attention_bias, "no biases"))
+    if arch == "OLMOE":
+        granted.append((config.clip_qkv is None, "no clip_qkv"))
+    if num_experts(config):
+        granted.append((config.hidden_act == "silu", "the activation silu"))
     return granted
+
+
+def num_experts(config: PretrainedConfig) -> int:
+    """Of a layer; 0 where it has none."""
+    return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
 
 
 def _is_27b(config: PretrainedConfig) -> bool:
@@ -99,7 +135,7 @@ def _is_27b(config: PretrainedConfig) -> bool:
 
 def left_out(config: PretrainedConfig) -> str | None:
     """What llama.cpp does without, for the user; None where that is nothing."""
-    family = FAMILIES[config.model_type]
+    family = family_of(config)
     windows = [family.window(config, kind) for kind in family.kinds(config)]
     if ARCHITECTURES[config.model_type] in WINDOWED or not any(windows):
         return None
@@ -114,7 +150,7 @@ def left_out(config: PretrainedConfig) -> str | None:
 
 def add_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Write the model's name, sizes, norms, rotary angles, and what its architecture has of its own."""
-    family, arch = FAMILIES[config.model_type], ARCHITECTURES[config.model_type]
+    family, arch = family_of(config), ARCHITECTURES[config.model_type]
     writer.add_name(str(getattr(config, "_name_or_path", "")).rpartition("/")[2] or config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -135,6 +171,9 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> No
         writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(original_length(config))
+    if experts := num_experts(config):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     if arch in OWN_KEYS:
         OWN_KEYS[arch](writer, config)
 
@@ -147,7 +186,7 @@ def _granite(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _olmo2(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    kinds = FAMILIES[config.model_type].kinds(config)
+    kinds = family_of(config).kinds(config)
     if SLIDING in kinds:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == SLIDING for kind in kinds])
@@ -188,6 +227,27 @@ def _stablelm(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
 
+def _mistral3(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    rope = rope_of(config)
+    if beta := rope.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(beta)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_yarn_log_mul(rope.get("mscale_all_dim") or 0.0)
+        writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
+        writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
+    else:
+        writer.add_rope_scaling_orig_ctx_len(original_length(config))
+
+
+def _qwen3moe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def _qwen2moe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
 OWN_KEYS: Mapping[str, Callable[[gguf.GGUFWriter, PretrainedConfig], None]] = {
     "GRANITE": _granite,
     "OLMO2": _olmo2,
@@ -197,6 +257,9 @@ OWN_KEYS: Mapping[str, Callable[[gguf.GGUFWriter, PretrainedConfig], None]] = {
     "GEMMA2": _gemma2,
     "GEMMA3": _gemma3,
     "STABLELM": _stablelm,
+    "MISTRAL3": _mistral3,
+    "QWEN2MOE": _qwen2moe,
+    "QWEN3MOE": _qwen3moe,
 }
 
 

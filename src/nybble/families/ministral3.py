@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from nybble.families.mistral import MISTRAL
 
-MINISTRAL3 = replace(MISTRAL, model_type="ministral3", growing_queries=True, gguf=None, gguf_neighbours=False)
+MINISTRAL3 = replace(MISTRAL, model_type="ministral3", growing_queries=True, gguf="MISTRAL3")

@@ -221,6 +221,7 @@ class StoredWeight:
     Args:
         pieces: tensor's name -> where it goes, from the start of the packed bytes followed by the scales.
         offset: of double quantisation, the scales' first four bytes; None without it.
+        interleaved_heads: whose rows lie as llama.cpp has them (`formats.gguf.interleaved`), to be restored.
     """
 
     spec: QuantSpec
@@ -228,6 +229,7 @@ class StoredWeight:
     dtype: torch.dtype
     pieces: dict[str, int]
     offset: float | None
+    interleaved_heads: int = 0
 
     @property
     def packed_bytes(self) -> int:

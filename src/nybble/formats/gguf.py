@@ -2,8 +2,7 @@
 
 The header is parsed here, with every size checked before it is used: the reader in the `gguf` package
 makes an array object for each string of the vocabulary, which takes seconds and some 100 MB. What the
-blocks mean and what the tensors are called is left to that package, and how llama.cpp reorders the
-rotary rows to transformers'.
+blocks mean and what the tensors are called is left to that package.
 
 Format: magic | version | counts | key-value pairs | tensor table | padding | tensor data, little-endian.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -25,16 +24,21 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.formats.safetensors import TensorEntry, read_exactly
+from nybble.formats.safetensors import TensorEntry, read_exactly, row_entry
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe")
 PANEL_ELEMENTS = 1 << 20  # widened at a time
 MAX_DIMS = 4
 DENSE_ENDS = ("token_embd.weight", "output.weight")
 LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a block
+INTERLEAVED = ("llama",)  # architectures in which rotary pairs lie side by side
+EXPERTS = {  # transformers' parameter of all experts -> what GGUF has a tensor for, whose rows follow one another
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -86,6 +90,22 @@ class GgufFile:
             cursor.position = self._arrays[key]
             return cursor.array()
 
+    def number(self, key: str) -> float:
+        """The number under a key; an array of one number for all layers is that number.
+
+        Raises:
+            ModelError: there is none, or layers have different ones.
+        """
+        values = set(self.array(key)) if key in self._arrays else {self.metadata.get(key)}
+        value = values.pop() if len(values) == 1 else None
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ModelError(
+                f"{self.path} has {'no number' if len(values) == 0 else 'a number for each layer'} under {key}.",
+                "Needed: one number.",
+                "Use the model's safetensors folder.",
+            )
+        return value
+
     def _parse(self, cursor: "_Cursor") -> None:
         if cursor.take(4) != b"GGUF":
             raise ValueError("it does not start with GGUF")
@@ -99,11 +119,11 @@ class GgufFile:
             if type_id == _ARRAY:
                 self._arrays[key] = position
             self.metadata[key] = cursor.value(type_id)
-        self.architecture = self.metadata.get("general.architecture")
+        self.architecture: str = self.metadata.get("general.architecture", "")
         if self.architecture not in ARCHITECTURES:
             raise ModelError(
                 f"{self.path} has the architecture {self.architecture!r}.",
-                f"Supported in GGUF: {', '.join(ARCHITECTURES)} (Mistral and SmolLM2 files say llama).",
+                f"Supported in GGUF: {', '.join(ARCHITECTURES)} (Mistral, Mixtral and SmolLM2 files say llama).",
                 "Use the model's safetensors folder.",
             )
         if (parts := self.metadata.get("split.count", 1)) not in (0, 1):
@@ -169,46 +189,50 @@ class GgufFile:
             counts[entry.dtype] = counts.get(entry.dtype, 0) + math.prod(entry.shape)
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
-    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """One tensor widened to `dtype`, in fresh memory; rows are as llama.cpp orders them."""
-        entry = self.entries[name]
-        columns = entry.shape[-1]
-        rows = math.prod(entry.shape[:-1])
-        row_bytes = entry.nbytes // rows
-        block_type = gguf.GGMLQuantizationType[entry.dtype]
-        widened = torch.empty((rows, columns), dtype=dtype)
-        panel_rows = max(1, PANEL_ELEMENTS // columns)
-        for first in range(0, rows, panel_rows):
-            count = min(panel_rows, rows - first)
-            packed = np.empty((count, row_bytes), dtype=np.uint8)
-            read_exactly(entry.file, entry.start + first * row_bytes, packed.reshape(-1).data)
-            widened[first : first + count] = torch.from_numpy(gguf.dequantize(packed, block_type))
+    def read(self, name: str, dtype: torch.dtype = torch.float32, part: int | None = None) -> Tensor:
+        """One tensor widened to `dtype`, in fresh memory; rows are as llama.cpp orders them.
+
+        Args:
+            part: the one of its first dimension, such as an expert, that alone is read.
+        """
+        entry = self._entry(name, part)
+        widened = torch.empty((math.prod(entry.shape[:-1]), entry.shape[-1]), dtype=dtype)
+        widen_rows(entry, 0, widened)
         return widened.view(entry.shape)
 
-    def read_packed(self, name: str) -> Tensor:
-        """The bytes of one tensor's blocks, uint8 (rows, bytes of a row), in fresh memory."""
-        entry = self.entries[name]
+    def read_packed(self, name: str, part: int | None = None) -> Tensor:
+        """The bytes of one tensor's blocks, or of a part's, uint8 (rows, bytes of a row), in fresh memory."""
+        entry = self._entry(name, part)
         packed = np.empty((math.prod(entry.shape[:-1]), entry.nbytes // math.prod(entry.shape[:-1])), dtype=np.uint8)
         read_exactly(entry.file, entry.start, packed.reshape(-1).data)
         return torch.from_numpy(packed)
 
+    def _entry(self, name: str, part: int | None) -> TensorEntry:
+        return self.entries[name] if part is None else row_entry(self.entries[name], part)
+
+    def interleaved_heads(self, name: str, config: "PretrainedConfig") -> int:
+        """Heads of a tensor whose rows llama.cpp interleaves, else 0: of q and k of `INTERLEAVED` architectures."""
+        if self.architecture not in INTERLEAVED or not name.startswith("blk."):
+            return 0
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        return heads.get(name.split(".")[2], 0)
+
     def in_hf_order(self, values: Tensor, name: str, config: "PretrainedConfig") -> Tensor:
         """`values`, one for each element of tensor `name` or byte of its blocks, with its rows in transformers' order
-        (llama.cpp interleaves rotary halves of q and k).
+        (`restored`).
         """
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+        heads = self.interleaved_heads(name, config)
+        if not heads or len(values) % (2 * heads):  # of other shapes than the config's, which is found out elsewhere
+            return values
+        return restored(values, heads)
 
-        processor = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config.to_dict())
-        weights = processor.process(weights=values.numpy(), name=name).weights
-        return torch.from_numpy(np.ascontiguousarray(weights))
-
-    def lattice_steps(self, name: str) -> Tensor | None:
+    def lattice_steps(self, name: str, part: int | None = None) -> Tensor | None:
         """The distance between neighbouring values of each element's block, fp32, the tensor's shape, rows as
         llama.cpp orders them; None for a type that is not evenly spaced four bits (`LATTICES`).
 
-        Both types begin a block with its fp16 step.
+        Both types begin a block with its fp16 step; `part` as `read` takes it.
         """
-        entry = self.entries[name]
+        entry = self._entry(name, part)
         if entry.dtype not in LATTICES:
             return None
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[entry.dtype]]
@@ -217,17 +241,19 @@ class GgufFile:
         steps = torch.from_numpy(packed[:, :2].copy().view(np.float16).astype(np.float32)).abs()  # (blocks, 1)
         return steps.repeat_interleave(block_size).view(entry.shape)
 
-    def hf_names(self, model: "PreTrainedModel") -> dict[str, str]:
-        """GGUF tensor name -> name in `model`, a transformers model (on the meta device is enough).
+    def names_of(self, model: "PreTrainedModel") -> dict[str, tuple[str, ...]]:
+        """transformers' name -> those of the tensors that it lies in, of every parameter of `model` (on the meta device
+        is enough) that the file holds, in the file's order.
 
         `rope_freqs.weight` has no place in a model; `complete_config` reads it.
 
         Raises:
-            ModelError: a tensor of the file has no place in the model.
+            ModelError: a tensor of the file has no place in the model, or experts are there by half.
         """
         architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
-        names = {gguf_name: name for name, gguf_name in gguf_names(model, architecture).items()}
-        unplaced = [name for name in self.entries if name not in names and name != "rope_freqs.weight"]
+        names = gguf_names(model, architecture)
+        placed = {part for parts in names.values() for part in parts}
+        unplaced = [name for name in self.entries if name not in placed and name != "rope_freqs.weight"]
         if unplaced:
             raise ModelError(
                 f"{self.path} holds tensors that {type(model).__name__} has no place for: {', '.join(unplaced[:5])}"
@@ -235,7 +261,13 @@ class GgufFile:
                 "Every tensor of the file must be used.",
                 "Use the model's safetensors folder.",
             )
-        return {name: names[name] for name in self.entries if name in names}
+        there = {name: [part for part in parts if part in self.entries] for name, parts in names.items()}
+        for name, parts in there.items():
+            if parts and len(parts) < len(names[name]):
+                raise ModelError(f"{self.path} holds {parts[0]} alone of {name}.", fix="Fetch it again.")
+        order = {entry: place for place, entry in enumerate(self.entries)}
+        stored = sorted((name for name, parts in there.items() if parts), key=lambda name: order[names[name][0]])
+        return {name: names[name] for name in stored}
 
     def complete_config(self, config: "PretrainedConfig") -> None:
         """Set, in place, what transformers' reader leaves out: head width, RoPE scaling, attention without a window.
@@ -246,7 +278,7 @@ class GgufFile:
         prefix = self.architecture
         if (head_dim := self.metadata.get(f"{prefix}.attention.key_length")) is not None:
             config.head_dim = head_dim
-        if getattr(config, "sliding_window", None) is not None:
+        if getattr(config, "sliding_window", None):
             config.sliding_window = None  # llama.cpp runs these architectures without one
         scaling = self.metadata.get(f"{prefix}.rope.scaling.type", "none")
         factor = self.metadata.get(f"{prefix}.rope.scaling.factor", 1.0)
@@ -288,15 +320,45 @@ class GgufFile:
         return scaling
 
 
-def gguf_names(model: "PreTrainedModel", architecture: gguf.MODEL_ARCH) -> dict[str, str]:
-    """transformers' name -> GGUF's, for every parameter that is stored."""
+def gguf_names(model: "PreTrainedModel", architecture: gguf.MODEL_ARCH) -> dict[str, tuple[str, ...]]:
+    """transformers' name -> GGUF's, for every parameter that is stored: one; of experts one for each of `EXPERTS`."""
     table = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
     names = {}
     for name in model.state_dict():
-        module, _, leaf = name.rpartition(".")
-        if (found := table.get_name(module)) is not None:
-            names[name] = f"{found}.{leaf}"
+        owner, _, leaf = name.rpartition(".")
+        if owner.endswith(".experts"):
+            modules, leaf = [f"{owner}.{part}" for part in EXPERTS.get(leaf, (leaf,))], "weight"
+        else:
+            modules = [owner]
+        found = [table.get_name(module) for module in modules]
+        if all(found):
+            names[name] = tuple(f"{each}.{leaf}" for each in found)
     return names
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q or k as llama.cpp's rotation wants them: element i of a head's first half beside that of its second.
+
+    (heads · 2 · half, ...) -> (heads · half · 2, ...)
+    """
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def restored(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of `interleaved`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def widen_rows(entry: TensorEntry, first: int, out: Tensor) -> None:
+    """Fill `out`, contiguous (rows, columns), with the values of a tensor's rows from `first` on."""
+    columns, row_bytes = entry.shape[-1], entry.nbytes // math.prod(entry.shape[:-1])
+    block_type = gguf.GGMLQuantizationType[entry.dtype]
+    panel_rows = max(1, PANEL_ELEMENTS // columns)
+    for panel in out.split(panel_rows):
+        packed = np.empty((len(panel), row_bytes), dtype=np.uint8)
+        read_exactly(entry.file, entry.start + first * row_bytes, packed.reshape(-1).data)
+        panel.copy_(torch.from_numpy(gguf.dequantize(packed, block_type)))
+        first += len(panel)
 
 
 def llama3_divisors(rope: Mapping[str, Any], count: int) -> Tensor:

@@ -4,6 +4,9 @@ transformers keeps a projection of all experts as one parameter of three dimensi
 over a registry (`transformers.integrations.moe`): a class that takes part says how its matrices lie (`is_transposed`),
 whether they have biases, and how gate and up go together (`_apply_gate`). nybble registers `experts_forward` there, and
 a module of matrices stands under the parameter's own name; in other libraries' scripts an `ExpertsWeight`.
+
+Two classes take no part, and compute what is their own business: `OWN` has a module of nybble's for each, which has
+their parameters under the same names and stands in their place as soon as anything of theirs is swapped.
 """
 
 from collections.abc import Iterable, Mapping
@@ -123,29 +126,30 @@ def expert_shapes(model: nn.Module) -> dict[str, ExpertShape]:
     """
     found = {}
     for name, module in model.named_modules():
-        if not _is_of_interface(module):
+        interface: Any = OWN.get(type(module).__name__, module)
+        if not _is_of_interface(interface):
             continue
         for leaf in PROJECTIONS:
-            shape = _shape_of(module, getattr(module, leaf, None))
+            shape = _shape_of(getattr(module, leaf, None), interface.is_transposed)
             if shape is not None:
                 found[f"{name}.{leaf}"] = shape
     return found
 
 
-def _is_of_interface(module: nn.Module) -> bool:
-    """Whether its class takes part in transformers' registry of what computes experts."""
+def _is_of_interface(module: Any) -> bool:
+    """Whether a module, or a class, takes part in transformers' registry of what computes experts."""
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 
-def _shape_of(module: Any, projection: Any) -> ExpertShape | None:
+def _shape_of(projection: Any, transposed: bool) -> ExpertShape | None:
     if isinstance(projection, ExpertMatrices | LoraExperts):
         inner = projection.base if isinstance(projection, LoraExperts) else projection
-        return ExpertShape(inner.num_experts, inner.in_features, inner.out_features, module.is_transposed)
+        return ExpertShape(inner.num_experts, inner.in_features, inner.out_features, transposed)
     if not isinstance(projection, nn.Parameter) or projection.ndim != 3:
         return None
     num, first, second = projection.shape
-    features = (first, second) if module.is_transposed else (second, first)
-    return ExpertShape(num, *features, module.is_transposed)
+    features = (first, second) if transposed else (second, first)
+    return ExpertShape(num, *features, transposed)
 
 
 def replace_experts(model: "PreTrainedModel", names: Iterable[str], formats: BaseFormats, dtype: torch.dtype) -> None:
@@ -179,13 +183,24 @@ def widen_for_adapters(model: nn.Module, names: Iterable[str]) -> None:
 
 def swap_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put modules of matrices in the place of parameters, or of other such modules; what computes with them is the
-    model's `set_experts_implementation`.
+    model's `set_experts_implementation`, or a module of `OWN`.
     """
+    own_experts(model, modules)
     for name, module in modules.items():
         owner, _, leaf = name.rpartition(".")
         parent = model.get_submodule(owner)
         delattr(parent, leaf)
         setattr(parent, leaf, module)
+
+
+def own_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Put nybble's modules, with the same parameters, in place of those that have the named projections and take no
+    part in transformers' registry.
+    """
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        module = model.get_submodule(owner)
+        if (own := OWN.get(type(module).__name__)) is not None:
+            model.set_submodule(owner, own(module))
 
 
 def widen_experts(model: "PreTrainedModel", dtype: torch.dtype) -> None:
@@ -219,12 +234,22 @@ def experts_forward(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_wei
 
 def _through_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     num_tokens, top_k = top_k_index.shape
-    matrices: Any = experts.gate_up_proj if experts.has_gate else experts.up_proj
-    num_experts = matrices.shape[0] if isinstance(matrices, Tensor) else matrices.num_experts
+    num_experts = _num(experts.down_proj)
     ids, order = torch.sort(top_k_index.flatten(), stable=True)  # by expert
     counts = torch.bincount(ids, minlength=num_experts)[:num_experts].tolist()
     x = hidden.index_select(0, order // top_k)  # (rows, width)
-    inner = _times(matrices, Routed(x, counts), experts.is_transposed)
+    outer = _through_matrices(experts, x, counts)
+    weighted = outer * top_k_weights.flatten()[order][:, None]
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    per_token = weighted.index_select(0, places).view(num_tokens, top_k, -1)
+    return per_token.sum(1)
+
+
+def _through_matrices(experts: Any, x: Tensor, counts: list[int]) -> Tensor:
+    """(rows, width) -> the same: rows sorted by expert, through the two projections of each."""
+    matrices: Any = experts.gate_up_proj if experts.has_gate else experts.up_proj
+    without_rows = [0] * (_num(matrices) - len(counts))
+    inner = _times(matrices, Routed(x, counts + without_rows), experts.is_transposed)
     if experts.has_bias:
         inner = inner + _bias(experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias, counts, inner)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
@@ -233,10 +258,13 @@ def _through_experts(experts: Any, hidden: Tensor, top_k_index: Tensor, top_k_we
         outer = outer + _bias(experts.down_proj_bias, counts, outer)
     if experts.has_post_expert_norm:
         outer = experts.post_expert_norm(outer)
-    weighted = outer * top_k_weights.flatten()[order][:, None]
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    per_token = weighted.index_select(0, places).view(num_tokens, top_k, -1)
-    return per_token.sum(1)
+    return outer
+
+
+def _num(projection: Any) -> int:
+    """How many experts a projection is of: a parameter, or a module."""
+    num: int = projection.shape[0] if isinstance(projection, Tensor) else projection.num_experts
+    return num
 
 
 def _times(projection: Any, routed: Routed, transposed: bool) -> Tensor:
@@ -249,7 +277,7 @@ def _times(projection: Any, routed: Routed, transposed: bool) -> Tensor:
     if isinstance(projection, ExpertsWeight):
         matrices, factors = QuantizedExperts.over(projection.q), projection.added or (None, None, 1.0)
         return ExpertsProduct.apply(routed.x, routed.counts, matrices, *factors)
-    of_expert = projection.mT if transposed else projection
+    of_expert = projection.mT if transposed else projection  # (E, out, in)
     rows = routed.x[: sum(routed.counts)].split(list(routed.counts))
     parts = [F.linear(x, matrix.to(x.dtype)) for x, matrix in zip(rows, of_expert, strict=True)]
     none = routed.x.new_zeros(len(routed.x) - sum(routed.counts), of_expert.shape[1])
@@ -263,4 +291,54 @@ def _bias(bias: Tensor, counts: list[int], like: Tensor) -> Tensor:
     return torch.cat([rows, rows.new_zeros(len(like) - len(rows), rows.shape[1])])
 
 
+class OwnExperts(nn.Module):
+    """What stands in place of an experts module of transformers that takes no part in its registry.
+
+    Args:
+        theirs: whose parameters it takes over.
+    """
+
+    has_gate, has_bias, has_post_expert_norm, is_transposed = True, False, False, False
+
+    def __init__(self, theirs: Any):
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.act_fn = theirs.gate_up_proj, theirs.down_proj, theirs.act_fn
+        self.train(theirs.training)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        y: Tensor = self.act_fn(gate) * up
+        return y
+
+
+class Llama4Experts(OwnExperts):
+    """Llama 4's, which are given every token for each expert, multiplied by what that expert weighs for it: 0 for those
+    that it was not sent to, of which zeros come out, and whose gradients that 0 stops.
+    """
+
+    is_transposed = True
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(E · tokens, width) -> the same, all tokens of an expert together."""
+        per_expert = hidden.view(_num(self.down_proj), -1, hidden.shape[-1])
+        sent = per_expert.detach().any(-1)  # (E, tokens)
+        rows, counts = sent.flatten().nonzero().squeeze(1), sent.sum(1).tolist()
+        device = hidden.device.type
+        computed = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            outer = _through_matrices(self, hidden.index_select(0, rows).to(computed), counts).to(hidden.dtype)
+        return torch.zeros_like(hidden).index_copy(0, rows, outer)
+
+
+class LongcatExperts(OwnExperts):
+    """LongCat's, of which those behind the last that has a matrix in `down_proj` give back what they are given."""
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As `experts_forward`."""
+        given_back = (top_k_weights * (top_k_index >= _num(self.down_proj))).sum(1)  # (tokens)
+        through = experts_forward(self, hidden, top_k_index, top_k_weights)
+        return through + (hidden * given_back[:, None]).to(hidden.dtype)
+
+
+OWN: Mapping[str, type[OwnExperts]] = {"Llama4TextExperts": Llama4Experts, "LongcatFlashExperts": LongcatExperts}
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)

@@ -1,4 +1,4 @@
-"""The block store: a streamed base's blocks, read from its 4-bit folder where they are used.
+"""The block store: a streamed base's blocks, read from its 4-bit folder or GGUF file where they are used.
 
 A run visits blocks 0, 1, .. L-1 and in backward L-1, .. 0. Least-recently-used caching keeps nothing useful on such a
 scan, so a fixed set of blocks, spread evenly, stays resident, and the others pass through a few buffers: one is
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nybble.formats.bnb import StoredWeight
+from nybble.formats.gguf import restored
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.formats.safetensors import TensorEntry, read_exactly
 from nybble.layers.streamed import expert_name
@@ -57,7 +58,7 @@ class Stretch:
 
 
 class FolderBlockStore:
-    """Blocks of a base in a 4-bit folder.
+    """Blocks of a base in a 4-bit folder, or in a GGUF file's own blocks.
 
     Args:
         blocks: for each block in order, linear layer's name -> where it is stored.
@@ -174,9 +175,13 @@ class FolderBlockStore:
             parts = [self._between[:length] if at is None else data[at : at + length] for at, length in stretch.parts]
             read_exactly(stretch.file, stretch.start, *parts)
         for name, linear in self._blocks[block].items():
+            start = self._places[block][name][0]
+            end = start + linear.weight.packed_bytes
             if linear.weight.offset is not None:
-                at = self._places[block][name][0] + linear.weight.packed_bytes
-                data[at : at + 4] = struct.pack("=f", linear.weight.offset)
+                data[end : end + 4] = struct.pack("=f", linear.weight.offset)
+            if heads := linear.weight.interleaved_heads:
+                for head in buffer[start:end].view(heads, linear.weight.shape[0] // heads, -1):
+                    head.copy_(restored(head, 1))  # one by one: a copy of each is made
 
 
 def open_store(
@@ -208,10 +213,11 @@ def _stored_weights(
     source: StoredModel,
 ) -> Iterator[tuple[str, tuple[StoredWeight, Mapping[str, TensorEntry]] | None]]:
     """Linear layers and experts by the names that layers ask for them by, and where each is stored."""
-    for name in source.linears:
-        yield name, source.stored(source.placements[f"{name}.weight"].name)
-    for stack, shape in source.experts.items():
-        for index in range(shape.num):
+    for name in source.streamed_layers:
+        if name not in source.experts:
+            yield name, source.stored(source.placements[f"{name}.weight"].name)
+    for stack in source.streamed_layers:
+        for index in range(source.experts[stack].num if stack in source.experts else 0):
             yield expert_name(stack, index), source.stored_expert(source.placements[stack].name, index)
 
 
@@ -219,7 +225,8 @@ def _places(block: Mapping[str, StoredLinear]) -> dict[str, tuple[int, int]]:
     """Where each linear lies in its block's buffer; scales begin at a multiple of four bytes."""
     places, at = {}, 0
     for name, linear in block.items():
-        at += -at % ALIGNMENT + -linear.weight.packed_bytes % 4
+        has_scales = linear.weight.nbytes > linear.weight.packed_bytes
+        at += -at % ALIGNMENT + (-linear.weight.packed_bytes % 4 if has_scales else 0)
         places[name] = (at, at + linear.weight.nbytes)
         at += linear.weight.nbytes
     return places

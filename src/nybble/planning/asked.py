@@ -228,6 +228,7 @@ def _shape(
     model = shape_of(asked.skeleton, asked.in_four_bits)
     device = torch.device(machine.kind)
     against = why_not_blocks(asked.skeleton, packing=packing, dropout=False, device=device, here=machine.here)
+    average, most = mean_bits(model, formats) if formats is not None and formats.layers else (None, None)
     return RunShape(
         model,
         batches=batches,
@@ -235,7 +236,8 @@ def _shape(
         rank=0,
         compute_bytes=dtype.itemsize,
         spec=None if formats is None else formats.spec,
-        average_bits=mean_bits(model, formats) if formats is not None and formats.layers else None,
+        average_bits=average,
+        most_bits=most,
         path="blocks" if against is None else "generic",
         keep="nothing",
         rules=SHAPE_RULES[machine.kind],

@@ -10,6 +10,7 @@ returns the parts of the highest. The optimizer's update adds nothing to what is
 nothing: tensors are written from where they are.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import StrEnum
@@ -123,14 +124,20 @@ def resident_bytes(
     return total
 
 
-def mean_bits(shape: ModelShape, formats: BaseFormats) -> float:
-    """Bits a weight, scales included, of a base whose layers have several formats."""
-    sizes = {name: i * o for block, _ in shape.parts.blocks for name, (i, o) in block.widths.items()}
-    total = stored = 0
+def mean_bits(shape: ModelShape, formats: BaseFormats) -> tuple[float, float]:
+    """Bits a weight, scales included, of a base whose layers have several formats: of all, and of the block that has
+    most.
+    """
+    sizes = {name: (1, i * o) for block, _ in shape.parts.blocks for name, i, o in block.linears}
+    sizes |= {name: (num, i * o) for block, _ in shape.parts.blocks for name, num, i, o in block.stacks}
+    blocks: dict[str, tuple[int, int]] = {}
     for layer in formats.layers:
-        numel = sizes.get(layer.rpartition(".")[2], shape.largest_linear)
-        total, stored = total + numel, stored + formats.of(layer).bytes(numel)
-    return 8 * stored / total
+        block, name = re.fullmatch(r"(?:(.*?\.\d+)\.)?(.*)", layer).groups(default="")  # type: ignore[union-attr]
+        num, numel = sizes.get(name, (1, shape.largest_linear))
+        total, stored = blocks.get(block, (0, 0))
+        blocks[block] = total + num * numel, stored + num * formats.of(layer).bytes(numel)
+    totals, stores = zip(*blocks.values(), strict=True)
+    return 8 * sum(stores) / sum(totals), max(8 * stored / total for total, stored in blocks.values())
 
 
 def end_bytes(shape: ModelShape, dense: int = DENSE_BYTES) -> int:
@@ -622,12 +629,13 @@ def _frozen_and_adapters(run: RunShape) -> dict[Part, int]:
     streamed = run.resident_blocks is not None
     resident = layers if run.resident_blocks is None else run.resident_blocks
     assert resident <= layers, (resident, layers)
-    stored = (run.spec, run.average_bits, c)  # how a linear's weight is
+    stored = (run.spec, run.block_bits, c)  # how a linear's weight is
     buffers = resident_bytes(run.model, *stored, min(run.rules.block_buffers, layers - resident)) if streamed else 0
+    whole = base_bytes(run.model, run.spec, run.average_bits, c)
     copied = run.adapter_parameters - run.expert_parameters
     copies = 3 * c * copied // 2 if run.path == "blocks" and not run.wide else 0
     return {
-        Part.BASE: resident_bytes(run.model, *stored, resident),
+        Part.BASE: min(whole, resident_bytes(run.model, *stored, resident)),
         Part.DENSE: c * run.model.parts.matrix_elements,
         Part.STREAMED: buffers,
         Part.ENDS: dense_bytes(run.model, c) - (end_bytes(run.model, c) if run.stream_ends else 0),

@@ -311,7 +311,7 @@ def _bytes_beside(run: RunShape) -> int:
     if run.on_cpu:
         return beside
     from_disk = run.resident_blocks is not None and not run.from_ram
-    block = resident_bytes(run.model, run.spec, run.average_bits, run.compute_bytes, 1) if from_disk else 0
+    block = resident_bytes(run.model, run.spec, run.block_bits, run.compute_bytes, 1) if from_disk else 0
     page = (run.page_bytes or 0) // PAGE_BUFFERS
     return beside + offloaded_bytes(run) + block + page
 

@@ -186,6 +186,7 @@ def requests(
     idle = sum(ranks[name] * max(0, s.num - passed) * (s.in_features + s.out_features) for name, s in experts.items())
     if new_tokens:
         parameters += new_tokens * model.hidden_size * (1 if skeleton.all_tied_weights_keys else 2)
+    average, most = mean_bits(model, formats) if formats and formats.layers else (options.rounding.mixed, None)
     run = RunShape(
         model,
         batches=micro_batches(1),
@@ -198,7 +199,8 @@ def requests(
         path="blocks" if against is None else "generic",
         keep="everything",
         rules=SHAPE_RULES[machine.kind],
-        average_bits=mean_bits(model, formats) if formats and formats.layers else options.rounding.mixed,
+        average_bits=average,
+        most_bits=most,
         adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
         dropout=adapters.dropout > 0,
         dora=adapters.dora,

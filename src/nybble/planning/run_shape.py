@@ -334,7 +334,8 @@ class RunShape:
         keep: what each block keeps: "nothing" (its input), "attention" or "everything".
         whole_blocks: the last so many keep everything, whatever the others do; on GPUs alone.
         rules: how rows and matrices are cut.
-        average_bits: bits a weight where the layers of the base have several formats.
+        average_bits, most_bits: bits a weight where the layers of the base have several formats, of all and of the
+            block that has most.
         micro_batches: of one optimizer step.
         resident_blocks: of a streamed base; None where the whole base is resident.
         from_ram: the others are read from memory beside the budget, else from a disk.
@@ -369,6 +370,7 @@ class RunShape:
     keep: "Keep"
     rules: ShapeRules
     average_bits: float | None = None
+    most_bits: float | None = None
     whole_blocks: int = 0
     micro_batches: int = 2
     resident_blocks: int | None = None
@@ -417,6 +419,11 @@ class RunShape:
     def learnt_parameters(self) -> int:
         """Of adapters, and of what is trained whole beside them; or of the whole model."""
         return self.model.parameters if self.full else self.adapter_parameters + self.trained_parameters
+
+    @property
+    def block_bits(self) -> float | None:
+        """Bits a weight of the block that has most, where the layers of the base have several formats."""
+        return self.average_bits if self.most_bits is None else self.most_bits
 
     @property
     def filled_up(self) -> bool:

@@ -118,7 +118,7 @@ def _full_16_bit(request: PlanRequest, run: RunShape, machine: Machine) -> Itera
     """Through transformers' modules: decoder blocks give weights no gradient."""
     own = {"adapter_parameters": 0, "rank": 0, "other_ranks": (), "dropout": False, "dora": False}
     own |= {"trained_parameters": 0, "largest_trained": 0, "trained_head": False}
-    whole = replace(run, **own, spec=None, average_bits=None, full=True, path="generic")  # type: ignore[arg-type]
+    whole = replace(run, **own, spec=None, average_bits=None, most_bits=None, full=True, path="generic")  # type: ignore[arg-type]
     return _resident(request, whole, machine, request.pagings)
 
 
@@ -185,6 +185,6 @@ def streamed_run(run: RunShape, machine: Machine) -> RunShape:
     """With as many blocks resident as the budget has room for, at most all but one."""
     run = replace(run, resident_blocks=0, stream_ends=end_bytes(run.model) >= STREAMED_ENDS_BYTES)
     room = machine.budget_bytes - machine.begun_bytes - sum(predict(run).values())
-    largest = max(block_bytes(block, run.spec, run.average_bits) for block, _ in run.model.parts.blocks)
+    largest = max(block_bytes(block, run.spec, run.block_bits) for block, _ in run.model.parts.blocks)
     per_block = (1 + (MARGIN if run.on_cpu else 0)) * max(1, largest)
     return replace(run, resident_blocks=min(max(0, int(room / per_block)), run.model.num_layers - 1))

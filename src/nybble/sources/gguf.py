@@ -1,10 +1,10 @@
-"""A base model from a GGUF file. Its config is derived once and kept as a transformers folder."""
+"""A base model from a GGUF file."""
 
 import hashlib
-import os
 import re
-import tempfile
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -14,24 +14,27 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import FormatError, ModelError, foreign_errors
-from nybble.files.disk import disk_errors
+from nybble.formats.bnb import StoredWeight
 from nybble.formats.format import DEFAULT_FORMAT, STORED_FORMATS
-from nybble.formats.gguf import DENSE_ENDS, LATTICES, GgufFile
+from nybble.formats.gguf import DENSE_ENDS, LATTICES, GgufFile, widen_rows
 from nybble.formats.gguf_vocabulary import KNOWN_MODELS, SPLITTING_RULES, Vocabulary, splitting_rule, tokenizer_of
-from nybble.formats.quant_spec import BaseFormats, stored_spec
+from nybble.formats.quant_spec import BaseFormats, QuantSpec, stored_spec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.formats.safetensors import sampled_sha256, staged_folder
-from nybble.sources.bundled import CACHE_FIX, cache_folder
+from nybble.formats.safetensors import MatrixFile, TensorEntry, row_entry, sampled_sha256
+from nybble.layers.lora import linear_features
+from nybble.layers.streamed import expert_name
+from nybble.sources.gguf_config import config_of
+from nybble.sources.placement import check_shape
 from nybble.sources.skeleton import build_skeleton
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.tokenizer import load_tokenizer
 
 WIDE = ("F32", "F16", "BF16")  # types without blocks
-DERIVED_VERSION = 2  # raise it when what is derived from a file changes
+ROW_ALONE = "shared_expert_gate.weight"  # a matrix of one row, of which GGUF files hold the row
 
 
 class GgufSource(StoredModel):
-    """A GGUF file: blocks are widened to fp32 one tensor at a time, the vocabulary's to bf16.
+    """A GGUF file: blocks are widened to fp32 one tensor at a time, experts one by one, the vocabulary's to bf16.
 
     Raises:
         ModelError: damaged, or of an architecture that is not supported.
@@ -40,19 +43,15 @@ class GgufSource(StoredModel):
     dense_dtype = torch.bfloat16
 
     def __init__(self, path: Path, name: str, tokenizer: str | None = None):
-        from transformers import AutoConfig
-
         self.path, self.name, self._tokenizer = path, name, tokenizer
         self._file = GgufFile(path)
-        self._derived = _derived_folder(self._file)
-        self.config = AutoConfig.from_pretrained(self._derived)
+        self.config = config_of(self._file)
 
     @cached_property
-    def _names(self) -> dict[str, str]:
-        """transformers' name -> the file's."""
+    def _names(self) -> dict[str, tuple[str, ...]]:
+        """transformers' name -> the file's: one, but of experts up to two."""
         language_model = self.skeleton if self.task.kind == "tokens" else build_skeleton(self.config)
-        names = self._file.hf_names(language_model)
-        return {hf_name: gguf_name for gguf_name, hf_name in names.items()}
+        return self._file.names_of(language_model)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -79,16 +78,60 @@ class GgufSource(StoredModel):
         return list(self._names)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        gguf_name = self._names[name]
+        if self._is_stack(name):
+            return torch.cat([self._file.read(part) for part in self._names[name]], dim=1)
+        (gguf_name,) = self._names[name]
         if gguf_name in DENSE_ENDS:  # kept in 16 bits: widened straight to bf16
             return self._file.read(gguf_name, self.dense_dtype)
-        return self._file.in_hf_order(self._file.read(gguf_name), gguf_name, self.config)
+        values = self._file.in_hf_order(self._file.read(gguf_name), gguf_name, self.config)
+        return values[None] if name.endswith(ROW_ALONE) else values
+
+    def read_part(self, name: str, index: int) -> Tensor | QuantizedTensor:
+        return torch.cat([self._file.read(part, part=index) for part in self._names[name]])
+
+    def num_parts(self, name: str) -> int | None:
+        counts = {self._file.entries[part].shape[0] for part in self._names[name]}
+        return counts.pop() if len(counts) == 1 else 0
+
+    def _is_stack(self, name: str) -> bool:
+        """Whether it is a projection of all experts of a block."""
+        return len(self._file.entries[self._names[name][0]].shape) == 3
+
+    def matrix(self, name: str) -> MatrixFile | None:
+        (gguf_name,) = self._names[name]
+        return WidenedMatrix(self._file.entries[gguf_name], self.dense_dtype) if gguf_name in DENSE_ENDS else None
 
     def without_lattice(self) -> StoredModel:
         return DitheredSource(self)
 
     def as_stored(self) -> StoredModel:
         return StoredBlocks(self)
+
+
+class WidenedMatrix(MatrixFile):
+    """A matrix of a GGUF file whose rows are widened where they are used.
+
+    Args:
+        entry: of two dimensions, in any type that is read.
+        dtype: of the rows that it gives.
+    """
+
+    def __init__(self, entry: TensorEntry, dtype: torch.dtype):
+        self.entry, self.dtype = entry, dtype
+        self.num_rows, self.num_columns = entry.shape
+        self.row_bytes = self.num_columns * dtype.itemsize
+
+    def read_rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        rows = buffer[: (stop - start) * self.row_bytes].view(self.dtype).view(stop - start, self.num_columns)
+        widen_rows(self.entry, start, rows)
+        return rows
+
+    def gather(self, rows: Tensor) -> Tensor:
+        unique, place = rows.unique(return_inverse=True)
+        found = torch.empty(len(unique), self.num_columns, dtype=self.dtype)
+        for row, into in zip(unique.tolist(), found, strict=True):
+            widen_rows(self.entry, row, into[None])
+        return found[place]
 
 
 class StoredBlocks(GgufSource):
@@ -103,18 +146,29 @@ class StoredBlocks(GgufSource):
 
     def __init__(self, source: GgufSource):
         super().__init__(source.path, source.name, source._tokenizer)
-        types = {layer: self._file.entries[self._names[f"{layer}.weight"]].dtype for layer in self.linears}
-        formats = {layer: name.lower() for layer, name in types.items() if name not in WIDE}
-        for layer, format in formats.items():
-            if format not in STORED_FORMATS:
+        formats: dict[str, str] = {}
+        for layer, parts in self._parts_of_layers().items():
+            types = dict.fromkeys(self._file.entries[part].dtype for part in parts)
+            if types.keys() <= set(WIDE):
+                continue
+            (format, *others) = (name.lower() for name in types)
+            if others or format not in STORED_FORMATS:
                 raise FormatError(
-                    f"{self.name} has {layer} in {types[layer]}, which is not trained over as it is.",
-                    f"Trained over as they are: {', '.join(name.upper() for name in STORED_FORMATS)}.",
+                    f"{self.name} has {layer} in {' and '.join(types)}, which is not trained over as it is.",
+                    f"Trained over as they are: {', '.join(name.upper() for name in STORED_FORMATS)}; gate and up of "
+                    "experts in one of them.",
                     f"Take --format {DEFAULT_FORMAT}: it is widened and put into that.",
                 )
+            formats[layer] = format
         if not formats:
             raise self._nothing_of_its_own()
         self.layer_formats = BaseFormats(stored_spec(next(iter(formats.values()))), formats)
+        self.files = (self.path,)
+
+    def _parts_of_layers(self) -> dict[str, tuple[str, ...]]:
+        """Linear layers, and projections of experts -> the file's tensors of each."""
+        linears = {layer: self._names[f"{layer}.weight"] for layer in self.linears}
+        return linears | {name: self._names[name] for name in self.experts}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -132,11 +186,51 @@ class StoredBlocks(GgufSource):
     def read(self, name: str) -> Tensor | QuantizedTensor:
         if not self.is_quantized(name):
             return super().read(name)
-        assert self.layer_formats is not None
-        gguf_name = self._names[name]
-        packed = self._file.in_hf_order(self._file.read_packed(gguf_name), gguf_name, self.config)
-        spec, shape = self.layer_formats.of(name.removesuffix(".weight")), self._file.entries[gguf_name].shape
+        assert not self._is_stack(name), f"{name} is read an expert at a time"
+        (part,) = self._names[name]
+        return self._over_blocks(name, self._file.in_hf_order(self._file.read_packed(part), part, self.config))
+
+    def read_part(self, name: str, index: int) -> Tensor | QuantizedTensor:
+        if not self.is_quantized(name):
+            return super().read_part(name, index)
+        packed = [self._file.read_packed(part, index) for part in self._names[name]]
+        return self._over_blocks(name, torch.cat(packed))
+
+    def stored(self, name: str) -> tuple[StoredWeight, dict[str, TensorEntry]] | None:
+        (part,) = self._names[name]
+        linear = self.skeleton.get_submodule(name.removesuffix(".weight"))
+        check_shape(self, name, self._file.entries[part].shape, linear_features(linear)[::-1])
+        return self._stored(name, [self._file.entries[part]], self._file.interleaved_heads(part, self.config))
+
+    def stored_expert(self, name: str, index: int) -> tuple[StoredWeight, dict[str, TensorEntry]] | None:
+        shape, parts = self.experts[name], [self._file.entries[part] for part in self._names[name]]
+        rows = (shape.num, shape.out_features // len(parts), shape.in_features)
+        for part in parts:
+            check_shape(self, part.name, part.shape, rows)
+        return self._stored(name, [row_entry(part, index) for part in parts])
+
+    def _stored(
+        self, name: str, parts: Sequence[TensorEntry], heads: int = 0
+    ) -> tuple[StoredWeight, dict[str, TensorEntry]] | None:
+        """A matrix whose rows are those of several tensors, one after another."""
+        if not self.is_quantized(name):
+            return None
+        starts = accumulate((entry.nbytes for entry in parts), initial=0)
+        pieces = {entry.name: start for entry, start in zip(parts, starts, strict=False)}
+        spec, shape = self._spec_and_shape(name)
+        return StoredWeight(spec, shape, torch.float32, pieces, None, heads), {entry.name: entry for entry in parts}
+
+    def _over_blocks(self, name: str, packed: Tensor) -> QuantizedTensor:
+        """A matrix of which `packed` has the blocks, uint8 (rows, bytes of a row)."""
+        spec, shape = self._spec_and_shape(name)
         return QuantizedTensor(packed, torch.empty(0, dtype=torch.uint8), spec, shape, torch.float32)
+
+    def _spec_and_shape(self, name: str) -> tuple[QuantSpec, tuple[int, int]]:
+        """Of a linear layer's weight, or of each expert's matrix."""
+        assert self.layer_formats is not None
+        rows = sum(self._file.entries[part].shape[-2] for part in self._names[name])
+        columns = self._file.entries[self._names[name][0]].shape[-1]
+        return self.layer_formats.of(name.removesuffix(".weight")), (rows, columns)
 
 
 class DitheredSource(GgufSource):
@@ -167,53 +261,27 @@ class DitheredSource(GgufSource):
     def read(self, name: str) -> Tensor | QuantizedTensor:
         tensor = super().read(name)
         assert isinstance(tensor, Tensor)
-        gguf_name = self._names[name]
-        steps = None if gguf_name in DENSE_ENDS else self._file.lattice_steps(gguf_name)
-        if steps is None:
+        if self._is_stack(name):
+            return torch.stack([self._dithered(name, expert, index) for index, expert in enumerate(tensor)])
+        return self._dithered(name, tensor)
+
+    def read_part(self, name: str, index: int) -> Tensor | QuantizedTensor:
+        tensor = super().read_part(name, index)
+        assert isinstance(tensor, Tensor)
+        return self._dithered(name, tensor, index)
+
+    def _dithered(self, name: str, tensor: Tensor, expert: int | None = None) -> Tensor:
+        parts = self._names[name]
+        if parts[0] in DENSE_ENDS:
             return tensor
-        key = hashlib.sha256(f"{self.seed} {name}".encode()).digest()
+        steps = [self._file.lattice_steps(part, expert) for part in parts]
+        if any(each is None for each in steps):
+            return tensor
+        key = hashlib.sha256(f"{self.seed} {name if expert is None else expert_name(name, expert)}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        noise = torch.rand(steps.shape, generator=generator) - 0.5
-        return tensor + self._file.in_hf_order(noise * steps, gguf_name, self.config)
-
-
-def _derived_folder(file: GgufFile) -> Path:
-    """Config of the file as transformers saves it, in nybble's cache.
-
-    transformers parses the whole vocabulary to get it from the file, which takes seconds; the cache is keyed by the
-    file's header and transformers' version.
-    """
-    import transformers
-
-    key = f"{file.header_sha256} {transformers.__version__} {DERIVED_VERSION}"
-    folder = cache_folder() / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if not folder.is_dir():
-        try:
-            with disk_errors(folder, fix=CACHE_FIX), staged_folder(folder) as staging:
-                _derive(file, staging)
-        except ModelError:
-            if not folder.is_dir():  # else another process was quicker with the same content
-                raise
-    return folder
-
-
-def _derive(file: GgufFile, out: Path) -> None:
-    from transformers import AutoConfig
-
-    def cannot_be_taken(error: Exception) -> ModelError:
-        return ModelError(
-            f"transformers cannot take a config from {file.path}: {error}", fix="Use the model's safetensors folder."
-        )
-
-    with tempfile.TemporaryDirectory() as folder:  # alone there: no config beside the model is taken for its own
-        os.symlink(file.path.absolute(), Path(folder) / "model.gguf")
-        with foreign_errors(cannot_be_taken):
-            config = AutoConfig.from_pretrained(folder, gguf_file="model.gguf")
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # "gguf", which would block saving
-    file.complete_config(config)
-    config.architectures = [type(build_skeleton(config)).__name__]
-    config.save_pretrained(out)
+        noise = torch.rand(tensor.shape, generator=generator) - 0.5
+        joined = torch.cat([each for each in steps if each is not None])
+        return tensor + self._file.in_hf_order(noise * joined.view(tensor.shape), parts[0], self.config)
 
 
 def _tokenizer_of(file: GgufFile) -> PreTrainedTokenizerBase:

@@ -74,7 +74,7 @@ def load_model(
     if narrow_ends and source.dense_dtype != compute_dtype and not stream_ends:
         ends = replace_dense_ends(model, compute_dtype)
     if formats is not None:
-        streamed = set(stream_linears_of)
+        streamed = set(stream_linears_of)  # below in the model's own order, which parameters then have too
         stored = source.in_four_bits  # of a model that is in four bits already, those that it has in four bits
         own = formats if source.quant_spec is None else BaseFormats(source.quant_spec)
 
@@ -83,7 +83,7 @@ def load_model(
 
         replace_linears(model, here(source.linears), own, compute_dtype)
         replace_experts(model, here(source.experts), own, compute_dtype)
-        stream_experts(model, streamed & source.experts.keys(), device)
+        stream_experts(model, [name for name in source.experts if name in streamed], device)
         stream_linears(model, streamed - source.experts.keys(), compute_dtype, device)
         not_loaded = {name if name in source.experts else f"{name}.weight" for name in streamed}
         not_loaded |= {name for name in ends if stream_ends and name.endswith(".weight")}

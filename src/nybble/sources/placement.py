@@ -154,14 +154,23 @@ def check_stored(source: "StoredModel", name: str, tensor: Tensor | QuantizedTen
     Raises:
         ModelError: it has another shape, or holds values that are not finite.
     """
-    if tuple(tensor.shape) != tuple(shape):
-        raise ModelError(
-            f"{source.name}: the tensor {name} has the shape {list(tensor.shape)}.",
-            f"Its config asks for {list(shape)}.",
-            "Check that config.json and the weights belong together.",
-        )
+    check_shape(source, name, tuple(tensor.shape), shape)
     if isinstance(tensor, Tensor):
         _check_finite(source, name, tensor)
+
+
+def check_shape(source: "StoredModel", name: str, stored: tuple[int, ...], asked: tuple[int, ...]) -> None:
+    """The same of a tensor that is not read yet.
+
+    Raises:
+        ModelError: it has another shape.
+    """
+    if tuple(stored) != tuple(asked):
+        raise ModelError(
+            f"{source.name}: the tensor {name} has the shape {list(stored)}.",
+            f"Its config asks for {list(asked)}.",
+            "Check that config.json and the weights belong together.",
+        )
 
 
 def _tie_hint(model: "PreTrainedModel", missing: list[str]) -> str:

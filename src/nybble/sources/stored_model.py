@@ -308,13 +308,20 @@ class StoredModel(ABC):
         stored = [target for target, place in self.placements.items() if self.is_quantized(place.name)]
         return {target.removesuffix(".weight") for target in stored}
 
+    @cached_property
+    def streamed_layers(self) -> list[str]:
+        """Linears of the blocks and projections of experts that lie in files in few bits, to be read from there while a
+        run trains; others stay in memory.
+        """
+        stored = self.in_four_bits if self.files else None
+        return [name for name in (*self.linears, *self.experts) if name in (stored or ())]
+
     @property
     def is_streamable(self) -> bool:
-        """Whether the linears and experts of all blocks lie in files in four bits, to be read from there while a run
-        trains.
-        """
-        stored = self.in_four_bits
-        return bool(self.files) and stored is not None and stored.issuperset([*self.linears, *self.experts])
+        """Whether there are any such in every block."""
+        return bool(self.streamed_layers) and all(
+            any(name.startswith(f"{block}.") for name in self.streamed_layers) for block in self.blocks
+        )
 
     def read_parameter(self, target: str) -> Tensor | QuantizedTensor:
         """The tensor that is stored for a parameter; in four bits it is `[out, in]`, whatever the layer is. Experts in

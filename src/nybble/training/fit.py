@@ -98,7 +98,7 @@ def load_base(opened: Opened, base: Base, fit: Fit, report: Listener) -> "PreTra
         opened.dtype,
         opened.device,
         data_free_rounding(opened.config.rounding),
-        stream_linears_of=() if fit.store is None else [*base.source.linears, *base.source.experts],
+        stream_linears_of=() if fit.store is None else base.source.streamed_layers,
         stream_ends=fit.plan.stream_ends,
         seed=opened.config.data.seed,
         report=report,

@@ -298,7 +298,7 @@ def _load(opened: Opened, teacher: Teacher, report: Listener) -> CausalLM:
         formats,
         opened.dtype,
         opened.device,
-        stream_linears_of=() if store is None else [*source.linears, *source.experts],
+        stream_linears_of=() if store is None else source.streamed_layers,
         stream_ends=plan.run.stream_ends,
         report=report,
     )
