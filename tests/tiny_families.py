@@ -43,7 +43,7 @@ EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen2_moe": EXPERTS | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True},
-    "olmoe": EXPERTS | {"pad_token_id": None},
+    "olmoe": EXPERTS | {"pad_token_id": None, "num_key_value_heads": 4},
 }
 MIXTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}  # and in GGUF files
 

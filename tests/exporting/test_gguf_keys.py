@@ -48,6 +48,7 @@ def test_every_parameter_has_a_name_of_its_own(name: str) -> None:
         ("qwen3_moe", {"decoder_sparse_step": 2}, "experts in all layers"),
         ("qwen2_moe", {"tie_word_embeddings": True}, "not tied to the embedding"),
         ("olmoe", {"clip_qkv": 8.0}, "no clip_qkv"),
+        ("olmoe", {"num_key_value_heads": 2}, "as many heads of keys as of queries"),
         ("mixtral", {"hidden_act": "gelu"}, "the activation silu"),
     ],
 )

@@ -42,7 +42,8 @@ def test_logits_and_gradients_are_pefts(model_type, tmp_path):
     for name, adapter in adapters_of(model).items():
         a, b = (gradients[f"base_model.model.{stored.stored_as(name)}.lora_{leaf}.default.weight"] for leaf in "AB")
         if isinstance(adapter, LoraExperts):
-            a, b = a.view_as(adapter.lora_A), b.view(len(b), adapter.rank, -1).permute(2, 0, 1)
+            a, b = a.view(adapter.num_experts, adapter.rank, -1), b.view(len(b), adapter.rank, -1).permute(2, 0, 1)
+            a, b = (b.mT, a.mT) if adapter.base.turned_in_peft else (a, b)
         for own, other in ((adapter.lora_A.grad, a), (adapter.lora_B.grad, b)):
             assert float((own - other).norm()) <= 1e-5 * max(1.0, float(other.norm())), name
 

@@ -19,6 +19,7 @@ from nybble.formats.quant_spec import BaseFormats
 from nybble.layers.convert import adapters_of
 from nybble.layers.quantized_experts import QuantizedExperts, expert_shapes
 from nybble.layers.quantized_linear import QuantizedLinear
+from nybble.runs.adapter_files import WEIGHTS_NAME
 from nybble.runs.open_run import load_frozen, load_tuned, open_run
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
@@ -103,6 +104,24 @@ def test_a_folder_in_16_bits_has_no_bits_of_its_own(make_folder: Callable) -> No
     source: StoredModel = open_model(str(folder))
     with pytest.raises(FormatError, match="no few bits of its own"):
         source.as_stored()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_run_is_the_same_run_streamed_from_the_file(
+    make_folder: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    mixed_file(make_folder, tmp_path / "m.gguf", family)
+    monkeypatch.chdir(tmp_path)
+    make_data(Path("d.jsonl"), ROWS)
+    options = ["--max-steps", "2", "--rows-per-step", "4", "--template", "none"]
+    options += ["--target-modules", "all-linear,experts"] if family in MIXTURES else []
+    for stream in ("never", "always"):
+        run = ["train", "--model", "m.gguf", "--format", "stored", "--data", "d.jsonl", "--out", stream]
+        shown = typed([*run, "--stream-base", stream, *options])
+        assert shown.exit_code == 0, shown.output
+    files = [Path(stream, "adapter", WEIGHTS_NAME).read_bytes() for stream in ("never", "always")]
+    assert files[0] == files[1]
 
 
 @pytest.mark.slow

@@ -117,6 +117,8 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         granted.append((not config.attention_bias, "no biases"))
     if arch == "OLMOE":
         granted.append((config.clip_qkv is None, "no clip_qkv"))
+        all_heads = config.num_key_value_heads == config.num_attention_heads
+        granted.append((all_heads, "as many heads of keys as of queries"))
     if num_experts(config):
         granted.append((config.hidden_act == "silu", "the activation silu"))
     return granted

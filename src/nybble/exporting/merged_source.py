@@ -151,7 +151,9 @@ class MergedSource(StoredModel):
             shape = self.experts[name]
             self._last_experts = (
                 name,
-                self.adapter.expert_matrices(name, shape.num, shape.in_features, shape.out_features),
+                self.adapter.expert_matrices(
+                    name, shape.num, shape.in_features, shape.out_features, shape.turned_in_peft
+                ),
             )
         return self._last_experts[1]
 

@@ -33,7 +33,12 @@ class ExpertMatrices(nn.Module):
 
     Args:
         num_experts: E.
+
+    Attributes:
+        turned_in_peft: as `ExpertShape` says.
     """
+
+    turned_in_peft = False
 
     def __init__(self, num_experts: int, in_features: int, out_features: int):
         super().__init__()

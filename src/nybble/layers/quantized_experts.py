@@ -10,7 +10,7 @@ their parameters under the same names and stands in their place as soon as anyth
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,12 +40,14 @@ class ExpertShape:
     Args:
         num: E.
         transposed: a parameter that holds it is `[E, in, out]` and not `[E, out, in]`.
+        turned_in_peft: and PEFT does not know: its A and B are those of the transposed matrices.
     """
 
     num: int
     in_features: int
     out_features: int
     transposed: bool = False
+    turned_in_peft: bool = False
 
     @property
     def elements(self) -> int:
@@ -126,18 +128,34 @@ def expert_shapes(model: nn.Module) -> dict[str, ExpertShape]:
     """
     found = {}
     for name, module in model.named_modules():
-        interface: Any = OWN.get(type(module).__name__, module)
-        if not _is_of_interface(interface):
-            continue
-        for leaf in PROJECTIONS:
-            shape = _shape_of(getattr(module, leaf, None), interface.is_transposed)
+        turned, own = _turned(module), _own_class(module) is not None
+        for leaf in PROJECTIONS if turned is not None else ():
+            shape = _shape_of(getattr(module, leaf, None), bool(turned))
             if shape is not None:
-                found[f"{name}.{leaf}"] = shape
+                found[f"{name}.{leaf}"] = replace(shape, turned_in_peft=own and shape.transposed)
     return found
 
 
-def _is_of_interface(module: Any) -> bool:
-    """Whether a module, or a class, takes part in transformers' registry of what computes experts."""
+def experts_given_all(model: nn.Module) -> int:
+    """Experts of a block that are given a state for every token, sent to them or not; 0 where such are gathered."""
+    given = [module for module in model.modules() if (own := _own_class(module)) is not None and own.given_all]
+    return max((_num(module.down_proj) for module in given), default=0)
+
+
+def _own_class(module: nn.Module) -> "type[OwnExperts] | None":
+    """What stands in its place, or what it is, of a module that takes no part in the registry."""
+    return type(module) if isinstance(module, OwnExperts) else OWN.get(type(module).__name__)
+
+
+def _turned(module: Any) -> bool | None:
+    """Whether an experts module has its matrices `[in, out]`; None of modules that are none."""
+    if (own := _own_class(module)) is not None:
+        return own.turned
+    return module.is_transposed if _is_of_interface(module) else None
+
+
+def _is_of_interface(module: nn.Module) -> bool:
+    """Whether its class takes part in transformers' registry of what computes experts."""
     return all(hasattr(module, name) for name in ("has_gate", "has_bias", "is_transposed", "_apply_gate"))
 
 
@@ -186,7 +204,10 @@ def swap_experts(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     model's `set_experts_implementation`, or a module of `OWN`.
     """
     own_experts(model, modules)
+    shapes = expert_shapes(model)
     for name, module in modules.items():
+        if isinstance(module, ExpertMatrices):
+            module.turned_in_peft = shapes[name].turned_in_peft
         owner, _, leaf = name.rpartition(".")
         parent = model.get_submodule(owner)
         delattr(parent, leaf)
@@ -249,11 +270,12 @@ def _through_matrices(experts: Any, x: Tensor, counts: list[int]) -> Tensor:
     """(rows, width) -> the same: rows sorted by expert, through the two projections of each."""
     matrices: Any = experts.gate_up_proj if experts.has_gate else experts.up_proj
     without_rows = [0] * (_num(matrices) - len(counts))
-    inner = _times(matrices, Routed(x, counts + without_rows), experts.is_transposed)
+    turned = bool(_turned(experts))
+    inner = _times(matrices, Routed(x, counts + without_rows), turned)
     if experts.has_bias:
         inner = inner + _bias(experts.gate_up_proj_bias if experts.has_gate else experts.up_proj_bias, counts, inner)
     inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    outer = _times(experts.down_proj, Routed(inner, counts), experts.is_transposed)
+    outer = _times(experts.down_proj, Routed(inner, counts), turned)
     if experts.has_bias:
         outer = outer + _bias(experts.down_proj_bias, counts, outer)
     if experts.has_post_expert_norm:
@@ -296,9 +318,14 @@ class OwnExperts(nn.Module):
 
     Args:
         theirs: whose parameters it takes over.
+
+    Attributes:
+        given_all: each expert is given a state for every token.
+        turned: matrices are `[in, out]`; not called as in the registry, by which PEFT would go.
     """
 
-    has_gate, has_bias, has_post_expert_norm, is_transposed = True, False, False, False
+    given_all, turned = False, False
+    has_gate, has_bias, has_post_expert_norm = True, False, False
 
     def __init__(self, theirs: Any):
         super().__init__()
@@ -316,7 +343,7 @@ class Llama4Experts(OwnExperts):
     that it was not sent to, of which zeros come out, and whose gradients that 0 stops.
     """
 
-    is_transposed = True
+    given_all, turned = True, True
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(E · tokens, width) -> the same, all tokens of an expert together."""

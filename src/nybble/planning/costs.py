@@ -344,7 +344,7 @@ def module_bytes(run: RunShape) -> int:
     h, q, kv, f = run.model.widths
     norms = 2 * (4 * h + 4 * h)
     inputs = 2 * h + 3 * q + 2 * kv + 2 * q  # norm output and residual, q/k rotated, k/v widened to q heads, output
-    mlp = 2 * h + 4 * f + 4 * h * run.model.passed_experts
+    mlp = 2 * h + 4 * f + 4 * h * run.model.routed_states
     dropped = 2 * c * h if run.model.dropped_states else 0  # PyTorch's masks are factors, in the dtype of the states
     mixers = MASTER_BYTES * run.model.mixer_values
     dropped += 3 * c * run.model.num_heads * run.batches.longest_row if run.model.dropped_attention else 0
@@ -464,7 +464,8 @@ def _forward_bytes(run: RunShape) -> int:
     tokens, targets = batches.validation_tokens, batches.validation_supervised
     if run.asks_reference or run.asked:
         tokens, targets = max(tokens, batches.tokens), max(targets, batches.supervised)
-    routed = tokens * c * (4 * h + 3 * run.model.expert_width) * run.model.passed_experts
+    copies = 4 * h * run.model.routed_states + 3 * run.model.expert_width * run.model.passed_experts
+    routed = tokens * c * copies
     routed = _expert_bytes(run, tokens) if run.path == "blocks" else routed
     f = run.model.dense_width
     block = tokens * (c * (4 * h + 2 * q + 2 * kv + 3 * f + 7 * run.rank) + _bias_bytes(run)) + routed

@@ -49,6 +49,7 @@ class ModelShape:
         layer_input_width: of what each layer is given of a token beside the states.
         beside_width: elements a token that layers read beside the states, of all layers together.
         kinds: where blocks differ in such widths, what a model of each of them alone would be, and how many there are.
+        given_all: experts that are given a state for every token, sent to them or not.
         mixer_values, mixer_chunk: fp32 numbers that a mixer with a state holds for its backward pass, for each token
             and beside them.
     """
@@ -86,6 +87,7 @@ class ModelShape:
     kinds: "tuple[tuple[ModelShape, int], ...]" = ()
     mixer_values: int = 0
     mixer_chunk: int = 0
+    given_all: int = 0
 
     def of_side(self, *, encodes: bool) -> "ModelShape":
         """An encoder-decoder's blocks of the encoder, or of the decoder."""
@@ -183,6 +185,11 @@ class ModelShape:
     def passed_experts(self) -> int:
         """Experts of a block that a token passes, at most; 0 without experts."""
         return max((block.passed_experts for block, _ in self.parts.blocks), default=0)
+
+    @property
+    def routed_states(self) -> int:
+        """States that a token's becomes where there are experts."""
+        return max(self.passed_experts, self.given_all)
 
     def touched_elements(self, tokens: int) -> int:
         """Elements of the blocks' matrices in few bits that so many tokens meet: of experts, as many as they can."""

@@ -13,6 +13,7 @@ from nybble.layers.convert import TOWERS, is_linear
 from nybble.layers.dense import is_encoder_decoder, narrow_ends
 from nybble.layers.lora import linear_features
 from nybble.layers.mixers import held_values
+from nybble.layers.quantized_experts import experts_given_all
 from nybble.planning.run_shape import ModelShape, TowerShape
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import BlockParts, Inventory
@@ -53,6 +54,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         dropped_attention=_drops_attention(model, config),
         mixer_values=mixer_values,
         mixer_chunk=mixer_chunk,
+        given_all=experts_given_all(model),
         **(_of_encoder_decoder(model, parts) if is_encoder_decoder(model) else {}),
         **_of_family(family, config),
     )

@@ -261,12 +261,20 @@ class StoredAdapter:
         assert begun is not None
         return torch.cat([a, begun[0]]), torch.cat([b, -begun[1]], dim=1)
 
-    def expert_matrices(self, name: str, num: int, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+    def expert_matrices(
+        self, name: str, num: int, in_features: int, out_features: int, turned: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """A `[E, r, in]` and B `[E, out, r]` of one projection of experts, in fp32.
+
+        Args:
+            turned: PEFT has them of the transposed matrices.
 
         Raises:
             RunError: as `matrices`.
         """
+        if turned:
+            b, a = self.expert_matrices(name, num, out_features, in_features)
+            return a.mT, b.mT
         key_a, key_b = self._keys(name)
         rank = self._own_rank(name)
         a = self._tensor(self._stored, WEIGHTS_NAME, key_a, (rank * num, in_features))
@@ -473,7 +481,8 @@ def _fill(adapters: dict[str, LoraLinear], stored: StoredAdapter) -> None:
     with torch.no_grad():
         for name, adapter in adapters.items():
             if isinstance(adapter, LoraExperts):
-                a, b = stored.expert_matrices(name, adapter.num_experts, adapter.in_features, adapter.out_features)
+                sizes = (adapter.num_experts, adapter.in_features, adapter.out_features)
+                a, b = stored.expert_matrices(name, *sizes, adapter.base.turned_in_peft)
             else:
                 a, b = stored.matrices(name, adapter.in_features, adapter.out_features)
             adapter.lora_A.copy_(a)

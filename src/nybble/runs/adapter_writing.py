@@ -45,6 +45,7 @@ def adapter_tensors(adapters: dict[str, LoraLinear]) -> dict[str, Tensor]:
     for name, adapter in adapters.items():
         a, b = adapter.lora_A.detach(), adapter.lora_B.detach()
         if isinstance(adapter, LoraExperts):
+            a, b = (b.mT, a.mT) if adapter.base.turned_in_peft else (a, b)
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)  # (E r, in), (out, r E)
         tensors |= _named(stored_as.get(name, name), adapter, a, b)
         if isinstance(adapter, DoraLinear):
