@@ -15,19 +15,10 @@ from transformers import PretrainedConfig
 
 from nybble.errors import ExportError
 from nybble.families import FAMILIES
-from nybble.families.family import FULL, SLIDING, Family
+from nybble.families.family import FULL, SLIDING
 from nybble.formats.gguf import llama3_divisors
 
-MIXTURES = {
-    family.model_type: family
-    for family in (
-        Family("mixtral", windows="all", gguf="LLAMA", gguf_neighbours=True),
-        Family("qwen2_moe", windows="by kind", gguf="QWEN2MOE"),
-        Family("qwen3_moe", windows="all", gguf="QWEN3MOE"),
-        Family("olmoe", gguf="OLMOE"),
-    )
-}
-ARCHITECTURES = {name: family.gguf for name, family in (FAMILIES | MIXTURES).items() if family.gguf}
+ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 READABLE = ("LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE")  # those that nybble reads (formats/gguf.py)
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 NO_ROPE_EVERY = 4  # which layer has no rotary angles in SmolLM3
@@ -39,11 +30,6 @@ WINDOWED = ("OLMO2", *FULL_EVERY)  # architectures whose windows llama.cpp knows
 def architecture_of(config: PretrainedConfig) -> gguf.MODEL_ARCH:
     """llama.cpp's; `check_family` has let the config pass."""
     return gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
-
-
-def family_of(config: PretrainedConfig) -> Family:
-    """What is known of its family."""
-    return MIXTURES.get(config.model_type) or FAMILIES[config.model_type]
 
 
 def check_family(config: PretrainedConfig) -> None:
@@ -137,7 +123,7 @@ def _is_27b(config: PretrainedConfig) -> bool:
 
 def left_out(config: PretrainedConfig) -> str | None:
     """What llama.cpp does without, for the user; None where that is nothing."""
-    family = family_of(config)
+    family = FAMILIES[config.model_type]
     windows = [family.window(config, kind) for kind in family.kinds(config)]
     if ARCHITECTURES[config.model_type] in WINDOWED or not any(windows):
         return None
@@ -152,7 +138,7 @@ def left_out(config: PretrainedConfig) -> str | None:
 
 def add_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     """Write the model's name, sizes, norms, rotary angles, and what its architecture has of its own."""
-    family, arch = family_of(config), ARCHITECTURES[config.model_type]
+    family, arch = FAMILIES[config.model_type], ARCHITECTURES[config.model_type]
     writer.add_name(str(getattr(config, "_name_or_path", "")).rpartition("/")[2] or config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -188,7 +174,7 @@ def _granite(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _olmo2(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    kinds = family_of(config).kinds(config)
+    kinds = FAMILIES[config.model_type].kinds(config)
     if SLIDING in kinds:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == SLIDING for kind in kinds])

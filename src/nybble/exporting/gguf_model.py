@@ -28,11 +28,11 @@ from nybble.exporting.gguf_keys import (
     add_hyperparameters,
     architecture_of,
     check_family,
-    family_of,
     left_out,
     rope_tensors,
 )
 from nybble.exporting.gguf_vocabulary import add_vocabulary
+from nybble.families import FAMILIES
 from nybble.files.disk import fsync
 from nybble.formats.gguf import DENSE_ENDS, gguf_names, interleaved, restored
 from nybble.layers.convert import end_modules
@@ -85,7 +85,7 @@ def write_gguf_model(
     check_family(config)
     if (loss := left_out(config)) is not None:
         report(Note(loss))
-    names, offset = _names(merged), family_of(config).norm_offset
+    names, offset = _names(merged), FAMILIES[config.model_type].norm_offset
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture_of(config)])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
@@ -275,7 +275,7 @@ def _restore(tensor: Tensor, target: str, config: PretrainedConfig) -> Tensor:
 def _rotated_heads(target: str, config: PretrainedConfig) -> int:
     """Heads of a parameter whose rows are reordered, else 0."""
     module = target.rpartition(".")[0]
-    if not family_of(config).gguf_neighbours or not module.endswith(("q_proj", "k_proj")):
+    if not FAMILIES[config.model_type].gguf_neighbours or not module.endswith(("q_proj", "k_proj")):
         return 0
     heads: int = config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads
     return heads

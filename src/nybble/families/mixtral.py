@@ -2,4 +2,6 @@
 
 from nybble.families.family import Family, Mixture
 
-MIXTRAL = Family("mixtral", windows="all", dropouts=("router_jitter_noise",), mixture=Mixture())
+MIXTRAL = Family(
+    "mixtral", windows="all", dropouts=("router_jitter_noise",), mixture=Mixture(), gguf="LLAMA", gguf_neighbours=True
+)

@@ -8,4 +8,5 @@ OLMOE = Family(
     heads_together=True,
     unsupported=("clip_qkv",),
     mixture=Mixture(),
+    gguf="OLMOE",
 )

@@ -13,5 +13,5 @@ QWEN2_MOE = replace(
         shared_down=("mlp.shared_expert.down_proj",),
         shared_weight=("mlp.shared_expert_gate",),
     ),
-    gguf=None,
+    gguf="QWEN2MOE",
 )

@@ -5,4 +5,4 @@ from dataclasses import replace
 from nybble.families.family import Mixture
 from nybble.families.qwen3 import QWEN3
 
-QWEN3_MOE = replace(QWEN3, model_type="qwen3_moe", windows="all", mixture=Mixture(), gguf=None)
+QWEN3_MOE = replace(QWEN3, model_type="qwen3_moe", windows="all", mixture=Mixture(), gguf="QWEN3MOE")
