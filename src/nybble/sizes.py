@@ -108,7 +108,8 @@ ASKED_BYTES = 16  # of a teacher's logit: itself, in fp32, and what its sums are
 
 RANK_MULTIPLE = 64  # of what a projection of one product has beside its input; columns of a tile
 
-EXPERT_ROWS = 16  # rows of an expert are filled up to a multiple of so many: fewer shapes of products, whole tiles
+EXPERT_ROWS = 16  # rows of an expert are filled up to a multiple of so many, whole tiles, or, from 256 rows on,
+EXPERT_SHARE = 8  # to one of the eight or more numbers between two powers of two: oneDNN keeps each shape's product
 
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind
@@ -119,3 +120,15 @@ CALIBRATION_TOKENS = 512  # computed at once while calibrating
 CALIBRATION_KEPT_BYTES = 2**25  # of inputs that are needed twice
 EXPERT_STATISTICS_BYTES = 2**30  # of experts whose statistics are summed in one pass
 CALIBRATION_STATE_BYTES = 2  # of an element of the hidden states between two blocks, whatever is computed in
+
+
+def filled_rows(count: int) -> int:
+    """Rows of an expert that got so many, filled up."""
+    step = max(EXPERT_ROWS, (1 << count.bit_length() - 1) // EXPERT_SHARE) if count else EXPERT_ROWS
+    return -(-count // step) * step
+
+
+def filled_numbers(most: int) -> int:
+    """Different numbers of rows that experts with up to `most` are filled up to."""
+    few = EXPERT_ROWS * EXPERT_SHARE * 2  # until there a multiple of EXPERT_ROWS
+    return -(-min(most, few) // EXPERT_ROWS) + EXPERT_SHARE * max(0, (most - 1).bit_length() - (few - 1).bit_length())

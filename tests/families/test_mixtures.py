@@ -39,7 +39,7 @@ from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder
 from nybble.quantization.walk import ModuleWalk, start_walk
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import SHAPE_RULES, filled_numbers, filled_rows
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
@@ -161,3 +161,12 @@ def test_what_a_config_asks_for_beyond_its_family_is_named(name: str, option: st
     setattr(model.config, option, 0.5)
     reason = why_not_blocks(model, packing=True, dropout=False)
     assert reason is not None and reason.why is Why.OPTION and option in str(reason)
+
+
+def test_experts_rows_are_filled_up_to_few_numbers() -> None:
+    """Of no more rows than an eighth or a tile more, and of no more numbers than plans count."""
+    for most in (1, 16, 255, 257, 512, 2048, 5000):
+        filled = [filled_rows(count) for count in range(1, most + 1)]
+        assert all(count <= rows < count + max(16, count / 8) for count, rows in enumerate(filled, start=1))
+        assert len(set(filled)) <= filled_numbers(most) <= len(set(filled)) + 8
+    assert filled_rows(0) == 0

@@ -28,7 +28,7 @@ from nybble.layers.expert_products import ExpertAdapters, ExpertMatrices, Expert
 from nybble.layers.lora_experts import LoraExperts
 from nybble.layers.projection import DenseWeights, Projection
 from nybble.layers.quantized_experts import DenseExperts, ExpertShape
-from nybble.sizes import EXPERT_ROWS
+from nybble.sizes import filled_rows
 
 
 def block_of(layer: Any, config: Any, weights: DenseWeights) -> DecoderBlock:
@@ -60,7 +60,7 @@ class Routing:
         top_k, device = experts.shape[1], experts.device
         ids, order = torch.sort(experts.flatten(), stable=True)
         sent = torch.bincount(ids, minlength=num_experts).tolist()
-        counts = [-(-count // EXPERT_ROWS) * EXPERT_ROWS for count in sent]
+        counts = [filled_rows(count) for count in sent]
         filled = [count - own for count, own in zip(counts, sent, strict=True)]
         moved = torch.tensor(list(accumulate(filled, initial=0))[:-1], device=device)  # by rows that fill others up
         rows = torch.arange(len(ids), device=device) + moved[ids]

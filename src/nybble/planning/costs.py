@@ -20,7 +20,15 @@ from typing import NamedTuple
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.planning import cuda_costs, module_costs, tower_costs
 from nybble.planning.run_shape import ModelShape, RunShape
-from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES, EXPERT_ROWS, LAYER_INPUT_TOKENS, panel_rows
+from nybble.sizes import (
+    ASKED_BYTES,
+    DISTILLED_BYTES,
+    EXPERT_ROWS,
+    EXPERT_SHARE,
+    LAYER_INPUT_TOKENS,
+    filled_numbers,
+    panel_rows,
+)
 from nybble.sources.parts import BlockParts
 
 DENSE_BYTES = 2  # embeddings and head stay in 16 bits
@@ -28,6 +36,7 @@ MASTER_BYTES = 4  # fp32 adapters and their gradients
 PLACE_BYTES = 8  # where a row of an expert comes from, and where it goes
 ROUTED_BYTES, ROUTED_ROW_BYTES = 24, 32  # of a router's logits, their softmax and its gradients; of a row's weight
 EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
+EXPERT_PRODUCT_BYTES = 1_100_000  # that oneDNN keeps of one on AMX, 0.72 to 1.21 MB; measured
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
 PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
@@ -162,7 +171,8 @@ def input_bytes(run: RunShape) -> int:
 def expert_rows(run: RunShape, tokens: int) -> int:
     """Rows that experts get of so many tokens in a decoder block, at most: each expert's filled up to a multiple."""
     sent = tokens * run.model.passed_experts
-    return sent + (EXPERT_ROWS - 1) * min(run.model.num_experts, sent)
+    by_share = sent // EXPERT_SHARE if tokens > 2 * EXPERT_ROWS * EXPERT_SHARE else 0
+    return sent + by_share + (EXPERT_ROWS - 1) * min(run.model.num_experts, sent)
 
 
 def _rows_of_one(run: RunShape, tokens: int) -> int:
@@ -549,10 +559,16 @@ def compiled_bytes(run: RunShape) -> int:
     for side in run.sides:
         forward, backward = compiled_products(side.model, run.rank, *run.other_ranks)
         counts += batches.token_counts * (forward + backward) + batches.validation_counts * forward
-    if run.path == "blocks" and run.model.expert_width:
-        counts += EXPERT_PRODUCTS * -(-_rows_of_one(run, batches.tokens) // EXPERT_ROWS)
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))
-    return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head)
+    return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head) + _expert_product_bytes(run)
+
+
+def _expert_product_bytes(run: RunShape) -> int:
+    """Of the products of experts' rows: of each number that there may be, for an expert may get all tokens."""
+    if run.path != "blocks" or not run.model.expert_width:
+        return 0
+    numbers = filled_numbers(max(run.batches.tokens, run.batches.validation_tokens))
+    return EXPERT_PRODUCTS * EXPERT_PRODUCT_BYTES * min(numbers, run.model.num_layers * run.model.num_experts)
 
 
 def predict(run: RunShape) -> dict[Part, int]:
