@@ -56,7 +56,6 @@ def configured(workplace: Path, out: Path, **more: Any) -> Any:
     if more.get("resume"):
         return load_config(out / "config.yaml", {"out": str(out), **more})
     own = {"model": str(workplace / "model"), "data": str(workplace / "rows.jsonl"), "out": str(out), "threads": 1}
-    own |= {"validation_fraction": 0.2, "allow": ("near-leak",)} if (workplace / "000.png").exists() else {}
     own |= {"max_steps": STEPS, "rows_per_step": 4, "micro_batch_size": 2, "rank": 4, "lr": 5e-3, "eval_every": 7}
     return load_config(None, own | {"save_every": INTERVAL, "compute_dtype": "fp32"} | more)
 
@@ -134,30 +133,6 @@ def drill_kill(workplace: Path, runs: int) -> str:
         f"{runs} runs of {STEPS} steps, {kills} kills ({restarts} before training had begun): 0 unrecoverable, at most "
         f"{max(lost)} steps lost at a checkpoint every {INTERVAL}, every final adapter's SHA-256 as uninterrupted"
     )
-
-
-def drill_kinds(workplace: Path, runs: int) -> str:
-    """The same of runs that go other ways than decoders do."""
-    from hybrids import make_hybrid
-    from tiny_multimodal import make_multimodal, make_rows
-    from tiny_seq2seq import make_seq2seq
-
-    said = []
-    for kind in ("a hybrid", "pictures in texts", "an encoder-decoder"):
-        folder = workplace / kind.replace(" ", "-")
-        folder.mkdir(exist_ok=True)
-        match kind:
-            case "a hybrid":
-                make_hybrid(folder / "model", "falcon_h1")
-                make_data(folder / "rows.jsonl")
-            case "pictures in texts":
-                make_multimodal(folder / "model", "llava")
-                make_rows(folder, 40)
-            case _:
-                make_seq2seq(folder / "model", "t5")  # which drops parts of its states, by the generators' numbers
-                make_data(folder / "rows.jsonl")
-        said.append(f"{kind}: {drill_kill(folder, runs)}")
-    return "; ".join(said)
 
 
 def go_on(workplace: Path, out: Path) -> None:
@@ -533,7 +508,6 @@ def drill_fuzz(workplace: Path, runs: int) -> str:
 
 DRILLS: dict[str, tuple[Callable[[Path, int], str], int, str]] = {
     "kill": (drill_kill, 200, "SIGKILL at random times, resumed to the end"),
-    "kinds": (drill_kinds, 10, "the same of a hybrid, a vision-language model and an encoder-decoder"),
     "syscalls": (drill_syscalls, 10_000, "SIGKILL at every system call of one save"),
     "io-errors": (drill_io_errors, 10_000, "EIO and ENOSPC at every write, flush, rename of a save"),
     "disk": (drill_disk, 10, "a small disk that fills in the middle of a run"),

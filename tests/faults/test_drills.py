@@ -14,7 +14,7 @@ DRILLS = Path(__file__).with_name("drills.py")
 @pytest.mark.skipif(sys.platform != "linux", reason="the drills read /proc and fork a process that runs torch")
 def test_kills_and_damage_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRILL_STEPS", "12")
-    drills = ["kill", "kinds", "damage"]
+    drills = ["kill", "damage"]
     if shutil.which("strace"):
         drills += ["syscalls", "io-errors"]
     code, printed = program(DRILLS, *drills, "--runs", 2, output=tmp_path / "printed").end(timeout=280)
