@@ -84,6 +84,7 @@ def write_model(
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
     writer.add_vocab_size(VOCABULARY)
     if (experts := getattr(config, "num_local_experts", getattr(config, "num_experts", None))) is not None:
         writer.add_expert_count(experts)
