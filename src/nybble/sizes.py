@@ -24,6 +24,7 @@ class ShapeRules:
         weight_panel_bytes: of a weight in few bits, written out in the compute dtype, that decoder blocks multiply with
             at a time.
         block_buffers: that blocks of a streamed base pass through: the one at work, and those read ahead.
+        few_widths: padded rows are filled up to one of few widths, since each costs compiled products.
     """
 
     token_multiple: int
@@ -36,6 +37,16 @@ class ShapeRules:
     weight_panel_bytes: int
     block_buffers: int
     graph_work: float
+    few_widths: bool = False
+
+    def padded_width(self, longest: int) -> int:
+        """Tokens that rows are padded to: as many as the longest has; or where there are to be few widths, a power of
+        two or one and a half times one, of which rows of up to 512 tokens have twelve.
+        """
+        if not self.few_widths:
+            return longest
+        power = max(8, 1 << (longest.bit_length() - 1))  # at most `longest`, if that is 8 or more
+        return next(width for width in (power, 3 * power // 2, 2 * power) if width >= longest)
 
     def whole_rows(self, fit: int) -> int:
         """The rows of a chunk or panel that has room for `fit`: a multiple, and at least one of them."""
@@ -100,6 +111,23 @@ _CUBLAS = ShapeRules(
 )
 _PLAIN = replace(_CUBLAS, chunk_bytes=2**27, graph_work=0.0)  # of GPUs that nothing here was measured on
 SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS, "xpu": _PLAIN, "mps": _PLAIN}
+
+
+def rules_for(kind: str, compute_bytes: int) -> ShapeRules:
+    """The rules of a kind of device for products of elements of so many bytes."""
+    return replace(SHAPE_RULES[kind], few_widths=kind == "cpu" and compute_bytes == 2)
+
+
+def padded_length(longest: int) -> int:
+    """Tokens that rows are padded to where each width costs compiled products: a power of two, or one and a half times
+    one. Rows of up to 512 tokens come in twelve widths, which are a sixth more than they need on average.
+    """
+    power = max(8, 1 << (longest.bit_length() - 1))  # at most `longest`, if that is 8 or more
+    return next(width for width in (power, 3 * power // 2, 2 * power) if width >= longest)
+
+
+PRODUCT_BYTES = 650_000  # of one that oneDNN 3.11 has compiled for AVX512-BF16: 620,000 to 730,000 by its shape
+TILE_PRODUCT_BYTES = 950_000  # for AMX: 640,000 to 1,100,000
 
 GRAPH_MULTIPLE = 256  # of tokens and of supervised ones, that micro-batches from graphs are filled up to
 

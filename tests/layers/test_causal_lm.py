@@ -13,6 +13,7 @@ from nybble.data.packing import collate, pack, pack_tokens, pad
 from nybble.errors import ModelError
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import adapters_of, attach_adapters, resolve_targets
+from nybble.sizes import rules_for
 
 ROWS = [EncodedExample(torch.arange(3, 3 + n, dtype=torch.int32), torch.arange(n) >= 2, f"rows:{n}") for n in (5, 9)]
 
@@ -37,12 +38,15 @@ def bloom() -> nn.Module:
     return adapted(BloomForCausalLM(BloomConfig(vocab_size=96, bos_token_id=None, **shape)))
 
 
-@pytest.mark.parametrize("make", [llama, bloom])
-def test_loss_token_losses_logits_and_states_belong_together(make) -> None:
+@pytest.mark.parametrize(("make", "few_widths"), [(llama, False), (bloom, False), (bloom, True)])
+def test_loss_token_losses_logits_and_states_belong_together(make, few_widths) -> None:
     module = make()
     model, whole = CausalLM.of(module), [row.input_ids.long()[None] for row in ROWS]
     assert model.packed == (make is llama) and model.device == torch.device("cpu")
     batch = collate(ROWS, model.packed)
+    if few_widths:
+        model.backbone.rules = rules_for("cpu", 2)
+        assert model.backbone.padded_width(batch.input_ids.shape[1]) > batch.input_ids.shape[1]
     with torch.no_grad():
         own = torch.cat([module(input_ids=ids).logits[0, 1:-1] for ids in whole])
     targets = torch.cat([ids[0, 2:] for ids in whole])

@@ -18,6 +18,7 @@ CONFIGS = {
     "gptj": (GPT | {"n_positions": 48, "rotary_dim": 8}, 48),  # rotary, from a table
     "opt": (SIZES | {"ffn_dim": 32, "word_embed_proj_dim": 32, "max_position_embeddings": 48}, 48),
     "mpt": ({"vocab_size": 300, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 48}, 48),
+    "roberta": (SIZES | {"intermediate_size": 32, "max_position_embeddings": 48, "pad_token_id": 1}, 46),
     "llama": (SIZES | {"intermediate_size": 32, "max_position_embeddings": 48}, None),
     "bloom": ({"vocab_size": 300, "hidden_size": 32, "n_layer": 1, "n_head": 2}, None),
     "mamba": ({"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}, None),

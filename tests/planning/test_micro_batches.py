@@ -11,7 +11,7 @@ from nybble.data.sampler import StepSampler, split_micro_batches
 from nybble.options.groups import LengthOptions
 from nybble.planning import micro_batches
 from nybble.planning.micro_batches import count_micro_batches, even_micro_batches, total_steps
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import SHAPE_RULES, rules_for
 
 RULES = SHAPE_RULES["cpu"]
 
@@ -28,13 +28,13 @@ def rows(count, seed):
 
 
 @pytest.mark.parametrize("counted_steps", [500, 3])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("packed", "rules"), [(True, RULES), (False, RULES), (False, rules_for("cpu", 2))])
 @pytest.mark.parametrize(("size", "steps"), [(1, 9), (3, 20), (8, 2)])
-def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_steps, packed, size, steps):
+def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_steps, packed, rules, size, steps):
     monkeypatch.setattr(micro_batches, "COUNTED_STEPS", counted_steps)
     train, validation = rows(50, 0), rows(7, 1)
     told = count_micro_batches(
-        train, validation, rows_per_step=8, steps=steps, seed=5, size=size, packed=packed, rules=RULES
+        train, validation, rows_per_step=8, steps=steps, seed=5, size=size, packed=packed, rules=rules
     )
 
     sampler = StepSampler(len(train), 8, 5)
@@ -44,7 +44,8 @@ def test_the_largest_micro_batches_are_those_that_come(monkeypatch, counted_step
     batches = [(pack if packed else pad)([train[row] for row in micro]) for micro in come]
 
     def tokens(batch):
-        total = batch.input_ids.numel()
+        count, width = batch.input_ids.shape
+        total = count * (width if packed else rules.padded_width(width))
         return -(-total // RULES.token_multiple) * RULES.token_multiple if packed else total
 
     assert told.tokens == max(map(tokens, batches))
@@ -75,6 +76,14 @@ def test_rows_that_are_padded_go_few_at_once_where_their_lengths_differ():
 
 def _counted(train, size):
     return count_micro_batches(train, train[:4], rows_per_step=8, steps=8, seed=1, size=size, packed=False, rules=RULES)
+
+
+def test_padded_rows_come_in_few_widths_where_each_costs_compiled_products():
+    rules = rules_for("cpu", 2)
+    widths = [rules.padded_width(longest) for longest in range(1, 513)]
+    assert all(longest <= width < 1.5 * max(longest, 6) for longest, width in enumerate(widths, start=1))
+    assert len(set(widths)) == 13 and rules.padded_width(513) == 768
+    assert RULES.padded_width(77) == rules_for("cuda", 2).padded_width(77) == rules_for("cpu", 4).padded_width(77) == 77
 
 
 def test_rows_of_one_length_need_no_data():

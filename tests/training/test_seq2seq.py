@@ -28,6 +28,7 @@ from nybble.options.option import build_options
 from nybble.options.verbs import TrainConfig, load_config
 from nybble.runs.events import read_events
 from nybble.runs.open_run import load_frozen, load_tuned, open_run
+from nybble.sizes import rules_for
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 from nybble.sources.task import SEQ2SEQ
@@ -65,6 +66,7 @@ def test_losses_and_gradients_are_the_models_own(kind: str, more: dict[str, Any]
     )
     ours = Seq2SeqLM.of(model)
     assert ours.verdict.path == "generic" and not ours.packed
+    ours.backbone.rules = rules_for("cpu", 2)  # rows are filled up as they are in 16 bits
     rows = rows_of(AutoTokenizer.from_pretrained(folder))
     loss = ours.loss(ours.collate(rows))
     loss.backward()

@@ -14,7 +14,7 @@ where each document's tokens lie.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ from nybble.data.examples import EncodedExample
 from nybble.kernels.hardware import send
 
 IGNORE = -100
+
+Padded = TypeVar("Padded", bound="Batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,6 +252,20 @@ def pad(examples: Sequence[EncodedExample], pad_id: int = 0) -> Batch:
         document_lengths=lengths,
         supervised_tokens=int((targets != IGNORE).sum()),
         weights=None if (w := _weights(examples)) is None else torch.stack([_widen(x, width, 0) for x in w]),  # (B, T)
+    )
+
+
+def widen(batch: Padded, width: int, pad_id: int) -> Padded:
+    """What a model is given of a padded batch, filled up to so many tokens a row. Positions that are asked for are
+    still those of the batch as it was.
+    """
+    missing = width - batch.input_ids.shape[1]
+    assert batch.attention_mask is not None
+    return replace(
+        batch,
+        input_ids=pad_tensor(batch.input_ids, (0, missing), value=pad_id),
+        position_ids=pad_tensor(batch.position_ids, (0, missing)),
+        attention_mask=pad_tensor(batch.attention_mask, (0, missing)),
     )
 
 

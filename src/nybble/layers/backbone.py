@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.rnn import pad_sequence
 
-from nybble.data.packing import Batch, PicturedBatch
+from nybble.data.packing import Batch, PicturedBatch, widen
 from nybble.families import FAMILIES, family_of
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
+from nybble.layers.context import fixed_context
 from nybble.layers.convert import TOWERS, block_names
 from nybble.layers.decoder_block import Keep, block_ops
 from nybble.layers.layer_input import Beside, beside_states
@@ -38,7 +39,7 @@ from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.rotary import angles_by_length
 from nybble.layers.streamed import BlockStore, attach_store
 from nybble.layers.trained import frozen, trained_modules
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import SHAPE_RULES, rules_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,6 +142,14 @@ class ModuleForward:
             model.disable_input_require_grads()  # for reentrant ones; some models add to the embedding's in place
         self.details = "" if store is None else ", streamed"
         self._tells_borders = knows_borders(model) or computes_mixers(model)
+        there = next(p.device for p in model.parameters() if not p.is_meta)  # a streamed base's are not
+        self.rules = rules_for(there.type, _computed_in(model).itemsize)
+        self._most = fixed_context(model, model.config)
+
+    def padded_width(self, longest: int) -> int:
+        """Tokens that padded rows are filled up to; the longest row's own where the model has no more positions."""
+        width = self.rules.padded_width(longest)
+        return longest if self._most is not None and width > self._most else width
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
@@ -163,15 +172,18 @@ class ModuleForward:
 
     def _all_states(self, batch: Batch) -> Tensor:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
+        width = batch.input_ids.shape[1]
         if self.layout != "single" or batch.attention_mask is None:
+            if batch.attention_mask is not None and not beside_tokens(batch):
+                batch = widen(batch, self.padded_width(width), pad_id=0)
             states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
             places = positions_with_pictures(self.model, batch)
             borders = row_borders(batch) if batch.packed and self._tells_borders else {}
             if borders and computes_mixers(self.model):
                 borders |= masks_of_rows(self.model, borders, batch.position_ids)
             mask = borders.pop("attention_mask", batch.attention_mask)
-            return decoder_states(self.model, states, places, mask, beside_tokens(batch), **borders)
-        width = batch.input_ids.shape[1]
+            states = decoder_states(self.model, states, places, mask, beside_tokens(batch), **borders)
+            return states[:, :width]
         rows = []
         for ids, places, length in zip(batch.input_ids, batch.position_ids, batch.document_lengths, strict=True):
             row = self._embedded(ids[None, :length], (length,))
@@ -292,6 +304,12 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
     filled, positions = F.pad(input_ids, (0, missing)), F.pad(position_ids, (0, missing))
     borders = torch.cat([cu_seqlens, cu_seqlens[-1:] + missing])
     return filled, positions, borders, max(batch.max_document_length, missing), spread
+
+
+def _computed_in(model: "PreTrainedModel") -> torch.dtype:
+    """What transformers' modules compute in: the type of norms and biases, which products do not round."""
+    vectors = (p.dtype for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and not p.requires_grad)
+    return next(vectors, model.dtype)
 
 
 def why_not_blocks(

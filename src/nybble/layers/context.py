@@ -35,7 +35,10 @@ def fixed_context(model: "PreTrainedModel", config: "PretrainedConfig | Any") ->
     context = context_length(config)
     if context is None or (_has_rotary(model) and not _has_table(model, context)):
         return None
-    return context
+    tokens = model.get_input_embeddings()
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    before = (m.padding_idx + 1 for m in tables if m.num_embeddings == context and m.padding_idx is not None)
+    return context - max(before, default=0)  # RoBERTa's first rows are no positions
 
 
 def within_positions(
@@ -50,7 +53,10 @@ def within_positions(
         ConfigError: another max_seq_len was asked for, and the model has no positions for so many tokens.
     """
     context = context_length(config)
-    if context is None or max_seq_len <= context or fixed_context(skeleton(), config) is None:
+    if context is None or max_seq_len <= context - TABLE_SLACK:
+        return max_seq_len
+    context = fixed_context(skeleton(), config)
+    if context is None or max_seq_len <= context:
         return max_seq_len
     if max_seq_len != RowOptions.model_fields["max_seq_len"].default:
         raise ConfigError(

@@ -98,10 +98,8 @@ class EmbeddedModel(WholeTexts):
     def _own_states(self, batch: TextBatch) -> Tensor:
         """`(B, T, hidden)` by the model's own forward; zeros on the padding of texts that go through one at a time."""
         if self.backbone.layout != "single" or batch.attention_mask is None:
-            states: Tensor = own_output(
-                self.module, batch.input_ids, batch.attention_mask, batch.token_types
-            ).last_hidden_state
-            return states
+            states: Tensor = own_output(self.module, *self._given(batch)).last_hidden_state
+            return states[:, : batch.input_ids.shape[1]]
         rows, width = [], batch.input_ids.shape[1]
         for ids, types in self._each_alone(batch):
             alone = own_output(self.module, ids, torch.ones_like(ids), types).last_hidden_state[0]

@@ -129,7 +129,8 @@ class ScoredModel(WholeTexts):
     def _own_scores(self, batch: TextBatch) -> Tensor:
         """`(N, labels)` by the model's own forward."""
         if self.backbone.layout != "single" or batch.attention_mask is None:
-            scores = own_scores(self.module, batch.input_ids, batch.attention_mask, batch.token_types)
+            scores = own_scores(self.module, *self._given(batch))
+            scores = scores if scores.ndim == 2 else scores[:, : batch.input_ids.shape[1]]
         else:
             alone = self._each_alone(batch)
             rows = [own_scores(self.module, ids, torch.ones_like(ids), types) for ids, types in alone]

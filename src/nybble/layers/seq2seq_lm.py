@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.data.examples import EncodedExample
-from nybble.data.packing import IGNORE, Batch
+from nybble.data.packing import IGNORE, Batch, widen
 from nybble.data.prompted_rows import PromptedBatch, PromptedRow, collate_prompted
 from nybble.errors import foreign_errors
 from nybble.layers.backbone import Layout, ModuleForward, accepted
@@ -132,8 +132,11 @@ class Seq2SeqLM(CausalLM):
 
     def collate(self, rows: Sequence[Any]) -> PromptedBatch:
         """As `CausalLM` says: prompts padded, and answers padded."""
-        pad = getattr(self.module.config, "pad_token_id", None)
-        return collate_prompted(rows, pad or 0, partial(shifted_labels, self.module))
+        return collate_prompted(rows, self._pad_id, partial(shifted_labels, self.module))
+
+    @property
+    def _pad_id(self) -> int:
+        return getattr(self.module.config, "pad_token_id", None) or 0
 
     def beside(self, row: EncodedExample) -> dict[str, Tensor]:
         """As `CausalLM` says: a row's answer."""
@@ -150,8 +153,13 @@ class Seq2SeqLM(CausalLM):
 
     def _states(self, batch: PromptedBatch) -> Tensor:
         """(B, A, hidden); zeros on the padding of rows that go through one at a time."""
+        assert isinstance(self.backbone, ModuleForward)
         if self.backbone.layout != "single":
-            return answer_states(self.module, batch.input_ids, batch.attention_mask, batch.decoder_input_ids)
+            prompts, answers = batch.input_ids.shape[1], batch.decoder_input_ids.shape[1]
+            wide = widen(batch, self.backbone.padded_width(prompts), self._pad_id)
+            missing = self.backbone.padded_width(answers) - answers
+            given = F.pad(batch.decoder_input_ids, (0, missing), value=self._pad_id)
+            return answer_states(self.module, wide.input_ids, wide.attention_mask, given)[:, :answers]
         rows, width = [], batch.targets.shape[1]
         lengths = zip(batch.document_lengths, batch.answer_lengths, strict=True)
         for number, (both, answer) in enumerate(lengths):

@@ -7,11 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from nybble.data.packing import widen
 from nybble.data.text_rows import TextBatch, TextRow, collate_texts
 from nybble.errors import ModelError, foreign_errors
-from nybble.layers.backbone import accepted
+from nybble.layers.backbone import ModuleForward, accepted
 from nybble.layers.batch_model import BatchModel
 from nybble.layers.probe import ASKED, LENGTHS, Difference, Outcome, Probe, outcome_of
 
@@ -99,8 +101,7 @@ class WholeTexts(BatchModel):
         Args:
             shared: tokens that the two texts of each pair of rows begin with; where the model can, they are there once.
         """
-        pad = getattr(self.module.config.get_text_config(), "pad_token_id", None)
-        return collate_texts(rows, self.packed, pad or 0, shared if self.shares else ())
+        return collate_texts(rows, self.packed, self._pad_id, shared if self.shares else ())
 
     @classmethod
     def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
@@ -110,6 +111,19 @@ class WholeTexts(BatchModel):
             f"Allowed: {cls.kinds}.",
             "Please report the model's type; other models of transformers, and --compute-dtype fp32, may work.",
         )
+
+    def _given(self, batch: TextBatch) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Ids, mask and token types of a batch, padded ones filled up to one of few widths."""
+        if batch.attention_mask is None or not isinstance(self.backbone, ModuleForward):
+            return batch.input_ids, batch.attention_mask, batch.token_types
+        width = batch.input_ids.shape[1]
+        filled = widen(batch, self.backbone.padded_width(width), self._pad_id)
+        missing, types = filled.input_ids.shape[1] - width, batch.token_types
+        return filled.input_ids, filled.attention_mask, None if types is None else F.pad(types, (0, missing))
+
+    @property
+    def _pad_id(self) -> int:
+        return getattr(self.module.config.get_text_config(), "pad_token_id", None) or 0
 
     def _each_alone(self, batch: TextBatch) -> list[tuple[Tensor, Tensor | None]]:
         """Ids and token types of each text of a padded batch, `(1, T)`, without its padding."""

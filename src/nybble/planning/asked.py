@@ -17,7 +17,7 @@ from nybble.planning.request import MICRO_BATCH_TOKENS
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.planning.strategies import streamed_run
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import rules_for
 from nybble.sources.stored_model import StoredModel
 from nybble.units import format_bytes
 
@@ -240,7 +240,8 @@ def _shape(
         most_bits=most,
         path="blocks" if against is None else "generic",
         keep="nothing",
-        rules=SHAPE_RULES[machine.kind],
+        rules=rules_for(machine.kind, dtype.itemsize),
+        product_bytes=machine.product_bytes,
         on_cpu=machine.on_cpu,
         asked=True,
     )

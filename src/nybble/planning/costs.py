@@ -38,7 +38,6 @@ ROUTED_BYTES, ROUTED_ROW_BYTES = 24, 32  # of a router's logits, their softmax a
 EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
 EXPERT_PRODUCT_BYTES = 1_100_000  # that oneDNN keeps of one on AMX, 0.72 to 1.21 MB; measured
 LSE_BYTES = 4  # fp32 log-sum-exp a head, and 1 / RMS
-PRODUCT_BYTES = 590_000  # oneDNN keeps for each product of bf16 matrices that it has compiled; measured
 MOST_PRODUCTS = 1024  # what its cache holds
 MAPPED_BYTES = 2**25  # tensors from here on are mapped by themselves and leave no gaps in the C library's heap
 MATRIX_BUFFERS = 10_000_000  # that the library for products in fp32 keeps; measured
@@ -560,7 +559,7 @@ def compiled_bytes(run: RunShape) -> int:
         forward, backward = compiled_products(side.model, run.rank, *run.other_ranks)
         counts += batches.token_counts * (forward + backward) + batches.validation_counts * forward
     head = 2 * min(1 + batches.token_counts, -(-batches.supervised // run.rules.row_multiple))
-    return PRODUCT_BYTES * min(MOST_PRODUCTS, counts + head) + _expert_product_bytes(run)
+    return run.product_bytes * min(MOST_PRODUCTS, counts + head) + _expert_product_bytes(run)
 
 
 def _expert_product_bytes(run: RunShape) -> int:

@@ -34,7 +34,7 @@ from nybble.planning.ranks import MOST_RANK, RankChosen, enough_rank, tokens_met
 from nybble.planning.request import requests, why_no_blocks
 from nybble.planning.run_shape import MicroBatches
 from nybble.planning.strategies import PlanRequest
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import rules_for
 from nybble.sources.hub import fetch_config, looks_like_hub_id
 from nybble.sources.open import check_revision, open_model
 from nybble.sources.shapes import SHAPES
@@ -105,7 +105,7 @@ def plan_from_config(options: PlanConfig, report: Listener = silent) -> PlannedR
     if options.weights.format == STORED:
         source = open_model(options.model.model, None, report, options.model.revision).as_stored()
         formats, in_four_bits, in_folder = source.layer_formats, source.in_four_bits, source.is_streamable
-    micro_batches = _micro_batches(options, skeleton, machine, prepared, report)
+    micro_batches = _micro_batches(options, skeleton, machine, dtype, prepared, report)
     teacher = None
     if options.objective.teacher is not None:
         teacher = _asking(options, options.objective.teacher, machine, micro_batches, prepared, dtype, report)
@@ -240,11 +240,12 @@ def _micro_batches(
     options: PlanConfig,
     skeleton: "PreTrainedModel",
     machine: Machine,
+    dtype: torch.dtype,
     prepared: PreparedData | None,
     report: Listener,
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
-    data, memory, rules = options.data, options.memory, SHAPE_RULES[machine.kind]
+    data, memory, rules = options.data, options.memory, rules_for(machine.kind, dtype.itemsize)
     task = task_of(options.objective.objective, skeleton.config)
     if prepared is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing

@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 
 from nybble.cards import OTHER_ATTENTION
+from nybble.kernels.hardware import cpu_flags
 from nybble.kernels.heap import trim_heap
 from nybble.memory.allocators import allocator
 from nybble.memory.measure import anonymous_bytes, available_bytes, has_own_memory
 from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, Machine
+from nybble.sizes import TILE_PRODUCT_BYTES
 
 SAFE_SHARE = 0.8  # of the free memory that a run without a budget may take
 IMPORTED_BYTES = 300_000_000  # Python, PyTorch and transformers as a training run imports them, measured
@@ -53,7 +55,7 @@ def this_machine(
     name = f"this machine's {device.type}"
     machine = Machine(name, device.type, budget, process, host, flops, copy, link, disk, others_bytes=others)
     if not on_gpu:
-        return machine
+        return replace(machine, product_bytes=TILE_PRODUCT_BYTES) if "amx_bf16" in cpu_flags() else machine
     allocator(device).empty_cache()  # what the probes were computed in
     return replace(machine, attention=OTHER_ATTENTION)  # not measured: the slowest of those known
 

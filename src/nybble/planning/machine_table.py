@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from nybble.cards import CARDS
+from nybble.sizes import PRODUCT_BYTES
 
 CUDA_CONTEXT_BYTES = 500_000_000  # of a process on a GPU before its first tensor, libraries included; assumed
 NEVER_RUN = "predicted; never run on such a card"
@@ -27,6 +28,7 @@ class Machine:
         attention: share of `flops` that attention's forward and backward kernels reach.
         here: it is this one, and its speeds are measured.
         others_bytes: of a GPU, what other processes hold.
+        product_bytes: that a CPU's library keeps of each product of 16-bit matrices that it has compiled.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Machine:
     attention: tuple[float, float] = (1.0, 1.0)
     here: bool = True
     others_bytes: int = 0
+    product_bytes: int = PRODUCT_BYTES
 
     @property
     def on_cpu(self) -> bool:

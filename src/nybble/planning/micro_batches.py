@@ -44,14 +44,14 @@ class _Pictures:
 class _Sides:
     """What the prompts of micro-batches come to at most, and their answers; nothing where rows are not of both."""
 
-    def __init__(self, apart: bool):
-        self._apart = apart
+    def __init__(self, apart: bool, rules: ShapeRules):
+        self._apart, self._rules = apart, rules
         self._most = np.zeros((2, 3), dtype=np.int64)  # of each tokens, longest, tokens of evaluations
 
     def meet(self, rows: EncodedRows, micro: Sequence[int], *, evaluated: bool = False) -> None:
         """Count one more micro-batch."""
         if self._apart:
-            longest = np.array(_longest_sides(rows, micro))
+            longest = np.array(_widths_of_sides(rows, micro, self._rules))
             self._most[:, 1] = np.maximum(self._most[:, 1], longest)
             column = 2 if evaluated else 0
             self._most[:, column] = np.maximum(self._most[:, column], len(micro) * longest)
@@ -116,7 +116,7 @@ def count_micro_batches(
     lengths, supervised = training.lengths, training.num_targets
     sampler = StepSampler(len(train), rows_per_step, seed, mixture)
     tokens_of = functools.partial(_tokens_of, packed=packed, shares=shares, apart=apart, rules=rules)
-    sides = _Sides(apart)
+    sides = _Sides(apart, rules)
     heaviest: list[int] = []
     tokens = targets = most = step_values = 0
     counts: set[int] = set()
@@ -143,10 +143,11 @@ def count_micro_batches(
         pictures.meet(held_out, micro)
         sides.meet(held_out, micro, evaluated=True)
     asked = [tokens_of(held_out, micro) for micro in dealt]
+    longest = int(training.longest.max())
     return MicroBatches(
         tokens=tokens,
         supervised=targets,
-        longest_row=int(training.longest.max()),
+        longest_row=longest if packed or apart else rules.padded_width(longest),
         token_counts=len(counts),
         validation_tokens=max(asked, default=0),
         validation_supervised=max((int(held_out.num_targets[micro].sum()) for micro in dealt), default=0),
@@ -185,6 +186,7 @@ def even_micro_batches(
         apart: rows are prompts with answers.
     """
     sizes = {size, rows_per_step % size or size}
+    length = length if packed else rules.padded_width(length)
     tokens = size * documents * length
     targets = tokens if learnt is None else size * learnt
     tokens = _filled(tokens, rules) if packed else tokens
@@ -197,17 +199,18 @@ def _tokens_of(
 ) -> int:
     """Of one micro-batch, padding included."""
     if apart:
-        return len(micro) * sum(_longest_sides(rows, micro))
+        return len(micro) * sum(_widths_of_sides(rows, micro, rules))
     if not packed:
-        return int(rows.documents[micro].sum()) * int(rows.longest[micro].max())
+        return int(rows.documents[micro].sum()) * rules.padded_width(int(rows.longest[micro].max()))
     shared = int(rows.shared_tokens[micro].sum()) if shares else 0
     return _filled(int(rows.lengths[micro].sum()) - shared, rules)
 
 
-def _longest_sides(rows: EncodedRows, micro: Sequence[int]) -> tuple[int, int]:
-    """Tokens of the longest prompt, and of the longest answer."""
+def _widths_of_sides(rows: EncodedRows, micro: Sequence[int], rules: ShapeRules) -> tuple[int, int]:
+    """Tokens that prompts are padded to, and answers."""
     answers = rows.supervised_tokens[micro]
-    return int((rows.lengths[micro] - answers).max()), int(answers.max())
+    longest = int((rows.lengths[micro] - answers).max()), int(answers.max())
+    return rules.padded_width(longest[0]), rules.padded_width(longest[1])
 
 
 def _filled(tokens: int, rules: ShapeRules) -> int:

@@ -39,7 +39,7 @@ from nybble.planning.planner import Plans, make_plans, require
 from nybble.planning.run_shape import ADAM_8BIT_BYTES, ADAM_BYTES, MicroBatches, ModelShape, RunShape
 from nybble.planning.shape import shape_of, tower_of
 from nybble.planning.strategies import Cause, PlanRequest, Reason, Strategy, method_of
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import rules_for
 from nybble.sources.parts import accepting, check_dense_share, partly_dense
 from nybble.sources.stored_model import StoredModel
 from nybble.units import format_bytes
@@ -198,7 +198,7 @@ def requests(
         spec=formats.spec if formats else QuantSpec(_format(weights), weights.block_size, weights.double_quant),
         path="blocks" if against is None else "generic",
         keep="everything",
-        rules=SHAPE_RULES[machine.kind],
+        rules=rules_for(machine.kind, dtype.itemsize),
         average_bits=average,
         most_bits=most,
         adam_bytes=ADAM_BYTES if memory.optimizer_bits == 32 else ADAM_8BIT_BYTES,
@@ -208,6 +208,7 @@ def requests(
         largest_trained=max(trained, default=0),
         scored=skeleton.get_output_embeddings() is None,
         trained_head=any(skeleton.get_submodule(name) is skeleton.get_output_embeddings() for name in whole),
+        product_bytes=machine.product_bytes,
         on_cpu=machine.on_cpu,
         asks_reference=options.objective.objective in WITH_REFERENCE,
         more_forwards=more_forwards(options.objective),

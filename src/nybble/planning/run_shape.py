@@ -5,7 +5,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from nybble.formats.quant_spec import QuantSpec
-from nybble.sizes import GRAPH_MULTIPLE, RANK_MULTIPLE, ShapeRules
+from nybble.sizes import GRAPH_MULTIPLE, PRODUCT_BYTES, RANK_MULTIPLE, ShapeRules
 from nybble.sources.parts import Inventory
 
 if TYPE_CHECKING:
@@ -352,6 +352,7 @@ class RunShape:
         offload: what blocks keep goes to a file, or beside a GPU.
         dropout: on the adapters' inputs, on the generic path.
         dora: rows' lengths are trained.
+        product_bytes: as `Machine` has them.
         on_cpu: where oneDNN's products and gaps in the C library's heap come on top.
         trained_parameters, largest_trained: of modules that are trained whole, all of them and their largest weight.
         scored: the model gives scores or states of texts: there is no head over a vocabulary.
@@ -388,6 +389,7 @@ class RunShape:
     offload: bool = False
     dropout: bool = False
     dora: bool = False
+    product_bytes: int = PRODUCT_BYTES
     on_cpu: bool = True
     trained_parameters: int = 0
     expert_parameters: int = 0

@@ -238,7 +238,7 @@ def _plan_padded(opened: Opened, examples: Examples, base: Base, packed: Fit) ->
         padded,
         base.source,
         base.formats,
-        micro_batches_for(padded, base.source, examples.data, examples.num_steps, opened.device),
+        micro_batches_for(padded, base.source, examples.data, examples.num_steps, opened.device, opened.dtype),
         opened.dtype,
         opened.device,
         machine=packed.plans.machine,

@@ -33,7 +33,7 @@ from nybble.runs.context import read_rows, within_context
 from nybble.runs.continued import check_base_of, open_adapter, options_of
 from nybble.runs.folder import RunFolder
 from nybble.runs.task_file import read_task
-from nybble.sizes import SHAPE_RULES
+from nybble.sizes import rules_for
 from nybble.sources.open import open_model
 from nybble.sources.skeleton import reads_whole
 from nybble.sources.stored_model import StoredModel
@@ -178,7 +178,7 @@ def take_examples(opened: Opened, report: Listener) -> tuple[Opened, Examples]:
         _refuse_without_evaluations(config.loop)
     if evaluations.note:
         report(Note(evaluations.note))
-    micro_batches = micro_batches_for(config, source, data, num_steps, opened.device)
+    micro_batches = micro_batches_for(config, source, data, num_steps, opened.device, opened.dtype)
     examples = Examples(data, digests, base, objective, new_tokens, num_steps, evaluations, micro_batches)
     return replace(opened, source=source), examples
 
@@ -269,7 +269,7 @@ def choose_method(opened: Opened, examples: Examples, report: Listener) -> tuple
     config, given = as_method(config, method), as_method(opened.given, method)
     opened = replace(opened, config=config, given=given)
     data = _all_rows_trained(examples.data) if method == "full" else examples.data
-    micro_batches = micro_batches_for(config, opened.source, data, examples.num_steps, opened.device)
+    micro_batches = micro_batches_for(config, opened.source, data, examples.num_steps, opened.device, opened.dtype)
     return opened, replace(examples, data=data, micro_batches=micro_batches)
 
 
@@ -311,12 +311,17 @@ def _refuse_without_evaluations(loop: LoopOptions) -> None:
 
 
 def micro_batches_for(
-    config: TrainConfig, source: StoredModel, data: PreparedData, num_steps: int, device: torch.device
+    config: TrainConfig,
+    source: StoredModel,
+    data: PreparedData,
+    num_steps: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Callable[[int], MicroBatches]:
     """What the run's micro-batches come to, by the most rows at once."""
     full = config.method.method == "full"
     shares = not full and why_no_blocks(config, source.skeleton, device, in_four_bits=source.in_four_bits) is None
-    rules, seed = SHAPE_RULES[device.type], config.data.seed
+    rules, seed = rules_for(device.type, dtype.itemsize), config.data.seed
     return micro_batches_of(
         data, config.memory, rules, steps=num_steps, seed=seed, shares=shares, apart=source.task.prompted
     )
