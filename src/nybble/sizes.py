@@ -41,7 +41,7 @@ class ShapeRules:
 
     def padded_width(self, longest: int) -> int:
         """Tokens that rows are padded to: as many as the longest has; or where there are to be few widths, a power of
-        two or one and a half times one, of which rows of up to 512 tokens have twelve.
+        two or one and a half times one, of which rows of up to 512 tokens have thirteen.
         """
         if not self.few_widths:
             return longest
