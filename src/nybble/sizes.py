@@ -24,7 +24,8 @@ class ShapeRules:
         weight_panel_bytes: of a weight in few bits, written out in the compute dtype, that decoder blocks multiply with
             at a time.
         block_buffers: that blocks of a streamed base pass through: the one at work, and those read ahead.
-        few_widths: padded rows are filled up to one of few widths, since each costs compiled products.
+        few_widths: padded rows are filled up to one of few widths, since each costs compiled products,
+        widest: where that has no more tokens than this; any number where None.
     """
 
     token_multiple: int
@@ -38,6 +39,7 @@ class ShapeRules:
     block_buffers: int
     graph_work: float
     few_widths: bool = False
+    widest: int | None = None
 
     def padded_width(self, longest: int) -> int:
         """Tokens that rows are padded to: as many as the longest has; or where there are to be few widths, a power of
@@ -46,7 +48,8 @@ class ShapeRules:
         if not self.few_widths:
             return longest
         power = max(8, 1 << (longest.bit_length() - 1))  # at most `longest`, if that is 8 or more
-        return next(width for width in (power, 3 * power // 2, 2 * power) if width >= longest)
+        filled = next(width for width in (power, 3 * power // 2, 2 * power) if width >= longest)
+        return longest if self.widest is not None and filled > self.widest else filled
 
     def whole_rows(self, fit: int) -> int:
         """The rows of a chunk or panel that has room for `fit`: a multiple, and at least one of them."""
@@ -113,17 +116,11 @@ _PLAIN = replace(_CUBLAS, chunk_bytes=2**27, graph_work=0.0)  # of GPUs that not
 SHAPE_RULES = {"cpu": _ONEDNN, "cuda": _CUBLAS, "xpu": _PLAIN, "mps": _PLAIN}
 
 
-def rules_for(kind: str, compute_bytes: int) -> ShapeRules:
-    """The rules of a kind of device for products of elements of so many bytes."""
-    return replace(SHAPE_RULES[kind], few_widths=kind == "cpu" and compute_bytes == 2)
-
-
-def padded_length(longest: int) -> int:
-    """Tokens that rows are padded to where each width costs compiled products: a power of two, or one and a half times
-    one. Rows of up to 512 tokens come in twelve widths, which are a sixth more than they need on average.
+def rules_for(kind: str, compute_bytes: int, positions: int | None = None) -> ShapeRules:
+    """The rules of a kind of device for products of elements of so many bytes, in a model of so many positions, or of
+    any number.
     """
-    power = max(8, 1 << (longest.bit_length() - 1))  # at most `longest`, if that is 8 or more
-    return next(width for width in (power, 3 * power // 2, 2 * power) if width >= longest)
+    return replace(SHAPE_RULES[kind], few_widths=kind == "cpu" and compute_bytes == 2, widest=positions)
 
 
 PRODUCT_BYTES = 650_000  # of one that oneDNN 3.11 has compiled for AVX512-BF16: 620,000 to 730,000 by its shape

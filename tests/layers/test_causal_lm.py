@@ -46,7 +46,7 @@ def test_loss_token_losses_logits_and_states_belong_together(make, few_widths) -
     batch = collate(ROWS, model.packed)
     if few_widths:
         model.backbone.rules = rules_for("cpu", 2)
-        assert model.backbone.padded_width(batch.input_ids.shape[1]) > batch.input_ids.shape[1]
+        assert model.backbone.rules.padded_width(batch.input_ids.shape[1]) > batch.input_ids.shape[1]
     with torch.no_grad():
         own = torch.cat([module(input_ids=ids).logits[0, 1:-1] for ids in whole])
     targets = torch.cat([ids[0, 2:] for ids in whole])

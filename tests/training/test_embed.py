@@ -230,7 +230,9 @@ def test_peft_gives_the_same_embeddings(bert_run: Path) -> None:
     with torch.no_grad():
         ids = [torch.tensor(opened.template.tokenizer(text)["input_ids"]) for text in texts]
         wanted = torch.stack([alone(theirs, each, "mean") for each in ids])
-    torch.testing.assert_close(nybble.open_run(bert_run).embed(texts), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        nybble.open_run(bert_run, compute_dtype="fp32").embed(texts), wanted, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_evaluated_merged_and_asked(bert_run: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from nybble.families import FAMILIES, family_of
 from nybble.families.family import Family
 from nybble.kernels import registry
 from nybble.kernels.heap import TrimmedHeap, lies_in_heap, trim_heap
-from nybble.layers.context import fixed_context
+from nybble.layers.context import widest_rows
 from nybble.layers.convert import TOWERS, block_names
 from nybble.layers.decoder_block import Keep, block_ops
 from nybble.layers.layer_input import Beside, beside_states
@@ -143,13 +143,7 @@ class ModuleForward:
         self.details = "" if store is None else ", streamed"
         self._tells_borders = knows_borders(model) or computes_mixers(model)
         there = next(p.device for p in model.parameters() if not p.is_meta)  # a streamed base's are not
-        self.rules = rules_for(there.type, _computed_in(model).itemsize)
-        self._most = fixed_context(model, model.config)
-
-    def padded_width(self, longest: int) -> int:
-        """Tokens that padded rows are filled up to; the longest row's own where the model has no more positions."""
-        width = self.rules.padded_width(longest)
-        return longest if self._most is not None and width > self._most else width
+        self.rules = rules_for(there.type, _computed_in(model).itemsize, widest_rows(model, model.config))
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
@@ -174,8 +168,8 @@ class ModuleForward:
         """(B, T) -> (B, T, hidden); zeros on the padding of rows that go through one at a time."""
         width = batch.input_ids.shape[1]
         if self.layout != "single" or batch.attention_mask is None:
-            if batch.attention_mask is not None and not beside_tokens(batch):
-                batch = widen(batch, self.padded_width(width), pad_id=0)
+            if batch.attention_mask is not None:
+                batch = widen(batch, self.rules.padded_width(width), pad_id=0)
             states = self._embedded(batch.input_ids, batch.document_lengths, batch.packed)
             places = positions_with_pictures(self.model, batch)
             borders = row_borders(batch) if batch.packed and self._tells_borders else {}

@@ -41,6 +41,12 @@ def fixed_context(model: "PreTrainedModel", config: "PretrainedConfig | Any") ->
     return context - max(before, default=0)  # RoBERTa's first rows are no positions
 
 
+def widest_rows(model: "PreTrainedModel", config: "PretrainedConfig | Any") -> int | None:
+    """Tokens that padded rows may be filled up to; 0 where rows hold pictures, None where it is any number."""
+    reads_pictures = model.main_input_name == "pixel_values" or hasattr(config, "vision_config")
+    return 0 if reads_pictures else fixed_context(model, config)
+
+
 def within_positions(
     max_seq_len: int, config: "PretrainedConfig | Any", skeleton: "Callable[[], PreTrainedModel]"
 ) -> int:

@@ -156,8 +156,8 @@ class Seq2SeqLM(CausalLM):
         assert isinstance(self.backbone, ModuleForward)
         if self.backbone.layout != "single":
             prompts, answers = batch.input_ids.shape[1], batch.decoder_input_ids.shape[1]
-            wide = widen(batch, self.backbone.padded_width(prompts), self._pad_id)
-            missing = self.backbone.padded_width(answers) - answers
+            wide = widen(batch, self.backbone.rules.padded_width(prompts), self._pad_id)
+            missing = self.backbone.rules.padded_width(answers) - answers
             given = F.pad(batch.decoder_input_ids, (0, missing), value=self._pad_id)
             return answer_states(self.module, wide.input_ids, wide.attention_mask, given)[:, :answers]
         rows, width = [], batch.targets.shape[1]

@@ -117,7 +117,7 @@ class WholeTexts(BatchModel):
         if batch.attention_mask is None or not isinstance(self.backbone, ModuleForward):
             return batch.input_ids, batch.attention_mask, batch.token_types
         width = batch.input_ids.shape[1]
-        filled = widen(batch, self.backbone.padded_width(width), self._pad_id)
+        filled = widen(batch, self.backbone.rules.padded_width(width), self._pad_id)
         missing, types = filled.input_ids.shape[1] - width, batch.token_types
         return filled.input_ids, filled.attention_mask, None if types is None else F.pad(types, (0, missing))
 

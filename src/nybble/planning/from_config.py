@@ -17,7 +17,7 @@ from nybble.errors import ModelError, foreign_errors
 from nybble.events import Listener, Note, silent
 from nybble.formats.bnb import formats_from_config, true_config
 from nybble.formats.format import STORED
-from nybble.layers.context import within_positions
+from nybble.layers.context import widest_rows, within_positions
 from nybble.layers.convert import parameters_a_rank
 from nybble.layers.picture_model import own_size, picture_tokens
 from nybble.layers.precision import resolve_compute_dtype, resolve_device
@@ -245,7 +245,11 @@ def _micro_batches(
     report: Listener,
 ) -> Callable[[int], MicroBatches]:
     """Most rows at once -> what micro-batches of so many come to."""
-    data, memory, rules = options.data, options.memory, rules_for(machine.kind, dtype.itemsize)
+    data, memory, rules = (
+        options.data,
+        options.memory,
+        rules_for(machine.kind, dtype.itemsize, widest_rows(skeleton, skeleton.config)),
+    )
     task = task_of(options.objective.objective, skeleton.config)
     if prepared is None:
         length, rows, packed = data.max_seq_len, memory.rows_per_step, memory.packing

@@ -16,6 +16,7 @@ from nybble.data.row_kinds import row_kind
 from nybble.data.template import ChatTemplate
 from nybble.errors import ConfigError, ModelError, RunError
 from nybble.events import Listener, Note
+from nybble.layers.context import widest_rows
 from nybble.layers.precision import set_up
 from nybble.options.groups import LoopOptions
 from nybble.options.method_groups import WHY, Method
@@ -321,7 +322,8 @@ def micro_batches_for(
     """What the run's micro-batches come to, by the most rows at once."""
     full = config.method.method == "full"
     shares = not full and why_no_blocks(config, source.skeleton, device, in_four_bits=source.in_four_bits) is None
-    rules, seed = rules_for(device.type, dtype.itemsize), config.data.seed
+    positions, seed = widest_rows(source.skeleton, source.config), config.data.seed
+    rules = rules_for(device.type, dtype.itemsize, positions)
     return micro_batches_of(
         data, config.memory, rules, steps=num_steps, seed=seed, shares=shares, apart=source.task.prompted
     )
