@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import make_data
 
 from nybble.errors import ConfigError
 from nybble.options.verbs import load_config
@@ -24,8 +25,12 @@ def start(tiny_model: Path, data: Path, tmp_path: Path):
     return run
 
 
-def test_it_stops_and_keeps_the_best(start) -> None:
-    wild = {"lr": 0.3, "max_grad_norm": 1e3}  # the loss falls and then rises
+def test_it_stops_and_keeps_the_best(start, tmp_path: Path) -> None:
+    """Held-out answers begin as those that are learnt and end in other words, whose loss soon rises."""
+    learnt, held = "red red red blue blue blue", "red red red green green"
+    rows = make_data(tmp_path / "rows.jsonl", [{"prompt": f"{n}?", "completion": learnt} for n in range(36)])
+    others = make_data(tmp_path / "others.jsonl", [{"prompt": f"{n}?", "completion": held} for n in range(40, 44)])
+    wild = {"lr": 0.01, "data": str(rows), "validation_data": str(others), "epochs": 3}
     result = start(early_stopping_patience=2, keep_best=True, **wild)
     losses = {e["step"]: e["loss"] for e in read_events(result.folder.events, "eval")}
     (stopped,) = read_events(result.folder.events, "early-stop")
