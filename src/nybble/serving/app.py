@@ -79,8 +79,11 @@ class Api:
         asked = parse(await self._body(request), ChatRequest)
         served = self._model(asked.model)
         template = served.template
-        async with self._reading:  # pictures are fetched and decoded beside the loop that serves clients
-            prompt, beside = await asyncio.to_thread(_encoded, template, asked, self._pictures)
+        if asked.has_pictures:
+            async with self._reading:  # they are fetched and decoded beside the loop that serves clients
+                prompt, beside = await asyncio.to_thread(_encoded, template, asked, self._pictures)
+        else:  # in the main thread, where a template's time is limited
+            prompt, beside = _encoded(template, asked, self._pictures)
         form = template.answer_form
         reader: Reader = PlainAnswer()
         if form.thought is not None or form.calls is not None or form.words:

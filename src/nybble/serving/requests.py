@@ -266,6 +266,11 @@ class ChatRequest(CompletionFields):
             raise ValueError("continue_final_message: the last message is not the assistant's")
         return self
 
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a turn has one."""
+        return any(isinstance(part, ImagePart) for turn in self.messages for part in turn.content or ())
+
     def conversation(self, stored: Stored) -> tuple[Message, ...]:
         """Its turns.
 
