@@ -141,6 +141,10 @@ def test_a_model_that_reads_text_alone_says_so(read: Any) -> None:
     audit = read([asked("<image> Which?", image="red.png")], reader=None).audit
     (found,) = (each for each in audit.findings if each.id == "pictures-unread")
     assert found.level == "error" and found.rows == ("rows.jsonl:1",)
+    audit = read([asked("<image> Which?", image="not there.png"), asked("Which?")], reader=None).audit
+    assert [(found.id, found.level) for found in audit.findings if "picture" in found.id] == [
+        ("pictures-unread", "error")
+    ]
 
 
 def test_a_template_that_leaves_pictures_out_is_refused(folder: Path, processor: Any) -> None:

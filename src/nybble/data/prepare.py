@@ -31,6 +31,9 @@ from nybble.events import Listener, silent
 from nybble.files.spool import Chosen, Spool
 from nybble.options.groups import DataOptions
 
+# What is wrong with a picture of a conversation.
+PICTURES_OF_TURNS = {"missing-picture", "broken-picture", "huge-picture", "picture-url", "picture-marks"}
+
 
 @dataclass(frozen=True)
 class RowKind:
@@ -162,6 +165,9 @@ def prepare(
     if validation_source:
         extra = read_examples(validation_source, fields, scratch, kind.forms, report)
     reads, num_rows = (own, extra), own.num_rows + extra.num_rows
+    if kind.conversations and template.reader is None:
+        for read in reads:
+            read.odd = _pictures_unread(read.odd, scratch)
     examples = own.examples
     examples.extend(extra.examples)
     num_own = len(own.examples) - len(extra.examples)
@@ -240,6 +246,15 @@ def _mixture(sources: Sequence[tuple[DataSource, int]], train: KeptRows) -> Mixt
             "look at it alone with nybble data check, or leave it out",
         )
     return Mixture.of(names, rows, weights)
+
+
+def _pictures_unread(odd: Spool[RowError], scratch: Path | None) -> Spool[RowError]:
+    """What is wrong with rows, of which a model that reads text alone needs no other picture."""
+    told: Spool[RowError] = Spool(scratch)
+    for error in odd:
+        finding = "pictures-unread" if error.finding in PICTURES_OF_TURNS else error.finding
+        told.append(RowError(finding, error.origin, error.detail))
+    return told
 
 
 def _sort_out(
