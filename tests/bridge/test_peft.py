@@ -167,7 +167,7 @@ def test_adapters_are_saved_read_and_trained_on(base: Any, tmp_path: Path, kind:
 def test_adapters_move_both_ways(tiny_model: Path, data: Path, tmp_path: Path, options: dict[str, bool]) -> None:
     given = {"model": tiny_model, "data": data, "max_seq_len": 64, "max_steps": 2, "rank": 4, "lr": 5e-3}
     run = nybble.train(out=tmp_path / "run", quality="absmax", **given, **options)
-    ours = nybble.open_run(run)._model
+    ours = nybble.open_run(run, compute_dtype="fp32")._model
     base = nybble.quantize_(AutoModelForCausalLM.from_pretrained(tiny_model))
     for end in (base.get_input_embeddings(), base.get_output_embeddings()):
         end.weight.data = end.weight.data.bfloat16().float()  # as a run keeps them
@@ -181,7 +181,7 @@ def test_adapters_move_both_ways(tiny_model: Path, data: Path, tmp_path: Path, o
     theirs.save_pretrained(tmp_path / "theirs")
     given |= {"max_steps": 1, "lr": 1e-9}
     on = nybble.train(out=tmp_path / "on", adapter=tmp_path / "theirs", quality="absmax", **given)
-    back = nybble.open_run(on)._model
+    back = nybble.open_run(on, compute_dtype="fp32")._model
     with torch.no_grad():
         torch.testing.assert_close(back.eval()(IDS).logits, theirs.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 

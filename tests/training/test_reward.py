@@ -114,7 +114,7 @@ def test_it_learns_and_tells_what(run: Path) -> None:
 
 
 def test_evaluated_asked_and_merged(run: Path, tmp_path: Path) -> None:
-    judged = nybble.evaluate(run)
+    judged = nybble.evaluate(run, compute_dtype="fp32")
     last = list(read_events(run / "events.jsonl", "eval"))[-1]
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["loss"]["value"] == judged.loss().value == pytest.approx(last["loss"], rel=1e-3)

@@ -34,7 +34,8 @@ from nybble.exporting.gguf_keys import (
 from nybble.exporting.gguf_vocabulary import add_vocabulary
 from nybble.families import FAMILIES
 from nybble.files.disk import fsync
-from nybble.formats.gguf import DENSE_ENDS, gguf_names, interleaved, restored
+from nybble.formats.gguf import DENSE_ENDS, gguf_names
+from nybble.formats.rotary_rows import interleaved, restored
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
 from nybble.options.use_groups import GgufType

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
+from nybble.formats.rotary_rows import restored
 from nybble.formats.safetensors import TensorEntry, read_exactly, row_entry
 
 if TYPE_CHECKING:
@@ -334,19 +335,6 @@ def gguf_names(model: "PreTrainedModel", architecture: gguf.MODEL_ARCH) -> dict[
         if all(found):
             names[name] = tuple(f"{each}.{leaf}" for each in found)
     return names
-
-
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Rows of q or k as llama.cpp's rotation wants them: element i of a head's first half beside that of its second.
-
-    (heads · 2 · half, ...) -> (heads · half · 2, ...)
-    """
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def restored(rows: Tensor, heads: int) -> Tensor:
-    """The inverse of `interleaved`."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def widen_rows(entry: TensorEntry, first: int, out: Tensor) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nybble.errors import ConfigError
-from nybble.options.groups import RowOptions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -58,6 +57,8 @@ def within_positions(
     Raises:
         ConfigError: another max_seq_len was asked for, and the model has no positions for so many tokens.
     """
+    from nybble.options.groups import RowOptions  # brings pydantic, which layers do without
+
     context = context_length(config)
     if context is None or max_seq_len <= context - TABLE_SLACK:
         return max_seq_len

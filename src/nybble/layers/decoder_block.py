@@ -519,7 +519,7 @@ class _BlockFunction(torch.autograd.Function):
             s, _ = _compute(block, x, given, read, rows, tuple(kept_attention) or None, result=False, kept=False)
         else:
             s, ctx.kept = ctx.kept, None
-        grad_y = grad_outputs[0].contiguous() if block.factor == 1.0 else grad_outputs[0] * block.factor
+        grad_y = grad_outputs[0] if block.factor == 1.0 else grad_outputs[0] * block.factor
         grad_given, own = None, []
         if block.layer_input is not None:
             grad_y, grad_given, own = block.layer_input.backward(grad_y, s.entered, given)

@@ -161,8 +161,7 @@ class MixtureBlock(DecoderBlock):
 
     def backward_mlp(self, grad_y: Tensor, mlp: Any, states: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As `DecoderBlock` says; `mlp` is a `Mixed`."""
-        if self.residual != 1.0:
-            grad_y = grad_y * self.residual
+        grad_y = grad_y.contiguous() if self.residual == 1.0 else grad_y * self.residual
         normed = self.mlp_input(states)[0]
         with torch.enable_grad():
             routed = normed.detach().requires_grad_()

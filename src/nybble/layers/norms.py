@@ -13,6 +13,7 @@ from torch import Tensor
 from nybble.families import family_of
 from nybble.families.family import Family
 from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from nybble.layers.trained import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -118,7 +119,7 @@ def norm_over(module: Any, family: Family, config: Any, ones: Tensor | None = No
         ones: its weight, where the module has none.
     """
     eps = getattr(config, family.norm_eps)
-    weight = getattr(module, "weight", None)
+    weight = getattr(frozen(module), "weight", None)
     if hasattr(module, "norms") or (weight is not None and weight.dim() == 2):
         return HeadsNorm(module, eps)
     if weight is None:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from nybble.formats.bnb import StoredWeight
-from nybble.formats.gguf import restored
 from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.formats.rotary_rows import restored
 from nybble.formats.safetensors import TensorEntry, read_exactly
 from nybble.layers.streamed import expert_name
 from nybble.memory.lane import Event, Lane, lane_to

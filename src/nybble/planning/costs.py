@@ -273,9 +273,10 @@ def working_bytes(run: RunShape) -> int:
     h, q, kv, f = run.model.widths
     if run.path == "blocks":
         f = run.model.dense_width
-        # What is normed for the MLP, the gradients of y and of SwiGLU's output, in whose place that output comes but in
-        # an expert that all tokens pass.
-        swiglu = run.batches.tokens * c * (2 * h + (1 + bool(run.model.expert_width)) * f)
+        # What is normed for the MLP (where rows are wide, the gradient of y has its place), the gradients of y and of
+        # SwiGLU's output, in whose place that output comes but in an expert that all tokens pass.
+        states = 1 if run.wide else 2
+        swiglu = run.batches.tokens * c * (states * h + (1 + bool(run.model.expert_width)) * f)
         swiglu += _expert_bytes(run, run.batches.tokens)
         swiglu += run.batches.tokens * c * h * bool(run.model.added_norms or run.model.scaled_residual)
         swiglu += run.batches.tokens * c * 2 * f * run.dora  # gate and up, as they were
