@@ -129,14 +129,15 @@ def in_bf16_by_plain_bodies(name: str) -> tuple[PreTrainedModel, Step]:
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_step_in_bf16_is_that_of_the_plain_bodies(kernels: str, name: str) -> None:
     """Triton's to the bit, but for GeGLU, whose tanh is a sigmoid there, and for LayerNorm, whose two sums are added up
-    in another order. C++ rounds elsewhere, in attention above all, and what comes after makes more of it: 0.0 to 0.011
-    of the norm for three draws of six families.
+    in another order, and where that turns a rounding of 16 bits, later layers make more of it. C++ rounds elsewhere, in
+    attention above all: 0.0 to 0.011 of the norm for three draws of six families.
     """
     model, expected = in_bf16_by_plain_bodies(name)
     loss, gradients, _ = step_of(copy.deepcopy(model), KEEPS[name], ONE)
     family = family_of(CONFIGS[name])
     rounds = family.activation != "silu" or family.norm == "layer"
     roundings = 2**-5 if family.beside else 2**-6  # it has twice as many layers here
-    allowed = {"reference": 0.0, "triton": 1e-6 if rounds else 0.0}.get(kernels, roundings)  # of the norm
+    turned = 2**-10 if family.beside else 1e-6
+    allowed = {"reference": 0.0, "triton": turned if rounds else 0.0}.get(kernels, roundings)  # of the norm
     assert loss == pytest.approx(expected.loss, rel=min(allowed, 2**-9), abs=0)
     assert relative_error(gradients, expected.gradients) <= allowed
