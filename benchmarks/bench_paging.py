@@ -29,7 +29,7 @@ from nybble.layers.own_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.offload import ActivationFile
 from nybble.memory.store import open_store
-from nybble.planning.costs import end_bytes
+from nybble.planning.base_costs import end_bytes
 from nybble.planning.shape import shape_of
 from nybble.planning.strategies import STREAMED_ENDS_BYTES
 from nybble.quantization.synth import synthesize

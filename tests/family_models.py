@@ -69,6 +69,15 @@ GROWING = {
     "llama_4_scaling_beta": 0.5,
 }  # fmt: skip
 GEMMA4 = {**SHAPE, "head_dim": 18, "global_head_dim": 34, "sliding_window": WINDOW}
+BESIDE = {
+    "use_double_wide_mlp": True, "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": VOCABULARY,
+    "final_logit_softcapping": 4.0,
+}  # fmt: skip
+OF_TWO = {  # layers, the second of which reads the keys of the first
+    "gemma4_text": Gemma4TextConfig(
+        **GEMMA4 | BESIDE | {"num_hidden_layers": 2}, layer_types=["full_attention"] * 2, num_kv_shared_layers=1
+    )
+}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "mistral": MistralConfig(**SHAPE, sliding_window=WINDOW),
@@ -77,9 +86,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": Gemma2Config(**SHAPE, **GEMMA, attn_logit_softcapping=1.5, final_logit_softcapping=4.0),
     "gemma3_text": Gemma3TextConfig(**SHAPE, **GEMMA),
     "gemma4_text": Gemma4TextConfig(
-        **GEMMA4 | {"num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2, use_double_wide_mlp=True, hidden_size_per_layer_input=10,
-        vocab_size_per_layer_input=VOCABULARY, final_logit_softcapping=4.0,
+        **GEMMA4 | BESIDE | {"num_hidden_layers": 4}, layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
     ),
     "gemma4_text, values that are keys": Gemma4TextConfig(
         **GEMMA4, layer_types=["sliding_attention", "full_attention", "full_attention"], attention_k_eq_v=True,
@@ -128,7 +136,9 @@ def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrain
     """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
     torch.manual_seed(seed)
     config = copy.deepcopy((CONFIGS | MIXTURES)[name])
-    if not FAMILIES[config.model_type].beside:  # whose layers go together
+    if FAMILIES[config.model_type].beside:  # whose layers go together
+        config = copy.deepcopy(OF_TWO[name]) if layers == 2 and name in OF_TWO else config
+    else:
         config.num_hidden_layers = layers or config.num_hidden_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: config.num_hidden_layers]

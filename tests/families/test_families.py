@@ -38,7 +38,7 @@ from nybble.layers.backbone import FusedForward, Why, why_not_blocks, why_not_fo
 from nybble.layers.causal_lm import CausalLM
 from nybble.layers.convert import attach_adapters, quantizable_linears, resolve_targets
 from nybble.memory.store import open_store
-from nybble.planning.costs import kept_bytes
+from nybble.planning.block_costs import kept_bytes
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder

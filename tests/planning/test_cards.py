@@ -13,7 +13,8 @@ from nybble.cards import CARDS
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import QuantSpec
 from nybble.planning import cuda_costs, machine
-from nybble.planning.costs import Part, kept_bytes, predict
+from nybble.planning.block_costs import kept_bytes
+from nybble.planning.costs import Part, predict
 from nybble.planning.machine_table import CUDA_CONTEXT_BYTES, named_machine
 from nybble.planning.planner import _bytes_beside, _step_seconds
 from nybble.planning.run_shape import MicroBatches, RunShape

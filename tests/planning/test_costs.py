@@ -10,17 +10,9 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification, 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.loss_head import LossHead
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
-from nybble.planning.costs import (
-    Part,
-    base_bytes,
-    compiled_products,
-    dense_bytes,
-    input_bytes,
-    kept_bytes,
-    mean_bits,
-    predict,
-    working_bytes,
-)
+from nybble.planning.base_costs import base_bytes, dense_bytes, mean_bits
+from nybble.planning.block_costs import input_bytes, kept_bytes, working_bytes
+from nybble.planning.costs import Part, compiled_products, predict
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.walk import STATES_DTYPE

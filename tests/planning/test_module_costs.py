@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from nybble.layers.convert import attach_adapters, block_names, quantizable_linears
-from nybble.planning.costs import kept_bytes
+from nybble.planning.block_costs import kept_bytes
 from nybble.planning.run_shape import MicroBatches, RunShape, Side
 from nybble.planning.shape import shape_of
 from nybble.sizes import SHAPE_RULES

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import nybble
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.planning.costs import Part, base_bytes, predict
+from nybble.planning.base_costs import base_bytes
+from nybble.planning.costs import Part, predict
 from nybble.planning.run_shape import MicroBatches, ModelShape, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.folder import quantize_folder

@@ -30,7 +30,7 @@ def quantize(given: dict[str, Any]) -> int:
 
 def _in_16_bits(inventory: "Inventory") -> str:
     """What is not in four bits, with its bytes; where it is more than embedding and head, how much of the blocks."""
-    from nybble.planning.costs import DENSE_BYTES
+    from nybble.planning.run_shape import DENSE_BYTES
     from nybble.units import format_bytes
 
     parts = [("embedding and head", inventory.end_elements), *inventory.dense, *inventory.around]

@@ -126,8 +126,6 @@ class DecoderBlock:
             self.layer_input = LayerInput(projection(gate), projection(project), own_norm, *functions)
         self.factor = 1.0 if family.layer_factor is None else float(getattr(layer, family.layer_factor))
 
-        self.factor = 1.0 if family.layer_factor is None else float(getattr(layer, family.layer_factor))
-
     def _take_mlp(self, layer: Any, family: Family, projection: Callable[..., Projection]) -> None:
         """The linear layers of the layer's MLP."""
         self.gate_up, self.down = projection(*family.gate_up), projection(family.down)

@@ -10,7 +10,8 @@ from nybble.errors import ConfigError, PlanError
 from nybble.formats.format import DEFAULT_FORMAT
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.layers.backbone import why_not_blocks
-from nybble.planning.costs import Part, mean_bits, predict, streamed_bytes
+from nybble.planning.base_costs import mean_bits, streamed_bytes
+from nybble.planning.costs import Part, predict
 from nybble.planning.machine_table import Machine
 from nybble.planning.planner import forward_seconds
 from nybble.planning.request import MICRO_BATCH_TOKENS

@@ -1,8 +1,8 @@
 """What calibrating costs in bytes and in work, beside the training that it is for: arithmetic only."""
 
 from nybble.formats.quant_spec import QuantSpec
-from nybble.planning.costs import DENSE_BYTES, SHARED_INPUTS, block_bytes
-from nybble.planning.run_shape import ModelShape
+from nybble.planning.base_costs import block_bytes
+from nybble.planning.run_shape import DENSE_BYTES, ModelShape
 from nybble.sizes import (
     CALIBRATION_KEPT_BYTES,
     CALIBRATION_STATE_BYTES,
@@ -17,6 +17,7 @@ WEIGHT_PASSES = 5  # products of H with a weight: correction for drift, feedback
 DRIFT_SHARE = 1.0  # two products, for every second token
 WEIGHTS_AT_WORK = 3  # fp32 copies of a weight while its levels are chosen, and when its errors are measured
 WIDE = 4  # bytes of fp32
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # linears that are given the same tensor
 AROUND_BYTES = 120_000_000  # gaps in the heap, compiled products; fitted to what was measured
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import PlanError
-from nybble.planning.costs import Part, end_bytes, offloaded_bytes, predict, resident_bytes, streamed_bytes
+from nybble.planning.base_costs import end_bytes, resident_bytes, streamed_bytes
+from nybble.planning.block_costs import offloaded_bytes
+from nybble.planning.costs import Part, predict
 from nybble.planning.machine_table import Machine
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.strategies import WAYS, Cause, PlanRequest, Reason, Strategy, method_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nybble.events import Event
-from nybble.planning.costs import end_bytes
+from nybble.planning.base_costs import end_bytes
 from nybble.planning.planner import Plan, Plans, best_of_method
 from nybble.planning.strategies import METHODS, PlanRequest, Strategy, method_of
 from nybble.sources.parts import without_numbers

@@ -32,7 +32,7 @@ from nybble.options.groups import MemoryOptions, WeightOptions
 from nybble.options.objective_groups import WITH_REFERENCE, WITHOUT_NEXT_TOKENS, ObjectiveOptions
 from nybble.options.option import fields_of, flat, with_options, yaml_key
 from nybble.options.verbs import PlanConfig, TrainConfig
-from nybble.planning.costs import mean_bits
+from nybble.planning.base_costs import mean_bits
 from nybble.planning.machine import this_machine
 from nybble.planning.machine_table import Machine
 from nybble.planning.planner import Plans, make_plans, require

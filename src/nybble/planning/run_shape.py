@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from nybble.layers.batch_model import Path
     from nybble.layers.decoder_block import Keep
 
+DENSE_BYTES = 2  # embeddings and head stay in 16 bits
+MASTER_BYTES = 4  # fp32 adapters and their gradients
 ADAM_BYTES = 8  # of a parameter: two fp32 moments
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 from typing import TYPE_CHECKING
 
-from nybble.planning.costs import MARGIN, block_bytes, end_bytes, kept_bytes, predict
+from nybble.planning.base_costs import block_bytes, end_bytes
+from nybble.planning.block_costs import kept_bytes
+from nybble.planning.costs import MARGIN, predict
 from nybble.planning.machine_table import Machine
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.sizes import PAGE_BUFFERS, PAGE_BYTES

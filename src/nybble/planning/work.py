@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from nybble.planning import cuda_costs
-from nybble.planning.costs import DENSE_BYTES, base_bytes, streamed_bytes
-from nybble.planning.run_shape import RunShape
+from nybble.planning.base_costs import base_bytes, streamed_bytes
+from nybble.planning.run_shape import DENSE_BYTES, RunShape
 
 
 @dataclass(frozen=True)
