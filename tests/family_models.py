@@ -6,6 +6,7 @@ goes by little of a family's own is run with all of them in the slow tests, with
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -130,12 +131,15 @@ DOCUMENTS = (7, 1, 20, 13)
 # All stages and linears of other families are one of theirs.
 ALWAYS = ("llama", "gemma2", "gemma4_text", "olmo3", "cohere2", "phi")
 SAMPLED = [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in CONFIGS]
+SAMPLED_MIXTURES = ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)]
 
 
-def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:
+def dense_model(name: str, seed: int = 0, layers: int | None = None, all_experts: bool = False) -> PreTrainedModel:
     """With norms around one, biases, and weights large enough for answers to depend on all of the prompt."""
     torch.manual_seed(seed)
     config = copy.deepcopy((CONFIGS | MIXTURES)[name])
+    if all_experts and name in MIXTURES:
+        config.num_experts_per_tok = getattr(config, "num_local_experts", None) or config.num_experts
     if FAMILIES[config.model_type].beside:  # whose layers go together
         config = copy.deepcopy(OF_TWO[name]) if layers == 2 and name in OF_TWO else config
     else:
@@ -156,11 +160,23 @@ def dense_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrain
     return model.eval()
 
 
-def tuned_model(name: str, seed: int = 0, layers: int | None = None) -> PreTrainedModel:
+def tuned_model(name: str, seed: int = 0, layers: int | None = None, all_experts: bool = False) -> PreTrainedModel:
     """In four bits, with adapters that do something, on experts too."""
-    model = dense_model(name, seed, layers)
+    model = dense_model(name, seed, layers, all_experts)
     put_into_four_bits(model)
-    return tune(model, "all-linear,experts" if name in MIXTURES else "all-linear")
+    return tune(model, adapted_in(name))
+
+
+def adapted_in(name: str) -> str:
+    """What has adapters."""
+    return "all-linear,experts" if name in MIXTURES else "all-linear"
+
+
+@functools.cache
+def transformers_own(name: str) -> tuple[PreTrainedModel, tuple[Tensor, float, Tensor]]:
+    """A model, and its states, loss and gradients by transformers' own layers."""
+    model = tuned_model(name)
+    return model, by_transformers(model, packed_batch())
 
 
 def written_out(model: PreTrainedModel) -> PreTrainedModel:
