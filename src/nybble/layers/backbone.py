@@ -143,7 +143,7 @@ class ModuleForward:
         self.details = "" if store is None else ", streamed"
         self._tells_borders = knows_borders(model) or computes_mixers(model)
         there = next(p.device for p in model.parameters() if not p.is_meta)  # a streamed base's are not
-        self.rules = rules_for(there.type, _computed_in(model).itemsize, widest_rows(model, model.config))
+        self.rules = rules_for(there.type, _compute_dtype(model).itemsize, widest_rows(model, model.config))
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """As `Backbone` says."""
@@ -300,7 +300,7 @@ def _fill_up(batch: Batch) -> tuple[Tensor, Tensor, Tensor, int, Spread | None]:
     return filled, positions, borders, max(batch.max_document_length, missing), spread
 
 
-def _computed_in(model: "PreTrainedModel") -> torch.dtype:
+def _compute_dtype(model: "PreTrainedModel") -> torch.dtype:
     """What transformers' modules compute in: the type of norms and biases, which products do not round."""
     vectors = (p.dtype for p in model.parameters() if p.ndim == 1 and p.is_floating_point() and not p.requires_grad)
     return next(vectors, model.dtype)

@@ -183,6 +183,11 @@ class BatchModel:
         return next(self.module.parameters()).device
 
     @property
+    def pad_id(self) -> int:
+        """What fills padded rows up: some models tell padding by it."""
+        return getattr(self.module.config.get_text_config(), "pad_token_id", None) or 0
+
+    @property
     def name(self) -> str:
         """Say which path runs, and why."""
         return self.verdict.describe() + self.backbone.details

@@ -132,11 +132,7 @@ class Seq2SeqLM(CausalLM):
 
     def collate(self, rows: Sequence[Any]) -> PromptedBatch:
         """As `CausalLM` says: prompts padded, and answers padded."""
-        return collate_prompted(rows, self._pad_id, partial(shifted_labels, self.module))
-
-    @property
-    def _pad_id(self) -> int:
-        return getattr(self.module.config, "pad_token_id", None) or 0
+        return collate_prompted(rows, self.pad_id, partial(shifted_labels, self.module))
 
     def beside(self, row: EncodedExample) -> dict[str, Tensor]:
         """As `CausalLM` says: a row's answer."""
@@ -156,9 +152,9 @@ class Seq2SeqLM(CausalLM):
         assert isinstance(self.backbone, ModuleForward)
         if self.backbone.layout != "single":
             prompts, answers = batch.input_ids.shape[1], batch.decoder_input_ids.shape[1]
-            wide = widen(batch, self.backbone.rules.padded_width(prompts), self._pad_id)
+            wide = widen(batch, self.backbone.rules.padded_width(prompts), self.pad_id)
             missing = self.backbone.rules.padded_width(answers) - answers
-            given = F.pad(batch.decoder_input_ids, (0, missing), value=self._pad_id)
+            given = F.pad(batch.decoder_input_ids, (0, missing), value=self.pad_id)
             return answer_states(self.module, wide.input_ids, wide.attention_mask, given)[:, :answers]
         rows, width = [], batch.targets.shape[1]
         lengths = zip(batch.document_lengths, batch.answer_lengths, strict=True)

@@ -101,7 +101,7 @@ class WholeTexts(BatchModel):
         Args:
             shared: tokens that the two texts of each pair of rows begin with; where the model can, they are there once.
         """
-        return collate_texts(rows, self.packed, self._pad_id, shared if self.shares else ())
+        return collate_texts(rows, self.packed, self.pad_id, shared if self.shares else ())
 
     @classmethod
     def _refused(cls, module: "PreTrainedModel", difference: Difference) -> ModelError:
@@ -117,13 +117,9 @@ class WholeTexts(BatchModel):
         if batch.attention_mask is None or not isinstance(self.backbone, ModuleForward):
             return batch.input_ids, batch.attention_mask, batch.token_types
         width = batch.input_ids.shape[1]
-        filled = widen(batch, self.backbone.rules.padded_width(width), self._pad_id)
+        filled = widen(batch, self.backbone.rules.padded_width(width), self.pad_id)
         missing, types = filled.input_ids.shape[1] - width, batch.token_types
         return filled.input_ids, filled.attention_mask, None if types is None else F.pad(types, (0, missing))
-
-    @property
-    def _pad_id(self) -> int:
-        return getattr(self.module.config.get_text_config(), "pad_token_id", None) or 0
 
     def _each_alone(self, batch: TextBatch) -> list[tuple[Tensor, Tensor | None]]:
         """Ids and token types of each text of a padded batch, `(1, T)`, without its padding."""
