@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "lab-notes.md"))
 FIGURE = re.compile(r"(<!--([a-z-]+): (.+?)-->)(.*?)(<!---->)")
+ROUNDED = re.compile(r"(.+) as (,?\.\d+[f%])")
 BLOCK = re.compile(r"(<!--([a-z-]+\.md)-->\n)(.*?)(<!--/\2-->)", re.DOTALL)
 
 
@@ -41,7 +42,8 @@ def record(name: str, results: Path = RESULTS) -> dict[str, Any]:
 
 def figure(content: dict[str, Any], way: str) -> str:
     """What lies at the end of a way: `row / column`, or `key / key / ... as format`."""
-    way, _, rounding = way.partition(" as ")
+    rounded = ROUNDED.fullmatch(way)
+    way, rounding = rounded.groups() if rounded else (way, "")
     first, *rest = way.split(" / ")
     found: Any = content
     if first in content:
