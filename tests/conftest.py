@@ -192,17 +192,21 @@ def save_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def save_sentencepiece(folder: Path, first_only: bool = False) -> Any:
+def save_sentencepiece(folder: Path, first_only: bool = False, bare: bool = False) -> Any:
     """SentencePiece's BPE as Llama 2 and Mistral have it: byte fallback, and a space before the text; after special
-    tokens too, or where the text itself begins only.
+    tokens too, or where the text itself begins only. Bare, as Gemma 4 has it, none, and tokens for line breaks.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    before = [] if bare else [normalizers.Prepend("▁")]
+    spaces = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
     draft = Tokenizer(models.BPE())
     draft.normalizer = spaces
     corpus = [row["prompt"] + row["completion"] for row in ROWS]
+    if bare:
+        draft.pre_tokenizer = pre_tokenizers.Split("\n", behavior="contiguous")
+        corpus += ["\n" * count for count in (2, 3, 4)] * len(ROWS)
     draft.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=120, show_progress=False))
     learned = json.loads(draft.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *sorted(learned["vocab"])]
@@ -213,8 +217,9 @@ def save_sentencepiece(folder: Path, first_only: bool = False) -> Any:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     else:
         tokenizer.normalizer = spaces
-    strip = decoders.Strip(" ", 1, 0)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    strip = [] if bare else [decoders.Strip(" ", 1, 0)]
+    spelled = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*spelled, *strip])
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in pieces[:3]])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -259,6 +264,7 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A tiny model of a family with its tokenizer; made once for all that ask for the same."""
     import torch
     import transformers
+    from tiny_families import EXTRA, set_layer_factors
     from transformers import AutoModelForCausalLM
 
     made: dict[str, Path] = {}
@@ -279,14 +285,13 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 n_embd=64, n_layer=2, n_head=4, n_positions=512, initializer_range=0.15, **vocabulary
             )
         else:
-            from tiny_families import EXTRA
-
             extra = {"sliding_window": None} if family == "mistral" else EXTRA.get(family, {})
             config = transformers.AutoConfig.for_model(family, **(SHAPE | vocabulary | extra | overrides))
         model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():  # norms of ones and biases of zeros would hide mistakes
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln" in name else 0.0, std=0.2)
+        set_layer_factors(model, torch.bfloat16)
         model.to(torch.bfloat16).save_pretrained(folder)
         return folder
 

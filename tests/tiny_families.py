@@ -8,11 +8,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -20,6 +25,7 @@ from transformers import (
     Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 VOCABULARY = 160
@@ -36,6 +42,8 @@ SHAPE = {
 CLASSES = {
     "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
     "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig,
+    "smollm3": SmolLM3Config, "granite": GraniteConfig, "phi3": Phi3Config, "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig, "gemma4_text": Gemma4TextConfig,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each
@@ -44,7 +52,32 @@ EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each
     "qwen2_moe": EXPERTS | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
     "qwen3_moe": EXPERTS | {"moe_intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True},
     "olmoe": EXPERTS | {"pad_token_id": None, "num_key_value_heads": 4},
-}
+    "smollm3": {"num_hidden_layers": 5, "pad_token_id": None},
+    "granite": {
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.625, "attention_multiplier": 0.25, "logits_scaling": 1.5,
+    },
+    "phi3": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        "pad_token_id": None, "tie_word_embeddings": False,
+    },
+    "gemma2": {
+        "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5, "pad_token_id": None,
+        "attn_logit_softcapping": 1.5, "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5, "pad_token_id": None,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5,
+        "head_dim": 16, "global_head_dim": 32, "num_kv_shared_layers": 2, "use_double_wide_mlp": True,
+        "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": VOCABULARY, "final_logit_softcapping": 4.0,
+        "pad_token_id": None,
+    },
+}  # fmt: skip
 MIXTURES = {"mixtral": "llama", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "olmoe": "olmoe"}  # and in GGUF files
 
 
@@ -66,12 +99,20 @@ def make_folder(tmp_path: Path) -> Callable[..., tuple[Path, PreTrainedModel]]:
             if parameter.ndim == 1:
                 torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
             parameter.data = parameter.data.to(dtype)  # not model.to, which would round the rotary frequencies too
+        set_layer_factors(model, dtype)
         folder = tmp_path / f"{family}-{len(list(tmp_path.iterdir()))}"
         model.save_pretrained(folder, max_shard_size=shard)
         save_tokenizer(folder)
         return folder, model
 
     return make
+
+
+def set_layer_factors(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give Gemma 4's layers factors that show."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.data = buffer.uniform_(0.6, 1.4).to(dtype)
 
 
 def save_tokenizer(folder: Path) -> None:

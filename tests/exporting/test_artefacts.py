@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import gguf
 import pytest
 import torch
 from peft import PeftModel
@@ -17,6 +18,7 @@ from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.gguf_model import read_gguf_adapter
 from nybble.exporting.merged_source import MergedSource
 from nybble.formats.blockwise import dequantize, quantize
+from nybble.formats.gguf import GgufFile
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.layers.convert import quantizable_linears
@@ -28,6 +30,14 @@ from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+GEMMA4 = {  # as tiny_families has it, and otherwise
+    "inputs of layers, keys read by others": {"vocab_size_per_layer_input": 300},
+    "values that are keys": {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
 TOKENS = torch.tensor([[70, 5, 33, 90, 12, 200, 41, 7, 8, 9]])
 
 
@@ -131,16 +141,40 @@ def test_gguf_in_transformers(
     assert (out / "Modelfile").read_text().startswith("FROM ./model.gguf\n")
 
 
-@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("layout", ["inputs of layers, keys read by others", "values that are keys"])
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.003), ("q4_0", 0.6)])
+def test_a_gemma_4_gguf_is_read_back(
+    make_run: Callable, tmp_path: Path, layout: str, kind: str, tolerance: float
+) -> None:
+    run = make_run("gemma4_text", **GEMMA4[layout])
+    write(open_run(run), Artefact(ArtefactKind.GGUF, GgufType(kind), "dequantized"), tmp_path / "out")
+    theirs = logits(merged_by_peft(run, dequantized=True))
+    source = open_model(str(tmp_path / "out" / "model.gguf"))
+    assert_near(logits(load_model(source, None, torch.float32)), theirs, tolerance)
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(source.path).tensors}
+    assert types.get("per_layer_token_embd.weight", "none") in ("none", {"f16": "F16", "q4_0": "Q8_0"}[kind])
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "overrides"),
+    [
+        ("mistral", {"first_only": False}, {}),
+        ("mistral", {"first_only": True}, {}),
+        ("gemma4_text", {"bare": True}, {"hidden_size_per_layer_input": 0}),
+    ],
+)
 def test_a_sentencepiece_gguf_has_the_run_s_tokens(
-    make_run: Callable, sentencepiece: Callable, tmp_path: Path, first_only: bool
+    make_run: Callable, sentencepiece: Callable, tmp_path: Path, family: str, options: dict, overrides: dict
 ) -> None:
     """Spaces before the text and after special tokens, several, and bytes; llama.cpp's way is in test_llama_cpp.py."""
-    opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
+    opened = open_run(make_run(family, tokenizer=partial(sentencepiece, **options), **overrides))
     write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     read_back = open_model(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
     for text in sentencepiece_texts():
         assert read_back(text, add_special_tokens=False)["input_ids"] == opened.template.encoder.encode(text), text
+    assert GgufFile(tmp_path / "out" / "model.gguf").metadata["tokenizer.ggml.model"] == (
+        "gemma4" if family == "gemma4_text" else "llama"
+    )
     assert read_back("x")["input_ids"][0] == opened.template.tokenizer.bos_token_id
     assert read_back.chat_template == opened.template.chat_template
 

@@ -12,6 +12,11 @@ from nybble.errors import ExportError
 from nybble.exporting.gguf_keys import ARCHITECTURES, architecture_of, check_family, left_out, rope_tensors
 from nybble.formats.gguf import gguf_names
 
+SCALED_WINDOWS = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+}
+
 
 def config_of(name: str) -> PretrainedConfig:
     return tiny_config(name) if name in MIXTURES else copy.deepcopy(CONFIGS[name])
@@ -38,7 +43,15 @@ def test_every_parameter_has_a_name_of_its_own(name: str) -> None:
         ("gemma2", {"query_pre_attn_scalar": 18, "final_logit_softcapping": None}, "soft caps on scores and logits"),
         ("gemma3_text", {}, "windows in all layers but one of 6"),
         ("phi, normed heads", {}, "no norms of queries and keys"),
-        ("gemma4_text", {}, "does not know the model type 'gemma4_text'"),
+        ("gemma4_text", {"enable_moe_block": True}, "no experts"),
+        ("gemma4_text", {"attention_bias": True}, "no biases"),
+        ("gemma4_text", {"hidden_activation": "silu"}, "the activation gelu_pytorch_tanh"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "earlier tokens alone"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 100}, "two embeddings of as many tokens"),
+        ("gemma4_text", {"num_kv_shared_layers": 1}, "right behind one under a window and one without"),
+        ("gemma4_text", {"layer_types": ["full_attention"] * 4}, "layers under a window among its layers"),
+        ("gemma4_text", {"rope_parameters": SCALED_WINDOWS}, "rotary angles without scaling under windows"),
+        ("gemma4_text", {"rope_parameters": {"full_attention": {"rope_type": "linear"}}}, "default, proportional"),
         ("cohere", {"tie_word_embeddings": False}, "tied to the embedding"),
         ("olmo2", {"tie_word_embeddings": True}, "not tied to the embedding"),
         ("starcoder2", {"head_dim": 32}, "as wide as the hidden states"),

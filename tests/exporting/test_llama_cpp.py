@@ -68,7 +68,14 @@ GROWING = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0,
     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.6, "llama_4_scaling_beta": 0.4,
 }  # fmt: skip
-WITHOUT = {"ministral", "gemma4_text"}  # families that are not exported
+GEMMA4 = {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": 6, "pad_token_id": None, "vocab_size_per_layer_input": 300,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "rope_theta": 5e4, "partial_rotary_factor": 0.5, "factor": 2.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+    },
+}  # fmt: skip
+WITHOUT = {"ministral"}  # families that are not exported
 OTHERS = {  # layers of all kinds; windows and partial angles that the texts tell from none
     "gemma2": {
         "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6,
@@ -80,6 +87,15 @@ OTHERS = {  # layers of all kinds; windows and partial angles that the texts tel
             "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
         },
+    },
+    "gemma4_text": GEMMA4 | {
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32, "final_logit_softcapping": 4.0,
+    },
+    "gemma4_text, values that are keys": GEMMA4 | {
+        "num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1, "use_bidirectional_attention": "vision", "tie_word_embeddings": False,
     },
     "ministral3": {"head_dim": 16, "rope_parameters": GROWING, "pad_token_id": None},
     "smollm3": {"num_hidden_layers": 5, "no_rope_layers": None, "pad_token_id": None},
@@ -118,13 +134,22 @@ def test_mixtures(make_run: Callable, tmp_path: Path, family: str, kind: str, to
     check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
 
 
-@pytest.mark.parametrize("first_only", [False, True])
-def test_sentencepiece(make_run: Callable, sentencepiece: Callable, tmp_path: Path, first_only: bool) -> None:
-    opened = open_run(make_run("mistral", tokenizer=partial(sentencepiece, first_only=first_only)))
+@pytest.mark.parametrize(
+    ("family", "options", "overrides"),
+    [
+        ("mistral", {"first_only": False}, {}),
+        ("mistral", {"first_only": True}, {}),
+        ("gemma4_text", {"bare": True}, {"hidden_size_per_layer_input": 0}),
+    ],
+)
+def test_sentencepiece(
+    make_run: Callable, sentencepiece: Callable, tmp_path: Path, family: str, options: dict, overrides: dict
+) -> None:
+    opened = open_run(make_run(family, tokenizer=partial(sentencepiece, **options), **overrides))
     write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     found = consumer(tmp_path / "out" / "model.gguf")
     read_back = open_model(str(tmp_path / "out" / "model.gguf")).load_tokenizer()
-    for text in ("<s>[INST] hello  there [/INST] yes</s>", "<s>\n naïve 東京\t</s> x"):
+    for text in ("<s>[INST] hello  there [/INST] yes</s>", "<s>\n naïve 東京\t</s> x", "<s>a\n\n\n\n\n b\n"):
         assert found.encode(text) == opened.template.encoder.encode(text)
     for text in ("no bos", " a space", "</s>after", "  two"):
         assert found.encode(text) == read_back(text, add_special_tokens=False)["input_ids"]
@@ -151,9 +176,12 @@ def test_scaled_rotary_frequencies(make_run: Callable, tmp_path: Path, rope: dic
     check(consumer(tmp_path / "out" / "model.gguf"), run, "original", 0.01)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "granite", "phi3", "cohere2", "starcoder2", *MIXTURES])
-def test_adapters_on_their_base(make_run: Callable, tmp_path: Path, family: str) -> None:
-    run = make_run(family, rslora=True, experts=family in MIXTURES, **OTHERS.get(family, {}))
+GEMMAS = [name for name in OTHERS if name.startswith("gemma4")]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "granite", "phi3", "cohere2", "starcoder2", *GEMMAS, *MIXTURES])
+def test_adapters_on_their_base(make_run: Callable, tmp_path: Path, name: str) -> None:
+    run = make_run(name.partition(",")[0], rslora=True, experts=name in MIXTURES, **OTHERS.get(name, {}))
     untuned = tmp_path / "untuned"
     shutil.copytree(run, untuned)
     tensors = load_file(run / "adapter" / WEIGHTS_NAME)

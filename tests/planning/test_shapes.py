@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import nybble
 from nybble.errors import ModelError
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.layers.convert import quantizable_linears
 from nybble.planning.base_costs import base_bytes
 from nybble.planning.costs import Part, predict
 from nybble.planning.run_shape import MicroBatches, ModelShape, RunShape
@@ -102,6 +103,13 @@ def test_widths_are_those_of_the_layers() -> None:
     assert widths["opt"] == (64, 64, 64, 96), "wider than its embedding"
     assert widths["mixtral"] == (64, 64, 32, 2 * 96), "of the experts that a token passes"
     assert widths["gpt_oss"] == (64, 64, 32, 2 * 96)
+
+
+def test_widths_hold_where_joined_projections_stay_in_16_bits() -> None:
+    model = build_skeleton(AutoConfig.for_model("phi3", **LLAMA, pad_token_id=None))
+    rest = [name for name in quantizable_linears(model) if not name.endswith("qkv_proj")]
+    shapes = [shape_of(model), shape_of(model, rest)]
+    assert [(shape.query_width, shape.key_value_width) for shape in shapes] == [(64, 32)] * 2
 
 
 def test_published_mixtures_take_what_they_take() -> None:

@@ -1,6 +1,7 @@
 """GGUF files as sources: tiny models written as llama.cpp writes them, against transformers' own numbers."""
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import gguf
 import pytest
 import torch
 from tiny_families import MIXTURES
-from tiny_gguf import add_tokenizer, write_model
+from tiny_gguf import IN_FILES, OTHERS, add_tokenizer, write_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from nybble.errors import ModelError
 from nybble.formats.gguf import GgufFile
@@ -74,6 +75,110 @@ def test_a_mixture_equals_the_one_it_was_made_of(
     name = next(iter(source.experts))
     assert torch.equal(source.read(name)[2], source.read_expert(name, 2))
     assert load_model(source, BaseFormats(), torch.float32)(tokens).logits.isfinite().all()
+
+
+def differing(ours: PretrainedConfig, theirs: PretrainedConfig) -> set[str]:
+    """Options in which they differ, by more than rounding to fp32."""
+    found = ours.to_dict()
+    wanted = {
+        key: pytest.approx(value) if isinstance(value, float) else value for key, value in theirs.to_dict().items()
+    }
+    return {key for key, value in wanted.items() if found.get(key) != value}
+
+
+LONG = {
+    "original_max_position_embeddings": 32, "rope_parameters": {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.25 * i for i in range(8)],
+        "long_factor": [1.0 + i for i in range(8)], "original_max_position_embeddings": 32,
+    },
+}  # fmt: skip
+SAID = {  # windows, where llama.cpp takes others for granted
+    "num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"]
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        *((family, {}) for family in (*OTHERS, "gemma2", "gemma3_text")),
+        ("granite", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}),
+        ("phi3", LONG),
+        ("gemma2", SAID),
+        ("gemma3_text", SAID),
+    ],
+)
+def test_a_model_of_another_family_equals_the_one_it_was_made_of(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, family: str, overrides: dict[str, object]
+) -> None:
+    _, model = make_folder(family, torch.bfloat16, **overrides)
+    source = open_model(str(write_model(tmp_path / "m.gguf", model, IN_FILES[family])))
+    assert differing(source.config, model.config) <= {"_name_or_path", "dtype"}
+    loaded, model = load_model(source, None, torch.float32), model.float()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+        longer = torch.cat([tokens, tokens, tokens, tokens], dim=1)  # than the length that LongRoPE was made from
+        torch.testing.assert_close(loaded(longer).logits, model(longer).logits, rtol=1e-5, atol=1e-5)
+
+
+KEYS_AS_VALUES = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"], "num_hidden_layers": 3,
+    "num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1, "tie_word_embeddings": False, "final_logit_softcapping": None,
+    "use_double_wide_mlp": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("overrides", [{}, {"use_double_wide_mlp": False}, KEYS_AS_VALUES], ids=len)
+def test_a_gemma_4_equals_the_one_it_was_made_of(
+    make_folder: Callable, tmp_path: Path, tokens: Tensor, overrides: dict[str, object]
+) -> None:
+    _, model = make_folder("gemma4_text", torch.bfloat16, **overrides)
+    source = open_model(str(write_model(tmp_path / "m.gguf", model, "gemma4")))
+    unsaid = {"vocab_size_per_layer_input"} if overrides is KEYS_AS_VALUES else set()
+    assert differing(source.config, model.config) <= {"_name_or_path", "dtype"} | unsaid
+    loaded = load_model(source, None, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model.float()(tokens).logits, rtol=1e-5, atol=1e-5)
+    assert load_model(source, BaseFormats(), torch.float32)(tokens).logits.isfinite().all()
+
+
+def with_numbers(file: Path, key: str, change: Callable[[list], list]) -> Path:
+    """The file with other numbers, of the same count and type, in an array of its header."""
+    old = GgufFile(file).array(key)
+    kind = "<%d?" if isinstance(old[0], bool) else "<%di"
+    before, after = (struct.pack(kind % len(numbers), *numbers) for numbers in (old, change(old)))
+    data = file.read_bytes()
+    start = data.index(key.encode())
+    file.write_bytes(data[:start] + data[start:].replace(before, after, 1))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("feed_forward_length", lambda widths: [*widths[:-1], widths[-1] // 2]),
+        ("feed_forward_length", lambda widths: [widths[0], widths[0] * 2, *widths[2:]]),
+        ("attention.head_count_kv", lambda heads: [1, *heads[1:]]),
+        ("attention.sliding_window_pattern", lambda windows: [*windows[:-1], True]),
+    ],
+)
+def test_layers_that_differ_otherwise_than_gemma_4_s_are_refused(
+    make_folder: Callable, tmp_path: Path, key: str, change: Callable[[list], list]
+) -> None:
+    _, model = make_folder("gemma4_text")
+    file = write_model(tmp_path / "m.gguf", model, "gemma4")
+    with pytest.raises(ModelError, match=r"differ otherwise than Gemma 4's(.|\n)*twice the width"):
+        open_model(str(with_numbers(file, f"gemma4.{key}", change)))
+
+
+def test_rotary_divisors_that_are_not_gemma_4_s_are_refused(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder("gemma4_text")
+    file = write_model(tmp_path / "m.gguf", model, "gemma4")
+    still, other = (struct.pack("<2f", *pair) for pair in ((1e30, 1e30), (1e30, 2.0)))
+    assert still in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(still, other, 1))
+    with pytest.raises(ModelError, match=r"'none' and a table \(rope_freqs.weight\) that is not Gemma 4's"):
+        open_model(str(file))
 
 
 def test_experts_that_are_there_by_half_are_named(make_folder: Callable, tmp_path: Path) -> None:

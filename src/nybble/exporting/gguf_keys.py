@@ -16,15 +16,19 @@ from transformers import PretrainedConfig
 from nybble.errors import ExportError
 from nybble.families import FAMILIES
 from nybble.families.family import FULL, SLIDING
-from nybble.formats.gguf import llama3_divisors
+from nybble.formats.gguf import FACTORS, FREQUENCIES, LARGEST, WINDOWLESS, llama3_divisors, proportional_divisors
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
-READABLE = ("LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE")  # those that nybble reads (formats/gguf.py)
+READABLE = (  # those that nybble reads (formats/gguf.py)
+    "LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE", "SMOLLM3", "GRANITE", "PHI3", "GEMMA2", "GEMMA3",
+    "GEMMA4",
+)  # fmt: skip
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+OWN_ROPE_TYPES = {"PHI3": (*ROPE_TYPES, "longrope"), "GEMMA4": ("default", "proportional")}
 NO_ROPE_EVERY = 4  # which layer has no rotary angles in SmolLM3
-FULL_EVERY = {"COHERE2": 4, "GEMMA2": 2, "GEMMA3": 6}  # which layer has no window
+FULL_EVERY = {"COHERE2": 4, "GEMMA2": WINDOWLESS["gemma2"], "GEMMA3": WINDOWLESS["gemma3"]}  # has no window
 NORMED_ROUTING = {"QWEN2MOE": False, "QWEN3MOE": True, "OLMOE": False}  # norm_topk_prob
-WINDOWED = ("OLMO2", *FULL_EVERY)  # architectures whose windows llama.cpp knows
+WINDOWED = ("OLMO2", "GEMMA4", *FULL_EVERY)  # architectures whose windows llama.cpp knows
 
 
 def architecture_of(config: PretrainedConfig) -> gguf.MODEL_ARCH:
@@ -44,7 +48,7 @@ def check_family(config: PretrainedConfig) -> None:
             f"Supported: {', '.join(ARCHITECTURES)} (SmolLM2 and most Llama relatives say llama).",
             "Export with --to 16bit and use llama.cpp's own converter.",
         )
-    rope, known = rope_of(config), (*ROPE_TYPES, *(["longrope"] if ARCHITECTURES[config.model_type] == "PHI3" else []))
+    rope, known = rope_of(config), OWN_ROPE_TYPES.get(ARCHITECTURES[config.model_type], ROPE_TYPES)
     if rope["rope_type"] not in known:
         raise ExportError(
             f"The model scales its rotary frequencies by {rope['rope_type']!r}.",
@@ -82,6 +86,8 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         scale = config.hidden_size // config.num_attention_heads if _is_27b(config) else head_dim(config)
         granted.append((config.query_pre_attn_scalar == scale, f"query_pre_attn_scalar {scale}"))
         granted.append((not config.use_bidirectional_attention, "attention to earlier tokens alone"))
+    if arch == "GEMMA4":
+        granted += _granted_of_gemma4(config)
     if arch == "GEMMA2":
         caps = config.attn_logit_softcapping and config.final_logit_softcapping
         granted.append((bool(caps), "soft caps on scores and logits"))
@@ -110,6 +116,28 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
     return granted
 
 
+def _granted_of_gemma4(config: PretrainedConfig) -> list[tuple[bool, str]]:
+    family, kinds = FAMILIES[config.model_type], list(config.layer_types)
+    own = [layer for layer in range(len(kinds)) if not family.reads_keys(config, layer)]
+    # of the last two of these, whatever their kinds, llama.cpp takes the first for one under a window
+    given = {SLIDING: own[-1] - 1, FULL: own[-1]}
+    read = {kind: max(layer for layer in own if kinds[layer] == kind) for kind in kinds[len(own) :]}
+    tables = config.vocab_size_per_layer_input == config.vocab_size or not config.hidden_size_per_layer_input
+    return [
+        (not config.enable_moe_block, "no experts (enable_moe_block), which nybble does not write"),
+        (config.use_bidirectional_attention != "all", "attention to earlier tokens alone"),
+        (config.hidden_activation == "gelu_pytorch_tanh", "the activation gelu_pytorch_tanh"),
+        (not config.attention_bias, "no biases"),
+        (SLIDING in kinds, "layers under a window among its layers"),
+        (config.rope_parameters[SLIDING]["rope_type"] == "default", "rotary angles without scaling under windows"),
+        (
+            all(given[kind] == layer for kind, layer in read.items()),
+            "layers that read keys of others right behind one under a window and one without, in this order",
+        ),
+        (tables, "two embeddings of as many tokens (vocab_size_per_layer_input)"),
+    ]
+
+
 def num_experts(config: PretrainedConfig) -> int:
     """Of a layer; 0 where it has none."""
     return getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
@@ -117,7 +145,7 @@ def num_experts(config: PretrainedConfig) -> int:
 
 def _is_27b(config: PretrainedConfig) -> bool:
     """As llama.cpp tells Gemma's largest from others, by its number of layers."""
-    largest: bool = config.num_hidden_layers == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+    largest: bool = config.num_hidden_layers == LARGEST[gguf.MODEL_ARCH_NAMES[architecture_of(config)]]
     return largest
 
 
@@ -143,9 +171,9 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> No
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(_once([_mlp_width(config, layer) for layer in range(config.num_hidden_layers)]))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(_once([_heads(config, kind)[0] for kind in family.kinds(config)]))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     eps = getattr(config, family.norm_eps)
@@ -164,6 +192,23 @@ def add_hyperparameters(writer: gguf.GGUFWriter, config: PretrainedConfig) -> No
         writer.add_expert_used_count(config.num_experts_per_tok)
     if arch in OWN_KEYS:
         OWN_KEYS[arch](writer, config)
+
+
+def _once(values: list[int]) -> int | list[int]:
+    """One number for all layers where they have the same."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def _mlp_width(config: PretrainedConfig, layer: int) -> int:
+    doubled = getattr(config, "use_double_wide_mlp", False) and FAMILIES[config.model_type].reads_keys(config, layer)
+    width: int = config.intermediate_size
+    return 2 * width if doubled else width
+
+
+def _heads(config: PretrainedConfig, kind: str) -> tuple[int, int]:
+    """Of layers of a kind: how many heads of keys, and elements of one."""
+    own = config.per_layer_config[kind] if ARCHITECTURES[config.model_type] == "GEMMA4" else config
+    return own.num_key_value_heads, getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
 
 
 def _granite(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
@@ -211,6 +256,20 @@ def _gemma3(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
+def _gemma4(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    _, width = _heads(config, SLIDING)
+    writer.add_sliding_window(config.sliding_window)
+    writer.add_sliding_window_pattern([kind == SLIDING for kind in config.layer_types])
+    writer.add_shared_kv_layers(config.num_kv_shared_layers)
+    writer.add_embedding_length_per_layer_input(config.hidden_size_per_layer_input or 0)
+    writer.add_key_length_swa(width)
+    writer.add_value_length_swa(width)
+    writer.add_rope_dimension_count_swa(width)
+    writer.add_rope_freq_base_swa(config.rope_parameters[SLIDING]["rope_theta"])
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
 def _stablelm(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_parallel_residual(config.use_parallel_residual)
 
@@ -244,6 +303,7 @@ OWN_KEYS: Mapping[str, Callable[[gguf.GGUFWriter, PretrainedConfig], None]] = {
     "COHERE2": _cohere2,
     "GEMMA2": _gemma2,
     "GEMMA3": _gemma3,
+    "GEMMA4": _gemma4,
     "STABLELM": _stablelm,
     "MISTRAL3": _mistral3,
     "QWEN2MOE": _qwen2moe,
@@ -261,13 +321,15 @@ def rope_of(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Elements of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Elements of a head, of layers without a window where kinds of layers have their own."""
+    return _heads(config, FULL)[1]
 
 
 def rotary_dim(config: PretrainedConfig) -> int:
-    """Elements of a head that are turned."""
-    return int(head_dim(config) * rope_of(config).get("partial_rotary_factor", 1.0))
+    """Elements of a head that are turned; of proportional angles all, some by nothing."""
+    rope = rope_of(config)
+    share = 1.0 if ARCHITECTURES[config.model_type] == "GEMMA4" else rope.get("partial_rotary_factor", 1.0)
+    return int(head_dim(config) * share)
 
 
 def original_length(config: PretrainedConfig) -> int:
@@ -284,11 +346,11 @@ def rope_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
     """What llama.cpp divides frequencies by, fp32 `(rotary_dim / 2)`, by the name of the tensor; nothing for most."""
     rope = rope_of(config)
     if rope["rope_type"] == "longrope":
-        return {
-            f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
-            for which in ("long", "short")
-        }
+        factors = (torch.tensor(rope[f"{which}_factor"], dtype=torch.float32) for which in ("short", "long"))
+        return dict(zip(FACTORS, factors, strict=True))
+    if ARCHITECTURES[config.model_type] == "GEMMA4":
+        return {FREQUENCIES: proportional_divisors(rope, head_dim(config))}
     if rope["rope_type"] != "llama3":
         return {}
     rope |= {"original_max_position_embeddings": original_length(config)}
-    return {"rope_freqs.weight": llama3_divisors(rope, head_dim(config) // 2).float()}
+    return {FREQUENCIES: llama3_divisors(rope, head_dim(config) // 2).float()}

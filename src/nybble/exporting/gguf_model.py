@@ -44,6 +44,7 @@ from nybble.sources.stored_model import StoredModel
 
 MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
 ROUTER, ROW_ALONE = ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight"
+IN_16_BITS = "per_layer_model_proj.weight"  # llama-quantize, too, leaves it so
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ def _storage(kind: GgufType, name: str, shape: tuple[int, ...]) -> gguf.GGMLQuan
         return types.F32
     # llama-quantize, too, puts the ends into q8_0 where the rest is in four bits.
     wanted = types[(GgufType.Q8_0 if kind.in_four_bits and name in DENSE_ENDS else kind).name]
+    if name == IN_16_BITS and wanted is not types.BF16:
+        return types.F16
     return types.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] else wanted
 
 

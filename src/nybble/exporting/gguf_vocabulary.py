@@ -6,7 +6,7 @@ SentencePiece's pieces join by descending score, so the score of a token is minu
 import json
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, TokenType
 
 from nybble.data.examples import Message
 from nybble.data.template import ChatTemplate
@@ -14,11 +14,12 @@ from nybble.errors import ExportError
 from nybble.formats.gguf_vocabulary import BYTE_TOKEN, SPACE, SPLITTING_RULES, Vocabulary
 
 
-def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
+def vocabulary_of(tokenizer: Any, size: int, opening: str = "", gemma4: bool = False) -> Vocabulary:
     """The vocabulary of a fast tokenizer, filled up to `size` tokens.
 
     Args:
         opening: the special token that texts begin with, where they do.
+        gemma4: whether one with byte fallback and no space before texts keeps its merges, as in Gemma 4's files.
 
     Raises:
         ExportError: llama.cpp has no counterpart for this tokenizer.
@@ -44,13 +45,15 @@ def vocabulary_of(tokenizer: Any, size: int, opening: str = "") -> Vocabulary:
         return Vocabulary("gpt2", _splitting_rule(description), tokens, types, merges)
     if tokenizer.unk_token_id is not None:
         types[tokenizer.unk_token_id] = TokenType.UNKNOWN
+    # llama.cpp puts a space after every special token or nowhere; some tokenizers only where the text itself begins
+    begun = tokenizer.tokenize(f"{opening}a", add_special_tokens=False)[bool(opening)].startswith(SPACE)
+    if gemma4 and not begun:
+        return Vocabulary("gemma4", "gemma4", tokens, types, merges)
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         ranks.setdefault("".join(pair) if not isinstance(pair, str) else pair.replace(" ", "", 1), rank)
     scores = [-float(ranks.get(token, len(ranks))) for token in tokens]
-    # llama.cpp puts a space after every special token or nowhere; some tokenizers only where the text itself begins
-    begun = tokenizer.tokenize(f"{opening}a", add_special_tokens=False)[bool(opening)]
-    return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=begun.startswith(SPACE))
+    return Vocabulary("llama", "default", tokens, types, scores=scores, space_prefix=begun)
 
 
 def add_vocabulary(writer: GGUFWriter, template: ChatTemplate, size: int) -> None:
@@ -59,16 +62,19 @@ def add_vocabulary(writer: GGUFWriter, template: ChatTemplate, size: int) -> Non
     Raises:
         ExportError: llama.cpp has no counterpart for this tokenizer.
     """
-    tokenizer = template.tokenizer
-    vocabulary = vocabulary_of(tokenizer, size, _opening(template))
+    tokenizer, begins = template.tokenizer, template.encoder.leading_bos is not None
+    # such files have bos before every text, whatever they say of it
+    gemma4 = writer.arch == MODEL_ARCH_NAMES[MODEL_ARCH.GEMMA4] and begins
+    vocabulary = vocabulary_of(tokenizer, size, _opening(template), gemma4)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    if vocabulary.model == "gpt2":
+    if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
-    else:
+    if vocabulary.model == "llama":
         writer.add_token_scores(vocabulary.scores)
+    if vocabulary.model != "gpt2":
         writer.add_add_space_prefix(vocabulary.space_prefix)
     for number, add in (
         (tokenizer.bos_token_id, writer.add_bos_token_id),
@@ -80,7 +86,7 @@ def add_vocabulary(writer: GGUFWriter, template: ChatTemplate, size: int) -> Non
             add(number)
     if template.stop_ids and template.stop_ids[0] != tokenizer.eos_token_id:
         writer.add_eot_token_id(template.stop_ids[0])
-    writer.add_add_bos_token(template.encoder.leading_bos is not None)
+    writer.add_add_bos_token(begins)
     writer.add_add_eos_token(False)
     if template.chat_template is not None:
         writer.add_chat_template(template.chat_template)

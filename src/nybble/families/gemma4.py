@@ -18,5 +18,5 @@ GEMMA4 = replace(
     layer_input=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"),
     layer_factor="layer_scalar",
     unsupported=("enable_moe_block", ("use_bidirectional_attention", "all")),
-    gguf=None,
+    gguf="GEMMA4",
 )

@@ -30,16 +30,24 @@ from nybble.formats.safetensors import TensorEntry, read_exactly, row_entry
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe")
+ARCHITECTURES = (
+    "llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "smollm3", "granite", "phi3", "gemma2", "gemma3",
+    "gemma4",
+)  # fmt: skip
 PANEL_ELEMENTS = 1 << 20  # widened at a time
 MAX_DIMS = 4
-DENSE_ENDS = ("token_embd.weight", "output.weight")
+DENSE_ENDS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a block
-INTERLEAVED = ("llama",)  # architectures in which rotary pairs lie side by side
+INTERLEAVED = ("llama", "smollm3", "granite")  # architectures in which rotary pairs lie side by side
+WINDOWLESS = {"gemma2": 2, "gemma3": 6}  # every which layer has no window, where a file does not say
+LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the model whose scores llama.cpp scales by another width
+STILL = 1e30  # what llama.cpp divides a frequency by that turns nothing
 EXPERTS = {  # transformers' parameter of all experts -> what GGUF has a tensor for, whose rows follow one another
     "gate_up_proj": ("gate_proj", "up_proj"),
     "down_proj": ("down_proj",),
 }
+
+FREQUENCIES, FACTORS = "rope_freqs.weight", ("rope_factors_short.weight", "rope_factors_long.weight")
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -91,13 +99,16 @@ class GgufFile:
             cursor.position = self._arrays[key]
             return cursor.array()
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         """The number under a key; an array of one number for all layers is that number.
+
+        Args:
+            default: where the file does not have the key.
 
         Raises:
             ModelError: there is none, or layers have different ones.
         """
-        values = set(self.array(key)) if key in self._arrays else {self.metadata.get(key)}
+        values = set(self.array(key)) if key in self._arrays else {self.metadata.get(key, default)}
         value = values.pop() if len(values) == 1 else None
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise ModelError(
@@ -106,6 +117,21 @@ class GgufFile:
                 "Use the model's safetensors folder.",
             )
         return value
+
+    def numbers(self, key: str, layers: int) -> list[Any]:
+        """The number of each of so many layers under a key: an array of them, or one number for all.
+
+        Raises:
+            ModelError: there is neither.
+        """
+        found = self.array(key) if key in self._arrays else [self.metadata.get(key)] * layers
+        if not layers or len(found) != layers or not all(isinstance(value, int | float) for value in found):
+            raise ModelError(
+                f"{self.path} has no number for each of its {layers} layers under {key}.",
+                "Needed: so many numbers, or one for all.",
+                "Use the model's safetensors folder.",
+            )
+        return found
 
     def _parse(self, cursor: "_Cursor") -> None:
         if cursor.take(4) != b"GGUF":
@@ -246,7 +272,7 @@ class GgufFile:
         """transformers' name -> those of the tensors that it lies in, of every parameter of `model` (on the meta device
         is enough) that the file holds, in the file's order.
 
-        `rope_freqs.weight` has no place in a model; `complete_config` reads it.
+        Tables of rotary frequencies have no place in a model, whose config says them.
 
         Raises:
             ModelError: a tensor of the file has no place in the model, or experts are there by half.
@@ -254,7 +280,8 @@ class GgufFile:
         architecture = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         names = gguf_names(model, architecture)
         placed = {part for parts in names.values() for part in parts}
-        unplaced = [name for name in self.entries if name not in placed and name != "rope_freqs.weight"]
+        placed |= {*(FACTORS if self.architecture == "phi3" else [FREQUENCIES]), *self._without_use()}
+        unplaced = [name for name in self.entries if name not in placed]
         if unplaced:
             raise ModelError(
                 f"{self.path} holds tensors that {type(model).__name__} has no place for: {', '.join(unplaced[:5])}"
@@ -270,6 +297,13 @@ class GgufFile:
         stored = sorted((name for name, parts in there.items() if parts), key=lambda name: order[names[name][0]])
         return {name: names[name] for name in stored}
 
+    def _without_use(self) -> Iterator[str]:
+        """Tensors that no program computes with: keys and values of Gemma 4's layers that read those of others."""
+        keys = (f"{self.architecture}.{key}" for key in ("block_count", "attention.shared_kv_layers"))
+        layers, shared = (int(self.number(key, 0)) for key in keys)
+        for layer in range(max(0, layers - shared), layers):
+            yield from (f"blk.{layer}.{part}.weight" for part in ("attn_k", "attn_v", "attn_k_norm"))
+
     def complete_config(self, config: "PretrainedConfig") -> None:
         """Set, in place, what transformers' reader leaves out: head width, RoPE scaling, attention without a window.
 
@@ -282,28 +316,47 @@ class GgufFile:
         if getattr(config, "sliding_window", None):
             config.sliding_window = None  # llama.cpp runs these architectures without one
         scaling = self.metadata.get(f"{prefix}.rope.scaling.type", "none")
-        factor = self.metadata.get(f"{prefix}.rope.scaling.factor", 1.0)
-        if "rope_freqs.weight" in self.entries:
+        if FREQUENCIES in self.entries:
             config.rope_parameters |= self._llama3_scaling(config.rope_parameters["rope_theta"])
-        elif scaling == "linear":
-            config.rope_parameters |= {"rope_type": "linear", "factor": factor}
         elif scaling == "yarn":
             original = self.metadata.get(f"{prefix}.rope.scaling.original_context_length")
             config.rope_parameters |= {
                 "rope_type": "yarn",
-                "factor": factor,
+                "factor": self.metadata.get(f"{prefix}.rope.scaling.factor", 1.0),
                 "original_max_position_embeddings": original or config.max_position_embeddings,
             }
-        elif scaling != "none":
-            raise ModelError(
-                f"{self.path} scales its rotary frequencies by {scaling!r}.",
-                "Known: none, linear, yarn, and Llama 3's.",
-                "Use the model's safetensors folder.",
-            )
+        else:
+            config.rope_parameters |= self.linear_rope("none, linear, yarn, and Llama 3's")
+
+    def linear_rope(self, known: str = "none and linear") -> dict[str, Any]:
+        """transformers' parameters for rotary frequencies that all are divided by one number, or by none.
+
+        Args:
+            known: ways of scaling, for the message.
+
+        Raises:
+            ModelError: the file scales them otherwise.
+        """
+        scaling = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        if tables := [name for name in (FREQUENCIES, *FACTORS) if name in self.entries]:
+            raise self._other_scaling(f"a table ({tables[0]})", known)
+        if scaling == "linear":
+            factor = self.number(f"{self.architecture}.rope.scaling.factor", 1.0)
+            return {"rope_type": "linear", "factor": factor}
+        if scaling != "none":
+            raise self._other_scaling(repr(scaling), known)
+        return {"rope_type": "default"}
+
+    def _other_scaling(self, by: str, known: str) -> ModelError:
+        return ModelError(
+            f"{self.path} scales its rotary frequencies by {by}.",
+            f"Known: {known}.",
+            "Use the model's safetensors folder.",
+        )
 
     def _llama3_scaling(self, theta: float) -> dict[str, Any]:
         """Llama 3's scaling, recognised by the frequency divisors that the file stores in its place."""
-        divisors = self.read("rope_freqs.weight").double()  # (head_dim / 2)
+        divisors = self.read(FREQUENCIES).double()  # (head_dim / 2)
         scaling = {
             "rope_type": "llama3",
             "factor": float(divisors.max()),
@@ -313,12 +366,30 @@ class GgufFile:
         }
         expected = llama3_divisors(scaling | {"rope_theta": theta}, len(divisors))
         if not torch.allclose(divisors, expected, rtol=1e-3):
-            raise ModelError(
-                f"{self.path} scales its rotary frequencies by a table (rope_freqs.weight) that is not Llama 3's.",
-                "Known: none, linear, yarn, and Llama 3's.",
-                "Use the model's safetensors folder.",
-            )
+            by = f"a table ({FREQUENCIES}) that is not Llama 3's"
+            raise self._other_scaling(by, "none, linear, yarn, and Llama 3's")
         return scaling
+
+    def proportional_rope(self, head_dim: int) -> dict[str, Any]:
+        """transformers' parameters for the divisors of rotary frequencies that a Gemma 4 file has.
+
+        Raises:
+            ModelError: it has none, others, or scales frequencies beside them.
+        """
+        scaling = self.metadata.get(f"{self.architecture}.rope.scaling.type", "none")
+        if FREQUENCIES in self.entries and scaling == "none" and head_dim > 0:
+            divisors = self.read(FREQUENCIES)  # (head_dim / 2)
+            turned = int((divisors < STILL).sum())
+            # of shares that give so many, the exact one where rounding spares it
+            shares = (2 * turned / head_dim, (2 * turned + 1) / head_dim)
+            rope: dict[str, Any] = {"rope_type": "proportional"}
+            rope["partial_rotary_factor"] = next(share for share in shares if int(share * head_dim // 2) == turned)
+            if turned and (factor := float(divisors[0])) != 1.0:
+                rope["factor"] = factor
+            if torch.equal(divisors, proportional_divisors(rope, head_dim)):
+                return rope
+        by = f"{scaling!r} and a table ({FREQUENCIES}) that is not Gemma 4's"
+        raise self._other_scaling(by, "none, and one number for those that turn beside 1e30 for the others")
 
 
 def gguf_names(model: "PreTrainedModel", architecture: gguf.MODEL_ARCH) -> dict[str, tuple[str, ...]]:
@@ -329,6 +400,8 @@ def gguf_names(model: "PreTrainedModel", architecture: gguf.MODEL_ARCH) -> dict[
         owner, _, leaf = name.rpartition(".")
         if owner.endswith(".experts"):
             modules, leaf = [f"{owner}.{part}" for part in EXPERTS.get(leaf, (leaf,))], "weight"
+        elif table.get_name(owner) is None:  # a number of a layer's own
+            modules, leaf = [name], "weight"
         else:
             modules = [owner]
         found = [table.get_name(module) for module in modules]
@@ -359,6 +432,19 @@ def llama3_divisors(rope: Mapping[str, Any], count: int) -> Tensor:
     low, high, original = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     smooth = ((original * frequencies / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     return 1 / ((1 - smooth) / rope["factor"] + smooth)
+
+
+def proportional_divisors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """transformers' proportional RoPE as llama.cpp keeps it: what each of head_dim / 2 frequencies is divided by, fp32.
+
+    A share of them turns, slowed down by the factor; the others turn nothing (`_compute_proportional_rope_parameters`).
+    Without scaling all turn.
+    """
+    divisors = torch.full((head_dim // 2,), STILL)
+    if rope["rope_type"] == "default":
+        return divisors.fill_(1.0)
+    divisors[: int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)] = rope.get("factor", 1.0)
+    return divisors
 
 
 class _Cursor:

@@ -3,6 +3,8 @@
     gpt2    byte-level BPE: tokens, types, merges, and the name of the rule by which text is split first (`pre`)
     llama   SentencePiece's BPE with byte fallback: tokens, types and scores; any two pieces that spell a token join,
             the best score first. With a space prefix, a space goes before the text and after each special token
+    gemma4  the same pieces and bytes, joined by merges as in byte-level BPE; line breaks are set apart, and bos goes
+            before every text
 
 llama.cpp knows splitting rules by name; `SPLITTING_RULES` names those of the families that nybble reads and writes.
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer"; llama.cpp's `llama-vocab.cpp`.
@@ -60,7 +62,8 @@ SPLITTING_RULES = {
     ),
     "tekken": SplittingRule((_TEKKEN, "raw bytes"), whole_words=True, adds_bos=True),
 }
-KNOWN_MODELS = ("gpt2", "llama")
+KNOWN_MODELS = ("gpt2", "llama", "gemma4")
+LINE_BREAKS = r"\n+"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
 
@@ -74,7 +77,7 @@ class Vocabulary:
         pre: name of the splitting rule, for gpt2.
         tokens: by id, filled up to the rows of the embedding matrix.
         types: `gguf.TokenType` of each.
-        merges: of gpt2, by rank, "left right".
+        merges: of gpt2 and gemma4, by rank, "left right".
         scores: of llama.
         space_prefix: whether llama.cpp should put a space before a text, for llama.
     """
@@ -103,7 +106,7 @@ def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
     """
     if len(vocabulary.types) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and types of {len(vocabulary.types)}")
-    tokenizer = _byte_level(vocabulary) if vocabulary.model == "gpt2" else _sentencepiece(vocabulary)
+    tokenizer = _BUILDERS[vocabulary.model](vocabulary)
     for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
         tokens = [token for token, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == kind]
         added = [AddedToken(token, normalized=False, special=kind == TokenType.CONTROL) for token in tokens]
@@ -125,13 +128,21 @@ def _byte_level(vocabulary: Vocabulary) -> Tokenizer:
 def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     if len(vocabulary.scores) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and scores of {len(vocabulary.scores)}")
+    return _of_pieces(vocabulary, _merges_by_score(vocabulary))
+
+
+def _gemma4(vocabulary: Vocabulary) -> Tokenizer:
+    tokenizer = _of_pieces(vocabulary, [_pair(merge) for merge in vocabulary.merges])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(LINE_BREAKS), behavior="isolated")
+    return tokenizer
+
+
+def _of_pieces(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> Tokenizer:
+    """Pieces with ▁ for spaces, and a token for every byte of what is no piece."""
     unknown = next(
         (t for t, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == TokenType.UNKNOWN), None
     )
-    model = models.BPE(
-        _ids(vocabulary), _merges_by_score(vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True
-    )
-    tokenizer = Tokenizer(model)
+    tokenizer = Tokenizer(models.BPE(_ids(vocabulary), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     spaces: list[Any] = [normalizers.Replace(" ", SPACE)]
     written: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if vocabulary.space_prefix:
@@ -139,6 +150,9 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
         written.append(decoders.Strip(" ", 1, 0))
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(spaces), decoders.Sequence(written)
     return tokenizer
+
+
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}
 
 
 def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:

@@ -183,9 +183,8 @@ def _attention_widths(parts: Inventory, hidden: int, family: Family | None, conf
     """Of all queries, and of all keys."""
     widths = [block.widths for block, _ in parts.blocks]
     if family is not None and len(family.qkv) == 1:
-        leaf, queries, keys = _leaf(family.qkv[0]), config.num_attention_heads, config.num_key_value_heads
-        head = max(found[leaf][1] for found in widths) // (queries + 2 * keys)
-        return queries * head, keys * head
+        head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+        return config.num_attention_heads * head, config.num_key_value_heads * head
     query = max((found[name][1] for name in ("q_proj", "q") for found in widths if name in found), default=hidden)
     key = max((found[name][1] for name in ("k_proj", "k") for found in widths if name in found), default=query)
     return query, key

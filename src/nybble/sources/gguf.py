@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from nybble.errors import FormatError, ModelError, foreign_errors
+from nybble.families import FAMILIES
 from nybble.formats.bnb import StoredWeight
 from nybble.formats.format import DEFAULT_FORMAT, STORED_FORMATS
 from nybble.formats.gguf import DENSE_ENDS, LATTICES, GgufFile, widen_rows
@@ -84,6 +85,8 @@ class GgufSource(StoredModel):
         if gguf_name in DENSE_ENDS:  # kept in 16 bits: widened straight to bf16
             return self._file.read(gguf_name, self.dense_dtype)
         values = self._file.in_hf_order(self._file.read(gguf_name), gguf_name, self.config)
+        if name.endswith("norm.weight"):
+            values -= FAMILIES[self.config.model_type].norm_offset  # which files have in the weights
         return values[None] if name.endswith(ROW_ALONE) else values
 
     def read_part(self, name: str, index: int) -> Tensor | QuantizedTensor:
@@ -294,7 +297,7 @@ def _tokenizer_of(file: GgufFile) -> PreTrainedTokenizerBase:
     with foreign_errors(lambda error: _no_tokenizer(file, f"is damaged: {error}")):
         backend = tokenizer_of(vocabulary)
     special = {name: _special_token(file, vocabulary, name) for name in ("bos", "eos", "unknown", "padding")}
-    if special["bos"] is not None and file.metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(vocabulary)):
+    if special["bos"] is not None and _adds_bos(file, vocabulary):
         number = vocabulary.tokens.index(special["bos"])
         backend.post_processor = processors.TemplateProcessing(
             single=f"{special['bos']} $A",
@@ -335,17 +338,18 @@ def _special_token(file: GgufFile, vocabulary: Vocabulary, name: str) -> str | N
     return None if number is None or not 0 <= number < len(vocabulary.tokens) else vocabulary.tokens[number]
 
 
-def _adds_bos(vocabulary: Vocabulary) -> bool:
-    """Whether llama.cpp puts bos before a text where the file does not say."""
-    if vocabulary.model == "llama":
+def _adds_bos(file: GgufFile, vocabulary: Vocabulary) -> bool:
+    """Whether llama.cpp puts bos before a text."""
+    if vocabulary.model == "gemma4":  # whatever the file says
         return True
     rule = splitting_rule(vocabulary.pre)
-    return rule is not None and rule.adds_bos
+    default = vocabulary.model == "llama" or (rule is not None and rule.adds_bos)
+    return bool(file.metadata.get("tokenizer.ggml.add_bos_token", default))
 
 
 def _no_tokenizer(file: GgufFile, what: str) -> ModelError:
     return ModelError(
         f"The tokenizer in {file.path} {what}.",
-        f"Readable: byte-level BPE (gpt2) split as by {', '.join(SPLITTING_RULES)}; SentencePiece BPE (llama).",
+        f"Readable: byte-level BPE (gpt2) split as by {', '.join(SPLITTING_RULES)}; SentencePiece BPE (llama, gemma4).",
         "Name the model's own tokenizer, a folder or hub id, with --tokenizer.",
     )
