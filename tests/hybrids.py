@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from own_gradients import VOCABULARY
+from tiny import make_decoder
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -54,15 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def make_hybrid(folder: Path, name: str) -> Path:
     """A model of such an architecture in fp32 with a tokenizer of bytes, as transformers saves it."""
-    from tiny import byte_tokenizer
-
-    tokenizer = byte_tokenizer()
-    tokenizer.save_pretrained(folder)
-    shape = SHAPE | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **shape | {"max_position_embeddings": 256} | CONFIGS[name])
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return make_decoder(folder, name, **SHAPE | {"max_position_embeddings": 256} | CONFIGS[name])
 
 
 def hybrid(name: str, dtype: torch.dtype = torch.float32, adapters: bool = True, **more: Any) -> Any:

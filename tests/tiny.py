@@ -64,6 +64,20 @@ def make_model(folder: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 1
 
 
+def make_decoder(folder: Path, model_type: str, **sizes: Any) -> Path:
+    """A decoder of any type in fp32 with a tokenizer of bytes, as transformers saves it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **sizes | own)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
 def make_data(path: Path, rows: Sequence[Mapping[str, Any]] = ROWS) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -11,6 +11,7 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from family_models import CONFIGS
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 from typed import typed
@@ -25,8 +26,10 @@ from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.planning.from_config import read_config
 from nybble.quantization import folder as folder_module
 from nybble.quantization.folder import CalibrationInput, quantize_folder
+from nybble.quantization.synth import synthesize
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
+from nybble.sources.shapes import SHAPES
 
 SPECS = [
     QuantSpec("nf4", 64, True),
@@ -338,3 +341,12 @@ def test_a_changed_file_of_our_own_folder_is_refused_and_a_folder_without_a_mani
         open_model(str(out))
     (out / "nybble-manifest.json").unlink()
     open_model(str(out))
+
+
+def test_a_synthetic_model_has_the_buffers_that_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's factors of what a layer gives."""
+    monkeypatch.setitem(SHAPES, "small", CONFIGS["gemma4_text"].to_dict() | {"vocab_size": 300})
+    synthesize("small", QuantSpec(), tmp_path / "model")
+    model = load_model(open_model(str(tmp_path / "model")), BaseFormats(), torch.float32)
+    factors = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+    assert len(factors) == 4 and all(factor == 1 for factor in factors)

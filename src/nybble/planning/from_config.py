@@ -41,6 +41,7 @@ from nybble.sources.shapes import SHAPES
 from nybble.sources.skeleton import (
     build_skeleton,
     build_whole,
+    config_from_json,
     config_refused,
     is_encoder,
     reads_whole,
@@ -190,7 +191,7 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
     Raises:
         ModelError: it does not know the architecture, or cannot take a value.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers import CONFIG_MAPPING
 
     if not isinstance(written.get("model_type"), str):
         raise ModelError("The model's config has no model_type.", "Allowed: a config.json written by transformers.")
@@ -198,7 +199,7 @@ def transformers_config(written: dict[str, Any]) -> "PretrainedConfig":
     if written["model_type"] not in CONFIG_MAPPING:
         raise refused(ValueError("it has no such model type"))
     with foreign_errors(refused):
-        config = AutoConfig.for_model(**{name: value for name, value in written.items() if name != QUANTIZATION})
+        config = config_from_json({name: value for name, value in written.items() if name != QUANTIZATION})
     return stored_text_config(config, written, build_whole(config))
 
 

@@ -66,7 +66,9 @@ def synthesize(shape: str, spec: QuantSpec, out: Path, seed: int = 0, report: Li
 
 
 def _parameters(config: PretrainedConfig, spec: QuantSpec, seed: int, report: Listener) -> Iterator[tuple[str, Tensor]]:
-    """What is stored, name by name: four-bit linears as bitsandbytes stores them, the rest in bf16."""
+    """What is stored, name by name: four-bit linears as bitsandbytes stores them, the rest in bf16; vectors are ones,
+    and so are buffers.
+    """
     model = build_skeleton(config)
     linears, stacks = {f"{name}.weight" for name in quantizable_linears(model)}, expert_shapes(model)
     generator = torch.Generator().manual_seed(seed)
@@ -83,6 +85,10 @@ def _parameters(config: PretrainedConfig, spec: QuantSpec, seed: int, report: Li
         else:
             matrix = _drawn(parameter.shape, scale, generator)
             yield from stored_tensors(name, quantize(matrix, spec)).items() if name in linears else [(name, matrix)]
+    stored = model.state_dict()
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            yield name, torch.ones(buffer.shape, dtype=torch.bfloat16)
 
 
 def _drawn(shape: Sequence[int], scale: float, generator: torch.Generator) -> Tensor:

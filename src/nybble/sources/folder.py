@@ -34,7 +34,14 @@ from nybble.sources.checkpoint_names import CheckpointNames, checkpoint_names
 from nybble.sources.packed_weights import PackedWeights, find_packed_weights
 from nybble.sources.processor import load_processor, load_vision_language_processor
 from nybble.sources.sentences import named_prompts, read_pooling
-from nybble.sources.skeleton import build_skeleton, build_whole, config_refused, is_taken_alone, stored_text_config
+from nybble.sources.skeleton import (
+    build_skeleton,
+    build_whole,
+    config_from_json,
+    config_refused,
+    is_taken_alone,
+    stored_text_config,
+)
 from nybble.sources.stored_model import StoredModel
 from nybble.sources.task import PICTURES, Task, reads_both, reads_pictures
 from nybble.sources.tokenizer import load_tokenizer
@@ -376,7 +383,7 @@ def _load_config(folder: Path, config_json: dict[str, Any]) -> PretrainedConfig:
 
     with foreign_errors(config_refused(folder / "config.json")):
         if (config_json.get("quantization_config") or {}).get("quant_method") == "nybble":  # refused by its folder
-            config = AutoConfig.for_model(**config_json)
+            config = config_from_json(config_json)
         else:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):

@@ -28,6 +28,24 @@ def config_refused(where: object) -> Callable[[Exception], ModelError]:
     return refused
 
 
+def config_from_json(written: dict[str, Any]) -> "PretrainedConfig":
+    """What transformers makes of a config.json's content. JSON has no infinity: there it is an object of its own."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**_with_floats(written))
+
+
+def _with_floats(value: Any) -> Any:
+    match value:
+        case {"__float__": str(number)} if len(value) == 1:
+            return float(number)
+        case dict():
+            return {name: _with_floats(each) for name, each in value.items()}
+        case list():
+            return [_with_floats(each) for each in value]
+    return value
+
+
 def build_skeleton(
     config: "PretrainedConfig", dtype: torch.dtype = torch.bfloat16, task: Task = TOKENS
 ) -> "PreTrainedModel":

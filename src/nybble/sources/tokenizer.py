@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nybble.data.picture_rows import PictureProcessor
 from nybble.errors import ModelError, first_line, foreign_errors
+from nybble.formats.bnb import OWN_MODEL_TYPE, true_config
+from nybble.sources.skeleton import config_from_json
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -26,7 +28,17 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         )
 
     with foreign_errors(none_loaded):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=Path(name).is_dir())
+        more = _true_config(Path(name)) | {"local_files_only": Path(name).is_dir()}
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+
+
+def _true_config(folder: Path) -> dict[str, Any]:
+    """The config, where config.json has it under a name that transformers refuses: only nybble reads the weights."""
+    file = folder / "config.json"
+    written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if written.get("model_type") != OWN_MODEL_TYPE:
+        return {}
+    return {"config": config_from_json(true_config(written))}
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase | PictureProcessor, folder: Path) -> None:
