@@ -128,6 +128,7 @@ TILE_PRODUCT_BYTES = 1_100_000  # for AMX: 640,000 to 1,210,000; experts' and at
 
 GRAPH_MULTIPLE = 256  # of tokens and of supervised ones, that micro-batches from graphs are filled up to
 
+WIDE_LOGIT_BYTES = 8  # of a logit to which something is done after the product: in fp32, and its slope
 DISTILLED_BYTES = 4  # of a student's logit beside itself: in fp32, compared with its teacher's
 ASKED_BYTES = 16  # of a teacher's logit: itself, in fp32, and what its sums are made of
 

@@ -26,7 +26,7 @@ from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.streamed import HeadMatrix, widened
 from nybble.layers.token_rows import TokenLogits
-from nybble.sizes import SHAPE_RULES, ShapeRules
+from nybble.sizes import SHAPE_RULES, WIDE_LOGIT_BYTES, ShapeRules
 
 NO_TARGET = -1
 
@@ -218,17 +218,23 @@ class LossHead(Head):
             torch.mm(hidden, panel.T, out=columns)
         if low is not None and b is not None:
             product.addmm_(low, b.T)
-        return self.finish(product)
+        in_rooms = out is not None and not self._is_plain and product.dtype != torch.float32
+        room = self._room("logits in fp32", product.shape, torch.float32, product.device) if in_rooms else None
+        return self.finish(product, room)
 
-    def finish(self, product: Tensor) -> Tensor:
-        """Logits from hidden · Wᵀ, which is overwritten where it is fp32."""
+    def finish(self, product: Tensor, room: Tensor | None = None) -> Tensor:
+        """Logits from hidden · Wᵀ, which is overwritten where it is fp32.
+
+        Args:
+            room: fp32, where they go where it is not; a fresh tensor where None.
+        """
         if self._is_plain:
             return product
-        logits = product.float()
+        logits = product.float() if room is None else room.copy_(product)
         if self.bias is not None:
             logits += self.bias.float()
         logits *= self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
 
     @property
     def _is_plain(self) -> bool:
@@ -254,7 +260,7 @@ class LossHead(Head):
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows of a chunk of logits."""
-        return self.rules.chunk_rows(self.vocabulary * (itemsize if self._is_plain else 8))
+        return self.rules.chunk_rows(self.vocabulary * (itemsize if self._is_plain else WIDE_LOGIT_BYTES))
 
     def chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
@@ -290,14 +296,14 @@ class LossHead(Head):
         b: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Losses and figures of a chunk `(1 + K, C)` fp32, and factor · d(sum of the losses)/d(hidden) `(C, hidden)`,
-        and /d(product) `(C, vocabulary)`, which lies in `buffer` or beside it; the factor is fp64 [].
+        and /d(product) `(C, vocabulary)`, which lies in `buffer`; the factor is fp64 [].
         """
         logits = self._logits(hidden, buffer, low, b)
-        slope = None if self.softcap is None else 1 - (logits / self.softcap).square()
+        slope = None if self.softcap is None else self._slope(logits, self.softcap)
         losses = criterion.losses_(logits, targets, (factor * self.scale).float())  # logits now holds the gradient
         if slope is not None:
             logits *= slope
-        grad = logits.to(hidden.dtype)
+        grad = logits if logits.dtype == hidden.dtype else buffer.copy_(logits)
         columns = grad.split(self.panel_rows(hidden.dtype), dim=1)
         if len(columns) == 1:
             (panel,) = self._panels(hidden.dtype)
@@ -306,6 +312,11 @@ class LossHead(Head):
         for column, panel in zip(columns, self._panels(hidden.dtype), strict=True):
             total += column @ panel
         return losses, total.to(hidden.dtype), grad
+
+    def _slope(self, logits: Tensor, cap: float) -> Tensor:
+        """1 - (logits / c)², of c · tanh."""
+        room = self._room("slope", logits.shape, logits.dtype, logits.device)
+        return torch.div(logits, cap, out=room).square_().neg_().add_(1)
 
 
 class _LossFunction(torch.autograd.Function):

@@ -2,18 +2,28 @@
 
 from nybble.planning import cuda_costs
 from nybble.planning.run_shape import DENSE_BYTES, MASTER_BYTES, RunShape
-from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES
+from nybble.sizes import ASKED_BYTES, DISTILLED_BYTES, WIDE_LOGIT_BYTES
+
+FP32 = 4  # bytes
+
+
+def chunk_rows(run: RunShape) -> int:
+    """States whose logits are made at once, at most."""
+    each = WIDE_LOGIT_BYTES if run.model.wide_logits else run.compute_bytes
+    return run.rules.chunk_rows(run.model.vocab_size * each)
 
 
 def logits_bytes(run: RunShape) -> int:
-    """Room for a chunk of logits, which the loss head keeps; a head that is trained keeps none."""
+    """Room for a chunk of logits, which the loss head keeps, in fp32 too where something is done to them, and for a
+    cap's slope; a head that is trained keeps none.
+    """
     if run.trained_head or run.scored or run.asked:
         return 0
-    c = run.compute_bytes
-    fit = run.rules.chunk_rows(run.model.vocab_size * c)
     multiple = run.rules.row_multiple
     needed = -(-max_targets(run) // multiple) * multiple
-    return min(fit, needed) * run.model.vocab_size * c
+    widened = run.model.wide_logits and run.compute_bytes < FP32
+    each = run.compute_bytes + FP32 * (widened + run.model.capped_logits)
+    return min(chunk_rows(run), needed) * run.model.vocab_size * each
 
 
 def head_bytes(run: RunShape) -> int:

@@ -52,6 +52,8 @@ class ModelShape:
         beside_width: elements a token that layers read beside the states, of all layers together.
         kinds: where blocks differ in such widths, what a model of each of them alone would be, and how many there are.
         given_all: experts that are given a state for every token, sent to them or not.
+        wide_logits: something is done to logits after the product, in fp32 (a factor, a bias, a cap).
+        capped_logits: it is a cap, whose slope their gradient is multiplied with.
         mixer_values, mixer_chunk: fp32 numbers that a mixer with a state holds for its backward pass, for each token
             and beside them.
     """
@@ -90,6 +92,8 @@ class ModelShape:
     mixer_values: int = 0
     mixer_chunk: int = 0
     given_all: int = 0
+    wide_logits: bool = False
+    capped_logits: bool = False
 
     def of_side(self, *, encodes: bool) -> "ModelShape":
         """An encoder-decoder's blocks of the encoder, or of the decoder."""

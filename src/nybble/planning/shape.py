@@ -18,6 +18,7 @@ from nybble.planning.run_shape import ModelShape, TowerShape
 from nybble.sources.inventory import take_inventory
 from nybble.sources.parts import BlockParts, Inventory
 
+LOGIT_FACTORS = ("logit_scale", "logits_scaling")  # of configs
 # Activations that are made of several functions -> how many tensors these hold.
 SPELLED_OUT = {"NewGELUActivation": 4, "FastGELUActivation": 6, "QuickGELUActivation": 2}
 
@@ -55,6 +56,7 @@ def shape_of(model: "PreTrainedModel", in_four_bits: Collection[str] | None = No
         mixer_values=mixer_values,
         mixer_chunk=mixer_chunk,
         given_all=experts_given_all(model),
+        **_of_head(model, config),
         **(_of_encoder_decoder(model, parts) if is_encoder_decoder(model) else {}),
         **_of_family(family, config),
     )
@@ -143,6 +145,18 @@ def _of_encoder_decoder(model: "PreTrainedModel", parts: Inventory) -> dict[str,
     drops = drops or bool(getattr(model.config, "activation_dropout", 0))
     biased = any(name.endswith("relative_attention_bias") for name, _ in model.named_modules())
     return {"crossed": True, "biased_attention": biased} | _of_mlp(modules, hidden, inner, drops)
+
+
+def _of_head(model: "PreTrainedModel", config: Any) -> dict[str, bool]:
+    """What is done to logits after the product, as far as configs say it (`layers/own_head.py` asks the model)."""
+    head: Any = model.get_output_embeddings()
+    capped = bool(getattr(config, "final_logit_softcapping", None))
+    scaled = any(getattr(config, name, 1.0) not in (None, 1.0) for name in LOGIT_FACTORS)
+    scaled = scaled or bool(getattr(config, "scale_decoder_outputs", False))  # T5's, where the head is tied
+    return {
+        "wide_logits": capped or scaled or getattr(head, "bias", None) is not None,
+        "capped_logits": capped,
+    }
 
 
 def _of_mlp(modules: Sequence[nn.Module], hidden: int, inner: int, drops: bool = False) -> dict[str, Any]:

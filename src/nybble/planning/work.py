@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from nybble.planning import cuda_costs
 from nybble.planning.base_costs import base_bytes, streamed_bytes
+from nybble.planning.head_costs import chunk_rows
 from nybble.planning.run_shape import DENSE_BYTES, RunShape
 
 
@@ -78,7 +79,7 @@ def work_of(run: RunShape) -> Work:
     dense = 0 if run.spec is None else int(run.compute_bytes * run.model.touched_elements(run.batches.tokens) * passes)
     read = 2 * streamed_bytes(run)
     if run.stream_ends and not run.scored:
-        chunks = -(-run.batches.supervised // run.rules.chunk_rows(run.model.vocab_size * run.compute_bytes))
+        chunks = -(-run.batches.supervised // chunk_rows(run))
         read += 2 * chunks * DENSE_BYTES * run.model.vocab_size * run.model.hidden_size
     stored = 0 if run.spec is None else int(passes * base_bytes(run.model, run.spec, run.average_bits))
     moved = 0 if run.on_cpu else stored + dense + cuda_costs.moved_bytes(run, share)
