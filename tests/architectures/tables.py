@@ -9,7 +9,6 @@ COLUMNS = {  # of each section; another kind is added here, and as a heading of 
     "Encoders": OF_RUNS,
     "Vision models": OF_RUNS,
     "Encoder-decoders": OF_RUNS,
-    "Vision-language models": OF_RUNS,
 }
 
 

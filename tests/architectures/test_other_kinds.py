@@ -1,4 +1,4 @@
-"""Encoders, vision models, encoder-decoders and vision-language models, each through whole runs of all that it learns.
+"""Encoders, vision models and encoder-decoders, each through whole runs of all that it learns.
 
 docs/architectures.md says what became of each. `python tests/architectures/test_other_kinds.py` writes its sections
 anew, and with names of types behind it only their lines.
@@ -17,8 +17,6 @@ sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[1])])
 from tables import table, words_of, write_lines
 from tiny import make_data
 from tiny_encoders import make_encoder
-from tiny_multimodal import KINDS as PICTURED
-from tiny_multimodal import make_multimodal, make_rows
 from tiny_pictures import make_pictures, make_vision
 from tiny_seq2seq import make_seq2seq
 from whole_runs import DTYPES, Lesson, outcome
@@ -65,12 +63,6 @@ def _of_prompts(folder: Path) -> list[Lesson]:
     return [Lesson("answer prompts", make_data(folder / "prompts.jsonl", ANSWERS))]
 
 
-def _of_conversations(folder: Path) -> list[Lesson]:
-    rows, allowed = make_rows(folder / "rows"), {"allow": ("near-leak",)}
-    towers = {each: allowed | {"quantize_towers": each} for each in ("language", "all")}
-    return [Lesson(f"answer about pictures ({each})", rows, options) for each, options in towers.items()]
-
-
 KINDS = (
     Kind(
         "Encoders",
@@ -104,7 +96,6 @@ KINDS = (
         _of_prompts,
         "t5",
     ),
-    Kind("Vision-language models", PICTURED, make_multimodal, _of_conversations, "llava"),
 )
 
 
