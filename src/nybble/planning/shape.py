@@ -147,7 +147,7 @@ def _of_encoder_decoder(model: "PreTrainedModel", parts: Inventory) -> dict[str,
     return {"crossed": True, "biased_attention": biased} | _of_mlp(modules, hidden, inner, drops)
 
 
-def _of_head(model: "PreTrainedModel", config: Any) -> dict[str, bool]:
+def _of_head(model: "PreTrainedModel", config: Any) -> dict[str, Any]:
     """What is done to logits after the product, as far as configs say it (`layers/own_head.py` asks the model)."""
     head: Any = model.get_output_embeddings()
     capped = bool(getattr(config, "final_logit_softcapping", None))
