@@ -14,6 +14,7 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     OlmoeConfig,
@@ -42,8 +43,8 @@ SHAPE = {
 CLASSES = {
     "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
     "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig,
-    "smollm3": SmolLM3Config, "granite": GraniteConfig, "phi3": Phi3Config, "gemma2": Gemma2Config,
-    "gemma3_text": Gemma3TextConfig, "gemma4_text": Gemma4TextConfig,
+    "smollm3": SmolLM3Config, "granite": GraniteConfig, "phi3": Phi3Config, "ministral3": Ministral3Config,
+    "gemma2": Gemma2Config,    "gemma3_text": Gemma3TextConfig, "gemma4_text": Gemma4TextConfig,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each
@@ -59,6 +60,12 @@ EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each
     "phi3": {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         "pad_token_id": None, "tie_word_embeddings": False,
+    },
+    "ministral3": {
+        "head_dim": 16, "pad_token_id": None, "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+            "beta_fast": 8.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.5,
+        },
     },
     "gemma2": {
         "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5, "pad_token_id": None,

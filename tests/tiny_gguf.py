@@ -30,9 +30,9 @@ TYPES = {  # of a model's layers, every type that is trained over; the first end
 WIDE_ENOUGH = {"hidden_size": 256, "intermediate_size": 256}
 WIDE_EXPERTS = {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256}
 GEMMAS = {"gemma2": "gemma2", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}
-OTHERS = {"smollm3": "smollm3", "granite": "granite", "phi3": "phi3"}
+OTHERS = {"smollm3": "smollm3", "granite": "granite", "phi3": "phi3", "ministral3": "mistral3"}
 IN_FILES = {"llama": "llama", **OTHERS, **GEMMAS, **MIXTURES}
-INTERLEAVED = ("llama", "smollm3", "granite")  # whose q and k the converter reorders
+INTERLEAVED = ("llama", "smollm3", "granite", "mistral3")  # whose q and k the converter reorders
 
 
 def mixed_file(make_folder: Callable, file: Path, family: str = "llama") -> Path:
@@ -142,6 +142,14 @@ def add_layers(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
+        writer.add_rope_scaling_yarn_log_mul(rope["mscale_all_dim"])
+        writer.add_attn_temperature_scale(rope["llama_4_scaling_beta"])
     if rope["rope_type"] == "longrope":
         writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
         for which in ("short", "long"):

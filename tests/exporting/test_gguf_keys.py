@@ -12,6 +12,7 @@ from nybble.errors import ExportError
 from nybble.exporting.gguf_keys import ARCHITECTURES, architecture_of, check_family, left_out, rope_tensors
 from nybble.formats.gguf import gguf_names
 
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 SCALED_WINDOWS = {
     "full_attention": {"rope_type": "proportional", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
@@ -56,6 +57,10 @@ def test_every_parameter_has_a_name_of_its_own(name: str) -> None:
         ("olmo2", {"tie_word_embeddings": True}, "not tied to the embedding"),
         ("starcoder2", {"head_dim": 32}, "as wide as the hidden states"),
         ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "linear, yarn"),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 8.0}}, "beta_fast 32 and beta_slow 1"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "YaRN's own factor"),
+        ("llama", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "YaRN's own factor"),
+        ("ministral3", {"rope_parameters": YARN | {"truncate": False}}, "between whole dimensions"),
         ("ministral", {}, "does not know the model type 'ministral'"),
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob true"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "experts in all layers"),
@@ -71,6 +76,12 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, options: d
         setattr(config, option, value)
     with pytest.raises(ExportError, match=allowed):
         check_family(config)
+
+
+def test_yarn_s_own_factor_may_be_spelled_out() -> None:
+    config = config_of("llama")
+    config.rope_parameters = YARN | {"attention_factor": 1.1386294, "beta_fast": 32, "beta_slow": 1}
+    check_family(config)
 
 
 def test_windows_that_llama_cpp_does_without_are_named() -> None:

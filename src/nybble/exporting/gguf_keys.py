@@ -20,8 +20,8 @@ from nybble.formats.gguf import FACTORS, FREQUENCIES, LARGEST, WINDOWLESS, llama
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
 READABLE = (  # those that nybble reads (formats/gguf.py)
-    "LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE", "SMOLLM3", "GRANITE", "PHI3", "GEMMA2", "GEMMA3",
-    "GEMMA4",
+    "LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE", "SMOLLM3", "GRANITE", "PHI3", "MISTRAL3", "GEMMA2",
+    "GEMMA3", "GEMMA4",
 )  # fmt: skip
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 OWN_ROPE_TYPES = {"PHI3": (*ROPE_TYPES, "longrope"), "GEMMA4": ("default", "proportional")}
@@ -113,7 +113,23 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         granted.append((all_heads, "as many heads of keys as of queries"))
     if num_experts(config):
         granted.append((config.hidden_act == "silu", "the activation silu"))
+    if (rope := rope_of(config))["rope_type"] == "yarn":
+        granted += _granted_of_yarn(rope, arch)
     return granted
+
+
+def _granted_of_yarn(rope: Mapping[str, Any], arch: str) -> list[tuple[bool, str]]:
+    """Of YaRN's ramp, and of its factor on cosines and sines, for which one architecture alone has keys."""
+    granted = [(rope.get("truncate", True), "a ramp of YaRN between whole dimensions (truncate true)")]
+    if arch == "MISTRAL3":
+        return granted
+    ramp = (rope.get("beta_fast") or 32.0, rope.get("beta_slow") or 1.0)
+    usual = 0.1 * math.log(max(rope["factor"], 1.0)) + 1.0
+    ratio = None if rope.get("mscale") and rope.get("mscale_all_dim") else usual
+    given = rope.get("attention_factor") or ratio
+    granted.append((ramp == (32.0, 1.0), "YaRN's beta_fast 32 and beta_slow 1"))
+    fits = given is not None and math.isclose(given, usual, rel_tol=1e-4)
+    return [*granted, (fits, "YaRN's own factor (attention_factor 0.1 ln(factor) + 1, no mscale)")]
 
 
 def _granted_of_gemma4(config: PretrainedConfig) -> list[tuple[bool, str]]:

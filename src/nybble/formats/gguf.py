@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 ARCHITECTURES = (
-    "llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "smollm3", "granite", "phi3", "gemma2", "gemma3",
-    "gemma4",
+    "llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmoe", "smollm3", "granite", "phi3", "mistral3", "gemma2",
+    "gemma3", "gemma4",
 )  # fmt: skip
 PANEL_ELEMENTS = 1 << 20  # widened at a time
 MAX_DIMS = 4
 DENSE_ENDS = ("token_embd.weight", "output.weight", "per_layer_token_embd.weight")
 LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a block
-INTERLEAVED = ("llama", "smollm3", "granite")  # architectures in which rotary pairs lie side by side
+INTERLEAVED = ("llama", "smollm3", "granite", "mistral3")  # architectures in which rotary pairs lie side by side
 WINDOWLESS = {"gemma2": 2, "gemma3": 6}  # every which layer has no window, where a file does not say
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the model whose scores llama.cpp scales by another width
 STILL = 1e30  # what llama.cpp divides a frequency by that turns nothing

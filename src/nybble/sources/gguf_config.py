@@ -21,6 +21,7 @@ MODEL_TYPES = {
     "smollm3": "smollm3",
     "granite": "granite",
     "phi3": "phi3",
+    "mistral3": "ministral3",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gemma4": "gemma4_text",
@@ -124,6 +125,25 @@ def _phi3(file: GgufFile, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_parameters": angles, "original_max_position_embeddings": int(original)}
 
 
+def _mistral3(file: GgufFile, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary angles of a Ministral 3 file, YaRN's as a rule, and how queries grow."""
+    scaling = "mistral3.rope.scaling."
+    angles: dict[str, Any] = {"rope_theta": file.number("mistral3.rope.freq_base", 10000.0)}
+    if file.metadata.get(f"{scaling}type") != "yarn":
+        angles |= file.linear_rope("none, linear and yarn")
+    else:
+        angles |= {"rope_type": "yarn", "factor": file.number(f"{scaling}factor", 1.0)}
+        angles["beta_fast"] = file.number(f"{scaling}yarn_beta_fast", 32.0)
+        angles["beta_slow"] = file.number(f"{scaling}yarn_beta_slow", 1.0)
+        if (over_all := file.number(f"{scaling}yarn_log_multiplier", 0.0)) != 0.0:
+            angles |= {"mscale": 1.0, "mscale_all_dim": over_all}
+    if (beta := file.number("mistral3.attention.temperature_scale", 0.0)) != 0.0:
+        angles["llama_4_scaling_beta"] = beta
+    length = file.number(f"{scaling}original_context_length", values["max_position_embeddings"])
+    angles["original_max_position_embeddings"] = int(length)
+    return {"head_dim": int(file.number("mistral3.attention.key_length")), "rope_parameters": angles}
+
+
 def _gemma(file: GgufFile, values: Mapping[str, Any]) -> dict[str, Any]:
     """What a file of Gemma 2 or 3 says, or llama.cpp takes for granted of it, of windows, angles, scores and soft caps.
 
@@ -203,6 +223,7 @@ def _gemma4(file: GgufFile, values: Mapping[str, Any]) -> dict[str, Any]:
 OWN: Mapping[str, Callable[[GgufFile, Mapping[str, Any]], dict[str, Any]]] = {
     "granite": _granite,
     "phi3": _phi3,
+    "mistral3": _mistral3,
     "gemma2": _gemma,
     "gemma3": _gemma,
     "gemma4": _gemma4,
