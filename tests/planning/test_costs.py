@@ -119,6 +119,19 @@ def test_the_head_takes_the_room_that_is_planned(kind, vocabulary, compute_dtype
     assert planned.get(Part.PANEL, 0) == taken.get("panel", 0)
 
 
+def test_large_tensors_leave_more_gaps_until_they_are_mapped_by_themselves():
+    """Of modules that keep everything: by the size of an MLP's inner tensor, of which there is one at a time."""
+    shares = []
+    for tokens in (64, 128, 448, 640):  # 3.7, 7.3, 25.7 and 36.7 MB
+        batches = MicroBatches(tokens, tokens, tokens, 1, tokens, tokens, 0)
+        run = RunShape(llama_2_70b(), batches, 10**6, 16, 2, QuantSpec(), "generic", "everything", SHAPE_RULES["cpu"])
+        planned = predict(run)
+        shares.append(planned[Part.GAPS] / planned[Part.KEPT])
+    small, large, larger, mapped = shares
+    assert 0.12 < small < 0.2 and 0.36 < large < 0.44
+    assert larger == pytest.approx(large, abs=0.01) and mapped < 0.8 * large
+
+
 def test_products_of_the_same_widths_are_compiled_once():
     shape = of_config(LLAMA_2_70B | {"num_key_value_heads": 64})
     forward, backward = compiled_products(shape, 16)

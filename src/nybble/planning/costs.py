@@ -61,7 +61,10 @@ class Gaps(NamedTuple):
 
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
-GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them
+GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them; in fp32,
+GAPS_GENERIC_BF16 = Gaps(1.1, 0.12, 1.2)  # in bf16,
+GAPS_LARGE = Gaps(1.1, 0.36, 1.2)  # and where the MLP's inner tensors are large: fewer of them fit into a gap
+LARGE_BYTES = 2**22
 MARGIN, LEAST_MARGIN = 0.04, 10_000_000  # of what is counted; no measured plan lacked more, the libraries' own included
 
 
@@ -260,16 +263,27 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     """
     if run.asked:
         return height[Part.EVALUATION]
-    shares = GAPS_GENERIC if run.path == "generic" else GAPS_BF16 if run.compute_bytes == 2 else GAPS_FP32
+    sides = [(side, side.batches.tokens * run.compute_bytes * side.model.intermediate_size) for side in run.sides]
+    shares = _shares_of_gaps(run, max(inner for _, inner in sides))
     kept = height.get(Part.KEPT, 0)
-    for side in run.sides:
-        gate_up = 2 * side.batches.tokens * run.compute_bytes * side.model.intermediate_size
-        if gate_up >= MAPPED_BYTES and run.keep == "everything":
-            kept -= side.model.num_layers * gate_up
+    for side, inner in sides:
+        together = 2 if run.path == "blocks" else 1  # gate and up are one tensor there
+        if together * inner >= MAPPED_BYTES and run.keep == "everything":
+            kept -= side.model.num_layers * 2 * inner
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= head_panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
     inputs = sum(side.model.num_layers * input_bytes(side) for side in run.sides)
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
+
+
+def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
+    """Measured; `inner` bytes is the largest tensor of an MLP."""
+    in_bf16 = run.compute_bytes == 2
+    if run.path == "blocks":
+        return GAPS_BF16 if in_bf16 else GAPS_FP32
+    if inner >= LARGE_BYTES:
+        return GAPS_LARGE
+    return GAPS_GENERIC_BF16 if in_bf16 else GAPS_GENERIC
 
 
 def _frozen_and_adapters(run: RunShape) -> dict[Part, int]:
