@@ -268,10 +268,12 @@ class Probe:
         """
         embedded: list[Tensor] = []
 
-        def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            self._dtype = output.dtype
-            embedded.append(output.detach().requires_grad_())
-            return embedded[-1].clone()  # some models add to it in place
+        def cut(module: nn.Module, inputs: Any, output: Any) -> Any:
+            states, *beside = output if isinstance(output, tuple) else (output,)  # how many patches a picture has
+            self._dtype = states.dtype
+            embedded.append(states.detach().requires_grad_())
+            given = embedded[-1].clone()  # some models add to it in place
+            return (given, *beside) if beside else given
 
         adapters = _some_adapters(self.model)
         parameters: list[Tensor] = [p for each in adapters for p in (each.lora_A, each.lora_B)]
