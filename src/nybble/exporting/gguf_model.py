@@ -34,7 +34,7 @@ from nybble.exporting.gguf_keys import (
 from nybble.exporting.gguf_vocabulary import add_vocabulary
 from nybble.families import FAMILIES
 from nybble.files.disk import fsync
-from nybble.formats.gguf import DENSE_ENDS, gguf_names
+from nybble.formats.gguf import DENSE_ENDS, PANEL_ELEMENTS, gguf_names
 from nybble.formats.rotary_rows import interleaved, restored
 from nybble.layers.convert import end_modules
 from nybble.layers.lora import linear_features
@@ -99,7 +99,10 @@ def write_gguf_model(
         tensor = merged.read_parameter(name)
         assert isinstance(tensor, Tensor), name
         values = _reorder(tensor, name, config)
-        yield values.float() + offset if offset and name.endswith("norm.weight") else values
+        if offset and name.endswith("norm.weight"):
+            values = values.float() + offset
+        # widened and put into blocks a panel of rows at a time, since a vocabulary's matrix is large
+        yield from values.split(max(1, PANEL_ELEMENTS // math.prod(values.shape[1:])))
 
     def read_experts(name: str, rows: slice) -> Iterable[Tensor]:
         for index in range(merged.experts[name].num):
