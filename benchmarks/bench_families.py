@@ -31,7 +31,7 @@ from transformers import Gemma3TextConfig, GraniteConfig, Phi3Config, Pretrained
 from nybble.families import FAMILIES
 from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.backends.cpp import library
-from nybble.kernels.heap import trim_heap
+from nybble.kernels.heap import NARROW_MAPPED_FROM, kept_heap, mapped_from, trim_heap
 from nybble.layers.backbone import ModuleForward
 from nybble.layers.batch_model import Verdict
 from nybble.layers.causal_lm import CausalLM
@@ -122,13 +122,15 @@ def contend(settings: dict[str, Any], channel: Channel) -> None:
     gradients = {name: adapter.lora_B.grad for name, adapter in adapters_of(module).items()}
     save_file({name: grad.contiguous() for name, grad in gradients.items()}, settings["gradients"])
     channel.send(loss=loss.item(), dtype=str(dtype), versions=versions_of("nybble", "torch", "transformers"))
-    while True:
-        channel.receive()
-        with PeakMemory(cpu, interval_s=0.005) as memory:
-            started = time.perf_counter()
-            model.loss(batch).backward()
-            seconds = time.perf_counter() - started
-        channel.send(seconds=seconds, bytes=memory.peak_bytes - before.peak_bytes)
+    pieces = NARROW_MAPPED_FROM if settings["way"] == MODULES else mapped_from(shape.config.hidden_size)
+    with kept_heap(True, pieces):  # as training does
+        while True:
+            channel.receive()
+            with PeakMemory(cpu, interval_s=0.005) as memory:
+                started = time.perf_counter()
+                model.loss(batch).backward()
+                seconds = time.perf_counter() - started
+            channel.send(seconds=seconds, bytes=memory.peak_bytes - before.peak_bytes)
 
 
 # ---- measuring -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
+from nybble.kernels.heap import mapped_from
 from nybble.layers.loss_head import LossHead
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 from nybble.planning.base_costs import base_bytes, dense_bytes, mean_bits
@@ -82,6 +83,19 @@ def test_keeping_more_costs_more(path):
         run = RunShape(shape, batches, 207_000_000, 16, 2, QuantSpec(), path, keep, SHAPE_RULES["cpu"])
         peaks.append(sum(predict(run).values()))
     assert peaks == sorted(peaks) and peaks[0] < peaks[2]
+
+
+def test_states_that_are_mapped_by_themselves_leave_few_gaps():
+    shape, mapped = llama_2_70b(), mapped_from(8192)
+    tokens = mapped // (2 * 8192)  # whose states are just as large
+
+    def gaps(tokens: int, path: str) -> float:
+        batches = MicroBatches(tokens, tokens, tokens, 1, tokens, tokens, 0)
+        parts = predict(RunShape(shape, batches, 10**6, 16, 2, QuantSpec(), path, "nothing", SHAPE_RULES["cpu"]))
+        return parts[Part.GAPS] / (parts[Part.KEPT] + parts.get(Part.AT_WORK, 0) + parts.get(Part.HEAD, 0))
+
+    assert gaps(tokens, "blocks") < 0.11 < 0.3 < gaps(tokens - 1, "blocks")
+    assert gaps(tokens, "generic") == pytest.approx(gaps(tokens - 1, "generic"), rel=0.05)
 
 
 def test_buffers_and_tensors_on_their_way_are_counted_as_each_device_has_them():

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-MAPPED_FROM = 32 << 20  # bytes from which glibc gives a piece a mapping of its own, once such pieces have been freed
+NARROW_MAPPED_FROM, WIDE_MAPPED_FROM = 32 << 20, 4 << 20
+WIDE = 1024  # hidden size from which paging a piece in is little beside the products that it comes from
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -31,8 +32,16 @@ def trim_heap() -> None:
         trim(0)
 
 
+def mapped_from(hidden_size: int) -> int:
+    """Bytes from which a piece of a decoder block's step is best given a mapping of its own: it leaves no gap in the
+    heap, and is paged in whenever it is made. Where states are narrow their products are soon done, and pages are dear:
+    a twelfth of a step of SmolLM2-135M.
+    """
+    return NARROW_MAPPED_FROM if hidden_size < WIDE else WIDE_MAPPED_FROM
+
+
 @contextmanager
-def kept_heap(keep: bool) -> Iterator[None]:
+def kept_heap(keep: bool, mapped: int = NARROW_MAPPED_FROM) -> Iterator[None]:
     """Within the block what is freed at the heap's end stays with the process, but for `trim_heap`; where the library
     can (glibc).
 
@@ -41,17 +50,19 @@ def kept_heap(keep: bool) -> Iterator[None]:
 
     Args:
         keep: without it nothing is changed.
+        mapped: bytes from which a piece gets a mapping of its own.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if keep and sys.platform == "linux" else None
     if set_option is None:
         yield
         return
-    set_option(_M_MMAP_THRESHOLD, MAPPED_FROM)  # a threshold that is set stops both from following what is freed
+    set_option(_M_MMAP_THRESHOLD, mapped)  # a threshold that is set stops both from following what is freed
     set_option(_M_TRIM_THRESHOLD, -1)
     try:
         yield
     finally:
-        set_option(_M_TRIM_THRESHOLD, 2 * MAPPED_FROM)
+        set_option(_M_MMAP_THRESHOLD, NARROW_MAPPED_FROM)
+        set_option(_M_TRIM_THRESHOLD, 2 * NARROW_MAPPED_FROM)
         trim_heap()
 
 

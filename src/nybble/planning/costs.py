@@ -16,6 +16,7 @@ from enum import StrEnum
 from itertools import product
 from typing import NamedTuple
 
+from nybble.kernels.heap import NARROW_MAPPED_FROM, mapped_from
 from nybble.planning import cuda_costs, module_costs, tower_costs
 from nybble.planning.base_costs import base_bytes, dense_bytes, end_bytes, resident_bytes
 from nybble.planning.block_costs import (
@@ -42,7 +43,6 @@ from nybble.sizes import filled_numbers, panel_rows
 
 EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
 MOST_PRODUCTS = 1024  # compiled ones that oneDNN's cache holds
-MAPPED_BYTES = 2**25  # tensors from here on are mapped by themselves and leave no gaps in the C library's heap
 MATRIX_BUFFERS = 10_000_000  # that the library for products in fp32 keeps; measured
 
 
@@ -61,6 +61,7 @@ class Gaps(NamedTuple):
 
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
+GAPS_MAPPED = Gaps(0.0, 0.10, 0.10)  # decoder blocks all whose states are mapped by themselves
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them; in fp32,
 GAPS_GENERIC_BF16 = Gaps(1.1, 0.12, 1.2)  # in bf16,
 GAPS_LARGE = Gaps(1.1, 0.36, 1.2)  # and where the MLP's inner tensors are large: fewer of them fit into a gap
@@ -268,7 +269,7 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     kept = height.get(Part.KEPT, 0)
     for side, inner in sides:
         together = 2 if run.path == "blocks" else 1  # gate and up are one tensor there
-        if together * inner >= MAPPED_BYTES and run.keep == "everything":
+        if together * inner >= _mapped_from(run) and run.keep == "everything":
             kept -= side.model.num_layers * 2 * inner
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= head_panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
@@ -276,11 +277,17 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 
 
+def _mapped_from(run: RunShape) -> int:
+    """Bytes from which a piece of a step is mapped by itself."""
+    return mapped_from(run.model.hidden_size) if run.path == "blocks" else NARROW_MAPPED_FROM
+
+
 def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
     """Measured; `inner` bytes is the largest tensor of an MLP."""
     in_bf16 = run.compute_bytes == 2
     if run.path == "blocks":
-        return GAPS_BF16 if in_bf16 else GAPS_FP32
+        mapped = not run.model.num_experts and input_bytes(run) >= _mapped_from(run)  # what experts get is small
+        return GAPS_MAPPED if mapped else GAPS_BF16 if in_bf16 else GAPS_FP32
     if inner >= LARGE_BYTES:
         return GAPS_LARGE
     return GAPS_GENERIC_BF16 if in_bf16 else GAPS_GENERIC

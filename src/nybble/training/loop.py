@@ -18,7 +18,7 @@ from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.events import Listener, Note
 from nybble.files.disk import complete_folder
 from nybble.kernels.hardware import as_double
-from nybble.kernels.heap import kept_heap, lies_in_heap, trim_heap
+from nybble.kernels.heap import NARROW_MAPPED_FROM, kept_heap, lies_in_heap, mapped_from, trim_heap
 from nybble.layers.batch_model import BatchModel
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
@@ -128,6 +128,8 @@ def train_loop(
     checkpoints.check_space(sum(parameter.numel() for parameter in parameters))
 
     keeps_heap = lies_in_heap(device) and model.packed  # else the heap is in pieces, and is trimmed as it goes
+    in_blocks = model.verdict.path == "blocks"
+    pieces = mapped_from(module.config.get_text_config().hidden_size) if in_blocks else NARROW_MAPPED_FROM
 
     def give_room() -> None:
         if keeps_heap:
@@ -157,7 +159,7 @@ def train_loop(
         if last:
             trained.publish(module, run)
 
-    with InterruptOnce() as interrupt, kept_heap(keeps_heap):
+    with InterruptOnce() as interrupt, kept_heap(keeps_heap, pieces):
         if rehearsal is not None:
             with PeakMemory(device) as memory:
                 try:
