@@ -16,9 +16,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", *sorted(path for path in (ROOT / "docs").glob("*.md") if path.name != "lab-notes.md"))
-FIGURE = re.compile(r"(<!--([a-z-]+): (.+?)-->)(.*?)(<!---->)")
+FIGURE = re.compile(r"(<!--([a-z0-9-]+): (.+?)-->)(.*?)(<!---->)")
 ROUNDED = re.compile(r"(.+) as (,?\.\d+[f%])")
-BLOCK = re.compile(r"(<!--([a-z-]+\.md)-->\n)(.*?)(<!--/\2-->)", re.DOTALL)
+BLOCK = re.compile(r"(<!--([a-z0-9-]+\.md)-->\n)(.*?)(<!--/\2-->)", re.DOTALL)
 
 
 def with_figures(text: str, results: Path = RESULTS) -> str:
