@@ -61,7 +61,7 @@ class Gaps(NamedTuple):
 
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
-GAPS_MAPPED = Gaps(0.0, 0.10, 0.10)  # decoder blocks all whose states are mapped by themselves
+GAPS_MAPPED = Gaps(0.0, 0.05, 0.10)  # decoder blocks all whose states are mapped by themselves
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them; in fp32,
 GAPS_GENERIC_BF16 = Gaps(1.1, 0.12, 1.2)  # in bf16,
 GAPS_LARGE = Gaps(1.1, 0.36, 1.2)  # and where the MLP's inner tensors are large: fewer of them fit into a gap
@@ -286,8 +286,13 @@ def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
     """Measured; `inner` bytes is the largest tensor of an MLP."""
     in_bf16 = run.compute_bytes == 2
     if run.path == "blocks":
-        mapped = not run.model.num_experts and input_bytes(run) >= _mapped_from(run)  # what experts get is small
-        return GAPS_MAPPED if mapped else GAPS_BF16 if in_bf16 else GAPS_FP32
+        in_heap = GAPS_BF16 if in_bf16 else GAPS_FP32
+        if input_bytes(run) < _mapped_from(run):
+            return in_heap
+        if not run.model.num_experts:
+            return GAPS_MAPPED
+        # what experts get is small, and kept where everything is
+        return in_heap if run.keep == "everything" else GAPS_MAPPED._replace(at_work=in_heap.at_work)
     if inner >= LARGE_BYTES:
         return GAPS_LARGE
     return GAPS_GENERIC_BF16 if in_bf16 else GAPS_GENERIC
