@@ -31,7 +31,7 @@ from transformers import Gemma3TextConfig, GraniteConfig, Phi3Config, Pretrained
 from nybble.families import FAMILIES
 from nybble.formats.quant_spec import BaseFormats
 from nybble.kernels.backends.cpp import library
-from nybble.kernels.heap import NARROW_MAPPED_FROM, kept_heap, mapped_from, trim_heap
+from nybble.kernels.heap import kept_heap, trim_heap
 from nybble.layers.backbone import ModuleForward
 from nybble.layers.batch_model import Verdict
 from nybble.layers.causal_lm import CausalLM
@@ -39,6 +39,7 @@ from nybble.layers.convert import adapters_of, attach_adapters, quantizable_line
 from nybble.layers.own_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.measure import PeakMemory
+from nybble.sizes import NARROW_MAPPED_FROM, mapped_from
 from nybble.sources.load import load_model
 
 VOCABULARY = 8192

@@ -8,7 +8,6 @@ import torch
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification, BertModel
 
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
-from nybble.kernels.heap import mapped_from
 from nybble.layers.loss_head import LossHead
 from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes, available_bytes
 from nybble.planning.base_costs import base_bytes, dense_bytes, mean_bits
@@ -17,7 +16,7 @@ from nybble.planning.costs import Part, compiled_products, predict
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.walk import STATES_DTYPE
-from nybble.sizes import CALIBRATION_STATE_BYTES, SHAPE_RULES
+from nybble.sizes import CALIBRATION_STATE_BYTES, SHAPE_RULES, mapped_from
 from nybble.sources.skeleton import build_skeleton
 
 LLAMA_2_70B = {

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-NARROW_MAPPED_FROM, WIDE_MAPPED_FROM = 32 << 20, 4 << 20
-WIDE = 1024  # hidden size from which paging a piece in is little beside the products that it comes from
+from nybble.sizes import NARROW_MAPPED_FROM
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -30,14 +30,6 @@ def trim_heap() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def mapped_from(hidden_size: int) -> int:
-    """Bytes from which a piece of a decoder block's step is best given a mapping of its own: it leaves no gap in the
-    heap, and is paged in whenever it is made. Where states are narrow their products are soon done, and pages are dear:
-    a twelfth of a step of SmolLM2-135M.
-    """
-    return NARROW_MAPPED_FROM if hidden_size < WIDE else WIDE_MAPPED_FROM
 
 
 @contextmanager

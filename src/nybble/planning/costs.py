@@ -16,7 +16,6 @@ from enum import StrEnum
 from itertools import product
 from typing import NamedTuple
 
-from nybble.kernels.heap import NARROW_MAPPED_FROM, mapped_from
 from nybble.planning import cuda_costs, module_costs, tower_costs
 from nybble.planning.base_costs import base_bytes, dense_bytes, end_bytes, resident_bytes
 from nybble.planning.block_costs import (
@@ -39,7 +38,7 @@ from nybble.planning.head_costs import (
 )
 from nybble.planning.module_costs import bias_bytes
 from nybble.planning.run_shape import MASTER_BYTES, ModelShape, RunShape
-from nybble.sizes import filled_numbers, panel_rows
+from nybble.sizes import NARROW_MAPPED_FROM, filled_numbers, mapped_from, panel_rows
 
 EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
 MOST_PRODUCTS = 1024  # compiled ones that oneDNN's cache holds

@@ -18,13 +18,14 @@ from nybble.errors import PlanError, TrainingError, is_out_of_memory
 from nybble.events import Listener, Note
 from nybble.files.disk import complete_folder
 from nybble.kernels.hardware import as_double
-from nybble.kernels.heap import NARROW_MAPPED_FROM, kept_heap, lies_in_heap, mapped_from, trim_heap
+from nybble.kernels.heap import kept_heap, lies_in_heap, trim_heap
 from nybble.layers.batch_model import BatchModel
 from nybble.layers.convert import learning_rates
 from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
 from nybble.runs.folder import RunFolder
 from nybble.runs.trained import Trained
+from nybble.sizes import NARROW_MAPPED_FROM, mapped_from
 from nybble.training.accumulation import GradientAccumulation
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.evaluations import Evaluations
