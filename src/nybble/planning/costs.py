@@ -288,10 +288,8 @@ def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
         in_heap = GAPS_BF16 if in_bf16 else GAPS_FP32
         if input_bytes(run) < _mapped_from(run):
             return in_heap
-        if not run.model.num_experts:
-            return GAPS_MAPPED
-        # what experts get is small, and kept where everything is
-        return in_heap if run.keep == "everything" else GAPS_MAPPED._replace(at_work=in_heap.at_work)
+        # what experts get is small
+        return GAPS_MAPPED._replace(at_work=in_heap.at_work) if run.model.num_experts else GAPS_MAPPED
     if inner >= LARGE_BYTES:
         return GAPS_LARGE
     return GAPS_GENERIC_BF16 if in_bf16 else GAPS_GENERIC
