@@ -118,13 +118,13 @@ def contend(settings: dict[str, Any], channel: Channel) -> None:
     if settings["way"] == MODULES:
         modules = ModuleForward(module, "packed", checkpointing=settings["keep"] == "nothing")
         model = CausalLM(module, modules, loss_head(module), Verdict("generic", "packed"))
-    loss = model.loss(batch)
-    loss.backward()
-    gradients = {name: adapter.lora_B.grad for name, adapter in adapters_of(module).items()}
-    save_file({name: grad.contiguous() for name, grad in gradients.items()}, settings["gradients"])
-    channel.send(loss=loss.item(), dtype=str(dtype), versions=versions_of("nybble", "torch", "transformers"))
     pieces = NARROW_MAPPED_FROM if settings["way"] == MODULES else mapped_from(shape.config.hidden_size)
     with kept_heap(True, pieces):  # as training does
+        loss = model.loss(batch)
+        loss.backward()
+        gradients = {name: adapter.lora_B.grad for name, adapter in adapters_of(module).items()}
+        save_file({name: grad.contiguous() for name, grad in gradients.items()}, settings["gradients"])
+        channel.send(loss=loss.item(), dtype=str(dtype), versions=versions_of("nybble", "torch", "transformers"))
         while True:
             channel.receive()
             with PeakMemory(cpu, interval_s=0.005) as memory:
