@@ -1,5 +1,6 @@
 """What holds for every test: nothing reaches the network, GPU tests need a GPU; a tiny model that tests share."""
 
+import functools
 import gc
 import json
 import os
@@ -254,11 +255,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.fixture
-def sentencepiece() -> Callable[..., Any]:
-    return save_sentencepiece
-
-
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A tiny model of a family with its tokenizer; made once for all that ask for the same."""
@@ -296,6 +292,20 @@ def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+SENTENCEPIECES: dict[str, tuple[str, dict[str, bool], dict[str, Any]]] = {
+    "spaces after special tokens too": ("mistral", {}, {}),
+    "a space where texts begin": ("mistral", {"first_only": True}, {}),
+    "no such space": ("gemma4_text", {"bare": True}, {"hidden_size_per_layer_input": 0}),
+}
+
+
+@pytest.fixture(params=SENTENCEPIECES)
+def sentencepiece_run(request: pytest.FixtureRequest, make_run: Callable[..., Path]) -> Path:
+    """A run whose tokenizer is of SentencePiece's kinds."""
+    family, options, overrides = SENTENCEPIECES[request.param]
+    return make_run(family, tokenizer=functools.partial(save_sentencepiece, **options), **overrides)
 
 
 @pytest.fixture

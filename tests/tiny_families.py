@@ -44,7 +44,7 @@ CLASSES = {
     "llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config,
     "mixtral": MixtralConfig, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig, "olmoe": OlmoeConfig,
     "smollm3": SmolLM3Config, "granite": GraniteConfig, "phi3": Phi3Config, "ministral3": Ministral3Config,
-    "gemma2": Gemma2Config,    "gemma3_text": Gemma3TextConfig, "gemma4_text": Gemma4TextConfig,
+    "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig, "gemma4_text": Gemma4TextConfig,
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 EXTRA = {  # norm_topk_prob is what llama.cpp takes for granted of each

@@ -163,9 +163,12 @@ def filled_numbers(most: int) -> int:
     return -(-min(most, few) // EXPERT_ROWS) + EXPERT_SHARE * max(0, (most - 1).bit_length() - (few - 1).bit_length())
 
 
-def mapped_from(hidden_size: int) -> int:
-    """Bytes from which a piece of a decoder block's step is best given a mapping of its own: it leaves no gap in the
-    heap, and is paged in whenever it is made. Where states are narrow their products are soon done, and pages are dear:
-    a twelfth of a step of SmolLM2-135M.
+def mapped_from(path: str, hidden_size: int) -> int:
+    """Bytes from which a piece of a step is best given a mapping of its own: it leaves no gap in the C library's heap,
+    and is paged in whenever it is made. Where states are narrow their products are soon done, and pages are dear: a
+    twelfth of a step of SmolLM2-135M. With transformers' modules it was not tried.
+
+    Args:
+        path: "blocks", or another, as `layers.batch_model.Path` has it.
     """
-    return NARROW_MAPPED_FROM if hidden_size < WIDE else WIDE_MAPPED_FROM
+    return WIDE_MAPPED_FROM if path == "blocks" and hidden_size >= WIDE else NARROW_MAPPED_FROM

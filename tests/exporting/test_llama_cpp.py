@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -134,18 +133,8 @@ def test_mixtures(make_run: Callable, tmp_path: Path, family: str, kind: str, to
     check(consumer(tmp_path / "out" / "model.gguf"), run, "dequantized", tolerance)
 
 
-@pytest.mark.parametrize(
-    ("family", "options", "overrides"),
-    [
-        ("mistral", {"first_only": False}, {}),
-        ("mistral", {"first_only": True}, {}),
-        ("gemma4_text", {"bare": True}, {"hidden_size_per_layer_input": 0}),
-    ],
-)
-def test_sentencepiece(
-    make_run: Callable, sentencepiece: Callable, tmp_path: Path, family: str, options: dict, overrides: dict
-) -> None:
-    opened = open_run(make_run(family, tokenizer=partial(sentencepiece, **options), **overrides))
+def test_sentencepiece(sentencepiece_run: Path, tmp_path: Path) -> None:
+    opened = open_run(sentencepiece_run)
     write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "original"), tmp_path / "out")
     found = consumer(tmp_path / "out" / "model.gguf")
     read_back = open_model(str(tmp_path / "out" / "model.gguf")).load_tokenizer()

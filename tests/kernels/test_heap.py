@@ -52,7 +52,7 @@ def test_pieces_of_wide_models_leave_no_gaps():
     """
 
     def gaps(hidden_size: int) -> int:
-        command = [sys.executable, "-c", GAPS, str(WIDE_MAPPED_FROM), str(mapped_from(hidden_size))]
+        command = [sys.executable, "-c", GAPS, str(WIDE_MAPPED_FROM), str(mapped_from("blocks", hidden_size))]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert gaps(WIDE - 1) > 10 * WIDE_MAPPED_FROM > 10 * gaps(WIDE)

@@ -85,7 +85,7 @@ def test_keeping_more_costs_more(path):
 
 
 def test_states_that_are_mapped_by_themselves_leave_few_gaps():
-    shape, mapped = llama_2_70b(), mapped_from(8192)
+    shape, mapped = llama_2_70b(), mapped_from("blocks", 8192)
     tokens = mapped // (2 * 8192)  # whose states are just as large
 
     def gaps(tokens: int, path: str) -> float:

@@ -16,18 +16,23 @@ from transformers import PretrainedConfig
 from nybble.errors import ExportError
 from nybble.families import FAMILIES
 from nybble.families.family import FULL, SLIDING
-from nybble.formats.gguf import FACTORS, FREQUENCIES, LARGEST, WINDOWLESS, llama3_divisors, proportional_divisors
+from nybble.formats.gguf import ARCHITECTURES as READ
+from nybble.formats.gguf import (
+    FACTORS,
+    FREQUENCIES,
+    LARGEST,
+    NORMED_ROUTING,
+    WINDOWLESS,
+    llama3_divisors,
+    proportional_divisors,
+)
 
 ARCHITECTURES = {name: family.gguf for name, family in FAMILIES.items() if family.gguf}
-READABLE = (  # those that nybble reads (formats/gguf.py)
-    "LLAMA", "QWEN2", "QWEN3", "QWEN2MOE", "QWEN3MOE", "OLMOE", "SMOLLM3", "GRANITE", "PHI3", "MISTRAL3", "GEMMA2",
-    "GEMMA3", "GEMMA4",
-)  # fmt: skip
+READABLE = {arch.name for arch, name in gguf.MODEL_ARCH_NAMES.items() if name in READ}  # by nybble
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 OWN_ROPE_TYPES = {"PHI3": (*ROPE_TYPES, "longrope"), "GEMMA4": ("default", "proportional")}
 NO_ROPE_EVERY = 4  # which layer has no rotary angles in SmolLM3
 FULL_EVERY = {"COHERE2": 4, "GEMMA2": WINDOWLESS["gemma2"], "GEMMA3": WINDOWLESS["gemma3"]}  # has no window
-NORMED_ROUTING = {"QWEN2MOE": False, "QWEN3MOE": True, "OLMOE": False}  # norm_topk_prob
 WINDOWED = ("OLMO2", "GEMMA4", *FULL_EVERY)  # architectures whose windows llama.cpp knows
 
 
@@ -99,8 +104,7 @@ def _taken_for_granted(config: PretrainedConfig) -> list[tuple[bool, str]]:
         rope = rope_of(config)
         factors = (rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0, rope.get("attention_factor"))
         granted.append((factors[0] == bool(factors[1]) and factors[2] is None, "mscale 1 beside mscale_all_dim"))
-    if arch in NORMED_ROUTING:
-        normed = NORMED_ROUTING[arch]
+    if (normed := NORMED_ROUTING.get(gguf.MODEL_ARCH_NAMES[architecture_of(config)])) is not None:
         granted.append((config.norm_topk_prob == normed, f"norm_topk_prob {str(normed).lower()}"))
     if arch in ("QWEN2MOE", "QWEN3MOE"):
         sparse = config.decoder_sparse_step == 1 and not config.mlp_only_layers

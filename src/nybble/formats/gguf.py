@@ -41,6 +41,7 @@ LATTICES = ("Q4_0", "Q4_1")  # types whose values are evenly spaced within a blo
 INTERLEAVED = ("llama", "smollm3", "granite", "mistral3")  # architectures in which rotary pairs lie side by side
 WINDOWLESS = {"gemma2": 2, "gemma3": 6}  # every which layer has no window, where a file does not say
 LARGEST = {"gemma2": 46, "gemma3": 62}  # layers of the model whose scores llama.cpp scales by another width
+NORMED_ROUTING = {"qwen2moe": False, "qwen3moe": True, "olmoe": False}  # what llama.cpp takes for granted of each
 STILL = 1e30  # what llama.cpp divides a frequency by that turns nothing
 EXPERTS = {  # transformers' parameter of all experts -> what GGUF has a tensor for, whose rows follow one another
     "gate_up_proj": ("gate_proj", "up_proj"),

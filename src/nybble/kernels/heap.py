@@ -1,4 +1,4 @@
-"""The C library's heap, where tensors under 32 MiB lie on a CPU.
+"""The C library's heap, where tensors under 32 MiB lie on a CPU, in steps of some models those under 4 MiB.
 
 What is freed there stays with the process, and aligned allocations, as PyTorch's are, reuse little of it: through the
 modules of a decoder it grows by several times what is alive.

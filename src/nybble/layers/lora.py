@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nybble.layers.dense import weight_matrix
 from nybble.layers.quantized_linear import QuantizedLinear
-from nybble.layers.streamed import StreamedExperts, StreamedLinear, added
+from nybble.layers.streamed import StreamedExperts, StreamedLinear, add_into
 
 TINY = 1e-30  # a norm of zero is not divided by
 
@@ -111,7 +111,7 @@ class LoraLinear(nn.Module):
         y = self.base(x)
         if not self.enabled:
             return y
-        return added(y, F.linear(self.low_rank(x), self.lora_B.to(x.dtype)))  # (..., r) -> (..., out)
+        return add_into(y, F.linear(self.low_rank(x), self.lora_B.to(x.dtype)))  # (..., r) -> (..., out)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """scaling · A·x, (..., in) -> (..., r); parts of x are dropped while training."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops.four_bit import dequantize
-from nybble.layers.streamed import FrozenProduct, added
+from nybble.layers.streamed import FrozenProduct, add_into
 
 
 class QuantizedLinear(nn.Module):
@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = FrozenProduct.apply(x, self.dequantize)
-        return y if self.bias is None else added(y, self.bias)
+        return y if self.bias is None else add_into(y, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.spec}"

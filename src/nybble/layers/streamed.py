@@ -31,7 +31,7 @@ class BlockStore(Protocol):
         """The weight of the linear layer or expert called `name`, valid until one of another block is fetched."""
 
 
-def added(y: Tensor, other: Tensor) -> Tensor:
+def add_into(y: Tensor, other: Tensor) -> Tensor:
     """y + other, in the place of a y that is nobody else's: what comes and goes between tensors that are kept leaves
     gaps in the C library's heap.
     """
@@ -94,7 +94,7 @@ class StreamedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = FrozenProduct.apply(x, self.dense)
-        return y if self.bias is None else added(y, self.bias)
+        return y if self.bias is None else add_into(y, self.bias)
 
 
 class StreamedExperts(ExpertMatrices):
@@ -206,7 +206,7 @@ class StreamedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = panel_product(x, self.weight)
-        return y if self.bias is None else added(y, self.bias).to(y.dtype)
+        return y if self.bias is None else add_into(y, self.bias).to(y.dtype)
 
 
 class _PanelProduct(torch.autograd.Function):

@@ -38,7 +38,7 @@ from nybble.planning.head_costs import (
 )
 from nybble.planning.module_costs import bias_bytes
 from nybble.planning.run_shape import MASTER_BYTES, ModelShape, RunShape
-from nybble.sizes import NARROW_MAPPED_FROM, filled_numbers, mapped_from, panel_rows
+from nybble.sizes import filled_numbers, mapped_from, panel_rows
 
 EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
 MOST_PRODUCTS = 1024  # compiled ones that oneDNN's cache holds
@@ -268,7 +268,7 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     kept = height.get(Part.KEPT, 0)
     for side, inner in sides:
         together = 2 if run.path == "blocks" else 1  # gate and up are one tensor there
-        if together * inner >= _mapped_from(run) and run.keep == "everything":
+        if together * inner >= mapped_from(run.path, run.model.hidden_size) and run.keep == "everything":
             kept -= side.model.num_layers * 2 * inner
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= head_panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
@@ -276,17 +276,12 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     return int(shares.inputs * inputs + shares.kept * max(0, kept) + shares.at_work * at_work)
 
 
-def _mapped_from(run: RunShape) -> int:
-    """Bytes from which a piece of a step is mapped by itself."""
-    return mapped_from(run.model.hidden_size) if run.path == "blocks" else NARROW_MAPPED_FROM
-
-
 def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
     """Measured; `inner` bytes is the largest tensor of an MLP."""
     in_bf16 = run.compute_bytes == 2
     if run.path == "blocks":
         in_heap = GAPS_BF16 if in_bf16 else GAPS_FP32
-        if input_bytes(run) < _mapped_from(run):
+        if input_bytes(run) < mapped_from(run.path, run.model.hidden_size):
             return in_heap
         # what experts get is small
         return GAPS_MAPPED._replace(at_work=in_heap.at_work) if run.model.num_experts else GAPS_MAPPED

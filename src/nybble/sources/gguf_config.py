@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from nybble.errors import ModelError, foreign_errors
 from nybble.families.family import FULL, SLIDING
-from nybble.formats.gguf import FACTORS, LARGEST, WINDOWLESS, GgufFile
+from nybble.formats.gguf import FACTORS, LARGEST, NORMED_ROUTING, WINDOWLESS, GgufFile
 from nybble.sources.skeleton import build_skeleton
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ TOKENS = {
     "tokenizer.ggml.eos_token_id": "eos_token_id",
     "tokenizer.ggml.padding_token_id": "pad_token_id",
 }
-NORMED_ROUTING = {"qwen2moe": False, "qwen3moe": True, "olmoe": False}  # what llama.cpp takes for granted of each
 OF_LAYERS = {"gemma4": ("feed_forward_length", "attention.head_count_kv")}  # of GIVEN, in what layers differ
 
 
@@ -150,14 +149,15 @@ def _gemma(file: GgufFile, values: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         values: of NEEDED.
     """
-    arch, layers, first = file.architecture, values["num_hidden_layers"], file.architecture == "gemma2"
+    arch, layers = file.architecture, values["num_hidden_layers"]
+    gemma2 = arch == "gemma2"
     key = f"{arch}.attention.sliding_window_pattern"
     if file.array(key):
         windows = file.numbers(key, layers)
     else:
         every = int(file.number(key, WINDOWLESS[arch]))
         windows = [every == 0 or (layer + 1) % every for layer in range(layers)]
-    window = int(file.number(f"{arch}.attention.sliding_window", 4096 if first else 0))
+    window = int(file.number(f"{arch}.attention.sliding_window", 4096 if gemma2 else 0))
     width = int(file.number(f"{arch}.attention.key_length"))
     of_largest = values["hidden_size"] // max(1, values["num_attention_heads"])
     full = {"rope_theta": file.number(f"{arch}.rope.freq_base", 10000.0)} | file.linear_rope()
@@ -167,9 +167,9 @@ def _gemma(file: GgufFile, values: Mapping[str, Any]) -> dict[str, Any]:
         "layer_types": [SLIDING if window and each else FULL for each in windows],
         "sliding_window": window or values["max_position_embeddings"],
         "query_pre_attn_scalar": of_largest if layers == LARGEST[arch] else width,
-        "rope_parameters": full if first else {FULL: full, SLIDING: narrow},
-        "attn_logit_softcapping": file.number(f"{arch}.attn_logit_softcapping", 50.0) if first else None,
-        "final_logit_softcapping": file.number(f"{arch}.final_logit_softcapping", 30.0 if first else 0.0) or None,
+        "rope_parameters": full if gemma2 else {FULL: full, SLIDING: narrow},
+        "attn_logit_softcapping": file.number(f"{arch}.attn_logit_softcapping", 50.0) if gemma2 else None,
+        "final_logit_softcapping": file.number(f"{arch}.final_logit_softcapping", 30.0 if gemma2 else 0.0) or None,
     }
 
 
