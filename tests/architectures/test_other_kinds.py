@@ -101,7 +101,7 @@ KINDS = (
     ),
     Kind(
         "Encoder-decoders",
-        ("bart", "blenderbot", "marian", "mbart", "pegasus", "t5"),
+        ("bart", "blenderbot", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"),
         make_seq2seq,
         _of_prompts,
         "t5",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nybble.exporting.arrival import experts_arrived
+from nybble.exporting.arrival import deltas_arrived
 from nybble.exporting.artefact import Artefact, write
 from nybble.exporting.merged_source import MergedSource
 from nybble.formats.gguf import GgufFile
@@ -47,7 +47,7 @@ def test_each_experts_delta_is_in_the_merged_model(run: Path, tmp_path: Path) ->
     folder = tmp_path / "merged"
     write(opened, Artefact(ArtefactKind.DENSE, GgufType.F16, "dequantized"), folder)
     merged = MergedSource(opened, "dequantized")
-    (check,) = experts_arrived(merged, ArtefactKind.DENSE, folder, None, GgufType.F16)
+    (check,) = deltas_arrived(merged, ArtefactKind.DENSE, folder, None, GgufType.F16)
     assert check.passed and check.found.startswith("24 of 24"), check
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
     ours = load_tuned(opened, torch.float32, torch.device("cpu"))(input_ids=ids).logits
@@ -55,18 +55,18 @@ def test_each_experts_delta_is_in_the_merged_model(run: Path, tmp_path: Path) ->
 
     for to, gguf_type in ((ArtefactKind.GGUF, GgufType.Q8_0), (ArtefactKind.GGUF_ADAPTER, GgufType.F16)):
         write(opened, Artefact(to, gguf_type, "dequantized"), tmp_path / to)
-        (check,) = experts_arrived(merged, to, tmp_path / to, None, gguf_type)
+        (check,) = deltas_arrived(merged, to, tmp_path / to, None, gguf_type)
         assert check.passed and check.found.startswith("24 of 24"), check
     write(opened, Artefact(ArtefactKind.GGUF, GgufType.F16, "dequantized"), tmp_path / "f16")
     file = tmp_path / "f16" / "model.gguf"
     with open(file, "r+b") as stream:
         stream.seek(row_entry(GgufFile(file).entries["blk.1.ffn_down_exps.weight"], 2).start)
         stream.write(merged.read_base_expert(EXPERT, 2).half().numpy().tobytes())
-    (check,) = experts_arrived(merged, ArtefactKind.GGUF, tmp_path / "f16", None, GgufType.F16)
+    (check,) = deltas_arrived(merged, ArtefactKind.GGUF, tmp_path / "f16", None, GgufType.F16)
     assert not check.passed and f"23 of 24; not {EXPERT}.2 (0%)" in check.found, check
 
     tensors = load_file(folder / "model.safetensors")
     tensors[EXPERT][2] = merged.read_base_expert(EXPERT, 2).to(tensors[EXPERT].dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (check,) = experts_arrived(merged, ArtefactKind.DENSE, folder, None, GgufType.F16)
+    (check,) = deltas_arrived(merged, ArtefactKind.DENSE, folder, None, GgufType.F16)
     assert not check.passed and f"23 of 24; not {EXPERT}.2 (0%)" in check.found, check

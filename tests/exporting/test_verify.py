@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from typed import typed
 
 from nybble.errors import NybbleError
-from nybble.evaluation.divergence import lumped_kl
+from nybble.evaluation.divergence import Distributions, lumped_kl
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.exporting.artefact import Artefact, verify, write
 from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.gguf_keys import ARCHITECTURES
 from nybble.exporting.merged_source import MergedSource
 from nybble.exporting.rounding import load_rounded, rounding_input
-from nybble.exporting.verify import Verification, ask_run, compare
+from nybble.exporting.verify import Answers, Verification, ask_run, compare, near_ties
 from nybble.options.use_groups import ArtefactKind, GgufType, RoundingOptions
 from nybble.quantization.folder import save_dense_folder
 from nybble.runs.adapter_files import WEIGHTS_NAME
@@ -89,6 +89,56 @@ def verified(run_folder: Path, folder: Path) -> Verification:
 def test_an_untuned_base_is_found_out(trained: Path, tmp_path: Path, check: Callable) -> None:
     save_dense_folder(open_run(trained).source, tmp_path / "base")
     assert {"differs from the base", "same choice as the tuned model"} <= failed(check(tmp_path / "base"))
+
+
+def test_a_layer_that_was_forgotten_is_found_out(trained: Path, tmp_path: Path) -> None:
+    """However the others' tokens are chosen."""
+    opened, name = open_run(trained), "model.layers.1.self_attn.k_proj.weight"
+    write(opened, FAITHFUL, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = MergedSource(opened, "dequantized").read_base(name).to(tensors[name].dtype)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = verified(trained, tmp_path / "out")
+    assert "ΔW of each layer and expert" in failed(found) and found.outcome == "failed"
+    (check,) = (check for check in found.checks if check.name.startswith("ΔW"))
+    assert check.found == "13 of 14; not model.layers.1.self_attn.k_proj (0%)"
+
+
+def test_near_ties_do_not_speak_against_what_is_within_rounding() -> None:
+    """Twenty choices of 200 are held for as likely as another, and rounding moves them; a firm one that is another
+    counts, and so does each of what is farther off than rounding.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(size: float) -> torch.Tensor:
+        return size * torch.randn(200, 30, generator=generator)
+
+    tuned = noise(1.0)
+    tuned[:, 0] = tuned[:, 1:].amax(1) + 2.0
+    tuned[::10, 1] = tuned[::10, 0] - 1e-3
+    tuned[1:4, 2] = tuned[1:4, 0] - 0.4
+    right, farther, firm = tuned + noise(0.01), tuned + noise(0.2), tuned + noise(0.01)
+    firm[1:4, 2] += 0.45
+    run = Answers(tuned.argmax(1), torch.zeros(200), [Distributions.of(tuned.log_softmax(1))], None, None, [], [])
+
+    def answers(logits: torch.Tensor) -> Answers:
+        log_p, (of_run,) = logits.log_softmax(1), run.distributions
+        choices = log_p.argmax(1)
+        return Answers(choices, run.losses, [], of_run.kl(log_p), of_run.lead(choices), [], [])
+
+    base = answers(tuned + noise(2.0))
+
+    def found(logits: torch.Tensor) -> tuple[int, int]:
+        asked = answers(logits)
+        return int((asked.choices != run.choices).sum()), near_ties(asked, base)
+
+    differing, ties = found(right)
+    assert differing == ties > 3
+    differing, ties = found(farther)
+    assert differing > 3 and ties == 0
+    differing, ties = found(firm)
+    assert ties >= 3 and differing == ties + 3
 
 
 def test_a_forgotten_end_of_turn_is_found_out(trained: Path, tmp_path: Path, check: Callable) -> None:

@@ -41,6 +41,13 @@ class Distributions:
         """KL(these || q) in nats, fp64 `(N,)`, for log-probabilities q `(N, vocabulary)`."""
         return lumped_kl(self.top_log_p, log_q.gather(1, self.top_ids.long()))
 
+    def lead(self, tokens: Tensor) -> Tensor:
+        """How many nats likelier than a token of each position, `(N,)`, the likeliest one is, fp32 `(N,)`; infinite
+        for a token that was not kept.
+        """
+        here = self.top_ids == tokens[:, None]  # (N, K)
+        return (self.top_log_p[:, :1] - self.top_log_p.masked_fill(~here, -torch.inf)).amin(dim=1)
+
 
 @torch.no_grad()
 def text_logits(

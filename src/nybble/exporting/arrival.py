@@ -1,7 +1,8 @@
-"""Did each expert's ΔW arrive? Asked of an artefact's own matrices, one after the other.
+"""Did each layer's and expert's ΔW arrive? Asked of an artefact's own matrices, one after the other.
 
 Of a matrix W that became W', <W' − W, ΔW> / <ΔW, ΔW> is 1 where all of ΔW is there, and 0 where none is. A whole model
-may answer well while some experts, which few tokens reach, have lost theirs.
+may answer well while some experts, which few tokens reach, have lost theirs, or a layer whose part is no more than what
+rounding the others changes.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,16 +29,16 @@ SHOWN = 3
 DEVIATIONS, FAINT = 4, 1.0  # of rounding, that are allowed for; with these a lost ΔW would pass
 
 
-def experts_arrived(
+def deltas_arrived(
     merged: MergedSource, kind: ArtefactKind, folder: Path, consumer: Consumer | None, gguf_type: GgufType
 ) -> list[Check]:
-    """A check of all that has an adapter, where experts are among it.
+    """A check of all that has an adapter: of a model in 16 bits always, else where experts are among it.
 
     Args:
         consumer: of the artefact; asked of PEFT's alone.
         gguf_type: of a GGUF model.
     """
-    if not merged.adapter.experts:
+    if not merged.adapter.experts and kind is not ArtefactKind.DENSE:
         return []
     if kind is ArtefactKind.GGUF:
         least = LEAST_IN_FOUR_BITS if gguf_type.in_four_bits else LEAST_IN_BLOCKS
@@ -45,7 +46,7 @@ def experts_arrived(
     if kind is ArtefactKind.GGUF_ADAPTER:
         return [_check(_gguf_deltas(merged, folder / ADAPTER_FILE), LEAST[kind])]
     if kind is not ArtefactKind.PEFT:
-        return [_check(merged.moved(open_model(str(folder))), LEAST[kind])]
+        return [_check(merged.moved(open_model(str(folder)).for_task(merged.task)), LEAST[kind])]
     if not isinstance(consumer, TransformersConsumer):
         return []  # nybble's own reader, which read these very matrices
     return [_check(_peft_deltas(merged, consumer.model), LEAST[kind])]

@@ -19,7 +19,7 @@ from nybble.errors import ExportError
 from nybble.evaluation.evaluation_rows import evaluation_rows
 from nybble.events import Listener, Note, silent
 from nybble.exporting import gguf_model
-from nybble.exporting.arrival import experts_arrived
+from nybble.exporting.arrival import deltas_arrived
 from nybble.exporting.consumers import CPU, load_consumer
 from nybble.exporting.gguf_keys import check_family
 from nybble.exporting.merged_source import MergedSource, Onto
@@ -217,7 +217,7 @@ def verify(
         if opened.full:
             return found
         merged = MergedSource(opened, artefact.onto)
-        arrived = experts_arrived(merged, artefact.kind, folder, consumer, artefact.gguf_type)
+        arrived = deltas_arrived(merged, artefact.kind, folder, consumer, artefact.gguf_type)
         return replace(found, checks=[*found.checks, *arrived])
     except Exception as error:  # whatever the consumer raises, the artefact is then not verified
         return not_loaded(artefact.kind, error)

@@ -7,6 +7,10 @@ What must hold depends on what the artefact promises. Faithful kinds (PEFT, 16 b
 16 or 8 bits) must choose the tuned model's tokens. Kinds that round the weights anew, or put ΔW on another base, must
 keep at least KEPT_GAIN of what fine-tuning gained on the held-out rows.
 
+A choice of another token speaks against a faithful artefact unless it is a near tie: the artefact lies so near the
+tuned model (ROUNDING) that its weights can only be rounded, and the tuned model prefers its own token by no more than
+such a distance moves log-probabilities. To second order KL is half the variance of that, so √(2 KL) is its deviation.
+
 Both are measured against what the run changed. Where that is too little (the base itself makes the tuned model's
 choices, or its loss differs by no more than chance), a right artefact cannot be told from a wrong one: "undecided".
 """
@@ -46,6 +50,8 @@ FAITHFUL_TOP1: dict[str, float] = {
 KEPT_GAIN = 0.75
 ENDS = 0.9  # of the held-out ends of turn at which the tuned model ends its answer
 NEARER = 0.25  # an artefact's KL to the tuned model, at most, over the base's
+ROUNDING = 1e-3  # the same, where it may be rounding alone: 16 bits come to 3e-6 to 8e-4
+DEVIATIONS = 3.0  # by which log-probabilities may be moved in a near tie
 
 PROBES = (
     (Message("user", "How much is 12 + 3456?"),),
@@ -75,6 +81,7 @@ class Answers:
         losses: fp32 `(N,)`, nats, of the tokens that follow.
         distributions: one of each row; only of the run.
         kl: fp64 `(N,)`, nats, of the run's distributions from this model's; not of the run itself.
+        leads: fp32 `(N,)`, nats, by which the run prefers its likeliest token to this model's; not of the run itself.
         texts: its greedy answer to each prompt.
         ended: whether it came to an end of turn there.
     """
@@ -83,6 +90,7 @@ class Answers:
     losses: Tensor
     distributions: list[Distributions]
     kl: Tensor | None
+    leads: Tensor | None
     texts: list[list[int]]
     ended: list[bool]
 
@@ -211,6 +219,7 @@ def ask(consumer: Consumer, rows: Sequence[Row], prompts: Sequence[Prompt], run:
     """A model's answers; `run` is whose distributions its KL is taken from."""
     choices, losses = [], []
     kl: list[Tensor] = []
+    leads: list[Tensor] = []
     distributions: list[Distributions] = []
     for index, row in enumerate(rows):
         log_p = consumer.logits(row.ids, row.positions, row.beside).log_softmax(dim=-1)  # (N, vocabulary)
@@ -220,12 +229,14 @@ def ask(consumer: Consumer, rows: Sequence[Row], prompts: Sequence[Prompt], run:
             distributions.append(Distributions.of(log_p))
         else:
             kl.append(run.distributions[index].kl(log_p))
+            leads.append(run.distributions[index].lead(choices[-1]))
     texts = [consumer.answer(prompt.ids, ANSWER_TOKENS, prompt.beside) for prompt in prompts]
     return Answers(
         choices=torch.cat(choices),
         losses=torch.cat(losses),
         distributions=distributions,
         kl=torch.cat(kl) if kl else None,
+        leads=torch.cat(leads) if leads else None,
         texts=texts,
         ended=[len(text) < ANSWER_TOKENS for text in texts],
     )
@@ -261,6 +272,7 @@ def _figures(reference: Reference, found: Answers) -> dict[str, Any]:
     return {
         "positions": len(targets),
         "top1_agreement": (found.choices == tuned.choices).double().mean().item(),
+        "near_ties": near_ties(found, base),
         "top1_agreement_of_base": (base.choices == tuned.choices).double().mean().item(),
         "kl_mean": found.kl.mean().item(),
         "kl_p99": found.kl.quantile(0.99).item(),
@@ -283,6 +295,15 @@ def _figures(reference: Reference, found: Answers) -> dict[str, Any]:
             ours == theirs for ours, theirs, equal in zip(tuned.ended, found.ended, same, strict=True) if equal
         ),
     }
+
+
+def near_ties(found: Answers, base: Answers) -> int:
+    """Choices in which an artefact differs from the run that rounding explains."""
+    assert found.kl is not None and base.kl is not None and found.leads is not None
+    kl = found.kl.mean().clamp(min=0)
+    if kl > ROUNDING * base.kl.mean():
+        return 0
+    return int(((found.leads > 0) & (found.leads <= DEVIATIONS * (2 * kl).sqrt())).sum())
 
 
 def _first_difference(ours: list[int], theirs: list[int]) -> int:
@@ -349,8 +370,9 @@ def _check_numbers(figures: dict[str, Any], kind: str, too_little: str | None) -
     least = FAITHFUL_TOP1.get(kind)
     top1, kl, kl_base = figures["top1_agreement"], figures["kl_mean"], figures["kl_mean_of_base"]
     if least is not None:
-        differing, allowed = _differing(top1, figures), _allowed(least, figures)
-        found = f"{top1:.2%}, {differing} of {figures['positions']} differ"
+        ties, allowed = figures["near_ties"], _allowed(least, figures)
+        differing = _differing(top1, figures) - ties
+        found = f"{top1:.2%}, {differing} of {figures['positions']} differ{f' beside {ties} near ties' if ties else ''}"
         needed = f"{least:.1%}, at most {allowed} differ"
         checks.append(Check("same choice as the tuned model", found, needed, differing <= allowed))
         nearer = kl < NEARER * kl_base
