@@ -92,5 +92,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return str(error).strip().partition("\n")[0]
+    """The first line of what an error says, with those that it announces: it ends in a colon then."""
+    if isinstance(error, KeyError):
+        return f"{error} is not known"
+    first, *others = (line.strip() for line in str(error).strip().splitlines() or [""])
+    for line in others:
+        if not first.endswith(":"):
+            break
+        first = f"{first} {line}"
+    return first

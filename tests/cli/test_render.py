@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
 
 import nybble
 from nybble.cli.render import Terminal
 from nybble.cli.render import step_line as step_line_module
-from nybble.cli.render.terminal import show
+from nybble.cli.render.terminal import SafeConsole, show
 from nybble.cli.render.training import PROMPT_CHARACTERS, show_samples
 from nybble.evaluation.samples import Sample
 from nybble.events import Event, Note, Progress, tracked
@@ -52,6 +54,21 @@ def test_an_event_without_one_is_an_error() -> None:
 
     with pytest.raises(NotImplementedError, match="Unknown"):
         printed(Unknown())
+
+
+def test_no_text_talks_to_the_terminal() -> None:
+    """Names of files, rows and answers of models may hold anything that a terminal acts on."""
+    talk = "a\x1b[2J\x9b31m\x1b]0;title\x07 é 字\tb"
+    console = SafeConsole(markup=False, file=io.StringIO(), force_terminal=True, color_system=None, width=200)
+    console.print(Panel(Text(talk)))
+    Terminal(console)(Note(talk))
+    console.out(talk)
+    written = console.file.getvalue()
+    assert not {character for character in written if not character.isprintable()} - {"\n", "\t"}, repr(written)
+    assert written.count(r"a\x1b[2J\x9b31m\x1b]0;title") == 3 and "é 字" in written
+    piped = SafeConsole(file=io.StringIO())
+    piped.out(talk)
+    assert "\x1b[2J" in piped.file.getvalue(), "an answer in a file is the answer"
 
 
 def test_notes_are_printed_as_they_are() -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_paths_are_from_the_folder_of_the_rows(read: Any, folder: Path, monkeypa
     assert len(read([asked("<image>?", image="red.png")]).train) == 1
 
 
-def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path) -> None:
+def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "broken.png").write_bytes((folder / "red.png").read_bytes()[:60])
     Image.new("L", (30, 20), 9).save(folder / "grey.png")
     frames = [Image.new("RGB", (9, 9), (n, 0, 0)) for n in (0, 200)]
@@ -118,7 +119,20 @@ def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path) -> None:
         ("broken-picture", asked("<image> 14", image="data:image/png;base64,é!!")),
         ("broken-picture", asked([{"type": "image", "bytes": "no base64"}, {"type": "text", "text": "15"}])),
         ("picture-marks", asked("<image> 16", images=[])),
+        ("template-loses-pictures", asked("<image> 17")),
+        ("template-loses-pictures", {"messages": [
+            {"role": "user", "content": "18"}, {"role": "assistant", "content": "an <image> tag"}]}),
+        ("missing-picture", asked("<image> 19", image="/dev/zero")),
+        ("missing-picture", asked("<image> 20", image="pipe.png")),
+        ("broken-picture", asked("<image> 21", image="program.eps")),
     ]  # fmt: skip
+    os.mkfifo(folder / "pipe.png")
+    (folder / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    ran = folder / "gs"  # a Ghostscript that tells when it is started
+    ran.write_text(f"#!/bin/sh\ntouch {folder}/started\n")
+    ran.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     kept = [asked("<image> grey", image="grey.png"), asked("<image> gif", image="moves.gif")]
     kept += [asked(f"<image> {n}", image="red.png") for n in range(3)]
     audit = read([row for _, row in wrong] + kept).audit
@@ -128,7 +142,28 @@ def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path) -> None:
         assert (name, f"rows.jsonl:{number}") in named, (name, audit.findings)
     assert max(len(each.detail) for each in audit.findings) < 400
     assert audit.num_train == len(kept) and audit.num_dropped == len(wrong)
+    assert not (folder / "started").exists(), "nothing runs a program that came as a picture"
     assert "mode L 1" in found["converted-picture"].detail and found["animated-picture"].num_rows == 1
+
+
+def test_what_parts_say_beside_their_picture_is_named(read: Any) -> None:
+    """Sizes that a picture is to have, as Qwen's rows have them, and a second picture; not where its bytes are from."""
+    said = {"max_pixels": 401408, "path": "green.png"}
+    rows = [row_of(["red.png"], f"{n}", "a") for n in range(3)]
+    for row, more in zip(rows, (said, {"detail": "high"}, {}), strict=True):
+        row["messages"][0]["content"][0] |= more
+    own = base64.b64encode(inline_bytes()).decode()
+    rows.append(asked([{"type": "image", "path": "from.png", "bytes": own}, {"type": "text", "text": "4"}]))
+    audit = read(rows).audit
+    [found] = [each for each in audit.findings if each.id == "unread-message-keys"]
+    assert found.rows == ("rows.jsonl:1",) and "max_pixels" in found.detail and "path" in found.detail
+    assert audit.num_train == len(rows)
+
+
+def inline_bytes() -> bytes:
+    file = io.BytesIO()
+    picture("blue").save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_picture_that_may_fill_memory_is_refused(read: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from family_models import (
     ALWAYS,
     CONFIGS,
+    GROWING,
     MIXTURES,
     SAMPLED,
     SAMPLED_MIXTURES,
@@ -240,13 +241,19 @@ def test_a_streamed_base_changes_no_bit(name: str, tmp_path: Path) -> None:
         ("gemma3_text", "use_bidirectional_attention", True, Why.OPTION),
         ("gemma4_text", "use_bidirectional_attention", "all", Why.OPTION),
         ("gemma4_text", "enable_moe_block", True, Why.OPTION),
+        ("mistral", "sliding_window", 0, Why.OPTION),  # what transformers makes of these, it has to say
+        ("gemma2", "sliding_window", -1, Why.OPTION),
+        ("qwen2", "sliding_window", None, Why.OPTION),
+        ("qwen3", "layer_types", ["full_attention", "chunked_attention", "full_attention"], Why.OPTION),
+        ("phi3", "rope_parameters", GROWING | {"partial_rotary_factor": 2.0}, Why.OPTION),
     ],
 )
 def test_what_a_config_asks_for_beyond_its_family_is_named(name: str, option: str, value: object, why: Why) -> None:
     model = dense_model(name)
     setattr(model.config, option, value)
     reason = why_not_forward(model)
-    assert reason is not None and reason.why is why and str(value if why is Why.ACTIVATION else option) in str(reason)
+    named = {"layer_types": "chunked_attention", "rope_parameters": "partial_rotary_factor = 2.0"}.get(option, option)
+    assert reason is not None and reason.why is why and str(value if why is Why.ACTIVATION else named) in str(reason)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 
-from nybble.errors import ConfigError, ModelError
+from nybble.errors import ConfigError, FormatError, ModelError
 from nybble.events import Event, Progress
 from nybble.formats.quant_spec import BaseFormats, QuantSpec
 from nybble.kernels.ops.four_bit import dequantize, quantize
@@ -195,6 +195,62 @@ def test_a_wrong_shape_is_named(make_folder) -> None:
     edit(folder, lambda t: t.update({name: t[name].T.contiguous()}))
     with pytest.raises(ModelError, match=rf"{name} has the shape \[64, 128\](.|\n)*\[128, 64\]"):
         load(folder, QuantSpec())
+
+
+def with_config(folder: Path, **values: object) -> Path:
+    """A config.json that says something else."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    return folder
+
+
+@pytest.mark.parametrize("rows", [159, 161])
+def test_an_embedding_of_another_size_is_no_damaged_file(make_folder, rows: int) -> None:
+    """Nothing is read of rows that the file does not have: behind them lies another tensor, or nothing."""
+    folder, _ = make_folder(tie_word_embeddings=True)
+    source = open_model(str(with_config(folder, vocab_size=rows)))
+    with pytest.raises(ModelError, match=rf"embed_tokens\.weight has the shape \[160, 64\](.|\n)*\[{rows}, 64\]"):
+        source.embedding_rows([rows - 1])
+
+
+@pytest.mark.parametrize("chosen", [0, 5])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_more_experts_a_token_than_there_are_are_refused(make_folder, family: str, chosen: int) -> None:
+    folder, _ = make_folder(family)
+    with pytest.raises(ModelError, match=rf"num_experts_per_tok = {chosen}, and num_(local_)?experts = 4"):
+        load(with_config(folder, num_experts_per_tok=chosen))
+
+
+def test_sizes_of_which_nothing_is_left_are_refused(make_folder) -> None:
+    folder, _ = make_folder()
+    with pytest.raises(ModelError, match=r"embed_tokens\.weight would have the shape \[160, 0\]"):
+        load(with_config(folder, hidden_size=0))
+
+
+def test_what_transformers_says_of_a_config_is_told_whole(make_folder) -> None:
+    folder, _ = make_folder()
+    with pytest.raises(ModelError, match=r"'hidden_size': .*expected int, got str"):
+        load(with_config(folder, hidden_size="64"))
+    with pytest.raises(ModelError, match="'wow' is not known"):
+        load(with_config(folder, hidden_size=64, hidden_act="wow"))
+
+
+def test_weights_of_64_bits_are_rounded_and_truth_values_refused(make_folder) -> None:
+    folder, model = make_folder()
+    edit(folder, lambda t: t.update({name: tensor.double() for name, tensor in t.items()}))
+    layer = "model.layers.1.mlp.up_proj"
+    read, quantized = open_model(str(folder)).read_linear(layer), load(folder, QuantSpec()).get_submodule(layer)
+    assert torch.equal(read, model.get_submodule(layer).weight) and isinstance(quantized, QuantizedLinear)
+    edit(folder, lambda t: t.update({f"{layer}.weight": torch.ones(128, 64, dtype=torch.bool)}))
+    with pytest.raises(FormatError, match=r"stores model\.layers\.1\.mlp\.up_proj\.weight as integers \(BOOL\)"):
+        load(folder)
+
+
+def test_a_damaged_generation_config_is_named(make_folder) -> None:
+    folder, _ = make_folder()
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"does not take .*generation_config\.json"):
+        open_model(str(folder)).load_generation_config()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -12,6 +12,7 @@ from nybble.errors import FormatError, ModelError
 from nybble.sources.hub import looks_like_hub_id
 from nybble.sources.open import open_model
 from nybble.sources.processor import load_processor
+from nybble.sources.tokenizer import load_tokenizer
 
 
 def test_a_folder(make_folder) -> None:
@@ -107,6 +108,28 @@ def test_a_missing_shard(make_folder) -> None:
     shard.unlink()
     with pytest.raises(ModelError, match=f"{shard.name} is missing"):
         open_model(str(folder))
+
+
+def test_two_sets_of_weights_are_refused(make_folder) -> None:
+    """transformers reads the single file, others the shards."""
+    folder, _ = make_folder(shard="100KB")
+    shutil.copy(make_folder()[0] / "model.safetensors", folder)
+    with pytest.raises(ModelError, match=r"model\.safetensors beside model\.safetensors\.index\.json"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("model_type", ["bert", "t5", "qwen2", "gpt2", "gemma2"])
+def test_a_tokenizer_that_is_not_there_is_not_made_up(model_type: str, tmp_path: Path) -> None:
+    """Of some types transformers gives an empty one, to which every word is unknown."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ModelError, match=r"No tokenizer could be loaded(.|\n)*--tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_files_of_its_own_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert load_tokenizer(str(tmp_path))("a").input_ids == [100, 1]
 
 
 def test_a_truncated_shard(make_folder) -> None:

@@ -4,9 +4,11 @@ import base64
 import io
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +26,7 @@ SIXTEEN_BITS = 65535
 ANIMATED = "animated"
 MOST_SHOWN = 100  # characters of a path
 OBJECT = re.compile(r"file <[^>]*>")  # what Pillow calls bytes that lie in memory
+PROGRAMS = ("EPS",)  # formats that are programs, which Pillow has Ghostscript run
 
 Stored = bytes | str  # a picture's file, or its path
 
@@ -70,10 +73,32 @@ def picture_bytes(stored: Stored, origin: str) -> bytes:
     if isinstance(stored, bytes):
         return stored
     try:
-        return Path(os.path.expanduser(stored)).read_bytes()
+        return _regular_file(Path(os.path.expanduser(stored)))
     except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
         why = getattr(error, "strerror", None) or error
         raise RowError("missing-picture", origin, f"{stored[:MOST_SHOWN]}: {why}") from error
+
+
+def _regular_file(path: Path) -> bytes:
+    """A file's bytes. A pipe or a device may have none, or no end of them.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no file of a disk.
+    """
+    kind = path.stat().st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        raise ValueError("no file, but a pipe or a device")
+    return path.read_bytes()
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those that Pillow decodes itself."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.ID if name not in PROGRAMS)
 
 
 def decode(stored: Stored, origin: str) -> Decoded:
@@ -88,7 +113,7 @@ def decode(stored: Stored, origin: str) -> Decoded:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file)) as image:
+            with Image.open(io.BytesIO(file), formats=_formats()) as image:
                 notes = [] if image.mode == "RGB" else [f"mode {image.mode}"]
                 notes += [ANIMATED] if getattr(image, "n_frames", 1) > 1 else []
                 image.load()

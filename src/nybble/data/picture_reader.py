@@ -74,6 +74,13 @@ class PictureReader:
         return torch.tensor([token for token in self.processor.image_token_ids if token is not None])
 
     @cached_property
+    def spellings(self) -> tuple[str, ...]:
+        """Of the tokens in whose place something comes that is no text: pictures, or what nybble does not read."""
+        others = (getattr(self.processor, f"{kind}_token", None) for kind in ("video", "audio"))
+        pictures = self.processor.tokenizer.convert_ids_to_tokens(self.token_ids.tolist())
+        return (*pictures, *(token for token in others if token))
+
+    @cached_property
     def kinds(self) -> str | None:
         """Under which name the model is told which tokens are a picture's; None where it is not."""
         from PIL import Image
@@ -104,6 +111,16 @@ class PictureReader:
         decoded_bytes = sum(3 * each.image.width * each.image.height for each in decoded)
         return Written(written + text[at:], tuple(shifts), tuple(put_in), notes, _values(found), decoded_bytes)
 
+    def check_text(self, text: str, origin: str) -> None:
+        """Refuse a turn's own text that spells a token in whose place the model would look for a picture.
+
+        Raises:
+            RowError: it does.
+        """
+        if spelled := next((token for token in self.spellings if token in text), None):
+            said = f"its own text spells {spelled}, in whose place the model is given what is no text"
+            raise RowError("template-loses-pictures", origin, said)
+
     def row(self, row: EncodedExample, pictures: Sequence[Picture], written: Written) -> "PicturedRow":
         """A sequence with its pictures, whose own tokens are never learnt."""
         of_pictures = torch.isin(row.input_ids, self.token_ids.int())
@@ -113,8 +130,7 @@ class PictureReader:
             special = set(tokenizer.all_special_ids)
             spelled = {token for text in set(written.put_in) for token in tokenizer.encode(text)}
             supervised = supervised & ~torch.isin(row.input_ids, torch.tensor(sorted(spelled & special)).int())
-        spellings = self.processor.tokenizer.convert_ids_to_tokens(self.token_ids.tolist())
-        counts = [sum(text.count(spelling) for spelling in spellings) for text in written.put_in]
+        counts = [sum(text.count(spelling) for spelling in self.spellings) for text in written.put_in]
         places = of_pictures.nonzero().flatten()
         assert sum(counts) == len(places), (
             f"{row.origin}: {counts} tokens of pictures were put in, {len(places)} are there"

@@ -287,6 +287,9 @@ class ChatTemplate:
     ) -> EncodedExample:
         """Tokens of a text between cuts, with the weight of each piece; pictures as the processor writes them."""
         pictures = [picture for message in messages for picture in message.pictures]
+        if self.reader is not None:
+            for said in filter(self.encoder.spells_special, (message.content for message in messages)):
+                self.reader.check_text(said, origin)
         if not pictures:
             return _encoded(origin, list(zip(self.encoder.encode_pieces(text, cuts), weights, strict=True)))
         if self.reader is None:

@@ -56,6 +56,7 @@ class TextEncoder:
             sorted({t.content for t in added if t.special and t.content.strip()}, key=lambda s: (-len(s), s))
         )
         # Text is split at these before anything else, so what stands before one cannot change what follows.
+        self._special = re.compile("|".join(map(re.escape, self.special_tokens)) or r"(?!)")
         barriers = {t.content for t in added if t.special and not t.normalized and not t.single_word}
         self._barriers = re.compile("|".join(re.escape(t) for t in self.special_tokens if t in barriers) or r"(?!)")
         self._known: dict[str, list[int]] = {}  # turns recur, headers and ends do always
@@ -63,6 +64,10 @@ class TextEncoder:
         self.eos_id: int | None = tokenizer.eos_token_id
         bos: int | None = tokenizer.bos_token_id
         self.leading_bos = bos if bos is not None and tokenizer("x")["input_ids"][:1] == [bos] else None
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a special token is spelled in a text."""
+        return self._special.search(text) is not None
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text on its own, special tokens only where the text spells them."""

@@ -22,6 +22,7 @@ from nybble.data.text_encoder import RowError
 COLUMNS = ("images", "image")
 KINDS = ("image", "image_url")  # of parts
 KEYS = ("image", "path", "url", "image_url")  # under which a part has its picture
+HARMLESS = ("type", "detail", "cache_control")  # of a part: they change nothing of a picture
 MARK = "<image>"
 ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://")
 INLINE = re.compile(r"data:[^,]*;base64,")
@@ -47,11 +48,24 @@ def read_parts(content: Any, where: str) -> tuple[str | Picture, ...]:
     return tuple(_picture_of(part, where) if is_picture(part) else text_of(part, "text", where) for part in content)
 
 
+def unread_of(part: Mapping[str, Any]) -> Iterator[str]:
+    """Keys of a picture's part that say something which nothing reads: another picture, sizes that it is to have."""
+    read = _key_of(part)
+    for key, value in part.items():
+        named = key == "path" and read == "bytes"  # where these are from
+        if key not in (*HARMLESS, read) and not named and not says_nothing(value):
+            yield key
+
+
+def _key_of(part: Mapping[str, Any]) -> str | None:
+    """Under which the part has its picture."""
+    return next((key for key in ("bytes", *KEYS) if part.get(key) and not says_nothing(part[key])), None)
+
+
 def _picture_of(part: Mapping[str, Any], where: str) -> Picture:
     """The part's picture; a place for one where it has none."""
-    value = next((part[key] for key in KEYS if not says_nothing(part.get(key))), None)
-    if value is None and part.get("bytes"):
-        value = {"bytes": part["bytes"]}
+    key = _key_of(part)
+    value = None if key is None else {key: part[key]} if key == "bytes" else part[key]
     if isinstance(value, Mapping) and isinstance(value.get("url"), str):
         value = value["url"]
     return Picture(b"" if value is None else stored_picture(value, "image", where.partition(": ")[0]))

@@ -11,7 +11,7 @@ from nybble.data.examples import REASONING_KEYS, Message, Picture, Role, ToolCal
 from nybble.data.file_kinds import Row
 from nybble.data.json_rows import parse_json
 from nybble.data.text_encoder import RowError
-from nybble.data.turn_pictures import is_picture, read_parts
+from nybble.data.turn_pictures import is_picture, read_parts, unread_of
 from nybble.errors import DataError
 
 NAMES: dict[Role, tuple[str, ...]] = {
@@ -82,8 +82,10 @@ def _message(turn: Any, where: str, roles: Mapping[str, str], pictures: bool) ->
     if role == "tool" and not isinstance(content, str) and not _is_parts(content):
         content = json.dumps(content, ensure_ascii=False)  # a result may be any JSON
     parts: tuple[str | Picture, ...] = ()
+    unread = _unread(turn, role, (role_key, content_key))
     if pictures and isinstance(content, list) and any(map(is_picture, content)):
         texts = [part for part in content if not is_picture(part)]
+        unread += tuple(key for part in content if is_picture(part) for key in unread_of(part))
         content, parts = _joined(texts, where), read_parts(content, where)
         if role == "assistant":
             raise _odd("picture-in-answer", where, "is the assistant's, and has a picture in it: models write text")
@@ -92,7 +94,7 @@ def _message(turn: Any, where: str, roles: Mapping[str, str], pictures: bool) ->
         text_of({content_key: _joined(content, where)}, content_key, where),
         _reasoning(turn, where),
         _weight(turn, where),
-        _unread(turn, role, (role_key, content_key)),
+        unread,
         calls,
         str(turn.get("tool_call_id") or "") if role == "tool" else "",
         str(turn.get("name") or "") if role == "tool" else "",

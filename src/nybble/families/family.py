@@ -235,7 +235,22 @@ class Family:
             found = getattr(config, option, None)
             if found and value in (None, found):
                 return option
-        return None
+        return self._refuses_value(config)
+
+    def _refuses_value(self, config: Any) -> str | None:
+        """An option with a value that its layers cannot have, of which transformers has to say what it makes."""
+        kinds = self.kinds(config)
+        if others := set(kinds) - {FULL, SLIDING}:
+            return f"layer_types of the kind {min(others)}"
+        window = config.sliding_window if SLIDING in kinds else None
+        if window is None and self.windows == "by kind" and SLIDING in kinds:
+            return "layers under a window, of which sliding_window says nothing"
+        if window is not None and window < 1:
+            return f"sliding_window = {window}"
+        given = getattr(config, "rope_parameters", None) or {}
+        ropes = given.values() if self.rope_by_kind else [given]
+        shares = (rope.get("partial_rotary_factor") for rope in ropes)
+        return next((f"partial_rotary_factor = {s}" for s in shares if s is not None and not 0 < s <= 1), None)
 
     def embedding_factor(self, config: Any) -> float:
         """Of what the embedding module gives."""

@@ -206,11 +206,17 @@ def tensor_sha256(tensor: Tensor) -> str:
 
 
 def _shard_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
+    index, single = folder / INDEX_NAME, (folder / SINGLE_NAME).is_file()
     if index.is_file():
         files = sorted(set(_weight_map(index).values()))
+        if single and SINGLE_NAME not in files:
+            raise ModelError(
+                f"{folder} holds {SINGLE_NAME} beside {INDEX_NAME} and the shards that it names.",
+                "A model folder holds one of the two; programs differ on which they read.",
+                "Remove the one that is not meant.",
+            )
         return [_confined(folder, name) for name in files]
-    if (folder / SINGLE_NAME).is_file():
+    if single:
         return [folder / SINGLE_NAME]
     found = ", ".join(sorted(file.name for file in folder.glob("*.safetensors"))) or "none"
     raise ModelError(

@@ -200,7 +200,8 @@ class FolderSource(StoredModel):
 
     def load_generation_config(self) -> GenerationConfig:
         if (self.path / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(self.path)
+            with foreign_errors(config_refused(self.path / "generation_config.json")):
+                return GenerationConfig.from_pretrained(self.path)
         return super().load_generation_config()
 
     def fingerprint(self) -> str:
@@ -227,7 +228,8 @@ class FolderSource(StoredModel):
 
     def _read_weight(self, stored: str) -> Tensor:
         packed = self._packed.weights.get(stored)
-        return self._stored.read(stored) if packed is None else packed.read(self._stored.read)
+        weight = self._stored.read(stored) if packed is None else packed.read(self._stored.read)
+        return weight.float() if weight.dtype == torch.float64 else weight
 
     def _read_row(self, stored: str, row: int | None) -> Tensor:
         """A weight, or one row of its first dimension, such as an expert."""
@@ -396,7 +398,7 @@ def _refuse_codes(folder: Path, parts: Mapping[str, list[str]], entries: Mapping
     for name in parts:
         dtype = entries[name].dtype
         is_fp8 = dtype.startswith("F8_")
-        is_code = dtype[0] in "IU" and name.endswith(".weight") and not is_quantized(name, entries)
+        is_code = dtype.startswith(("I", "U", "BOOL")) and name.endswith(".weight") and not is_quantized(name, entries)
         if is_fp8 or is_code:
             raise FormatError(
                 f"{folder} stores {name} as {'fp8' if is_fp8 else 'integers'} ({dtype}).",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,9 @@ from nybble.sources.task import ARCHITECTURES, SEQ2SEQ, STATES, TOKENS, Task, is
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # a layer's, as configs call them
+EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
 
 
 def config_refused(where: object) -> Callable[[Exception], ModelError]:
@@ -99,8 +103,31 @@ def _build(
             _instead(config),
         )
 
+    _check_experts(config)
     with foreign_errors(cannot_be_built), torch.device("meta"):
-        return make(config, dtype=dtype)
+        model = make(config, dtype=dtype)
+        empty = next((name for name, each in model.named_parameters() if not each.numel()), None)
+        if empty is not None:
+            raise ValueError(f"{empty} would have the shape {list(model.get_parameter(empty).shape)}")
+    return model
+
+
+def _check_experts(config: "PretrainedConfig") -> None:
+    """Refuse to send a token to none of a mixture's experts, or to more than there are.
+
+    Raises:
+        ModelError: the config says so.
+    """
+    text = config.get_text_config()
+    counts = {name: value for name in EXPERTS if type(value := getattr(text, name, None)) is int and value > 1}
+    chosen = {name: value for name in EXPERTS_A_TOKEN if type(value := getattr(text, name, None)) is int}
+    for (count, of), (name, value) in product(counts.items(), chosen.items()):
+        if not 1 <= value <= of:
+            raise ModelError(
+                f"The config has {name} = {value}, and {count} = {of}.",
+                f"Allowed: 1 to {of} experts a token.",
+                "Check config.json, or fetch the model again.",
+            )
 
 
 def _instead(config: "PretrainedConfig") -> str:

@@ -25,7 +25,7 @@ from nybble.kernels.ops.four_bit import dequantize
 from nybble.layers.convert import block_names, quantizable_linears
 from nybble.layers.dense import is_transposed, kept_in_fp32
 from nybble.layers.quantized_experts import ExpertShape, expert_shapes
-from nybble.sources.placement import Placed, PlacedTensor, check_stored, place_tensors, read_placed
+from nybble.sources.placement import Placed, PlacedTensor, check_shape, check_stored, place_tensors, read_placed
 from nybble.sources.skeleton import build_skeleton, dense_end_weights, untie
 from nybble.sources.task import HEADS, TOKENS, Task
 
@@ -396,4 +396,6 @@ class StoredModel(ABC):
         wanted = self.skeleton.get_input_embeddings().weight
         target = next(name for name, parameter in self.skeleton.named_parameters() if parameter is wanted)
         matrix = self.matrix(self.placements[target].name)
+        if matrix is not None:
+            check_shape(self, target, (matrix.num_rows, matrix.num_columns), tuple(wanted.shape))
         return None if matrix is None else matrix.gather(torch.tensor(ids)).float()

@@ -29,7 +29,20 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     with foreign_errors(none_loaded):
         more = _true_config(Path(name)) | {"local_files_only": Path(name).is_dir()}
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **more)
+        _refuse_empty(Path(name), tokenizer)
+        return tokenizer
+
+
+def _refuse_empty(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """transformers makes one without a vocabulary of a folder that has none of a tokenizer's files.
+
+    Raises:
+        FileNotFoundError: it did so.
+    """
+    needed = set(type(tokenizer).vocab_files_names.values())
+    if folder.is_dir() and needed and not any((folder / file).is_file() for file in needed):
+        raise FileNotFoundError(f"it has none of {', '.join(sorted(needed))}")
 
 
 def _true_config(folder: Path) -> dict[str, Any]:

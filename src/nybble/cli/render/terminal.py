@@ -1,15 +1,35 @@
 """The terminal as a listener of events: each is shown in the way that belongs to its type."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from functools import singledispatch
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import Progress
+from rich.segment import Segment
 from rich.table import Column, Table
 
 from nybble import events
 from nybble.cli.render.step_line import StepLine
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+def shown(text: str) -> str:
+    """A text with its control characters written as escapes: a terminal acts on these, and files hold any."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class SafeConsole(Console):
+    """A console that no text can talk to its terminal through: all that is shown passes here, in pieces. What goes into
+    a file or a pipe stays as it is.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        safe = not self.is_terminal
+        for piece in super().render(renderable, options):
+            yield piece if safe or piece.control else piece._replace(text=shown(piece.text))
 
 
 class Terminal:
@@ -20,7 +40,7 @@ class Terminal:
     """
 
     def __init__(self, console: Console | None = None):
-        self.console = console or Console(markup=False)  # labels and names may hold brackets
+        self.console = console or SafeConsole(markup=False)  # labels and names may hold brackets
         self.steps: StepLine | None = None
         self._work = ""
         self._bar: Progress | None = None
