@@ -1,6 +1,7 @@
 """GGUF files as sources: tiny models written as llama.cpp writes them, against transformers' own numbers."""
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,36 @@ def test_a_size_that_is_missing_or_that_layers_have_each_is_named(make_folder: C
     file.write_bytes(file.read_bytes().replace(b"llama.embedding_length", b"llama.embedding_lengt_"))
     with pytest.raises(ModelError, match=r"no number under llama\.embedding_length"):
         open_model(str(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rope.dimension_count", struct.pack("<I", 8), r"turns 8 of 16 elements of a head"),
+        ("attention.key_length", struct.pack("<I", 2**32 - 1), r"inv_freq would have the shape \[2147483647\]"),
+        ("attention.layer_norm_rms_epsilon", struct.pack("<f", math.nan), r"no number under"),
+        ("attention.layer_norm_rms_epsilon", struct.pack("<f", math.inf), r"no number under"),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused(
+    make_folder: Callable, tmp_path: Path, key: str, value: bytes, said: str
+) -> None:
+    """Before memory is taken for them, and not left out where llama.cpp would go by them."""
+    _, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama")
+    data = file.read_bytes()
+    place = data.index(f"llama.{key}".encode()) + len(f"llama.{key}") + 4  # behind the type
+    file.write_bytes(data[:place] + value + data[place + 4 :])
+    with pytest.raises(ModelError, match=said):
+        open_model(str(file))
+
+
+def test_words_without_merges_are_not_left_in_letters(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder(num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "llama")
+    file.write_bytes(file.read_bytes().replace(b"tokenizer.ggml.merges", b"tokenizer.ggml.mergez"))
+    with pytest.raises(ModelError, match="no merges"):
+        open_model(str(file)).load_tokenizer()
 
 
 def test_digits_are_split_as_smollm_was_trained(make_folder: Callable, tmp_path: Path) -> None:

@@ -221,7 +221,11 @@ def test_more_experts_a_token_than_there_are_are_refused(make_folder, family: st
         load(with_config(folder, num_experts_per_tok=chosen))
 
 
-def test_sizes_of_which_nothing_is_left_are_refused(make_folder) -> None:
+def test_sizes_that_no_weight_bears_out_are_refused(make_folder) -> None:
+    """Before memory is taken for them."""
+    folder, _ = make_folder("qwen3")
+    with pytest.raises(ModelError, match=r"inv_freq would have the shape \[1073741824\]"):
+        load(with_config(folder, head_dim=2**31))
     folder, _ = make_folder()
     with pytest.raises(ModelError, match=r"embed_tokens\.weight would have the shape \[160, 0\]"):
         load(with_config(folder, hidden_size=0))

@@ -111,9 +111,10 @@ class GgufFile:
         """
         values = set(self.array(key)) if key in self._arrays else {self.metadata.get(key, default)}
         value = values.pop() if len(values) == 1 else None
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            what = "a number for each layer" if values else "no number"  # the one that was there is taken
             raise ModelError(
-                f"{self.path} has {'no number' if len(values) == 0 else 'a number for each layer'} under {key}.",
+                f"{self.path} has {what} under {key}.",
                 "Needed: one number.",
                 "Use the model's safetensors folder.",
             )
@@ -314,6 +315,13 @@ class GgufFile:
         prefix = self.architecture
         if (head_dim := self.metadata.get(f"{prefix}.attention.key_length")) is not None:
             config.head_dim = head_dim
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if self.metadata.get(f"{prefix}.rope.dimension_count", width) != width:
+            raise ModelError(
+                f"{self.path} turns {self.metadata[f'{prefix}.rope.dimension_count']} of {width} elements of a head.",
+                "Heads of this architecture are turned whole.",
+                "Use the model's safetensors folder.",
+            )
         if getattr(config, "sliding_window", None):
             config.sliding_window = None  # llama.cpp runs these architectures without one
         scaling = self.metadata.get(f"{prefix}.rope.scaling.type", "none")

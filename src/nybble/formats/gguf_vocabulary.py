@@ -106,6 +106,8 @@ def tokenizer_of(vocabulary: Vocabulary) -> Tokenizer:
     """
     if len(vocabulary.types) != len(vocabulary.tokens):
         raise ValueError(f"it has {len(vocabulary.tokens)} tokens, and types of {len(vocabulary.types)}")
+    if vocabulary.model in MERGED and not vocabulary.merges:
+        raise ValueError("it has no merges, by which its tokenizer joins letters")
     tokenizer = _BUILDERS[vocabulary.model](vocabulary)
     for kind in (TokenType.CONTROL, TokenType.USER_DEFINED):
         tokens = [token for token, of in zip(vocabulary.tokens, vocabulary.types, strict=True) if of == kind]
@@ -153,6 +155,7 @@ def _of_pieces(vocabulary: Vocabulary, merges: list[tuple[str, str]]) -> Tokeniz
 
 
 _BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece, "gemma4": _gemma4}
+MERGED = ("gpt2", "gemma4")  # whose tokens are joined by merges
 
 
 def _merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:

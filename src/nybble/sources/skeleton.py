@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # a layer's, as configs call them
+MOST_COMPUTED = 1 << 29  # elements of a mask, or of a table of positions
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token")
 
 
@@ -106,10 +107,20 @@ def _build(
     _check_experts(config)
     with foreign_errors(cannot_be_built), torch.device("meta"):
         model = make(config, dtype=dtype)
-        empty = next((name for name, each in model.named_parameters() if not each.numel()), None)
-        if empty is not None:
-            raise ValueError(f"{empty} would have the shape {list(model.get_parameter(empty).shape)}")
+        _check_sizes(model)
     return model
+
+
+def _check_sizes(model: "PreTrainedModel") -> None:
+    """Refuse weights of no size, and tables that would be computed and are larger than any model's.
+
+    Raises:
+        ValueError: names what has such a size.
+    """
+    odd = [(name, each) for name, each in model.named_parameters() if not each.numel()]
+    odd += [(name, each) for name, each in model.named_buffers() if each.numel() > MOST_COMPUTED]
+    for name, tensor in odd[:1]:
+        raise ValueError(f"{name} would have the shape {list(tensor.shape)}")
 
 
 def _check_experts(config: "PretrainedConfig") -> None:
