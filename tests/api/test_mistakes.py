@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_pictures import make_vision
+from tiny_seq2seq import make_seq2seq
 from typed import typed
 
 import nybble
@@ -123,6 +125,17 @@ def test_mistakes_with_the_parts(places: dict[str, Path], tmp_path: Path) -> Non
     nybble.add_adapters(model, rank=2)
     with pytest.raises(ConfigError, match="has adapters"):
         nybble.add_adapters(model, rank=2)
+
+
+def test_models_that_no_loop_of_ones_own_is_made_of(data: Path, tmp_path: Path) -> None:
+    vision, prompted = (nybble.open_model(make(tmp_path / make.__name__)) for make in (make_vision, make_seq2seq))
+    for call in (lambda source: nybble.load_data(data, source), nybble.load):
+        with pytest.raises(ModelError, match="a vision model, which reads pictures and no text"):
+            call(vision)
+        with pytest.raises(ConfigError, match=r"an encoder-decoder(.|\n)*nybble\.train"):
+            call(prompted)
+        with pytest.raises(ConfigError, match=r"nybble\.open_model\(PATH\)"):
+            call(str(tmp_path))
 
 
 def test_a_model_that_stays_in_16_bits_is_not_loaded_as_one_in_four(mostly_dense: Path) -> None:

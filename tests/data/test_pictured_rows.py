@@ -122,9 +122,8 @@ def test_what_is_wrong_with_pictures_is_named(read: Any, folder: Path, monkeypat
         ("template-loses-pictures", asked("<image> 17")),
         ("template-loses-pictures", {"messages": [
             {"role": "user", "content": "18"}, {"role": "assistant", "content": "an <image> tag"}]}),
-        ("missing-picture", asked("<image> 19", image="/dev/zero")),
-        ("missing-picture", asked("<image> 20", image="pipe.png")),
-        ("broken-picture", asked("<image> 21", image="program.eps")),
+        ("missing-picture", asked("<image> 19", image="pipe.png")),
+        ("broken-picture", asked("<image> 20", image="program.eps")),
     ]  # fmt: skip
     os.mkfifo(folder / "pipe.png")
     (folder / "program.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")

@@ -52,6 +52,7 @@ from nybble.sources.load import load_model
 from nybble.sources.open import open_model as open_stored
 from nybble.sources.parts import check_dense_share
 from nybble.sources.stored_model import StoredModel
+from nybble.sources.task import task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,6 +163,23 @@ class TrainingData(PreparedData):
             yield [_collate([self.train[row] for row in micro], packed) for micro in dealt]
 
 
+def _check_decoder(source: StoredModel, objective: str = "sft") -> None:
+    """Refuse what no loop of one's own is made of.
+
+    Raises:
+        ConfigError, ModelError: the source is a path that is to be opened first, or its model no decoder.
+    """
+    if isinstance(source, str | os.PathLike):
+        got = f"The model is {str(source)!r}."
+        raise ConfigError(got, "Allowed: what nybble.open_model returns.", "Open it first: nybble.open_model(PATH).")
+    if task_of(objective, source.config).prompted:
+        raise ConfigError(
+            "The model is an encoder-decoder.",
+            "A training loop of one's own is for decoders.",
+            "Train with nybble.train.",
+        )
+
+
 def _collate(rows: Sequence[EncodedExample], packed: bool) -> Batch:
     compared = [row for row in rows if isinstance(row, PreferenceRow)]
     return compare(compared, packed) if compared else collate(rows, packed)
@@ -187,6 +205,7 @@ def load_data(data: Any, source: StoredModel, *, on_event: Listener = silent, **
         (38, 2, 0)
     """
     config = build_options(RowsConfig, as_options({"data": data} | options))
+    _check_decoder(source, config.objective.objective)
     found = TrainingData.read(config.data, source, ROW_KINDS[config.objective.objective])
     on_event(Audited(found.audit))
     found.audit.check()
@@ -304,6 +323,7 @@ def load(source: StoredModel, *, on_event: Listener = silent, **options: Any) ->
         []
     """
     config = build_options(LoadConfig, as_options(options))
+    _check_decoder(source)
     device, dtype = set_up(config.machine)
     source = in_asked_bits(source, config.weights)
     spec = quant_spec(config.weights)

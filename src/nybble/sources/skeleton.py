@@ -10,7 +10,7 @@ from torch import nn
 
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.layers.dense import ends_of
-from nybble.sources.task import ARCHITECTURES, SEQ2SEQ, STATES, TOKENS, Task, is_seq2seq, reads_pictures
+from nybble.sources.task import ARCHITECTURES, SEQ2SEQ, STATES, TOKENS, Task, is_seq2seq, reads_both, reads_pictures
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -147,6 +147,8 @@ def _instead(config: "PretrainedConfig") -> str:
         return "It is a vision model, which tells pictures apart: nybble train --objective classify."
     if is_seq2seq(config):
         return "It is an encoder-decoder, which learns answers to prompts: nybble train."
+    if reads_both(config):
+        return "It is a vision-language model, which learns from conversations with pictures: nybble train."
     return "Choose another model, or update transformers."
 
 
