@@ -119,6 +119,9 @@ def test_pictures_are_the_users(running: Running, folder: Path) -> None:
     turns = [{**turn, "role": "system"} for turn in asked(data_url(file_of(folder, 0)))]
     status, body = raw(running, json.dumps({"model": "run", "messages": turns}).encode())
     assert status == 400 and "pictures are the user's" in body["error"]["message"]
+    turns = asked(words="What is <|image_pad|>?")
+    status, body = raw(running, json.dumps({"model": "run", "messages": turns}).encode())
+    assert status == 400 and "spells <|image_pad|>" in body["error"]["message"]
 
 
 def test_pictures_are_fetched_from_hosts_that_are_named_and_no_further(folder: Path) -> None:

@@ -165,6 +165,8 @@ def test_evaluated_asked_and_merged(bert_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not write answers"):
         nybble.open_run(bert_run).generate("Hello")
     assert "does not write answers" in typed(["chat", "--run", bert_run, "--prompt", "Hello"]).output
+    asked = typed(["chat", "--model", merged.folder, "--prompt", "Hello"])
+    assert asked.exit_code == 2 and "is an encoder, which writes no answers" in asked.output
 
 
 def test_a_merged_decoder_scores_padded_texts_as_the_run_does(llama_run: Path, tmp_path: Path) -> None:

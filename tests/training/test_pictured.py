@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import put_into_four_bits, tune
 from tiny_multimodal import KINDS, make_multimodal, make_processor, make_rows, picture, row_of, write_rows
+from typed import typed
 
 from nybble.data.open_template import open_template
 from nybble.data.picture_reader import PicturedRow
@@ -282,6 +283,12 @@ def test_rows_with_pictures_are_refused_where_text_is_read(models: Any, colours:
     for name, given in {"init": "pissa", "neftune_alpha": 5.0, "quality": "calibrated"}.items():
         with pytest.raises(ConfigError, match=r"pictures"):
             fine_tune(models("llava"), colours, colours.parent / "refused", **{name: given})
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_a_model_is_asked_about_texts_whole_where_its_language_model_has_no_class(models: Any, kind: str) -> None:
+    asked = typed(["chat", "--model", models(kind), "--prompt", "Hello", "--max-new-tokens", "2"])
+    assert asked.exit_code == 0, asked.output
 
 
 def test_a_plan_counts_pixels_and_the_tower(models: Any, colours: Path) -> None:

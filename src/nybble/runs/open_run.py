@@ -30,8 +30,9 @@ from nybble.runs.folder import RunFolder
 from nybble.runs.task_file import read_task
 from nybble.sources.load import load_model, refill
 from nybble.sources.open import open_model
+from nybble.sources.skeleton import reads_whole
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import PICTURED, SEQ2SEQ, TOKENS, is_seq2seq
+from nybble.sources.task import PICTURED, TOKENS, task_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,7 +181,13 @@ def load_plain(name: str, machine: MachineOptions, report: Listener = silent, *,
     source, (device, dtype) = open_model(name, report=report), set_up(machine)
     if pictures and source.picture_reader is None:
         raise ModelError(f"{name} reads text alone.", "Pictures are for vision-language models.", "Leave them out.")
-    task = SEQ2SEQ if is_seq2seq(source.config) else PICTURED if pictures else source.task
+    task = PICTURED if pictures else task_of("sft", source.config)
+    if reads_whole(source.config):
+        raise ModelError(
+            f"{name} is an encoder, which writes no answers.",
+            "Allowed here: models that go on with texts, or answer prompts.",
+            "Train it to tell texts apart or to embed them: nybble train --objective classify or embed.",
+        )
     source = source.for_task(task)
     formats = BaseFormats() if source.quant_spec is not None else None  # what is in four bits keeps its own
     model = load_model(source, formats, dtype, device, report=report)
