@@ -7,6 +7,12 @@ from tiny import byte_tokenizer, tune
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 
+OWN_SIZES = {
+    "funnel": {"d_model": 64, "n_head": 4, "d_head": 16, "d_inner": 96, "block_sizes": [1, 1], "block_repeats": [1, 1]},
+    "squeezebert": {**SIZES, "embedding_size": 64, "q_groups": 1, "k_groups": 1, "v_groups": 1},
+    "xmod": {**SIZES, "default_language": "en_XX"},
+}
+
 
 def encoder_tokenizer() -> Any:
     """Bytes, with a token before and behind each text; the second text's tokens are of type 1."""
@@ -31,8 +37,11 @@ def make_encoder(folder: Path, kind: str = "bert", head: bool | str = False, **m
 
     tokenizer = encoder_tokenizer()
     tokenizer.save_pretrained(folder)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), max_position_embeddings=130, **SIZES, **more)
+    config = AutoConfig.for_model(
+        kind, vocab_size=len(tokenizer), max_position_embeddings=130, **OWN_SIZES.get(kind, SIZES), **more
+    )
     config.pad_token_id = tokenizer.pad_token_id
+    config.architectures = ["FunnelModel"] if kind == "funnel" else None  # of two that transformers has
     torch.manual_seed(0)
     make = AutoModelForSequenceClassification if head else AutoModel
     make = AutoModelForTokenClassification if head == "tags" else make

@@ -12,6 +12,17 @@ BART = {
     **{f"{part}_ffn_dim": 96 for part in ("encoder", "decoder")},
     **{"d_model": 64, "max_position_embeddings": 130},
 }
+_GEMMA = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GEMMA |= {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16, "query_pre_attn_scalar": 16}
+OWN_SIZES = {
+    "switch_transformers": {**T5, "num_decoder_layers": 2, "num_experts": 4},
+    "prophetnet": {
+        **{f"num_{part}_layers": 2 for part in ("encoder", "decoder")},
+        **{f"num_{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 96 for part in ("encoder", "decoder")},
+        **{"hidden_size": 64, "max_position_embeddings": 130},
+    },
+}
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # T5 1.1, mT5, UMT5
 
 
@@ -34,12 +45,16 @@ def make_seq2seq(folder: Path, kind: str = "t5", **more: Any) -> Path:
 
     tokenizer = prompt_tokenizer()
     tokenizer.save_pretrained(folder)
-    own = T5 if "t5" in kind else BART
+    own = OWN_SIZES.get(kind, T5 if "t5" in kind else BART)
     own = own | (GATED if kind in ("mt5", "umt5") else {})
     own_head = (own | more).get("tie_word_embeddings") is False
-    start = tokenizer.pad_token_id if "t5" in kind else tokenizer.eos_token_id
+    start = tokenizer.pad_token_id if "t5" in kind or kind == "switch_transformers" else tokenizer.eos_token_id
     tokens = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     tokens |= {"decoder_start_token_id": start, "bos_token_id": None, "forced_eos_token_id": None}
+    if kind == "t5gemma":
+        part = _GEMMA | {"vocab_size": len(tokenizer)} | {"pad_token_id": start, "bos_token_id": start}
+        part["eos_token_id"] = tokenizer.eos_token_id
+        own = {"encoder": part, "decoder": part}
     config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **(own | tokens | more))
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(config)

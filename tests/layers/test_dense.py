@@ -3,9 +3,20 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CanineConfig,
+    CanineModel,
+    CLIPConfig,
+    CLIPForImageClassification,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    Gemma3TextConfig,
+    MambaConfig,
+)
 
-from nybble.layers.dense import CastEmbedding, replace_dense_ends
+from nybble.errors import ModelError
+from nybble.layers.dense import CastEmbedding, input_embedding, replace_dense_ends
 from nybble.layers.streamed import StreamedEmbedding
 
 GEMMA = Gemma3TextConfig(
@@ -62,3 +73,13 @@ def test_a_streamed_embedding_does_what_its_own_class_does(gemma: nn.Module) -> 
 def test_ends_whose_weight_the_model_reads_stay_in_its_dtype() -> None:
     model = AutoModelForCausalLM.from_config(MambaConfig(vocab_size=96, hidden_size=16, num_hidden_layers=1))
     assert replace_dense_ends(model, torch.float32) == set()
+
+
+def test_what_makes_states_is_found_where_transformers_does_not_say() -> None:
+    with torch.device("meta"):
+        clip, canine = CLIPForImageClassification(CLIPConfig()), CanineModel(CanineConfig(num_hidden_layers=1))
+        fsmt = FSMTForConditionalGeneration(FSMTConfig(encoder_layers=1, decoder_layers=1))
+    assert input_embedding(clip) is clip.vision_model.embeddings.patch_embedding
+    assert input_embedding(fsmt.get_encoder()) is fsmt.model.encoder.embed_tokens
+    with pytest.raises(ModelError, match="no embedding of tokens"):
+        input_embedding(canine)

@@ -146,6 +146,15 @@ def test_a_vision_model_that_is_to_write_is_told_what_it_can_learn(vision: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "said"), [("siglip2", "cuts pictures into patches"), ("dinov3_vit", "has no classifier made of it")]
+)
+def test_vision_models_that_no_scores_can_be_had_of(kind: str, said: str, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=said):
+        classify(make_vision(tmp_path / "base", kind), pictures, tmp_path / "run")
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
 def test_digits_are_told_apart(tmp_path: Path) -> None:
     """scikit-learn's 1,797 scanned digits of 8 x 8 pixels, by a vision transformer whose own weights are random."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()

@@ -43,7 +43,8 @@ class PictureProcessor:
     @cached_property
     def size(self) -> tuple[int, int]:
         """Height and width of what the model is given."""
-        return picture_size(self.processor)
+        made = pixels_of_any(self.processor)
+        return int(made.shape[-2]), int(made.shape[-1])
 
     def pixels(self, images: Sequence["Image"]) -> Tensor:
         """fp32 `(N, 3, height, width)`, as the model's makers prepare pictures."""
@@ -61,12 +62,12 @@ class PictureProcessor:
         self.processor.save_pretrained(folder)
 
 
-def picture_size(processor: Any) -> tuple[int, int]:
-    """Height and width of what an image processor makes of any picture."""
+def pixels_of_any(processor: Any) -> Tensor:
+    """What an image processor makes of a picture: `(1, 3, height, width)` where all come out alike."""
     from PIL import Image
 
-    pixels = processor(images=[Image.new("RGB", (32, 24))], return_tensors="pt")["pixel_values"]
-    return int(pixels.shape[-2]), int(pixels.shape[-1])
+    made: Tensor = processor(images=[Image.new("RGB", (32, 24))], return_tensors="pt")["pixel_values"]
+    return made
 
 
 class PictureTemplate(ChatTemplate):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nybble.errors import ConfigError
+from nybble.layers.dense import input_embedding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -34,7 +35,7 @@ def fixed_context(model: "PreTrainedModel", config: "PretrainedConfig | Any") ->
     context = context_length(config)
     if context is None or (_has_rotary(model) and not _has_table(model, context)):
         return None
-    tokens = model.get_input_embeddings()
+    tokens = input_embedding(model)
     tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     before = (m.padding_idx + 1 for m in tables if m.num_embeddings == context and m.padding_idx is not None)
     return context - max(before, default=0)  # RoBERTa's first rows are no positions
@@ -81,7 +82,7 @@ def _has_rotary(model: nn.Module) -> bool:
 def _has_table(model: "PreTrainedModel", context: int) -> bool:
     """Whether there is a row for each position: in an embedding beside that of the tokens, or in a buffer."""
     sizes = range(context, context + TABLE_SLACK + 1)
-    tokens = model.get_input_embeddings()
+    tokens = input_embedding(model)
     embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
     return any(m.num_embeddings in sizes for m in embeddings) or any(
         buffer.ndim >= 2 and max(buffer.shape) in sizes for buffer in model.buffers()

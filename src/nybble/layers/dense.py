@@ -7,6 +7,7 @@ products would double what they take, so the few rows that are needed are widene
 import copy
 import functools
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from nybble.errors import ModelError
 from nybble.layers.recurrence import steering_linears
 from nybble.layers.streamed import embed_rows, panel_product
 from nybble.layers.weight_reads import weights_read
@@ -88,11 +90,34 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def input_embedding(model: nn.Module) -> Any:
+    """What makes states of tokens or pictures, of a model of transformers or of a part of one: by transformers' own
+    lookup; where that knows none, the table of tokens of its usual name, or a vision model's first convolution.
+
+    Raises:
+        ModelError: there is none.
+    """
+    found = None
+    if hasattr(model, "get_input_embeddings"):
+        with suppress(NotImplementedError):
+            found = model.get_input_embeddings()
+    found = getattr(model, "embed_tokens", None) if found is None else found
+    if found is None and getattr(model, "main_input_name", "") == "pixel_values":
+        found = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if found is None:
+        raise ModelError(
+            f"{type(model).__name__} has no embedding of tokens, and no convolution over pictures, that is known.",
+            "Allowed: models of transformers that have either.",
+            "Choose another model.",
+        )
+    return found
+
+
 def ends_of(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """Input embeddings and output head by name; of an encoder-decoder, whose parts have embeddings of their own, all
     that share a weight with these.
     """
-    whole = (model.get_input_embeddings(), model.get_output_embeddings())
+    whole = (input_embedding(model), model.get_output_embeddings())
     weights = {id(weight) for end in whole if end is not None for weight in end.parameters(recurse=False)}
     shared = is_encoder_decoder(model)
     return {

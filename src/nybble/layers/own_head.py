@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.hardware import as_double
-from nybble.layers.dense import is_encoder_decoder
+from nybble.layers.dense import input_embedding, is_encoder_decoder
 from nybble.layers.full_weights import master_of
 from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import (
@@ -96,7 +96,8 @@ class OwnHead(Head):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         asked: dict[str, Any] = {"input_ids": ids}
         if is_encoder_decoder(self.model):
-            asked = {"decoder_input_ids": ids, "encoder_outputs": (hidden[None],)}  # any states: the decoder is aside
+            read = _Output(last_hidden_state=hidden[None])  # any states: the decoder is aside
+            asked = {"decoder_input_ids": ids, "encoder_outputs": read}
         with self._given(hidden[None]):
             logits: Tensor = self.model(**asked, use_cache=False).logits[0]
         return logits
@@ -136,7 +137,7 @@ def decoder_of(model: "PreTrainedModel") -> nn.Module:
     Raises:
         ModelError: there is none.
     """
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
     if is_encoder_decoder(model):
         decoder: nn.Module = model.get_decoder()
         return decoder
@@ -211,7 +212,7 @@ def loss_head(model: "PreTrainedModel") -> Head:
 def _linear_head(plain: LossHead, own: OwnHead, width: int) -> LossHead | None:
     """The plain head, with a scale or a cap, whose logits are the model's own, on states of very different sizes."""
     probe_ids = torch.zeros(1, 1, dtype=torch.long, device=own.device)
-    dtype = own.model.get_input_embeddings()(probe_ids).dtype
+    dtype = input_embedding(own.model)(probe_ids).dtype
     generator = torch.Generator().manual_seed(0)
     sizes = torch.tensor(PROBED_STATES).repeat_interleave(STATES_OF_A_SIZE)[:, None]
     states = (torch.randn(len(sizes), width, generator=generator) * sizes).to(own.device, dtype)

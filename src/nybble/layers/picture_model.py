@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nybble.data.picture_rows import PictureBatch, PictureProcessor, PictureRow, collate_pictures, picture_batch
 from nybble.data.text_rows import TextBatch, TextRow
 from nybble.errors import foreign_errors
+from nybble.layers.dense import input_embedding
 from nybble.layers.probe import ASKED, LENGTHS, Outcome, outcome_of
 from nybble.layers.scored import ScoredModel, ScoreProbe
 from nybble.layers.whole_texts import followed
@@ -26,7 +27,7 @@ def scores_pictures(model: nn.Module) -> bool:
 
 def own_picture_scores(model: "PreTrainedModel", pixel_values: Tensor) -> Tensor:
     """What the model's own forward gives of pictures, `(B, labels)`."""
-    embedding: Any = model.get_input_embeddings()
+    embedding: Any = input_embedding(model)
     logits: Tensor = model(pixel_values=pixel_values.to(next(embedding.parameters()).dtype)).logits
     return logits
 

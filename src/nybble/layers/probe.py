@@ -29,6 +29,7 @@ from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.kernels.heap import TrimmedHeap
 from nybble.layers.backbone import Layout, accepted, beside_tokens
 from nybble.layers.convert import adapters_of
+from nybble.layers.dense import input_embedding
 from nybble.layers.rotary import length_of_change
 from nybble.layers.streamed import BlockStore
 
@@ -254,7 +255,7 @@ class Probe:
 
     def _embeddings(self) -> list[nn.Module]:
         """What makes states of tokens."""
-        return [self.model.get_input_embeddings()]
+        return [input_embedding(self.model)]
 
     @property
     def _tolerance(self) -> float:

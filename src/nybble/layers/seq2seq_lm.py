@@ -20,6 +20,7 @@ from nybble.data.prompted_rows import PromptedBatch, PromptedRow, collate_prompt
 from nybble.errors import foreign_errors
 from nybble.layers.backbone import Layout, ModuleForward, accepted
 from nybble.layers.causal_lm import CausalLM
+from nybble.layers.dense import input_embedding
 from nybble.layers.loss_head import Head
 from nybble.layers.probe import ASKED, FIRST, LAST, LENGTHS, Outcome, Probe, outcome_of, seen_elsewhere
 
@@ -105,7 +106,7 @@ class AnswerProbe(Probe):
     def _embeddings(self) -> list[Any]:
         """As `Probe` says: the encoder's and the decoder's."""
         parts: tuple[Any, Any] = (self.model.get_encoder(), self.model.get_decoder())
-        return list(dict.fromkeys(part.get_input_embeddings() for part in parts))
+        return list(dict.fromkeys(input_embedding(part) for part in parts))
 
     def _row(self, number: int) -> PromptedRow:
         """A document as a prompt, answered by the next; only some tokens of the asked one's answer have a target."""

@@ -156,7 +156,7 @@ def _without_text(rounding: QualityOptions, task: Task) -> RoundingChoice:
         raise ConfigError(
             f"Calibrated weights are asked for, and these are for no {what}.",
             "Decoders of text are calibrated, block by block; other models' weights are absmax or searched.",
-            "Leave --calibrate and --quality calibrated out.",
+            "Leave --calibrate out, and take --quality search, which looks at the weights alone, or absmax.",
         )
     if rounding.quality in ("absmax", "search"):
         return RoundingChoice(data_free_rounding(rounding), "as asked", asked=True)

@@ -43,7 +43,7 @@ from nybble.sources.skeleton import (
     stored_text_config,
 )
 from nybble.sources.stored_model import StoredModel
-from nybble.sources.task import PICTURES, Task, reads_both, reads_pictures
+from nybble.sources.task import PICTURES, Task, check_classifier, reads_both, reads_pictures
 from nybble.sources.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -196,6 +196,7 @@ class FolderSource(StoredModel):
         if reads_pictures(self.config):
             found: Any = load_processor(self._tokenizer or str(self.path), build_skeleton(self.config, task=PICTURES))
             return found
+        check_classifier(self.config)
         return load_tokenizer(self._tokenizer or str(self.path))
 
     def load_generation_config(self) -> GenerationConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nybble.layers.convert import TOWERS, block_names, quantizable_linears
-from nybble.layers.dense import is_encoder_decoder
+from nybble.layers.dense import input_embedding, is_encoder_decoder
 from nybble.layers.lora import linear_features
 from nybble.layers.quantized_experts import ExpertShape, expert_shapes
 from nybble.sources.parts import BlockParts, Inventory, without_numbers
@@ -80,7 +80,7 @@ def _encoding_modules(model: "PreTrainedModel") -> set[int]:
 
 def _embedding_shape(model: "PreTrainedModel") -> tuple[int, int]:
     """Of a vision model, which has no vocabulary, the filters of its patches: 0, and as wide as its states."""
-    weight = next(model.get_input_embeddings().parameters())
+    weight = next(input_embedding(model).parameters())
     return (0, weight.shape[0]) if weight.ndim > 2 else (weight.shape[0], weight.shape[1])
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nybble.data.picture_rows import PictureProcessor, picture_size
+from nybble.data.picture_rows import PictureProcessor, pixels_of_any
 from nybble.errors import ModelError, first_line, foreign_errors
 from nybble.layers.picture_model import picture_tokens
 
@@ -35,9 +35,15 @@ def load_processor(name: str, skeleton: "PreTrainedModel") -> PictureProcessor:
     with foreign_errors(_none_loaded(name, "image processor", "AutoImageProcessor")):
         local = Path(name).is_dir()
         found = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False, local_files_only=local)
-        height, width = picture_size(found)
+        made = pixels_of_any(found)
+    if made.ndim != 4:
+        raise ModelError(
+            f"{name}'s image processor cuts pictures into patches, of each picture as many as its shape has.",
+            "Needed: one that makes every picture as high and as wide as the model takes it.",
+            "Choose a model of one size, such as those of SigLIP 2 whose model_type is siglip.",
+        )
     with foreign_errors(not_taken):
-        return PictureProcessor(found, picture_tokens(skeleton, height, width))
+        return PictureProcessor(found, picture_tokens(skeleton, *made.shape[-2:]))
 
 
 def load_vision_language_processor(name: str, config: "PretrainedConfig") -> Any:

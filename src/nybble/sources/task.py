@@ -193,6 +193,24 @@ def reads_both(config: "PretrainedConfig") -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
+def check_classifier(config: "PretrainedConfig") -> None:
+    """Refuse vision models that transformers has no classifier for.
+
+    Raises:
+        ModelError: it is one.
+    """
+    import transformers
+
+    model: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    texts = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if getattr(model, "main_input_name", "") == "pixel_values" and not texts and not reads_pictures(config):
+        raise ModelError(
+            f"A {config.model_type} model reads pictures, and the installed transformers has no classifier made of it.",
+            "Allowed: vision models that AutoModelForImageClassification knows, such as dinov2, vit, siglip and swin.",
+            "Choose one of these, or update transformers.",
+        )
+
+
 def reads_pictures(config: "PretrainedConfig") -> bool:
     """Whether a model of this config is a vision model, which reads pictures and no text."""
     import transformers
