@@ -90,17 +90,17 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def input_embedding(model: nn.Module) -> Any:
+def input_embedding(model: Any) -> Any:
     """What makes states of tokens or pictures, of a model of transformers or of a part of one: by transformers' own
     lookup; where that knows none, the table of tokens of its usual name, or a vision model's first convolution.
 
     Raises:
         ModelError: there is none.
     """
-    found = None
-    if hasattr(model, "get_input_embeddings"):
+    found, look_up = None, getattr(model, "get_input_embeddings", None)
+    if look_up is not None:
         with suppress(NotImplementedError):
-            found = model.get_input_embeddings()
+            found = look_up()
     found = getattr(model, "embed_tokens", None) if found is None else found
     if found is None and getattr(model, "main_input_name", "") == "pixel_values":
         found = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
