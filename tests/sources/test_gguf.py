@@ -238,6 +238,14 @@ def test_numbers_that_no_model_has_are_refused(
         open_model(str(file))
 
 
+def test_experts_of_which_nothing_says_how_many_are_asked_are_refused(make_folder: Callable, tmp_path: Path) -> None:
+    _, model = make_folder("qwen2_moe", num_hidden_layers=1)
+    file = write_model(tmp_path / "m.gguf", model, "qwen2moe")
+    file.write_bytes(file.read_bytes().replace(b"qwen2moe.expert_used_count", b"qwen2moe.expert_used_c_unt"))
+    with pytest.raises(ModelError, match=r"no number under qwen2moe\.expert_used_count"):
+        open_model(str(file))
+
+
 def test_words_without_merges_are_not_left_in_letters(make_folder: Callable, tmp_path: Path) -> None:
     _, model = make_folder(num_hidden_layers=1)
     file = write_model(tmp_path / "m.gguf", model, "llama")

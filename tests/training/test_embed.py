@@ -403,6 +403,16 @@ def test_training_stops_where_nothing_would_be_learnt(rows: Any, finding: str, e
     assert finding in {found.id for found in audited(encoder, tmp_path, rows).audit.errors}
 
 
+@pytest.mark.parametrize("more", [{}, {"score": 0.5}, {"negative": "far"}])
+def test_a_pair_that_is_held_out_alone_is_named(more: Any, encoder: Path, tmp_path: Path) -> None:
+    """Its loss is 0; with a negative beside it, it is not."""
+    rows = [{"anchor": f"{n}", "positive": f"n {n}"} | more for n in range(9)]
+    rows = [row | {"score": n / 9} if "score" in row else row for n, row in enumerate(rows)]
+    held_out = make_data(tmp_path / "one.jsonl", [{"anchor": "u", "positive": "v"} | more])
+    found = {each.id for each in audited(encoder, tmp_path, rows, validation_source=str(held_out)).audit.findings}
+    assert ("one-held-out-pair" in found) == ("negative" not in more)
+
+
 def test_scores_that_only_some_have_stop_the_run(encoder: Path, tmp_path: Path) -> None:
     scored = make_data(tmp_path / "s.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}])
     audit = audited(encoder, tmp_path, ROWS, validation_source=str(scored)).audit

@@ -205,6 +205,16 @@ def find_in_compared(train: Sequence[EncodedExample], held_out: Sequence[Encoded
     findings = find("mixed-scores", strange, "without a score, among others" if scored else "a score, among others")
     if findings or not len(train):
         return findings
+    return _find_too_few(train, scored) + _find_alone(held_out, scored)
+
+
+def _find_alone(held_out: Sequence[EncodedExample], scored: bool) -> list[Finding]:
+    """A held-out pair that there is nothing to tell from: its loss is 0 whatever was learnt."""
+    alone = len(held_out) == 1 and (scored or len(compared_of(held_out)[0].lengths) == 2)
+    return [Finding("one-held-out-pair", 1, (held_out[0].origin,))] if alone else []
+
+
+def _find_too_few(train: Sequence[EncodedExample], scored: bool) -> list[Finding]:
     if scored:
         first = compared_of(train[:1])[0].score
         same = all(row.score == first for row in train if isinstance(row, ComparedTexts))

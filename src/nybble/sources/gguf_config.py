@@ -65,6 +65,8 @@ def config_of(file: GgufFile) -> "PretrainedConfig":
     there = {key: name for key, name in given.items() if f"{arch}.{key}" in metadata}
     values |= {name: file.number(f"{arch}.{key}") for key, name in there.items()}
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
+    if values.get("num_experts"):
+        values["num_experts_per_tok"] = file.number(f"{arch}.expert_used_count")  # else transformers' own
     embedding = file.entries.get("token_embd.weight")
     values["vocab_size"] = metadata.get(f"{arch}.vocab_size") if embedding is None else embedding.shape[0]
     values |= {name: metadata[key] for key, name in TOKENS.items() if key in metadata}
