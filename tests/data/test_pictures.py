@@ -1,5 +1,6 @@
 """Rows of pictures: where they come from, how they are decoded and drawn from, and what is wrong with them."""
 
+import base64
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import make_data
 from tiny_encoders import make_encoder
 from tiny_pictures import CLASSES, SIDE, make_pictures, make_vision, picture
 from transformers import AutoConfig
@@ -112,6 +114,17 @@ def test_files_within_parquet_are_read(vision: Path, tmp_path: Path) -> None:
     data = check(vision, tmp_path / "p.parquet")
     row = data.train[0]
     assert data.audit.num_rows == 12 and isinstance(row.picture, bytes) and row.label in CLASSES
+
+
+def test_files_within_rows_are_read_and_addresses_named(vision: Path, tmp_path: Path) -> None:
+    """As in conversations."""
+    files = [base64.b64encode(saved(picture(kind, n))).decode() for n in range(4) for kind in CLASSES]
+    rows = [{"image": f"data:image/png;base64,{file}", "label": n % 3} for n, file in enumerate(files)]
+    rows.append({"image": "https://example.org/a.png", "label": 1})
+    make_data(tmp_path / "r.jsonl", rows)
+    data = check(vision, tmp_path / "r.jsonl")
+    assert data.train[0].picture == base64.b64decode(files[0]) and data.audit.num_dropped == 1
+    assert {each.rows for each in data.audit.findings if each.id == "picture-url"} == {("r.jsonl:13",)}
 
 
 def test_models_and_rows_of_two_kinds_are_told_so(vision: Path, pictures: Path, tmp_path: Path) -> None:

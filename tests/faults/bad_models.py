@@ -229,6 +229,7 @@ def config_cases() -> Iterator[BadFile]:
         "hidden_act": ["nothing", 3],
         "quantization_config": [
             {"quant_method": "gptq"},
+            {"quant_method": ["gptq"]},
             {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": "no"},
             {"quant_method": "awq", "bits": 4, "group_size": 64},
             {"quant_method": "fp8", "weight_block_size": [0, 128]},

@@ -13,7 +13,7 @@ from nybble.data.examples import EncodedExample, Example
 from nybble.data.field_names import FieldNames
 from nybble.data.file_kinds import Row
 from nybble.data.labels import describe_labels, find_in_labels
-from nybble.data.picture_files import stored_picture
+from nybble.data.picture_files import located, stored_picture
 from nybble.data.picture_rows import COLUMNS as PICTURES
 from nybble.data.picture_rows import PictureExample, PictureProcessor, encode_picture
 from nybble.data.prepare import RowKind
@@ -108,7 +108,7 @@ def _picture_layout(picture: str, label: str, row: Row) -> Layout:
     read = _labels if isinstance(row[label], list) else _label
 
     def build(row: Row, origin: str) -> PictureExample:
-        stored = stored_picture(row[picture], picture, origin)
+        stored = located(stored_picture(row[picture], picture, origin), None, origin)
         return PictureExample.of(stored, read(row[label], label, origin), origin)
 
     return Layout("labelled", f"{picture}/{label}", (picture, label), (), build, raw=(picture, label))

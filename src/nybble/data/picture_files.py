@@ -26,6 +26,8 @@ SIXTEEN_BITS = 65535
 ANIMATED = "animated"
 MOST_SHOWN = 100  # characters of a path
 OBJECT = re.compile(r"file <[^>]*>")  # what Pillow calls bytes that lie in memory
+ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://")
+INLINE = re.compile(r"data:[^,]*;base64,")
 PROGRAMS = ("EPS",)  # formats that are programs, which Pillow has Ghostscript run
 
 Stored = bytes | str  # a picture's file, or its path
@@ -62,6 +64,25 @@ def from_base64(text: str, origin: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except ValueError as error:
         raise RowError("broken-picture", origin, f"a picture in base64: {error}") from error
+
+
+def located(stored: Stored, folder: Path | None, origin: str) -> Stored:
+    """A file's bytes, or its path from where the command runs.
+
+    Args:
+        folder: that a path is from; where the command runs where None.
+
+    Raises:
+        RowError: it would have to be fetched, or is no base64.
+    """
+    if isinstance(stored, bytes):
+        return stored
+    if ADDRESS.match(stored):
+        raise RowError("picture-url", origin, f"{stored[:MOST_SHOWN]}: nothing is fetched from a network")
+    if inline := INLINE.match(stored):
+        return from_base64(stored[inline.end() :], origin)
+    path = os.path.expanduser(stored.removeprefix("file://"))
+    return path if folder is None else str(folder / path)
 
 
 def picture_bytes(stored: Stored, origin: str) -> bytes:

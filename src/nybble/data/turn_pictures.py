@@ -6,8 +6,6 @@ order. Where a row has pictures and no place for one, they stand before the firs
 """
 
 import hashlib
-import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 from nybble.data.cells import says_nothing, text_of
 from nybble.data.examples import Example, Message, Picture
 from nybble.data.file_kinds import Row
-from nybble.data.picture_files import MOST_SHOWN, Stored, from_base64, picture_bytes, stored_picture
+from nybble.data.picture_files import Stored, located, picture_bytes, stored_picture
 from nybble.data.text_encoder import RowError
 
 COLUMNS = ("images", "image")
@@ -24,8 +22,6 @@ KINDS = ("image", "image_url")  # of parts
 KEYS = ("image", "path", "url", "image_url")  # under which a part has its picture
 HARMLESS = ("type", "detail", "cache_control")  # of a part: they change nothing of a picture
 MARK = "<image>"
-ADDRESS = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]*://")
-INLINE = re.compile(r"data:[^,]*;base64,")
 
 
 def is_picture(part: Any) -> bool:
@@ -143,17 +139,5 @@ def _filled(
         if isinstance(part, str):
             yield part
         else:
-            stored = _found(part.stored or next(rest), folder, origin)
+            stored = located(part.stored or next(rest), folder, origin)
             yield Picture(stored, hashlib.sha256(picture_bytes(stored, origin)).hexdigest())
-
-
-def _found(stored: Stored, folder: Path | None, origin: str) -> Stored:
-    """A file's bytes, or its path from where the command runs."""
-    if isinstance(stored, bytes):
-        return stored
-    if ADDRESS.match(stored):
-        raise RowError("picture-url", origin, f"{stored[:MOST_SHOWN]}: nothing is fetched from a network")
-    if inline := INLINE.match(stored):
-        return from_base64(stored[inline.end() :], origin)
-    path = os.path.expanduser(stored.removeprefix("file://"))
-    return path if folder is None else str(folder / path)

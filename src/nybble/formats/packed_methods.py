@@ -62,10 +62,10 @@ def packing_from_config(config: Mapping[str, Any]) -> Packing | None:
         method = "bitsandbytes"  # older configs name no method
     elif method == "bitsandbytes":
         return None  # four bits: kept as they are, see bnb.py
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         return None
-    fields = _Fields(str(method), quantization)
-    packing = METHODS[str(method)](fields)
+    fields = _Fields(method, quantization)
+    packing = METHODS[method](fields)
     fields.finish()
     return packing
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from nybble.data.turn_pictures import INLINE
+from nybble.data.picture_files import INLINE
 from nybble.serving.requests import RequestError
 
 TIMEOUT_S = 10
