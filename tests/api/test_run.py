@@ -33,6 +33,15 @@ def test_an_opened_run_says_what_the_run_said_and_loads_its_model_once(trained: 
             run.generate(prompt)
 
 
+def test_a_conversation_ends_where_an_answer_is_due(trained: Path) -> None:
+    """Behind the assistant's own turn another would be written, as of nobody asked."""
+    said = [{"role": "user", "content": "What is 3 plus 3?"}, {"role": "assistant", "content": "It is"}]
+    with pytest.raises(ConfigError, match=r"ends in a turn by assistant(.|\n)*continue_final_message"):
+        nybble.open_run(trained).generate(said)
+    with pytest.raises(ConfigError, match="ends in a turn by system"):
+        nybble.open_run(trained).generate([{"role": "system", "content": "Be brief."}])
+
+
 def test_a_run_trains_in_a_thread_and_its_listener_hears_of_every_step(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:

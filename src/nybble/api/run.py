@@ -269,11 +269,18 @@ def _turns(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:
     if isinstance(prompt, str):
         return [Message("user", prompt)]
     try:
-        turns = read_turns([dict(turn) for turn in prompt], "prompt", "prompt", pictures=True)
-        return list(with_pictures(Example("prompt", link_results(turns, "prompt")), {}, None).conversation())
+        read = read_turns([dict(turn) for turn in prompt], "prompt", "prompt", pictures=True)
+        turns = list(with_pictures(Example("prompt", link_results(read, "prompt")), {}, None).conversation())
     except (TypeError, ValueError, DataError) as error:
         allowed = "Allowed: text, or a list of turns such as {'role': 'user', 'content': 'Hello.'}."
         raise ConfigError(f"prompt is {prompt!r}: {error}", allowed) from error
+    if turns[-1].role in ("assistant", "system"):
+        raise ConfigError(
+            f"prompt ends in a turn by {turns[-1].role}.",
+            "Allowed: a conversation that ends in a user's turn, or in a tool's.",
+            "Leave that turn out, or ask `nybble serve` to go on with it (continue_final_message).",
+        )
+    return turns
 
 
 def open_run(run: RunLike, *, on_event: Listener = silent, **options: Any) -> Run:
