@@ -39,7 +39,6 @@ from nybble.layers.convert import adapters_of, attach_adapters, quantizable_line
 from nybble.layers.own_head import loss_head
 from nybble.layers.precision import resolve_compute_dtype
 from nybble.memory.measure import PeakMemory
-from nybble.sizes import mapped_from
 from nybble.sources.load import load_model
 
 VOCABULARY = 8192
@@ -118,7 +117,7 @@ def contend(settings: dict[str, Any], channel: Channel) -> None:
     if settings["way"] == MODULES:
         modules = ModuleForward(module, "packed", checkpointing=settings["keep"] == "nothing")
         model = CausalLM(module, modules, loss_head(module), Verdict("generic", "packed"))
-    with kept_heap(True, mapped_from(model.verdict.path, shape.config.hidden_size)):  # as training does
+    with kept_heap(True):  # as training does
         loss = model.loss(batch)
         loss.backward()
         gradients = {name: adapter.lora_B.grad for name, adapter in adapters_of(module).items()}

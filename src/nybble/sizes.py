@@ -140,8 +140,8 @@ EXPERT_SHARE = 8  # to one of the eight or more numbers between two powers of tw
 PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in handing over than in copying
 PAGE_BUFFERS = 3  # read ahead, updated, written behind
 
-NARROW_MAPPED_FROM, WIDE_MAPPED_FROM = 2**25, 2**22  # as `mapped_from` says
-WIDE = 1024  # hidden size from which paging a piece in is little beside the products that it comes from
+MAPPED_FROM = 2**25  # bytes from which glibc gives a piece a mapping of its own
+SLABS_FROM = 2**18  # and from which decoder blocks have it in a slab (`kernels/slabs.py`)
 
 LAYER_INPUT_TOKENS = 256  # whose inputs of single layers are made at once
 
@@ -161,14 +161,3 @@ def filled_numbers(most: int) -> int:
     """Different numbers of rows that experts with up to `most` are filled up to."""
     few = EXPERT_ROWS * EXPERT_SHARE * 2  # until there a multiple of EXPERT_ROWS
     return -(-min(most, few) // EXPERT_ROWS) + EXPERT_SHARE * max(0, (most - 1).bit_length() - (few - 1).bit_length())
-
-
-def mapped_from(path: str, hidden_size: int) -> int:
-    """Bytes from which a piece of a step is best given a mapping of its own: it leaves no gap in the C library's heap,
-    and is paged in whenever it is made. Where states are narrow their products are soon done, and pages are dear: a
-    twelfth of a step of SmolLM2-135M. With transformers' modules it was not tried.
-
-    Args:
-        path: "blocks", or another, as `layers.batch_model.Path` has it.
-    """
-    return WIDE_MAPPED_FROM if path == "blocks" and hidden_size >= WIDE else NARROW_MAPPED_FROM

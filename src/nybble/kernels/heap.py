@@ -1,4 +1,4 @@
-"""The C library's heap, where tensors under 32 MiB lie on a CPU, in steps of some models those under 4 MiB.
+"""The C library's heap, where tensors under 32 MiB lie on a CPU that have no slab (`kernels/slabs.py`).
 
 What is freed there stays with the process, and aligned allocations, as PyTorch's are, reuse little of it: through the
 modules of a decoder it grows by several times what is alive.
@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from nybble.sizes import NARROW_MAPPED_FROM
+from nybble.kernels.slabs import release_slabs, slabs_in_use
+from nybble.sizes import MAPPED_FROM
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -23,38 +24,38 @@ def lies_in_heap(device: torch.device) -> bool:
 
 
 def trim_heap() -> None:
-    """Return what the heap holds free to the system, where the library can (glibc).
+    """Return what the heap and slabs hold free to the system, where the library can (glibc).
 
     What is returned and needed again is paged in again: at every block of a decoder that costs a third of the time.
     """
+    release_slabs()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
 
 
 @contextmanager
-def kept_heap(keep: bool, mapped: int = NARROW_MAPPED_FROM) -> Iterator[None]:
-    """Within the block what is freed at the heap's end stays with the process, but for `trim_heap`; where the library
-    can (glibc).
+def kept_heap(keep: bool) -> Iterator[None]:
+    """Within the block large tensors have slabs, and what is freed at the heap's end stays with the process, but for
+    `trim_heap`; where the library can (glibc).
 
     Left to itself it returns what is more than 64 MiB. A step that keeps what its blocks compute then pages it all in
     again: 99,000 pages a step of 1,900 tokens of SmolLM2-135M, a twelfth of its time.
 
     Args:
         keep: without it nothing is changed.
-        mapped: bytes from which a piece gets a mapping of its own.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if keep and sys.platform == "linux" else None
     if set_option is None:
         yield
         return
-    set_option(_M_MMAP_THRESHOLD, mapped)  # a threshold that is set stops both from following what is freed
+    set_option(_M_MMAP_THRESHOLD, MAPPED_FROM)  # a threshold that is set stops both from following what is freed
     set_option(_M_TRIM_THRESHOLD, -1)
     try:
-        yield
+        with slabs_in_use():
+            yield
     finally:
-        set_option(_M_MMAP_THRESHOLD, NARROW_MAPPED_FROM)
-        set_option(_M_TRIM_THRESHOLD, 2 * NARROW_MAPPED_FROM)
+        set_option(_M_TRIM_THRESHOLD, 2 * MAPPED_FROM)
         trim_heap()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nybble.kernels.slabs import empty_like
 from nybble.layers.norms import Norm, Normed
 from nybble.layers.projection import Projection
 
@@ -19,8 +20,7 @@ class Added:
 
     def backward(self, grad: Tensor) -> Tensor:
         """From the gradient of the states, (T, hidden) or wider, to that of the projection's result."""
-        if self.factor != 1.0:
-            grad = grad * self.factor
+        grad = scaled(grad, self.factor)
         return grad if self.normed is None else self.normed.backward(grad[:, : self.normed.before.shape[1]])
 
 
@@ -34,3 +34,8 @@ def add_projection(
     before = projection.forward(inputs, z)[:, : projection.out_features]
     normed, stats = norm.forward(before)
     return torch.add(x, normed, alpha=factor, out=normed), Added(z, factor, Normed(norm, before, stats))
+
+
+def scaled(grad: Tensor, factor: float) -> Tensor:
+    """factor * grad; itself where that is the same."""
+    return grad if factor == 1.0 else torch.mul(grad, factor, out=empty_like(grad))

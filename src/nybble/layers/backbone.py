@@ -30,7 +30,7 @@ from nybble.layers.layer_input import Beside, beside_states
 from nybble.layers.lora import DoraLinear
 from nybble.layers.mixers import computes_mixers, masks_of_rows
 from nybble.layers.mixture_block import block_of
-from nybble.layers.norms import final_norm
+from nybble.layers.norms import final_norm, normed_rows
 from nybble.layers.own_head import decoder_of, is_plain
 from nybble.layers.packed_rows import PackedSequences, Spread, rotary_angles, scaled_embeddings
 from nybble.layers.projection import DenseWeights
@@ -253,8 +253,7 @@ class FusedForward:
                 for block, keep in zip(self.blocks, self.keeps, strict=True):
                     self.kept.next_block()
                     x = block(x, sequences, keep, beside)
-        states: Tensor = self.norm.module(x.index_select(0, positions))
-        return states
+        return normed_rows(self.norm, x, positions)
 
     def refresh_adapters(self) -> None:
         """Bring copies of adapters up to date: together, not among what the blocks free."""

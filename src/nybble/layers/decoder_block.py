@@ -42,7 +42,8 @@ from nybble.kernels import registry
 from nybble.kernels.ops.attention import attention_backward, attention_forward
 from nybble.kernels.ops.glu import geglu, geglu_backward, gelu, gelu_backward, swiglu, swiglu_backward
 from nybble.kernels.ops.rope import rope_, rope_backward_
-from nybble.layers.added import Added, add_projection
+from nybble.kernels.slabs import copy_of, empty_like
+from nybble.layers.added import Added, add_projection, scaled
 from nybble.layers.augmented import projection_on
 from nybble.layers.layer_input import Beside, Entered, LayerInput
 from nybble.layers.lora import LoraLinear
@@ -206,10 +207,10 @@ class DecoderBlock:
         z = self.qkv.low_rank(normed)
         qkv = self.qkv.forward(normed, z)
         if read is not None:
-            qkv = torch.cat([qkv[:, : self.qkv.out_features], read], dim=1)
+            qkv = _beside(qkv[:, : self.qkv.out_features], read)
         elif self.values_are_keys:
             keys = slice(self.num_heads * self.head_dim, self.qkv.out_features)
-            qkv = torch.cat([qkv[:, : keys.stop], qkv[:, keys]], dim=1)
+            qkv = _beside(qkv[:, : keys.stop], qkv[:, keys])
         normed_heads = self._norm_heads(qkv)
         if self.rotated:
             for part, kind in self._rotated(qkv):
@@ -223,7 +224,7 @@ class DecoderBlock:
             q, k, v, rows.cu_seqlens, rows.max_length, scale=self.scale, window=self.window, softcap=self.softcap
         )
         out = out.flatten(1)
-        return (out if rows.spread is None else out.index_select(0, rows.spread.first)), lse
+        return (out if rows.spread is None else rows.spread.to_rows(out)), lse
 
     def attention_output(self, out: Tensor, x: Tensor) -> tuple[Tensor, "Added"]:
         """The states after attention: its output (T, q), and what came into the block, to (T, hidden)."""
@@ -247,7 +248,7 @@ class DecoderBlock:
         """What down_proj reads, (T, f) in rows for it."""
         z = self.gate_up.low_rank(normed)
         gated = Gated(z, self.gate_up.forward(normed, z))
-        act = normed.new_empty(normed.shape[0], self.down.in_width)
+        act = empty_like(normed, (normed.shape[0], self.down.in_width))
         activate, _ = ACTIVATIONS[self.activation, self.gated]
         activate(*self.gate_and_up(gated), out=act[:, : self.down.in_features])
         return act, gated
@@ -286,7 +287,7 @@ class DecoderBlock:
     def keys_values(self, qkv: Tensor) -> Tensor | None:
         """Of attention's operands, what later layers read, (T, 2 kv); None where none does."""
         operands = qkv[:, self.num_heads * self.head_dim : self.attended_width]
-        return operands.contiguous() if self.gives_keys else None
+        return copy_of(operands) if self.gives_keys else None
 
     def leave(self, beside: Beside, qkv: Tensor) -> None:
         """Outside of training: put there what later layers read."""
@@ -325,7 +326,7 @@ class DecoderBlock:
         """Norms queries, keys and values in place, where the family does."""
         kept = []
         for heads, norm in zip(self._normed_heads(qkv), self.head_norms, strict=False):
-            before = heads.clone(memory_format=torch.contiguous_format)
+            before = copy_of(heads)
             _, stats = norm.forward(before, out=heads)
             kept.append(Normed(norm, before, stats))
         return kept
@@ -374,12 +375,12 @@ class DecoderBlock:
         """From the gradient of attention's output, (T, q), and that of the keys and values that others read, to that of
         what qkv gave, (T, q + 2 kv), and of the keys and values that it read.
         """
-        grad_qkv, qkv = torch.empty_like(heads.qkv), heads.qkv
+        grad_qkv, qkv = empty_like(heads.qkv), heads.qkv
         seen = grad_qkv  # by the documents' tokens
         if rows.spread is not None:
             qkv, out = rows.spread.to_documents(qkv), rows.spread.to_documents(out)
-            seen = torch.empty_like(qkv)
-            grad_out = torch.zeros_like(out).index_copy_(0, rows.spread.first, grad_out)
+            seen = empty_like(qkv)
+            grad_out = empty_like(out).zero_().index_copy_(0, rows.spread.first, grad_out)
         q, k, v = self._split_heads(qkv)
         attention_backward(
             grad_out.view(q.shape), q, k, v, out.view(q.shape), lse, rows.cu_seqlens, rows.max_length,
@@ -404,11 +405,17 @@ class DecoderBlock:
         return grad_qkv, None
 
 
+def _beside(left: Tensor, right: Tensor) -> Tensor:
+    """(T, a) and (T, b) -> (T, a + b)."""
+    both = empty_like(left, (left.shape[0], left.shape[1] + right.shape[1]))
+    return torch.cat([left, right], dim=1, out=both)
+
+
 def _normed_for(projection: Projection, norm: Norm | None, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The normed rows as the projection reads them, and what the norm's backward needs; x where there is no norm."""
     if norm is None:
         return x, None
-    rows = x.new_empty(x.shape[0], projection.in_width)
+    rows = empty_like(x, (x.shape[0], projection.in_width))
     return rows, norm.forward(x, out=rows[:, : projection.in_features])[1]
 
 
@@ -517,13 +524,13 @@ class _BlockFunction(torch.autograd.Function):
             s, _ = _compute(block, x, given, read, rows, tuple(kept_attention) or None, result=False, kept=False)
         else:
             s, ctx.kept = ctx.kept, None
-        grad_y = grad_outputs[0] if block.factor == 1.0 else grad_outputs[0] * block.factor
+        grad_y = scaled(grad_outputs[0], block.factor)
         grad_given, own = None, []
         if block.layer_input is not None:
             grad_y, grad_given, own = block.layer_input.backward(grad_y, s.entered, given)
 
         grad_normed, mlp = block.backward_mlp(grad_y, s.mlp, s.mlp_states)
-        grad_x2 = grad_y.new_empty(grad_y.shape[0], block.o.out_width)
+        grad_x2 = empty_like(grad_y, (grad_y.shape[0], block.o.out_width))
         grad_x2[:, :hidden] = grad_y
         through_norm(block.mlp_norm, grad_normed, s.mlp_states, s.mlp_stats, out=grad_x2[:, :hidden])
         del grad_normed

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from nybble.families import family_of
+from nybble.kernels.slabs import empty_like
 from nybble.layers.added import Added, add_projection
 from nybble.layers.norms import Norm
 from nybble.layers.projection import Projection
@@ -52,7 +52,7 @@ def beside_states(model: "PreTrainedModel", input_ids: Tensor, embedded: Tensor)
         return Beside()
     base: Any = model.base_model
     layers, width = model.config.get_text_config().num_hidden_layers, base.hidden_size_per_layer_input
-    inputs = embedded.new_empty(len(embedded), layers, width)
+    inputs = empty_like(embedded, (len(embedded), layers, width))
     for start in range(0, len(embedded), LAYER_INPUT_TOKENS):
         rows = slice(start, start + LAYER_INPUT_TOKENS)
         own = base.get_per_layer_inputs(input_ids[None, rows], None)  # (1, some of T, layers, width)
@@ -116,7 +116,7 @@ class LayerInput:
         grad = entered.added.backward(grad_y)
         grad_z = self.project.backward_low_rank(grad)
         grad_act = self.project.backward_input(grad, grad_z)
-        act, grad_given = torch.empty_like(grad_act), torch.empty_like(grad_act)
+        act, grad_given = empty_like(grad_act), empty_like(grad_act)
         y = self.gate.for_magnitudes(entered.gate)
         gate = entered.gate[:, : self.gate.out_features]
         self._activate_backward(grad_act, gate, given, gate, grad_given, act)  # the gate now holds its own gradient

@@ -42,12 +42,13 @@ class _GradientsKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: LossHead, targets: Tensor) -> Tensor:
         factor = torch.full((), -1.0, dtype=wide_dtype(hidden.device), device=hidden.device)
-        losses, gradients = [hidden.new_zeros(0, dtype=torch.float32)], [hidden[:0]]
+        losses, first = [hidden.new_zeros(0, dtype=torch.float32)], 0
+        gradients = head.gradient_room(hidden, targets)
         for rows, chunk, buffer in head.chunks(hidden, targets):
-            nats, gradient, _ = head.loss_and_gradient(rows, chunk, buffer, factor, head.regularisers)
+            out, first = gradients[first : first + len(rows)], first + len(rows)
+            nats, _ = head.loss_and_gradient(rows, chunk, buffer, factor, head.regularisers, out)
             losses.append(nats[0])
-            gradients.append(gradient)
-        ctx.save_for_backward(torch.cat(gradients)[: len(targets)])
+        ctx.save_for_backward(gradients[: len(targets)])
         return -torch.cat(losses)[: len(targets)]
 
     @staticmethod

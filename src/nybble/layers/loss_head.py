@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.kernels.hardware import as_double, wide_dtype
+from nybble.kernels.slabs import empty, empty_like
 from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
 from nybble.layers.streamed import HeadMatrix, widened
@@ -266,13 +267,21 @@ class LossHead(Head):
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no
         target.
         """
-        missing = -len(targets) % self.rules.row_multiple
+        missing = self._missing(targets)
         rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
         size = self.chunk_rows(hidden.dtype.itemsize)
         buffer = self._room("logits", (min(size, len(rows)), self.weight.shape[0]), hidden.dtype, hidden.device)
         chunks = zip(rows.split(size), filled.split(size), strict=True)
         return [(h, t, buffer[: len(h)]) for h, t in chunks] if len(targets) else []
+
+    def gradient_room(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """For the gradient of the rows of all chunks, those among them that they are filled up with."""
+        return empty_like(hidden, (len(targets) + self._missing(targets), hidden.shape[1]))
+
+    def _missing(self, targets: Tensor) -> int:
+        """Rows that the last chunk is filled up with."""
+        return -len(targets) % self.rules.row_multiple
 
     def _room(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of that shape, kept from chunk to chunk and from call to call: the pages of a fresh one cost as much
@@ -282,7 +291,7 @@ class LossHead(Head):
         if room is None or len(room) < shape[0] or room.dtype != dtype:
             del room
             self._rooms.pop(name, None)  # the old room is free before the new one is taken
-            room = self._rooms[name] = torch.empty(tuple(shape), dtype=dtype, device=device)
+            room = self._rooms[name] = empty(shape, dtype, device)
         return room[: shape[0]]
 
     def loss_and_gradient(
@@ -292,11 +301,15 @@ class LossHead(Head):
         buffer: Tensor,
         factor: Tensor,
         criterion: Criterion,
+        out: Tensor,
         low: Tensor | None = None,
         b: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses and figures of a chunk `(1 + K, C)` fp32, and factor · d(sum of the losses)/d(hidden) `(C, hidden)`,
-        and /d(product) `(C, vocabulary)`, which lies in `buffer`; the factor is fp64 [].
+    ) -> tuple[Tensor, Tensor]:
+        """Losses and figures of a chunk `(1 + K, C)` fp32, and factor · d(sum of the losses)/d(product)
+        `(C, vocabulary)`, which lies in `buffer`; the factor is fp64 [].
+
+        Args:
+            out: where the same /d(hidden) goes, `(C, hidden)`.
         """
         logits = self._logits(hidden, buffer, low, b)
         slope = None if self.softcap is None else self._slope(logits, self.softcap)
@@ -307,11 +320,13 @@ class LossHead(Head):
         columns = grad.split(self.panel_rows(hidden.dtype), dim=1)
         if len(columns) == 1:
             (panel,) = self._panels(hidden.dtype)
-            return losses, grad @ panel, grad
+            torch.mm(grad, panel, out=out)
+            return losses, grad
         total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # partial sums stay unrounded
         for column, panel in zip(columns, self._panels(hidden.dtype), strict=True):
             total += column @ panel
-        return losses, total.to(hidden.dtype), grad
+        out.copy_(total)
+        return losses, grad
 
     def _slope(self, logits: Tensor, cap: float) -> Tensor:
         """1 - (logits / c)², of c · tanh."""
@@ -338,22 +353,24 @@ class _LossFunction(torch.autograd.Function):
             return (as_double(weighted(found[0], weights)).sum() / denominator).float(), found[1:]
         total = torch.zeros((), dtype=wide_dtype(hidden.device), device=hidden.device)
         factor = 1 / (torch.full_like(total, denominator) if isinstance(denominator, float | int) else denominator)
-        grads, grads_low, told = [hidden[:0]], [], []
+        grads_low, told = [], []
         grad_b = None if b is None else torch.zeros(b.shape, dtype=torch.float32, device=b.device)
         grad_matrix = None if matrix is None else torch.zeros_like(matrix, dtype=torch.float32)
-        missing = -len(targets) % head.rules.row_multiple  # as the chunks are filled up
+        grad_hidden = head.gradient_room(hidden, targets)
+        missing = len(grad_hidden) - len(targets)  # as the chunks are filled up
         left = None if low is None else F.pad(low, (0, 0, 0, missing))
         left_weights = None if weights is None else F.pad(weights, (0, missing))
         first = 0
         for h, t, buffer in head.chunks(hidden, targets):
             part, left = take_rows(left, len(h))
             w, left_weights = take_rows(left_weights, len(h))
-            own = criterion.of_rows(first, len(h))
+            own, rows = criterion.of_rows(first, len(h)), grad_hidden[first : first + len(h)]
             first += len(h)
-            losses, grad, grad_product = head.loss_and_gradient(h, t, buffer, factor, own, part, b)
+            losses, grad_product = head.loss_and_gradient(h, t, buffer, factor, own, rows, part, b)
             told.append(losses)
             total += as_double(weighted(losses[0], w)).sum()
-            grads.append(weighted(grad, w))
+            if w is not None:
+                rows.copy_(weighted(rows, w))
             if part is not None and b is not None and grad_b is not None:
                 grads_low.append(weighted(grad_product @ b, w))  # (C, vocabulary) -> (C, r)
                 grad_b += grad_product.T @ weighted(part, w)
@@ -361,14 +378,15 @@ class _LossFunction(torch.autograd.Function):
                 _add_product(grad_matrix, grad_product, weighted(h, w), head.rules.panel_rows)
         grad_b = None if b is None or grad_b is None else grad_b.to(b.dtype)
         grad_low = None if low is None else torch.cat([low[:0], *grads_low])[: len(targets)]
-        ctx.save_for_backward(torch.cat(grads)[: len(targets)], grad_low, grad_b, grad_matrix)
+        ctx.save_for_backward(grad_hidden[: len(targets)], grad_low, grad_b, grad_matrix)
         figures = joined(told, hidden, criterion)[1:, : len(targets)]
         ctx.mark_non_differentiable(figures)
         return (total / denominator).float(), figures
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if grad is None else grad * grad_outputs[0].to(grad.dtype) for grad in ctx.saved_tensors]
+        factors = ((grad, grad_outputs[0].to(grad.dtype)) if grad is not None else None for grad in ctx.saved_tensors)
+        scaled = [None if each is None else torch.mul(*each, out=empty_like(each[0])) for each in factors]
         grad_hidden, grad_low, grad_b, grad_matrix = scaled
         return grad_hidden, None, None, None, None, None, grad_low, grad_b, grad_matrix
 

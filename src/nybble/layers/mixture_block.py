@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from nybble.families import FAMILIES
 from nybble.families.family import Family
+from nybble.kernels.slabs import copy_of, empty_like
+from nybble.layers.added import scaled
 from nybble.layers.decoder_block import ACTIVATIONS, DecoderBlock
 from nybble.layers.expert_products import ExpertAdapters, ExpertMatrices, ExpertProjection, touched
 from nybble.layers.lora_experts import LoraExperts
@@ -139,8 +141,8 @@ class MixtureBlock(DecoderBlock):
         inner, outer = self._expert_projections()
         routing = Routing.to(experts, inner.matrices.num_experts)
         weights = routing.to_rows(chosen)[:, None]
-        gate_up = normed.new_empty(len(routing.tokens), inner.matrices.out_features) if kept else None
-        total = torch.zeros_like(normed, dtype=torch.float32)
+        gate_up = empty_like(normed, (len(routing.tokens), inner.matrices.out_features)) if kept else None
+        total = empty_like(normed, dtype=torch.float32).zero_()
         activate, _ = ACTIVATIONS[self.activation, True]
         for expert, rows in touched(routing.counts):
             tokens = routing.tokens[rows]
@@ -149,7 +151,7 @@ class MixtureBlock(DecoderBlock):
             both = inner.forward(expert, x, self._weight(inner, expert, x), out=out)  # (rows, 2 f)
             act = activate(*both.chunk(2, dim=1)).mul_(weights[rows])
             total.index_add_(0, tokens, outer.forward(expert, act, self._weight(outer, expert, x)).float())
-        y = total.mul_(self.residual).to(normed.dtype)
+        y = empty_like(normed).copy_(total.mul_(self.residual))
         del total
         if self.shared:
             shared, act = self._shared(normed)
@@ -161,7 +163,7 @@ class MixtureBlock(DecoderBlock):
 
     def backward_mlp(self, grad_y: Tensor, mlp: Any, states: Tensor) -> tuple[Tensor, list[Tensor]]:
         """As `DecoderBlock` says; `mlp` is a `Mixed`."""
-        grad_y = grad_y.contiguous() if self.residual == 1.0 else grad_y * self.residual
+        grad_y = scaled(grad_y, self.residual).contiguous()
         normed = self.mlp_input(states)[0]
         with torch.enable_grad():
             routed = normed.detach().requires_grad_()
@@ -195,7 +197,7 @@ class MixtureBlock(DecoderBlock):
         """
         inner, outer = projections
         learnt = [each.adapters.zeros_like() if each.adapters is not None else None for each in projections]
-        total = torch.zeros_like(normed, dtype=torch.float32)
+        total = empty_like(normed, dtype=torch.float32).zero_()
         grad_weights = torch.empty(len(weights), device=weights.device)
         _, activate_backward = ACTIVATIONS[self.activation, True]
         for expert, rows in touched(routing.counts):
@@ -206,9 +208,9 @@ class MixtureBlock(DecoderBlock):
             both = inner.forward(expert, x, matrix) if gate_up is None else gate_up[rows]  # (rows, 2 f)
             grad_outer_z = outer.backward_low_rank(expert, grad)
             grad_act = outer.backward_input(expert, grad, grad_outer_z, self._weight(outer, expert, x, "second"))
-            gate, up, act = *both.chunk(2, dim=1), torch.empty_like(grad_act)
+            gate, up, act = *both.chunk(2, dim=1), empty_like(grad_act)
             activate_backward(
-                grad_act.clone().mul_(weight), gate, up, gate, up, act
+                copy_of(grad_act).mul_(weight), gate, up, gate, up, act
             )  # `both` now holds its own gradient
             grad_weights[rows] = (grad_act * act).sum(1, dtype=torch.float32)
             outer.backward_adapters(expert, grad, grad_outer_z, act.mul_(weight), learnt[1])
@@ -216,7 +218,7 @@ class MixtureBlock(DecoderBlock):
             total.index_add_(0, tokens, inner.backward_input(expert, both, grad_z, matrix).float())
             inner.backward_adapters(expert, both, grad_z, x, learnt[0])
         of_adapters = [grad for each in learnt if each is not None for grad in (each.a, each.b)]
-        return total.to(normed.dtype), grad_weights, of_adapters
+        return empty_like(normed).copy_(total), grad_weights, of_adapters
 
     def _expert_projections(self) -> tuple[ExpertProjection, ExpertProjection]:
         """Gate and up, and down, as their adapters are now."""
@@ -250,9 +252,9 @@ class MixtureBlock(DecoderBlock):
         grad_z = down.backward_low_rank(grad_down)
         grad_act = down.backward_input(grad_down, grad_z)  # of what is weighted
         y = gate_up.for_magnitudes(shared.gate_up)
-        gate, up, act = *self._shared_halves(shared), torch.empty_like(grad_act)
+        gate, up, act = *self._shared_halves(shared), empty_like(grad_act)
         _, activate_backward = ACTIVATIONS[self.activation, True]
-        activate_backward(grad_act.clone().mul_(shared.weight), gate, up, gate, up, act)
+        activate_backward(copy_of(grad_act).mul_(shared.weight), gate, up, gate, up, act)
         grad_weight = (grad_act * act).sum(1, keepdim=True)
         act.mul_(shared.weight)
         grads = down.backward_adapters(grad_down, grad_z, act, down.low_rank(act))

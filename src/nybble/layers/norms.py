@@ -13,6 +13,7 @@ from torch import Tensor
 from nybble.families import family_of
 from nybble.families.family import Family
 from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from nybble.kernels.slabs import empty_like
 from nybble.layers.trained import frozen
 
 if TYPE_CHECKING:
@@ -84,14 +85,14 @@ class HeadsNorm:
 
     def forward(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The normed rows, and of each head mean and 1 / standard deviation."""
-        out, weight = torch.empty_like(x) if out is None else out, self.weight
+        out, weight = empty_like(x) if out is None else out, self.weight
         stats = [layer_norm(x[:, i], each, None, self.eps, out=out[:, i])[1] for i, each in enumerate(weight)]
         return out, torch.stack(stats)
 
     def backward(
         self, grad: Tensor, x: Tensor, stats: Tensor, out: Tensor | None = None, accumulate: bool = False
     ) -> Tensor:
-        out = torch.empty_like(x) if out is None else out
+        out = empty_like(x) if out is None else out
         for i, (weight, each) in enumerate(zip(self.weight, stats, strict=True)):
             layer_norm_backward(grad[:, i], x[:, i], weight, each, out=out[:, i], accumulate=accumulate)
         return out
@@ -133,6 +134,33 @@ def final_norm(model: "PreTrainedModel") -> Norm:
     family = family_of(config)
     assert family is not None, config.model_type
     return norm_over(model.base_model.get_submodule(family.final_norm), family, config)
+
+
+class _NormedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, positions: Tensor, norm: Norm) -> Tensor:
+        rows = torch.index_select(x, 0, positions, out=empty_like(x, (len(positions), x.shape[1])))
+        normed, stats = norm.forward(rows)
+        ctx.norm, ctx.length = norm, len(x)
+        ctx.save_for_backward(rows, stats, positions)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        rows, stats, positions = ctx.saved_tensors
+        of_rows = ctx.norm.backward(grad_outputs[0], rows, stats)
+        grad = empty_like(of_rows, (ctx.length, rows.shape[1])).zero_()
+        return grad.index_add_(0, positions, of_rows), None, None
+
+
+def normed_rows(norm: Norm, x: Tensor, positions: Tensor) -> Tensor:
+    """The rows of x, (T, width), at these positions, int64 (N), normed, with their gradient; and that of the norm where
+    it is trained, by autograd.
+    """
+    if any(parameter.requires_grad for parameter in norm.module.parameters()):
+        states: Tensor = norm.module(x.index_select(0, positions))
+        return states
+    return _NormedRows.apply(x, positions, norm)
 
 
 def through_norm(norm: Norm | None, grad: Tensor, x: Tensor, stats: Tensor | None, out: Tensor) -> Tensor:

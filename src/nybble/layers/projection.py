@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops.four_bit import dequantize_into
+from nybble.kernels.slabs import copy_of, empty, empty_like
 from nybble.layers.dense import weight_matrix
 from nybble.layers.lora import DoraLinear, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
@@ -101,7 +102,7 @@ class DenseWeights:
         buffer, numel = self._buffers.get(key), shape[0] * shape[1]
         if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
             self._held.pop(key, None)
-            self._buffers[key] = buffer = torch.empty(numel, dtype=dtype, device=device)
+            self._buffers[key] = buffer = empty((numel,), dtype, device)
         return buffer[:numel].view(shape)
 
 
@@ -160,7 +161,7 @@ class Projection:
         no factor, and y is `out_width` wide.
         """
         assert residual is not None or factor == 1.0
-        y = x.new_empty(x.shape[0], self.out_features) if residual is None else residual.clone()
+        y = empty_like(x, (x.shape[0], self.out_features)) if residual is None else copy_of(residual)
         for i, (linear, adapter, columns, ranks) in enumerate(self._parts()):
             part = y[:, columns]
             for rows, weight in self._scaled_panels(linear, None if z is None else adapter, x.dtype):
@@ -176,13 +177,13 @@ class Projection:
 
     def gradient(self, grad_y: Tensor) -> Tensor:
         """The gradient of y as the backward pass takes it, (T, out) -> `out_width` wide."""
-        return grad_y.contiguous()
+        return grad_y if grad_y.is_contiguous() else copy_of(grad_y)
 
     def backward_low_rank(self, grad_y: Tensor) -> Tensor | None:
         """The gradient of z, (T, out) -> (T, Σ ranks); None without adapters."""
         if not any(self.adapters):
             return None
-        grad_z = grad_y.new_empty(grad_y.shape[0], self.ranks[-1].stop)
+        grad_z = empty_like(grad_y, (grad_y.shape[0], self.ranks[-1].stop))
         for i, (_, adapter, columns, ranks) in enumerate(self._parts()):
             if adapter is not None:
                 torch.mm(grad_y[:, columns], self._adapter_copies(grad_y.dtype).b[i], out=grad_z[:, ranks])
@@ -190,7 +191,7 @@ class Projection:
 
     def backward_input(self, grad_y: Tensor, grad_z: Tensor | None) -> Tensor:
         """The gradient of x, (T, out) -> (T, in)."""
-        grad_x = grad_y.new_empty(grad_y.shape[0], self.in_features)
+        grad_x = empty_like(grad_y, (grad_y.shape[0], self.in_features))
         for i, (linear, adapter, columns, _) in enumerate(self._parts()):
             part = grad_y[:, columns]
             for rows, weight in self._scaled_panels(linear, None if grad_z is None else adapter, grad_y.dtype):
@@ -205,7 +206,7 @@ class Projection:
     def for_magnitudes(self, y: Tensor) -> Tensor | None:
         """A copy of what `forward` gave, (T, out), where it spares `backward_adapters` a product."""
         scaled = any(isinstance(adapter, DoraLinear) and adapter.enabled for adapter in self.adapters)
-        return y.clone() if scaled else None
+        return copy_of(y) if scaled else None
 
     def backward_adapters(
         self, grad_y: Tensor, grad_z: Tensor | None, x: Tensor, z: Tensor | None, y: Tensor | None = None
@@ -237,7 +238,7 @@ class Projection:
         if y is not None:
             turned = y if linear.bias is None else y.sub_(linear.bias.to(y.dtype))
             return turned.mul_(grad_y).sum(dim=0, dtype=torch.float32) / adapter.magnitude.detach()
-        turned = torch.empty_like(grad_y)  # (T, out)
+        turned = empty_like(grad_y)  # (T, out)
         for rows, weight in self.weights.panels(linear, x.dtype):
             torch.mm(x[:, : self.in_features], weight.T, out=turned[:, rows])
         turned.addmm_(z, (adapter.lora_B.detach() * adapter.scaling).to(x.dtype).T)

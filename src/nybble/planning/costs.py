@@ -38,7 +38,7 @@ from nybble.planning.head_costs import (
 )
 from nybble.planning.module_costs import bias_bytes
 from nybble.planning.run_shape import MASTER_BYTES, ModelShape, RunShape
-from nybble.sizes import filled_numbers, mapped_from, panel_rows
+from nybble.sizes import MAPPED_FROM, filled_numbers, panel_rows
 
 EXPERT_PRODUCTS = 4  # gate and up, down, and their backwards: for each number of rows that an expert gets
 MOST_PRODUCTS = 1024  # compiled ones that oneDNN's cache holds
@@ -59,8 +59,7 @@ class Gaps(NamedTuple):
     at_work: float
 
 
-GAPS_BF16, GAPS_FP32 = Gaps(0.3, 0.30, 1.0), Gaps(1.8, 0.04, 0.27)  # decoder blocks
-GAPS_MAPPED = Gaps(0.0, 0.05, 0.10)  # decoder blocks all whose states are mapped by themselves
+GAPS_BLOCKS = Gaps(0.0, 0.0, 0.0)  # decoder blocks, whose tensors lie in slabs
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them; in fp32,
 GAPS_GENERIC_BF16 = Gaps(1.1, 0.12, 1.2)  # in bf16,
 GAPS_LARGE = Gaps(1.1, 0.36, 1.2)  # and where the MLP's inner tensors are large: fewer of them fit into a gap
@@ -266,10 +265,8 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
     sides = [(side, side.batches.tokens * run.compute_bytes * side.model.intermediate_size) for side in run.sides]
     shares = _shares_of_gaps(run, max(inner for _, inner in sides))
     kept = height.get(Part.KEPT, 0)
-    for side, inner in sides:
-        together = 2 if run.path == "blocks" else 1  # gate and up are one tensor there
-        if together * inner >= mapped_from(run.path, run.model.hidden_size) and run.keep == "everything":
-            kept -= side.model.num_layers * 2 * inner
+    if run.keep == "everything":  # what is mapped by itself leaves none
+        kept -= sum(side.model.num_layers * 2 * inner for side, inner in sides if inner >= MAPPED_FROM)
     at_work = sum(height.get(name, 0) for name in (Part.AT_WORK, Part.HEAD, Part.EVALUATION, Part.TOWER))
     at_work -= head_panels(run) + head_gradient_bytes(run) if Part.HEAD in height else 0
     inputs = sum(side.model.num_layers * input_bytes(side) for side in run.sides)
@@ -278,16 +275,11 @@ def _gaps(run: RunShape, height: Mapping[Part, int]) -> int:
 
 def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
     """Measured; `inner` bytes is the largest tensor of an MLP."""
-    in_bf16 = run.compute_bytes == 2
     if run.path == "blocks":
-        in_heap = GAPS_BF16 if in_bf16 else GAPS_FP32
-        if input_bytes(run) < mapped_from(run.path, run.model.hidden_size):
-            return in_heap
-        # what experts get is small
-        return GAPS_MAPPED._replace(at_work=in_heap.at_work) if run.model.num_experts else GAPS_MAPPED
+        return GAPS_BLOCKS
     if inner >= LARGE_BYTES:
         return GAPS_LARGE
-    return GAPS_GENERIC_BF16 if in_bf16 else GAPS_GENERIC
+    return GAPS_GENERIC_BF16 if run.compute_bytes == 2 else GAPS_GENERIC
 
 
 def _frozen_and_adapters(run: RunShape) -> dict[Part, int]:

@@ -25,7 +25,6 @@ from nybble.memory.measure import PeakMemory, used_bytes
 from nybble.options.groups import LoopOptions
 from nybble.runs.folder import RunFolder
 from nybble.runs.trained import Trained
-from nybble.sizes import mapped_from
 from nybble.training.accumulation import GradientAccumulation
 from nybble.training.checkpoint import Checkpoint, Checkpoints, Position, Progress
 from nybble.training.evaluations import Evaluations
@@ -129,8 +128,6 @@ def train_loop(
     checkpoints.check_space(sum(parameter.numel() for parameter in parameters))
 
     keeps_heap = lies_in_heap(device) and model.packed  # else the heap is in pieces, and is trimmed as it goes
-    width = getattr(module.config.get_text_config(), "hidden_size", 0)  # a vision model may have several
-    mapped = mapped_from(model.verdict.path, width)
 
     def give_room() -> None:
         if keeps_heap:
@@ -160,7 +157,7 @@ def train_loop(
         if last:
             trained.publish(module, run)
 
-    with InterruptOnce() as interrupt, kept_heap(keeps_heap, mapped):
+    with InterruptOnce() as interrupt, kept_heap(keeps_heap):
         if rehearsal is not None:
             with PeakMemory(device) as memory:
                 try:

@@ -22,6 +22,7 @@ from torch import Tensor
 from nybble.errors import FormatError
 from nybble.kernels import registry
 from nybble.kernels.ops.checks import nothing
+from nybble.kernels.slabs import empty_like
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -91,7 +92,7 @@ def attention_backward(
         FormatError: shapes, dtypes or cu_seqlens do not fit together.
         KernelError: the backend asked for cannot run.
     """
-    dq, dk, dv = grads or (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+    dq, dk, dv = grads or (empty_like(q), empty_like(k), empty_like(v))
     dout, q, k, v, out = map(_laid_out, (dout, q, k, v, out))
     how = (cu_seqlens, max_length, _scale(scale, q), window or 0, softcap)
     torch.ops.nybble.packed_attention_backward(dout, q, k, v, out, lse, *how, dq, dk, dv)
@@ -188,7 +189,12 @@ def _lse_dtype(q: Tensor) -> torch.dtype:
 def new_outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
+    return q.new_empty(q.shape), new_lse(q)
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Room for the log-sum-exp, [heads, tokens]."""
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nybble.kernels import registry
 from nybble.kernels.ops.checks import check_rows, nothing
+from nybble.kernels.slabs import empty_like
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
@@ -22,14 +23,14 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
         gate, up: rows [tokens, width].
         out: rows like them, may be either; a fresh tensor where None.
     """
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    out = empty_like(gate) if out is None else out
     torch.ops.nybble.swiglu_out(gate, up, out)
     return out
 
 
 def geglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
     """`gelu(gate) * up`, gelu(g) = g/2 · (1 + tanh(√(2/π) · (g + 0.044715 g³))) (arXiv 1606.08415), as `swiglu`."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+    out = empty_like(gate) if out is None else out
     torch.ops.nybble.geglu_out(gate, up, out)
     return out
 
@@ -41,7 +42,7 @@ def gelu(x: Tensor, out: Tensor | None = None) -> Tensor:
         x: rows [tokens, width].
         out: rows like x, may be x; a fresh tensor where None.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = empty_like(x) if out is None else out
     torch.ops.nybble.gelu_out(x, out)
     return out
 
@@ -88,14 +89,14 @@ def gelu_backward(grad: Tensor, x: Tensor, grad_x: Tensor | None = None, act: Te
         grad_x: where to put it, may be x; a fresh tensor where None.
         act: where to put gelu(x) once more, may be grad; not computed where None.
     """
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if grad_x is None else grad_x
+    grad_x = empty_like(x) if grad_x is None else grad_x
     torch.ops.nybble.gelu_backward_out(grad, x, grad_x, act)
     return grad_x
 
 
 def _gradients(gate: Tensor, up: Tensor, grad_gate: Tensor | None, grad_up: Tensor | None) -> tuple[Tensor, Tensor]:
-    grad_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if grad_gate is None else grad_gate
-    grad_up = torch.empty(up.shape, dtype=up.dtype, device=up.device) if grad_up is None else grad_up
+    grad_gate = empty_like(gate) if grad_gate is None else grad_gate
+    grad_up = empty_like(up) if grad_up is None else grad_up
     return grad_gate, grad_up
 
 

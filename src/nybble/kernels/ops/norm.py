@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nybble.kernels import registry
 from nybble.kernels.ops.checks import FLOAT_DTYPES, FP32, check_rows, check_tensor, nothing
+from nybble.kernels.slabs import empty_like
 
 
 def rms_norm(
@@ -30,7 +31,7 @@ def rms_norm(
     Returns:
         the result, and rstd fp32 [tokens] or [tokens, heads], which the backward needs.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = empty_like(x) if out is None else out
     return out, torch.ops.nybble.rms_norm_out(x, weight, eps, weight_offset, out)
 
 
@@ -54,7 +55,7 @@ def rms_norm_backward(
         accumulate: add to what `out` holds (the residual branch's gradient) instead of overwriting it.
     """
     assert out is not None or not accumulate
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = empty_like(x) if out is None else out
     torch.ops.nybble.rms_norm_backward_out(grad, x, weight, rstd, weight_offset, accumulate, out)
     return out
 
@@ -72,7 +73,7 @@ def layer_norm(
     Returns:
         the result, and mean and rstd side by side, fp32 [tokens, 2] or [tokens, heads, 2], which the backward needs.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = empty_like(x) if out is None else out
     return out, torch.ops.nybble.layer_norm_out(x, weight, bias, eps, out)
 
 
@@ -90,7 +91,7 @@ def layer_norm_backward(
         accumulate: add to what `out` holds (the residual branch's gradient) instead of overwriting it.
     """
     assert out is not None or not accumulate
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out = empty_like(x) if out is None else out
     torch.ops.nybble.layer_norm_backward_out(grad, x, weight, stats, accumulate, out)
     return out
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nybble.kernels import registry
 from nybble.kernels.backends.cpp.library import DTYPES, FLOAT, INT64, POINTER, function
-from nybble.kernels.ops.attention import document_bounds, new_outputs
+from nybble.kernels.ops.attention import document_bounds, new_lse
+from nybble.kernels.slabs import empty_like
 
 MAX_HEAD_DIM = 256
 
@@ -74,7 +75,7 @@ def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     how = (cu_seqlens, max_length, scale, window, softcap)
-    out, lse = new_outputs(q, k, v, *how)
+    out, lse = empty_like(q), new_lse(q)
     _forward_kernel(ctypes.byref(_arguments(*how, lse, q=q, k=k, v=v, out=out)))
     return out, lse
 
