@@ -56,6 +56,22 @@ def kernels(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def poisoned_slabs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever decoder blocks make of their own lies in a slab, as in training, and holds NaN at first."""
+    from nybble.kernels import slabs
+
+    fresh = slabs.Slabs.empty
+
+    def poisoned(pool: slabs.Slabs, shape: Any, dtype: Any) -> Any:
+        return fresh(pool, shape, dtype).fill_(float("nan") if dtype.is_floating_point else 113)
+
+    monkeypatch.setattr(slabs, "SLABS_FROM", 1)
+    monkeypatch.setattr(slabs.Slabs, "empty", poisoned)
+    with slabs.slabs_in_use():
+        yield
+
+
 INST = (  # Mistral's
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"

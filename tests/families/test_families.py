@@ -53,6 +53,8 @@ from nybble.sizes import SHAPE_RULES
 from nybble.sources.load import load_model
 from nybble.sources.open import open_model
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 
 def test_every_family_is_in_the_table() -> None:
     configs = CONFIGS | MIXTURES

@@ -31,6 +31,8 @@ from nybble.planning.shape import shape_of
 from nybble.quantization.walk import ModuleWalk, start_walk
 from nybble.sizes import SHAPE_RULES, filled_numbers, filled_rows
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_loss_is_that_of_dense_weights_with_each_experts_delta(name: str) -> None:

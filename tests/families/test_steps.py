@@ -30,6 +30,8 @@ from nybble.training.accumulation import forward_backward
 from nybble.training.objective import SupervisedFineTuning, Totals
 from nybble.training.optimizer import AdamW
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 LAYERS, LEARNING_RATE = 2, 5e-3
 SEEDS = {"gemma4_text": 1}  # draws in which no tanh that differs in its last bits turns a rounding to 16 bits
 SETTINGS = {"weight_decay": 0.1, "eps": 1e-4}  # so large an eps that no sign of a gradient near zero decides a step

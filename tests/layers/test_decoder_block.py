@@ -22,6 +22,8 @@ from nybble.layers.convert import adapters_of
 from nybble.layers.own_head import loss_head
 from nybble.training.optimizer import AdamW
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 
 def rope(kind: str, **extra: float) -> dict[str, object]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **extra}}

@@ -16,6 +16,8 @@ from nybble.runs.adapter_writing import adapter_config, write_adapter
 from nybble.sources.folder import FolderSource
 from nybble.sources.load import load_model
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 NF4 = BaseFormats(QuantSpec())
 DEFAULT = ("qwen2_moe", "gpt_oss", "deepseek_v3")  # shared experts; biases, matrices turned; dense names beside experts
 IDS = torch.randint(5, 250, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -11,6 +11,8 @@ from nybble.layers.lora import LoraLinear
 from nybble.layers.loss_head import LossHead
 from nybble.sizes import SHAPE_RULES
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 VOCABULARY, HIDDEN, ROWS = 257, 24, 141
 
 

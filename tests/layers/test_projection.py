@@ -18,6 +18,8 @@ from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.sizes import SHAPE_RULES, panel_rows
 
+pytestmark = pytest.mark.usefixtures("poisoned_slabs")
+
 TOKENS, IN, OUTS = 13, 128, (700, 96, 512)
 PANEL = 4 * IN * 200  # of rows in fp32; a weight may be cut after every 128th
 
