@@ -14,7 +14,8 @@ class ShapeRules:
     Args:
         token_multiple: packed micro-batches are filled up to a multiple of so many tokens.
         row_multiple: chunks of logits and panels of a large head have a multiple of so many rows.
-        chunk_bytes: what a chunk of logits may take.
+        chunk_bytes: what a chunk of logits may take,
+        few_rows: and twice that where it would have fewer rows than this, with which products are slow.
         panel_rows: of a 16-bit matrix that are widened at a time when products run in fp32,
         panel_bytes: and where that is more than so many bytes, fewer.
         large_head_bytes: heads from here on go in panels,
@@ -31,6 +32,7 @@ class ShapeRules:
     token_multiple: int
     row_multiple: int
     chunk_bytes: int
+    few_rows: int
     panel_rows: int
     panel_bytes: int
     large_head_bytes: int
@@ -56,8 +58,13 @@ class ShapeRules:
         return max(self.row_multiple, fit // self.row_multiple * self.row_multiple)
 
     def chunk_rows(self, row_bytes: int) -> int:
-        """States whose logits, of so many bytes each, are made at once."""
+        """Rows of logits, of so many bytes each, that are looked at together."""
         return self.whole_rows(self.chunk_bytes // row_bytes)
+
+    def product_rows(self, row_bytes: int) -> int:
+        """States whose logits, of so many bytes each, are one product."""
+        rows = self.chunk_rows(row_bytes)
+        return rows if rows >= self.few_rows else self.whole_rows(min(self.few_rows, 2 * self.chunk_bytes // row_bytes))
 
     def in_graphs(self, tokens: int, block_elements: int) -> bool:
         """Whether a micro-batch of so many tokens comes from a graph, in blocks of so many weights."""
@@ -92,6 +99,7 @@ _ONEDNN = ShapeRules(
     token_multiple=64,  # it keeps a compiled product, some 0.8 MB, for each shape it has seen
     row_multiple=64,
     chunk_bytes=2**25,
+    few_rows=128,
     panel_rows=8192,
     panel_bytes=2**25,
     large_head_bytes=2**28,
@@ -104,6 +112,7 @@ _CUBLAS = ShapeRules(
     token_multiple=64,  # whole tiles
     row_multiple=64,
     chunk_bytes=2**29,  # 2,048 rows of a vocabulary of 128k: no longer a matter of launches
+    few_rows=0,
     panel_rows=8192,
     panel_bytes=2**27,
     large_head_bytes=2**28,

@@ -124,3 +124,10 @@ def test_no_supervised_rows_give_zero():
     loss = head.loss(hidden, torch.zeros(0, dtype=torch.long), 5.0)
     loss.backward()
     assert loss.item() == 0.0 and hidden.grad.shape == (0, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("row_bytes", "rows"), [(2 * 49152, 320), (2 * 151936, 128), (4 * 151936, 64), (8 * 256000, 64), (1 << 40, 64)]
+)
+def test_few_rows_of_logits_are_made_more_where_they_then_take_twice_as_much_at_most(row_bytes, rows):
+    assert SHAPE_RULES["cpu"].product_rows(row_bytes) == rows

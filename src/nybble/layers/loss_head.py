@@ -261,7 +261,7 @@ class LossHead(Head):
 
     def chunk_rows(self, itemsize: int) -> int:
         """Rows of a chunk of logits."""
-        return self.rules.chunk_rows(self.vocabulary * (itemsize if self._is_plain else WIDE_LOGIT_BYTES))
+        return self.rules.product_rows(self.vocabulary * (itemsize if self._is_plain else WIDE_LOGIT_BYTES))
 
     def chunks(self, hidden: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Rows, targets and room for the logits, chunk by chunk; the last is filled up with rows of zeros that have no

@@ -10,7 +10,7 @@ FP32 = 4  # bytes
 def chunk_rows(run: RunShape) -> int:
     """States whose logits are made at once, at most."""
     each = WIDE_LOGIT_BYTES if run.model.wide_logits else run.compute_bytes
-    return run.rules.chunk_rows(run.model.vocab_size * each)
+    return run.rules.product_rows(run.model.vocab_size * each)
 
 
 def logits_bytes(run: RunShape) -> int:
