@@ -22,7 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import BENCHMARKS, about_machine
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 RECORD = BENCHMARKS / "results" / "plan.json"
 LIMIT = 1.05  # of its budget, more than which ends a run
@@ -49,7 +51,7 @@ def configurations() -> list[Config]:
         add("smollm2-135m", length=256, keep=keep, page_optimizer="always", rank=64)
         add("smollm2-135m", length=256, keep=keep, stream_base="always", memory="1GB")
         add("smollm2-135m", length=256, keep=keep, stream_base="always", page_optimizer="always", memory="900MB")
-        add("smollm2-135m", length=256, keep=keep, format="none")
+        add("smollm2-135m", length=256, keep=keep, method="lora")
     for keep in ("attention", "nothing"):
         add("smollm2-135m", length=512, keep=keep, offload_activations="always")
     for rank, keep in itertools.product((8, 64), ("everything", "nothing")):
@@ -134,6 +136,8 @@ def train(config: Config, folder: Path, out: Path, limit: int | None = None) -> 
     model = folder / config["model"]
     if not model.exists():
         nybble("synth", "--shape", config["model"], "--out", str(model))
+    if config.get("method") == "lora":
+        model = in_16_bits(model)
     options = {name: str(value) for name, value in config.items() if name not in ("model", "length", "rows")}
     length, rows = config["length"], config["rows"]
     flags = {"model": model, "data": rows_of(length, folder), "out": out, "max_seq_len": length, "validation_rows": 1,
@@ -143,6 +147,17 @@ def train(config: Config, folder: Path, out: Path, limit: int | None = None) -> 
     nybble("train", "--overwrite", *words, limit=limit)
     plan: Config = json.loads((out / "plan.json").read_text())
     return plan
+
+
+def in_16_bits(model: Path) -> Path:
+    """A model of the same shape whose random weights are in 16 bits."""
+    dense = model.with_name(f"{model.name}-16bit")
+    if not dense.exists():
+        config = AutoConfig.from_pretrained(model)
+        del config.quantization_config
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(dense)
+        AutoTokenizer.from_pretrained(model).save_pretrained(dense)
+    return dense
 
 
 def nybble(*words: str, limit: int | None = None) -> None:
@@ -225,7 +240,7 @@ def main() -> None:
 
 
 OPTIONS = {"model", "length", "rows", "rank", "keep", "page_optimizer", "stream_base", "offload_activations", "memory",
-           "format", "compute_dtype", "dropout"}  # fmt: skip
+           "method", "compute_dtype", "dropout"}  # fmt: skip
 
 
 def same(first: Config, second: Config) -> bool:
