@@ -247,6 +247,8 @@ class Family:
             return "layers under a window, of which sliding_window says nothing"
         if window is not None and window < 1:
             return f"sliding_window = {window}"
+        if self.attention_softcap and getattr(config, self.attention_softcap) == 0:
+            return f"{self.attention_softcap} = 0"  # by which transformers divides
         given = getattr(config, "rope_parameters", None) or {}
         ropes = given.values() if self.rope_by_kind else [given]
         shares = (rope.get("partial_rotary_factor") for rope in ropes)
