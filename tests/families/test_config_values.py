@@ -13,6 +13,7 @@ from tiny import put_into_four_bits, tune
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from nybble.errors import FormatError
 from nybble.families import FAMILIES
 from nybble.layers.backbone import why_not_blocks
 from nybble.layers.rotary import length_of_change
@@ -80,11 +81,14 @@ def test_a_value_is_computed_as_transformers_does_or_left_to_it(name: str) -> No
                 states, loss, gradients = by_transformers(model, batch)
             except Exception:  # transformers does not take it, with whatever its code runs into
                 continue
-            finite = bool(gradients.isfinite().all() and states.isfinite().all())
+            learns = all(bool(each.isfinite().all() and each.any()) for each in (gradients, states))
             refused = why_not_blocks(model, packing=True, dropout=False) is not None
-            if refused or not finite or length_of_change(model) is not None:  # of these the model itself is asked
+            if refused or not learns or length_of_change(model) is not None:  # of these the model itself is asked
                 continue
-            ours = by_blocks(model, batch, "everything")
+            try:
+                ours = by_blocks(model, batch, "everything")
+            except FormatError:  # an op says what it does not take
+                continue
             assert relative_error(ours[0], states) < 2e-4, (option, value)
             assert abs(ours[1] - loss) < 1e-3 and relative_error(ours[2], gradients) < 2e-3, (option, value)
             equal += 1
