@@ -60,6 +60,7 @@ class Gaps(NamedTuple):
 
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.0, 0.0, 0.12), Gaps(0.0, 0.03, 0.3)  # decoder blocks, whose large tensors lie in slabs
+GAPS_EXPERTS = 0.5  # of what is at work in a block of experts, whose rows are too few for slabs
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them; in fp32,
 GAPS_GENERIC_BF16 = Gaps(1.1, 0.12, 1.2)  # in bf16,
 GAPS_LARGE = Gaps(1.1, 0.36, 1.2)  # and where the MLP's inner tensors are large: fewer of them fit into a gap
@@ -277,7 +278,8 @@ def _shares_of_gaps(run: RunShape, inner: int) -> Gaps:
     """Measured; `inner` bytes is the largest tensor of an MLP."""
     in_bf16 = run.compute_bytes == 2
     if run.path == "blocks":
-        return GAPS_BF16 if in_bf16 else GAPS_FP32
+        shares = GAPS_BF16 if in_bf16 else GAPS_FP32
+        return shares._replace(at_work=GAPS_EXPERTS) if run.model.num_experts else shares
     if inner >= LARGE_BYTES:
         return GAPS_LARGE
     return GAPS_GENERIC_BF16 if in_bf16 else GAPS_GENERIC
