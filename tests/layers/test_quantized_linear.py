@@ -42,6 +42,21 @@ def test_forward_and_backward_equal_the_dense_layer(in_features, out_features, f
     assert layer.packed.grad is None and layer.scales.grad is None
 
 
+def test_layers_take_turns_in_one_room() -> None:
+    """The first product in inference mode, where tensors are of a kind of their own; then two sizes, each twice."""
+    torch.manual_seed(0)
+    layers = [quantized_linear(64, 96, QuantSpec()), quantized_linear(96, 64, QuantSpec())]
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.inference_mode():
+        layers[0](x)
+    y = layers[1](layers[0](layers[1](layers[0](x))))
+    dense = [layer.dequantize() for layer in layers]
+    both = dense[0].T @ dense[1].T
+    torch.testing.assert_close(y, x @ both @ both, rtol=1e-4, atol=1e-3)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(found, (both @ both).sum(1).expand(3, 64), rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES[:3])
 def test_lora_gradients_equal_autograd_on_the_sum_of_dense_weights(in_features, out_features, rslora):

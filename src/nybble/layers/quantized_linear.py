@@ -4,13 +4,35 @@ QLoRA (Dettmers et al. 2023, arXiv 2305.14314), eq. 5: Y = X · dequantise(W)ᵀ
 only while a product uses it: backward dequantises again rather than keep it.
 """
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
-from nybble.kernels.ops.four_bit import dequantize
+from nybble.kernels.ops.four_bit import dequantize, dequantize_into
 from nybble.layers.streamed import FrozenProduct, add_into
+
+
+class _Rooms(threading.local):
+    """A dense weight's room in each dtype, kept from product to product: one that comes and goes between tensors that
+    stay leaves holes in the C library's heap, as large as half of all weights together.
+    """
+
+    def __init__(self) -> None:
+        self._rooms: dict[torch.dtype, Tensor] = {}
+
+    def of(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """So many elements, of any values."""
+        room = self._rooms.get(dtype)
+        if room is None or len(room) < elements:
+            with torch.inference_mode(False):  # else it could be written to in no other mode
+                self._rooms[dtype] = room = torch.empty(elements, dtype=dtype, device="cpu")
+        return room[:elements]
+
+
+ROOMS = _Rooms()
 
 
 class QuantizedLinear(nn.Module):
@@ -70,8 +92,14 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.quantized(), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = FrozenProduct.apply(x, self.dequantize)
+        y = FrozenProduct.apply(x, self._dense if x.device.type == "cpu" else self.dequantize)
         return y if self.bias is None else add_into(y, self.bias)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight in this thread's room, valid until another is put there."""
+        out = ROOMS.of(self.out_features * self.in_features, dtype).view(self.out_features, self.in_features)
+        dequantize_into(self.quantized(), out)
+        return out
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.spec}"
