@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nybble.errors import ConfigError
 from nybble.formats.quant_spec import BaseFormats
-from nybble.layers.dense import STEERS, input_embedding, is_encoder_decoder, why_untouched
+from nybble.layers.dense import STEERS, is_encoder_decoder, known_embedding, why_untouched
 from nybble.layers.expert_products import ExpertMatrices
 from nybble.layers.lora import DoraLinear, LoraEmbedding, LoraLinear, linear_features, lora_scaling
 from nybble.layers.lora_experts import LoraExperts
@@ -108,7 +108,7 @@ def end_modules(model: nn.Module) -> list[str]:
     """
     if is_encoder_decoder(model):
         return []
-    ends = [input_embedding(model), model.get_output_embeddings()]  # type: ignore[operator]
+    ends = [known_embedding(model), model.get_output_embeddings()]  # type: ignore[operator]
     plain = [end for end in ends if isinstance(end, nn.Embedding | nn.Linear)]
     return [name for name, module in model.named_modules() if any(module is end for end in plain)]
 

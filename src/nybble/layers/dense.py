@@ -91,19 +91,12 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def input_embedding(model: Any) -> Any:
-    """What makes states of tokens or pictures, of a model of transformers or of a part of one: by transformers' own
-    lookup; where that knows none, the table of tokens of its usual name, or a vision model's first convolution.
+    """What makes states of tokens or pictures, of a model of transformers or of a part of one.
 
     Raises:
-        ModelError: there is none.
+        ModelError: none is known.
     """
-    found, look_up = None, getattr(model, "get_input_embeddings", None)
-    if look_up is not None:
-        with suppress(NotImplementedError):
-            found = look_up()
-    found = getattr(model, "embed_tokens", None) if found is None else found
-    if found is None and getattr(model, "main_input_name", "") == "pixel_values":
-        found = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    found = known_embedding(model)
     if found is None:
         raise ModelError(
             f"{type(model).__name__} has no embedding of tokens, and no convolution over pictures, that is known.",
@@ -113,11 +106,25 @@ def input_embedding(model: Any) -> Any:
     return found
 
 
+def known_embedding(model: Any) -> Any:
+    """The same by transformers' own lookup; where that knows none, the table of tokens of its usual name, or a vision
+    model's first convolution; else None.
+    """
+    found, look_up = None, getattr(model, "get_input_embeddings", None)
+    if look_up is not None:
+        with suppress(NotImplementedError):
+            found = look_up()
+    found = getattr(model, "embed_tokens", None) if found is None else found
+    if found is None and getattr(model, "main_input_name", "") == "pixel_values":
+        found = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return found
+
+
 def ends_of(model: "PreTrainedModel") -> dict[str, nn.Module]:
     """Input embeddings and output head by name; of an encoder-decoder, whose parts have embeddings of their own, all
     that share a weight with these.
     """
-    whole = (input_embedding(model), model.get_output_embeddings())
+    whole = (known_embedding(model), model.get_output_embeddings())
     weights = {id(weight) for end in whole if end is not None for weight in end.parameters(recurse=False)}
     shared = is_encoder_decoder(model)
     return {
