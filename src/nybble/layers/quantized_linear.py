@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
+from nybble.kernels.heap import lies_in_heap
 from nybble.kernels.ops.four_bit import dequantize, dequantize_into
 from nybble.layers.streamed import FrozenProduct, add_into
 
@@ -92,7 +93,7 @@ class QuantizedLinear(nn.Module):
         return dequantize(self.quantized(), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = FrozenProduct.apply(x, self._dense if x.device.type == "cpu" else self.dequantize)
+        y = FrozenProduct.apply(x, self._dense if lies_in_heap(x.device) else self.dequantize)
         return y if self.bias is None else add_into(y, self.bias)
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
