@@ -117,7 +117,7 @@ def contend(settings: dict[str, Any], channel: Channel) -> None:
     if settings["way"] == MODULES:
         modules = ModuleForward(module, "packed", checkpointing=settings["keep"] == "nothing")
         model = CausalLM(module, modules, loss_head(module), Verdict("generic", "packed"))
-    with kept_heap(True):  # as training does
+    with kept_heap(True, slabs=model.verdict.path == "blocks"):  # as training does
         loss = model.loss(batch)
         loss.backward()
         gradients = {name: adapter.lora_B.grad for name, adapter in adapters_of(module).items()}

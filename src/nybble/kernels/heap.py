@@ -7,13 +7,13 @@ modules of a decoder it grows by several times what is alive.
 import ctypes
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from nybble.kernels.slabs import release_slabs, slabs_in_use
-from nybble.sizes import MAPPED_FROM
+from nybble.sizes import BESIDE_SLABS_FROM, MAPPED_FROM
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -35,26 +35,30 @@ def trim_heap() -> None:
 
 
 @contextmanager
-def kept_heap(keep: bool) -> Iterator[None]:
-    """Within the block large tensors have slabs, and what is freed at the heap's end stays with the process, but for
-    `trim_heap`; where the library can (glibc).
+def kept_heap(keep: bool, *, slabs: bool) -> Iterator[None]:
+    """Within the block what is freed at the heap's end stays with the process, but for `trim_heap`; where the library
+    can (glibc).
 
     Left to itself it returns what is more than 64 MiB. A step that keeps what its blocks compute then pages it all in
     again: 99,000 pages a step of 1,900 tokens of SmolLM2-135M, a twelfth of its time.
 
     Args:
         keep: without it nothing is changed.
+        slabs: large tensors of decoder blocks lie in these, so that what is large beside them, which comes seldom, may
+            be mapped by itself.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if keep and sys.platform == "linux" else None
     if set_option is None:
         yield
         return
-    set_option(_M_MMAP_THRESHOLD, MAPPED_FROM)  # a threshold that is set stops both from following what is freed
+    # a threshold that is set stops both from following what is freed
+    set_option(_M_MMAP_THRESHOLD, BESIDE_SLABS_FROM if slabs else MAPPED_FROM)
     set_option(_M_TRIM_THRESHOLD, -1)
     try:
-        with slabs_in_use():
+        with slabs_in_use() if slabs else nullcontext():
             yield
     finally:
+        set_option(_M_MMAP_THRESHOLD, MAPPED_FROM)
         set_option(_M_TRIM_THRESHOLD, 2 * MAPPED_FROM)
         trim_heap()
 

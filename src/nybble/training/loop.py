@@ -157,7 +157,7 @@ def train_loop(
         if last:
             trained.publish(module, run)
 
-    with InterruptOnce() as interrupt, kept_heap(keeps_heap):
+    with InterruptOnce() as interrupt, kept_heap(keeps_heap, slabs=model.verdict.path == "blocks"):
         if rehearsal is not None:
             with PeakMemory(device) as memory:
                 try:
