@@ -1,13 +1,17 @@
 """Tensors of slabs: their own memory while they live, used again afterwards, never more than once was in use."""
 
+import errno
 import gc
+import mmap
 import resource
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
 
+from nybble.errors import is_out_of_memory
 from nybble.kernels import slabs
 from nybble.kernels.heap import trim_heap
 from nybble.kernels.slabs import Slabs, copy_of, empty, empty_like, slabs_in_use
@@ -97,6 +101,20 @@ def test_only_what_is_large_and_only_within_the_block():
     large.fill_(1)  # lives on
     _later = empty((SLABS_FROM,), torch.uint8, CPU)
     assert slabs._slabs is None and pool.num_bytes == SLABS_FROM
+
+
+def test_a_system_without_memory_is_said_to_have_none(monkeypatch):
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    pool = Slabs()
+    held = of(pool, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", full)
+        with pytest.raises(MemoryError, match="2097152 bytes could not be mapped: Cannot allocate") as raised:
+            of(pool, 2)
+    assert is_out_of_memory(raised.value)
+    assert of(pool, 2).fill_(1).sum() == 2 * MIB and held.numel() == MIB == pool.num_bytes - 2 * MIB
 
 
 def test_threads_share_them():

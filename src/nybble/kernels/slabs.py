@@ -37,8 +37,15 @@ class _Slab:
 
     @classmethod
     def mapped(cls, size: int) -> "_Slab":
-        """A new one, which starts where a huge page may."""
-        mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        """A new one, which starts where a huge page may.
+
+        Raises:
+            MemoryError: the system has no more.
+        """
+        try:
+            mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise MemoryError(f"{size} bytes could not be mapped: {error.strerror}") from error
         start = -torch.frombuffer(mapping, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
         whole = size // _HUGE_PAGE * _HUGE_PAGE  # the rest would fill another huge page
         if _ADVICE is not None and whole:
