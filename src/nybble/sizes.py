@@ -150,7 +150,7 @@ PAGE_BYTES = 2**22  # of optimizer state; smaller pages cost a step more in hand
 PAGE_BUFFERS = 3  # read ahead, updated, written behind
 
 MAPPED_FROM = 2**25  # bytes from which glibc gives a piece a mapping of its own
-SLABS_FROM = 2**18  # and from which decoder blocks have it in a slab (`kernels/slabs.py`)
+SLABS_FROM = 2**16  # and from which decoder blocks have it in a slab (`kernels/slabs.py`)
 BESIDE_SLABS_FROM = 2**22  # bytes from which what has none, where they are in use, has a mapping of its own
 
 LAYER_INPUT_TOKENS = 256  # whose inputs of single layers are made at once

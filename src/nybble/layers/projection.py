@@ -154,7 +154,10 @@ class Projection:
 
     def low_rank(self, x: Tensor) -> Tensor | None:
         """z = x · [A₁; A₂; ..]ᵀ, (T, in) -> (T, Σ ranks); None without adapters, or where they are switched off."""
-        return x @ self._adapter_copies(x.dtype).a.T if self._adapted() else None
+        if not self._adapted():
+            return None
+        a = self._adapter_copies(x.dtype).a
+        return torch.mm(x, a.T, out=empty_like(x, (x.shape[0], len(a))))
 
     def forward(self, x: Tensor, z: Tensor | None, residual: Tensor | None = None, factor: float = 1.0) -> Tensor:
         """y = residual + factor · (x · Wᵀ + bias + scaling · z · Bᵀ), (T, in) -> (T, out); without a residual there is

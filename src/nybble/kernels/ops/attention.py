@@ -194,7 +194,7 @@ def new_outputs(
 
 def new_lse(q: Tensor) -> Tensor:
     """Room for the log-sum-exp, [heads, tokens]."""
-    return q.new_empty((q.shape[1], q.shape[0]), dtype=_lse_dtype(q))
+    return empty_like(q, (q.shape[1], q.shape[0]), _lse_dtype(q))
 
 
 _INPUTS = "Tensor q, Tensor k, Tensor v"
