@@ -87,10 +87,11 @@ def test_it_carries_a_whole_training_step(new_backend: NewBackend) -> None:
         assert all(map(torch.equal, mine, after_a_step(twin)))
 
 
-@pytest.mark.parametrize("lacking", BLOCK_OPS)
+# Weights are written out through transformers' modules, too.
+@pytest.mark.parametrize("lacking", [op for op in BLOCK_OPS if op != "dequantize_4bit_out"])
 def test_one_that_lacks_a_body_of_the_block_is_refused_by_name(new_backend: NewBackend, lacking: str) -> None:
     model = small_model()
-    new_backend("partial", {*STEP_OPS, "dequantize_4bit"} - {lacking})
+    new_backend("partial", set(STEP_OPS) - {lacking})
     with registry.use("partial"):
         causal_lm = CausalLM.of(model)
     assert isinstance(causal_lm.backbone, ModuleForward)

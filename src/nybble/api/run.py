@@ -111,7 +111,7 @@ class Run:
         first = [] if options.system is None else [Message("system", options.system)]
         template = self._opened.template
         pieces = TextPieces(template.tokenizer)
-        ids, beside = template.asked([*first, *_turns(prompt)])
+        ids, beside = template.asked([*first, *_asked(prompt)])
         generate(
             self._model,
             [ids],
@@ -270,10 +270,15 @@ def _turns(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:
         return [Message("user", prompt)]
     try:
         read = read_turns([dict(turn) for turn in prompt], "prompt", "prompt", pictures=True)
-        turns = list(with_pictures(Example("prompt", link_results(read, "prompt")), {}, None).conversation())
+        return list(with_pictures(Example("prompt", link_results(read, "prompt")), {}, None).conversation())
     except (TypeError, ValueError, DataError) as error:
         allowed = "Allowed: text, or a list of turns such as {'role': 'user', 'content': 'Hello.'}."
         raise ConfigError(f"prompt is {prompt!r}: {error}", allowed) from error
+
+
+def _asked(prompt: str | Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The same of what is to be answered."""
+    turns = _turns(prompt)
     if turns[-1].role in ("assistant", "system"):
         raise ConfigError(
             f"prompt ends in a turn by {turns[-1].role}.",

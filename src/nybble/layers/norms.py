@@ -14,7 +14,7 @@ from nybble.families import family_of
 from nybble.families.family import Family
 from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from nybble.kernels.slabs import empty_like
-from nybble.layers.trained import frozen
+from nybble.layers.trained import TrainedModule, frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -157,7 +157,7 @@ def normed_rows(norm: Norm, x: Tensor, positions: Tensor) -> Tensor:
     """The rows of x, (T, width), at these positions, int64 (N), normed, with their gradient; and that of the norm where
     it is trained, by autograd.
     """
-    if any(parameter.requires_grad for parameter in norm.module.parameters()):
+    if isinstance(norm.module, TrainedModule):
         states: Tensor = norm.module(x.index_select(0, positions))
         return states
     return _NormedRows.apply(x, positions, norm)
