@@ -213,7 +213,8 @@ def verify(
     context = max([longest, *(len(prompt.ids) + ANSWER_TOKENS for prompt in reference.prompts)]) + 1
     try:
         consumer = load_consumer(artefact.kind, opened, folder, dtype, context, report)
-        found = compare(reference, consumer, artefact.faithfulness)
+        layers_asked = artefact.kind is ArtefactKind.DENSE and not opened.full
+        found = compare(reference, consumer, artefact.faithfulness, layers_asked=layers_asked)
         if opened.full:
             return found
         merged = MergedSource(opened, artefact.onto)

@@ -7,9 +7,10 @@ What must hold depends on what the artefact promises. Faithful kinds (PEFT, 16 b
 16 or 8 bits) must choose the tuned model's tokens. Kinds that round the weights anew, or put ΔW on another base, must
 keep at least KEPT_GAIN of what fine-tuning gained on the held-out rows.
 
-A choice of another token speaks against a faithful artefact unless it is a near tie: the artefact lies so near the
-tuned model (ROUNDING) that its weights can only be rounded, and the tuned model prefers its own token by no more than
-such a distance moves log-probabilities. To second order KL is half the variance of that, so √(2 KL) is its deviation.
+A choice of another token speaks against a faithful artefact, but for near ties of one whose every layer is asked for
+its ΔW besides (`arrival.py`): it lies so near the tuned model (ROUNDING) that its weights can only be rounded, and the
+tuned model prefers its own token by no more than such a distance moves log-probabilities. To second order KL is half
+the variance of that, so √(2 KL) is its deviation.
 
 Both are measured against what the run changed. Where that is too little (the base itself makes the tuned model's
 choices, or its loss differs by no more than chance), a right artefact cannot be told from a wrong one: "undecided".
@@ -242,14 +243,15 @@ def ask(consumer: Consumer, rows: Sequence[Row], prompts: Sequence[Prompt], run:
     )
 
 
-def compare(reference: Reference, consumer: Consumer, kind: str) -> Verification:
+def compare(reference: Reference, consumer: Consumer, kind: str, *, layers_asked: bool) -> Verification:
     """Ask the artefact and judge it.
 
     Args:
         kind: key of FAITHFUL_TOP1, or another name for one that rounds anew or is on another base.
+        layers_asked: each of its layers is asked for its ΔW: what differs in near ties alone is then no fault.
     """
     found = ask(consumer, reference.rows, reference.prompts, reference.tuned)
-    figures = _figures(reference, found)
+    figures = _figures(reference, found) | {"near_ties": near_ties(found, reference.base) if layers_asked else 0}
     too_little = _too_little(reference, found, figures, kind)
     checks = [*_check_tokens(reference, consumer), *_check_numbers(figures, kind, too_little)]
     return Verification(consumer.name, figures, checks, too_little)
@@ -272,7 +274,6 @@ def _figures(reference: Reference, found: Answers) -> dict[str, Any]:
     return {
         "positions": len(targets),
         "top1_agreement": (found.choices == tuned.choices).double().mean().item(),
-        "near_ties": near_ties(found, base),
         "top1_agreement_of_base": (base.choices == tuned.choices).double().mean().item(),
         "kl_mean": found.kl.mean().item(),
         "kl_p99": found.kl.quantile(0.99).item(),
