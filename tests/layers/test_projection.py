@@ -60,7 +60,7 @@ def test_some_rows_at_a_time_are_all_rows(
     taken = [[rows for rows, _ in weights.panels(linear, torch.float32)] for linear in whole.linears]
     assert [len(rows) for rows in taken] == [6, 1, 4]
     assert [rows[-1].stop for rows in taken] == list(OUTS)
-    assert sum(buffer.nbytes for buffer in weights.buffers) < 4 * IN * max(OUTS)
+    assert sum(buffer.nbytes for buffer in weights.rooms.kept.values()) < 4 * IN * max(OUTS)
     for got, wanted in zip(both_ways(Projection(modules, weights), x, grad, residual), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
@@ -87,5 +87,5 @@ def test_plans_count_what_is_written_out(monkeypatch: pytest.MonkeyPatch) -> Non
         if isinstance(module, QuantizedLinear):
             for _ in weights.panels(module, torch.float32):
                 pass
-    assert sum(buffer.nbytes for buffer in weights.buffers) == planned
+    assert sum(buffer.nbytes for buffer in weights.rooms.kept.values()) == planned
     assert planned < sum(written_out_bytes(replace(run, path="generic")).values())

@@ -13,6 +13,7 @@ from nybble.memory.measure import PeakMemory, _left_in_cgroups, anonymous_bytes,
 from nybble.planning.base_costs import base_bytes, dense_bytes, mean_bits
 from nybble.planning.block_costs import input_bytes, kept_bytes, working_bytes
 from nybble.planning.costs import Part, compiled_products, predict
+from nybble.planning.head_costs import head_bytes
 from nybble.planning.run_shape import MicroBatches, RunShape
 from nybble.planning.shape import shape_of
 from nybble.quantization.walk import STATES_DTYPE
@@ -95,6 +96,19 @@ def test_blocks_whose_tensors_lie_in_slabs_leave_few_gaps():
     assert gaps("blocks") < 0.12 < 0.5 < gaps("generic")
 
 
+def test_states_at_the_head_are_counted_as_their_norm_keeps_them():
+    batches = MicroBatches(512, 512, 512, 1, 512, 512, 0)
+    run = RunShape(llama_2_70b(), batches, 10**6, 16, 2, QuantSpec(), "blocks", "nothing", SHAPE_RULES["cuda"])
+    gpu = replace(run, on_cpu=False)
+    fp32, trained, generic = (
+        replace(gpu, compute_bytes=4),
+        replace(gpu, trained_parameters=8192),
+        replace(gpu, path="generic"),
+    )
+    of_a_state = [head_bytes(each) / 512 / 8192 for each in (gpu, fp32, trained, generic, run)]
+    assert of_a_state == [12, 24, 24, 24, 12]
+
+
 def test_buffers_and_tensors_on_their_way_are_counted_as_each_device_has_them():
     batches = MicroBatches(512, 512, 512, 1, 512, 512, 0)
     cpu = RunShape(llama_2_70b(), batches, 10**6, 16, 2, QuantSpec(), "blocks", "attention", SHAPE_RULES["cpu"])
@@ -122,7 +136,7 @@ def test_the_head_takes_the_room_that_is_planned(kind, vocabulary, compute_dtype
     head = LossHead(weight, scale=1 / own.get("logits_scaling", 1.0), softcap=own.get("final_logit_softcapping"))
     states = torch.empty(8192, 4096, dtype=compute_dtype, device="meta", requires_grad=True)
     head.loss(states, torch.empty(8192, dtype=torch.long, device="meta"), 1.0)
-    taken = {name: room.nbytes for name, room in head._rooms.items()}
+    taken = {name: room.nbytes for name, room in head.rooms.kept.items()}
     batches, itemsize = MicroBatches(8192, 8192, 2048, 1, 8192, 8192, 0), compute_dtype.itemsize
     run = RunShape(shape, batches, 10**6, 16, itemsize, QuantSpec(), "blocks", "nothing", SHAPE_RULES[kind])
     planned = predict(run)

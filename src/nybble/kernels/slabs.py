@@ -152,6 +152,12 @@ def empty_like(tensor: Tensor, shape: Sequence[int] | None = None, dtype: torch.
     return empty(tensor.shape if shape is None else shape, dtype or tensor.dtype, tensor.device)
 
 
+def rows_at(tensor: Tensor, places: Tensor) -> Tensor:
+    """The rows of a tensor `(T, ..)` at these places, int64 `(N)`: `(N, ..)`, without autograd."""
+    found = empty_like(tensor, (len(places), *tensor.shape[1:]))
+    return torch.index_select(tensor, 0, places, out=found)
+
+
 def copy_of(tensor: Tensor) -> Tensor:
     """A tensor's values in memory of their own, whose rows are not apart."""
     return empty_like(tensor).copy_(tensor)

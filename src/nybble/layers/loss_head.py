@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nybble.kernels.hardware import as_double, wide_dtype
-from nybble.kernels.slabs import empty, empty_like
+from nybble.kernels.slabs import empty_like
 from nybble.layers.lora import LoraLinear
 from nybble.layers.regularisers import PLAIN, Regularisers
+from nybble.layers.rooms import Rooms
 from nybble.layers.streamed import HeadMatrix, widened
 from nybble.layers.token_rows import TokenLogits
 from nybble.sizes import SHAPE_RULES, WIDE_LOGIT_BYTES, ShapeRules
@@ -147,7 +148,7 @@ class LossHead(Head):
     softcap: float | None = None
     adapter: LoraLinear | TokenLogits | None = None
     regularisers: Regularisers = PLAIN
-    _rooms: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    rooms: Rooms = field(default_factory=Rooms, init=False, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -156,11 +157,6 @@ class LossHead(Head):
     @property
     def vocabulary(self) -> int:
         return self.weight.shape[0]
-
-    @property
-    def rooms(self) -> list[Tensor]:
-        """Memory that is kept from call to call; a larger chunk may bring another in its place."""
-        return list(self._rooms.values())
 
     @property
     def rules(self) -> ShapeRules:
@@ -220,7 +216,7 @@ class LossHead(Head):
         if low is not None and b is not None:
             product.addmm_(low, b.T)
         in_rooms = out is not None and not self._is_plain and product.dtype != torch.float32
-        room = self._room("logits in fp32", product.shape, torch.float32, product.device) if in_rooms else None
+        room = self.rooms.of("logits in fp32", product.shape, torch.float32, product.device) if in_rooms else None
         return self.finish(product, room)
 
     def finish(self, product: Tensor, room: Tensor | None = None) -> Tensor:
@@ -246,7 +242,7 @@ class LossHead(Head):
         rows, (vocabulary, width) = self.panel_rows(dtype), self.weight.shape
         room = None
         if self.weight.dtype != dtype:
-            room = self._room("panel", (min(rows, vocabulary), width), dtype, self.device)
+            room = self.rooms.of("panel", (min(rows, vocabulary), width), dtype, self.device)
         return widened(self.weight, rows, dtype, room)
 
     def panel_rows(self, dtype: torch.dtype) -> int:
@@ -271,7 +267,7 @@ class LossHead(Head):
         rows = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         filled = F.pad(targets, (0, missing), value=NO_TARGET) if missing else targets
         size = self.chunk_rows(hidden.dtype.itemsize)
-        buffer = self._room("logits", (min(size, len(rows)), self.weight.shape[0]), hidden.dtype, hidden.device)
+        buffer = self.rooms.of("logits", (min(size, len(rows)), self.weight.shape[0]), hidden.dtype, hidden.device)
         chunks = zip(rows.split(size), filled.split(size), strict=True)
         return [(h, t, buffer[: len(h)]) for h, t in chunks] if len(targets) else []
 
@@ -282,17 +278,6 @@ class LossHead(Head):
     def _missing(self, targets: Tensor) -> int:
         """Rows that the last chunk is filled up with."""
         return -len(targets) % self.rules.row_multiple
-
-    def _room(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory of that shape, kept from chunk to chunk and from call to call: the pages of a fresh one cost as much
-        as the softmax, and taken anew between what blocks keep it leaves holes in the C library's heap.
-        """
-        room = self._rooms.get(name)
-        if room is None or len(room) < shape[0] or room.dtype != dtype:
-            del room
-            self._rooms.pop(name, None)  # the old room is free before the new one is taken
-            room = self._rooms[name] = empty(shape, dtype, device)
-        return room[: shape[0]]
 
     def loss_and_gradient(
         self,
@@ -330,7 +315,7 @@ class LossHead(Head):
 
     def _slope(self, logits: Tensor, cap: float) -> Tensor:
         """1 - (logits / c)², of c · tanh."""
-        room = self._room("slope", logits.shape, logits.dtype, logits.device)
+        room = self.rooms.of("slope", logits.shape, logits.dtype, logits.device)
         return torch.div(logits, cap, out=room).square_().neg_().add_(1)
 
 

@@ -228,7 +228,7 @@ class MixtureBlock(DecoderBlock):
     def _weight(self, projection: ExpertProjection, expert: int, like: Tensor, key: object = None) -> Tensor:
         """An expert's matrix, valid until another one is asked for with this key."""
         shape = (projection.matrices.out_features, projection.matrices.in_features)
-        return projection.matrices.dense(expert, self.weights.room(key, shape, like.dtype, like.device))
+        return projection.matrices.dense(expert, self.weights.rooms.of(key, shape, like.dtype, like.device))
 
     # ---- the expert that all tokens pass ---------------------------------------------------------
 

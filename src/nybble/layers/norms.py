@@ -13,7 +13,7 @@ from torch import Tensor
 from nybble.families import family_of
 from nybble.families.family import Family
 from nybble.kernels.ops.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
-from nybble.kernels.slabs import empty_like
+from nybble.kernels.slabs import empty_like, rows_at
 from nybble.layers.trained import TrainedModule, frozen
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def final_norm(model: "PreTrainedModel") -> Norm:
 class _NormedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, positions: Tensor, norm: Norm) -> Tensor:
-        rows = torch.index_select(x, 0, positions, out=empty_like(x, (len(positions), x.shape[1])))
+        rows = rows_at(x, positions)
         normed, stats = norm.forward(rows)
         ctx.norm, ctx.length = norm, len(x)
         ctx.save_for_backward(rows, stats, positions)

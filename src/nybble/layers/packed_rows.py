@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nybble.families import family_of
 from nybble.families.family import Family
-from nybble.kernels.slabs import empty_like
+from nybble.kernels.slabs import rows_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,13 +34,11 @@ class Spread(NamedTuple):
 
     def to_documents(self, rows: Tensor) -> Tensor:
         """(T, ..) -> (D, ..)."""
-        found = empty_like(rows, (len(self.rows), *rows.shape[1:]))
-        return torch.index_select(rows, 0, self.rows, out=found)
+        return rows_at(rows, self.rows)
 
     def to_rows(self, documents: Tensor) -> Tensor:
         """(D, ..) -> (T, ..)."""
-        found = empty_like(documents, (len(self.first), *documents.shape[1:]))
-        return torch.index_select(documents, 0, self.first, out=found)
+        return rows_at(documents, self.first)
 
     def gradient(self, grad: Tensor, out: Tensor) -> None:
         """Of the rows, into `out` (T, ..), from that of the documents' tokens (D, ..)."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.ops.four_bit import dequantize_into
-from nybble.kernels.slabs import copy_of, empty, empty_like
+from nybble.kernels.slabs import copy_of, empty_like
 from nybble.layers.dense import weight_matrix
 from nybble.layers.lora import DoraLinear, LoraLinear, linear_features
 from nybble.layers.quantized_linear import QuantizedLinear
 from nybble.layers.quantized_weight import QuantizedWeight
+from nybble.layers.rooms import Rooms
 from nybble.layers.streamed import BlockStore, StreamedLinear
 from nybble.sizes import SHAPE_RULES, panel_rows
 
@@ -31,13 +32,8 @@ class DenseWeights:
 
     def __init__(self, store: BlockStore | None = None) -> None:
         self.store = store
-        self._buffers: dict[object, Tensor] = {}
+        self.rooms = Rooms()
         self._held: dict[object, object] = {}
-
-    @property
-    def buffers(self) -> list[Tensor]:
-        """Those that there are now; a larger weight may bring others."""
-        return list(self._buffers.values())
 
     def begin(self, *, will_return: bool) -> None:
         """A forward pass starts at the first block; `will_return`: its backward pass follows."""
@@ -68,14 +64,14 @@ class DenseWeights:
         rows = panel_rows(out, width * dtype.itemsize, most, multiple)
         for start in range(0, out, rows):
             part = stored if rows >= out else stored.rows(start, min(out, start + rows))
-            weight = self.room(None, (part.shape[0], width), dtype, device)
+            weight = self.rooms.of(None, (part.shape[0], width), dtype, device)
             dequantize_into(part, weight)
             yield slice(start, start + part.shape[0]), weight
 
     def scaled(self, weight: Tensor, scale: Tensor) -> Tensor:
         """What was fetched last, each row times its own number `(out)`; in place where it was written out for this."""
         scale = scale.to(weight.dtype)[:, None]
-        buffer = self._buffers.get(None)
+        buffer = self.rooms.kept.get(None)
         if buffer is not None and weight.data_ptr() == buffer.data_ptr():
             return weight.mul_(scale)
         return weight * scale
@@ -90,20 +86,12 @@ class DenseWeights:
             version: nothing is made where the matrix has this one already.
             like: has its dtype and device.
         """
-        matrix = self.room(shape, shape, like.dtype, like.device)
-        if self._held.get(shape) != version:
+        matrix, held = self.rooms.of(shape, shape, like.dtype, like.device), (version, like.dtype)
+        if self._held.get(shape) != held:
             self._held.pop(shape, None)
             make(matrix)
-            self._held[shape] = version
+            self._held[shape] = held
         return matrix
-
-    def room(self, key: object, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A matrix of this shape to write a weight into, in the buffer of this key."""
-        buffer, numel = self._buffers.get(key), shape[0] * shape[1]
-        if buffer is None or buffer.dtype != dtype or buffer.numel() < numel:
-            self._held.pop(key, None)
-            self._buffers[key] = buffer = empty((numel,), dtype, device)
-        return buffer[:numel].view(shape)
 
 
 class Projection:

@@ -13,27 +13,18 @@ from nybble.formats.quant_spec import QuantSpec
 from nybble.formats.quantized_tensor import QuantizedTensor
 from nybble.kernels.heap import lies_in_heap
 from nybble.kernels.ops.four_bit import dequantize, dequantize_into
+from nybble.layers.rooms import Rooms
 from nybble.layers.streamed import FrozenProduct, add_into
 
 
-class _Rooms(threading.local):
-    """A dense weight's room in each dtype, kept from product to product: one that comes and goes between tensors that
-    stay leaves holes in the C library's heap, as large as half of all weights together.
-    """
+class _OfThread(threading.local):
+    """Each thread's own rooms for dense weights, one for each dtype."""
 
     def __init__(self) -> None:
-        self._rooms: dict[torch.dtype, Tensor] = {}
-
-    def of(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """So many elements, of any values."""
-        room = self._rooms.get(dtype)
-        if room is None or len(room) < elements:
-            with torch.inference_mode(False):  # else it could be written to in no other mode
-                self._rooms[dtype] = room = torch.empty(elements, dtype=dtype, device="cpu")
-        return room[:elements]
+        self.rooms = Rooms()
 
 
-ROOMS = _Rooms()
+DENSE = _OfThread()
 
 
 class QuantizedLinear(nn.Module):
@@ -98,7 +89,7 @@ class QuantizedLinear(nn.Module):
 
     def _dense(self, dtype: torch.dtype) -> Tensor:
         """The dense weight in this thread's room, valid until another is put there."""
-        out = ROOMS.of(self.out_features * self.in_features, dtype).view(self.out_features, self.in_features)
+        out = DENSE.rooms.of(dtype, (self.out_features, self.in_features), dtype, self.packed.device)
         dequantize_into(self.quantized(), out)
         return out
 

@@ -60,7 +60,7 @@ class Gaps(NamedTuple):
 
 
 GAPS_BF16, GAPS_FP32 = Gaps(0.0, 0.0, 0.12), Gaps(0.0, 0.0, 0.2)  # decoder blocks, whose large tensors lie in slabs
-GAPS_EXPERTS = 0.5  # of what is at work in a block of experts, whose rows are too few for slabs
+GAPS_EXPERTS = 0.5  # of what is at work in a block of experts, much of which PyTorch's own ops make, in the heap
 GAPS_GENERIC = Gaps(1.1, 0.22, 1.2)  # transformers' modules, the heap trimmed between them; in fp32,
 GAPS_GENERIC_BF16 = Gaps(1.1, 0.12, 1.2)  # in bf16,
 GAPS_LARGE = Gaps(1.1, 0.36, 1.2)  # and where the MLP's inner tensors are large: fewer of them fit into a gap

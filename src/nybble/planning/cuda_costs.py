@@ -18,7 +18,7 @@ FLASH_COLUMNS = 32  # it pads heads to a multiple of
 SUM_BYTES = 4  # fp32
 ROW_BYTES = 7 * 8  # of a token: ids and positions, as they come and filled up; targets, and where they are
 ANGLE_BYTES = 2 * 4  # of a head's element: cosines and sines in fp32, half of either, for two kinds of layers
-HEAD_BYTES = 12  # of a state at the head: as it came, normed, and their gradients, six in 16 bits
+HEAD_BYTES = 24  # of a state at the head: six in fp32 in the backward pass of a last norm of transformers'
 GENERIC_PASSES = 4  # what is kept is written and read, recomputed, and its gradient is written and read; a guess
 KEPT_TENSORS = {"nothing": 1, "attention": 2, "everything": 5}  # large ones: input, x2, q/k/v, attention, gate and up
 

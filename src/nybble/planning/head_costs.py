@@ -29,10 +29,13 @@ def logits_bytes(run: RunShape) -> int:
 def head_bytes(run: RunShape) -> int:
     """The states around the loss head, and panels of a streamed one.
 
-    States, for each supervised token: gathered, normed, their gradients chunk by chunk and joined; the last norm
-    keeps fp32 copies of its input and of what it normalised. On a GPU all that its backward pass holds, which is more.
+    States, for each supervised token: as they came, gathered, normed, and the gradients of these. A last norm of
+    transformers', and one that is trained, keeps fp32 copies of its input and of what it normalised; on a GPU all that
+    its backward pass holds is counted, which is more.
     """
-    per_element = 4 * run.compute_bytes + 12 if run.on_cpu else cuda_costs.HEAD_BYTES
+    per_element = 6 * run.compute_bytes
+    if run.path != "blocks" or run.trained_parameters:
+        per_element = 4 * run.compute_bytes + 12 if run.on_cpu else cuda_costs.HEAD_BYTES
     states = run.batches.supervised * run.model.hidden_size * per_element
     return states + head_panels(run) + _own_logits(run) + compared_logits(run)
 

@@ -133,7 +133,7 @@ class _FromGraph:
         self._denominator = torch.ones((), dtype=wide_dtype(model.device), device=model.device)
         self._graph = graph_type(
             partial(_loss_of, objective, model, self._batch, Totals(self._denominator)),
-            lambda: [*backbone.weights.buffers, *head.rooms],
+            partial(rooms_of, backbone, head),
         )
 
     def run(self, batch: Batch, denominator: Denominator) -> Tensor:
@@ -156,6 +156,11 @@ def forward_backward(objective: Objective, model: BatchModel, batch: Batch, tota
 def _loss_of(objective: Objective, model: BatchModel, batch: Batch, totals: Totals) -> Tensor:
     """What a graph leaves behind; objectives with metrics are not captured."""
     return forward_backward(objective, model, batch, totals).loss
+
+
+def rooms_of(backbone: FusedForward, head: LossHead) -> list[Tensor]:
+    """Memory of a model that passes write into and that outlives them."""
+    return [*backbone.weights.rooms.kept.values(), *head.rooms.kept.values()]
 
 
 def _can_be_captured(objective: Objective, model: BatchModel) -> bool:
